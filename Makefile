@@ -1,0 +1,32 @@
+# Needs Python 3.11 or newer with venv, make and git; everything else is installed into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+SOURCES := modeling_entropy_gpt conversion training evaluation command_line tests
+
+.PHONY: quickstart test style bench clean
+
+quickstart: $(INSTALLED)  ## Trains, compares, draws, saves and reloads three small models (about 5 minutes).
+	$(BIN)/entropy-gpt quickstart $(ARGS)
+
+test: $(INSTALLED)  ## Runs the default test suite, offline.
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mended.
+	$(BIN)/ruff check $(if $(FIX),--fix) $(SOURCES)
+	$(BIN)/ruff format $(if $(FIX),,--check) $(SOURCES)
+
+bench: $(INSTALLED)  ## Runs every benchmark, side by side with what it is held against.
+	for benchmark in evaluation/benchmarks/[a-z]*.py; do $(BIN)/python $$benchmark || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# torch first and alone: on a machine that holds a CPU build of it, any other order may replace it by a larger one.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(INSTALLED)

@@ -1,0 +1,1 @@
+"""Conversion of GPT-2 checkpoints (in preparation)."""

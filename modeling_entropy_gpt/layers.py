@@ -1,0 +1,171 @@
+"""The building blocks in which an EntropyGPT may differ from GPT-2: norms, activations and linear maps."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+
+POWER_ITERATIONS_AT_INIT = 20
+
+
+class EntropyGPTStaticLayerNorm(nn.Module):
+    """
+    LayerNorm with a constant in place of each row's standard deviation: `(x - mean(x)) / standard_deviation * weight +
+    bias`, an affine map and so free of charge under secure computation. The constant is measured on data (arXiv
+    2409.13710) and saved with the weights; it is 1 until then.
+
+    Shape: `(..., hidden_size)` to the same.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.register_buffer("standard_deviation", torch.ones(()))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        centered = hidden_states - hidden_states.mean(dim=-1, keepdim=True)
+        return centered * (self.weight / self.standard_deviation) + self.bias
+
+    def initialize(self):
+        """What `_init_weights` does not do for every LayerNorm."""
+        init.ones_(self.standard_deviation)
+
+
+class EntropyGPTLearnableLeakyReLU(nn.Module):
+    """Leaky ReLU with one learnable slope, which starts at 0.01, the constant of `leaky_relu`."""
+
+    def __init__(self):
+        super().__init__()
+        self.negative_slope = nn.Parameter(torch.tensor(0.01))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.clamp(min=0) + self.negative_slope * hidden_states.clamp(max=0)
+
+    def initialize(self):
+        init.constant_(self.negative_slope, 0.01)
+
+
+class EntropyGPTNormalizedConv1D(Conv1D):
+    """
+    GPT-2's linear map with its weights normalised, for all or some of the equal groups of its output features.
+
+    The weights used are `weight * scale`, with a scale for each output feature:
+    - `"weight"`: `gain / |weights of that feature|`, with a learnable gain a feature (Salimans & Kingma, 2016);
+    - `"spectral"`: `gain / largest singular value of the group's matrix`, with the gain a constant, 1 from scratch
+      (Miyato et al., 2018). The singular value follows the weights by one power iteration in each training
+      step ([`update_singular_vectors`]).
+    Features of other groups have scale 1. So the normalisation costs nothing once folded into plain weights.
+
+    Args:
+        nf (`int`): Number of output features.
+        nx (`int`): Number of input features.
+        kind (`str`): `"weight"` or `"spectral"`.
+        normalized_groups (`list[bool]`): For each equal group of output features, whether it is normalised.
+    """
+
+    def __init__(self, nf: int, nx: int, kind: str, normalized_groups: list[bool]):
+        super().__init__(nf, nx)
+        self.kind = kind
+        self.normalized_groups = normalized_groups
+        self.group_size = nf // len(normalized_groups)
+        count = sum(normalized_groups)
+        if kind == "weight":
+            self.gain = nn.Parameter(torch.ones(count, self.group_size))
+        else:
+            self.register_buffer("gain", torch.ones(count, 1))
+            self.register_buffer("singular_vectors", torch.full((count, self.group_size), self.group_size**-0.5))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.weight * self.scale()
+        output = torch.addmm(self.bias, hidden_states.view(-1, self.nx), weight)
+        return output.view(*hidden_states.shape[:-1], self.nf)
+
+    def scale(self) -> torch.Tensor:
+        """The factor of each output feature's weights, of shape `(nf,)`."""
+        weight = self._normalized_weight()
+        if self.kind == "weight":
+            norm = weight.norm(dim=1)
+        else:
+            right = self.singular_vectors
+            left = nn.functional.normalize(torch.einsum("gio,go->gi", weight.detach(), right), dim=-1)
+            norm = torch.einsum("gi,gio,go->g", left, weight, right)[:, None]
+        factors = (self.gain / norm).expand(-1, self.group_size).unbind()
+        ones = self.weight.new_ones(self.group_size)
+        remaining = iter(factors)
+        return torch.cat([next(remaining) if normalized else ones for normalized in self.normalized_groups])
+
+    @torch.no_grad()
+    def update_singular_vectors(self, iterations: int = 1):
+        """Brings the singular vectors nearer to those of the present weights."""
+        weight, right = self._normalized_weight(), self.singular_vectors
+        for _ in range(iterations):
+            left = nn.functional.normalize(torch.einsum("gio,go->gi", weight, right), dim=-1)
+            right = nn.functional.normalize(torch.einsum("gio,gi->go", weight, left), dim=-1)
+        self.singular_vectors.copy_(right)
+
+    def initialize(self):
+        """Sets what a checkpoint did not bring, so that weight normalisation starts as the plain linear map."""
+        weight = self._normalized_weight()
+        if self.kind == "weight":
+            init.copy_(self.gain, weight.norm(dim=1))
+        else:
+            init.ones_(self.gain)
+            right = torch.full_like(self.singular_vectors, self.group_size**-0.5)
+            for _ in range(POWER_ITERATIONS_AT_INIT):
+                left = nn.functional.normalize(torch.einsum("gio,go->gi", weight, right), dim=-1)
+                right = nn.functional.normalize(torch.einsum("gio,gi->go", weight, left), dim=-1)
+            init.copy_(self.singular_vectors, right)
+
+    def _normalized_weight(self) -> torch.Tensor:
+        """Weights of the normalised groups, of shape `(groups, nx, group_size)`."""
+        groups = self.weight.view(self.nx, len(self.normalized_groups), self.group_size).unbind(dim=1)
+        return torch.stack([group for group, keep in zip(groups, self.normalized_groups, strict=True) if keep])
+
+
+def build_norm(kind: str, hidden_size: int, epsilon: float) -> nn.Module:
+    """The norm that `config.normalization` or `config.final_normalization` names."""
+    if kind == "layernorm":
+        return nn.LayerNorm(hidden_size, eps=epsilon)
+    return EntropyGPTStaticLayerNorm(hidden_size) if kind == "static" else nn.Identity()
+
+
+def build_activation(name: str) -> nn.Module:
+    """The activation that `config.activation_function` names."""
+    if name == "identity":
+        return nn.Identity()
+    return EntropyGPTLearnableLeakyReLU() if name == "learnable_leaky_relu" else ACT2FN[name]
+
+
+def build_linear(config, nf: int, nx: int, targets: tuple[str, ...], adds_to_residual: bool = False) -> Conv1D:
+    """
+    GPT-2's linear map from `nx` to `nf` features, normalised as the config says.
+
+    Args:
+        config ([`EntropyGPTConfig`]): The configuration.
+        nf (`int`): Number of output features.
+        nx (`int`): Number of input features.
+        targets (`tuple[str]`): Which weight normalisation target each equal group of output features belongs to.
+        adds_to_residual (`bool`): Whether the output is added to the residual stream; then GPT-2's initial weights are
+            smaller by the root of the number of such additions. The map carries the factor itself, since transformers
+            does not initialise modules of custom code that have no parameters of their own.
+    """
+    normalized_groups = [target in config.weight_normalization_targets for target in targets]
+    if config.weight_normalization is None or not any(normalized_groups):
+        linear = Conv1D(nf, nx)
+    else:
+        linear = EntropyGPTNormalizedConv1D(nf, nx, config.weight_normalization, normalized_groups)
+    linear.initializer_scale = (2 * config.n_layer) ** -0.5 if adds_to_residual else 1.0
+    return linear
+
+
+__all__ = [
+    "EntropyGPTLearnableLeakyReLU",
+    "EntropyGPTNormalizedConv1D",
+    "EntropyGPTStaticLayerNorm",
+    "build_activation",
+    "build_linear",
+    "build_norm",
+]

@@ -1,0 +1,778 @@
+"""PyTorch EntropyGPT: GPT-2 whose non-linearities can be removed, with entropy-guided attention (arXiv 2501.03489)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_entropy_gpt import EntropyGPTConfig
+from .entropy_attention import entropy_attention, row_entropies
+from .entropy_regularization import count_visible_keys, entropy_penalty, reduce_over_batch
+from .layers import (
+    EntropyGPTLearnableLeakyReLU,
+    EntropyGPTNormalizedConv1D,
+    EntropyGPTStaticLayerNorm,
+    build_activation,
+    build_linear,
+    build_norm,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    # As GPT-2 does, the softmax stays in the dtype of the model.
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1).type(value.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
+    return attn_output, attn_weights
+
+
+class EntropyGPTAttention(nn.Module):
+    """
+    Multi-head causal self-attention with GPT-2's weights, an optional learnable temperature (SM(t) in arXiv
+    2501.03489) and, on request, the entropy of each row.
+
+    The temperature is kept as its logarithm, so that no training step can bring it to zero or below.
+    """
+
+    def __init__(self, config: EntropyGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+
+        self.c_attn = build_linear(config, 3 * config.n_embd, config.n_embd, ("q", "k", "v"))
+        self.c_proj = build_linear(config, config.n_embd, config.n_embd, ("o",), adds_to_residual=True)
+        self.attn_dropout = config.attn_pdrop
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+        self.log_temperature = None
+        if config.attention_temperature != "none":
+            positions = config.n_positions if config.attention_temperature == "position" else 1
+            self.log_temperature = nn.Parameter(torch.empty(config.n_head, positions))
+        self.entropy_threshold = None
+        if config.entropy_regularization:
+            self.entropy_threshold = nn.Parameter(torch.empty(config.n_head))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_entropies: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query_states, key_states, value_states = (
+            states.view(head_shape).transpose(1, 2)
+            for states in self.c_attn(hidden_states).split(self.config.n_embd, dim=-1)
+        )
+        if self.log_temperature is not None:
+            query_states = query_states * self.inverse_temperature(position_ids).to(query_states.dtype)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attend = self._attend_with_entropies if output_entropies else self._attend
+        attn_output, attn_weights, entropies = attend(
+            query_states, key_states, value_states, attention_mask, position_ids=position_ids, **kwargs
+        )
+        attn_output = self.c_proj(attn_output.reshape(hidden_states.shape))
+        return self.resid_dropout(attn_output), attn_weights, entropies
+
+    def inverse_temperature(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """1 / t for each query, broadcastable to `(batch, heads, query_length, 1)`."""
+        inverse = torch.exp(-self.log_temperature)
+        if self.config.attention_temperature == "position":
+            return inverse[:, position_ids].transpose(0, 1).unsqueeze(-1)
+        return inverse[None, :, :, None]
+
+    def _attend(self, query_states, key_states, value_states, attention_mask, **kwargs):
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attn_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return attn_output, attn_weights, None
+
+    def _attend_with_entropies(self, query_states, key_states, value_states, attention_mask, **kwargs):
+        query_length = query_states.shape[2]
+        is_causal = attention_mask is None or attention_mask.ndim == 2
+        if self.config._attn_implementation == "eager":
+            attn_output, attn_weights, _ = self._attend(
+                query_states, key_states, value_states, attention_mask, **kwargs
+            )
+            entropies = row_entropies(query_states, key_states, attention_mask, is_causal, self.scaling)
+            return attn_output, attn_weights, entropies
+        if self.config._attn_implementation == "sdpa" and attention_mask is None and query_length > 1:
+            # SDPA's meaning of no mask: the first query stands at the first key (a static cache that is still empty).
+            key_states, value_states = key_states[:, :, :query_length], value_states[:, :, :query_length]
+        attn_output, entropies = entropy_attention(
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            is_causal=is_causal,
+            scaling=self.scaling,
+            dropout=self.attn_dropout if self.training else 0.0,
+        )
+        return attn_output.transpose(1, 2), None, entropies
+
+
+class EntropyGPTMLP(nn.Module):
+    """Two linear maps with the activation between them."""
+
+    def __init__(self, config: EntropyGPTConfig):
+        super().__init__()
+        self.c_fc = build_linear(config, config.inner_size, config.n_embd, ("ffn",))
+        self.act = build_activation(config.activation_function)
+        self.c_proj = build_linear(config, config.n_embd, config.inner_size, ("ffn",), adds_to_residual=True)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+
+
+class EntropyGPTFusedFFN(nn.Module):
+    """One square linear map: what two without an activation between them amount to."""
+
+    def __init__(self, config: EntropyGPTConfig):
+        super().__init__()
+        self.c_fused = build_linear(config, config.n_embd, config.n_embd, ("ffn",), adds_to_residual=True)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_fused(hidden_states))
+
+
+class EntropyGPTBlock(GradientCheckpointingLayer):
+    """
+    A Pre-LN block. Its result is the hidden states and the entropies of its attention rows, or `None` for the latter:
+    entropies go up the stack as results, since those caught by hooks lose their gradient under checkpointing.
+    """
+
+    def __init__(self, config: EntropyGPTConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = build_norm(config.normalization, config.n_embd, config.layer_norm_epsilon)
+        self.attn = EntropyGPTAttention(config, layer_idx)
+        self.ln_2, self.mlp = None, None
+        self.ffn_alpha, self.ffn_beta = None, None
+        if layer_idx not in config.pruned_ffn_layers:
+            self.ln_2 = build_norm(config.normalization, config.n_embd, config.layer_norm_epsilon)
+            self.mlp = EntropyGPTFusedFFN(config) if config.ffn_type == "fused" else EntropyGPTMLP(config)
+            if config.ffn_residual_scaling:
+                self.ffn_alpha = nn.Parameter(torch.empty(()))
+                self.ffn_beta = nn.Parameter(torch.empty(()))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_entropies: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        residual = hidden_states
+        attn_output, _, entropies = self.attn(
+            self.ln_1(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            output_entropies=output_entropies,
+            **kwargs,
+        )
+        hidden_states = residual + attn_output
+        if self.mlp is None:
+            return hidden_states, entropies
+
+        residual = hidden_states
+        ffn_output = self.mlp(self.ln_2(hidden_states))
+        if self.ffn_alpha is not None:
+            residual, ffn_output = self.ffn_beta * residual, ffn_output / self.ffn_alpha
+        return residual + ffn_output, entropies
+
+
+@dataclass
+class EntropyGPTModelOutput(BaseModelOutputWithPast):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Hidden states after the last block and the final norm.
+        past_key_values (`Cache`, *optional*, returned when `use_cache=True`): Keys and values for decoding.
+        hidden_states (`tuple(torch.Tensor)`, *optional*, returned when `output_hidden_states=True`):
+            Hidden states after the embeddings and after each block.
+        attentions (`tuple(torch.Tensor)`, *optional*, returned when `output_attentions=True`):
+            Attention probabilities of each layer, `(batch_size, heads, query_length, key_length)`, after dropout.
+        attention_entropies (`tuple(torch.Tensor)`, *optional*, returned when `output_entropies=True`):
+            Entropies of the attention rows of each layer in nats, `(batch_size, heads, query_length)`, before dropout.
+        visible_keys (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*, returned when
+            `output_entropies=True`): Number of keys each row may attend to; 0 for padding.
+    """
+
+    attention_entropies: tuple[torch.Tensor, ...] | None = None
+    visible_keys: torch.Tensor | None = None
+
+
+@dataclass
+class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+            In training `cross_entropy_loss + entropy_coefficient * entropy_loss`, else the cross-entropy.
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
+        past_key_values, hidden_states, attentions, attention_entropies, visible_keys:
+            As in [`EntropyGPTModelOutput`].
+        cross_entropy_loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+            Cross-entropy of the next token.
+        entropy_loss (`torch.Tensor` of shape `(1,)`, *optional*):
+            Penalty on the attention entropies, not multiplied by its coefficient; returned when `labels` is given to a
+            model with `entropy_regularization` that is in training or asked for entropies.
+    """
+
+    cross_entropy_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
+    attention_entropies: tuple[torch.Tensor, ...] | None = None
+    visible_keys: torch.Tensor | None = None
+
+
+class EntropyGPTPreTrainedModel(PreTrainedModel):
+    config: EntropyGPTConfig
+    config_class = EntropyGPTConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EntropyGPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(EntropyGPTBlock, index=0),
+        "attentions": OutputRecorder(EntropyGPTAttention, index=1),
+    }
+    # Constants that old GPT-2 files carry.
+    _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Conv1D):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range * module.initializer_scale)
+            init.zeros_(module.bias)
+        if isinstance(module, EntropyGPTNormalizedConv1D | EntropyGPTStaticLayerNorm | EntropyGPTLearnableLeakyReLU):
+            module.initialize()
+
+        if isinstance(module, EntropyGPTAttention):
+            if module.log_temperature is not None:
+                init.constant_(module.log_temperature, math.log(self.config.temperature_init))
+            if module.entropy_threshold is not None:
+                init.constant_(module.entropy_threshold, self.config.entropy_threshold_init)
+        elif isinstance(module, EntropyGPTBlock) and module.ffn_alpha is not None:
+            init.constant_(module.ffn_alpha, self.config.ffn_alpha_init)
+            init.constant_(module.ffn_beta, self.config.ffn_beta_init)
+
+    @property
+    def penalizes_entropy(self) -> bool:
+        """Whether the loss contains the entropy penalty: in training, where the config says so."""
+        return self.training and self.config.entropy_regularization
+
+    def entropy_loss(
+        self,
+        outputs: EntropyGPTModelOutput,
+        predicted_tokens: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """
+        The penalty on the attention entropies (Algorithm 1), not multiplied by its coefficient.
+
+        Args:
+            outputs ([`EntropyGPTModelOutput`]): The base model's, with entropies.
+            predicted_tokens (`torch.Tensor` of shape `(batch_size,)`): Tokens of each sequence in the cross-entropy.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Those of the whole batch.
+        """
+        blocks = getattr(self, self.base_model_prefix, self).h
+        device = outputs.last_hidden_state.device
+        penalties = entropy_penalty(
+            torch.stack([entropies.to(device) for entropies in outputs.attention_entropies]),
+            torch.stack([block.attn.entropy_threshold.to(device) for block in blocks]),
+            outputs.visible_keys,
+            tolerance=self.config.entropy_tolerance,
+            maximum=self.config.entropy_maximum,
+            penalty=self.config.entropy_penalty,
+        )
+        return reduce_over_batch(penalties, predicted_tokens, num_items_in_batch, self.config.entropy_penalty)
+
+    def add_entropy_loss(self, loss: torch.Tensor, outputs: EntropyGPTModelOutput) -> torch.Tensor:
+        """The loss of a head that predicts one thing for each sequence, with the penalty added in training."""
+        if self.penalizes_entropy:
+            batch_size = outputs.last_hidden_state.shape[0]
+            penalty = self.entropy_loss(outputs, torch.ones(batch_size, device=loss.device))
+            loss = loss + self.config.entropy_coefficient * penalty
+        return self.check_loss(loss)
+
+    def check_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Returns the loss; raises `FloatingPointError` if divergence is to be detected and it is not finite."""
+        if self.config.detect_divergence and self.training and not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} while the hidden states of every layer are finite: the head or the "
+                "entropy penalty diverged. Lower the learning rate or clip gradients."
+            )
+        return loss
+
+
+class EntropyGPTModel(EntropyGPTPreTrainedModel):
+    """The bare model: embeddings, blocks and the final norm."""
+
+    def __init__(self, config: EntropyGPTConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([EntropyGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.ln_f = build_norm(config.final_normalization, config.n_embd, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, new_embeddings: nn.Embedding):
+        self.wte = new_embeddings
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_entropies: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EntropyGPTModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Tokens.
+            past_key_values (`Cache`, *optional*): Keys and values of the tokens before.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                0 at padding; or a 4D mask, boolean or additive as the attention implementation takes it.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions. With left padding they have to be given, as for GPT-2; `generate` does so.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+            use_cache (`bool`, *optional*): Whether to return keys and values.
+            output_entropies (`bool`, *optional*):
+                Whether to return the entropies of all attention rows, under any attention implementation.
+
+        Raises:
+            `ValueError`: If not exactly one of `input_ids` and `inputs_embeds` is given, the sequence is longer than
+                `n_positions`, or `output_attentions` is asked of an implementation that has no attention matrices.
+            `FloatingPointError`: If `detect_divergence` is set and a layer yields a non-finite value in training.
+        """
+        self._check_inputs(input_ids, inputs_embeds, kwargs.pop("output_attentions", None))
+        kwargs.pop("output_hidden_states", None)
+        output_entropies = bool(output_entropies) or self.penalizes_entropy
+
+        if inputs_embeds is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        visible_keys = count_visible_keys(position_ids, attention_mask, past_length) if output_entropies else None
+        if self.config.weight_normalization == "spectral" and self.training:
+            self._update_singular_vectors()
+
+        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device))
+        attention_entropies = []
+        finite = [("the embeddings", hidden_states)]
+        for layer_idx, block in enumerate(self.h):
+            hidden_states, entropies = block(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                output_entropies=output_entropies,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            attention_entropies.append(entropies)
+            finite.append((f"layer {layer_idx} (h.{layer_idx})", hidden_states))
+        hidden_states = self.ln_f(hidden_states)
+        finite.append(("the final norm (ln_f)", hidden_states))
+        if self.config.detect_divergence and self.training:
+            self._raise_at_first_non_finite(finite)
+
+        return EntropyGPTModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            attention_entropies=tuple(attention_entropies) if output_entropies else None,
+            visible_keys=visible_keys,
+        )
+
+    def _check_inputs(self, input_ids, inputs_embeds, output_attentions):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of input_ids and inputs_embeds has to be given.")
+        length = input_ids.shape[1] if input_ids is not None else inputs_embeds.shape[1]
+        if length > self.config.n_positions:
+            raise ValueError(
+                f"The sequence has {length} tokens, but this model has n_positions={self.config.n_positions}: "
+                "truncate it (tokenizer(..., truncation=True, max_length=...))."
+            )
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True needs attention matrices, which attn_implementation="
+                f"{self.config._attn_implementation!r} does not keep: call model.set_attn_implementation('eager'), or "
+                "ask for output_entropies=True, which every implementation gives."
+            )
+
+    def _update_singular_vectors(self):
+        """Once a forward, out of the blocks: a block may run twice under gradient checkpointing."""
+        for module in self.modules():
+            if isinstance(module, EntropyGPTNormalizedConv1D):
+                module.update_singular_vectors()
+
+    @staticmethod
+    def _raise_at_first_non_finite(states: list[tuple[str, torch.Tensor]]):
+        for name, hidden_states in states:
+            if not torch.isfinite(hidden_states).all():
+                raise FloatingPointError(
+                    f"Training diverged: non-finite values first appear in the output of {name}. Lower the learning "
+                    "rate, clip gradients, or turn on ffn_residual_scaling or entropy_regularization."
+                )
+
+
+class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
+    """The model with a language modelling head, tied to the token embeddings by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: EntropyGPTConfig):
+        super().__init__(config)
+        self.transformer = EntropyGPTModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_entropies: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EntropyGPTCausalLMOutput:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Tokens to predict, shifted inside the model, so `labels = input_ids`. -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Logits of the last so many positions only (0: of all), or of the positions given.
+            input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache, output_entropies:
+                As for [`EntropyGPTModel`].
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+
+        >>> config = EntropyGPTConfig.from_notation("SM+ScFuFFN", n_layer=2, n_embd=32, n_head=4, vocab_size=100)
+        >>> model = EntropyGPTForCausalLM(config).eval()
+        >>> outputs = model(torch.tensor([[1, 2, 3]]), output_entropies=True)
+        >>> outputs.logits.shape, outputs.attention_entropies[0].shape
+        (torch.Size([1, 3, 100]), torch.Size([1, 4, 3]))
+        ```
+        """
+        outputs: EntropyGPTModelOutput = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_entropies=output_entropies,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss, cross_entropy_loss, entropy_loss = None, None, None
+        if labels is not None:
+            cross_entropy_loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = cross_entropy_loss
+            if outputs.attention_entropies is not None and self.config.entropy_regularization:
+                targets = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else labels[:, 1:]
+                predicted_tokens = (targets != -100).sum(dim=-1).to(logits.device)
+                entropy_loss = self.entropy_loss(outputs, predicted_tokens, kwargs.get("num_items_in_batch"))
+                if self.training:
+                    loss = loss + self.config.entropy_coefficient * entropy_loss
+            self.check_loss(loss)
+
+        return EntropyGPTCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_entropy_loss=cross_entropy_loss,
+            entropy_loss=entropy_loss,
+            attention_entropies=outputs.attention_entropies if output_entropies else None,
+            visible_keys=outputs.visible_keys if output_entropies else None,
+        )
+
+
+class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
+    """The model with a linear classification (or regression) head on the last token that is not padding."""
+
+    # The losses of this and the following heads are means over the batch, so the Trainer has to average them itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: EntropyGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = EntropyGPTModel(config)
+        self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+                Classes, or values for a regression (`config.problem_type`).
+            input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache:
+                As for [`EntropyGPTModel`].
+        """
+        outputs: EntropyGPTModelOutput = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        batch_index = torch.arange(logits.shape[0], device=logits.device)
+        pooled_logits = logits[batch_index, self._last_token(input_ids, logits)]
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+            loss = self.add_entropy_loss(loss, outputs)
+
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_token(self, input_ids: torch.LongTensor | None, logits: torch.Tensor) -> torch.Tensor | int:
+        """Index in each sequence of the rightmost token that is not padding, whichever side the padding is on."""
+        if self.config.pad_token_id is None:
+            if logits.shape[0] > 1:
+                raise ValueError(
+                    f"A batch of {logits.shape[0]} sequences needs config.pad_token_id, to find each one's end."
+                )
+            return -1
+        if input_ids is None:
+            logger.warning_once("inputs_embeds do not show padding: the last position of each sequence is used.")
+            return -1
+        not_padding = (input_ids != self.config.pad_token_id).to(logits.device, torch.int32)
+        return (torch.arange(input_ids.shape[1], device=logits.device, dtype=torch.int32) * not_padding).argmax(dim=-1)
+
+
+class EntropyGPTForTokenClassification(EntropyGPTPreTrainedModel):
+    """The model with a linear classification head on every token."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: EntropyGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = EntropyGPTModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.n_embd, self.num_labels)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Classes; -100 is ignored.
+            input_ids, attention_mask, position_ids, inputs_embeds: As for [`EntropyGPTModel`].
+        """
+        outputs: EntropyGPTModelOutput = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config)
+            loss = self.add_entropy_loss(loss, outputs)
+
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class EntropyGPTForQuestionAnswering(EntropyGPTPreTrainedModel):
+    """The model with a head that scores each token as the start and as the end of the answer."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: EntropyGPTConfig):
+        super().__init__(config)
+        self.transformer = EntropyGPTModel(config)
+        self.qa_outputs = nn.Linear(config.n_embd, 2)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        r"""
+        Args:
+            start_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*): First tokens of the answers.
+            end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Last tokens of the answers.
+            input_ids, attention_mask, position_ids, inputs_embeds: As for [`EntropyGPTModel`].
+        """
+        outputs: EntropyGPTModelOutput = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        start_logits, end_logits = (
+            logits.squeeze(-1).contiguous() for logits in self.qa_outputs(outputs.last_hidden_state).split(1, dim=-1)
+        )
+
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            loss = self.add_entropy_loss(loss, outputs)
+
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "EntropyGPTForCausalLM",
+    "EntropyGPTForQuestionAnswering",
+    "EntropyGPTForSequenceClassification",
+    "EntropyGPTForTokenClassification",
+    "EntropyGPTModel",
+    "EntropyGPTPreTrainedModel",
+]

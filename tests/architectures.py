@@ -1,0 +1,63 @@
+"""Tiny models of every architecture, for tests that run over all of them."""
+
+import torch
+
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+
+
+SIZES = {
+    "n_layer": 3,
+    "n_embd": 48,
+    "n_head": 4,
+    "vocab_size": 101,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "classifier_dropout": 0.0}
+
+TABLE_1 = (
+    "SM+LN+G",
+    "SM+LN+R",
+    "SM+LN",
+    "SM+G",
+    "SM+R",
+    "SM",
+    "SM+ScFFN",
+    "SM+ScFuFFN",
+    "SM(t)+ScFuFFN",
+    "EReg(SM(t)+ScFuFFN)",
+)
+ARCHITECTURES = (
+    *TABLE_1,
+    "EReg(SM(t_h)+StaticLN+LearnableLeakyR+ScFFN)",
+    "EReg(SM(t)+ScFuFFNi1)",
+    "SM+LN+LeakyR+FFNi[0]",
+    "SM+ScFFN+WN(QKV+FFN)",
+    "SM+ScFuFFN+SN(QKVO+FFN)",
+)
+
+
+def make_config(notation: str, **fields) -> EntropyGPTConfig:
+    """A tiny configuration whose temperatures and entropies are far from trivial."""
+    return EntropyGPTConfig.from_notation(notation, **{**SIZES, "temperature_init": 0.2, **fields})
+
+
+def make_model(notation: str, model_class=EntropyGPTForCausalLM, **fields):
+    """A tiny model with weights ten times as large as at initialisation, so that attention is far from uniform."""
+    model = model_class(make_config(notation, **fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "temperature" not in name:
+                parameter.mul_(5)
+            elif name.endswith("log_temperature"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            elif parameter.ndim < 2:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def make_tokens(batch_size: int = 2, length: int = 17) -> torch.Tensor:
+    """Random tokens without special ones."""
+    return torch.randint(2, SIZES["vocab_size"], (batch_size, length))

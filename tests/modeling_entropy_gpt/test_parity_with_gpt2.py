@@ -1,0 +1,87 @@
+"""With GPT-2's weights and the default configuration, this is GPT-2."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from tests.architectures import NO_DROPOUT, SIZES, make_tokens
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def twins(request):
+    """A GPT-2 with large random weights, and EntropyGPT with the same ones."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(**SIZES, **NO_DROPOUT, attn_implementation=request.param))
+    with torch.no_grad():
+        for parameter in gpt2.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    config = EntropyGPTConfig(**SIZES, **NO_DROPOUT, attn_implementation=request.param)
+    ours = EntropyGPTForCausalLM(config)
+    ours.load_state_dict(gpt2.state_dict())
+    return gpt2.eval(), ours.eval()
+
+
+def padded(side):
+    tokens = make_tokens(3, 19)
+    mask = torch.ones_like(tokens)
+    for row, count in enumerate((0, 4, 9)):
+        if count:
+            padding = slice(0, count) if side == "left" else slice(-count, None)
+            mask[row, padding] = 0
+            tokens[row, padding] = SIZES["pad_token_id"]
+    return {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits(twins, dtype):
+    gpt2, ours = (model.to(dtype) for model in twins)
+    tokens = make_tokens()
+    difference = (gpt2(tokens).logits - ours(tokens).logits).abs().max()
+    assert difference <= (1e-5 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_with_padding(twins, side):
+    gpt2, ours = twins
+    inputs = padded(side)
+    valid = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours(**inputs).logits[valid], gpt2(**inputs).logits[valid], rtol=0, atol=1e-5)
+
+
+def test_gradients(twins):
+    gpt2, ours = twins
+    tokens = make_tokens()
+    for model in twins:
+        model.train()(tokens, labels=tokens).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in gpt2.named_parameters()}
+    assert gradients.keys() == {name for name, _ in ours.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_cached_decoding(twins):
+    gpt2, ours = twins
+    tokens = make_tokens()
+    caches = {}
+    for model in twins:
+        prefix = model(tokens[:, :9], use_cache=True)
+        caches[model] = model(tokens[:, 9:], past_key_values=prefix.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(caches[ours], caches[gpt2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+def test_generation(twins, options):
+    gpt2, ours = twins
+    inputs = {name: padded("left")[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, **options}
+    assert torch.equal(ours.generate(**inputs, **options), gpt2.generate(**inputs, **options))
+
+
+def test_initialization_is_the_same_scheme():
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(**{**SIZES, "n_embd": 192}))
+    ours = EntropyGPTForCausalLM(EntropyGPTConfig(**{**SIZES, "n_embd": 192}))
+    for (name, theirs), (our_name, parameter) in zip(gpt2.named_parameters(), ours.named_parameters(), strict=True):
+        assert name == our_name
+        assert parameter.mean().item() == pytest.approx(theirs.mean().item(), abs=2e-3), name
+        torch.testing.assert_close(parameter.std(), theirs.std(), rtol=0.1, atol=1e-6, msg=name)
