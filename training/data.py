@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -156,6 +157,12 @@ def pack(
             f"The text is too short: it has {len(tokens)} tokens, and one block takes {block_size}. Give more text."
         )
     return Dataset.from_dict({"input_ids": tokens[: blocks * block_size].reshape(blocks, block_size)})
+
+
+def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of packed blocks, every token of which is a label, the end of text included."""
+    input_ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids}
 
 
 def _token_stream(documents, tokenizer, on_document) -> Iterator[int]:

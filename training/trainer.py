@@ -1,6 +1,11 @@
 """The HF Trainer with what this family's extra parameters need."""
 
+import json
+from pathlib import Path
+
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 # Scalars and vectors that weight decay would pull away from what they mean.
@@ -15,3 +20,20 @@ class EntropyTrainer(Trainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(NOT_DECAYED)]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """
+    The latest whole checkpoint in a Trainer's output folder, or `None` without one. A checkpoint is whole if the
+    trainer's state, which is written last, can be read: a killed process may leave one that is not.
+    """
+    checkpoints = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.partition("-")[2]))
+    return next((checkpoint for checkpoint in reversed(checkpoints) if _is_whole(checkpoint)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True

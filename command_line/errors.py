@@ -1,0 +1,5 @@
+"""Errors that are the user's to mend."""
+
+
+class CommandError(Exception):
+    """A command can't do what was asked; the message says why and what to do. Shown without a traceback."""

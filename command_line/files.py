@@ -1,0 +1,30 @@
+"""Writing files and folders whole or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """
+    Gives a temporary path beside `path` to write a file or folder to; it takes its place once the body is through, and
+    is deleted if the body fails. What an earlier process left behind when it was killed is deleted first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".unfinished-{path.name}")
+    delete(temporary)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        delete(temporary)
+
+
+def delete(path: Path):
+    """Deletes a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,55 @@
+"""The console command `entropy-gpt`."""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from .errors import CommandError
+from .quickstart import quickstart
+
+
+app = typer.Typer(
+    help="GPT-2 without most of its non-linearities, for private inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(quickstart)
+
+
+def print_version(wanted: bool):
+    if wanted:
+        print(f"entropy-gpt {version('entropy-gpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+):
+    """GPT-2 without most of its non-linearities, for private inference."""
+
+
+def main() -> int:
+    """Runs the command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        return app(standalone_mode=False) or 0
+    except typer.TyperException as wrong_usage:
+        print(f"entropy-gpt: {wrong_usage.format_message()} See entropy-gpt --help.", file=sys.stderr)
+        return wrong_usage.exit_code
+    except ModuleNotFoundError as missing:
+        print(
+            f"entropy-gpt: this command needs {missing.name}, which is not installed: pip install 'entropy-gpt[all]'.",
+            file=sys.stderr,
+        )
+        return 1
+    except (CommandError, OSError) as failure:
+        print(f"entropy-gpt: {failure}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        print("entropy-gpt: interrupted. The same command goes on from here.", file=sys.stderr)
+        return 130

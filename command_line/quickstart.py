@@ -1,0 +1,33 @@
+"""`entropy-gpt quickstart`: three small models of the family, trained, compared, saved and loaded back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+DEFAULT_STEPS = 1500
+DEFAULT_OUTPUT = Path("quickstart_output")
+
+
+def quickstart(
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each model, of 1024 tokens.")] = DEFAULT_STEPS,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text to train on: a folder of text files, or one file. Otherwise the Python standard library."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for models, pictures and results.")] = DEFAULT_OUTPUT,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the order of the data.")] = 0,
+):
+    """
+    Trains GPT-2 and two architectures for private inference on real text, all small and alike in size, and compares
+    them: perplexity, entropy of attention heads, seconds. Each is saved as a folder ready for the Hub and loaded back
+    in a fresh process. Takes about 5 minutes on two cores; if interrupted, the same command goes on.
+
+    Example: entropy-gpt quickstart --corpus ~/my_project/src --steps 500 --output my_run
+    """
+    from . import quickstart_job
+
+    quickstart_job.run(steps=steps, corpus_path=corpus, output=output, seed=seed)

@@ -1,0 +1,340 @@
+"""The stages of the quickstart. Each leaves its result whole in the output folder, and is skipped if it is there."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars, load_from_disk
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from evaluation.entropy_diagnostics import measure_headwise_entropy
+from evaluation.perplexity import measure_likelihood
+from evaluation.plots import plot_comparison, plot_headwise_entropy
+from evaluation.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
+from evaluation.report import comparison_rows, conditions_text, model_card
+from evaluation.results import (
+    Conditions,
+    ModelResult,
+    git_revision,
+    load_results,
+    machine_name,
+    recorded_versions,
+    save_results,
+)
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from training.callbacks import StepObserver, Stopwatch
+from training.data import (
+    Corpus,
+    CorpusError,
+    collate_blocks,
+    load_corpus,
+    load_standard_library,
+    pack,
+    train_tokenizer,
+)
+from training.trainer import EntropyTrainer, last_checkpoint
+
+from .errors import CommandError
+from .files import delete, written_whole
+from .progress import progress_display, stage
+
+
+# The architectures, and what each sets beside its notation: the paper's initial temperature, and its weight of the
+# penalty for a mean over rows (Algorithm 1; its public code sums over them with a weight of 1e-5).
+ARCHITECTURES = {
+    "SM+LN+G": {},
+    "SM+ScFuFFN": {},
+    "EReg(SM(t)+ScFuFFN)": {
+        "temperature_init": 0.01,
+        "entropy_penalty": "head_mean",
+        "entropy_coefficient": 0.16,
+    },
+}
+SIZES = {"n_layer": 4, "n_embd": 128, "n_head": 4}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+VOCAB_SIZE = 1024
+CONTEXT = 128
+BATCH_SIZE = 8
+# The paper's recipe: AdamW, 5 % of the steps warm-up, then linear decay.
+HYPERPARAMETERS = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
+WARMUP_SHARE = 0.05
+CHECKPOINTS = 15
+EVALUATED_BLOCKS = 512
+PROMPT = "def __init__(self"
+LARGEST_DIFFERENCE = 1e-5
+
+# The columns of the report's tables, for a terminal of 80 characters.
+HEADINGS = (
+    "architecture",
+    "final\nnorm",
+    "para-\nmeters",
+    "ppl per\ntoken",
+    "bits/\nbyte",
+    "entropy\n(nats)",
+    "over-\nloaded",
+    "training\nseconds",
+)
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Data:
+    """The text as a model sees it."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerFast
+    training: Dataset
+    validation: Dataset
+
+
+def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
+    """
+    Runs all stages.
+
+    Args:
+        steps (`int`): Training steps of each model.
+        corpus_path (`Path`, *optional*): Text to train on; the standard library without.
+        output (`Path`): Folder for everything.
+        seed (`int`): Seed of weights and data order.
+
+    Raises:
+        `CommandError`: If the text can't be used, the folder holds something else, or a model diverges or does not
+            load in a fresh process.
+    """
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    with progress_display(console) as progress:
+        data = _prepare(steps, corpus_path, output, seed, progress)
+        for notation in ARCHITECTURES:
+            if not (output / "models" / slug(notation)).exists():
+                _train_and_save(notation, data, steps, seed, output, progress)
+    results = [
+        result
+        for notation in ARCHITECTURES
+        for result in load_results(output / "models" / slug(notation) / "results.json")
+    ]
+    _draw(results, output)
+    _print_table(results)
+    for notation in ARCHITECTURES:
+        _load_back(notation, output)
+    _print_where(output)
+
+
+def slug(notation: str) -> str:
+    """The notation as a name that needs no quotes: `EReg(SM(t)+ScFuFFN)` is `ereg-smt-scfuffn`."""
+    return re.sub(r"[^a-z0-9-]", "", re.sub(r"[+]|(?<=ereg)[(]", "-", notation.lower()))
+
+
+def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, progress: Progress) -> Data:
+    """Reads and tokenises the text. Nothing is written before all of it is known to be good."""
+    try:
+        with stage(progress, "reading the text") as line:
+            corpus = load_standard_library() if corpus_path is None else load_corpus(corpus_path)
+            line.say(f"{corpus.characters:,} characters")
+        settings = {
+            "steps": steps,
+            "seed": seed,
+            "corpus": f"{corpus.name} ({corpus.revision})",
+            "versions": recorded_versions(),
+        }
+        _check_output(output, settings)
+        folder = output / "data"
+        if not folder.exists():
+            data = _tokenize(corpus, progress)
+            with written_whole(output / "settings.json") as path:
+                path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            with written_whole(folder) as temporary:
+                data.tokenizer.save_pretrained(temporary / "tokenizer")
+                data.training.save_to_disk(temporary / "training")
+                data.validation.save_to_disk(temporary / "validation")
+    except CorpusError as error:
+        raise CommandError(str(error)) from error
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    return Data(corpus, tokenizer, load_from_disk(folder / "training"), load_from_disk(folder / "validation"))
+
+
+def _check_output(output: Path, settings: dict):
+    """Refuses a folder that holds something else than an earlier part of this very run."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    remedy = "give another --output, or delete it"
+    if not (output / "settings.json").exists():
+        raise CommandError(f"{output} is there already and holds no quickstart: {remedy}.")
+    earlier = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+    changed = [f"{name} {earlier.get(name)} then, {value} now" for name, value in settings.items() if earlier.get(name) != value]
+    if changed:
+        raise CommandError(f"{output} holds a quickstart with other settings ({'; '.join(changed)}): {remedy}.")
+
+
+def _tokenize(corpus: Corpus, progress: Progress) -> Data:
+    with stage(progress, "training the tokenizer") as line:
+        tokenizer = train_tokenizer((document.text for document in corpus.training), VOCAB_SIZE)
+        line.say(f"{len(tokenizer):,} tokens")
+    with stage(progress, "tokenising", len(corpus.training) + len(corpus.validation)) as line:
+        training = pack(corpus.training, tokenizer, CONTEXT, lambda _: line.advance())
+        try:
+            validation = pack(corpus.validation, tokenizer, CONTEXT, lambda _: line.advance())
+        except CorpusError as error:
+            raise CorpusError(f"In the part kept for validation, about 5 %: {error}") from error
+        line.say(f"{len(training) + len(validation):,} blocks of {CONTEXT} tokens")
+    if len(validation) > EVALUATED_BLOCKS:
+        spread = [index * len(validation) // EVALUATED_BLOCKS for index in range(EVALUATED_BLOCKS)]
+        validation = validation.select(spread)
+    return Data(corpus, tokenizer, training, validation)
+
+
+def _train_and_save(notation: str, data: Data, steps: int, seed: int, output: Path, progress: Progress):
+    """Leaves the folder of a trained and measured model, and what it answers to a block of text."""
+    checkpoints = output / "checkpoints" / slug(notation)
+    set_seed(seed)
+    model = EntropyGPTForCausalLM(_make_config(notation, data.tokenizer))
+    seconds = _train(model, data, steps, seed, checkpoints, progress)
+    result = _measure(model, data, steps, seed, seconds, progress)
+
+    model.cpu().eval()
+    with torch.no_grad(), written_whole(output / "references" / f"{slug(notation)}.safetensors") as path:
+        input_ids = data.validation.with_format("torch")[:1]["input_ids"]
+        save_reference(input_ids, model(input_ids).logits, path)
+    with written_whole(output / "models" / slug(notation)) as folder:
+        model.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
+        save_results([result], folder / "results.json")
+        (folder / "README.md").write_text(model_card(result), encoding="utf-8")
+    delete(checkpoints)
+
+
+def _make_config(notation: str, tokenizer: PreTrainedTokenizerFast) -> EntropyGPTConfig:
+    return EntropyGPTConfig.from_notation(
+        notation,
+        **SIZES,
+        **NO_DROPOUT,
+        **ARCHITECTURES[notation],
+        vocab_size=len(tokenizer),
+        n_positions=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        detect_divergence=True,
+    )
+
+
+def _train(
+    model: EntropyGPTForCausalLM, data: Data, steps: int, seed: int, checkpoints: Path, progress: Progress
+) -> float:
+    """Trains from the last whole checkpoint on, and returns the seconds that all of training took."""
+    arguments = TrainingArguments(
+        output_dir=checkpoints,
+        max_steps=steps,
+        per_device_train_batch_size=BATCH_SIZE,
+        warmup_steps=round(WARMUP_SHARE * steps),
+        **HYPERPARAMETERS,
+        seed=seed,
+        logging_steps=max(1, steps // 100),
+        save_steps=max(1, steps // CHECKPOINTS),
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    with stage(progress, f"training {model.config.notation}", steps) as line:
+        trainer = EntropyTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.training,
+            data_collator=collate_blocks,
+            callbacks=[Stopwatch(), StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+        except FloatingPointError as error:
+            raise CommandError(f"{model.config.notation}: {error}") from error
+    return next(callback.seconds for callback in trainer.callback_handler.callbacks if isinstance(callback, Stopwatch))
+
+
+def _measure(
+    model: EntropyGPTForCausalLM, data: Data, steps: int, seed: int, seconds: float, progress: Progress
+) -> ModelResult:
+    with stage(progress, f"evaluating {model.config.notation}", 2 * len(data.validation)) as line:
+        likelihood = measure_likelihood(model, data.validation, data.tokenizer, on_blocks=line.advance)
+        entropy = measure_headwise_entropy(model, data.validation, on_blocks=line.advance)
+        line.say(f"perplexity {likelihood.perplexity:.2f}")
+    return ModelResult(
+        notation=model.config.notation,
+        final_normalization=model.config.final_normalization,
+        parameters=model.num_parameters(only_trainable=True),
+        training_steps=steps,
+        training_tokens=steps * BATCH_SIZE * CONTEXT,
+        training_seconds=seconds,
+        hyperparameters={**HYPERPARAMETERS, "batch_size": BATCH_SIZE, **SIZES, **ARCHITECTURES[model.config.notation]},
+        perplexity_per_token=likelihood.perplexity,
+        bits_per_byte=likelihood.bits_per_byte,
+        headwise_entropy_nats=entropy.nats,
+        maximum_entropy_nats=entropy.maximum,
+        conditions=Conditions(
+            corpus=data.corpus.name,
+            corpus_revision=data.corpus.revision,
+            vocab_size=len(data.tokenizer),
+            context=CONTEXT,
+            evaluated_tokens=likelihood.tokens,
+            dtype=str(model.dtype).removeprefix("torch."),
+            seed=seed,
+            versions=recorded_versions(),
+            git_revision=git_revision(),
+            machine=machine_name(model.device),
+        ),
+    )
+
+
+def _draw(results: list[ModelResult], output: Path):
+    """Redrawn in every run: it takes a second."""
+    for result in results:
+        with written_whole(output / "pictures" / f"entropy_{slug(result.notation)}.png") as path:
+            plot_headwise_entropy(result, path)
+    with written_whole(output / "pictures" / "entropy_comparison.png") as path:
+        plot_comparison(results, path)
+    with written_whole(output / "results.json") as path:
+        save_results(results, path)
+
+
+def _load_back(notation: str, output: Path):
+    folder = output / "models" / slug(notation)
+    with console.status(f"loading {folder} in a fresh process"):
+        try:
+            loaded = load_in_fresh_process(folder, output / "references" / f"{slug(notation)}.safetensors", PROMPT)
+        except RemoteLoadingError as error:
+            raise CommandError(str(error)) from error
+    if loaded.max_difference > LARGEST_DIFFERENCE:
+        raise CommandError(
+            f"{folder} gives other logits in a fresh process: they differ by {loaded.max_difference:.2e}, and "
+            f"{LARGEST_DIFFERENCE:.0e} is allowed. Delete {output} and run again."
+        )
+    console.print(
+        f"[bold]{notation}[/] loads in a fresh process without this package, by trust_remote_code; logits differ by "
+        f"{loaded.max_difference:.1e}. It completes [cyan]{escape(PROMPT)}[/]: {escape(loaded.completion)}"
+    )
+
+
+def _print_table(results: list[ModelResult]):
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for index, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
+    for row in comparison_rows(results):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    console.print(escape(conditions_text(results[0])), style="dim")
+
+
+def _print_where(output: Path):
+    console.print(f"models, ready for the Hub: {output / 'models'}")
+    console.print(f"pictures of headwise entropy: {output / 'pictures'}")
+    console.print(f"all numbers: {output / 'results.json'}")

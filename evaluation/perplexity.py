@@ -1,0 +1,112 @@
+"""Perplexity of a causal language model on packed blocks of tokens."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from tokenizers.decoders import ByteLevel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """
+    How well a model predicts a text.
+
+    Args:
+        nats (`float`): Negative log-likelihood of all predicted tokens together.
+        tokens (`int`): Number of predicted tokens.
+        bytes (`int`): Number of bytes of text that they stand for.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity per token; depends on the tokenizer."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model takes for a byte of text; comparable between tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def measure_likelihood(
+    model: PreTrainedModel,
+    blocks: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    batch_size: int = 32,
+    on_blocks: Callable[[int], None] = lambda count: None,
+) -> Likelihood:
+    """
+    Predicts each block on its own, its first token excepted: the stride is the length of a block, so the tokens at the
+    beginning of a block have little context, and a longer one or an overlap would give a lower perplexity.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model; evaluated as it stands, without dropout.
+        blocks (`Dataset`): Column `input_ids`, of equal length, as `training.data.pack` makes it.
+        tokenizer (`PreTrainedTokenizerFast`): The byte-level tokenizer that made the blocks.
+        batch_size (`int`): Blocks in a forward pass.
+        on_blocks: Called with the number of blocks after each forward pass, for progress.
+
+    Raises:
+        `ValueError`: If the tokenizer is not byte-level, so that a token's number of bytes is unknown.
+    """
+    bytes_of_token = count_bytes(tokenizer).to(model.device)
+    nats, tokens, length = 0.0, 0, 0
+    with evaluation_mode(model):
+        for input_ids in batches(blocks, batch_size, model.device):
+            labels = input_ids[:, 1:]
+            logits = model(input_ids, use_cache=False).logits[:, :-1]
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+            nats += losses.double().sum().item()
+            tokens += labels.numel()
+            length += bytes_of_token[labels].sum().item()
+            on_blocks(len(input_ids))
+    return Likelihood(nats, tokens, length)
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """The model without dropout and gradients for the body, and afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def batches(blocks: Dataset, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Yields `input_ids` of shape `(batch, block_size)`."""
+    for batch in blocks.with_format("torch").iter(batch_size):
+        yield batch["input_ids"].to(device)
+
+
+def count_bytes(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """
+    The number of bytes that each token of a byte-level tokenizer stands for; special tokens stand for none.
+
+    Returns:
+        `torch.Tensor` of shape `(len(tokenizer),)`, integer.
+
+    Raises:
+        `ValueError`: If the tokenizer is not byte-level.
+    """
+    if not isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
+        raise ValueError(
+            f"Bits per byte need a byte-level tokenizer, and {type(tokenizer).__name__} decodes with "
+            f"{tokenizer.backend_tokenizer.decoder}: use one like GPT-2's."
+        )
+    # In such a vocabulary each character of a token stands for one byte.
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_tokens)
+    return torch.tensor([0 if token in special else len(token) for token in tokens])

@@ -1,0 +1,97 @@
+"""Loads a saved model as a stranger would: in a new process, from the folder alone, by `trust_remote_code`.
+
+The process is this very file, run by path and isolated; it refuses to import any package of this project, even where
+one is installed, so only the code in the model's folder can serve.
+"""
+
+import importlib.abc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+PROJECT_PACKAGES = ("modeling_entropy_gpt", "conversion", "training", "evaluation", "command_line")
+
+
+@dataclass(frozen=True)
+class RemoteLoading:
+    """
+    What the stranger saw.
+
+    Args:
+        max_difference (`float`): Largest absolute difference between its logits and those expected.
+        completion (`str`): The prompt, completed greedily to the end of the line.
+    """
+
+    max_difference: float
+    completion: str
+
+
+class RemoteLoadingError(RuntimeError):
+    """The folder can't be loaded without this project; the message is what the other process said."""
+
+
+def save_reference(input_ids: torch.Tensor, logits: torch.Tensor, path: Path):
+    """Keeps what a model answers, to hold a loaded copy against it."""
+    save_file({"input_ids": input_ids.contiguous(), "logits": logits.contiguous()}, path)
+
+
+def load_in_fresh_process(folder: Path, reference: Path, prompt: str) -> RemoteLoading:
+    """
+    Loads a causal language model and its tokenizer in a new process that can't import this project.
+
+    Args:
+        folder (`Path`): The saved model.
+        reference (`Path`): What [`save_reference`] wrote for it.
+        prompt (`str`): The beginning of a line.
+
+    Raises:
+        `RemoteLoadingError`: If the other process fails.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        answer = Path(cache) / "answer.json"
+        process = subprocess.run(
+            [sys.executable, "-I", __file__, folder.resolve(), reference.resolve(), prompt, answer],
+            cwd=cache,
+            env={**os.environ, "HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode:
+            raise RemoteLoadingError(f"Loading {folder} in a fresh process failed:\n{process.stderr.strip()}")
+        return RemoteLoading(**json.loads(answer.read_text(encoding="utf-8")))
+
+
+class _ProjectBlocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.partition(".")[0] in PROJECT_PACKAGES:
+            raise ModuleNotFoundError(f"{fullname} must not be needed: only the files in the model's folder are there")
+
+
+def _answer(folder: str, reference: str, prompt: str) -> RemoteLoading:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = load_file(reference)
+    with torch.no_grad():
+        logits = model(expected["input_ids"]).logits
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=32, do_sample=False, stop_strings="\n", tokenizer=tokenizer)
+    return RemoteLoading(
+        max_difference=(logits - expected["logits"]).abs().max().item(),
+        completion=tokenizer.decode(output[0], skip_special_tokens=True).splitlines()[0],
+    )
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, _ProjectBlocker())
+    folder, reference, prompt, answer = sys.argv[1:]
+    Path(answer).write_text(json.dumps(vars(_answer(folder, reference, prompt))), encoding="utf-8")

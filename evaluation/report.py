@@ -1,0 +1,125 @@
+"""Tables and model cards, generated from result records.
+
+`python -m evaluation.report` writes the README's table anew from the committed results of the quickstart.
+"""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from .results import ModelResult, load_results
+
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART_RESULTS = ROOT / "model_cards" / "results" / "quickstart.json"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- quickstart results: begin -->\n", "<!-- quickstart results: end -->"
+README_BLOCK = re.compile(f"(?<={BEGIN}).*?(?={END})", re.DOTALL)
+
+COLUMNS = (
+    "architecture",
+    "final norm",
+    "parameters",
+    "perplexity per token",
+    "bits per byte",
+    "mean entropy (nats)",
+    "overloaded heads",
+    "training (s)",
+)
+
+
+def comparison_rows(results: list[ModelResult]) -> list[tuple[str, ...]]:
+    """One row of text for each model, in the order of `COLUMNS`."""
+    return [
+        (
+            result.notation,
+            result.final_normalization,
+            f"{result.parameters:,}",
+            f"{result.perplexity_per_token:.2f}",
+            f"{result.bits_per_byte:.3f}",
+            f"{result.headwise_entropy.mean:.2f}",
+            f"{result.headwise_entropy.overloaded_share:.0%}",
+            f"{result.training_seconds:.0f}",
+        )
+        for result in results
+    ]
+
+
+def comparison_markdown(results: list[ModelResult]) -> str:
+    """The comparison as a Markdown table, followed by the conditions that all models share."""
+    rows = [COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *comparison_rows(results)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table}\n\n{conditions_text(results[0])}\n"
+
+
+def conditions_text(result: ModelResult) -> str:
+    """The conditions of a result in two sentences."""
+    conditions = result.conditions
+    versions = ", ".join(f"{name} {number}" for name, number in conditions.versions.items())
+    hyperparameters = ", ".join(f"{name} {value}" for name, value in result.hyperparameters.items())
+    return (
+        f"Trained from scratch on {conditions.corpus} ({conditions.corpus_revision}) for {result.training_steps:,} "
+        f"steps, {result.training_tokens:,} tokens of a vocabulary of {conditions.vocab_size:,} ({hyperparameters}; "
+        f"seed {conditions.seed}, {conditions.dtype}). Evaluated on {conditions.evaluated_tokens:,} tokens of files "
+        f"kept out of training, in blocks of {conditions.context} tokens without overlap. Overloaded: a mean "
+        f"entropy of at least 3/4 of {result.maximum_entropy_nats:.2f} nats, which uniform attention has. Versions: {versions}; commit "
+        f"{conditions.git_revision or 'unknown'}; {conditions.machine}."
+    )
+
+
+def model_card(result: ModelResult) -> str:
+    """The README.md of a model's folder: what it is, how to load it, what was measured, what it is not for."""
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["entropy-gpt", "private-inference", "custom_code"],
+    )
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# EntropyGPT {result.notation}
+
+A GPT-2 of the architecture {result.notation} (final norm: {result.final_normalization}), with
+{result.parameters:,} parameters: one of the architectures for private inference of "Entropy-Guided Attention for
+Private LLMs" (arXiv 2501.03489).
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("import ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+`trust_remote_code=True` runs the Python files in this folder: read them first. They need torch and transformers alone.
+
+## Measured
+
+{comparison_markdown([result])}
+## Limits
+
+A small model, trained for a short time to compare architectures; its text is no use for anything else. Loading it this
+way keeps nothing secret: privacy comes from running it under secure computation.
+"""
+
+
+def update_readme(readme: Path = README, results: Path = QUICKSTART_RESULTS):
+    """
+    Replaces the table in the README by one of the committed results.
+
+    Raises:
+        `ValueError`: If the README lacks the two comments that enclose the table.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if not README_BLOCK.search(text):
+        raise ValueError(f"{readme} has no place for the table: a line {BEGIN.strip()}, and after it {END}.")
+    table = comparison_markdown(load_results(results))
+    readme.write_text(README_BLOCK.sub(lambda _: f"\n{table}\n", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    update_readme()

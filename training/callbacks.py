@@ -1,0 +1,59 @@
+"""What happens beside the steps of a training run: its duration, and its progress."""
+
+import time
+from collections.abc import Callable
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+class Stopwatch(TrainerCallback, ExportableState):
+    """
+    Measures the seconds spent in training, over interruptions too: the time up to a checkpoint is kept in it. Needs
+    `restore_callback_states_from_checkpoint=True` in the arguments.
+    """
+
+    def __init__(self):
+        self.seconds_before = 0.0
+        self.started: float | None = None
+        self.stopped: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in training so far."""
+        if self.started is None:
+            return self.seconds_before
+        return self.seconds_before + (self.stopped or time.perf_counter()) - self.started
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"seconds_before": self.seconds}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.stopped = time.perf_counter(), None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.stopped = time.perf_counter()
+
+
+class StepObserver(TrainerCallback):
+    """
+    Hands the progress of training to whoever shows it.
+
+    Args:
+        on_step: Called with the number of finished steps, at the beginning and after each step.
+        on_loss: Called with the mean training loss since the last call, whenever the trainer logs it.
+    """
+
+    def __init__(self, on_step: Callable[[int], None], on_loss: Callable[[float], None]):
+        self.notify_step = on_step
+        self.notify_loss = on_loss
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.notify_step(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.notify_step(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.notify_loss(logs["loss"])
