@@ -39,7 +39,8 @@ def main() -> int:
     try:
         return app(standalone_mode=False) or 0
     except typer.TyperException as wrong_usage:
-        print(f"entropy-gpt: {wrong_usage.format_message()} See entropy-gpt --help.", file=sys.stderr)
+        if message := wrong_usage.format_message():  # none where the help is shown for want of a subcommand
+            print(f"entropy-gpt: {message} (entropy-gpt --help tells more)", file=sys.stderr)
         return wrong_usage.exit_code
     except ModuleNotFoundError as missing:
         print(

@@ -22,6 +22,8 @@ def quickstart(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the order of the data.")] = 0,
 ):
     """
+    Train, compare, save and reload three small models.
+
     Trains GPT-2 and two architectures for private inference on real text, all small and alike in size, and compares
     them: perplexity, entropy of attention heads, seconds. Each is saved as a folder ready for the Hub and loaded back
     in a fresh process. Takes about 5 minutes on two cores; if interrupted, the same command goes on.

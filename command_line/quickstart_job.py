@@ -68,7 +68,7 @@ HYPERPARAMETERS = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 
 WARMUP_SHARE = 0.05
 CHECKPOINTS = 15
 EVALUATED_BLOCKS = 512
-PROMPT = "def __init__(self"
+PROMPT = "def __init__(self, "
 LARGEST_DIFFERENCE = 1e-5
 
 # The columns of the report's tables, for a terminal of 80 characters.
@@ -170,7 +170,7 @@ def _check_output(output: Path, settings: dict):
     if not (output / "settings.json").exists():
         raise CommandError(f"{output} is there already and holds no quickstart: {remedy}.")
     earlier = json.loads((output / "settings.json").read_text(encoding="utf-8"))
-    changed = [f"{name} {earlier.get(name)} then, {value} now" for name, value in settings.items() if earlier.get(name) != value]
+    changed = [f"{name} {earlier[name]} then, {now} now" for name, now in settings.items() if earlier[name] != now]
     if changed:
         raise CommandError(f"{output} holds a quickstart with other settings ({'; '.join(changed)}): {remedy}.")
 
@@ -319,8 +319,8 @@ def _load_back(notation: str, output: Path):
             f"{LARGEST_DIFFERENCE:.0e} is allowed. Delete {output} and run again."
         )
     console.print(
-        f"[bold]{notation}[/] loads in a fresh process without this package, by trust_remote_code; logits differ by "
-        f"{loaded.max_difference:.1e}. It completes [cyan]{escape(PROMPT)}[/]: {escape(loaded.completion)}"
+        f"[bold]{escape(notation)}[/] loads in a fresh process from its folder alone (largest difference of logits: "
+        f"{loaded.max_difference:.0e}), and completes: [green]{escape(loaded.completion)}[/]"
     )
 
 

@@ -65,5 +65,5 @@ def _draw_heat_map(axes: Axes, result: ModelResult) -> AxesImage:
 
 
 def _add_scale(figure: Figure, all_axes: list[Axes], image: AxesImage, entropy: HeadwiseEntropy):
-    label = f"mean entropy of attention rows (nats); uniform attention has {entropy.maximum:.2f}"
+    label = f"mean entropy of attention rows (nats)\nuniform attention: {entropy.maximum:.2f}"
     figure.colorbar(image, ax=all_axes, label=label)

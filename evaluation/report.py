@@ -62,9 +62,9 @@ def conditions_text(result: ModelResult) -> str:
         f"Trained from scratch on {conditions.corpus} ({conditions.corpus_revision}) for {result.training_steps:,} "
         f"steps, {result.training_tokens:,} tokens of a vocabulary of {conditions.vocab_size:,} ({hyperparameters}; "
         f"seed {conditions.seed}, {conditions.dtype}). Evaluated on {conditions.evaluated_tokens:,} tokens of files "
-        f"kept out of training, in blocks of {conditions.context} tokens without overlap. Overloaded: a mean "
-        f"entropy of at least 3/4 of {result.maximum_entropy_nats:.2f} nats, which uniform attention has. Versions: {versions}; commit "
-        f"{conditions.git_revision or 'unknown'}; {conditions.machine}."
+        f"kept out of training, in blocks of {conditions.context} tokens without overlap. Overloaded: a mean entropy "
+        f"of at least 3/4 of {result.maximum_entropy_nats:.2f} nats, which uniform attention has. Versions: "
+        f"{versions}; commit {conditions.git_revision or 'unknown'}; {conditions.machine}."
     )
 
 

@@ -224,8 +224,8 @@ class EntropyGPTConfig(PreTrainedConfig):
 
     def _check_ffn(self):
         if self.activation_function not in ACT2FN and self.activation_function not in OWN_ACTIVATIONS:
-            names = [*ACT2FN, *OWN_ACTIVATIONS]
-            hint = _did_you_mean(self.activation_function, names)
+            names = sorted({*ACT2FN, *OWN_ACTIVATIONS})
+            hint = _did_you_mean(self.activation_function, names) or "."
             raise ValueError(
                 f"activation_function={self.activation_function!r} is unknown{hint} Known are {', '.join(names)}."
             )
@@ -275,8 +275,8 @@ class EntropyGPTConfig(PreTrainedConfig):
     def _reject_misspelt_fields(self, kwargs: dict):
         """transformers stores unknown fields silently; a near miss of a field of this family is an error instead."""
         own_names = [*(f.name for f in fields(EntropyGPTConfig)), *self.attribute_map]
-        for name in kwargs:
-            if name not in INHERITED_FIELDS and (hint := _did_you_mean(name, own_names)):
+        for name in kwargs.keys() - INHERITED_FIELDS - self.attribute_map.keys():
+            if hint := _did_you_mean(name, own_names):
                 raise ValueError(f"{name!r} is no field of {type(self).__name__}{hint}")
 
 

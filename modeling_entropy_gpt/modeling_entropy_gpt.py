@@ -141,7 +141,8 @@ class EntropyGPTAttention(nn.Module):
 
     def _attend_with_entropies(self, query_states, key_states, value_states, attention_mask, **kwargs):
         query_length = query_states.shape[2]
-        is_causal = attention_mask is None or attention_mask.ndim == 2
+        # Masks of padding alone (flash attention) and no mask leave it to the kernel to hide later keys.
+        is_causal = attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.ndim == 2)
         if self.config._attn_implementation == "eager":
             attn_output, attn_weights, _ = self._attend(
                 query_states, key_states, value_states, attention_mask, **kwargs

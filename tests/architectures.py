@@ -3,6 +3,7 @@
 import torch
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D
 
 
 SIZES = {
@@ -40,21 +41,30 @@ ARCHITECTURES = (
 
 
 def make_config(notation: str, **fields) -> EntropyGPTConfig:
-    """A tiny configuration whose temperatures and entropies are far from trivial."""
-    return EntropyGPTConfig.from_notation(notation, **{**SIZES, "temperature_init": 0.2, **fields})
+    """A tiny configuration, whose temperatures are not 1."""
+    return EntropyGPTConfig.from_notation(notation, **{**SIZES, "temperature_init": 0.7, **fields})
 
 
 def make_model(notation: str, model_class=EntropyGPTForCausalLM, **fields):
-    """A tiny model with weights ten times as large as at initialisation, so that attention is far from uniform."""
+    """
+    A tiny model with weights so large that its attention is far from uniform even without norms: at initialisation
+    every key looks alike, and a wrong mask, position or temperature would hardly show.
+    """
     model = model_class(make_config(notation, **fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "temperature" not in name:
-                parameter.mul_(5)
-            elif name.endswith("log_temperature"):
+            if name.endswith("log_temperature"):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             elif parameter.ndim < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
+            elif "wte" in name or "wpe" in name:
+                parameter.mul_(50)
+            else:
+                parameter.mul_(8)
+        for module in model.modules():
+            if isinstance(module, EntropyGPTNormalizedConv1D):
+                module.initialize()
+                module.gain.mul_(2 if module.kind == "spectral" else 1)
     return model
 
 

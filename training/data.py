@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".c", ".h", ".js", ".ts", ".java", ".go", ".rs", ".tex"})
-# Folders of the standard library that are tests, or not part of it.
-NOT_STANDARD_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+# Folders of the standard library that are tests, tables in the guise of code, or not part of it.
+NOT_READ = frozenset({"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"})
 
 
 class CorpusError(ValueError):
@@ -58,13 +58,14 @@ class Corpus:
 
 def load_standard_library(validation_share: float = 0.05) -> Corpus:
     """
-    The source of this interpreter's standard library, without its tests: Python code that is on every machine.
+    The source of this interpreter's standard library, without its tests and its tables of encodings: Python code that
+    is on every machine.
 
     Args:
         validation_share (`float`): Part of the characters that is kept for validation.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in sorted(root.rglob("*.py")) if not NOT_STANDARD_LIBRARY & {*path.relative_to(root).parts}]
+    files = [path for path in sorted(root.rglob("*.py")) if not NOT_READ & {*path.relative_to(root).parts}]
     texts = {path: path.read_bytes() for path in files}
     # A handful of files exist to be in another encoding; they are left out.
     decodable = {path: text.decode() for path, text in texts.items() if _is_text(text)}

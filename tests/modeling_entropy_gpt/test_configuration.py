@@ -1,0 +1,101 @@
+"""The configuration: GPT-2 by default, and every mistake named with its remedy."""
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, GPT2Config
+
+from modeling_entropy_gpt import EntropyGPTConfig
+from tests.architectures import ARCHITECTURES, make_config
+
+
+def test_defaults_are_those_of_gpt2():
+    ours, theirs = EntropyGPTConfig().to_dict(), GPT2Config().to_dict()
+    names = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "use_cache"]
+    names += ["resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range", "bos_token_id"]
+    assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+
+
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_saves_and_loads(notation, tmp_path):
+    config = make_config(notation, num_labels=5)
+    config.save_pretrained(tmp_path)
+    assert EntropyGPTConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert AutoConfig.from_pretrained(tmp_path).notation == notation
+
+
+def test_canonical_names_stand_for_those_of_gpt2():
+    config = EntropyGPTConfig(num_hidden_layers=3, hidden_size=48, num_attention_heads=4, max_position_embeddings=32)
+    assert (config.n_layer, config.n_embd, config.n_head, config.n_positions) == (3, 48, 4, 32)
+    assert EntropyGPTConfig.from_notation("SM+ScFFNi2", num_hidden_layers=3).pruned_ffn_layers == [1, 2]
+
+
+def test_reads_the_config_of_a_gpt2_checkpoint():
+    fields = {**GPT2Config(n_layer=3).to_dict(), "n_ctx": 1024, "torch_dtype": "float32"}
+    fields.pop("model_type")
+    assert EntropyGPTConfig(**fields).notation == "SM+LN+G"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"n_head": 5, "n_embd": 48}, ["n_head=5", "n_embd=48", "4"]),
+        ({"n_layer": 0}, ["n_layer=0", "at least 1"]),
+        ({"n_inner": 0}, ["n_inner=0", "None"]),
+        ({"attn_pdrop": 1.5}, ["attn_pdrop=1.5", "between 0 and 1"]),
+        ({"ffn_type": "fused", "activation_function": "relu"}, ["fused", "'relu'", "activation_function='identity'"]),
+        ({"activation_function": "gelu_neww"}, ["gelu_neww", "did you mean 'gelu_new'?", "learnable_leaky_relu"]),
+        ({"activation_function": "qqqq"}, ["'qqqq' is unknown. Known are"]),
+        ({"pruned_ffn_layers": [1, 12]}, ["[12]", "0 to 11"]),
+        ({"pruned_ffn_layers": [1, 1]}, ["[1, 1]", "twice"]),
+        ({"ffn_alpha_init": 0.0}, ["ffn_alpha_init=0", "alpha"]),
+        ({"weight_normalization": "weight", "weight_normalization_targets": ["qk"]}, ["'qk'", "q, k, v, o, ffn"]),
+        ({"weight_normalization": "weight"}, ["no targets", "weight_normalization_targets"]),
+        ({"weight_normalization_targets": ["q"]}, ["no effect", "spectral"]),
+        ({"weight_normalization": "weight", "weight_normalization_targets": ["q", "q"]}, ["twice"]),
+        ({"temperature_init": 0.0}, ["temperature_init=0.0", "above 0"]),
+        ({"entropy_tolerance": -0.1}, ["entropy_tolerance=-0.1", "at least 0"]),
+        ({"entropy_coefficient": -1}, ["entropy_coefficient=-1", "at least 0"]),
+        ({"normalization": "batchnorm"}, ["normalization", "batchnorm", "static"]),
+        ({"entropy_penalty": "mean"}, ["entropy_penalty", "mean", "row_sum"]),
+        ({"n_embd": "768"}, ["n_embd", "int", "str"]),
+        ({"entropy_regularization": "yes"}, ["entropy_regularization", "bool"]),
+    ],
+)
+def test_mistakes_are_named_with_what_is_allowed(fields, words):
+    with pytest.raises((StrictDataclassError, ValueError)) as error:
+        EntropyGPTConfig(**fields)
+    message = f"{error.value} {error.value.__cause__ or ''}"
+    assert not [word for word in words if word not in message], message
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("entropy_regularisation", "entropy_regularization"),
+        ("attention_temprature", "attention_temperature"),
+        ("ffn_alpha_int", "ffn_alpha_init"),
+        ("num_hidden_layer", "num_hidden_layers"),
+        ("n_heads", "n_head"),
+    ],
+)
+def test_misspelt_fields_are_refused_with_the_right_name(misspelt, meant):
+    with pytest.raises(ValueError, match=f"{misspelt}.*{meant}"):
+        EntropyGPTConfig(**{misspelt: 1})
+
+
+def test_fields_of_other_tools_pass():
+    assert EntropyGPTConfig(my_experiment="a", task_specific_params={}).my_experiment == "a"
+
+
+def test_a_value_set_later_is_checked_too():
+    config = EntropyGPTConfig()
+    with pytest.raises((StrictDataclassError, ValueError)):
+        config.normalization = "batchnorm"
+
+
+def test_a_broken_combination_is_not_saved(tmp_path):
+    config = EntropyGPTConfig()
+    config.ffn_type = "fused"
+    with pytest.raises((StrictDataclassError, ValueError), match="identity"):
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()

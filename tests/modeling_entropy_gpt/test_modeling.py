@@ -1,0 +1,392 @@
+"""What every transformers model does, over every architecture: backends, caches, generation, padding, compilation."""
+
+import copy
+
+import pytest
+import torch
+from transformers import StaticCache, pipeline
+from transformers.utils import is_flash_attn_2_available
+
+from modeling_entropy_gpt import (
+    EntropyGPTForCausalLM,
+    EntropyGPTForQuestionAnswering,
+    EntropyGPTForSequenceClassification,
+    EntropyGPTForTokenClassification,
+)
+from tests.architectures import ARCHITECTURES, NO_DROPOUT, SIZES, make_config, make_model, make_tokens
+from training.data import train_tokenizer
+
+
+# One for each way in which the forward pass differs; the whole list is for what is cheap.
+REPRESENTATIVES = (
+    "SM+LN+G",
+    "SM+ScFuFFN",
+    "EReg(SM(t)+ScFuFFN)",
+    "EReg(SM(t_h)+StaticLN+LearnableLeakyR+ScFFN)",
+    "EReg(SM(t)+ScFuFFNi1)",
+    "SM+ScFFN+WN(QKV+FFN)",
+    "SM+ScFuFFN+SN(QKVO+FFN)",
+)
+HEADS = (
+    EntropyGPTForCausalLM,
+    EntropyGPTForSequenceClassification,
+    EntropyGPTForTokenClassification,
+    EntropyGPTForQuestionAnswering,
+)
+
+every_architecture = pytest.mark.parametrize("notation", ARCHITECTURES)
+representatives = pytest.mark.parametrize("notation", REPRESENTATIVES)
+
+
+def assert_close(got, expected, **options):
+    torch.testing.assert_close(got, expected, **{"rtol": 1e-4, "atol": 2e-4, **options})
+
+
+def pad(tokens, side, count=5):
+    """The same tokens with padding on one side of all rows but the last, which is longer."""
+    padding = torch.full((tokens.shape[0], count), SIZES["pad_token_id"])
+    input_ids = torch.cat([padding, tokens] if side == "left" else [tokens, padding], dim=1)
+    input_ids = torch.cat([input_ids, make_tokens(1, input_ids.shape[1])])
+    mask = (input_ids != SIZES["pad_token_id"]).long()
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+def unpad(values, side, count=5):
+    """The inverse of `pad`, along dimension 1."""
+    return values[:-1, count:] if side == "left" else values[:-1, :-count]
+
+
+@every_architecture
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_eager_and_sdpa_agree(notation, padding):
+    model = make_model(notation)
+    inputs = {"input_ids": make_tokens()} if padding is None else pad(make_tokens(), padding)
+    outputs = {}
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        plain = model(**inputs).logits
+        outputs[implementation] = model(**inputs, output_entropies=True)
+        valid = slice(None) if padding is None else inputs["attention_mask"].bool()
+        assert_close(plain[valid], outputs[implementation].logits[valid])
+    eager, sdpa = outputs["eager"], outputs["sdpa"]
+    assert_close(sdpa.logits[valid], eager.logits[valid])
+    for layer, (got, expected) in enumerate(zip(sdpa.attention_entropies, eager.attention_entropies, strict=True)):
+        assert_close(got.transpose(1, 2)[valid], expected.transpose(1, 2)[valid], msg=f"layer {layer}")
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers sets it
+@representatives
+def test_flex_and_sdpa_agree(notation):
+    model = make_model(notation)
+    inputs = pad(make_tokens(), "left")
+    valid = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**inputs, output_entropies=True)
+        model.set_attn_implementation("flex_attention")
+        assert_close(model(**inputs).logits[valid], expected.logits[valid])
+        got = model(**inputs, output_entropies=True)
+    for ours, theirs in zip(got.attention_entropies, expected.attention_entropies, strict=True):
+        assert_close(ours.transpose(1, 2)[valid], theirs.transpose(1, 2)[valid])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn")
+@representatives
+def test_flash_and_sdpa_agree(notation):
+    model = make_model(notation).to("cuda", torch.bfloat16)
+    inputs = {name: tensor.cuda() for name, tensor in pad(make_tokens(), "left").items()}
+    valid = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**inputs, output_entropies=True)
+        model.set_attn_implementation("flash_attention_2")
+        got = model(**inputs, output_entropies=True)
+        assert_close(model(**inputs).logits[valid], expected.logits[valid], rtol=5e-2, atol=5e-1)
+    for ours, theirs in zip(got.attention_entropies, expected.attention_entropies, strict=True):
+        assert_close(ours.transpose(1, 2)[valid], theirs.transpose(1, 2)[valid], rtol=5e-2, atol=1e-1)
+
+
+@every_architecture
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(notation, side):
+    model = make_model(notation)
+    tokens = make_tokens()
+    expected = model(tokens, output_entropies=True)
+    got = model(**pad(tokens, side), output_entropies=True)
+    assert_close(unpad(got.logits, side), expected.logits)
+    assert torch.equal(unpad(got.visible_keys, side), expected.visible_keys.expand_as(tokens))
+    for ours, theirs in zip(got.attention_entropies, expected.attention_entropies, strict=True):
+        assert_close(unpad(ours.transpose(1, 2), side), theirs.transpose(1, 2))
+
+
+@every_architecture
+def test_no_token_sees_a_later_one(notation):
+    model = make_model(notation)
+    tokens = make_tokens()
+    changed = tokens.clone()
+    changed[:, 9:] = make_tokens()[:, 9:]
+    before, after = model(tokens).logits, model(changed).logits
+    assert_close(after[:, :9], before[:, :9])
+    assert (after[:, 9:] - before[:, 9:]).abs().max() > 0.1
+
+
+@every_architecture
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_cached_decoding_is_the_same_as_one_pass(notation, implementation):
+    model = make_model(notation)
+    model.set_attn_implementation(implementation)
+    tokens = make_tokens()
+    expected = model(tokens, output_entropies=True)
+    cache, logits, entropies = None, [], []
+    for part in (tokens[:, :9], tokens[:, 9:10], tokens[:, 10:14], tokens[:, 14:]):
+        outputs = model(part, past_key_values=cache, use_cache=True, output_entropies=True)
+        cache = outputs.past_key_values
+        logits.append(outputs.logits)
+        entropies.append(torch.stack(outputs.attention_entropies))
+    assert_close(torch.cat(logits, dim=1), expected.logits)
+    assert_close(torch.cat(entropies, dim=-1), torch.stack(expected.attention_entropies))
+
+
+@representatives
+def test_static_cache_is_the_same_as_one_pass(notation):
+    model = make_model(notation)
+    tokens = make_tokens()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    logits = []
+    for part in (tokens[:, :9], tokens[:, 9:10], tokens[:, 10:]):
+        logits.append(model(part, past_key_values=cache, use_cache=True).logits)
+    assert_close(torch.cat(logits, dim=1), model(tokens).logits)
+
+
+def test_temperatures_follow_the_position_in_cached_generation_beyond_the_prompt():
+    model = make_model("SM(t)+ScFuFFN")
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.log_temperature.copy_(torch.linspace(-1, 1, SIZES["n_positions"]).expand(4, -1))
+    inputs = {name: tensor for name, tensor in pad(make_tokens(), "left").items() if name != "position_ids"}
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    generated = model.generate(**inputs, **options)
+    assert torch.equal(generated, model.generate(**inputs, **options, use_cache=False))
+    # Each new token is the likeliest one after those before it, computed without cache and without padding.
+    alone = generated[0, 5:]
+    logits = model(alone[None]).logits[0]
+    assert torch.equal(logits[16:-1].argmax(dim=-1), alone[17:])
+    # The check above would not notice temperatures that do not matter.
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.log_temperature.zero_()
+    assert not torch.equal(generated, model.generate(**inputs, **options))
+
+
+@representatives
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": False}, {"do_sample": True, "top_k": 20}, {"num_beams": 3, "do_sample": False}],
+    ids=["greedy", "sampling", "beam"],
+)
+def test_generation_is_the_same_with_and_without_left_padding(notation, options):
+    model = make_model(notation)
+    tokens = make_tokens(1)
+    options = {"max_new_tokens": 8, "eos_token_id": None, **options}
+    torch.manual_seed(1)
+    expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    assert expected.shape == (1, 25)
+    inputs = {name: tensor[:1] for name, tensor in pad(tokens, "left").items() if name != "position_ids"}
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(**inputs, **options)[:, 5:], expected)
+
+
+def test_generation_with_a_static_cache_is_the_same():
+    model = make_model("EReg(SM(t)+ScFuFFN)")
+    tokens = make_tokens()
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "disable_compile": True}
+    mask = torch.ones_like(tokens)
+    expected = model.generate(tokens, attention_mask=mask, **options)
+    assert torch.equal(model.generate(tokens, attention_mask=mask, cache_implementation="static", **options), expected)
+
+
+@every_architecture
+def test_hidden_states_and_attentions(notation):
+    model = make_model(notation)
+    model.set_attn_implementation("eager")
+    tokens = make_tokens()
+    outputs = model(tokens, output_hidden_states=True, output_attentions=True, output_entropies=True)
+    assert [states.shape for states in outputs.hidden_states] == [(2, 17, 48)] * 4
+    assert_close(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    for attention, entropies in zip(outputs.attentions, outputs.attention_entropies, strict=True):
+        assert_close(attention.sum(dim=-1), torch.ones(2, 4, 17))
+        assert attention.triu(1).eq(0).all()
+        assert_close(-torch.special.xlogy(attention, attention).sum(dim=-1), entropies)
+
+
+def test_attentions_under_sdpa_are_refused_with_the_remedy():
+    model = make_model("SM+LN+G")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"set_attn_implementation\('eager'\)"):
+        model(make_tokens(), output_attentions=True)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_entropies_stay_within_what_the_mask_allows(implementation):
+    model = make_model("SM+LN+G")
+    model.set_attn_implementation(implementation)
+    inputs = pad(make_tokens(), "right")
+    outputs = model(**inputs, output_entropies=True)
+    largest = outputs.visible_keys.clamp(min=1).log()[:, None]
+    for entropies in outputs.attention_entropies:
+        valid = (outputs.visible_keys > 0)[:, None].expand_as(entropies)
+        assert (entropies[valid] <= largest.expand_as(entropies)[valid] + 1e-5).all()
+        assert (entropies[valid] >= -1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Exactly one"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.long), "inputs_embeds": torch.ones(1, 3, 48)}, "Exactly one"),
+        ({"input_ids": torch.ones(1, 65, dtype=torch.long)}, "65 tokens.*n_positions=64"),
+    ],
+)
+def test_bad_inputs_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_model("SM+LN+G")(**arguments)
+
+
+@representatives
+def test_embeddings_in_place_of_tokens(notation):
+    model = make_model(notation)
+    tokens = make_tokens()
+    embeddings = model.get_input_embeddings()(tokens)
+    assert_close(model(inputs_embeds=embeddings).logits, model(tokens).logits, rtol=0, atol=0)
+
+
+def test_logits_to_keep():
+    model = make_model("SM+LN+G")
+    tokens = make_tokens()
+    assert_close(model(tokens, logits_to_keep=2).logits, model(tokens).logits[:, -2:])
+
+
+def test_packed_sequences_do_not_see_each_other():
+    model = make_model("EReg(SM(t)+ScFuFFN)")
+    tokens = make_tokens(1, 20)
+    position_ids = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    packed = model(tokens, position_ids=position_ids, output_entropies=True, use_cache=False)
+    for part in (slice(0, 12), slice(12, 20)):
+        alone = model(tokens[:, part], output_entropies=True)
+        assert_close(packed.logits[:, part], alone.logits)
+        assert torch.equal(packed.visible_keys[:, part], alone.visible_keys)
+
+
+@representatives
+def test_resizing_and_tying_embeddings(notation):
+    model = make_model(notation)
+    tokens = make_tokens()
+    expected = model(tokens).logits
+    model.resize_token_embeddings(SIZES["vocab_size"] + 10, mean_resizing=False)
+    assert model.config.vocab_size == model.lm_head.out_features == SIZES["vocab_size"] + 10
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert_close(model(tokens).logits[..., : SIZES["vocab_size"]], expected)
+    assert model(tokens, labels=tokens).loss.isfinite()
+
+    untied = make_model(notation, tie_word_embeddings=False)
+    assert untied.lm_head.weight is not untied.get_input_embeddings().weight
+
+
+@representatives
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(notation, dtype):
+    model = make_model(notation)
+    tokens = make_tokens()
+    expected = model(tokens).logits
+    outputs = model.to(dtype)(tokens, output_entropies=True, labels=tokens)
+    assert outputs.logits.dtype == dtype
+    assert outputs.attention_entropies[0].dtype == torch.float32
+    correlation = torch.corrcoef(torch.stack([outputs.logits.float().flatten(), expected.flatten()]))[0, 1]
+    assert correlation > (0.999 if dtype == torch.float16 else 0.98)
+    outputs.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@representatives
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_compiles_to_one_graph(notation, training):
+    torch._dynamo.reset()
+    model = make_model(notation, **NO_DROPOUT).train(training)
+    tokens = make_tokens()
+    # A copy, since spectral normalisation follows the weights with every forward pass in training.
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    expected, got = model(tokens, labels=tokens), compiled(tokens, labels=tokens)
+    assert_close(got.loss, expected.loss)
+    assert_close(got.logits, expected.logits)
+
+
+@representatives
+def test_exports(notation):
+    model = make_model(notation)
+    model.config.use_cache = False
+    tokens = make_tokens()
+    program = torch.export.export(model, (), {"input_ids": tokens}, strict=False)
+    other = make_tokens()
+    assert_close(program.module()(input_ids=other).logits, model(other).logits)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
+def test_heads_train_and_answer(head, notation):
+    model = make_model(notation, head, num_labels=3, **NO_DROPOUT)
+    tokens = make_tokens()
+    labels = {
+        EntropyGPTForCausalLM: {"labels": tokens},
+        EntropyGPTForSequenceClassification: {"labels": torch.tensor([0, 2])},
+        EntropyGPTForTokenClassification: {"labels": torch.randint(3, tokens.shape)},
+        EntropyGPTForQuestionAnswering: {"start_positions": tokens[:, 0] % 9, "end_positions": tokens[:, 1] % 9},
+    }[head]
+    evaluated = model(tokens, **labels).loss
+    trained = model.train()(tokens, **labels).loss
+    trained.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    # In training alone the penalty is part of the loss.
+    assert (trained > evaluated) == model.config.entropy_regularization
+    assert model(tokens, **labels, return_dict=False)[0] == trained
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sequence_classification_reads_the_last_token_that_is_no_padding(side):
+    model = make_model("SM+LN+G", EntropyGPTForSequenceClassification, num_labels=3)
+    tokens = make_tokens()
+    assert_close(model(**pad(tokens, side)).logits[:-1], model(tokens).logits)
+
+
+def test_sequence_classification_of_a_batch_without_pad_token_is_refused():
+    model = make_model("SM+LN+G", EntropyGPTForSequenceClassification, pad_token_id=None)
+    model(make_tokens(1))
+    with pytest.raises(ValueError, match="pad_token_id"):
+        model(make_tokens(2))
+
+
+def test_text_generation_pipeline():
+    tokenizer = train_tokenizer(["def main():\n    return 1\n"] * 3, vocab_size=300)
+    config = make_config("EReg(SM(t)+ScFuFFN)", vocab_size=len(tokenizer))
+    generator = pipeline("text-generation", model=EntropyGPTForCausalLM(config), tokenizer=tokenizer)
+    prompts = ["def main", "d"]
+    texts = [text[0]["generated_text"] for text in generator(prompts, max_new_tokens=5, batch_size=2)]
+    assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
+
+
+def test_detect_divergence_names_the_layer():
+    model = make_model("SM+ScFFN", detect_divergence=True).train()
+    tokens = make_tokens()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"layer 1 \(h\.1\)"):
+        model(tokens, labels=tokens)
+    model.eval()(tokens, labels=tokens)  # evaluation goes on, so that the model can be looked at
+    model.config.detect_divergence = False
+    model.train()(tokens, labels=tokens)
+
+
+def test_detect_divergence_tells_a_bad_head_from_a_bad_layer():
+    model = make_model("SM+ScFFN", detect_divergence=True, tie_word_embeddings=False).train()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="The loss is nan while the hidden states of every layer are finite"):
+        model(make_tokens(), labels=make_tokens())

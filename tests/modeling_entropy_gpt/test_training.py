@@ -1,0 +1,168 @@
+"""Training with the Trainer and PEFT: what learns, and what the result does not depend on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from modeling_entropy_gpt import EntropyGPTForCausalLM, EntropyGPTForTokenClassification
+from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
+from training.data import collate_blocks
+
+
+def make_dataset(rows=16, length=16):
+    return Dataset.from_dict({"input_ids": make_tokens(rows, length).tolist()})
+
+
+def make_trainer(model, folder, dataset=None, data_collator=collate_blocks, **arguments):
+    defaults = {"max_steps": 2, "learning_rate": 1e-2, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=folder, use_cpu=True, seed=0, **{**defaults, **arguments}),
+        train_dataset=make_dataset() if dataset is None else dataset,
+        data_collator=data_collator,
+    )
+
+
+def parameters_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_every_parameter_changes(notation, tmp_path):
+    model = make_model(notation, entropy_coefficient=1e-2)
+    before = parameters_of(model)
+    make_trainer(model, tmp_path, max_steps=3).train()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("penalty", ["head_mean", "row_mean", "row_sum"])
+def test_the_trajectory_does_not_depend_on_accumulation(penalty, tmp_path):
+    dataset = make_dataset(8)
+    trajectories = {}
+    for size, accumulation in ((8, 1), (4, 2), (1, 8)):
+        torch.manual_seed(0)
+        model = make_model("EReg(SM(t)+ScFuFFN)", **NO_DROPOUT, entropy_penalty=penalty, entropy_coefficient=0.1)
+        trainer = make_trainer(
+            model,
+            tmp_path,
+            dataset,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+            logging_steps=1,
+            optim="sgd",
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trajectories[size] = (losses, parameters_of(model))
+    expected_losses, expected = trajectories[8]
+    assert expected_losses[-1] < expected_losses[0]
+    for size in (4, 1):
+        losses, parameters = trajectories[size]
+        assert losses == pytest.approx(expected_losses, rel=1e-4)
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_trajectory_does_not_depend_on_the_number_of_ranks(tmp_path):
+    """Two processes with four sequences each, and one with eight, end at the same weights."""
+    script = Path(__file__).with_name("train_on_ranks.py")
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    results = {}
+    for ranks in (1, 2):
+        result = tmp_path / f"{ranks}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script]
+        process = subprocess.run(
+            [*command, result, tmp_path], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert process.returncode == 0, process.stderr[-3000:]
+        results[ranks] = torch.load(result, weights_only=True)
+    assert results[1].keys() == results[2].keys()
+    for name, expected in results[1].items():
+        torch.testing.assert_close(results[2][name], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_by_the_trainer_changes_nothing(use_reentrant, tmp_path):
+    results = []
+    for arguments in ({}, {"activation_checkpointing": True}):
+        if arguments:
+            arguments["activation_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
+        torch.manual_seed(0)
+        model = make_model("EReg(SM(t)+ScFuFFN)", **NO_DROPOUT, entropy_coefficient=0.01)
+        make_trainer(model, tmp_path, **arguments).train()
+        results.append(parameters_of(model))
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=0, atol=1e-7, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+@pytest.mark.parametrize("targets", [["c_attn"], "all-linear"], ids=str)
+@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
+def test_lora(notation, targets, tmp_path):
+    model = make_model(notation, **NO_DROPOUT)
+    tokens = make_tokens()
+    original = model(tokens).logits
+    configuration = LoraConfig(r=4, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, configuration)
+    torch.testing.assert_close(adapted(tokens).logits, original)
+    before = parameters_of(adapted)
+    make_trainer(adapted, tmp_path, max_steps=3).train()
+    changed = {name for name, parameter in adapted.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    trained = adapted.eval()(tokens).logits
+    assert not torch.allclose(trained, original, atol=1e-3)
+
+    adapted.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(adapted.merge_and_unload()(tokens).logits, trained, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(make_model(notation, **NO_DROPOUT), tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(tokens).logits, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_another_head_trains_with_the_trainer(tmp_path):
+    model = make_model("EReg(SM(t)+ScFuFFN)", EntropyGPTForTokenClassification, num_labels=2, entropy_coefficient=1e-2)
+    dataset = make_dataset().map(lambda row: {"labels": [token % 2 for token in row["input_ids"]]})
+    before = parameters_of(model)
+    make_trainer(model, tmp_path, dataset, default_data_collator, max_steps=3).train()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_spectral_norms_follow_the_weights_in_training():
+    model = make_model("SM+ScFuFFN+SN(QKVO+FFN)", **NO_DROPOUT).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(50):
+        optimizer.zero_grad()
+        tokens = make_tokens(4)
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    for _ in range(30):  # power iterations at fixed weights
+        model(tokens)
+    for block in model.transformer.h:
+        linear = block.mlp.c_fused
+        largest = torch.linalg.svdvals(linear.weight * linear.scale())[0]
+        torch.testing.assert_close(largest, linear.gain.flatten()[0], rtol=2e-2, atol=0)
+
+
+def test_learning_lowers_the_loss_and_generation_repeats_what_was_learnt():
+    model = EntropyGPTForCausalLM(make_model("EReg(SM(t)+ScFuFFN)", **NO_DROPOUT, temperature_init=0.1).config)
+    tokens = make_tokens(2, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        outputs = model.train()(tokens, labels=tokens)
+        outputs.loss.backward()
+        optimizer.step()
+    assert outputs.cross_entropy_loss < 0.1
+    prompt = tokens[:, :6]
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 18, "do_sample": False}
+    assert torch.equal(model.eval().generate(prompt, **options, eos_token_id=None), tokens)
