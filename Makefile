@@ -5,10 +5,17 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SOURCES := modeling_entropy_gpt conversion training evaluation command_line tests
 
-.PHONY: quickstart test style bench clean
+.PHONY: quickstart results test style bench clean
 
 quickstart: $(INSTALLED)  ## Trains, compares, draws, saves and reloads three small models (about 5 minutes).
 	$(BIN)/entropy-gpt quickstart $(ARGS)
+
+results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in the README.
+	rm -rf quickstart_output
+	$(BIN)/entropy-gpt quickstart
+	cp quickstart_output/results.json model_cards/results/quickstart.json
+	cp quickstart_output/pictures/entropy_comparison.png model_cards/results/quickstart_entropy.png
+	$(BIN)/python -m evaluation.report
 
 test: $(INSTALLED)  ## Runs the default test suite, offline.
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -1,0 +1,51 @@
+"""The console command as a user types it."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+
+COMMAND = Path(sys.executable).with_name("entropy-gpt")
+
+
+def run(*arguments):
+    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quikstart"], "Did you mean 'quickstart'?"),
+        (["quickstart", "--stps", "3"], "--steps"),
+        (["quickstart", "--steps", "0"], "'--steps'"),
+        (["quickstart", "--steps", "many"], "'--steps'"),
+        (["quickstart", "--seed", "-1"], "'--seed'"),
+        (["quickstart", "somewhere"], "somewhere"),
+    ],
+)
+def test_wrong_usage_exits_2_with_one_line(arguments, message):
+    process = run(*arguments)
+    assert process.returncode == 2
+    assert process.stdout == ""
+    (line,) = process.stderr.splitlines()
+    assert message in line
+
+
+def test_without_arguments_the_help_is_shown():
+    process = run()
+    assert process.returncode == 2
+    assert "quickstart" in process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_help_shows_an_example():
+    process = run("quickstart", "--help")
+    assert process.returncode == 0
+    assert "Example: entropy-gpt quickstart --corpus" in process.stdout
+
+
+def test_version():
+    assert run("--version").stdout == f"entropy-gpt {version('entropy-gpt')}\n"

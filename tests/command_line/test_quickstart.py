@@ -1,0 +1,147 @@
+"""The quickstart from end to end, as a process of its own on a tiny corpus: whole, interrupted, and misused."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from command_line.quickstart_job import ARCHITECTURES, slug
+from evaluation.results import load_results
+
+
+COMMAND = Path(sys.executable).with_name("entropy-gpt")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Some of this project's own source."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for path in Path(__file__).parents[2].glob("modeling_entropy_gpt/*.py"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def arguments(corpus, output, **options):
+    options = {"steps": 20, "corpus": corpus, "output": output, **options}
+    return [COMMAND, "quickstart", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+def run(corpus, output, **options):
+    return subprocess.run(arguments(corpus, output, **options), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "output"
+    return output, run(corpus, output)
+
+
+def test_everything_is_there(finished):
+    output, process = finished
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    results = load_results(output / "results.json")
+    assert [result.notation for result in results] == list(ARCHITECTURES)
+    assert len({result.training_tokens for result in results}) == 1
+    for result in results:
+        assert f"{result.perplexity_per_token:.2f}" in process.stdout
+        assert result.notation in process.stdout
+        assert len(result.headwise_entropy_nats) == 4
+        assert (output / "pictures" / f"entropy_{slug(result.notation)}.png").stat().st_size > 5000
+        folder = output / "models" / slug(result.notation)
+        for name in ("config.json", "model.safetensors", "modeling_entropy_gpt.py", "tokenizer.json", "README.md"):
+            assert (folder / name).exists()
+    assert "fresh process" in process.stdout
+    assert str(output / "models") in process.stdout.replace("\n", "")
+    assert not list(output.rglob("checkpoint-*"))
+    assert not list(output.rglob(".unfinished-*"))
+
+
+def test_a_second_run_shows_the_same_without_training_anew(finished, corpus):
+    output, process = finished
+    before = {path: path.stat().st_mtime_ns for path in (output / "models").rglob("*")}
+    again = run(corpus, output)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (output / "models").rglob("*")} == before
+    assert "training SM+LN+G" not in again.stdout
+    assert again.stdout[again.stdout.index("architecture") :] == process.stdout[process.stdout.index("architecture") :]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_to_the_same_result(sent, finished, corpus, tmp_path):
+    output, _ = finished
+    process = subprocess.Popen(
+        arguments(corpus, tmp_path / "output"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    # Once the second model has a checkpoint, the first one is finished.
+    checkpoints = tmp_path / "output" / "checkpoints" / slug("SM+ScFuFFN")
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.01)
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL), error
+    if sent == signal.SIGINT:
+        assert error.splitlines()[-1] == "entropy-gpt: interrupted. The same command goes on from here."
+        assert "Traceback" not in error
+
+    resumed = run(corpus, tmp_path / "output")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "training SM+LN+G" not in resumed.stdout
+    for notation in ARCHITECTURES:
+        expected, got = (
+            load_file(folder / "models" / slug(notation) / "model.safetensors")
+            for folder in (output, tmp_path / "output")
+        )
+        for name, tensor in expected.items():
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, msg=f"{name} of {notation}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "There is no"),
+        (b"", "is empty"),
+        (b"\0\1\2", "is not UTF-8 text"),
+        (b"x = 1\n", "too short"),
+        (b"x = 1\n" * 300, "kept for validation"),
+    ],
+    ids=["missing", "empty", "binary", "short", "short validation"],
+)
+def test_a_bad_corpus_leaves_nothing(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "corpus.txt").write_bytes(content)
+    process = run(tmp_path / "corpus.txt", tmp_path / "output")
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("entropy-gpt: ")
+    assert message in line
+    assert not (tmp_path / "output").exists()
+
+
+def test_another_runs_folder_is_not_touched(finished, corpus):
+    output, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    process = run(corpus, output, steps=21)
+    assert process.returncode == 1
+    assert "steps 20 then, 21 now" in process.stderr
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def test_a_folder_of_something_else_is_not_touched(corpus, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    process = run(corpus, tmp_path)
+    assert process.returncode == 1
+    assert "holds no quickstart" in process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_slugs_need_no_quotes():
+    assert slug("EReg(SM(t)+ScFuFFN)") == "ereg-smt-scfuffn"
+    assert slug("SM+LN+G") == "sm-ln-g"

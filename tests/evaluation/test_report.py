@@ -1,0 +1,100 @@
+"""Result records, the tables made of them, and the README that shows one."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import StrictDataclassError
+
+from evaluation.plots import plot_comparison, plot_headwise_entropy
+from evaluation.report import QUICKSTART_RESULTS, README, comparison_markdown, model_card, update_readme
+from evaluation.results import Conditions, ModelResult, load_results, recorded_versions, save_results
+
+
+@pytest.fixture
+def result():
+    return ModelResult(
+        notation="EReg(SM(t)+ScFuFFN)",
+        final_normalization="none",
+        parameters=1234567,
+        training_steps=10,
+        training_tokens=10240,
+        training_seconds=12.3,
+        hyperparameters={"learning_rate": 1e-3},
+        perplexity_per_token=71.264,
+        bits_per_byte=2.1649,
+        headwise_entropy_nats=[[3.0, 1.0], [0.5, 3.5]],
+        maximum_entropy_nats=4.0,
+        conditions=Conditions(
+            corpus="text",
+            corpus_revision="sha256:0",
+            vocab_size=300,
+            context=128,
+            evaluated_tokens=999,
+            dtype="float32",
+            seed=7,
+            versions=recorded_versions(),
+            git_revision=None,
+            machine="a machine",
+        ),
+    )
+
+
+def test_results_are_read_back_as_they_were_written(result, tmp_path):
+    save_results([result, result], tmp_path / "results.json")
+    assert load_results(tmp_path / "results.json") == [result, result]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"schema_version": 0, "results": []}', '{"schema_version": 1}'])
+def test_other_files_are_refused_by_name(damage, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(damage)
+    with pytest.raises(ValueError, match=r"results\.json is no file of results"):
+        load_results(path)
+
+
+def test_records_are_typed_and_have_no_infinite_numbers(result, tmp_path):
+    with pytest.raises(StrictDataclassError):
+        dataclasses.replace(result, parameters="many")
+    with pytest.raises(ValueError, match="JSON"):
+        save_results([dataclasses.replace(result, bits_per_byte=float("nan"))], tmp_path / "results.json")
+
+
+def test_the_table_has_every_number(result):
+    row = comparison_markdown([result]).splitlines()[2]
+    assert row == "| EReg(SM(t)+ScFuFFN) | none | 1,234,567 | 71.26 | 2.165 | 2.00 | 50% | 12 |"
+
+
+def test_the_card_is_valid_and_tells_the_conditions(result):
+    card = ModelCard(model_card(result))
+    assert card.data.library_name == "transformers"
+    for words in ("trust_remote_code=True", "sha256:0", "seed 7", "999 tokens", "a machine", "nothing secret"):
+        assert words in card.text
+
+
+def test_pictures_are_written(result, tmp_path):
+    plot_headwise_entropy(result, tmp_path / "one.png")
+    plot_comparison([result, result], tmp_path / "two.png")
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_shows_the_committed_results(tmp_path):
+    copy = tmp_path / "README.md"
+    shutil.copy(README, copy)
+    update_readme(copy)
+    assert copy.read_text() == README.read_text(), "run: python -m evaluation.report"
+
+
+def test_a_readme_without_a_place_for_the_table_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("# Nothing\n")
+    with pytest.raises(ValueError, match="no place for the table"):
+        update_readme(tmp_path / "README.md")
+
+
+def test_committed_results_are_of_one_commit_without_changes():
+    results = load_results(QUICKSTART_RESULTS)
+    assert {result.conditions.git_revision.endswith("+changes") for result in results} == {False}
+    assert len({json.dumps(dataclasses.asdict(result.conditions)) for result in results}) == 1

@@ -1,0 +1,144 @@
+"""Corpus, tokenizer and packing."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.data import (
+    CorpusError,
+    Document,
+    collate_blocks,
+    load_corpus,
+    load_standard_library,
+    pack,
+    train_tokenizer,
+)
+
+
+@pytest.fixture(scope="module")
+def standard_library():
+    return load_standard_library()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([Path(__file__).read_text()], vocab_size=400)
+
+
+def test_standard_library_is_python_code_without_tests(standard_library):
+    documents = (*standard_library.training, *standard_library.validation)
+    names = [document.name for document in documents]
+    assert {"argparse.py", os.path.join("json", "decoder.py")} <= set(names)  # noqa: PTH118
+    assert not [name for name in names if {"test", "tests", "site-packages", "encodings"} & set(Path(name).parts)]
+    assert standard_library.characters > 5_000_000
+    assert f"Python {sys.version_info.major}.{sys.version_info.minor}" in standard_library.revision
+
+
+def test_the_split_is_by_file_and_always_the_same(standard_library):
+    training, validation = (
+        {document.name for document in part} for part in (standard_library.training, standard_library.validation)
+    )
+    assert training.isdisjoint(validation)
+    share = sum(len(document.text) for document in standard_library.validation) / standard_library.characters
+    assert 0.04 < share < 0.1
+    assert load_standard_library() == standard_library
+
+
+def test_a_folder_is_read_with_its_subfolders(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for index in range(6):
+        (tmp_path / "deep" / f"{index}.py").write_text(f"x = {index}\n" * 50)
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "empty.txt").write_text("")
+    corpus = load_corpus(tmp_path)
+    assert len(corpus.training) + len(corpus.validation) == 6
+    assert corpus.validation
+    assert corpus.name == tmp_path.name
+    (tmp_path / "deep" / "0.py").write_text("x = 7\n" * 50)
+    assert load_corpus(tmp_path).revision != corpus.revision
+
+
+def test_a_lone_file_is_split_at_a_line_end(tmp_path):
+    file = tmp_path / "notes"
+    lines = [f"line {index}\n" for index in range(200)]
+    file.write_text("".join(lines))
+    corpus = load_corpus(file)
+    assert corpus.training[0].text + corpus.validation[0].text == file.read_text()
+    assert corpus.training[0].text.endswith("\n")
+    assert 0 < len(corpus.validation[0].text) <= 0.1 * len(file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b" \n\n", "is empty"), (b"a\0b", "is not UTF-8 text"), (b"\xff\xfe\xfa", "is not UTF-8 text")],
+)
+@pytest.mark.parametrize("inside_folder", [False, True])
+def test_bad_files_are_named(content, message, inside_folder, tmp_path):
+    file = tmp_path / "bad.txt"
+    file.write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        load_corpus(tmp_path if inside_folder else file)
+
+
+def test_a_missing_path_and_a_folder_without_text_are_named(tmp_path):
+    with pytest.raises(CorpusError, match="There is no .*nowhere"):
+        load_corpus(tmp_path / "nowhere")
+    with pytest.raises(CorpusError, match=r"holds no text files.*\.py"):
+        load_corpus(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_named(tmp_path):
+    file = tmp_path / "secret.txt"
+    file.write_text("x")
+    file.chmod(0)
+    with pytest.raises(CorpusError, match=r"secret\.txt can't be read"):
+        load_corpus(file)
+
+
+def test_a_dangling_link_is_named(tmp_path):
+    (tmp_path / "good.txt").write_text("text\n" * 20)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
+    assert [document.name for document in load_corpus(tmp_path).training] == ["good.txt (beginning)"]
+    with pytest.raises(CorpusError, match=r"link\.txt"):
+        load_corpus(tmp_path / "link.txt")
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_text_survives_the_tokenizer(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=False) == text
+
+
+def test_the_tokenizer_is_no_larger_than_asked_and_survives_saving(tokenizer, tmp_path):
+    assert len(tokenizer) == 400
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    assert again("def f(x):")["input_ids"] == tokenizer("def f(x):")["input_ids"]
+    assert again.eos_token == again.bos_token == again.pad_token == "<|endoftext|>"
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.text(alphabet="ab\n ", max_size=60), max_size=6), st.integers(1, 9))
+def test_packing_keeps_every_token_in_order(tokenizer, texts, block_size):
+    documents = [Document(str(index), text) for index, text in enumerate(texts)]
+    stream = []
+    for text in texts:
+        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    seen = []
+    if len(stream) < block_size:
+        with pytest.raises(CorpusError, match=f"{len(stream)} tokens, and one block takes {block_size}"):
+            pack(documents, tokenizer, block_size)
+        return
+    blocks = pack(documents, tokenizer, block_size, seen.append)["input_ids"]
+    assert [token for block in blocks for token in block] == stream[: len(stream) // block_size * block_size]
+    assert seen == documents
+
+
+def test_every_token_of_a_block_is_a_label():
+    batch = collate_blocks([{"input_ids": [0, 5, 0]}, {"input_ids": [1, 2, 3]}])
+    assert batch["labels"].tolist() == batch["input_ids"].tolist() == [[0, 5, 0], [1, 2, 3]]
