@@ -18,7 +18,7 @@ results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in t
 	$(BIN)/python -m evaluation.report
 
 test: $(INSTALLED)  ## Runs the default test suite, offline.
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mended.
 	$(BIN)/ruff check $(if $(FIX),--fix) $(SOURCES)

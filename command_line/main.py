@@ -10,6 +10,8 @@ from .errors import CommandError
 from .quickstart import quickstart
 
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     help="GPT-2 without most of its non-linearities, for private inference.",
     no_args_is_help=True,
@@ -36,8 +38,15 @@ def options(
 
 def main() -> int:
     """Runs the command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    status = _run_app()
+    if status == INTERRUPTED:
+        print("entropy-gpt: interrupted. The same command goes on from here.", file=sys.stderr)
+    return status
+
+
+def _run_app() -> int:
     try:
-        return app(standalone_mode=False) or 0
+        return app(standalone_mode=False) or 0  # typer itself makes a KeyboardInterrupt the status 130
     except typer.TyperException as wrong_usage:
         if message := wrong_usage.format_message():  # none where the help is shown for want of a subcommand
             print(f"entropy-gpt: {message} (entropy-gpt --help tells more)", file=sys.stderr)
@@ -51,6 +60,3 @@ def main() -> int:
     except (CommandError, OSError) as failure:
         print(f"entropy-gpt: {failure}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, typer.Abort):
-        print("entropy-gpt: interrupted. The same command goes on from here.", file=sys.stderr)
-        return 130

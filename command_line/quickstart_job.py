@@ -239,7 +239,6 @@ def _train(
         seed=seed,
         logging_steps=max(1, steps // 100),
         save_steps=max(1, steps // CHECKPOINTS),
-        save_total_limit=2,
         restore_callback_states_from_checkpoint=True,
         report_to=[],
         disable_tqdm=True,

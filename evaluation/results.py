@@ -19,7 +19,7 @@ RECORDED_VERSIONS = ("entropy-gpt", "torch", "transformers", "datasets", "tokeni
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class Conditions:
     """
     What a number depends on beside the model.
@@ -50,7 +50,7 @@ class Conditions:
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class ModelResult:
     """
     What training a model from scratch took, and what it gave.

@@ -74,7 +74,12 @@ def test_a_lone_file_is_split_at_a_line_end(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b" \n\n", "is empty"), (b"a\0b", "is not UTF-8 text"), (b"\xff\xfe\xfa", "is not UTF-8 text")],
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"a\0b", "is not UTF-8 text"),
+        (b"\xff\xfe\xfa", "is not UTF-8 text"),
+    ],
 )
 @pytest.mark.parametrize("inside_folder", [False, True])
 def test_bad_files_are_named(content, message, inside_folder, tmp_path):
@@ -85,7 +90,7 @@ def test_bad_files_are_named(content, message, inside_folder, tmp_path):
 
 
 def test_a_missing_path_and_a_folder_without_text_are_named(tmp_path):
-    with pytest.raises(CorpusError, match="There is no .*nowhere"):
+    with pytest.raises(CorpusError, match=r"There is no .*nowhere"):
         load_corpus(tmp_path / "nowhere")
     with pytest.raises(CorpusError, match=r"holds no text files.*\.py"):
         load_corpus(tmp_path)

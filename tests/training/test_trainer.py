@@ -83,7 +83,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_adds_up_its_time(tmp
 
 def test_losses_are_handed_on(tmp_path):
     losses = []
-    make_trainer(make_model("SM+LN+G"), tmp_path, [StepObserver(lambda step: None, losses.append)], max_steps=3).train()
+    observer = StepObserver(lambda step: None, losses.append)
+    make_trainer(make_model("SM+LN+G"), tmp_path, [observer], max_steps=3).train()
     assert len(losses) == 3
 
 
