@@ -1,0 +1,362 @@
+"""Attention with row entropies in blocks of rows, out of torch's own matrix products: memory linear in the length.
+
+A block holds some rows of some heads, with the keys that these rows may attend to and no others, and is small enough
+to stay in the processor's caches. Nothing of it outlives it but the output, the entropy and the log-sum-exp of its
+rows; the backward pass computes its scores again. With s the scores, P the probabilities, and upstream gradients do of
+the output and g of the entropy,
+
+    H_i     = lse_i - sum_j P_ij s_ij
+    ds_ij   = P_ij (do_i . v_j  -  do_i . o_i  -  g_i (log P_ij + H_i))
+
+so entropy adds no matrix product to those of attention, only passes over a block. Scores are kept to base 2, since
+`exp2` is fast for every argument, where `exp` slows down a hundredfold where its result underflows.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
+# Added to the scores of pairs that are masked: far below any score, and far enough from the end of float32 that no
+# product with it overflows.
+MASKED = -1e20
+# Rows with a maximum below this have nothing that they may attend to.
+NOTHING_VISIBLE = MASKED / 10
+
+# Sizes of blocks, by measurement (evaluation/benchmarks/entropy_attention.py).
+LONGEST_WITH_SHORT_BLOCKS = 256
+SHORT_BLOCK_ROWS, BLOCK_ROWS = 64, 128
+GROUP_ELEMENTS = {SHORT_BLOCK_ROWS: 2**18, BLOCK_ROWS: 2**21}
+# Rows of the matrices that carry one more column are a multiple of so many numbers apart: 64 bytes.
+ALIGNMENT = 16
+
+# Two copies of this file may be loaded side by side, the package's and one that came with weights: an operator each.
+OPERATOR = f"entropy_gpt::{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}"
+
+
+@torch.library.custom_op(f"{OPERATOR}_forward", mutates_args=())
+def blockwise_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    visible: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Attention, the entropy of its rows, and their log-sum-exp. Differentiable in query, key and value, once.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, query_length, head_dim)`): Queries.
+        key (`torch.Tensor` of shape `(batch, heads, key_length, head_dim)`): Keys.
+        value (`torch.Tensor` of shape `(batch, heads, key_length, value_dim)`, *optional*):
+            Values; without, entropies alone are computed.
+        visible (`torch.Tensor` of `bool`, *optional*):
+            True where a query may attend to a key; broadcastable to `(batch, heads, query_length, key_length)`.
+        is_causal (`bool`): Whether a query attends to no later key; the last query stands at the last key.
+        scaling (`float`): What the products are multiplied by.
+        dropout (`float`): Dropout on the probabilities; entropies are taken before it.
+        seed (`torch.Tensor` of one integer, *optional*): Seed of the dropout.
+
+    Returns:
+        `tuple`: Output, `(batch, heads, query_length, value_dim)`, of the values' dtype and laid out as
+        `(batch, query_length, heads, value_dim)`; entropies in nats and log-sum-exp to base 2, both
+        `(batch, heads, query_length)` and of at least float32.
+    """
+    output, entropies, log_sum_exp = _empty_results(query, value)
+    with torch.autocast(query.device.type, enabled=False):
+        plan = _Plan(query, key, visible, is_causal)
+        buffers = _Buffers(plan, 2 + (dropout > 0))
+        chunk = 0
+        for group in plan.groups():
+            queries = group.take(query, scaling * LOG2_E)
+            keys = group.take(key).mT
+            values = None if value is None else group.take(value)
+            row_maximum, row_sum, row_product = group.columns(3)
+            for block in plan.blocks:
+                chunk += 1
+                if block.is_empty:
+                    row_maximum[:, block.rows], row_sum[:, block.rows], row_product[:, block.rows] = 0.0, 0.0, 0.0
+                    if value is not None:
+                        group.of(output)[:, :, block.rows] = 0.0
+                    continue
+                scores, exponentials, *kept = buffers.views(group, block)
+                torch.bmm(queries[:, block.rows], keys[:, :, block.keys], out=scores)
+                plan.mask(scores, group, block)
+                maximum = torch.amax(scores, dim=-1, keepdim=True, out=row_maximum[:, block.rows])
+                if visible is not None:
+                    maximum.clamp_(min=NOTHING_VISIBLE)
+                torch.exp2(scores.sub_(maximum), out=exponentials)
+                torch.sum(exponentials, dim=-1, keepdim=True, out=row_sum[:, block.rows])
+                torch.sum(scores.mul_(exponentials), dim=-1, keepdim=True, out=row_product[:, block.rows])
+                if value is not None:
+                    if dropout:
+                        exponentials.mul_(_draw_kept(kept[0], dropout, seed, chunk))
+                    sums = row_sum[:, block.rows]
+                    attended = torch.bmm(exponentials, values[:, block.keys])
+                    divisor = sums if visible is None else sums.clamp(min=torch.finfo(sums.dtype).tiny)
+                    group.of(output)[:, :, block.rows] = group.unflatten(attended.div_(divisor))
+            log_sum = row_sum.log2() if visible is None else row_sum.clamp(min=torch.finfo(row_sum.dtype).tiny).log2()
+            rows_entropy = (log_sum - row_product / row_sum).mul_(LN_2)
+            if visible is not None:
+                rows_entropy = rows_entropy.where(row_sum > 0, 0.0)
+            group.of(entropies)[:] = group.unflatten(rows_entropy).squeeze(-1)
+            group.of(log_sum_exp)[:] = group.unflatten(log_sum + row_maximum).squeeze(-1)
+    return output, entropies, log_sum_exp
+
+
+@torch.library.custom_op(f"{OPERATOR}_backward", mutates_args=())
+def blockwise_attention_backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    visible: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+    output: torch.Tensor,
+    entropies: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    grad_output: torch.Tensor | None,
+    grad_entropies: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Gradients of query, key and value (without a value: an empty tensor), given what the forward pass took and gave.
+    """
+    grad_query, grad_key, grad_value = _empty_gradients(query, key, value)
+    with torch.autocast(query.device.type, enabled=False):
+        plan = _Plan(query, key, visible, is_causal)
+        buffers = _Buffers(plan, 2 + (dropout > 0))
+        row_constant = -grad_entropies * entropies
+        if value is not None:
+            row_constant -= (grad_output.to(plan.dtype) * output.to(plan.dtype)).sum(dim=-1)
+        slope = grad_entropies * -LN_2
+        chunk = 0
+        for group in plan.groups():
+            # One more column each, so that the matrix product itself subtracts the log-sum-exp and adds the constant.
+            queries = group.take(query, scaling * LOG2_E, column=-group.of(log_sum_exp))
+            keys = group.take(key, column=1.0)
+            slopes = group.flatten(group.of(slope)).unsqueeze(-1)
+            constants = group.flatten(group.of(row_constant)).unsqueeze(-1)
+            sum_key = keys.new_zeros(group.size, plan.key_length, plan.head_dim)
+            if value is not None:
+                values = group.take(value, column=1.0)
+                upstream = group.take(grad_output, column=group.of(row_constant))
+                sum_value = values.new_zeros(group.size, plan.key_length, value.shape[-1])
+            for block in plan.blocks:
+                chunk += 1
+                if block.is_empty:
+                    group.of(grad_query)[:, :, block.rows] = 0.0
+                    continue
+                scores, probabilities, *kept = buffers.views(group, block)
+                block_queries = queries[:, block.rows]
+                torch.bmm(block_queries, keys[:, block.keys].mT, out=scores)  # log2 of the probabilities
+                plan.mask(scores, group, block)
+                torch.exp2(scores, out=probabilities)
+                scores.mul_(slopes[:, block.rows])
+                if value is None:
+                    scores.add_(constants[:, block.rows])
+                elif dropout:
+                    factor = _draw_kept(kept[0], dropout, seed, chunk)
+                    block_upstream = upstream[:, block.rows, :-1]
+                    sum_value[:, block.keys] += (probabilities * factor).mT @ block_upstream
+                    scores.add_(constants[:, block.rows])
+                    scores.add_((block_upstream @ values[:, block.keys, :-1].mT).mul_(factor))
+                else:
+                    block_upstream = upstream[:, block.rows]
+                    sum_value[:, block.keys] += probabilities.mT @ block_upstream[..., :-1]
+                    scores.baddbmm_(block_upstream, values[:, block.keys].mT)
+                scores.mul_(probabilities)  # now the gradient of the scores
+                block_grad = torch.bmm(scores, keys[:, block.keys, :-1]).mul_(scaling)
+                group.of(grad_query)[:, :, block.rows] = group.unflatten(block_grad)
+                sum_key[:, block.keys] += scores.mT @ block_queries[..., :-1]
+            group.of(grad_key)[:] = group.unflatten(sum_key.mul_(LN_2))
+            if value is not None:
+                group.of(grad_value)[:] = group.unflatten(sum_value)
+    return grad_query, grad_key, grad_value
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows, and the keys that at least one of them may attend to."""
+
+    rows: slice
+    keys: slice
+
+    @property
+    def is_empty(self) -> bool:
+        return self.keys.start >= self.keys.stop
+
+
+class _Group:
+    """Some heads of some sequences, which are computed together: as `(batch, heads, ...)`, or flat as `(size, ...)`."""
+
+    def __init__(self, plan: "_Plan", batch: slice, heads: slice):
+        self.plan = plan
+        self.batch = batch
+        self.heads = heads
+        self.shape = (batch.stop - batch.start, heads.stop - heads.start)
+        self.size = self.shape[0] * self.shape[1]
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This group's part of a tensor of shape `(batch, heads, ...)`."""
+        return tensor[self.batch, self.heads]
+
+    def flatten(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[0] if self.shape[0] == 1 else tensor.flatten(0, 1)
+
+    def unflatten(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(*self.shape, *tensor.shape[1:])
+
+    def take(self, tensor: torch.Tensor, factor: float = 1.0, column: torch.Tensor | float | None = None):
+        """This group's part, flat, in the dtype of the computation, times a factor, with one more column if given."""
+        part = self.of(tensor)
+        width = part.shape[-1]
+        if column is None:
+            part = self.flatten(part.to(self.plan.dtype))
+            return part if factor == 1.0 else part * factor
+        stride = -(-(width + 1) // ALIGNMENT) * ALIGNMENT
+        wide = part.new_empty(*part.shape[:-1], stride, dtype=self.plan.dtype)
+        torch.mul(part.to(self.plan.dtype), factor, out=wide[..., :width])
+        wide[..., width] = column
+        return wide.view(self.size, part.shape[-2], stride)[..., : width + 1]
+
+    def columns(self, count: int) -> list[torch.Tensor]:
+        """Uninitialised numbers, one for each row: `count` tensors of shape `(size, query_length, 1)`."""
+        shape = (self.size, self.plan.query_length, 1)
+        return [torch.empty(shape, dtype=self.plan.dtype, device=self.plan.device) for _ in range(count)]
+
+
+class _Plan:
+    """How the work is cut into groups of heads and blocks of rows, and what is masked in a block."""
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor | None, is_causal: bool):
+        self.batch_size, self.heads, self.query_length, self.head_dim = query.shape
+        self.key_length = key.shape[2]
+        self.device = query.device
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        self.visible = visible
+        self.is_causal = is_causal
+        self.past = self.key_length - self.query_length
+        rows = SHORT_BLOCK_ROWS if self.key_length <= LONGEST_WITH_SHORT_BLOCKS else BLOCK_ROWS
+        self.block_rows = max(1, min(rows, self.query_length))
+        wanted = GROUP_ELEMENTS[rows] // max(1, self.block_rows * self.key_length)
+        self.group_heads = max(1, min(wanted, self.heads))
+        self.group_batch = max(1, min(wanted // self.heads, self.batch_size))
+        self.blocks = list(self._cut_rows())
+        if is_causal:
+            square = torch.full((self.block_rows, self.block_rows), MASKED, dtype=self.dtype, device=self.device)
+            self.later_keys = square.triu(1)
+
+    def groups(self) -> Iterator[_Group]:
+        # Heads in parts as equal as can be: a small rest would leave threads without work.
+        parts = -(-self.heads // self.group_heads)
+        group_heads = -(-self.heads // parts)
+        for batch in range(0, self.batch_size, self.group_batch):
+            for head in range(0, self.heads, group_heads):
+                yield _Group(
+                    self,
+                    slice(batch, min(batch + self.group_batch, self.batch_size)),
+                    slice(head, min(head + group_heads, self.heads)),
+                )
+
+    def mask(self, scores: torch.Tensor, group: _Group, block: _Block):
+        """Adds to the scores of a block, flat and in place, what keeps masked pairs out."""
+        if self.is_causal:
+            diagonal = block.rows.start + self.past
+            start = max(block.keys.start, diagonal)
+            if start < block.keys.stop:
+                rows = block.rows.stop - block.rows.start
+                later_keys = self.later_keys[:rows, start - diagonal : block.keys.stop - diagonal]
+                scores[:, :, start - block.keys.start :].add_(later_keys)
+        if self.visible is not None:
+            visible = self.visible
+            for dim, part in enumerate((group.batch, group.heads, block.rows, block.keys)):
+                if visible.shape[dim] > 1:
+                    visible = visible.narrow(dim, part.start, part.stop - part.start)
+            group.unflatten(scores).add_(torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, MASKED))
+
+    def _cut_rows(self) -> Iterator[_Block]:
+        for start in range(0, self.query_length, self.block_rows):
+            rows = slice(start, min(start + self.block_rows, self.query_length))
+            last = min(self.key_length, rows.stop + self.past) if self.is_causal else self.key_length
+            yield _Block(rows, self._visible_range(rows, last))
+
+    def _visible_range(self, rows: slice, last: int) -> slice:
+        """The keys before `last` from the first to the last that the mask lets any of these rows see."""
+        if self.visible is None or self.visible.shape[-1] == 1:
+            return slice(0, last)
+        visible = self.visible if self.visible.shape[2] == 1 else self.visible[:, :, rows]
+        seen = visible[..., :last].any(dim=0).any(dim=0).any(dim=0).nonzero()
+        return slice(seen[0].item(), seen[-1].item() + 1) if len(seen) else slice(0, 0)
+
+
+class _Buffers:
+    """Memory for the matrices of one block, used again for each."""
+
+    def __init__(self, plan: _Plan, count: int):
+        heads = min(plan.group_batch * plan.group_heads, plan.batch_size * plan.heads)
+        size = heads * plan.block_rows * plan.key_length
+        self._buffers = [torch.empty(size, dtype=plan.dtype, device=plan.device) for _ in range(count)]
+
+    def views(self, group: _Group, block: _Block) -> list[torch.Tensor]:
+        """One matrix of shape `(group size, rows, keys)` from each buffer."""
+        shape = (group.size, block.rows.stop - block.rows.start, block.keys.stop - block.keys.start)
+        return [buffer[: math.prod(shape)].view(shape) for buffer in self._buffers]
+
+
+def _draw_kept(kept: torch.Tensor, dropout: float, seed: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Fills a matrix with 1 / (1 - dropout) where a probability is kept, else 0; the same in both passes."""
+    generator = torch.Generator(kept.device).manual_seed(seed.item() + chunk)
+    kept.bernoulli_(1 - dropout, generator=generator)
+    return kept if dropout == 1 else kept.div_(1 - dropout)
+
+
+def _empty_results(query: torch.Tensor, value: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch_size, heads, query_length, _ = query.shape
+    value_dim = 0 if value is None else value.shape[-1]
+    output = query.new_empty(batch_size, query_length, heads, value_dim).transpose(1, 2)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return output, *(query.new_empty(batch_size, heads, query_length, dtype=dtype) for _ in range(2))
+
+
+def _empty_gradients(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    return torch.empty_like(query), torch.empty_like(key), query.new_empty(0) if value is None else torch.empty_like(value)
+
+
+@blockwise_attention.register_fake
+def _(query, key, value, visible, is_causal, scaling, dropout, seed):
+    return _empty_results(query, value)
+
+
+@blockwise_attention_backward.register_fake
+def _(query, key, value, *rest):
+    return _empty_gradients(query, key, value)
+
+
+def _save(ctx, inputs, output):
+    query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed = inputs
+    ctx.save_for_backward(query, key, value, visible, seed, *output)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _differentiate(ctx, grad_output, grad_entropies, _):
+    query, key, value, visible, seed, output, entropies, log_sum_exp = ctx.saved_tensors
+    grad_query, grad_key, grad_value = blockwise_attention_backward(
+        query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed,
+        output, entropies, log_sum_exp, grad_output, grad_entropies,
+    )  # fmt: skip
+    return grad_query, grad_key, None if value is None else grad_value, None, None, None, None, None
+
+
+blockwise_attention.register_autograd(_differentiate, setup_context=_save)
+
+__all__ = ["blockwise_attention"]
