@@ -29,9 +29,9 @@ MASKED = -1e20
 NOTHING_VISIBLE = MASKED / 10
 
 # Sizes of blocks, by measurement (evaluation/benchmarks/entropy_attention.py).
-LONGEST_WITH_SHORT_BLOCKS = 256
-SHORT_BLOCK_ROWS, BLOCK_ROWS = 64, 128
-GROUP_ELEMENTS = {SHORT_BLOCK_ROWS: 2**18, BLOCK_ROWS: 2**21}
+BLOCK_ROWS = 128
+BLOCK_ELEMENTS = 2**20
+MOST_HEADS = 24
 # Rows of the matrices that carry one more column are a multiple of so many numbers apart: 64 bytes.
 ALIGNMENT = 16
 
@@ -197,7 +197,7 @@ class _Block:
 
 
 class _Group:
-    """Some heads of some sequences, which are computed together: as `(batch, heads, ...)`, or flat as `(size, ...)`."""
+    """Some heads of some sequences, computed together: as `(batch, heads, ...)`, or flat as `(size, ...)`."""
 
     def __init__(self, plan: "_Plan", batch: slice, heads: slice):
         self.plan = plan
@@ -246,9 +246,8 @@ class _Plan:
         self.visible = visible
         self.is_causal = is_causal
         self.past = self.key_length - self.query_length
-        rows = SHORT_BLOCK_ROWS if self.key_length <= LONGEST_WITH_SHORT_BLOCKS else BLOCK_ROWS
-        self.block_rows = max(1, min(rows, self.query_length))
-        wanted = GROUP_ELEMENTS[rows] // max(1, self.block_rows * self.key_length)
+        self.block_rows = max(1, min(BLOCK_ROWS, self.query_length))
+        wanted = min(MOST_HEADS, BLOCK_ELEMENTS // max(1, self.block_rows * self.key_length))
         self.group_heads = max(1, min(wanted, self.heads))
         self.group_batch = max(1, min(wanted // self.heads, self.batch_size))
         self.blocks = list(self._cut_rows())
@@ -329,7 +328,8 @@ def _empty_results(query: torch.Tensor, value: torch.Tensor | None) -> tuple[tor
 
 
 def _empty_gradients(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    return torch.empty_like(query), torch.empty_like(key), query.new_empty(0) if value is None else torch.empty_like(value)
+    grad_value = query.new_empty(0) if value is None else torch.empty_like(value)
+    return torch.empty_like(query), torch.empty_like(key), grad_value
 
 
 @blockwise_attention.register_fake

@@ -1,113 +1,369 @@
-"""Attention with entropies, against its definition row by row."""
+"""Attention with entropies, every route against its definition with whole matrices."""
 
+import importlib.util
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.attention.flex_attention import create_block_mask
 
-from modeling_entropy_gpt import entropy_attention, row_entropies
+from modeling_entropy_gpt import blockwise_attention, entropy_attention, row_entropies
+from modeling_entropy_gpt.blockwise_attention import BLOCK_ROWS
 
 
-BATCH, HEADS, LENGTH, HEAD_DIM = 2, 3, 7, 5
+BATCH, HEADS, LENGTH, HEAD_DIM = 2, 3, 7, 8
+LENGTHS = [1, 2, 63, 64, 65, 200, 777]
+SCALING = 0.4
 
 
-def make_states(query_length=LENGTH, key_length=LENGTH, dtype=torch.float64):
-    shapes = [(BATCH, HEADS, length, HEAD_DIM) for length in (query_length, key_length, key_length)]
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+def make_states(query_length=LENGTH, key_length=LENGTH, head_dim=HEAD_DIM, value_dim=None, dtype=torch.float64):
+    shapes = [(query_length, head_dim), (key_length, head_dim), (key_length, value_dim or head_dim)]
+    # Laid out as the model does: (batch, length, heads, head_dim), with the heads brought forward.
+    states = [torch.randn(BATCH, length, HEADS, width, dtype=dtype).transpose(1, 2) for length, width in shapes]
+    return [state.requires_grad_() for state in states]
 
 
 def naive(query, key, value, visible, scaling):
-    """Softmax and entropy of one row at a time, over the keys that it may attend to and no others."""
-    outputs, entropies = [], []
-    for index in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:3])):
-        b, h, i = index.tolist()
-        keys = visible.expand(*query.shape[:3], key.shape[2])[b, h, i].nonzero().flatten()
-        if not len(keys):
-            outputs.append(0 * value[b, h, 0])
-            entropies.append(0 * query[b, h, i, 0])
-            continue
-        probabilities = (key[b, h, keys] @ query[b, h, i] * scaling).softmax(dim=0)
-        outputs.append(probabilities @ value[b, h, keys])
-        entropies.append(-(probabilities * probabilities.log()).sum())
-    shape = query.shape[:3]
-    return torch.stack(outputs).view(*shape, -1), torch.stack(entropies).view(shape)
+    """The definition, in the inputs' dtype: matrices of (query length x key length), masked rows kept out by hand."""
+    visible = visible.expand(*query.shape[:3], key.shape[2])
+    scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~visible, -math.inf)
+    scores = scores.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+    probabilities = scores.softmax(dim=-1).masked_fill(~visible, 0.0)
+    logarithms = scores.log_softmax(dim=-1).masked_fill(~visible, 0.0)
+    return probabilities @ value, -(probabilities * logarithms).sum(dim=-1)
 
 
 def causal(query_length, key_length):
     return torch.ones(query_length, key_length, dtype=torch.bool).tril(key_length - query_length)
 
 
-def random_visible():
-    visible = torch.rand(BATCH, 1, LENGTH, LENGTH) < 0.5
+def assert_same(got, expected, states, **tolerances):
+    """Both results, and the gradients of all states through both of them."""
+    upstream = [torch.randn_like(result) for result in expected]
+    results = [(*results, *torch.autograd.grad(results, states, upstream)) for results in (got, expected)]
+    names = ("output", "entropies", *(f"gradient of {name}" for name in ("query", "key", "value")))
+    for name, ours, theirs in zip(names, *results, strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}", **tolerances)
+
+
+@pytest.mark.parametrize("route", ["blockwise", "flash"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lengths(length, is_causal, route):
+    states = make_states(length, length)
+    visible = causal(length, length) if is_causal else torch.ones(length, length, dtype=torch.bool)
+    got = entropy_attention(*states, is_causal=is_causal, scaling=SCALING, route=route)
+    assert_same(got, naive(*states, visible, SCALING), states)
+    entropies = row_entropies(*states[:2], is_causal=is_causal, scaling=SCALING, route=route)
+    torch.testing.assert_close(entropies, got[1])
+
+
+@pytest.mark.parametrize("route", ["blockwise", "flash"])
+@pytest.mark.parametrize("head_dim", [8, 20, 64, 128])
+def test_head_dims(head_dim, route):
+    states = make_states(150, 150, head_dim=head_dim)
+    got = entropy_attention(*states, is_causal=True, route=route)
+    assert_same(got, naive(*states, causal(150, 150), head_dim**-0.5), states)
+
+
+def test_values_of_another_width():
+    states = make_states(70, 70, value_dim=5)
+    assert_same(entropy_attention(*states, is_causal=True), naive(*states, causal(70, 70), HEAD_DIM**-0.5), states)
+
+
+@pytest.mark.parametrize("query_length", [1, 3, 130])
+def test_queries_shorter_than_keys(query_length):
+    states = make_states(query_length, 200)
+    got = entropy_attention(*states, is_causal=True, scaling=SCALING)
+    assert_same(got, naive(*states, causal(query_length, 200), SCALING), states)
+
+
+def random_visible(length):
+    visible = torch.rand(BATCH, 1, length, length) < 0.5
     visible[0, :, 2] = False  # a row that may attend to nothing
     visible[1, :, 3] = False
     visible[1, :, 3, 4] = True  # and one that may attend to a single key
     return visible
 
 
-def masks():
-    """Masks as transformers' backends are given them, each with what it says."""
-    visible = random_visible()
+def packed(length):
+    """Documents one after the other, which don't see each other: whole blocks of keys are out of sight."""
+    document = torch.arange(length) // (length // 3 + 1)
+    return (document[:, None] == document)[None, None]
+
+
+def padding(length):
+    """On the left of the first sequence, on the right of the second."""
+    mask = torch.ones(BATCH, length, dtype=torch.long)
+    mask[0, : length // 2] = 0
+    mask[1, -length // 3 :] = 0
+    return mask
+
+
+def masks(length):
+    """Masks as transformers' backends are given them, whether causal too, and what that comes to."""
+    visible = random_visible(length)
     additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, torch.finfo(torch.float64).min)
-    padding = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]])
-    everything = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    later = causal(length, length)
+    keys = padding(length)[:, None, None].bool()
+    per_head = torch.rand(BATCH, HEADS, length, length) < 0.3
+    block_mask = create_block_mask(lambda b, h, q, k: (q >= k) & (k % 5 != b), BATCH, None, length, length, "cpu")
+    block_visible = torch.stack([later & (torch.arange(length) % 5 != b) for b in range(BATCH)])[:, None]
     return {
-        "none": (None, False, everything),
-        "causal": (None, True, causal(LENGTH, LENGTH)),
         "boolean": (visible, False, visible),
+        "one for each head": (per_head, False, per_head),
         "additive": (additive, False, visible),
         "minus infinity": (additive.masked_fill(~visible, -math.inf), False, visible),
-        "boolean and causal": (visible, True, visible & causal(LENGTH, LENGTH)),
-        "padding": (padding, True, padding[:, None, None].bool() & causal(LENGTH, LENGTH)),
+        "boolean and causal": (visible, True, visible & later),
+        "packed": (packed(length) & later, False, packed(length) & later),
+        "padding": (padding(length), True, keys & later),
+        "padding in four dimensions": (keys, True, keys & later),
+        "nothing": (torch.zeros(BATCH, length), True, torch.zeros(length, length, dtype=torch.bool)),
+        "longer than the keys": (torch.nn.functional.pad(visible, (0, 3), value=True), False, visible),
+        "block mask": (block_mask, False, block_visible),
     }
 
 
-@pytest.mark.parametrize("kind", masks())
-def test_outputs_and_every_gradient_equal_the_definition(kind):
-    mask, is_causal, visible = masks()[kind]
+@pytest.mark.parametrize("length", [LENGTH, 2 * BLOCK_ROWS + 9])
+@pytest.mark.parametrize("kind", masks(LENGTH))
+def test_masks(kind, length):
+    mask, is_causal, visible = masks(length)[kind]
+    states = make_states(length, length)
+    got = entropy_attention(*states, mask, is_causal=is_causal, scaling=SCALING)
+    assert_same(got, naive(*states, visible, SCALING), states)
+    torch.testing.assert_close(row_entropies(*states[:2], mask, is_causal, SCALING), got[1])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_by_finite_differences(dropout):
+    def attend(*states):
+        torch.manual_seed(1)
+        return entropy_attention(*states, mask, is_causal=True, dropout=dropout)
+
+    mask = random_visible(LENGTH)
     states = make_states()
-    weights = torch.randn(BATCH, HEADS, LENGTH, HEAD_DIM), torch.randn(BATCH, HEADS, LENGTH)
-
-    def gradients(outputs, entropies):
-        return torch.autograd.grad((outputs * weights[0]).sum() + (entropies * weights[1]).sum(), states)
-
-    got = entropy_attention(*states, mask, is_causal=is_causal, scaling=0.9)
-    expected = naive(*states, visible, 0.9)
-    torch.testing.assert_close(got, expected)
-    for name, ours, theirs in zip("qkv", gradients(*got), gradients(*expected), strict=True):
-        torch.testing.assert_close(ours, theirs, msg=f"gradient of {name}")
-    torch.testing.assert_close(row_entropies(*states[:2], mask, is_causal, 0.9), expected[1])
+    assert gradcheck(attend, states)
+    with pytest.raises(RuntimeError, match="autograd"):  # not differentiable twice, and it says so
+        gradgradcheck(attend, states)
 
 
-def test_the_last_query_stands_at_the_last_key():
-    states = make_states(query_length=3, key_length=8)
-    got = entropy_attention(*states, is_causal=True)
-    torch.testing.assert_close(got, naive(*states, causal(3, 8), HEAD_DIM**-0.5))
+def test_gradients_of_entropies_alone():
+    states = make_states(150, 150)[:2]
+    assert gradcheck(lambda *pair: row_entropies(*pair, is_causal=True), make_states()[:2])
+    expected = naive(*states, states[1], causal(150, 150), HEAD_DIM**-0.5)[1]
+    for ours, theirs in zip(
+        torch.autograd.grad(row_entropies(*states, is_causal=True).sum(), states),
+        torch.autograd.grad(expected.sum(), states),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
-def test_extreme_rows():
-    key = torch.randn(1, 1, 6, 4)
-    uniform = row_entropies(torch.zeros(1, 1, 6, 4), key, is_causal=True)
-    torch.testing.assert_close(uniform[0, 0], torch.arange(1, 7).log())
-    query = (key * 1e4).requires_grad_()
-    collapsed = row_entropies(query, torch.nn.functional.normalize(key, dim=-1))
-    torch.testing.assert_close(collapsed, torch.zeros(1, 1, 6))
-    collapsed.sum().backward()
+def test_a_result_without_a_gradient_costs_nothing_but_itself():
+    states = make_states()
+    for index in range(2):
+        got = entropy_attention(*states, is_causal=True)[index]
+        expected = naive(*states, causal(LENGTH, LENGTH), HEAD_DIM**-0.5)[index]
+        for ours, theirs in zip(
+            torch.autograd.grad(got.sum(), states, allow_unused=True, materialize_grads=True),
+            torch.autograd.grad(expected.sum(), states, allow_unused=True, materialize_grads=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("route", ["blockwise", "flash"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_with_keys_that_share_an_offset(dtype, route):
+    """The inputs are rounded alike for both sides, so what is compared is the computation: float32 inside."""
+    states = make_states(200, 200, head_dim=32)
+    with torch.no_grad():
+        states[1] += 3.0
+    states = [state.detach().to(dtype).requires_grad_() for state in states]
+    wide = [state.detach().double().requires_grad_() for state in states]
+    got = entropy_attention(*states, is_causal=True, route=route)
+    expected = naive(*wide, causal(200, 200), 32**-0.5)
+    assert (got[0].dtype, got[1].dtype) == (dtype, torch.float32)
+    rounding = 32 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=0, atol=rounding)
+    torch.testing.assert_close(got[1].double(), expected[1], rtol=0, atol=rounding if route == "flash" else 1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(got[0].double().sum() + got[1].sum(), states),
+        torch.autograd.grad(expected[0].sum() + expected[1].sum(), wide),
+        strict=True,
+    ):
+        assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_float32_agrees_to_a_hundred_thousandth():
+    states = make_states(512, 512, head_dim=64)
+    single = [state.detach().float().requires_grad_() for state in states]
+    got = entropy_attention(*single, is_causal=True)
+    expected = naive(*states, causal(512, 512), 64**-0.5)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_extreme_logits(size):
+    """One key takes all: probabilities of exactly 0 beside one of 1, and no NaN."""
+    query, key, value = (torch.randn(BATCH, HEADS, 150, 4) for _ in range(3))
+    query = (query.sign() * size).requires_grad_()
+    key.requires_grad_()
+    output, entropies = entropy_attention(query, key.sign(), value, is_causal=True, scaling=1.0)
+    (output.sum() + entropies.sum()).backward()
+    expected = naive(query.double(), key.double().sign(), value.double(), causal(150, 150), 1.0)
+    rounding = 8 * torch.finfo(torch.float32).eps * 4 * size  # that of the logits themselves
+    torch.testing.assert_close(output.double(), expected[0], rtol=0, atol=rounding)
+    torch.testing.assert_close(entropies.double(), expected[1], rtol=0, atol=rounding)
     assert query.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_entropies_are_computed_in_float32(dtype):
-    states = [state.detach().to(dtype) for state in make_states()]
-    output, entropies = entropy_attention(*states, is_causal=True)
-    assert (output.dtype, entropies.dtype) == (dtype, torch.float32)
-    expected = entropy_attention(*(state.float() for state in states), is_causal=True)
-    torch.testing.assert_close(entropies, expected[1], rtol=2e-2, atol=2e-2)
+def test_uniform_attention_has_the_logarithm_of_the_number_of_keys():
+    entropies = row_entropies(torch.zeros(1, 1, 300, 4), torch.randn(1, 1, 300, 4), is_causal=True)
+    torch.testing.assert_close(entropies[0, 0], torch.arange(1, 301).log())
 
 
-def test_dropout_acts_on_the_output_and_not_on_the_entropy():
-    states = make_states()
-    output, entropies = entropy_attention(*states, is_causal=True, dropout=0.5)
-    plain_output, plain_entropies = entropy_attention(*states, is_causal=True)
-    assert not torch.allclose(output, plain_output)
+def test_dropout_acts_on_the_output_alone_and_keeps_its_mean():
+    states = make_states(300, 300)
+    ones = torch.ones_like(states[2])
+    plain_entropies = entropy_attention(*states, is_causal=True)[1]
+    outputs, entropies = entropy_attention(*states[:2], ones, is_causal=True, dropout=0.5)
     torch.testing.assert_close(entropies, plain_entropies, rtol=0, atol=0)
+    assert outputs.std() > 0.01  # without dropout, each would be 1
+    many = torch.stack([entropy_attention(*states[:2], ones, is_causal=True, dropout=0.5)[0] for _ in range(50)])
+    assert many.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert (entropy_attention(*states, dropout=1.0)[0] == 0).all()
+
+
+def test_dropout_follows_the_seed():
+    states = make_states(200, 200)
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(entropy_attention(*states, is_causal=True, dropout=0.5)[0])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_nothing_quadratic_is_kept_for_the_backward_pass():
+    length = 1024
+    states = make_states(length, length, head_dim=16, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        entropy_attention(*states, is_causal=True, dropout=0.1)
+    assert kept
+    assert max(kept) <= states[0].numel()
+
+
+def test_under_autocast_all_come_to_its_dtype():
+    states = make_states(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = entropy_attention(states[0], states[1].bfloat16(), states[2], is_causal=True)
+    half = entropy_attention(*(state.bfloat16() for state in states), is_causal=True)
+    for ours, theirs in zip(mixed, half, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_value", [True, False])
+def test_the_operator_is_well_made(with_value):
+    query, key, value = make_states(9, 12, value_dim=5, dtype=torch.float32)
+    mask, seed = torch.ones(BATCH, 1, 1, 12, dtype=torch.bool), torch.tensor([3])
+    arguments = (query, key, value if with_value else None, mask, True, SCALING, 0.1, seed)
+    torch.library.opcheck(blockwise_attention, arguments)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiles_in_one_graph(dropout):
+    def attend(*states):
+        output, entropies = entropy_attention(*states, is_causal=True, dropout=dropout)
+        return output.square().sum() + entropies.sum()
+
+    states = make_states(65, 65, dtype=torch.float32)
+    torch.manual_seed(0)
+    expected = torch.autograd.grad(attend(*states), states)
+    torch.manual_seed(0)
+    got = torch.autograd.grad(torch.compile(attend, fullgraph=True, backend="aot_eager")(*states), states)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_two_copies_of_the_file_live_side_by_side():
+    """As when the package is imported, and a model brings its own copy of it."""
+    file = importlib.util.find_spec("modeling_entropy_gpt.blockwise_attention").origin
+    specification = importlib.util.spec_from_file_location("a_copy", file)
+    copy = importlib.util.module_from_spec(specification)
+    sys.modules["a_copy"] = copy
+    specification.loader.exec_module(copy)
+    states = make_states()
+    for attend in (copy.blockwise_attention, blockwise_attention):
+        torch.autograd.grad(attend(*states, None, True, SCALING, 0.0, None)[0].sum(), states)
+
+
+def test_threads_do_not_change_the_result():
+    code = (
+        "import torch, sys; from modeling_entropy_gpt import entropy_attention as attend;"
+        "torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(0);"
+        "states = [torch.randn(2, 4, 300, 16, requires_grad=True) for _ in range(3)];"
+        "output, entropies = attend(*states, is_causal=True, dropout=0.1);"
+        "(output.sum() + entropies.sum()).backward();"
+        "print(*(f'{x.double().square().sum().item():.4f}' for x in (output, entropies, *(s.grad for s in states))))"
+    )
+    one, two = (subprocess.check_output([sys.executable, "-c", code, count], text=True) for count in "12")
+    assert one == two
+
+
+STATES = [torch.zeros(2, 3, 4, 8)] * 3
+
+
+@pytest.mark.parametrize(
+    ("states", "options", "message"),
+    [
+        ((torch.zeros(3, 4, 8), *STATES[1:]), {}, r"Expected \(batch, heads, length, head_dim\).*query \(3, 4, 8\)"),
+        ((STATES[0], torch.zeros(2, 2, 4, 8), STATES[2]), {}, r"one batch and heads for all.*key \(2, 2, 4, 8\)"),
+        ((STATES[0], torch.zeros(2, 3, 4, 7), STATES[2]), {}, r"same head_dim.*key \(2, 3, 4, 7\)"),
+        ((*STATES[:2], torch.zeros(2, 3, 5, 8)), {}, r"same length.*value \(2, 3, 5, 8\)"),
+        ((*STATES[:2], STATES[2].double()), {}, r"one floating point dtype.*torch\.float64"),
+        ((torch.zeros(2, 3, 5, 8), *STATES[1:]), {"is_causal": True}, r"more queries than keys.*\(2, 3, 5, 8\)"),
+        (STATES, {"attention_mask": torch.ones(4)}, r"shape \(4,\).*expected \(batch, keys\)"),
+        (STATES, {"attention_mask": torch.ones(3, 4)}, r"shape \(3, 4\).*expected \(2, 4 or more\)"),
+        (STATES, {"attention_mask": torch.ones(2, 3)}, r"shape \(2, 3\).*expected \(2, 4 or more\)"),
+        (STATES, {"attention_mask": torch.ones(2, 2, 4, 4)}, r"expected \(2 or 1, 3 or 1, 4 or 1, 4 or more\)"),
+        (STATES, {"attention_mask": torch.ones(2, 1, 4, 4, dtype=torch.long)}, r"torch\.int64.*boolean.*or additive"),
+        (STATES, {"dropout": 1.5}, r"dropout=1\.5 has to be between 0 and 1"),
+        (STATES, {"route": "fast"}, r"route='fast' is unknown. Known are blockwise, flash, flex"),
+        (STATES, {"route": "flash", "dropout": 0.1}, r"'flash' does not serve.*neither a mask nor dropout"),
+        (STATES, {"route": "flex"}, r"'flex' does not serve: FlexAttention has no gradient on cpu"),
+    ],
+)
+def test_bad_inputs_are_named(states, options, message):
+    with pytest.raises(ValueError, match=message):
+        entropy_attention(*states, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("route", ["blockwise", "flash", "flex"])
+def test_routes_on_cuda(route, dtype):
+    if route == "flash" and dtype == torch.float32:
+        pytest.skip("the flash kernel needs half precision on CUDA")
+    states = [state.detach().to("cuda", dtype).requires_grad_() for state in make_states(200, 200, head_dim=64)]
+    wide = [state.detach().double().requires_grad_() for state in states]
+    options = {"is_causal": True}
+    if route == "flex":
+        mask = create_block_mask(lambda b, h, q, k: q >= k, BATCH, None, 200, 200, "cuda")
+        options = {"attention_mask": mask}
+    got = entropy_attention(*states, **options, route=route)
+    expected = naive(*wide, causal(200, 200).cuda(), 64**-0.5)
+    tolerance = 2e-5 if dtype == torch.float32 else 32 * torch.finfo(dtype).eps
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
+    for ours, theirs in zip(
+        torch.autograd.grad(got[0].double().sum() + got[1].sum(), states),
+        torch.autograd.grad(expected[0].sum() + expected[1].sum(), wide),
+        strict=True,
+    ):
+        assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
