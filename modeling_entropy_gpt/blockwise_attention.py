@@ -14,7 +14,9 @@ so entropy adds no matrix product to those of attention, only passes over a bloc
 
 import math
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +32,8 @@ NOTHING_VISIBLE = MASKED / 10
 
 # Sizes of blocks, by measurement (evaluation/benchmarks/entropy_attention.py).
 BLOCK_ROWS = 128
-BLOCK_ELEMENTS = 2**20
-MOST_HEADS = 24
+BLOCK_ELEMENTS = 2**19
+MOST_HEADS = 12
 # Rows of the matrices that carry one more column are a multiple of so many numbers apart: 64 bytes.
 ALIGNMENT = 16
 
@@ -71,44 +73,38 @@ def blockwise_attention(
         `(batch, heads, query_length)` and of at least float32.
     """
     output, entropies, log_sum_exp = _empty_results(query, value)
-    with torch.autocast(query.device.type, enabled=False):
-        plan = _Plan(query, key, visible, is_causal)
-        buffers = _Buffers(plan, 2 + (dropout > 0))
-        chunk = 0
-        for group in plan.groups():
-            queries = group.take(query, scaling * LOG2_E)
-            keys = group.take(key).mT
-            values = None if value is None else group.take(value)
-            row_maximum, row_sum, row_product = group.columns(3)
-            for block in plan.blocks:
-                chunk += 1
-                if block.is_empty:
-                    row_maximum[:, block.rows], row_sum[:, block.rows], row_product[:, block.rows] = 0.0, 0.0, 0.0
-                    if value is not None:
-                        group.of(output)[:, :, block.rows] = 0.0
-                    continue
-                scores, exponentials, *kept = buffers.views(group, block)
-                torch.bmm(queries[:, block.rows], keys[:, :, block.keys], out=scores)
-                plan.mask(scores, group, block)
-                maximum = torch.amax(scores, dim=-1, keepdim=True, out=row_maximum[:, block.rows])
-                if visible is not None:
-                    maximum.clamp_(min=NOTHING_VISIBLE)
-                torch.exp2(scores.sub_(maximum), out=exponentials)
-                torch.sum(exponentials, dim=-1, keepdim=True, out=row_sum[:, block.rows])
-                torch.sum(scores.mul_(exponentials), dim=-1, keepdim=True, out=row_product[:, block.rows])
-                if value is not None:
-                    if dropout:
-                        exponentials.mul_(_draw_kept(kept[0], dropout, seed, chunk))
-                    sums = row_sum[:, block.rows]
-                    attended = torch.bmm(exponentials, values[:, block.keys])
-                    divisor = sums if visible is None else sums.clamp(min=torch.finfo(sums.dtype).tiny)
-                    group.of(output)[:, :, block.rows] = group.unflatten(attended.div_(divisor))
-            log_sum = row_sum.log2() if visible is None else row_sum.clamp(min=torch.finfo(row_sum.dtype).tiny).log2()
-            rows_entropy = (log_sum - row_product / row_sum).mul_(LN_2)
+    plan = _Plan(query, key, visible, is_causal)
+
+    def compute(group: _Group, buffers: _Buffers):
+        queries = group.take(query, scaling * LOG2_E)
+        keys = group.take(key).mT
+        values = None if value is None else group.take(value)
+        row_maximum, row_sum, row_product = group.columns(3)
+        for block in plan.blocks:
+            if block.is_empty:
+                row_maximum[:, block.rows], row_sum[:, block.rows], row_product[:, block.rows] = 0.0, 0.0, 0.0
+                group.of(output)[:, :, block.rows] = 0.0
+                continue
+            scores, exponentials, *kept = buffers.views(group, block)
+            torch.bmm(queries[:, block.rows], keys[:, :, block.keys], out=scores)
+            plan.mask(scores, group, block)
+            maximum = torch.amax(scores, dim=-1, keepdim=True, out=row_maximum[:, block.rows])
             if visible is not None:
-                rows_entropy = rows_entropy.where(row_sum > 0, 0.0)
-            group.of(entropies)[:] = group.unflatten(rows_entropy).squeeze(-1)
-            group.of(log_sum_exp)[:] = group.unflatten(log_sum + row_maximum).squeeze(-1)
+                maximum.clamp_(min=NOTHING_VISIBLE)
+            torch.exp2(scores.sub_(maximum), out=exponentials)
+            sums = torch.sum(exponentials, dim=-1, keepdim=True, out=row_sum[:, block.rows])
+            torch.sum(scores.mul_(exponentials), dim=-1, keepdim=True, out=row_product[:, block.rows])
+            if value is not None:
+                if dropout:
+                    exponentials.mul_(_draw_kept(kept[0], dropout, seed, group, block))
+                attended = torch.bmm(exponentials, values[:, block.keys])
+                group.of(output)[:, :, block.rows] = group.unflatten(attended.div_(_positive(sums)))
+        log_sum = _positive(row_sum).log2()
+        rows_entropy = (log_sum - row_product / row_sum).mul_(LN_2).where(row_sum > 0, 0.0)
+        group.of(entropies)[:] = group.unflatten(rows_entropy).squeeze(-1)
+        group.of(log_sum_exp)[:] = group.unflatten(log_sum + row_maximum).squeeze(-1)
+
+    plan.run(compute, buffers=3 if dropout else 2)
     return output, entropies, log_sum_exp
 
 
@@ -132,55 +128,54 @@ def blockwise_attention_backward(
     Gradients of query, key and value (without a value: an empty tensor), given what the forward pass took and gave.
     """
     grad_query, grad_key, grad_value = _empty_gradients(query, key, value)
-    with torch.autocast(query.device.type, enabled=False):
-        plan = _Plan(query, key, visible, is_causal)
-        buffers = _Buffers(plan, 2 + (dropout > 0))
-        row_constant = -grad_entropies * entropies
+    plan = _Plan(query, key, visible, is_causal)
+    row_constant = -grad_entropies * entropies
+    if value is not None:
+        row_constant -= (grad_output.to(plan.dtype) * output.to(plan.dtype)).sum(dim=-1)
+    slope = grad_entropies * -LN_2
+
+    def compute(group: _Group, buffers: _Buffers):
+        # One more column each, so that the matrix product itself subtracts the log-sum-exp and adds the constant.
+        queries = group.take(query, scaling * LOG2_E, column=-group.of(log_sum_exp))
+        keys = group.take(key, column=1.0)
+        slopes = group.flatten(group.of(slope)).unsqueeze(-1)
+        constants = group.flatten(group.of(row_constant)).unsqueeze(-1)
+        sum_key = keys.new_zeros(group.size, plan.key_length, plan.head_dim)
         if value is not None:
-            row_constant -= (grad_output.to(plan.dtype) * output.to(plan.dtype)).sum(dim=-1)
-        slope = grad_entropies * -LN_2
-        chunk = 0
-        for group in plan.groups():
-            # One more column each, so that the matrix product itself subtracts the log-sum-exp and adds the constant.
-            queries = group.take(query, scaling * LOG2_E, column=-group.of(log_sum_exp))
-            keys = group.take(key, column=1.0)
-            slopes = group.flatten(group.of(slope)).unsqueeze(-1)
-            constants = group.flatten(group.of(row_constant)).unsqueeze(-1)
-            sum_key = keys.new_zeros(group.size, plan.key_length, plan.head_dim)
-            if value is not None:
-                values = group.take(value, column=1.0)
-                upstream = group.take(grad_output, column=group.of(row_constant))
-                sum_value = values.new_zeros(group.size, plan.key_length, value.shape[-1])
-            for block in plan.blocks:
-                chunk += 1
-                if block.is_empty:
-                    group.of(grad_query)[:, :, block.rows] = 0.0
-                    continue
-                scores, probabilities, *kept = buffers.views(group, block)
-                block_queries = queries[:, block.rows]
-                torch.bmm(block_queries, keys[:, block.keys].mT, out=scores)  # log2 of the probabilities
-                plan.mask(scores, group, block)
-                torch.exp2(scores, out=probabilities)
-                scores.mul_(slopes[:, block.rows])
-                if value is None:
-                    scores.add_(constants[:, block.rows])
-                elif dropout:
-                    factor = _draw_kept(kept[0], dropout, seed, chunk)
-                    block_upstream = upstream[:, block.rows, :-1]
-                    sum_value[:, block.keys] += (probabilities * factor).mT @ block_upstream
-                    scores.add_(constants[:, block.rows])
-                    scores.add_((block_upstream @ values[:, block.keys, :-1].mT).mul_(factor))
-                else:
-                    block_upstream = upstream[:, block.rows]
-                    sum_value[:, block.keys] += probabilities.mT @ block_upstream[..., :-1]
-                    scores.baddbmm_(block_upstream, values[:, block.keys].mT)
-                scores.mul_(probabilities)  # now the gradient of the scores
-                block_grad = torch.bmm(scores, keys[:, block.keys, :-1]).mul_(scaling)
-                group.of(grad_query)[:, :, block.rows] = group.unflatten(block_grad)
-                sum_key[:, block.keys] += scores.mT @ block_queries[..., :-1]
-            group.of(grad_key)[:] = group.unflatten(sum_key.mul_(LN_2))
-            if value is not None:
-                group.of(grad_value)[:] = group.unflatten(sum_value)
+            values = group.take(value, column=1.0)
+            upstream = group.take(grad_output, column=group.of(row_constant))
+            sum_value = values.new_zeros(group.size, plan.key_length, value.shape[-1])
+        for block in plan.blocks:
+            if block.is_empty:
+                group.of(grad_query)[:, :, block.rows] = 0.0
+                continue
+            scores, probabilities, *kept = buffers.views(group, block)
+            block_queries = queries[:, block.rows]
+            torch.bmm(block_queries, keys[:, block.keys].mT, out=scores)  # log2 of the probabilities
+            plan.mask(scores, group, block)
+            torch.exp2(scores, out=probabilities)
+            scores.mul_(slopes[:, block.rows])
+            if value is None:
+                scores.add_(constants[:, block.rows])
+            elif dropout:
+                factor = _draw_kept(kept[0], dropout, seed, group, block)
+                block_upstream = upstream[:, block.rows, :-1]
+                sum_value[:, block.keys] += (probabilities * factor).mT @ block_upstream
+                scores.add_(constants[:, block.rows])
+                scores.add_((block_upstream @ values[:, block.keys, :-1].mT).mul_(factor))
+            else:
+                block_upstream = upstream[:, block.rows]
+                sum_value[:, block.keys] += probabilities.mT @ block_upstream[..., :-1]
+                scores.baddbmm_(block_upstream, values[:, block.keys].mT)
+            scores.mul_(probabilities)  # now the gradient of the scores
+            block_grad = torch.bmm(scores, keys[:, block.keys, :-1]).mul_(scaling)
+            group.of(grad_query)[:, :, block.rows] = group.unflatten(block_grad)
+            sum_key[:, block.keys] += scores.mT @ block_queries[..., :-1]
+        group.of(grad_key)[:] = group.unflatten(sum_key.mul_(LN_2))
+        if value is not None:
+            group.of(grad_value)[:] = group.unflatten(sum_value)
+
+    plan.run(compute, buffers=3 if dropout else 2)
     return grad_query, grad_key, grad_value
 
 
@@ -247,24 +242,58 @@ class _Plan:
         self.is_causal = is_causal
         self.past = self.key_length - self.query_length
         self.block_rows = max(1, min(BLOCK_ROWS, self.query_length))
-        wanted = min(MOST_HEADS, BLOCK_ELEMENTS // max(1, self.block_rows * self.key_length))
-        self.group_heads = max(1, min(wanted, self.heads))
-        self.group_batch = max(1, min(wanted // self.heads, self.batch_size))
+        heads = max(1, min(MOST_HEADS, BLOCK_ELEMENTS // max(1, self.block_rows * self.key_length)))
+        # Parts as equal as can be, so that no thread is left with a small rest.
+        self.group_heads = _equal_parts(self.heads, heads)
+        self.group_batch = _equal_parts(self.batch_size, max(1, heads // self.heads))
         self.blocks = list(self._cut_rows())
         if is_causal:
             square = torch.full((self.block_rows, self.block_rows), MASKED, dtype=self.dtype, device=self.device)
             self.later_keys = square.triu(1)
 
-    def groups(self) -> Iterator[_Group]:
-        # Heads in parts as equal as can be: a small rest would leave threads without work.
-        parts = -(-self.heads // self.group_heads)
-        group_heads = -(-self.heads // parts)
+    def run(self, compute: Callable[["_Group", "_Buffers"], None], buffers: int):
+        """
+        Computes all groups. On a CPU each thread takes the next group whenever it is through with one, and works on it
+        alone: nobody waits for a thread that another process slows down, as all would after every operation if each
+        were shared out, and the result does not depend on the number of threads.
+        """
+        groups = list(self._groups())
+        lock = threading.Lock()
+        threads = torch.get_num_threads()
+        workers = min(threads, len(groups)) if self.device.type == "cpu" else 1
+
+        def work():
+            if workers > 1:
+                torch.set_num_threads(1)
+            memory = _Buffers(self, buffers)
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False), lock:
+                while groups:
+                    group = groups.pop()
+                    lock.release()
+                    try:
+                        compute(group, memory)
+                    finally:
+                        lock.acquire()
+
+        if workers == 1:
+            work()
+            return
+        try:
+            with ThreadPoolExecutor(workers - 1) as pool:
+                others = [pool.submit(work) for _ in range(workers - 1)]
+                work()
+            for other in others:
+                other.result()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _groups(self) -> Iterator[_Group]:
         for batch in range(0, self.batch_size, self.group_batch):
-            for head in range(0, self.heads, group_heads):
+            for head in range(0, self.heads, self.group_heads):
                 yield _Group(
                     self,
                     slice(batch, min(batch + self.group_batch, self.batch_size)),
-                    slice(head, min(head + group_heads, self.heads)),
+                    slice(head, min(head + self.group_heads, self.heads)),
                 )
 
     def mask(self, scores: torch.Tensor, group: _Group, block: _Block):
@@ -302,8 +331,7 @@ class _Buffers:
     """Memory for the matrices of one block, used again for each."""
 
     def __init__(self, plan: _Plan, count: int):
-        heads = min(plan.group_batch * plan.group_heads, plan.batch_size * plan.heads)
-        size = heads * plan.block_rows * plan.key_length
+        size = plan.group_batch * plan.group_heads * plan.block_rows * plan.key_length
         self._buffers = [torch.empty(size, dtype=plan.dtype, device=plan.device) for _ in range(count)]
 
     def views(self, group: _Group, block: _Block) -> list[torch.Tensor]:
@@ -312,9 +340,21 @@ class _Buffers:
         return [buffer[: math.prod(shape)].view(shape) for buffer in self._buffers]
 
 
-def _draw_kept(kept: torch.Tensor, dropout: float, seed: torch.Tensor, chunk: int) -> torch.Tensor:
+def _equal_parts(total: int, largest: int) -> int:
+    """The size of the parts when `total` is cut into as few as possible of at most `largest`, as equal as can be."""
+    count = max(1, -(-total // largest))
+    return max(1, -(-total // count))
+
+
+def _positive(sums: torch.Tensor) -> torch.Tensor:
+    """The sums, with the smallest number in place of 0, the sum of a row without a visible key."""
+    return sums.clamp(min=torch.finfo(sums.dtype).tiny)
+
+
+def _draw_kept(kept: torch.Tensor, dropout: float, seed: torch.Tensor, group: _Group, block: _Block) -> torch.Tensor:
     """Fills a matrix with 1 / (1 - dropout) where a probability is kept, else 0; the same in both passes."""
-    generator = torch.Generator(kept.device).manual_seed(seed.item() + chunk)
+    place = (group.batch.start * group.plan.heads + group.heads.start) * group.plan.query_length + block.rows.start
+    generator = torch.Generator(kept.device).manual_seed(seed.item() + place)
     kept.bernoulli_(1 - dropout, generator=generator)
     return kept if dropout == 1 else kept.div_(1 - dropout)
 

@@ -1,0 +1,321 @@
+"""What entropies cost: attention with them against torch's own without, and against keeping every attention matrix.
+
+    python evaluation/benchmarks/entropy_attention.py            measures all, and writes record, table and figure
+    python evaluation/benchmarks/entropy_attention.py --quick    a minute: short lengths, few runs, nothing written
+
+Everything is measured side by side in one run: the variants take turns, and each turn gives a ratio.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from operator import truediv
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from evaluation.results import git_revision, machine_name
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "model_cards" / "results" / "entropy_attention.json"
+PAGE = ROOT / "docs" / "entropy_attention.md"
+PICTURE = ROOT / "docs" / "entropy_attention.png"
+
+STOCK, PUBLIC, OURS = "SDPA without entropy", "all matrices", "entropy attention"
+HEADS, HEAD_DIM, BATCH = 12, 64, 8
+STEP_SIZES = {"n_layer": 4, "n_embd": 768, "n_head": 12, "vocab_size": 8192, "n_positions": 1024}
+STEP_BATCH = 4
+COMMON = {
+    **STEP_SIZES,
+    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None},
+}
+COEFFICIENT = 1e-5
+
+console = Console()
+
+
+def attend_stock(query, key, value):
+    return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True), None
+
+
+def attend_public(query, key, value):
+    """The method of the public code of arXiv 2501.03489: the matrix of probabilities is kept, and p log p is taken."""
+    length = query.shape[2]
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores = (query @ key.transpose(-1, -2) * HEAD_DIM**-0.5).masked_fill(later, torch.finfo(query.dtype).min)
+    probabilities = scores.softmax(dim=-1)
+    return probabilities @ value, matrix_entropies(probabilities)
+
+
+def attend_ours(query, key, value):
+    return entropy_attention(query, key, value, is_causal=True)
+
+
+def matrix_entropies(probabilities: torch.Tensor) -> torch.Tensor:
+    return -(probabilities * (probabilities + 1e-9).log()).sum(dim=-1)
+
+
+ATTENTIONS = {STOCK: attend_stock, PUBLIC: attend_public, OURS: attend_ours}
+
+
+def attention_pass(name: str, length: int, batch_size: int = BATCH) -> Callable[[], None]:
+    """Forward and backward pass of one attention, with upstream gradients for output and entropies."""
+    # Laid out as in the model: queries, keys and values are parts of one matrix product's result.
+    states = torch.randn(batch_size, length, 3 * HEADS * HEAD_DIM).split(HEADS * HEAD_DIM, dim=-1)
+    states = [state.view(batch_size, length, HEADS, HEAD_DIM).transpose(1, 2).requires_grad_() for state in states]
+    grad_output = torch.randn(batch_size, length, HEADS, HEAD_DIM).transpose(1, 2)
+    grad_entropies = torch.randn(batch_size, HEADS, length)
+
+    def run():
+        output, entropies = ATTENTIONS[name](*states)
+        if entropies is None:
+            torch.autograd.grad(output, states, grad_output)
+        else:
+            torch.autograd.grad((output, entropies), states, (grad_output, grad_entropies))
+
+    return run
+
+
+def training_step(name: str, length: int) -> Callable[[], None]:
+    """A whole step with AdamW: stock GPT-2; GPT-2 with the penalty on its matrices; or ours with the penalty."""
+    torch.manual_seed(0)
+    input_ids = torch.randint(STEP_SIZES["vocab_size"], (STEP_BATCH, length))
+    if name == OURS:
+        config = EntropyGPTConfig.from_notation("EReg(SM+LN+G)", **COMMON, attn_implementation="sdpa")
+        model = EntropyGPTForCausalLM(config)
+    else:
+        implementation = "sdpa" if name == STOCK else "eager"
+        model = GPT2LMHeadModel(GPT2Config(**COMMON, attn_implementation=implementation))
+    model.train()
+    thresholds = nn.Parameter(torch.full((STEP_SIZES["n_layer"], STEP_SIZES["n_head"]), 0.5))
+    optimizer = torch.optim.AdamW([*model.parameters(), thresholds], lr=1e-4)
+    visible_keys = torch.arange(1, length + 1)[None]
+
+    def run():
+        outputs = model(input_ids, labels=input_ids, use_cache=False, output_attentions=name == PUBLIC)
+        loss = outputs.loss
+        if name == PUBLIC:
+            entropies = torch.stack([matrix_entropies(probabilities) for probabilities in outputs.attentions])
+            penalties = entropy_penalty(entropies, thresholds, visible_keys, 0.2, penalty="row_sum")
+            loss = loss + COEFFICIENT * penalties.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def diagnostic_forward(name: str, length: int) -> Callable[[], None]:
+    """A forward pass for evaluation, without or with the entropies of every row."""
+    config = EntropyGPTConfig(**COMMON, attn_implementation="sdpa")
+    model = EntropyGPTForCausalLM(config).eval()
+    input_ids = torch.randint(STEP_SIZES["vocab_size"], (STEP_BATCH, length))
+
+    @torch.no_grad()
+    def run():
+        model(input_ids, use_cache=False, output_entropies=name == OURS)
+
+    return run
+
+
+def take_turns(variants: dict[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
+    """Seconds of each variant in each turn, after a turn to warm up."""
+    seconds = {name: [] for name in variants}
+    for turn in range(runs + 1):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def compare(kind: str, build: Callable, length: int, names: tuple[str, ...], runs: int) -> dict:
+    """One record: medians in milliseconds, and quartiles of the ratio of ours to each other variant."""
+    seconds = take_turns({name: build(name, length) for name in names}, runs)
+    record = {
+        "kind": kind,
+        "length": length,
+        "runs": runs,
+        "milliseconds": {name: statistics.median(values) * 1000 for name, values in seconds.items()},
+        "ratios": {
+            name: statistics.quantiles(map(truediv, seconds[OURS], values), n=4)
+            for name, values in seconds.items()
+            if name != OURS
+        },
+    }
+    ratios = ", ".join(
+        f"{middle:.2f} ({low:.2f}-{high:.2f}) of {name}" for name, (low, middle, high) in record["ratios"].items()
+    )
+    console.print(f"{kind}, T={length}: {ratios}")
+    return record
+
+
+class BusyCore:
+    """Another process that keeps one core busy for the body."""
+
+    def __enter__(self):
+        core = min(os.sched_getaffinity(0))
+        code = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+        self._process = subprocess.Popen([sys.executable, "-c", code])
+
+    def __exit__(self, *exception):
+        self._process.kill()
+        self._process.wait()
+
+
+def measure_memory(name: str, length: int) -> dict:
+    """Peak resident memory that forward and backward take beside the inputs, in a fresh process."""
+    command = [sys.executable, __file__, "--memory-of", name, "--length", str(length)]
+    mebibytes = float(subprocess.check_output(command, text=True))
+    console.print(f"memory, T={length}: {mebibytes:.0f} MiB for {name}")
+    return {"name": name, "length": length, "mebibytes": mebibytes}
+
+
+def print_memory(name: str, length: int):
+    attention_pass(name, length=256, batch_size=1)()  # what is loaded and allocated once for all
+    run = attention_pass(name, length)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    run()
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """A line of this process's memory record, in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def draw(record: dict, path: Path):
+    """Time and memory against length, both axes logarithmic."""
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    attention = [entry for entry in record["times"] if entry["kind"] == "attention"]
+    for name in ATTENTIONS:
+        points = [(entry["length"], entry["milliseconds"][name]) for entry in attention]
+        time_axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        points = [(entry["length"], entry["mebibytes"]) for entry in record["memory"] if entry["name"] == name]
+        memory_axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    for axes, label in ((time_axes, "milliseconds, forward and backward"), (memory_axes, "peak memory, MiB")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        lengths = sorted({line for plotted in axes.get_lines() for line in plotted.get_xdata()})
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.set(xlabel="length T", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"One attention, batch {BATCH}, {HEADS} heads of {HEAD_DIM}, float32")
+    figure.savefig(path, format="png")
+
+
+def page(record: dict) -> str:
+    """The page of the documentation that shows the record."""
+    rows = []
+    for entry in record["times"]:
+        cells = [entry["kind"], str(entry["length"]), f"{entry['milliseconds'][OURS]:.1f}"]
+        for name in (STOCK, PUBLIC):
+            low, middle, high = entry["ratios"].get(name, (None, None, None))
+            cells.append("" if middle is None else f"{middle:.2f} ({low:.2f}-{high:.2f})")
+        rows.append(f"| {' | '.join(cells)} |")
+    memory = {(entry["name"], entry["length"]): entry["mebibytes"] for entry in record["memory"]}
+    lengths = sorted({length for _, length in memory})
+    memory_rows = [
+        f"| {name} | {' | '.join(f'{memory[name, t]:.0f}' if (name, t) in memory else '' for t in lengths)} |"
+        for name in ATTENTIONS
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    table, memory_table = "\n".join(rows), "\n".join(memory_rows)
+    return f"""# What entropies cost
+
+Generated by `python evaluation/benchmarks/entropy_attention.py`; the figures are in
+`{RECORD.relative_to(ROOT).as_posix()}`.
+
+"{STOCK}" is torch's `scaled_dot_product_attention`, or in a training step GPT-2 of transformers under sdpa, neither
+with any entropy. "{PUBLIC}" is how the public code of arXiv 2501.03489 goes about it: eager attention keeps every
+matrix of probabilities, and p log p is taken of it. "{OURS}" is this project's. Below 1, ours is faster.
+
+![Time and memory against length]({PICTURE.name})
+
+| forward and backward | T | {OURS} (ms) | ratio to {STOCK} | ratio to {PUBLIC} |
+| --- | ---: | ---: | ---: | ---: |
+{table}
+
+Medians with quartiles in brackets, of runs that take turns. Attention: batch {BATCH}, {HEADS} heads of {HEAD_DIM},
+float32. Training step: width {STEP_SIZES["n_embd"]}, {STEP_SIZES["n_layer"]} layers, {STEP_SIZES["n_head"]} heads,
+vocabulary {STEP_SIZES["vocab_size"]}, batch {STEP_BATCH}, AdamW included, SM+LN+G with the entropy penalty against
+stock GPT-2 without. Diagnostics: a forward pass of that model with entropies against one without. One core busy:
+another process takes one of the cores.
+
+| peak memory beside the inputs (MiB), T = | {" | ".join(map(str, lengths))} |
+| --- | {" | ".join(["---:"] * len(lengths))} |
+{memory_table}
+
+Resident set, each in a fresh process; batch {BATCH}, {HEADS} heads of {HEAD_DIM}.
+
+Measured with {versions}; commit {record["git_revision"] or "unknown"}; {record["machine"]}.
+"""
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Short lengths and few runs; writes nothing.")] = False,
+    runs: Annotated[int, typer.Option(min=3, help="Turns of each comparison.")] = 9,
+    memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
+    length: Annotated[int, typer.Option(hidden=True)] = 0,
+):
+    """Measure what entropies cost beside torch's own attention, in seconds and in memory."""
+    if memory_of:
+        print_memory(memory_of, length)
+        return
+    everything, pair = tuple(ATTENTIONS), (STOCK, OURS)
+    runs = 3 if quick else runs
+    times = [
+        compare("attention", attention_pass, length, everything, runs)
+        for length in ((128, 256, 512) if quick else (128, 256, 512, 1024, 2048))
+    ]
+    times += [
+        compare("training step", training_step, length, everything, runs) for length in ((128,) if quick else (512, 1024))
+    ]
+    times += [
+        compare("diagnostics", diagnostic_forward, length, pair, runs) for length in ((128,) if quick else (512, 1024))
+    ]
+    with BusyCore():
+        times += [
+            compare("attention, one core busy", attention_pass, length, pair, runs)
+            for length in ((128, 512) if quick else (128, 256, 512, 1024, 2048))
+        ]
+    lengths = (512,) if quick else (512, 1024, 2048, 4096)
+    memory = [measure_memory(name, length) for name in pair for length in lengths]
+    memory += [measure_memory(PUBLIC, length) for length in ((512,) if quick else (512, 1024))]
+    if quick:
+        return
+    record = {
+        "times": times,
+        "memory": memory,
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers")},
+        "git_revision": git_revision(),
+        "machine": machine_name(torch.device("cpu")),
+    }
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    draw(record, PICTURE)
+    PAGE.write_text(page(record), encoding="utf-8")
+    console.print(f"written: {RECORD}, {PAGE}, {PICTURE}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
