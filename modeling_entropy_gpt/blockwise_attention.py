@@ -15,11 +15,19 @@ so entropy adds no matrix product to those of attention, only passes over a bloc
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+
+try:
+    import resource
+except ImportError:  # Windows, where contention is not noticed
+    resource = None
 
 
 LOG2_E = math.log2(math.e)
@@ -32,8 +40,11 @@ NOTHING_VISIBLE = MASKED / 10
 
 # Sizes of blocks, by measurement (evaluation/benchmarks/entropy_attention.py).
 BLOCK_ROWS = 128
-BLOCK_ELEMENTS = 2**19
+BLOCK_ELEMENTS = 2**20
 MOST_HEADS = 12
+# So many involuntary context switches while a group is computed mean that cores are not free, for so long.
+SWITCHES_OF_CONTENTION = 3
+SECONDS_OF_CONTENTION = 1.0
 # Rows of the matrices that carry one more column are a multiple of so many numbers apart: 64 bytes.
 ALIGNMENT = 16
 
@@ -230,6 +241,35 @@ class _Group:
         return [torch.empty(shape, dtype=self.plan.dtype, device=self.plan.device) for _ in range(count)]
 
 
+class _Contention:
+    """
+    Whether other processes want this one's cores: told by how often its threads were made to leave them, which without
+    competition is hardly ever.
+    """
+
+    def __init__(self):
+        self._ends = -math.inf
+
+    @property
+    def is_on(self) -> bool:
+        return torch.get_num_threads() > 1 and time.monotonic() < self._ends
+
+    @contextmanager
+    def observed(self):
+        """Watches the body; after too many involuntary context switches, contention is on for a while."""
+        before = self._switches()
+        yield
+        if self._switches() - before >= SWITCHES_OF_CONTENTION:
+            self._ends = time.monotonic() + SECONDS_OF_CONTENTION
+
+    @staticmethod
+    def _switches() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
+
+
+CONTENTION = _Contention()
+
+
 class _Plan:
     """How the work is cut into groups of heads and blocks of rows, and what is masked in a block."""
 
@@ -252,38 +292,39 @@ class _Plan:
             self.later_keys = square.triu(1)
 
     def run(self, compute: Callable[["_Group", "_Buffers"], None], buffers: int):
-        """
-        Computes all groups. On a CPU each thread takes the next group whenever it is through with one, and works on it
-        alone: nobody waits for a thread that another process slows down, as all would after every operation if each
-        were shared out, and the result does not depend on the number of threads.
-        """
+        """Computes all groups, one after the other while the cores are free, else shared out to threads."""
         groups = list(self._groups())
-        lock = threading.Lock()
+        memory = _Buffers(self, buffers)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            while groups and not (self.device.type == "cpu" and CONTENTION.is_on):
+                with CONTENTION.observed():
+                    compute(groups.pop(), memory)
+        if groups:
+            self._share_out(groups, compute, buffers)
+
+    def _share_out(self, groups: list[_Group], compute: Callable[["_Group", "_Buffers"], None], buffers: int):
+        """
+        Each thread takes the next group whenever it is through with one, and computes it alone: nobody waits for a
+        thread that another process slows down, as all do after every operation that is split between them.
+        """
         threads = torch.get_num_threads()
-        workers = min(threads, len(groups)) if self.device.type == "cpu" else 1
+        lock = threading.Lock()
 
         def work():
-            if workers > 1:
-                torch.set_num_threads(1)
+            torch.set_num_threads(1)
             memory = _Buffers(self, buffers)
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False), lock:
-                while groups:
-                    group = groups.pop()
-                    lock.release()
-                    try:
-                        compute(group, memory)
-                    finally:
-                        lock.acquire()
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                while group := take_next():
+                    compute(group, memory)
 
-        if workers == 1:
-            work()
-            return
+        def take_next():
+            with lock:
+                return groups.pop() if groups else None
+
         try:
-            with ThreadPoolExecutor(workers - 1) as pool:
-                others = [pool.submit(work) for _ in range(workers - 1)]
-                work()
-            for other in others:
-                other.result()
+            with ThreadPoolExecutor(threads) as pool:
+                for worker in [pool.submit(work) for _ in range(min(threads, len(groups)))]:
+                    worker.result()
         finally:
             torch.set_num_threads(threads)
 

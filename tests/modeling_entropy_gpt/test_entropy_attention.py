@@ -1,5 +1,6 @@
 """Attention with entropies, every route against its definition with whole matrices."""
 
+import importlib
 import importlib.util
 import math
 import subprocess
@@ -13,6 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from modeling_entropy_gpt import blockwise_attention, entropy_attention, row_entropies
 from modeling_entropy_gpt.blockwise_attention import BLOCK_ROWS
 
+
+module = importlib.import_module("modeling_entropy_gpt.blockwise_attention")
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 3, 7, 8
 LENGTHS = [1, 2, 63, 64, 65, 200, 777]
@@ -291,10 +294,41 @@ def test_compiles_in_one_graph(dropout):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_cores_that_are_taken_do_not_change_the_result(dropout, monkeypatch):
+    """Groups of heads are then shared out to threads; with dropout too, and threads are many again afterwards."""
+    states = make_states(300, 300, dtype=torch.float32)
+    upstream = torch.randn_like(states[0]), torch.randn(BATCH, HEADS, 300)
+    results = []
+    monkeypatch.setattr(module, "MOST_HEADS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for contention_ends in (-math.inf, math.inf):
+        monkeypatch.setattr(module.CONTENTION, "_ends", contention_ends)
+        torch.manual_seed(0)
+        got = entropy_attention(*states, is_causal=True, dropout=dropout)
+        results.append((*got, *torch.autograd.grad(got, states, upstream)))
+    for alone, shared in zip(*results, strict=True):
+        torch.testing.assert_close(alone, shared)
+
+
+def test_context_switches_tell_of_contention(monkeypatch):
+    contention = module._Contention()
+    switches = iter([10, 11, 11, 30])
+    monkeypatch.setattr(contention, "_switches", lambda: next(switches))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with contention.observed():
+        pass
+    assert not contention.is_on
+    with contention.observed():
+        pass
+    assert contention.is_on
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not contention.is_on
+
+
 def test_two_copies_of_the_file_live_side_by_side():
     """As when the package is imported, and a model brings its own copy of it."""
-    file = importlib.util.find_spec("modeling_entropy_gpt.blockwise_attention").origin
-    specification = importlib.util.spec_from_file_location("a_copy", file)
+    specification = importlib.util.spec_from_file_location("a_copy", module.__file__)
     copy = importlib.util.module_from_spec(specification)
     sys.modules["a_copy"] = copy
     specification.loader.exec_module(copy)
