@@ -281,6 +281,7 @@ def main(
     if memory_of:
         print_memory(memory_of, length)
         return
+    revision = git_revision()
     everything, pair = tuple(ATTENTIONS), (STOCK, OURS)
     runs = 3 if quick else runs
     times = [
@@ -288,7 +289,8 @@ def main(
         for length in ((128, 256, 512) if quick else (128, 256, 512, 1024, 2048))
     ]
     times += [
-        compare("training step", training_step, length, everything, runs) for length in ((128,) if quick else (512, 1024))
+        compare("training step", training_step, length, everything, runs)
+        for length in ((128,) if quick else (512, 1024))
     ]
     times += [
         compare("diagnostics", diagnostic_forward, length, pair, runs) for length in ((128,) if quick else (512, 1024))
@@ -308,7 +310,7 @@ def main(
         "memory": memory,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers")},
-        "git_revision": git_revision(),
+        "git_revision": revision,
         "machine": machine_name(torch.device("cpu")),
     }
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -297,11 +297,12 @@ def test_compiles_in_one_graph(dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_cores_that_are_taken_do_not_change_the_result(dropout, monkeypatch):
     """Groups of heads are then shared out to threads; with dropout too, and threads are many again afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     states = make_states(300, 300, dtype=torch.float32)
     upstream = torch.randn_like(states[0]), torch.randn(BATCH, HEADS, 300)
     results = []
     monkeypatch.setattr(module, "MOST_HEADS", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for contention_ends in (-math.inf, math.inf):
         monkeypatch.setattr(module.CONTENTION, "_ends", contention_ends)
         torch.manual_seed(0)
@@ -309,6 +310,8 @@ def test_cores_that_are_taken_do_not_change_the_result(dropout, monkeypatch):
         results.append((*got, *torch.autograd.grad(got, states, upstream)))
     for alone, shared in zip(*results, strict=True):
         torch.testing.assert_close(alone, shared)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
 
 
 def test_context_switches_tell_of_contention(monkeypatch):
