@@ -19,7 +19,7 @@ def quickstart(
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for models, pictures and results.")] = DEFAULT_OUTPUT,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the order of the data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and data order.")] = 0,
 ):
     """
     Train, compare, save and reload three small models.

@@ -5,6 +5,7 @@ from dataclasses import field, fields
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.versions import require_version
@@ -29,6 +30,13 @@ AUTO_MAP = {
 INHERITED_FIELDS = frozenset(
     {*PreTrainedConfig().to_dict(), "auto_map", "num_labels", "torch_dtype", "attn_implementation", "n_ctx"}
 )
+# Fields of GPT-2's configuration with which it computes something else, and the only values that are computed here.
+GPT2_CONSTANTS = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
 
 
 @strict
@@ -163,6 +171,9 @@ class EntropyGPTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._reject_misspelt_fields(kwargs)
+        for name, value in GPT2_CONSTANTS.items():
+            if kwargs.get(name, value) != value:
+                raise ValueError(f"{name}={kwargs[name]} is not supported: EntropyGPT has GPT-2's default, {value}.")
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
@@ -185,7 +196,10 @@ class EntropyGPTConfig(PreTrainedConfig):
         architecture = parse_notation(text, n_layer)
         if clashes := sorted(architecture.keys() & sizes.keys()):
             raise ValueError(f"{', '.join(clashes)} can't be given beside the notation {text!r}, which sets it.")
-        return cls(**architecture, **sizes)
+        try:
+            return cls(**architecture, **sizes)
+        except StrictDataclassClassValidationError as error:
+            raise ValueError(f"The notation {text!r} can't be had: {error.__cause__}") from error
 
     @property
     def notation(self) -> str:

@@ -55,8 +55,8 @@ class EntropyGPTNormalizedConv1D(Conv1D):
     The weights used are `weight * scale`, with a scale for each output feature:
     - `"weight"`: `gain / |weights of that feature|`, with a learnable gain a feature (Salimans & Kingma, 2016);
     - `"spectral"`: `gain / largest singular value of the group's matrix`, with the gain a constant, 1 from scratch
-      (Miyato et al., 2018). The singular value follows the weights by one power iteration in each training
-      step ([`update_singular_vectors`]).
+      (Miyato et al., 2018). The singular value follows the weights by one power iteration in each forward
+      pass of training ([`update_singular_vectors`]).
     Features of other groups have scale 1. So the normalisation costs nothing once folded into plain weights.
 
     Args:
@@ -89,7 +89,7 @@ class EntropyGPTNormalizedConv1D(Conv1D):
         if self.kind == "weight":
             norm = weight.norm(dim=1)
         else:
-            right = self.singular_vectors
+            right = self.singular_vectors.clone()  # autograd keeps it, and the next forward pass changes the buffer
             left = nn.functional.normalize(torch.einsum("gio,go->gi", weight.detach(), right), dim=-1)
             norm = torch.einsum("gi,gio,go->g", left, weight, right)[:, None]
         factors = (self.gain / norm).expand(-1, self.group_size).unbind()

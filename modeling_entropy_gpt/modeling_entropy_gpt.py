@@ -337,9 +337,14 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
             predicted_tokens (`torch.Tensor` of shape `(batch_size,)`): Tokens of each sequence in the cross-entropy.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): Those of the whole batch.
         """
+        penalties = self._sequence_penalties(outputs)
+        return reduce_over_batch(penalties, predicted_tokens, num_items_in_batch, self.config.entropy_penalty)
+
+    def _sequence_penalties(self, outputs: EntropyGPTModelOutput) -> torch.Tensor:
+        """The penalty of each sequence, of shape `(batch_size,)`."""
         blocks = getattr(self, self.base_model_prefix, self).h
         device = outputs.last_hidden_state.device
-        penalties = entropy_penalty(
+        return entropy_penalty(
             torch.stack([entropies.to(device) for entropies in outputs.attention_entropies]),
             torch.stack([block.attn.entropy_threshold.to(device) for block in blocks]),
             outputs.visible_keys,
@@ -347,13 +352,12 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
             maximum=self.config.entropy_maximum,
             penalty=self.config.entropy_penalty,
         )
-        return reduce_over_batch(penalties, predicted_tokens, num_items_in_batch, self.config.entropy_penalty)
 
     def add_entropy_loss(self, loss: torch.Tensor, outputs: EntropyGPTModelOutput) -> torch.Tensor:
         """The loss of a head that predicts one thing for each sequence, with the penalty added in training."""
-        if self.penalizes_entropy:
-            batch_size = outputs.last_hidden_state.shape[0]
-            penalty = self.entropy_loss(outputs, torch.ones(batch_size, device=loss.device))
+        if self.penalizes_entropy and outputs.attention_entropies is not None:
+            # A mean over sequences, whatever the penalty: so is the loss of these heads, over parts of a batch too.
+            penalty = self._sequence_penalties(outputs).mean().to(loss.device)
             loss = loss + self.config.entropy_coefficient * penalty
         return self.check_loss(loss)
 
@@ -420,15 +424,13 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 `n_positions`, or `output_attentions` is asked of an implementation that has no attention matrices.
             `FloatingPointError`: If `detect_divergence` is set and a layer yields a non-finite value in training.
         """
-        self._check_inputs(input_ids, inputs_embeds, kwargs.pop("output_attentions", None))
+        self._check_inputs(input_ids, inputs_embeds, position_ids, kwargs.pop("output_attentions", None))
         kwargs.pop("output_hidden_states", None)
         output_entropies = bool(output_entropies) or self.penalizes_entropy
 
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.wte(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
@@ -441,13 +443,22 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if use_cache and past_key_values is None:
+            # Not before the mask is made: with a cache, transformers does not look for packed sequences.
+            past_key_values = DynamicCache(config=self.config)
         visible_keys = count_visible_keys(position_ids, attention_mask, past_length) if output_entropies else None
+        is_flash = "flash" in self.config._attn_implementation
+        if is_flash and output_entropies and causal_mask is None and not past_length:
+            # Flash attention tells packed sequences by their positions; here it takes a mask.
+            causal_mask = self._packed_mask(visible_keys)
         if self.config.weight_normalization == "spectral" and self.training:
             self._update_singular_vectors()
 
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device))
         attention_entropies = []
-        finite = [("the embeddings", hidden_states)]
+        detect_divergence = self.config.detect_divergence and self.training
+        if detect_divergence:
+            self._raise_if_not_finite("the embeddings", hidden_states)
         for layer_idx, block in enumerate(self.h):
             hidden_states, entropies = block(
                 hidden_states,
@@ -459,11 +470,11 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 **kwargs,
             )
             attention_entropies.append(entropies)
-            finite.append((f"layer {layer_idx} (h.{layer_idx})", hidden_states))
+            if detect_divergence:
+                self._raise_if_not_finite(f"layer {layer_idx} (h.{layer_idx})", hidden_states)
         hidden_states = self.ln_f(hidden_states)
-        finite.append(("the final norm (ln_f)", hidden_states))
-        if self.config.detect_divergence and self.training:
-            self._raise_at_first_non_finite(finite)
+        if detect_divergence:
+            self._raise_if_not_finite("the final norm (ln_f)", hidden_states)
 
         return EntropyGPTModelOutput(
             last_hidden_state=hidden_states,
@@ -472,11 +483,11 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             visible_keys=visible_keys,
         )
 
-    def _check_inputs(self, input_ids, inputs_embeds, output_attentions):
+    def _check_inputs(self, input_ids, inputs_embeds, position_ids, output_attentions):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of input_ids and inputs_embeds has to be given.")
         length = input_ids.shape[1] if input_ids is not None else inputs_embeds.shape[1]
-        if length > self.config.n_positions:
+        if position_ids is None and length > self.config.n_positions:
             raise ValueError(
                 f"The sequence has {length} tokens, but this model has n_positions={self.config.n_positions}: "
                 "truncate it (tokenizer(..., truncation=True, max_length=...))."
@@ -488,6 +499,15 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 "ask for output_entropies=True, which every implementation gives."
             )
 
+    @staticmethod
+    def _packed_mask(visible_keys: torch.Tensor) -> torch.Tensor | None:
+        """The mask of sequences packed one after the other, `(batch or 1, 1, length, length)`; `None` without any."""
+        index = torch.arange(visible_keys.shape[-1], device=visible_keys.device)
+        begins = index + 1 - visible_keys
+        if not begins.any():
+            return None
+        return ((index >= begins[..., None]) & (index <= index[:, None]))[:, None]
+
     def _update_singular_vectors(self):
         """Once a forward, out of the blocks: a block may run twice under gradient checkpointing."""
         for module in self.modules():
@@ -495,13 +515,12 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 module.update_singular_vectors()
 
     @staticmethod
-    def _raise_at_first_non_finite(states: list[tuple[str, torch.Tensor]]):
-        for name, hidden_states in states:
-            if not torch.isfinite(hidden_states).all():
-                raise FloatingPointError(
-                    f"Training diverged: non-finite values first appear in the output of {name}. Lower the learning "
-                    "rate, clip gradients, or turn on ffn_residual_scaling or entropy_regularization."
-                )
+    def _raise_if_not_finite(name: str, hidden_states: torch.Tensor):
+        if not torch.isfinite(hidden_states).all():
+            raise FloatingPointError(
+                f"Training diverged: non-finite values first appear in the output of {name}. Lower the learning "
+                "rate, clip gradients, or turn on ffn_residual_scaling or entropy_regularization."
+            )
 
 
 class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
