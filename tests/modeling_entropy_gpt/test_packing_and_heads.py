@@ -55,5 +55,5 @@ def test_what_gpt2_would_compute_otherwise_is_refused(option):
 
 @pytest.mark.parametrize("text", ["SM+G+ScFuFFN", "SM+ScFFNi[99]", "SM+Act(foo)"])
 def test_a_notation_that_contradicts_itself_is_named(text):
-    with pytest.raises(ValueError, match="The notation .* can't be had"):
+    with pytest.raises(ValueError, match=r"The notation .* can't be had"):
         EntropyGPTConfig.from_notation(text)
