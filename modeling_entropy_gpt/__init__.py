@@ -9,7 +9,6 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .blockwise_attention import blockwise_attention
 from .configuration_entropy_gpt import EntropyGPTConfig
 from .entropy_attention import entropy_attention, row_entropies
 from .entropy_regularization import entropy_penalty
@@ -44,7 +43,6 @@ __all__ = [
     "EntropyGPTForTokenClassification",
     "EntropyGPTModel",
     "EntropyGPTPreTrainedModel",
-    "blockwise_attention",
     "entropy_attention",
     "entropy_penalty",
     "row_entropies",

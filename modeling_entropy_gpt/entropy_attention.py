@@ -130,6 +130,11 @@ def visible_pairs(
     attention_mask = attention_mask[..., :key_length]
     if attention_mask.ndim == 2:
         return attention_mask[:, None, None].bool()
+    return to_boolean(attention_mask)
+
+
+def to_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
+    """A mask, boolean or additive (0, or the dtype's lowest value or -inf for what is masked), as a boolean one."""
     if attention_mask.dtype == torch.bool:
         return attention_mask
     return attention_mask > torch.finfo(attention_mask.dtype).min / 2
@@ -267,4 +272,4 @@ def _entropies(attend, query, key, scaling) -> torch.Tensor:
     return log_sum_exp.detach().to(dtype) - scaling * products
 
 
-__all__ = ["entropy_attention", "row_entropies", "visible_pairs"]
+__all__ = ["entropy_attention", "row_entropies", "to_boolean", "visible_pairs"]

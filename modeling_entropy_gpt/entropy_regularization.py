@@ -10,6 +10,8 @@ predicted tokens: so it does not depend on how a batch is split.
 
 import torch
 
+from .entropy_attention import to_boolean
+
 
 def count_visible_keys(
     position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int = 0
@@ -29,10 +31,7 @@ def count_visible_keys(
     """
     query_length = position_ids.shape[-1]
     if attention_mask is not None and attention_mask.ndim == 4:
-        visible = attention_mask
-        if attention_mask.dtype != torch.bool:
-            visible = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-        return visible[:, 0].sum(dim=-1)
+        return to_boolean(attention_mask)[:, 0].sum(dim=-1)
     if attention_mask is not None:
         valid = attention_mask.long()
         return (valid.cumsum(dim=-1) * valid)[:, past_length : past_length + query_length]

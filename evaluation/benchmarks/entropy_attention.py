@@ -8,13 +8,11 @@ Everything is measured side by side in one run: the variants take turns, and eac
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from operator import truediv
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +24,7 @@ from rich.console import Console
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from evaluation.results import git_revision, machine_name
+from evaluation.results import git_revision, machine_name, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
 
 
@@ -308,8 +306,7 @@ def main(
     record = {
         "times": times,
         "memory": memory,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers")},
+        "versions": recorded_versions(),
         "git_revision": revision,
         "machine": machine_name(torch.device("cpu")),
     }

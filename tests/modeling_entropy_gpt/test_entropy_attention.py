@@ -1,6 +1,5 @@
 """Attention with entropies, every route against its definition with whole matrices."""
 
-import importlib
 import importlib.util
 import math
 import subprocess
@@ -11,11 +10,10 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention.flex_attention import create_block_mask
 
-from modeling_entropy_gpt import blockwise_attention, entropy_attention, row_entropies
-from modeling_entropy_gpt.blockwise_attention import BLOCK_ROWS
+from modeling_entropy_gpt import blockwise_attention as module
+from modeling_entropy_gpt import entropy_attention, row_entropies
+from modeling_entropy_gpt.blockwise_attention import BLOCK_ROWS, blockwise_attention
 
-
-module = importlib.import_module("modeling_entropy_gpt.blockwise_attention")
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 3, 7, 8
 LENGTHS = [1, 2, 63, 64, 65, 200, 777]
