@@ -1,7 +1,6 @@
 """PyTorch EntropyGPT: GPT-2 whose non-linearities can be removed, with entropy-guided attention (arXiv 2501.03489)."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -18,224 +16,25 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .blocks import EntropyGPTAttention, EntropyGPTBlock
 from .configuration_entropy_gpt import EntropyGPTConfig
-from .entropy_attention import entropy_attention, row_entropies
 from .entropy_regularization import count_visible_keys, entropy_penalty, reduce_over_batch
 from .layers import (
     EntropyGPTLearnableLeakyReLU,
     EntropyGPTNormalizedConv1D,
     EntropyGPTStaticLayerNorm,
-    build_activation,
-    build_linear,
     build_norm,
 )
 
 
 logger = logging.get_logger(__name__)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
-    if attention_mask is not None:
-        attn_weights = attn_weights + attention_mask
-    # As GPT-2 does, the softmax stays in the dtype of the model.
-    attn_weights = nn.functional.softmax(attn_weights, dim=-1).type(value.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
-    return attn_output, attn_weights
-
-
-class EntropyGPTAttention(nn.Module):
-    """
-    Multi-head causal self-attention with GPT-2's weights, an optional learnable temperature (SM(t) in arXiv
-    2501.03489) and, on request, the entropy of each row.
-
-    The temperature is kept as its logarithm, so that no training step can bring it to zero or below.
-    """
-
-    def __init__(self, config: EntropyGPTConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.n_embd // config.n_head
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
-
-        self.c_attn = build_linear(config, 3 * config.n_embd, config.n_embd, ("q", "k", "v"))
-        self.c_proj = build_linear(config, config.n_embd, config.n_embd, ("o",), adds_to_residual=True)
-        self.attn_dropout = config.attn_pdrop
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
-
-        self.log_temperature = None
-        if config.attention_temperature != "none":
-            positions = config.n_positions if config.attention_temperature == "position" else 1
-            self.log_temperature = nn.Parameter(torch.empty(config.n_head, positions))
-        self.entropy_threshold = None
-        if config.entropy_regularization:
-            self.entropy_threshold = nn.Parameter(torch.empty(config.n_head))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        output_entropies: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query_states, key_states, value_states = (
-            states.view(head_shape).transpose(1, 2)
-            for states in self.c_attn(hidden_states).split(self.config.n_embd, dim=-1)
-        )
-        if self.log_temperature is not None:
-            query_states = query_states * self.inverse_temperature(position_ids).to(query_states.dtype)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
-
-        attend = self._attend_with_entropies if output_entropies else self._attend
-        attn_output, attn_weights, entropies = attend(
-            query_states, key_states, value_states, attention_mask, position_ids=position_ids, **kwargs
-        )
-        attn_output = self.c_proj(attn_output.reshape(hidden_states.shape))
-        return self.resid_dropout(attn_output), attn_weights, entropies
-
-    def inverse_temperature(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """1 / t for each query, broadcastable to `(batch, heads, query_length, 1)`."""
-        inverse = torch.exp(-self.log_temperature)
-        if self.config.attention_temperature == "position":
-            return inverse[:, position_ids].transpose(0, 1).unsqueeze(-1)
-        return inverse[None, :, :, None]
-
-    def _attend(self, query_states, key_states, value_states, attention_mask, **kwargs):
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=self.attn_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return attn_output, attn_weights, None
-
-    def _attend_with_entropies(self, query_states, key_states, value_states, attention_mask, **kwargs):
-        query_length = query_states.shape[2]
-        # Masks of padding alone (flash attention) and no mask leave it to the kernel to hide later keys.
-        is_causal = attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.ndim == 2)
-        if self.config._attn_implementation == "eager":
-            attn_output, attn_weights, _ = self._attend(
-                query_states, key_states, value_states, attention_mask, **kwargs
-            )
-            entropies = row_entropies(query_states, key_states, attention_mask, is_causal, self.scaling)
-            return attn_output, attn_weights, entropies
-        if self.config._attn_implementation == "sdpa" and attention_mask is None and query_length > 1:
-            # SDPA's meaning of no mask: the first query stands at the first key (a static cache that is still empty).
-            key_states, value_states = key_states[:, :, :query_length], value_states[:, :, :query_length]
-        attn_output, entropies = entropy_attention(
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            is_causal=is_causal,
-            scaling=self.scaling,
-            dropout=self.attn_dropout if self.training else 0.0,
-        )
-        return attn_output.transpose(1, 2), None, entropies
-
-
-class EntropyGPTMLP(nn.Module):
-    """Two linear maps with the activation between them."""
-
-    def __init__(self, config: EntropyGPTConfig):
-        super().__init__()
-        self.c_fc = build_linear(config, config.inner_size, config.n_embd, ("ffn",))
-        self.act = build_activation(config.activation_function)
-        self.c_proj = build_linear(config, config.n_embd, config.inner_size, ("ffn",), adds_to_residual=True)
-        self.dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
-
-
-class EntropyGPTFusedFFN(nn.Module):
-    """One square linear map: what two without an activation between them amount to."""
-
-    def __init__(self, config: EntropyGPTConfig):
-        super().__init__()
-        self.c_fused = build_linear(config, config.n_embd, config.n_embd, ("ffn",), adds_to_residual=True)
-        self.dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.c_fused(hidden_states))
-
-
-class EntropyGPTBlock(GradientCheckpointingLayer):
-    """
-    A Pre-LN block. Its result is the hidden states and the entropies of its attention rows, or `None` for the latter:
-    entropies go up the stack as results, since those caught by hooks lose their gradient under checkpointing.
-    """
-
-    def __init__(self, config: EntropyGPTConfig, layer_idx: int):
-        super().__init__()
-        self.ln_1 = build_norm(config.normalization, config.n_embd, config.layer_norm_epsilon)
-        self.attn = EntropyGPTAttention(config, layer_idx)
-        self.ln_2, self.mlp = None, None
-        self.ffn_alpha, self.ffn_beta = None, None
-        if layer_idx not in config.pruned_ffn_layers:
-            self.ln_2 = build_norm(config.normalization, config.n_embd, config.layer_norm_epsilon)
-            self.mlp = EntropyGPTFusedFFN(config) if config.ffn_type == "fused" else EntropyGPTMLP(config)
-            if config.ffn_residual_scaling:
-                self.ffn_alpha = nn.Parameter(torch.empty(()))
-                self.ffn_beta = nn.Parameter(torch.empty(()))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        output_entropies: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        residual = hidden_states
-        attn_output, _, entropies = self.attn(
-            self.ln_1(hidden_states),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            output_entropies=output_entropies,
-            **kwargs,
-        )
-        hidden_states = residual + attn_output
-        if self.mlp is None:
-            return hidden_states, entropies
-
-        residual = hidden_states
-        ffn_output = self.mlp(self.ln_2(hidden_states))
-        if self.ffn_alpha is not None:
-            residual, ffn_output = self.ffn_beta * residual, ffn_output / self.ffn_alpha
-        return residual + ffn_output, entropies
 
 
 @dataclass
