@@ -1,6 +1,7 @@
 """EntropyGPT configuration: GPT-2's fields, and one field for each departure from it."""
 
 import difflib
+import math
 from dataclasses import field, fields
 from typing import Literal
 
@@ -16,6 +17,7 @@ from .notation import format_notation, parse_notation
 require_version("transformers>=5.23,<6", "EntropyGPT is written for it: pip install 'transformers>=5.23,<6'")
 
 OWN_ACTIVATIONS = ("identity", "leaky_relu", "learnable_leaky_relu")
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")
 WEIGHT_NORMALIZATION_TARGETS = ("q", "k", "v", "o", "ffn")
 AUTO_MAP = {
     "AutoConfig": "configuration_entropy_gpt.EntropyGPTConfig",
@@ -178,6 +180,22 @@ class EntropyGPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """
+        As every configuration's; what is given in place of the file's values is checked too, as `from_pretrained`
+        hands it on.
+
+        Raises:
+            `ValueError`: If a keyword is a near miss of a field.
+            `StrictDataclassError`: If a value is not allowed, or does not go with the rest.
+        """
+        cls._reject_misspelt_fields(kwargs)
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config.validate()
+        return result
+
+    @classmethod
     def from_notation(cls, text: str, **sizes) -> "EntropyGPTConfig":
         """
         Makes the configuration of an architecture from the paper's name of it (Table 1).
@@ -214,10 +232,24 @@ class EntropyGPTConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation: ranges, and rules between fields."""
         super().validate_architecture()
+        self._check_numbers()
         self._check_sizes()
         self._check_ffn()
         self._check_weight_normalization()
-        self._check_entropy()
+
+    def _check_numbers(self):
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}={value} has to be a finite number.")
+        for name in ("layer_norm_epsilon", "initializer_range", "entropy_coefficient", "entropy_tolerance"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} has to be at least 0.")
+        for name in (*DROPOUTS, "entropy_threshold_init"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} has to be between 0 and 1.")
+        if self.temperature_init <= 0:
+            raise ValueError(f"temperature_init={self.temperature_init} has to be above 0: logits are divided by it.")
 
     def _check_sizes(self):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
@@ -232,9 +264,6 @@ class EntropyGPTConfig(PreTrainedConfig):
                 f"n_head={self.n_head} does not divide n_embd={self.n_embd}; the nearest number of heads that does is "
                 f"{nearest}."
             )
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} has to be between 0 and 1.")
 
     def _check_ffn(self):
         if self.activation_function not in ACT2FN and self.activation_function not in OWN_ACTIVATIONS:
@@ -279,19 +308,13 @@ class EntropyGPTConfig(PreTrainedConfig):
                 "weight_normalization: set it to 'weight' or 'spectral', or leave the targets out."
             )
 
-    def _check_entropy(self):
-        if self.temperature_init <= 0:
-            raise ValueError(f"temperature_init={self.temperature_init} has to be above 0: logits are divided by it.")
-        for name in ("entropy_coefficient", "entropy_tolerance"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} has to be at least 0.")
-
-    def _reject_misspelt_fields(self, kwargs: dict):
+    @classmethod
+    def _reject_misspelt_fields(cls, kwargs: dict):
         """transformers stores unknown fields silently; a near miss of a field of this family is an error instead."""
-        own_names = [*(f.name for f in fields(EntropyGPTConfig)), *self.attribute_map]
-        for name in kwargs.keys() - INHERITED_FIELDS - self.attribute_map.keys():
+        own_names = [*(f.name for f in fields(EntropyGPTConfig)), *cls.attribute_map]
+        for name in kwargs.keys() - INHERITED_FIELDS - {*own_names}:
             if hint := _did_you_mean(name, own_names):
-                raise ValueError(f"{name!r} is no field of {type(self).__name__}{hint}")
+                raise ValueError(f"{name!r} is no field of {cls.__name__}{hint}")
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

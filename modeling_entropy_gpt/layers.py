@@ -48,7 +48,7 @@ class EntropyGPTLearnableLeakyReLU(nn.Module):
         init.constant_(self.negative_slope, 0.01)
 
 
-class EntropyGPTNormalizedConv1D(Conv1D):
+class EntropyGPTNormalizedConv1D(nn.Module):
     """
     GPT-2's linear map with its weights normalised, for all or some of the equal groups of its output features.
 
@@ -59,6 +59,9 @@ class EntropyGPTNormalizedConv1D(Conv1D):
       pass of training ([`update_singular_vectors`]).
     Features of other groups have scale 1. So the normalisation costs nothing once folded into plain weights.
 
+    It is no subclass of `Conv1D`, so that tools which write into the weights of one (PEFT, when it merges an adapter)
+    refuse it: what they add would be scaled too.
+
     Args:
         nf (`int`): Number of output features.
         nx (`int`): Number of input features.
@@ -67,7 +70,11 @@ class EntropyGPTNormalizedConv1D(Conv1D):
     """
 
     def __init__(self, nf: int, nx: int, kind: str, normalized_groups: list[bool]):
-        super().__init__(nf, nx)
+        super().__init__()
+        self.nf = nf
+        self.nx = nx
+        self.weight = nn.Parameter(torch.empty(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
         self.kind = kind
         self.normalized_groups = normalized_groups
         self.group_size = nf // len(normalized_groups)
@@ -77,6 +84,9 @@ class EntropyGPTNormalizedConv1D(Conv1D):
         else:
             self.register_buffer("gain", torch.ones(count, 1))
             self.register_buffer("singular_vectors", torch.full((count, self.group_size), self.group_size**-0.5))
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}, kind={self.kind!r}, normalized_groups={self.normalized_groups}"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.weight * self.scale()
@@ -139,7 +149,7 @@ def build_activation(name: str) -> nn.Module:
     return EntropyGPTLearnableLeakyReLU() if name == "learnable_leaky_relu" else ACT2FN[name]
 
 
-def build_linear(config, nf: int, nx: int, targets: tuple[str, ...], adds_to_residual: bool = False) -> Conv1D:
+def build_linear(config, nf: int, nx: int, targets: tuple[str, ...], adds_to_residual: bool = False) -> nn.Module:
     """
     GPT-2's linear map from `nx` to `nf` features, normalised as the config says.
 

@@ -80,6 +80,30 @@ class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
     visible_keys: torch.Tensor | None = None
 
 
+@dataclass
+class EntropyGPTSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
+
+    attention_entropies: tuple[torch.Tensor, ...] | None = None
+    visible_keys: torch.Tensor | None = None
+
+
+@dataclass
+class EntropyGPTTokenClassifierOutput(TokenClassifierOutput):
+    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
+
+    attention_entropies: tuple[torch.Tensor, ...] | None = None
+    visible_keys: torch.Tensor | None = None
+
+
+@dataclass
+class EntropyGPTQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
+
+    attention_entropies: tuple[torch.Tensor, ...] | None = None
+    visible_keys: torch.Tensor | None = None
+
+
 class EntropyGPTPreTrainedModel(PreTrainedModel):
     config: EntropyGPTConfig
     config_class = EntropyGPTConfig
@@ -102,7 +126,7 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, Conv1D):
+        if isinstance(module, Conv1D | EntropyGPTNormalizedConv1D):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range * module.initializer_scale)
             init.zeros_(module.bias)
         if isinstance(module, EntropyGPTNormalizedConv1D | EntropyGPTStaticLayerNorm | EntropyGPTLearnableLeakyReLU):
@@ -117,10 +141,24 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
             init.constant_(module.ffn_alpha, self.config.ffn_alpha_init)
             init.constant_(module.ffn_beta, self.config.ffn_beta_init)
 
+    def __init__(self, config: EntropyGPTConfig, *inputs, **kwargs):
+        config.validate()  # fields may have been set since it was made
+        super().__init__(config, *inputs, **kwargs)
+
     @property
     def penalizes_entropy(self) -> bool:
         """Whether the loss contains the entropy penalty: in training, where the config says so."""
         return self.training and self.config.entropy_regularization
+
+    def needs_entropies(self, labels: torch.Tensor | None) -> bool:
+        """Whether this forward pass yields a loss with the penalty; says so once if the penalty is lost."""
+        if self.penalizes_entropy and labels is None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "No labels are given in training, so the model gives no loss, and one computed elsewhere (as the "
+                "Trainer does with label_smoothing_factor) lacks the entropy penalty that entropy_regularization=True "
+                "asks for: give labels, or output_entropies=True and add the penalty."
+            )
+        return self.penalizes_entropy and labels is not None
 
     def entropy_loss(
         self,
@@ -219,13 +257,13 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 Whether to return the entropies of all attention rows, under any attention implementation.
 
         Raises:
-            `ValueError`: If not exactly one of `input_ids` and `inputs_embeds` is given, the sequence is longer than
-                `n_positions`, or `output_attentions` is asked of an implementation that has no attention matrices.
+            `ValueError`: If not exactly one of `input_ids` and `inputs_embeds` is given, there is no such position in
+                the model, or `output_attentions` is asked of an implementation that has no attention matrices.
             `FloatingPointError`: If `detect_divergence` is set and a layer yields a non-finite value in training.
         """
         self._check_inputs(input_ids, inputs_embeds, position_ids, kwargs.pop("output_attentions", None))
         kwargs.pop("output_hidden_states", None)
-        output_entropies = bool(output_entropies) or self.penalizes_entropy
+        output_entropies = bool(output_entropies)
 
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -234,6 +272,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
+        self._check_positions(position_ids)
 
         causal_mask = create_causal_mask(
             config=self.config,
@@ -296,6 +335,18 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 f"output_attentions=True needs attention matrices, which attn_implementation="
                 f"{self.config._attn_implementation!r} does not keep: call model.set_attn_implementation('eager'), or "
                 "ask for output_entropies=True, which every implementation gives."
+            )
+
+    def _check_positions(self, position_ids: torch.Tensor):
+        """On a CPU alone: elsewhere, looking at the positions would make the host wait."""
+        if position_ids.device.type != "cpu" or torch.compiler.is_compiling() or not position_ids.numel():
+            return
+        smallest, largest = (bound.item() for bound in position_ids.aminmax())
+        if smallest < 0 or largest >= self.config.n_positions:
+            raise ValueError(
+                f"position_ids go from {smallest} to {largest}, but this model has n_positions="
+                f"{self.config.n_positions}, and so positions 0 to {self.config.n_positions - 1}: generate less, or "
+                "truncate the prompt."
             )
 
     @staticmethod
@@ -378,7 +429,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_entropies=output_entropies,
+            output_entropies=output_entropies or self.needs_entropies(labels),
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -433,13 +484,14 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        output_entropies: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> EntropyGPTSequenceClassifierOutput:
         r"""
         Args:
             labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
                 Classes, or values for a regression (`config.problem_type`).
-            input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache:
+            input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache, output_entropies:
                 As for [`EntropyGPTModel`].
         """
         outputs: EntropyGPTModelOutput = self.transformer(
@@ -449,6 +501,7 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_entropies=output_entropies or self.needs_entropies(labels),
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
@@ -460,12 +513,14 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
             loss = self.add_entropy_loss(loss, outputs)
 
-        return SequenceClassifierOutputWithPast(
+        return EntropyGPTSequenceClassifierOutput(
             loss=loss,
             logits=pooled_logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            attention_entropies=outputs.attention_entropies if output_entropies else None,
+            visible_keys=outputs.visible_keys if output_entropies else None,
         )
 
     def _last_token(self, input_ids: torch.LongTensor | None, logits: torch.Tensor) -> torch.Tensor | int:
@@ -506,18 +561,20 @@ class EntropyGPTForTokenClassification(EntropyGPTPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        output_entropies: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
+    ) -> EntropyGPTTokenClassifierOutput:
         r"""
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Classes; -100 is ignored.
-            input_ids, attention_mask, position_ids, inputs_embeds: As for [`EntropyGPTModel`].
+            input_ids, attention_mask, position_ids, inputs_embeds, output_entropies: As for [`EntropyGPTModel`].
         """
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            output_entropies=output_entropies or self.needs_entropies(labels),
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
@@ -527,8 +584,13 @@ class EntropyGPTForTokenClassification(EntropyGPTPreTrainedModel):
             loss = self.loss_function(logits, labels, self.config)
             loss = self.add_entropy_loss(loss, outputs)
 
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return EntropyGPTTokenClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            attention_entropies=outputs.attention_entropies if output_entropies else None,
+            visible_keys=outputs.visible_keys if output_entropies else None,
         )
 
 
@@ -554,19 +616,21 @@ class EntropyGPTForQuestionAnswering(EntropyGPTPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
+        output_entropies: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> QuestionAnsweringModelOutput:
+    ) -> EntropyGPTQuestionAnsweringOutput:
         r"""
         Args:
             start_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*): First tokens of the answers.
             end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Last tokens of the answers.
-            input_ids, attention_mask, position_ids, inputs_embeds: As for [`EntropyGPTModel`].
+            input_ids, attention_mask, position_ids, inputs_embeds, output_entropies: As for [`EntropyGPTModel`].
         """
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            output_entropies=output_entropies or self.needs_entropies(start_positions),
             **kwargs,
         )
         start_logits, end_logits = (
@@ -578,12 +642,14 @@ class EntropyGPTForQuestionAnswering(EntropyGPTPreTrainedModel):
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
             loss = self.add_entropy_loss(loss, outputs)
 
-        return QuestionAnsweringModelOutput(
+        return EntropyGPTQuestionAnsweringOutput(
             loss=loss,
             start_logits=start_logits,
             end_logits=end_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            attention_entropies=outputs.attention_entropies if output_entropies else None,
+            visible_keys=outputs.visible_keys if output_entropies else None,
         )
 
 

@@ -1,10 +1,12 @@
 """The configuration: GPT-2 by default, and every mistake named with its remedy."""
 
+import math
+
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config
 
-from modeling_entropy_gpt import EntropyGPTConfig
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, make_config
 
 
@@ -54,6 +56,11 @@ def test_reads_the_config_of_a_gpt2_checkpoint():
         ({"weight_normalization": "weight", "weight_normalization_targets": ["q", "q"]}, ["twice"]),
         ({"temperature_init": 0.0}, ["temperature_init=0.0", "above 0"]),
         ({"entropy_tolerance": -0.1}, ["entropy_tolerance=-0.1", "at least 0"]),
+        ({"entropy_threshold_init": 7}, ["entropy_threshold_init=7", "between 0 and 1"]),
+        ({"layer_norm_epsilon": -1e-5}, ["layer_norm_epsilon=-1e-05", "at least 0"]),
+        ({"initializer_range": -0.02}, ["initializer_range=-0.02", "at least 0"]),
+        ({"temperature_init": math.nan}, ["temperature_init=nan", "finite"]),
+        ({"entropy_coefficient": math.inf}, ["entropy_coefficient=inf", "finite"]),
         ({"entropy_coefficient": -1}, ["entropy_coefficient=-1", "at least 0"]),
         ({"normalization": "batchnorm"}, ["normalization", "batchnorm", "static"]),
         ({"entropy_penalty": "mean"}, ["entropy_penalty", "mean", "row_sum"]),
@@ -81,6 +88,23 @@ def test_mistakes_are_named_with_what_is_allowed(fields, words):
 def test_misspelt_fields_are_refused_with_the_right_name(misspelt, meant):
     with pytest.raises(ValueError, match=f"{misspelt}.*{meant}"):
         EntropyGPTConfig(**{misspelt: 1})
+
+
+def test_overrides_at_loading_are_checked(tmp_path):
+    make_config("EReg(SM(t)+ScFuFFN)").save_pretrained(tmp_path)
+    for load in (EntropyGPTConfig.from_pretrained, AutoConfig.from_pretrained):
+        assert load(tmp_path, entropy_coefficient=0.5, device_map="cpu").entropy_coefficient == 0.5
+        with pytest.raises(StrictDataclassError, match="activation_function='identity'"):
+            load(tmp_path, activation_function="gelu_new")
+        with pytest.raises(ValueError, match=r"entropy_regularisation.*entropy_regularization"):
+            load(tmp_path, entropy_regularisation=False)
+
+
+def test_a_model_of_a_broken_combination_is_refused():
+    config = make_config("SM+ScFuFFN")
+    config.activation_function = "relu"
+    with pytest.raises(StrictDataclassError, match="activation_function='identity'"):
+        EntropyGPTForCausalLM(config)
 
 
 def test_fields_of_other_tools_pass():

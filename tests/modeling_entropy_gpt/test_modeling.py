@@ -1,6 +1,7 @@
 """What every transformers model does, over every architecture: backends, caches, generation, padding, compilation."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -244,6 +245,10 @@ def test_entropies_stay_within_what_the_mask_allows(implementation):
         ({}, "Exactly one"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.long), "inputs_embeds": torch.ones(1, 3, 48)}, "Exactly one"),
         ({"input_ids": torch.ones(1, 65, dtype=torch.long)}, "65 tokens.*n_positions=64"),
+        (
+            {"input_ids": torch.ones(1, 2, dtype=torch.long), "position_ids": torch.tensor([[63, 64]])},
+            "from 63 to 64.*n_positions=64",
+        ),
     ],
 )
 def test_bad_inputs_are_refused(arguments, message):
@@ -347,6 +352,31 @@ def test_heads_train_and_answer(head, notation):
     # In training alone the penalty is part of the loss.
     assert (trained > evaluated) == model.config.entropy_regularization
     assert model(tokens, **labels, return_dict=False)[0] == trained
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_returns_entropies_when_asked_alone(head):
+    model = make_model("EReg(SM(t)+ScFuFFN)", head).train()
+    tokens = make_tokens()
+    outputs = model(tokens, output_entropies=True)
+    assert [entropies.shape for entropies in outputs.attention_entropies] == [(2, 4, 17)] * 3
+    assert outputs.visible_keys.shape == (1, 17)
+    for outputs in (model(tokens), model.transformer(tokens)):
+        assert outputs.attention_entropies is outputs.visible_keys is None
+
+
+def test_training_without_labels_warns_that_the_penalty_is_lost(caplog):
+    tokens = make_tokens()
+    logging.Logger.warning_once.cache_clear()
+    logging.getLogger("transformers").propagate = True
+    try:
+        make_model("EReg(SM(t)+ScFuFFN)").train()(tokens, labels=tokens)
+        make_model("SM(t)+ScFuFFN").train()(tokens)
+        assert not caplog.messages
+        make_model("EReg(SM(t)+ScFuFFN)").train()(tokens)
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert ["lacks the entropy penalty" in message for message in caplog.messages] == [True]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

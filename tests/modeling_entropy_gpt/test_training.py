@@ -129,6 +129,25 @@ def test_lora(notation, targets, tmp_path):
     torch.testing.assert_close(loaded(tokens).logits, trained, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("notation", ["SM+ScFFN+WN(QKV+FFN)", "SM+ScFuFFN+SN(QKVO+FFN)"])
+def test_lora_refuses_normalized_weights(notation):
+    """An adapter merged into weights that are scaled afterwards would be another one."""
+    with pytest.raises(ValueError, match=r"EntropyGPTNormalizedConv1D.* is not supported"):
+        get_peft_model(make_model(notation), LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))
+    # Linear maps that are not normalised take one.
+    model = make_model("SM+ScFFN+WN(QKV)")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"))
+    tokens = make_tokens()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    expected = adapted.eval()(tokens).logits
+    assert not torch.allclose(make_model("SM+ScFFN+WN(QKV)")(tokens).logits, expected, atol=1e-2)
+    torch.testing.assert_close(adapted.merge_and_unload()(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_another_head_trains_with_the_trainer(tmp_path):
     model = make_model("EReg(SM(t)+ScFuFFN)", EntropyGPTForTokenClassification, num_labels=2, entropy_coefficient=1e-2)
     dataset = make_dataset().map(lambda row: {"labels": [token % 2 for token in row["input_ids"]]})

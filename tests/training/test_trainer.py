@@ -33,7 +33,7 @@ def make_trainer(model, folder, callbacks=(), **arguments):
 
 
 def test_weight_decay_spares_what_it_would_pull_from_its_meaning(tmp_path):
-    """With a learning rate of nothing but decay, only plain weights shrink."""
+    """Only plain weights decay: neither biases nor norms, nor any parameter that this family adds."""
     model = make_model("EReg(SM(t)+LN+LearnableLeakyR+ScFFN+WN(QK))")
     decayed = set(make_trainer(model, tmp_path).get_decay_parameter_names(model))
     names = {name for name, _ in model.named_parameters()}
@@ -44,6 +44,19 @@ def test_weight_decay_spares_what_it_would_pull_from_its_meaning(tmp_path):
     assert {name for name in names - decayed if name.endswith("weight")} == {
         name for name in names if "ln_" in name and name.endswith("weight")
     }
+
+
+@pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])
+def test_losses_that_would_lack_the_penalty_are_refused(option, tmp_path):
+    def make(notation):
+        arguments = {"label_smoothing_factor": 0.1} if option == "label_smoothing_factor" else {}
+        options = {"compute_loss_func": lambda *_, **__: 0.0} if option == "compute_loss_func" else {}
+        arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[], **arguments)
+        return EntropyTrainer(model=make_model(notation), args=arguments, train_dataset=ROWS, **options)
+
+    make("SM+ScFuFFN")
+    with pytest.raises(ValueError, match=f"{option}.*entropy penalty"):
+        make("EReg(SM(t)+ScFuFFN)")
 
 
 class Interruption(Exception):
