@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+UNFINISHED = ".unfinished-"
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """
@@ -13,13 +16,18 @@ def written_whole(path: Path) -> Iterator[Path]:
     is deleted if the body fails. What an earlier process left behind when it was killed is deleted first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".unfinished-{path.name}")
+    temporary = path.with_name(f"{UNFINISHED}{path.name}")
     delete(temporary)
     try:
         yield temporary
         temporary.replace(path)
     finally:
         delete(temporary)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a file or folder is no temporary one of [`written_whole`]."""
+    return not path.name.startswith(UNFINISHED)
 
 
 def delete(path: Path):

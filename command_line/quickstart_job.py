@@ -43,7 +43,7 @@ from training.data import (
 from training.trainer import EntropyTrainer, last_checkpoint
 
 from .errors import CommandError
-from .files import delete, written_whole
+from .files import delete, is_finished, written_whole
 from .progress import progress_display, stage
 
 
@@ -117,11 +117,14 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
         for notation in ARCHITECTURES:
             if not (output / "models" / slug(notation)).exists():
                 _train_and_save(notation, data, steps, seed, output, progress)
-    results = [
-        result
-        for notation in ARCHITECTURES
-        for result in load_results(output / "models" / slug(notation) / "results.json")
-    ]
+    try:
+        results = [
+            result
+            for notation in ARCHITECTURES
+            for result in load_results(output / "models" / slug(notation) / "results.json")
+        ]
+    except ValueError as error:
+        raise CommandError(f"{error} Delete the folder that it lies in, and run again.") from error
     _draw(results, output)
     _print_table(results)
     for notation in ARCHITECTURES:
@@ -138,13 +141,15 @@ def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, prog
     """Reads and tokenises the text. Nothing is written before all of it is known to be good."""
     try:
         with stage(progress, "reading the text") as line:
-            corpus = load_standard_library() if corpus_path is None else load_corpus(corpus_path)
+            corpus = load_standard_library() if corpus_path is None else load_corpus(corpus_path, without=output)
             line.say(f"{corpus.characters:,} characters")
         settings = {
             "steps": steps,
             "seed": seed,
             "corpus": f"{corpus.name} ({corpus.revision})",
             "versions": recorded_versions(),
+            "git_revision": git_revision(),
+            "machine": machine_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         }
         _check_output(output, settings)
         folder = output / "data"
@@ -164,13 +169,18 @@ def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, prog
 
 def _check_output(output: Path, settings: dict):
     """Refuses a folder that holds something else than an earlier part of this very run."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and not any(map(is_finished, output.iterdir()))):
         return
     remedy = "give another --output, or delete it"
     if not (output / "settings.json").exists():
         raise CommandError(f"{output} is there already and holds no quickstart: {remedy}.")
-    earlier = json.loads((output / "settings.json").read_text(encoding="utf-8"))
-    changed = [f"{name} {earlier[name]} then, {now} now" for name, now in settings.items() if earlier[name] != now]
+    try:
+        earlier = dict(json.loads((output / "settings.json").read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise CommandError(f"{output / 'settings.json'} is damaged ({error}): {remedy}.") from error
+    changed = [
+        f"{name} {earlier.get(name)} then, {now} now" for name, now in settings.items() if earlier.get(name) != now
+    ]
     if changed:
         raise CommandError(f"{output} holds a quickstart with other settings ({'; '.join(changed)}): {remedy}.")
 
@@ -184,7 +194,9 @@ def _tokenize(corpus: Corpus, progress: Progress) -> Data:
         try:
             validation = pack(corpus.validation, tokenizer, CONTEXT, lambda _: line.advance())
         except CorpusError as error:
-            raise CorpusError(f"In the part kept for validation, about 5 %: {error}") from error
+            length = sum(len(document.text) for document in corpus.validation)
+            part = f"the part kept for validation, {length:,} of {corpus.characters:,} characters"
+            raise CorpusError(f"In {part}: {error}") from error
         line.say(f"{len(training) + len(validation):,} blocks of {CONTEXT} tokens")
     if len(validation) > EVALUATED_BLOCKS:
         spread = [index * len(validation) // EVALUATED_BLOCKS for index in range(EVALUATED_BLOCKS)]
@@ -274,7 +286,7 @@ def _measure(
         training_steps=steps,
         training_tokens=steps * BATCH_SIZE * CONTEXT,
         training_seconds=seconds,
-        hyperparameters={**HYPERPARAMETERS, "batch_size": BATCH_SIZE, **SIZES, **ARCHITECTURES[model.config.notation]},
+        hyperparameters=_describe_training(model.config),
         perplexity_per_token=likelihood.perplexity,
         bits_per_byte=likelihood.bits_per_byte,
         headwise_entropy_nats=entropy.nats,
@@ -292,6 +304,23 @@ def _measure(
             machine=machine_name(model.device),
         ),
     )
+
+
+def _describe_training(config: EntropyGPTConfig) -> dict:
+    """All that this model was told beside its notation."""
+    names = [*SIZES]
+    if config.attention_temperature != "none":
+        names += ["temperature_init"]
+    if config.entropy_regularization:
+        names += ["entropy_penalty", "entropy_coefficient", "entropy_tolerance", "entropy_threshold_init"]
+        names += ["entropy_maximum"]
+    return {
+        **HYPERPARAMETERS,
+        "warmup_share": WARMUP_SHARE,
+        "batch_size": BATCH_SIZE,
+        "dropout": config.resid_pdrop,
+        **{name: getattr(config, name) for name in names},
+    }
 
 
 def _draw(results: list[ModelResult], output: Path):
@@ -330,7 +359,7 @@ def _print_table(results: list[ModelResult]):
     for row in comparison_rows(results):
         table.add_row(*map(escape, row))
     console.print(table)
-    console.print(escape(conditions_text(results[0])), style="dim")
+    console.print(escape(conditions_text(results)), style="dim")
 
 
 def _print_where(output: Path):

@@ -24,7 +24,7 @@ def plot_headwise_entropy(result: ModelResult, path: Path):
         result ([`ModelResult`]): What was measured.
         path (`Path`): The PNG to write.
     """
-    figure = Figure(figsize=(5.2, 4.4), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(5.2, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     image = _draw_heat_map(axes, result)
     _add_scale(figure, [axes], image, result.headwise_entropy)
@@ -39,7 +39,7 @@ def plot_comparison(results: list[ModelResult], path: Path):
         results (`list[ModelResult]`): What was measured, under the same conditions.
         path (`Path`): The PNG to write.
     """
-    figure = Figure(figsize=(3.6 * len(results) + 0.8, 4.2), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(3.6 * len(results) + 0.8, 4.4), dpi=DOTS_PER_INCH, layout="constrained")
     all_axes = figure.subplots(1, len(results), squeeze=False)[0]
     images = [_draw_heat_map(axes, result) for axes, result in zip(all_axes, results, strict=True)]
     _add_scale(figure, list(all_axes), images[0], results[0].headwise_entropy)
@@ -50,8 +50,8 @@ def _draw_heat_map(axes: Axes, result: ModelResult) -> AxesImage:
     entropy = result.headwise_entropy
     image = axes.imshow(entropy.nats, cmap=COLORMAP, vmin=0, vmax=entropy.maximum, aspect="auto")
     axes.set_title(
-        f"{result.notation}\nperplexity {result.perplexity_per_token:.1f}, "
-        f"{entropy.overloaded_share:.0%} of heads overloaded",
+        f"{result.notation}\nfinal norm: {result.final_normalization}\n"
+        f"perplexity {result.perplexity_per_token:.1f}, {entropy.overloaded_share:.0%} of heads overloaded",
         fontsize=10,
     )
     heads = len(entropy.nats[0])

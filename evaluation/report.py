@@ -47,25 +47,56 @@ def comparison_rows(results: list[ModelResult]) -> list[tuple[str, ...]]:
 
 
 def comparison_markdown(results: list[ModelResult]) -> str:
-    """The comparison as a Markdown table, followed by the conditions that all models share."""
+    """
+    The comparison as a Markdown table, followed by the conditions.
+
+    Raises:
+        `ValueError`: If the results were not measured under the same conditions.
+    """
     rows = [COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *comparison_rows(results)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{table}\n\n{conditions_text(results[0])}\n"
+    return f"{table}\n\n{conditions_text(results)}\n"
 
 
-def conditions_text(result: ModelResult) -> str:
-    """The conditions of a result in two sentences."""
-    conditions = result.conditions
-    versions = ", ".join(f"{name} {number}" for name, number in conditions.versions.items())
-    hyperparameters = ", ".join(f"{name} {value}" for name, value in result.hyperparameters.items())
+def conditions_text(results: list[ModelResult]) -> str:
+    """
+    What all models have in common, and after it what each was told alone.
+
+    Raises:
+        `ValueError`: If the results were not measured under the same conditions.
+    """
+    _check_comparable(results)
+    first, conditions = results[0], results[0].conditions
+    told = [result.hyperparameters.items() for result in results]
+    shared = {name: value for name, value in told[0] if all((name, value) in items for items in told)}
+    alone = ""
+    for result in results:
+        if own := {name: value for name, value in result.hyperparameters.items() if name not in shared}:
+            alone += f"{result.notation} alone: {_list_settings(own)}. "
     return (
-        f"Trained from scratch on {conditions.corpus} ({conditions.corpus_revision}) for {result.training_steps:,} "
-        f"steps, {result.training_tokens:,} tokens of a vocabulary of {conditions.vocab_size:,} ({hyperparameters}; "
-        f"seed {conditions.seed}, {conditions.dtype}). Evaluated on {conditions.evaluated_tokens:,} tokens of files "
-        f"kept out of training, in blocks of {conditions.context} tokens without overlap. Overloaded: a mean entropy "
-        f"of at least 3/4 of {result.maximum_entropy_nats:.2f} nats, which uniform attention has. Versions: "
-        f"{versions}; commit {conditions.git_revision or 'unknown'}; {conditions.machine}."
+        f"Trained from scratch on {conditions.corpus} ({conditions.corpus_revision}) for {first.training_steps:,} "
+        f"steps, {first.training_tokens:,} tokens of a vocabulary of {conditions.vocab_size:,} "
+        f"({_list_settings(shared)}; seed {conditions.seed}, {conditions.dtype}). {alone}Evaluated on "
+        f"{conditions.evaluated_tokens:,} tokens of text kept out of training, in blocks of {conditions.context} "
+        f"tokens without overlap. Overloaded: a mean entropy of at least 3/4 of {first.maximum_entropy_nats:.2f} "
+        f"nats, which uniform attention has. Versions: {_list_settings(conditions.versions)}; commit "
+        f"{conditions.git_revision or 'unknown'}; {conditions.machine}."
     )
+
+
+def _list_settings(settings: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _check_comparable(results: list[ModelResult]):
+    """Numbers side by side were measured under the same conditions, with the same amount of training."""
+    for result in results:
+        for name in ("conditions", "training_steps", "training_tokens", "maximum_entropy_nats"):
+            if (value := getattr(result, name)) != (expected := getattr(results[0], name)):
+                raise ValueError(
+                    f"{result.notation} and {results[0].notation} can't be compared: their {name} differ, {value} and "
+                    f"{expected}. Measure them in one run."
+                )
 
 
 def model_card(result: ModelResult) -> str:

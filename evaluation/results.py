@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
 from .entropy_diagnostics import HeadwiseEntropy
 
@@ -110,7 +112,7 @@ def load_results(path: Path) -> list[ModelResult]:
             ModelResult(**{**record, "conditions": Conditions(**record["conditions"])})
             for record in content["results"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{path} is no file of results of this version: {error}. Measure again.") from error
 
 
@@ -120,9 +122,9 @@ def recorded_versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """The commit of this project's working tree, or `None` for an installation without one."""
+    """The commit of this project's working tree, or `None` for an installation without one, or without git."""
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     commit = _git(root, "rev-parse", "HEAD")
     return f"{commit}+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else commit
@@ -141,4 +143,6 @@ def machine_name(device: torch.device) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    # Whoever runs this code trusts the tree that it lies in, whose owner may be another (in a container, say).
+    command = ["git", "-C", root, "-c", f"safe.directory={root}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,8 +1,9 @@
 """From text files to blocks of tokens: corpus, tokenizer, packing."""
 
+import copy
 import hashlib
+import os
 import platform
-import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -73,13 +74,16 @@ def load_standard_library(validation_share: float = 0.05) -> Corpus:
     return _split(documents, "Python standard library", f"Python {platform.python_version()}", validation_share)
 
 
-def load_corpus(path: Path, validation_share: float = 0.05) -> Corpus:
+def load_corpus(path: Path, validation_share: float = 0.05, without: Path | None = None) -> Corpus:
     """
     The text files in a folder, or one text file.
 
     Args:
-        path (`Path`): A file of any name, or a folder, of which files with a usual suffix of text or code are read.
+        path (`Path`):
+            A file of any name, or a folder, of which files with a usual suffix of text or code are read, but for
+            hidden ones (`.git`, `.venv`).
         validation_share (`float`): Part of the characters that is kept for validation.
+        without (`Path`, *optional*): A folder to leave out, such as one inside `path` that is being written to.
 
     Raises:
         `CorpusError`: If there is no such path, or a file is empty, binary or unreadable.
@@ -88,7 +92,7 @@ def load_corpus(path: Path, validation_share: float = 0.05) -> Corpus:
         raise CorpusError(f"There is no {path}. Give a folder of text files, or one text file.")
     files = [path]
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix in TEXT_SUFFIXES]
+        files = sorted(_walk(path, without))
         if not files:
             raise CorpusError(
                 f"{path} holds no text files. Files that end in {', '.join(sorted(TEXT_SUFFIXES))} are read; to use "
@@ -167,54 +171,84 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def _token_stream(documents, tokenizer, on_document) -> Iterator[int]:
+    # The fast tokenizer itself: the wrapper warns of texts longer than a model's context, which are packed anyway. A
+    # copy, in which the name of a special token in a text is text.
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.encode_special_tokens = True
     for document in documents:
-        # The fast tokenizer itself: the wrapper warns of texts longer than a model's context, which are packed anyway.
-        yield from tokenizer.backend_tokenizer.encode(document.text, add_special_tokens=False).ids
+        yield from backend.encode(document.text, add_special_tokens=False).ids
         yield tokenizer.eos_token_id
         on_document(document)
 
 
 def _split(documents: list[Document], name: str, version: str, validation_share: float) -> Corpus:
-    """Splits by document, in an order that depends on names alone; a lone document is split at a line end."""
+    """
+    Splits by document, in an order that depends on names alone. If that leaves less than half of the wanted share for
+    validation, because the documents are few or long, the end of the longest one is added to it.
+    """
     digest = hashlib.sha256()
     for document in documents:
         digest.update(f"{document.name}\0{document.text}\0".encode())
     revision = f"{version} sha256:{digest.hexdigest()[:16]}".strip()
 
-    if len(documents) == 1:
-        documents = _halve(documents[0], validation_share)
-        return Corpus(name, revision, (documents[0],), (documents[1],))
-    by_hash = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
-    wanted = validation_share * sum(len(document.text) for document in documents)
+    wanted = round(validation_share * sum(len(document.text) for document in documents))
     held_out: set[str] = set()
-    for document in by_hash[:-1]:
-        if wanted <= 0:
+    held_length = 0
+    for document in sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest()):
+        if held_length < wanted and held_length + len(document.text) <= 1.5 * wanted:
+            held_out.add(document.name)
+            held_length += len(document.text)
+    training = [document for document in documents if document.name not in held_out]
+    validation = [document for document in documents if document.name in held_out]
+    if held_length < wanted / 2:
+        longest = max(range(len(training)), key=lambda index: len(training[index].text))
+        training[longest], end = _cut_end(training[longest], wanted - held_length)
+        validation.append(end)
+    return Corpus(name, revision, tuple(training), tuple(validation))
+
+
+def _cut_end(document: Document, length: int) -> tuple[Document, Document]:
+    """
+    The document without its end, and its end: as many characters as wanted, or up to twice as many to cut at a line's
+    end, or else at a space.
+    """
+    place = len(document.text) - length
+    earliest = max(0, place - length)
+    for separator in "\n", " ":
+        if (found := document.text.rfind(separator, earliest, place)) >= 0:
+            place = found + 1
             break
-        held_out.add(document.name)
-        wanted -= len(document.text)
-    training = tuple(document for document in documents if document.name not in held_out)
-    validation = tuple(document for document in documents if document.name in held_out)
-    return Corpus(name, revision, training, validation)
+    return (
+        Document(f"{document.name} (beginning)", document.text[:place]),
+        Document(f"{document.name} (end)", document.text[place:]),
+    )
 
 
-def _halve(document: Document, validation_share: float) -> list[Document]:
-    """The document's beginning and its end, cut at the last line end, or else space, before the wanted place."""
-    wanted = round(len(document.text) * (1 - validation_share))
-    breaks = [match.end() for match in re.finditer(r"\n", document.text[:wanted])] or [wanted]
-    return [
-        Document(f"{document.name} (beginning)", document.text[: breaks[-1]]),
-        Document(f"{document.name} (end)", document.text[breaks[-1] :]),
-    ]
+def _walk(folder: Path, without: Path | None) -> Iterator[Path]:
+    """The files in a folder and those in it that are read: of a known suffix, and not hidden."""
+
+    def refuse(error: OSError):
+        raise CorpusError(_unreadable(Path(error.filename), error)) from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        inside = [Path(parent, name) for name in folders if not name.startswith(".")]
+        folders[:] = [path.name for path in inside if without is None or path.resolve() != without.resolve()]
+        files = [Path(parent, name) for name in names if not name.startswith(".")]
+        yield from (file for file in files if file.suffix in TEXT_SUFFIXES and file.is_file())
 
 
 def _read_text(file: Path) -> str:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise CorpusError(f"{file} can't be read ({error.strerror}). Make it readable, or leave it out.") from error
+        raise CorpusError(_unreadable(file, error)) from error
     if not _is_text(content):
         raise CorpusError(f"{file} is not UTF-8 text (is it binary?). Convert it, or leave it out.")
     return content.decode()
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path} can't be read ({error.strerror}). Make it readable, or leave it out."
 
 
 def _is_text(content: bytes) -> bool:

@@ -1,5 +1,6 @@
 """The quickstart from end to end, as a process of its own on a tiny corpus: whole, interrupted, and misused."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,26 @@ def test_a_folder_of_something_else_is_not_touched(corpus, tmp_path):
     assert process.returncode == 1
     assert "holds no quickstart" in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_holds_nothing_whole_counts_as_empty(tmp_path):
+    """A process killed at the very beginning leaves such a one; here the corpus is what is refused."""
+    (tmp_path / "corpus.txt").write_text("x = 1\n")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / ".unfinished-settings.json").write_text("{")
+    process = run(tmp_path / "corpus.txt", tmp_path / "output")
+    assert "too short" in process.stderr
+
+
+@pytest.mark.parametrize("damaged", ["settings.json", "models/sm-ln-g/results.json"])
+def test_damaged_files_are_named(damaged, finished, corpus, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "output")
+    (tmp_path / "output" / damaged).write_text("{")
+    process = run(corpus, tmp_path / "output")
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert damaged in line
+    assert "elete" in line
 
 
 def test_slugs_need_no_quotes():

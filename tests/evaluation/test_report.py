@@ -9,8 +9,22 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 
 from evaluation.plots import plot_comparison, plot_headwise_entropy
-from evaluation.report import QUICKSTART_RESULTS, README, comparison_markdown, model_card, update_readme
-from evaluation.results import Conditions, ModelResult, load_results, recorded_versions, save_results
+from evaluation.report import (
+    QUICKSTART_RESULTS,
+    README,
+    comparison_markdown,
+    conditions_text,
+    model_card,
+    update_readme,
+)
+from evaluation.results import (
+    Conditions,
+    ModelResult,
+    git_revision,
+    load_results,
+    recorded_versions,
+    save_results,
+)
 
 
 @pytest.fixture
@@ -47,11 +61,28 @@ def test_results_are_read_back_as_they_were_written(result, tmp_path):
     assert load_results(tmp_path / "results.json") == [result, result]
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"schema_version": 0, "results": []}', '{"schema_version": 1}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        '{"schema_version": 0, "results": []}',
+        '{"schema_version": 1}',
+        '{"schema_version": 1, "results": [{"conditions": {}}]}',
+    ],
+)
 def test_other_files_are_refused_by_name(damage, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(damage)
     with pytest.raises(ValueError, match=r"results\.json is no file of results"):
+        load_results(path)
+
+
+def test_values_of_another_type_are_refused_by_name(result, tmp_path):
+    path = tmp_path / "results.json"
+    save_results([result], path)
+    path.write_text(path.read_text().replace('"seed": 7', '"seed": "seven"'))
+    with pytest.raises(ValueError, match=r"results\.json is no file of results.*seed"):
         load_results(path)
 
 
@@ -65,6 +96,26 @@ def test_records_are_typed_and_have_no_infinite_numbers(result, tmp_path):
 def test_the_table_has_every_number(result):
     row = comparison_markdown([result]).splitlines()[2]
     assert row == "| EReg(SM(t)+ScFuFFN) | none | 1,234,567 | 71.26 | 2.165 | 2.00 | 50% | 12 |"
+
+
+def test_conditions_tell_what_each_model_was_told_alone(result):
+    other = dataclasses.replace(
+        result, notation="SM+LN+G", hyperparameters={**result.hyperparameters, "temperature_init": 0.01}
+    )
+    text = conditions_text([result, other])
+    assert "(learning_rate 0.001; seed 7" in text
+    assert "SM+LN+G alone: temperature_init 0.01. " in text
+    assert "EReg(SM(t)+ScFuFFN) alone" not in text
+
+
+@pytest.mark.parametrize("field", ["training_steps", "conditions"])
+def test_numbers_that_can_not_be_compared_are_refused(result, field):
+    different = {
+        "training_steps": 11,
+        "conditions": dataclasses.replace(result.conditions, seed=8),
+    }
+    with pytest.raises(ValueError, match=f"can't be compared: their {field} differ"):
+        comparison_markdown([result, dataclasses.replace(result, **{field: different[field]})])
 
 
 def test_the_card_is_valid_and_tells_the_conditions(result):
@@ -92,6 +143,15 @@ def test_a_readme_without_a_place_for_the_table_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("# Nothing\n")
     with pytest.raises(ValueError, match="no place for the table"):
         update_readme(tmp_path / "README.md")
+
+
+def test_the_revision_of_a_tree_of_another_owner_is_told(monkeypatch):
+    """As in a container: git's test of ownership can be made to fail for any tree."""
+    expected = git_revision()
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert git_revision() == expected
+    monkeypatch.setenv("PATH", "")
+    assert git_revision() is None
 
 
 def test_committed_results_are_of_one_commit_without_changes():

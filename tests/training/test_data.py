@@ -1,5 +1,6 @@
 """Corpus, tokenizer and packing."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -55,8 +56,8 @@ def test_a_folder_is_read_with_its_subfolders(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
     (tmp_path / "empty.txt").write_text("")
     corpus = load_corpus(tmp_path)
-    assert len(corpus.training) + len(corpus.validation) == 6
-    assert corpus.validation
+    names = {document.name.partition(" ")[0] for document in (*corpus.training, *corpus.validation)}
+    assert names == {os.path.join("deep", f"{index}.py") for index in range(6)}  # noqa: PTH118
     assert corpus.name == tmp_path.name
     (tmp_path / "deep" / "0.py").write_text("x = 7\n" * 50)
     assert load_corpus(tmp_path).revision != corpus.revision
@@ -70,6 +71,68 @@ def test_a_lone_file_is_split_at_a_line_end(tmp_path):
     assert corpus.training[0].text + corpus.validation[0].text == file.read_text()
     assert corpus.training[0].text.endswith("\n")
     assert 0 < len(corpus.validation[0].text) <= 0.1 * len(file.read_text())
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["word " * 4000],
+        ["x" * 20000],
+        ["short\n" + "word " * 4000],
+        ["word\n" * 4000, "tiny\n"],
+        ["tiny\n", "word\n" * 4000],
+        ["word\n" * 2000, "word\n" * 2000],
+        ["word\n" * 100 * size for size in range(1, 12)],
+    ],
+    ids=["one line", "no space", "long last line", "unequal", "unequal too", "two", "many"],
+)
+def test_about_the_wanted_share_is_kept_for_validation(texts, tmp_path):
+    for index, text in enumerate(texts):
+        (tmp_path / f"{index}.txt").write_text(text)
+    corpus = load_corpus(tmp_path, validation_share=0.05)
+    assert corpus.characters == sum(map(len, texts))
+    share = sum(len(document.text) for document in corpus.validation) / corpus.characters
+    assert 0.025 <= share <= 0.1
+    for document in corpus.training:
+        if document.name.endswith("(beginning)") and " " in document.text:
+            assert document.text.endswith(" ")
+
+
+def test_hidden_folders_and_the_one_being_written_to_are_left_out(tmp_path):
+    for name in ("a.py", "src/b.py", ".venv/lib/c.py", "src/.git/d.txt", ".hidden.md", "output/models/e.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n" * 100)
+    corpus = load_corpus(tmp_path, without=tmp_path / "src" / ".." / "output")
+    names = {document.name.removesuffix(" (beginning)") for document in corpus.training}
+    names |= {document.name.removesuffix(" (end)") for document in corpus.validation}
+    assert names == {"a.py", os.path.join("src", "b.py")}  # noqa: PTH118
+
+
+def test_a_folder_that_can_not_be_listed_is_named(tmp_path, monkeypatch):
+    """Root may list every folder, so the system's answer is given in its place."""
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def deny(path):
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    for path in (tmp_path, tmp_path / "locked"):
+        with pytest.raises(CorpusError, match=r"locked can't be read \(Permission denied\)"):
+            load_corpus(path)
+
+
+def test_the_name_of_a_special_token_in_a_text_is_text(tokenizer):
+    text = "print('<|endoftext|>')"
+    (row,) = pack([Document("a", text)], tokenizer, 10)["input_ids"][:1]
+    assert tokenizer.eos_token_id not in row
+    tokens = pack([Document("a", text)], tokenizer, 1)["input_ids"]
+    assert tokens[-1] == [tokenizer.eos_token_id]
+    assert tokenizer.decode([token for (token,) in tokens[:-1]]) == text
+    assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize(
