@@ -5,7 +5,8 @@ import logging
 
 import pytest
 import torch
-from transformers import StaticCache, pipeline
+from transformers import GenerationConfig, StaticCache, pipeline
+from transformers.integrations.executorch import convert_and_export_with_cache
 from transformers.utils import is_flash_attn_2_available
 
 from modeling_entropy_gpt import (
@@ -73,6 +74,27 @@ def test_eager_and_sdpa_agree(notation, padding):
     assert_close(sdpa.logits[valid], eager.logits[valid])
     for layer, (got, expected) in enumerate(zip(sdpa.attention_entropies, eager.attention_entropies, strict=True)):
         assert_close(got.transpose(1, 2)[valid], expected.transpose(1, 2)[valid], msg=f"layer {layer}")
+
+
+@every_architecture
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_eager_and_sdpa_train_alike(notation, padding):
+    """Loss and the gradient of every parameter, in double precision, with a penalty that matters."""
+    model = make_model(notation, **NO_DROPOUT, entropy_coefficient=0.1).double()
+    inputs = {"input_ids": make_tokens()} if padding is None else pad(make_tokens(), padding)
+    labels = inputs["input_ids"].clone()
+    if padding:  # a sequence's first token would be predicted from padding
+        labels[inputs["attention_mask"].cumsum(dim=-1) <= 1] = -100
+    losses, gradients = {}, {}
+    for implementation in ("eager", "sdpa"):
+        copied = copy.deepcopy(model).train()  # spectral normalisation follows the weights with every forward pass
+        copied.set_attn_implementation(implementation)
+        losses[implementation] = copied(**inputs, labels=labels).loss
+        losses[implementation].backward()
+        gradients[implementation] = {name: parameter.grad for name, parameter in copied.named_parameters()}
+    assert_close(losses["sdpa"], losses["eager"], rtol=1e-10, atol=0)
+    for name, expected in gradients["eager"].items():
+        assert_close(gradients["sdpa"][name], expected, rtol=1e-7, atol=1e-9, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers sets it
@@ -151,11 +173,17 @@ def test_cached_decoding_is_the_same_as_one_pass(notation, implementation):
 def test_static_cache_is_the_same_as_one_pass(notation):
     model = make_model(notation)
     tokens = make_tokens()
-    cache = StaticCache(config=model.config, max_cache_len=32)
-    logits = []
-    for part in (tokens[:, :9], tokens[:, 9:10], tokens[:, 10:]):
-        logits.append(model(part, past_key_values=cache, use_cache=True).logits)
-    assert_close(torch.cat(logits, dim=1), model(tokens).logits)
+    expected = model(tokens, output_entropies=True)
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        logits, entropies = [], []
+        for part in (tokens[:, :9], tokens[:, 9:10], tokens[:, 10:]):
+            outputs = model(part, past_key_values=cache, use_cache=True, output_entropies=True)
+            logits.append(outputs.logits)
+            entropies.append(torch.stack(outputs.attention_entropies))
+        assert_close(torch.cat(logits, dim=1), expected.logits)
+        assert_close(torch.cat(entropies, dim=-1), torch.stack(expected.attention_entropies))
 
 
 def test_temperatures_follow_the_position_in_cached_generation_beyond_the_prompt():
@@ -307,8 +335,8 @@ def test_half_precision(notation, dtype):
     assert outputs.attention_entropies[0].dtype == torch.float32
     correlation = torch.corrcoef(torch.stack([outputs.logits.float().flatten(), expected.flatten()]))[0, 1]
     assert correlation > (0.999 if dtype == torch.float16 else 0.98)
-    outputs.loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.train()(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 @representatives
@@ -325,13 +353,32 @@ def test_compiles_to_one_graph(notation, training):
 
 
 @representatives
-def test_exports(notation):
+@pytest.mark.parametrize("output_entropies", [False, True], ids=["logits", "entropies"])
+def test_exports_for_every_batch_and_length(notation, output_entropies):
     model = make_model(notation)
     model.config.use_cache = False
-    tokens = make_tokens()
-    program = torch.export.export(model, (), {"input_ids": tokens}, strict=False)
-    other = make_tokens()
-    assert_close(program.module()(input_ids=other).logits, model(other).logits)
+    inputs = {"input_ids": make_tokens(), "output_entropies": output_entropies}
+    sizes = {0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", min=3, max=SIZES["n_positions"])}
+    dynamic_shapes = {"input_ids": sizes, "output_entropies": None}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes, strict=False)
+    inputs["input_ids"] = make_tokens(3, 29)
+    got, expected = program.module()(**inputs), model(**inputs)
+    assert_close(got.logits, expected.logits)
+    if output_entropies:
+        assert_close(torch.stack(got.attention_entropies), torch.stack(expected.attention_entropies))
+
+
+@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
+def test_exports_with_a_cache(notation):
+    """As for a phone: token by token, with the keys and values inside the program."""
+    model = make_model(notation)
+    model.generation_config = GenerationConfig(
+        use_cache=True, cache_implementation="static", cache_config={"batch_size": 1, "max_cache_len": 32}
+    )
+    program = convert_and_export_with_cache(model, torch.tensor([[5]]), torch.tensor([0])).module()
+    tokens = make_tokens(1, 6)
+    logits = [program(input_ids=tokens[:, i : i + 1], cache_position=torch.tensor([i])) for i in range(6)]
+    assert_close(torch.cat(logits, dim=1), model(tokens).logits)
 
 
 @pytest.mark.parametrize("head", HEADS)

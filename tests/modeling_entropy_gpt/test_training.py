@@ -72,7 +72,8 @@ def test_the_trajectory_does_not_depend_on_accumulation(penalty, tmp_path):
             torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_the_trajectory_does_not_depend_on_the_number_of_ranks(tmp_path):
+@pytest.mark.parametrize("penalty", ["head_mean", "row_sum"])
+def test_the_trajectory_does_not_depend_on_the_number_of_ranks(penalty, tmp_path):
     """Two processes with four sequences each, and one with eight, end at the same weights."""
     script = Path(__file__).with_name("train_on_ranks.py")
     root = Path(__file__).resolve().parents[2]
@@ -82,7 +83,7 @@ def test_the_trajectory_does_not_depend_on_the_number_of_ranks(tmp_path):
         result = tmp_path / f"{ranks}.pt"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script]
         process = subprocess.run(
-            [*command, result, tmp_path], env=environment, cwd=tmp_path, capture_output=True, text=True
+            [*command, result, tmp_path, penalty], env=environment, cwd=tmp_path, capture_output=True, text=True
         )
         assert process.returncode == 0, process.stderr[-3000:]
         results[ranks] = torch.load(result, weights_only=True)

@@ -11,9 +11,9 @@ from tests.architectures import NO_DROPOUT, make_model, make_tokens
 from training.data import collate_blocks
 
 
-def main(result: str, folder: str):
+def main(result: str, folder: str, penalty: str):
     torch.manual_seed(0)
-    model = make_model("EReg(SM(t)+ScFuFFN)", **NO_DROPOUT, entropy_penalty="head_mean", entropy_coefficient=0.1)
+    model = make_model("EReg(SM(t)+ScFuFFN)", **NO_DROPOUT, entropy_penalty=penalty, entropy_coefficient=0.1)
     dataset = Dataset.from_dict({"input_ids": make_tokens(8, 16).tolist()})
     arguments = TrainingArguments(
         output_dir=folder,
