@@ -2,10 +2,12 @@
 
     python evaluation/benchmarks/entropy_attention.py            measures all, and writes record, table and figure
     python evaluation/benchmarks/entropy_attention.py --quick    a minute: short lengths, few runs, nothing written
+    python evaluation/benchmarks/entropy_attention.py --redraw   table and figure anew from the record
 
 Everything is measured side by side in one run: the variants take turns, and each turn gives a ratio.
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -13,12 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from operator import truediv
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from huggingface_hub.dataclasses import strict
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
@@ -44,6 +48,58 @@ COMMON = {
 COEFFICIENT = 1e-5
 
 console = Console()
+
+
+@strict
+@dataclass
+class Timing:
+    """
+    One comparison.
+
+    Args:
+        kind (`str`): What ran.
+        length (`int`): Tokens in a sequence.
+        runs (`int`): Turns that each variant took.
+        milliseconds (`dict[str, float]`): Median of each variant.
+        ratios (`dict[str, list[float]]`): Quartiles of our time to that of each other variant.
+    """
+
+    kind: str
+    length: int
+    runs: int
+    milliseconds: dict[str, float]
+    ratios: dict[str, list[float]]
+
+
+@strict
+@dataclass
+class Memory:
+    """Peak memory in MiB that a variant took beside its inputs."""
+
+    name: str
+    length: int
+    mebibytes: float
+
+
+@strict
+@dataclass
+class Record:
+    """All that was measured, and where."""
+
+    times: list[Timing]
+    memory: list[Memory]
+    versions: dict[str, str]
+    git_revision: str | None
+    machine: str
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        times = [Timing(**entry) for entry in content.pop("times")]
+        return cls(times, [Memory(**entry) for entry in content.pop("memory")], **content)
+
+    def save(self, path: Path):
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def attend_stock(query, key, value):
@@ -142,25 +198,25 @@ def take_turns(variants: dict[str, Callable[[], None]], runs: int) -> dict[str, 
     return seconds
 
 
-def compare(kind: str, build: Callable, length: int, names: tuple[str, ...], runs: int) -> dict:
-    """One record: medians in milliseconds, and quartiles of the ratio of ours to each other variant."""
+def compare(kind: str, build: Callable, length: int, names: tuple[str, ...], runs: int) -> Timing:
+    """Medians in milliseconds, and quartiles of the ratio of ours to each other variant."""
     seconds = take_turns({name: build(name, length) for name in names}, runs)
-    record = {
-        "kind": kind,
-        "length": length,
-        "runs": runs,
-        "milliseconds": {name: statistics.median(values) * 1000 for name, values in seconds.items()},
-        "ratios": {
+    timing = Timing(
+        kind=kind,
+        length=length,
+        runs=runs,
+        milliseconds={name: statistics.median(values) * 1000 for name, values in seconds.items()},
+        ratios={
             name: statistics.quantiles(map(truediv, seconds[OURS], values), n=4)
             for name, values in seconds.items()
             if name != OURS
         },
-    }
+    )
     ratios = ", ".join(
-        f"{middle:.2f} ({low:.2f}-{high:.2f}) of {name}" for name, (low, middle, high) in record["ratios"].items()
+        f"{middle:.2f} ({low:.2f}-{high:.2f}) of {name}" for name, (low, middle, high) in timing.ratios.items()
     )
     console.print(f"{kind}, T={length}: {ratios}")
-    return record
+    return timing
 
 
 class BusyCore:
@@ -176,12 +232,12 @@ class BusyCore:
         self._process.wait()
 
 
-def measure_memory(name: str, length: int) -> dict:
+def measure_memory(name: str, length: int) -> Memory:
     """Peak resident memory that forward and backward take beside the inputs, in a fresh process."""
     command = [sys.executable, __file__, "--memory-of", name, "--length", str(length)]
     mebibytes = float(subprocess.check_output(command, text=True))
     console.print(f"memory, T={length}: {mebibytes:.0f} MiB for {name}")
-    return {"name": name, "length": length, "mebibytes": mebibytes}
+    return Memory(name, length, mebibytes)
 
 
 def print_memory(name: str, length: int):
@@ -199,15 +255,15 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def draw(record: dict, path: Path):
+def draw(record: Record, path: Path):
     """Time and memory against length, both axes logarithmic."""
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
-    attention = [entry for entry in record["times"] if entry["kind"] == "attention"]
+    attention = [entry for entry in record.times if entry.kind == "attention"]
     for name in ATTENTIONS:
-        points = [(entry["length"], entry["milliseconds"][name]) for entry in attention]
+        points = [(entry.length, entry.milliseconds[name]) for entry in attention]
         time_axes.plot(*zip(*points, strict=True), marker="o", label=name)
-        points = [(entry["length"], entry["mebibytes"]) for entry in record["memory"] if entry["name"] == name]
+        points = [(entry.length, entry.mebibytes) for entry in record.memory if entry.name == name]
         memory_axes.plot(*zip(*points, strict=True), marker="o", label=name)
     for axes, label in ((time_axes, "milliseconds, forward and backward"), (memory_axes, "peak memory, MiB")):
         axes.set_xscale("log", base=2)
@@ -221,22 +277,22 @@ def draw(record: dict, path: Path):
     figure.savefig(path, format="png")
 
 
-def page(record: dict) -> str:
+def page(record: Record) -> str:
     """The page of the documentation that shows the record."""
     rows = []
-    for entry in record["times"]:
-        cells = [entry["kind"], str(entry["length"]), f"{entry['milliseconds'][OURS]:.1f}"]
+    for entry in record.times:
+        cells = [entry.kind, str(entry.length), f"{entry.milliseconds[OURS]:.1f}"]
         for name in (STOCK, PUBLIC):
-            low, middle, high = entry["ratios"].get(name, (None, None, None))
+            low, middle, high = entry.ratios.get(name, (None, None, None))
             cells.append("" if middle is None else f"{middle:.2f} ({low:.2f}-{high:.2f})")
         rows.append(f"| {' | '.join(cells)} |")
-    memory = {(entry["name"], entry["length"]): entry["mebibytes"] for entry in record["memory"]}
+    memory = {(entry.name, entry.length): entry.mebibytes for entry in record.memory}
     lengths = sorted({length for _, length in memory})
     memory_rows = [
         f"| {name} | {' | '.join(f'{memory[name, t]:.0f}' if (name, t) in memory else '' for t in lengths)} |"
         for name in ATTENTIONS
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
     table, memory_table = "\n".join(rows), "\n".join(memory_rows)
     return f"""# What entropies cost
 
@@ -249,13 +305,13 @@ matrix of probabilities, and p log p is taken of it. "{OURS}" is this project's.
 
 ![Time and memory against length]({PICTURE.name})
 
-| forward and backward | T | {OURS} (ms) | ratio to {STOCK} | ratio to {PUBLIC} |
+| what runs | T | {OURS} (ms) | ratio to {STOCK} | ratio to {PUBLIC} |
 | --- | ---: | ---: | ---: | ---: |
 {table}
 
-Medians with quartiles in brackets, of runs that take turns. Attention: batch {BATCH}, {HEADS} heads of {HEAD_DIM},
-float32. Training step: width {STEP_SIZES["n_embd"]}, {STEP_SIZES["n_layer"]} layers, {STEP_SIZES["n_head"]} heads,
-vocabulary {STEP_SIZES["vocab_size"]}, batch {STEP_BATCH}, AdamW included, SM+LN+G with the entropy penalty against
+Medians with quartiles in brackets, of runs that take turns. Attention: forward and backward, batch {BATCH},
+{HEADS} heads of {HEAD_DIM}, float32. Training step: width {STEP_SIZES["n_embd"]}, {STEP_SIZES["n_layer"]} layers,
+{STEP_SIZES["n_head"]} heads, vocabulary {STEP_SIZES["vocab_size"]}, batch {STEP_BATCH}, AdamW included, SM+LN+G with the entropy penalty against
 stock GPT-2 without. Diagnostics: a forward pass of that model with entropies against one without. One core busy:
 another process takes one of the cores.
 
@@ -265,19 +321,23 @@ another process takes one of the cores.
 
 Resident set, each in a fresh process; batch {BATCH}, {HEADS} heads of {HEAD_DIM}.
 
-Measured with {versions}; commit {record["git_revision"] or "unknown"}; {record["machine"]}.
+Measured with {versions}; commit {record.git_revision or "unknown"}; {record.machine}.
 """
 
 
 def main(
     quick: Annotated[bool, typer.Option(help="Short lengths and few runs; writes nothing.")] = False,
     runs: Annotated[int, typer.Option(min=3, help="Turns of each comparison.")] = 9,
+    redraw: Annotated[bool, typer.Option(help="Measure nothing; table and figure anew from the record.")] = False,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
     length: Annotated[int, typer.Option(hidden=True)] = 0,
 ):
     """Measure what entropies cost beside torch's own attention, in seconds and in memory."""
     if memory_of:
         print_memory(memory_of, length)
+        return
+    if redraw:
+        publish(Record.load(RECORD))
         return
     revision = git_revision()
     everything, pair = tuple(ATTENTIONS), (STOCK, OURS)
@@ -303,17 +363,16 @@ def main(
     memory += [measure_memory(PUBLIC, length) for length in ((512,) if quick else (512, 1024))]
     if quick:
         return
-    record = {
-        "times": times,
-        "memory": memory,
-        "versions": recorded_versions(),
-        "git_revision": revision,
-        "machine": machine_name(torch.device("cpu")),
-    }
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = Record(times, memory, recorded_versions(), revision, machine_name(torch.device("cpu")))
+    record.save(RECORD)
+    publish(record)
+    console.print(f"written: {RECORD}, {PAGE}, {PICTURE}")
+
+
+def publish(record: Record):
+    """Writes the page and the figure of a record."""
     draw(record, PICTURE)
     PAGE.write_text(page(record), encoding="utf-8")
-    console.print(f"written: {RECORD}, {PAGE}, {PICTURE}")
 
 
 if __name__ == "__main__":
