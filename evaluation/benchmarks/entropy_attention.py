@@ -312,8 +312,8 @@ matrix of probabilities, and p log p is taken of it. "{OURS}" is this project's.
 Medians with quartiles in brackets, of runs that take turns. Attention: forward and backward, batch {BATCH},
 {HEADS} heads of {HEAD_DIM}, float32. Training step: width {STEP_SIZES["n_embd"]}, {STEP_SIZES["n_layer"]} layers,
 {STEP_SIZES["n_head"]} heads, vocabulary {STEP_SIZES["vocab_size"]}, batch {STEP_BATCH}, AdamW included, SM+LN+G with
-the entropy penalty against stock GPT-2 without. Diagnostics: a forward pass of that model with entropies against one without. One core busy:
-another process takes one of the cores.
+the entropy penalty against stock GPT-2 without. Diagnostics: a forward pass of that model with entropies against one
+without. One core busy: another process takes one of the cores.
 
 | peak memory beside the inputs (MiB), T = | {" | ".join(map(str, lengths))} |
 | --- | {" | ".join(["---:"] * len(lengths))} |
