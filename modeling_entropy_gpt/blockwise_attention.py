@@ -111,7 +111,7 @@ def blockwise_attention(
                 attended = torch.bmm(exponentials, values[:, block.keys])
                 group.of(output)[:, :, block.rows] = group.unflatten(attended.div_(_positive(sums)))
         log_sum = _positive(row_sum).log2()
-        rows_entropy = (log_sum - row_product / row_sum).mul_(LN_2).where(row_sum > 0, 0.0)
+        rows_entropy = (log_sum - row_product / row_sum).mul_(LN_2).where(row_sum != 0, 0.0)
         group.of(entropies)[:] = group.unflatten(rows_entropy).squeeze(-1)
         group.of(log_sum_exp)[:] = group.unflatten(log_sum + row_maximum).squeeze(-1)
 
@@ -308,12 +308,14 @@ class _Plan:
         thread that another process slows down, as all do after every operation that is split between them.
         """
         threads = torch.get_num_threads()
+        inference = torch.is_inference_mode_enabled()
         lock = threading.Lock()
 
         def work():
             torch.set_num_threads(1)
-            memory = _Buffers(self, buffers)
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            autocast = torch.autocast(self.device.type, enabled=False)
+            with torch.inference_mode(inference), torch.no_grad(), autocast:
+                memory = _Buffers(self, buffers)
                 while group := take_next():
                     compute(group, memory)
 

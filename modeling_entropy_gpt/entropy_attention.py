@@ -187,6 +187,13 @@ def _check_mask(attention_mask, query, key):
     sizes = attention_mask.shape
     if any(size not in choices for size, choices in zip(sizes, allowed, strict=False)) or sizes[-1] < key_length:
         raise ValueError(f"{found}: expected {expected} for query {tuple(query.shape)} and key {tuple(key.shape)}.")
+    if attention_mask.ndim == 4 and attention_mask.dtype.is_floating_point and not torch.compiler.is_compiling():
+        bias = attention_mask[(attention_mask != 0) & to_boolean(attention_mask)]
+        if len(bias):
+            raise ValueError(
+                f"attention_mask holds {bias[0].item():g}: an additive mask has 0 where a key is visible, and the "
+                "dtype's lowest value or -inf where it is not. Other biases are not supported together with entropies."
+            )
 
 
 def _choose_route(route, query, value, attention_mask, is_causal, dropout) -> str:

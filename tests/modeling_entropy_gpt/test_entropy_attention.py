@@ -312,6 +312,27 @@ def test_cores_that_are_taken_do_not_change_the_result(dropout, monkeypatch):
     torch.set_num_threads(threads)
 
 
+def test_inference_mode_holds_in_threads_too(monkeypatch):
+    states = make_states()
+    expected = entropy_attention(*states, is_causal=True)
+    torch.set_num_threads(2)
+    monkeypatch.setattr(module.CONTENTION, "_ends", math.inf)
+    with torch.inference_mode():
+        results = entropy_attention(*states, is_causal=True)
+    for got, result in zip(results, expected, strict=True):
+        assert got.is_inference()
+        torch.testing.assert_close(got, result)
+
+
+def test_a_query_that_is_no_number_has_results_that_are_none():
+    query, key, value = make_states(6)
+    query = query.detach().clone()
+    query[0, 0, 2] = math.nan
+    output, entropies = entropy_attention(query, key, value, is_causal=True)
+    for result in (output[0, 0].mean(dim=-1), entropies[0, 0]):
+        assert result.isnan().tolist() == [False, False, True, False, False, False]
+
+
 def test_context_switches_tell_of_contention(monkeypatch):
     contention = module._Contention()
     switches = iter([10, 11, 11, 30])
@@ -368,6 +389,7 @@ STATES = [torch.zeros(2, 3, 4, 8)] * 3
         (STATES, {"attention_mask": torch.ones(2, 3)}, r"shape \(2, 3\).*expected \(2, 4 or more\)"),
         (STATES, {"attention_mask": torch.ones(2, 2, 4, 4)}, r"expected \(2 or 1, 3 or 1, 4 or 1, 4 or more\)"),
         (STATES, {"attention_mask": torch.ones(2, 1, 4, 4, dtype=torch.long)}, r"torch\.int64.*boolean.*or additive"),
+        (STATES, {"attention_mask": torch.full((1, 1, 4, 4), -0.5)}, r"holds -0\.5: an additive mask has 0"),
         (STATES, {"dropout": 1.5}, r"dropout=1\.5 has to be between 0 and 1"),
         (STATES, {"route": "fast"}, r"route='fast' is unknown. Known are blockwise, flash, flex"),
         (STATES, {"route": "flash", "dropout": 0.1}, r"'flash' does not serve.*neither a mask nor dropout"),
