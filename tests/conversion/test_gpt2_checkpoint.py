@@ -1,0 +1,249 @@
+"""GPT-2 checkpoints of every kind to EntropyGPT and back, and what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from conversion.gpt2_checkpoint import TWINS, ConversionError, from_gpt2, load_gpt2, to_gpt2
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+from tests.architectures import ARCHITECTURES, make_model, make_tokens
+
+
+SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 101, "n_positions": 64, "pad_token_id": 1}
+HEADS = list(TWINS)
+
+
+def make_gpt2(model_class=GPT2LMHeadModel, **fields):
+    """A GPT-2 with weights so large that a wrong one shows in the logits."""
+    config = GPT2Config(**{**SIZES, "bos_token_id": 0, "eos_token_id": 0, "num_labels": 3, **fields})
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def answer(model, tokens):
+    """All floating point results of a forward pass, one after the other."""
+    outputs = model(tokens, use_cache=False)
+    return torch.cat([value.flatten() for value in outputs.to_tuple() if torch.is_tensor(value)])
+
+
+def assert_same_function(converted, original):
+    tokens = make_tokens()
+    torch.testing.assert_close(answer(converted, tokens), answer(original, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_a_saved_checkpoint_computes_the_same_and_comes_back_bit_for_bit(model_class, tmp_path):
+    original = make_gpt2(model_class)
+    original.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    converted = load_gpt2(tmp_path)
+    assert type(converted) is TWINS[model_class]
+    assert converted.config.notation == "SM+LN+G"
+    assert_same_function(converted, original)
+
+    back = to_gpt2(converted)
+    assert type(back) is model_class
+    assert back.state_dict().keys() == original.state_dict().keys()
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    assert_same_function(back, original)
+    names = ["n_layer", "n_positions", "activation_function", "tie_word_embeddings", "id2label", "pad_token_id"]
+    assert [getattr(back.config, name) for name in names] == [getattr(original.config, name) for name in names]
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_a_model_in_memory_shares_its_parameters(model_class):
+    original = make_gpt2(model_class)
+    converted = from_gpt2(original)
+    assert_same_function(converted, original)
+    pairs = zip(converted.parameters(), original.parameters(), strict=True)
+    assert all(ours.data_ptr() == theirs.data_ptr() and ours.requires_grad for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_heads_tied_and_not(tied, tmp_path):
+    original = make_gpt2(tie_word_embeddings=tied)
+    original.save_pretrained(tmp_path)
+    converted = load_gpt2(tmp_path)
+    assert (converted.lm_head.weight is converted.get_input_embeddings().weight) == tied
+    assert_same_function(converted, original)
+    assert to_gpt2(converted).config.tie_word_embeddings == tied
+
+
+def test_old_files_without_prefix_with_masks_and_pickled(tmp_path):
+    """As the first GPT-2 on the Hub was saved."""
+    original = make_gpt2()
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in original.state_dict().items()}
+    del tensors["lm_head.weight"]
+    for layer in range(SIZES["n_layer"]):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    (tmp_path / "config.json").write_text(json.dumps({**original.config.to_dict(), "n_ctx": 64}))
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert_same_function(load_gpt2(tmp_path), original)
+
+
+def test_half_precision_stays(tmp_path):
+    make_gpt2().to(torch.bfloat16).save_pretrained(tmp_path)
+    converted = load_gpt2(tmp_path)
+    assert {parameter.dtype for parameter in converted.parameters()} == {torch.bfloat16}
+    converted.save_pretrained(tmp_path / "ours")
+    assert EntropyGPTForCausalLM.from_pretrained(tmp_path / "ours").dtype == torch.bfloat16
+
+
+class NanoGPTBlock(nn.Module):
+    """Written from nanoGPT's parameter names: linear maps of torch, the exact GELU, biases or none."""
+
+    def __init__(self, width, heads, bias):
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = (nn.LayerNorm(width, bias=bias) for _ in range(2))
+        inner = 4 * width
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width, bias), "c_proj": nn.Linear(width, width, bias)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, inner, bias), "c_proj": nn.Linear(inner, width, bias)})
+
+    def forward(self, x):
+        states = self.attn["c_attn"](self.ln_1(x)).chunk(3, dim=-1)
+        query, key, value = (state.unflatten(-1, (self.heads, -1)).transpose(1, 2) for state in states)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.attn["c_proj"](attended.transpose(1, 2).flatten(2))
+        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class NanoGPT(nn.Module):
+    def __init__(self, bias):
+        super().__init__()
+        width = SIZES["n_embd"]
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(101, width), "wpe": nn.Embedding(64, width)})
+        self.transformer["h"] = nn.ModuleList([NanoGPTBlock(width, 4, bias) for _ in range(SIZES["n_layer"])])
+        self.transformer["ln_f"] = nn.LayerNorm(width, bias=bias)
+        self.lm_head = nn.Linear(width, 101, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+
+    def forward(self, tokens):
+        x = self.transformer["wte"](tokens) + self.transformer["wpe"].weight[: tokens.shape[1]]
+        for block in self.transformer["h"]:
+            x = block(x)
+        return self.lm_head(self.transformer["ln_f"](x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_checkpoints_of_nanogpt(bias, tmp_path):
+    original = NanoGPT(bias)
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 101, "block_size": 64, "bias": bias, "dropout": 0.1}
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in original.state_dict().items()}
+    torch.save({"model": tensors, "model_args": sizes, "iter_num": 3}, tmp_path / "ckpt.pt")
+    converted = load_gpt2(tmp_path / "ckpt.pt")
+    assert converted.config.attn_pdrop == 0.1
+    tokens = make_tokens()
+    torch.testing.assert_close(converted(tokens).logits, original(tokens), rtol=0, atol=1e-5)
+
+
+def test_published_models_without_layernorm_become_static(tmp_path):
+    """They are stored with an epsilon beyond every variance, and gains as much larger."""
+    original = make_gpt2(layer_norm_epsilon=1e12)
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            if "ln_" in name and name.endswith("weight"):
+                parameter.copy_((1 + 0.2 * torch.randn_like(parameter)) * 1e6)
+    original.save_pretrained(tmp_path)
+    converted = load_gpt2(tmp_path)
+    assert (converted.config.normalization, converted.config.final_normalization) == ("static", "static")
+    assert converted.config.layer_norm_epsilon < 1
+    gains = converted.transformer.ln_f.weight / converted.transformer.ln_f.standard_deviation
+    assert 0.1 < gains.abs().mean() < 10
+    tokens = make_tokens()
+    torch.testing.assert_close(converted(tokens).logits, original(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_architectures_that_gpt2_has_not_are_refused(notation):
+    model = make_model(notation)
+    if notation in ("SM+LN+G", "SM+LN+R", "SM+LN"):
+        assert_same_function(to_gpt2(model), model)
+        return
+    with pytest.raises(ConversionError, match="can't be written as a GPT-2, which has no "):
+        to_gpt2(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("transformer.h.0.mlp.c_fc.bias"), r"missing: transformer\.h\.0\.mlp\.c_fc\.bias\."),
+        (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.ones(32)}), r"unexpected: transformer\.h\.2\.ln_1\.bias"),
+        (lambda t: t.update({"transformer.ln_f.bias": torch.ones(31)}), r"ln_f\.bias \(31,\), not \(32,\)"),
+        (lambda t: t["transformer.ln_f.bias"].fill_(math.nan), r"not finite: transformer\.ln_f\.bias"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(101, 32)}), "head of .* differs from its token embeddings"),
+        (lambda t: t.update({"transformer.h.0.crossattention.c_attn.bias": torch.ones(2)}), "has cross-attention"),
+    ],
+    ids=["missing", "unexpected", "shape", "nan", "head", "cross-attention"],
+)
+def test_wrong_weights_are_named(change, message, tmp_path):
+    make_gpt2().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ConversionError, match=message):
+        load_gpt2(tmp_path)
+
+
+def test_what_is_no_gpt2_is_named(tmp_path):
+    with pytest.raises(ConversionError, match=r"no config\.json"):
+        load_gpt2(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConversionError, match=r"config\.json can't be read"):
+        load_gpt2(tmp_path)
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match="type 'bert', and only 'gpt2'"):
+        load_gpt2(tmp_path)
+    GPT2Config(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match="has no weights"):
+        load_gpt2(tmp_path)
+    make_gpt2().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2DoubleHeadsModel"]}))
+    with pytest.raises(ConversionError, match="is a GPT2DoubleHeadsModel"):
+        load_gpt2(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "scale_attn_by_inverse_layer_idx": True}))
+    with pytest.raises(ConversionError, match="scale_attn_by_inverse_layer_idx=True is not supported"):
+        load_gpt2(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConversionError, match=r"model\.safetensors is damaged"):
+        load_gpt2(tmp_path)
+    with pytest.raises(ConversionError, match="neither a file or folder here nor a repository"):
+        load_gpt2("no such: name")
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    class Exploit:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"model": Exploit(), "model_args": {}}, tmp_path / "ckpt.pt")
+    with pytest.raises(ConversionError, match="can't be read as weights alone"):
+        load_gpt2(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "owned").exists()
+    torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(ConversionError, match="no checkpoint of nanoGPT"):
+        load_gpt2(tmp_path / "other.pt")
+
+
+def test_other_models_in_memory_are_refused():
+    with pytest.raises(ConversionError, match="Linear can't be converted: those of GPT2LMHeadModel"):
+        from_gpt2(nn.Linear(2, 2))
