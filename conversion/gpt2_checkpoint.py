@@ -342,6 +342,7 @@ def _obstacles_to_gpt2(config: EntropyGPTConfig) -> list[str]:
         f"activation_function={config.activation_function!r}": config.activation_function not in {*ACT2FN, "identity"},
         f"ffn_type={config.ffn_type!r}": config.ffn_type != "mlp",
         f"pruned_ffn_layers={config.pruned_ffn_layers}": bool(config.pruned_ffn_layers),
+        "head_bias": config.head_bias,
         "ffn_residual_scaling": config.ffn_residual_scaling,
         f"weight_normalization={config.weight_normalization!r}": config.weight_normalization is not None,
         f"attention_temperature={config.attention_temperature!r}": config.attention_temperature != "none",

@@ -70,6 +70,8 @@ class EntropyGPTConfig(PreTrainedConfig):
         eos_token_id (`int` or `list[int]`, *optional*, defaults to 50256): End of text.
         pad_token_id (`int`, *optional*): Padding.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`): Whether the head is the token embedding.
+        head_bias (`bool`, *optional*, defaults to `False`):
+            Whether the language modelling head has a bias, into which a static final norm can be folded.
         normalization (`"layernorm"`, `"static"` or `"none"`, *optional*, defaults to `"layernorm"`):
             The norms in the blocks. `"static"` is LayerNorm with a constant in place of each row's standard deviation.
         final_normalization (as `normalization`, *optional*, defaults to `"layernorm"`):
@@ -151,6 +153,7 @@ class EntropyGPTConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    head_bias: bool = False
 
     normalization: Literal["layernorm", "static", "none"] = "layernorm"
     final_normalization: Literal["layernorm", "static", "none"] = "layernorm"

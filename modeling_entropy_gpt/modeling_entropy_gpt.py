@@ -381,7 +381,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
     def __init__(self, config: EntropyGPTConfig):
         super().__init__(config)
         self.transformer = EntropyGPTModel(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
 
         # Initialize weights and apply final processing
         self.post_init()

@@ -111,7 +111,8 @@ class NanoGPTBlock(nn.Module):
         self.heads = heads
         self.ln_1, self.ln_2 = (nn.LayerNorm(width, bias=bias) for _ in range(2))
         inner = 4 * width
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width, bias), "c_proj": nn.Linear(width, width, bias)})
+        outer = 3 * width
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, outer, bias), "c_proj": nn.Linear(width, width, bias)})
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, inner, bias), "c_proj": nn.Linear(inner, width, bias)})
 
     def forward(self, x):
@@ -145,7 +146,8 @@ def test_checkpoints_of_nanogpt(bias, tmp_path):
     with torch.no_grad():
         for parameter in original.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 101, "block_size": 64, "bias": bias, "dropout": 0.1}
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 101, "block_size": 64}
+    sizes.update(bias=bias, dropout=0.1)
     tensors = {f"_orig_mod.{name}": tensor for name, tensor in original.state_dict().items()}
     torch.save({"model": tensors, "model_args": sizes, "iter_num": 3}, tmp_path / "ckpt.pt")
     converted = load_gpt2(tmp_path / "ckpt.pt")
@@ -185,7 +187,7 @@ def test_architectures_that_gpt2_has_not_are_refused(notation):
     ("change", "message"),
     [
         (lambda t: t.pop("transformer.h.0.mlp.c_fc.bias"), r"missing: transformer\.h\.0\.mlp\.c_fc\.bias\."),
-        (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.ones(32)}), r"unexpected: transformer\.h\.2\.ln_1\.bias"),
+        (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.ones(32)}), r"unexpected: .*h\.2\.ln_1\.bias"),
         (lambda t: t.update({"transformer.ln_f.bias": torch.ones(31)}), r"ln_f\.bias \(31,\), not \(32,\)"),
         (lambda t: t["transformer.ln_f.bias"].fill_(math.nan), r"not finite: transformer\.ln_f\.bias"),
         (lambda t: t.update({"lm_head.weight": torch.ones(101, 32)}), "head of .* differs from its token embeddings"),

@@ -1,0 +1,171 @@
+"""Folding: the same logits, nothing left of what was folded, and no fold without effect."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from conversion.folding import FOLDS, fold
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D, EntropyGPTStaticLayerNorm
+from tests.architectures import ARCHITECTURES, make_model, make_tokens
+
+
+FOLDED = (
+    *ARCHITECTURES,
+    "SM(t_h)+StaticLN+ScFFN",
+    "SM(t_h)+StaticLN+G+ScFFN+WN(QKVO+FFN)",
+    "SM+StaticLN+ScFuFFNi1+SN(QK)",
+    "SM+LN+G+ScFFN",
+)
+
+
+# What a traced graph may hold beside softmax: products and sums, what moves numbers, and the mask that is added.
+LINEAR = {"embedding", "addmm", "linear", "matmul", "mul", "add"}
+MOVING = {"view", "reshape", "transpose", "expand", "contiguous", "unsqueeze", "to", "dropout", "getitem", "alias"}
+MASK = {"where", "zeros"}
+
+
+def make_asymmetric(notation, **fields):
+    """Weights, scales and static norms that are far from what they start with."""
+    model = make_model(notation, **fields)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("ffn_alpha", "ffn_beta")):
+                parameter.fill_(0.5 + torch.rand(()).item())
+            elif name.endswith("bias") and parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        for module in model.modules():
+            if isinstance(module, EntropyGPTStaticLayerNorm):
+                module.standard_deviation.fill_(0.5 + torch.rand(()).item())
+    return model
+
+
+def largest_difference(model, twin):
+    tokens = make_tokens(3, 23)
+    expected = model(tokens).logits
+    return ((twin(tokens).logits - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("final", ["layernorm", "static", "none"])
+@pytest.mark.parametrize("notation", FOLDED)
+@torch.no_grad()
+def test_a_folded_model_gives_the_same_logits(notation, final, tmp_path):
+    model = make_asymmetric(notation, final_normalization=final)
+    before = copy.deepcopy(model.state_dict())
+    folded = fold(model)
+    assert largest_difference(model, folded) < 1e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    folded.save_pretrained(tmp_path)
+    assert largest_difference(folded, EntropyGPTForCausalLM.from_pretrained(tmp_path)) == 0
+
+
+@torch.no_grad()
+def test_a_negative_scale_of_the_stream_is_kept():
+    model = make_asymmetric("SM+ScFFN")
+    model.transformer.h[1].ffn_beta.neg_()
+    assert largest_difference(model, fold(model)) < 1e-5
+
+
+@pytest.mark.parametrize("step", FOLDS, ids=lambda step: step.__name__)
+@torch.no_grad()
+def test_each_fold_keeps_the_function_alone(step):
+    """In double precision; with those before it, on whose result it builds."""
+    model = make_asymmetric("SM(t_h)+StaticLN+ScFFN+WN(QKVO+FFN)", final_normalization="static").double()
+    folded = copy.deepcopy(model)
+    for earlier in FOLDS[: FOLDS.index(step)]:
+        earlier(folded)
+    parameters = {name: tensor.clone() for name, tensor in folded.state_dict().items()}
+    step(folded)
+    left = folded.state_dict()
+    assert left.keys() != parameters.keys()
+    assert largest_difference(model, folded) < 1e-12
+
+
+def forget_weight_normalization(model):
+    for module in model.modules():
+        if isinstance(module, EntropyGPTNormalizedConv1D):
+            module.gain.copy_(module._normalized_weight().norm(dim=1))
+
+
+def forget_norms(model):
+    for block in model.transformer.h:
+        block.ln_1 = block.ln_2 = nn.Identity()
+
+
+def forget_final_norm(model):
+    model.transformer.ln_f = nn.Identity()
+
+
+def forget_final_bias(model):
+    model.transformer.ln_f.bias.zero_()
+
+
+def forget_temperatures(model):
+    for block in model.transformer.h:
+        block.attn.log_temperature.zero_()
+
+
+def forget_alpha(model):
+    for block in model.transformer.h:
+        block.ffn_alpha.fill_(1.0)
+
+
+def forget_beta(model):
+    for block in model.transformer.h:
+        block.ffn_beta.fill_(1.0)
+
+
+def forget_inner_bias(model):
+    for block in model.transformer.h:
+        block.mlp.c_fc.bias.zero_()
+
+
+@pytest.mark.parametrize(
+    "forget",
+    [
+        forget_weight_normalization,
+        forget_norms,
+        forget_final_norm,
+        forget_final_bias,
+        forget_temperatures,
+        forget_alpha,
+        forget_beta,
+        forget_inner_bias,
+    ],
+    ids=lambda forget: forget.__name__,
+)
+@torch.no_grad()
+def test_what_is_folded_would_be_missed(forget):
+    """The control: a fold that left out any part of what it removes would give other logits."""
+    model = make_asymmetric("SM(t_h)+StaticLN+ScFFN+WN(QKVO+FFN)", final_normalization="static")
+    if forget is forget_weight_normalization:
+        for module in model.modules():
+            if isinstance(module, EntropyGPTNormalizedConv1D):
+                module.gain.mul_(1.5)
+    without = copy.deepcopy(model)
+    forget(without)
+    assert largest_difference(fold(model), without) > 1e-2
+
+
+def numeric_operations(model):
+    """Names of the operations in the traced graph that yield numbers; the mask is made of truth values."""
+    model.set_attn_implementation("eager")
+    model.config.use_cache = False
+    graph = torch.export.export(model, (), {"input_ids": make_tokens()}, strict=False).graph
+    operations = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and torch.is_tensor(value) and value.is_floating_point():
+            operations.add(getattr(node.target, "overloadpacket", node.target).__name__)
+    return operations
+
+
+@pytest.mark.parametrize("notation", ["EReg(SM(t_h)+StaticLN+ScFFN)", "SM+ScFuFFN", "SM(t_h)+ScFuFFNi1+WN(QK+FFN)"])
+def test_a_softmax_only_model_is_embeddings_linear_maps_and_softmax(notation):
+    model = make_asymmetric(notation, final_normalization="static")
+    assert numeric_operations(fold(model)) - LINEAR - MOVING - MASK == {"softmax"}
+    # What the fold removes, or another architecture has, would show.
+    assert {"mean", "div"} <= numeric_operations(model)
+    assert {"layer_norm", "tanh"} <= numeric_operations(fold(make_asymmetric("SM+LN+G")))
