@@ -1,7 +1,14 @@
 """GPT-2 checkpoints of every kind to EntropyGPT and back, and what is refused."""
 
+import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +237,92 @@ def test_what_is_no_gpt2_is_named(tmp_path):
         load_gpt2(tmp_path)
     with pytest.raises(ConversionError, match="neither a file or folder here nor a repository"):
         load_gpt2("no such: name")
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+class LoopbackHub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as a download takes: what a repository holds, and its files."""
+
+    folder: Path
+    commit = "0" * 40
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        files = sorted(self.folder.iterdir())
+        if self.path.startswith("/api/models/someone/gpt2/tree/"):
+            entries = [
+                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": sha256(path.read_bytes())}
+                for path in files
+            ]
+            body = json.dumps(entries).encode()
+        elif self.path.startswith("/api/models/someone/gpt2"):
+            names = [{"rfilename": path.name} for path in files]
+            body = json.dumps({"id": "someone/gpt2", "sha": self.commit, "siblings": names}).encode()
+        elif self.path.startswith(f"/someone/gpt2/resolve/{self.commit}/"):
+            body = (self.folder / self.path.rpartition("/")[2]).read_bytes()
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", sha256(body))
+        self.send_header("X-Repo-Commit", self.commit)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+LOAD_FROM_HUB = """
+import sys
+from conversion.gpt2_checkpoint import ConversionError, load_gpt2
+try:
+    load_gpt2(sys.argv[1]).save_pretrained(sys.argv[2])
+except ConversionError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["safetensors", "pickled"])
+def test_a_repository_of_the_hub(is_old, tmp_path):
+    original = make_gpt2()
+    original.save_pretrained(tmp_path / "repository")
+    if is_old:
+        (tmp_path / "repository" / "model.safetensors").unlink()
+        torch.save(original.state_dict(), tmp_path / "repository" / "pytorch_model.bin")
+    handler = type("Handler", (LoopbackHub,), {"folder": tmp_path / "repository"})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "NO_PROXY": "127.0.0.1",
+    }
+
+    def load(name):
+        command = [sys.executable, "-c", LOAD_FROM_HUB, name, str(tmp_path / "converted")]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    try:
+        process = load("someone/gpt2")
+        assert process.returncode == 0, process.stderr[-3000:]
+        missing = load("someone/nothing")
+    finally:
+        server.shutdown()
+    assert_same_function(EntropyGPTForCausalLM.from_pretrained(tmp_path / "converted").eval(), original)
+    assert missing.returncode == 1
+    assert "refused: someone/nothing is neither" in missing.stderr
 
 
 def test_pickled_code_is_not_run(tmp_path):
