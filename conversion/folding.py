@@ -22,6 +22,8 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.blocks import EntropyGPTBlock, EntropyGPTFusedFFN, EntropyGPTMLP
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D, EntropyGPTStaticLayerNorm
 
+from .assembly import assemble
+
 
 def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
     """
@@ -40,15 +42,10 @@ def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
     config = folded.config
     config.entropy_regularization = False
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    config.dtype = model.dtype
-    with torch.device("meta"):
-        result = EntropyGPTForCausalLM(config)
     tensors = {name: t.to(model.dtype) for name, t in folded.state_dict().items() if "entropy_threshold" not in name}
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-    result.load_state_dict(tensors, assign=True)
-    result.tie_weights()
-    return result.eval()
+    return assemble(EntropyGPTForCausalLM, config, tensors).eval()
 
 
 def fold_weight_normalization(model: EntropyGPTForCausalLM):

@@ -38,6 +38,8 @@ from modeling_entropy_gpt import (
 )
 from modeling_entropy_gpt.configuration_entropy_gpt import GPT2_CONSTANTS
 
+from .assembly import assemble
+
 
 # Each head of GPT-2 and its twin here. The parameters of both have the same names.
 TWINS = {
@@ -136,11 +138,9 @@ def to_gpt2(model: EntropyGPTPreTrainedModel) -> GPT2PreTrainedModel:
     twins = {ours: theirs for theirs, ours in TWINS.items()}
     activation = "linear" if config.activation_function == "identity" else config.activation_function
     shared = {name: getattr(config, name) for name in SHARED_FIELDS}
-    gpt2_config = GPT2Config(**{**shared, "activation_function": activation, "dtype": config.dtype})
+    gpt2_config = GPT2Config(**{**shared, "activation_function": activation})
     tensors = {name: t.detach() for name, t in model.state_dict().items() if not name.endswith("entropy_threshold")}
-    with torch.device("meta"):
-        exported = twins[type(model)](gpt2_config)
-    return _assign(exported, tensors).train(model.training)
+    return assemble(twins[type(model)], gpt2_config, tensors).train(model.training)
 
 
 def read_nanogpt(path: Path) -> Checkpoint:
@@ -264,10 +264,8 @@ def _build(checkpoint: Checkpoint, source: str) -> EntropyGPTPreTrainedModel:
     except (StrictDataclassError, ValueError) as error:
         reason = error.__cause__ or error
         raise ConversionError(f"The configuration of {source} can't be converted: {reason}") from error
-    with torch.device("meta"):
-        model = model_class(config)
-    _check_tensors(tensors, model, source)
-    return _assign(model, tensors).eval()
+    _check_tensors(tensors, model_class, config, source)
+    return assemble(model_class, config, tensors).eval()
 
 
 def _with_our_names(tensors: dict[str, torch.Tensor], has_prefix: bool) -> dict[str, torch.Tensor]:
@@ -310,7 +308,9 @@ def _with_head(tensors, known: dict, model_class: type, source: str) -> dict[str
     return {**tensors, "lm_head.weight": embedding}
 
 
-def _check_tensors(tensors: dict[str, torch.Tensor], model: EntropyGPTPreTrainedModel, source: str):
+def _check_tensors(tensors: dict[str, torch.Tensor], model_class: type, config: EntropyGPTConfig, source: str):
+    with torch.device("meta"):
+        model = model_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = []
     if missing := expected.keys() - tensors.keys():
@@ -325,14 +325,6 @@ def _check_tensors(tensors: dict[str, torch.Tensor], model: EntropyGPTPreTrained
         problems.append(f"not finite: {_shorten(bad)}")
     if problems:
         raise ConversionError(f"The weights of {source} are not those of its config. {'; '.join(problems)}.")
-
-
-def _assign(model, tensors: dict[str, torch.Tensor]):
-    """Puts the tensors themselves in the place of a model's parameters, which take no memory until then."""
-    model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
-    model.config.dtype = model.dtype
-    return model
 
 
 def _obstacles_to_gpt2(config: EntropyGPTConfig) -> list[str]:

@@ -72,19 +72,20 @@ def conditions_text(results: list[ModelResult]) -> str:
     alone = ""
     for result in results:
         if own := {name: value for name, value in result.hyperparameters.items() if name not in shared}:
-            alone += f"{result.notation} alone: {_list_settings(own)}. "
+            alone += f"{result.notation} alone: {list_settings(own)}. "
     return (
         f"Trained from scratch on {conditions.corpus} ({conditions.corpus_revision}) for {first.training_steps:,} "
         f"steps, {first.training_tokens:,} tokens of a vocabulary of {conditions.vocab_size:,} "
-        f"({_list_settings(shared)}; seed {conditions.seed}, {conditions.dtype}). {alone}Evaluated on "
+        f"({list_settings(shared)}; seed {conditions.seed}, {conditions.dtype}). {alone}Evaluated on "
         f"{conditions.evaluated_tokens:,} tokens of text kept out of training, in blocks of {conditions.context} "
         f"tokens without overlap. Overloaded: a mean entropy of at least 3/4 of {first.maximum_entropy_nats:.2f} "
-        f"nats, which uniform attention has. Versions: {_list_settings(conditions.versions)}; commit "
+        f"nats, which uniform attention has. Versions: {list_settings(conditions.versions)}; commit "
         f"{conditions.git_revision or 'unknown'}; {conditions.machine}."
     )
 
 
-def _list_settings(settings: dict) -> str:
+def list_settings(settings: dict) -> str:
+    """Names and values in one line."""
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 

@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from evaluation.report import list_settings
 from evaluation.results import git_revision, machine_name, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
 
@@ -292,7 +293,6 @@ def page(record: Record) -> str:
         f"| {name} | {' | '.join(f'{memory[name, t]:.0f}' if (name, t) in memory else '' for t in lengths)} |"
         for name in ATTENTIONS
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
     table, memory_table = "\n".join(rows), "\n".join(memory_rows)
     return f"""# What entropies cost
 
@@ -321,7 +321,7 @@ without. One core busy: another process takes one of the cores.
 
 Resident set, each in a fresh process; batch {BATCH}, {HEADS} heads of {HEAD_DIM}.
 
-Measured with {versions}; commit {record.git_revision or "unknown"}; {record.machine}.
+Measured with {list_settings(record.versions)}; commit {record.git_revision or "unknown"}; {record.machine}.
 """
 
 
