@@ -39,6 +39,7 @@ from modeling_entropy_gpt import (
 from modeling_entropy_gpt.configuration_entropy_gpt import GPT2_CONSTANTS
 
 from .assembly import assemble
+from .errors import ConversionError
 
 
 # Each head of GPT-2 and its twin here. The parameters of both have the same names.
@@ -70,10 +71,6 @@ SHARED_FIELDS -= {"architectures", "transformers_version", "dtype"}
 # What an import reads beside them: GPT-2's constants are refused by the configuration if they differ.
 READ_FIELDS = SHARED_FIELDS | {*GPT2_CONSTANTS, "classifier_dropout"}
 MOST_NAMES_SHOWN = 5
-
-
-class ConversionError(ValueError):
-    """What was given can't be converted; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from conversion.gpt2_checkpoint import TWINS, ConversionError, from_gpt2, load_gpt2, to_gpt2
+from conversion.errors import ConversionError
+from conversion.gpt2_checkpoint import TWINS, from_gpt2, load_gpt2, to_gpt2
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
 
@@ -285,7 +286,8 @@ class LoopbackHub(BaseHTTPRequestHandler):
 
 LOAD_FROM_HUB = """
 import sys
-from conversion.gpt2_checkpoint import ConversionError, load_gpt2
+from conversion.errors import ConversionError
+from conversion.gpt2_checkpoint import load_gpt2
 try:
     load_gpt2(sys.argv[1]).save_pretrained(sys.argv[2])
 except ConversionError as error:

@@ -1,0 +1,5 @@
+"""What goes wrong in a conversion by what was given to it."""
+
+
+class ConversionError(ValueError):
+    """What was given can't be converted; the message says why and what to do."""

@@ -1,0 +1,451 @@
+"""From one architecture to a simpler one: a function for each step, and the plan that leads to a target.
+
+Every step takes a model and gives a new one, which shares with it the parameters that the step leaves alone: copy it
+(`copy.deepcopy`) before training it beside the original. Steps that are fitted to data take a [`Calibration`] of the
+model they are given. What is lost by them is measured by [`conversion.divergence`]; the others are exact. Beside a
+step stands its naive version, weights copied and nothing fitted, so that the worth of the calibration can be seen.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from modeling_entropy_gpt.layers import EntropyGPTLearnableLeakyReLU, EntropyGPTNormalizedConv1D
+from modeling_entropy_gpt.notation import parse_notation
+
+from .assembly import assemble
+from .calibration import Calibration
+from .divergence import measure_divergence
+from .errors import ConversionError
+from .folding import fold_final_static_norm, fold_static_norms
+
+
+Model = EntropyGPTForCausalLM
+
+# Tried on held-out rows, as parts of each feature's own second moment.
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+ENTROPY_FIELDS = ("entropy_coefficient", "entropy_tolerance", "entropy_maximum", "entropy_penalty")
+
+
+def make_norms_static(model: Model, calibration: Calibration | None) -> Model:
+    """
+    LayerNorms of the blocks to static ones: a constant in place of each row's standard deviation, the one nearest to
+    it over the calibration's rows but for first positions and ends of text (without a calibration: 1).
+    """
+    names = [f"transformer.{name}" for name, _ in model.transformer.named_modules() if name.endswith(("ln_1", "ln_2"))]
+    return _with_static_norms(model, names, calibration, normalization="static")
+
+
+def make_final_norm_static(model: Model, calibration: Calibration | None) -> Model:
+    """The same for the norm before the head."""
+    return _with_static_norms(model, ["transformer.ln_f"], calibration, final_normalization="static")
+
+
+def remove_static_norms(model: Model) -> Model:
+    """Static norms of the blocks into the linear maps behind them. Exact."""
+    return _fold(model, fold_static_norms)
+
+
+def remove_final_static_norm(model: Model) -> Model:
+    """The static norm before the head into the head, which is then untied and has a bias. Exact."""
+    return _fold(model, fold_final_static_norm)
+
+
+def drop_norms(model: Model) -> Model:
+    """Norms of the blocks left out, nothing taken in by the weights: the naive version of removing them."""
+    tensors = {name: t for name, t in model.state_dict().items() if ".ln_1." not in name and ".ln_2." not in name}
+    return _rebuild(model, tensors, normalization="none")
+
+
+def drop_final_norm(model: Model) -> Model:
+    """The norm before the head left out: the naive version of removing it."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if "ln_f" not in name}
+    return _rebuild(model, tensors, final_normalization="none")
+
+
+def replace_activation(model: Model, name: str, calibration: Calibration | None) -> Model:
+    """
+    Another activation in every FFN. With a calibration (of `hidden_activation=name`), the second linear map is fitted
+    anew: least squares of what the FFN wrote, over the new features.
+
+    Args:
+        model ([`EntropyGPTForCausalLM`]): A model with full FFNs.
+        name (`str`): Any activation of the configuration but `"identity"`, which [`linearize_ffns`] is for.
+        calibration ([`Calibration`], *optional*): Without it, weights stay as they are.
+    """
+    tensors = _without_slopes(model)
+    if name == "learnable_leaky_relu":
+        slope = EntropyGPTLearnableLeakyReLU().negative_slope.detach().to(model.dtype)
+        tensors.update({f"{ffn}.act.negative_slope": slope.clone() for ffn in _ffn_names(model)})
+    if calibration is not None:
+        for ffn in _ffn_names(model):
+            weight, bias = fit_linear_map(calibration, ffn)
+            tensors[f"{ffn}.c_proj.weight"], tensors[f"{ffn}.c_proj.bias"] = (
+                weight.to(model.dtype),
+                bias.to(model.dtype),
+            )
+    return _rebuild(model, tensors, activation_function=name)
+
+
+def linearize_ffns(model: Model, calibration: Calibration | None) -> Model:
+    """
+    No activation in the FFNs. With a calibration, each FFN becomes the linear map nearest to it in least squares over
+    its inputs: the first of its two maps is kept, the second is solved for.
+    """
+    tensors = _without_slopes(model)
+    if calibration is not None:
+        for ffn in _ffn_names(model):
+            weight, bias = fit_linear_map(calibration, ffn)
+            first, first_bias = tensors[f"{ffn}.c_fc.weight"].double(), tensors[f"{ffn}.c_fc.bias"].double()
+            root = _root(calibration.tensors[f"{ffn}.fit"].double()[1:, 1 : 1 + len(weight)])  # whose rows count
+            second = torch.linalg.pinv(root @ first) @ (root @ weight)
+            tensors[f"{ffn}.c_proj.weight"] = second.to(model.dtype)
+            tensors[f"{ffn}.c_proj.bias"] = (bias - first_bias @ second).to(model.dtype)
+    return _rebuild(model, tensors, activation_function="identity")
+
+
+def fuse_ffns(model: Model) -> Model:
+    """The two linear maps of FFNs without an activation into one. Exact."""
+    tensors = model.state_dict()
+    for ffn in _ffn_names(model):
+        first, first_bias, second, second_bias = (
+            tensors.pop(f"{ffn}.{name}").double()
+            for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
+        )
+        tensors[f"{ffn}.c_fused.weight"] = (first @ second).to(model.dtype)
+        tensors[f"{ffn}.c_fused.bias"] = (first_bias @ second + second_bias).to(model.dtype)
+    return _rebuild(model, tensors, ffn_type="fused")
+
+
+def scale_ffns(model: Model) -> Model:
+    """Learnable scales of the FFN's residual sum, which start at 1. Exact."""
+    tensors = model.state_dict()
+    for ffn in _ffn_names(model):
+        block = ffn.removesuffix(".mlp")
+        for scale in ("ffn_alpha", "ffn_beta"):
+            tensors[f"{block}.{scale}"] = torch.ones((), dtype=model.dtype)
+    return _rebuild(model, tensors, ffn_residual_scaling=True)
+
+
+def add_temperatures(model: Model, kind: str) -> Model:
+    """
+    Learnable temperatures, which start at 1. Exact.
+
+    Args:
+        model ([`EntropyGPTForCausalLM`]): A model without them.
+        kind (`str`): `"head"`, or `"position"`: one for each head and position.
+    """
+    tensors, config = model.state_dict(), model.config
+    positions = config.n_positions if kind == "position" else 1
+    for layer in range(config.n_layer):
+        name = f"transformer.h.{layer}.attn.log_temperature"
+        tensors[name] = torch.zeros(config.n_head, positions, dtype=model.dtype)
+    return _rebuild(model, tensors, attention_temperature=kind, temperature_init=1.0)
+
+
+def add_thresholds(model: Model, calibration: Calibration, **fields) -> Model:
+    """
+    Entropy regularisation, every threshold at its head's measured entropy, so that a head is first drawn to stay as it
+    is. What the model computes does not change.
+
+    Args:
+        model ([`EntropyGPTForCausalLM`]): A model without thresholds.
+        calibration ([`Calibration`]): Of this model.
+        fields: `entropy_coefficient`, `entropy_tolerance`, `entropy_maximum`, `entropy_penalty`.
+    """
+    tensors = model.state_dict()
+    maximum = fields.get("entropy_maximum", model.config.entropy_maximum)
+    for layer in range(model.config.n_layer):
+        name = f"transformer.h.{layer}.attn"
+        tensors[f"{name}.entropy_threshold"] = calibration.threshold(name, maximum).to(model.dtype)
+    return _rebuild(model, tensors, entropy_regularization=True, **fields)
+
+
+def normalize_weights(model: Model, kind: str, targets: list[str]) -> Model:
+    """
+    Weight or spectral normalisation, gains set to what is divided by. Exact.
+
+    Args:
+        model ([`EntropyGPTForCausalLM`]): A model without it.
+        kind (`str`): `"weight"` or `"spectral"`.
+        targets (`list[str]`): Some of `q`, `k`, `v`, `o`, `ffn`.
+    """
+    tensors = model.state_dict()
+    normalized = assemble_like(model, weight_normalization=kind, weight_normalization_targets=targets)
+    for name, module in normalized.named_modules():
+        if not isinstance(module, EntropyGPTNormalizedConv1D):
+            continue
+        groups = tensors[f"{name}.weight"].double().unflatten(1, (len(module.normalized_groups), -1)).unbind(dim=1)
+        chosen = [group for group, keep in zip(groups, module.normalized_groups, strict=True) if keep]
+        if kind == "weight":
+            tensors[f"{name}.gain"] = torch.stack([group.norm(dim=0) for group in chosen]).to(model.dtype)
+            continue
+        parts = [torch.linalg.svd(group, full_matrices=False) for group in chosen]
+        tensors[f"{name}.gain"] = torch.stack([values[:1] for _, values, _ in parts]).to(model.dtype)
+        tensors[f"{name}.singular_vectors"] = torch.stack([right[0] for _, _, right in parts]).to(model.dtype)
+    return _rebuild(model, tensors, weight_normalization=kind, weight_normalization_targets=list(targets))
+
+
+def prune_ffns(model: Model, layers: Sequence[int], calibration: Calibration | None) -> Model:
+    """
+    No FFN in the layers given. With a calibration, the mean of what each wrote stays, as part of the bias of the
+    attention before it.
+    """
+    tensors = model.state_dict()
+    for layer in layers:
+        block = f"transformer.h.{layer}"
+        if calibration is not None:
+            moments = calibration.tensors[f"{block}.mlp.fit"].double()
+            mean = moments[0, len(moments) :] / moments[0, 0]
+            if model.config.ffn_residual_scaling:
+                mean = mean / tensors[f"{block}.ffn_alpha"].double()
+            bias = tensors[f"{block}.attn.c_proj.bias"]
+            tensors[f"{block}.attn.c_proj.bias"] = (bias.double() + mean).to(bias.dtype)
+        prefixes = (f"{block}.mlp.", f"{block}.ln_2.", f"{block}.ffn_")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+    return _rebuild(model, tensors, pruned_ffn_layers=sorted({*model.config.pruned_ffn_layers, *layers}))
+
+
+def measure_pruning_damage(
+    model: Model, batches: Sequence[torch.Tensor], calibration: Calibration, on_blocks: Callable = lambda count: None
+) -> dict[int, float]:
+    """What pruning each FFN alone costs: KL to the model with all of them, in nats, by layer."""
+    layers = [layer for layer, block in enumerate(model.transformer.h) if block.mlp is not None]
+    pruned = [prune_ffns(model, [layer], calibration) for layer in layers]
+    damages = measure_divergence(model, pruned, batches, on_blocks)
+    return {layer: damage.kl for layer, damage in zip(layers, damages, strict=True)}
+
+
+def fit_linear_map(calibration: Calibration, ffn: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Least squares of what an FFN writes over its features, with the ridge that is best on the held-out rows.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Weight, `(features, n_embd)`, and bias, `(n_embd,)`, in double precision.
+    """
+    fit, held_out = (calibration.tensors[f"{ffn}.{split}"].double() for split in ("fit", "held_out"))
+    size = len(fit)
+    inputs, outputs = fit[:, :size] / fit[0, 0], fit[:, size:] / fit[0, 0]
+    # Features that never vary from zero would make the system singular.
+    diagonal = inputs.diagonal().clone()
+    diagonal[1:] += torch.finfo(torch.float32).eps * diagonal[1:].mean() + torch.finfo(torch.double).tiny
+    diagonal[0] = 0.0  # the bias is not shrunk
+    solutions = [torch.linalg.solve(inputs + torch.diag(ridge * diagonal), outputs) for ridge in RIDGES]
+    best = min(solutions, key=lambda solution: _squared_error(solution, held_out))
+    return best[1:], best[0]
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    One step of a plan.
+
+    Args:
+        title (`str`): What it does.
+        apply: Makes the new model out of the old one and its calibration (`None` if `calibrated` is not set).
+        naive: Makes what a copy of the weights would give; `None` where there is nothing to compare with.
+        calibrated (`bool`): Whether it is fitted to a calibration.
+        hidden_activation (`str`, *optional*): What the calibration has to be taken with.
+    """
+
+    title: str
+    apply: Callable[[Model, Calibration | None], Model]
+    naive: Callable[[Model], Model] | None = None
+    calibrated: bool = False
+    hidden_activation: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    How to get from one architecture to another.
+
+    Args:
+        simplifications (`tuple[Step, ...]`): Steps that lose something, and those that add what is trained.
+        finish (`tuple[Step, ...]`): Exact steps that training should go before: folding of static norms, and
+            normalisation of the weights that come out of it.
+    """
+
+    simplifications: tuple[Step, ...]
+    finish: tuple[Step, ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All of them, in order."""
+        return self.simplifications + self.finish
+
+
+def target_config(source: EntropyGPTConfig, notation: str, **fields) -> EntropyGPTConfig:
+    """
+    The configuration of another architecture with the sizes and settings of a model.
+
+    Args:
+        source ([`EntropyGPTConfig`]): Of the model there is.
+        notation (`str`): The architecture wanted, as `EntropyGPTConfig.from_notation` reads it.
+        fields: What the notation does not tell, such as `final_normalization`.
+
+    Raises:
+        `ConversionError`: If the notation is not understood, or can't be had.
+    """
+    try:
+        config = _changed(source, {**parse_notation(notation, source.n_layer), **fields})
+        config.validate()
+    except (StrictDataclassError, ValueError) as error:
+        raise ConversionError(str(error.__cause__ or error)) from error
+    return config
+
+
+def plan_conversion(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Plan:
+    """
+    The steps from one architecture to another.
+
+    Args:
+        source ([`EntropyGPTConfig`]): Of the model there is.
+        target ([`EntropyGPTConfig`]): Of the model wanted, with the same sizes.
+
+    Raises:
+        `ConversionError`: If the target has what the source has lost, and no step brings back.
+    """
+    _check_reachable(source, target)
+    simplifications, finish = [], []
+    if layers := sorted({*target.pruned_ffn_layers} - {*source.pruned_ffn_layers}):
+        title = f"FFN of {'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))} pruned"
+        simplifications.append(
+            Step(title, lambda m, c: prune_ffns(m, layers, c), lambda m: prune_ffns(m, layers, None), True)
+        )
+    if source.normalization == "layernorm" != target.normalization:
+        simplifications.append(
+            Step("LayerNorms static", make_norms_static, lambda m: make_norms_static(m, None), True)
+        )
+    if source.final_normalization == "layernorm" != target.final_normalization:
+        simplifications.append(
+            Step("final norm static", make_final_norm_static, lambda m: make_final_norm_static(m, None), True)
+        )
+    simplifications += _ffn_steps(source, target)
+    if target.attention_temperature != source.attention_temperature:
+        kind = target.attention_temperature
+        simplifications.append(Step("temperatures, at 1", lambda m, _: add_temperatures(m, kind)))
+    if target.entropy_regularization and not source.entropy_regularization:
+        fields = {name: getattr(target, name) for name in ENTROPY_FIELDS}
+        simplifications.append(
+            Step("thresholds, at entropies", lambda m, c: add_thresholds(m, c, **fields), None, True)
+        )
+    if target.normalization == "none" != source.normalization:
+        finish.append(Step("norms folded away", lambda m, _: remove_static_norms(m), drop_norms))
+    if target.final_normalization == "none" != source.final_normalization:
+        finish.append(Step("final norm folded away", lambda m, _: remove_final_static_norm(m), drop_final_norm))
+    if target.weight_normalization != source.weight_normalization:
+        kind, targets = target.weight_normalization, target.weight_normalization_targets
+        finish.append(Step(f"{kind} normalisation", lambda m, _: normalize_weights(m, kind, targets)))
+    return Plan(tuple(simplifications), tuple(finish))
+
+
+def _ffn_steps(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Iterable[Step]:
+    if (name := target.activation_function) != source.activation_function:
+        title = f"{source.activation_function} to {name}"
+        if name == "identity":
+            yield Step(title, linearize_ffns, lambda m: linearize_ffns(m, None), True)
+        else:
+            yield Step(
+                title,
+                lambda m, c: replace_activation(m, name, c),
+                lambda m: replace_activation(m, name, None),
+                True,
+                hidden_activation=name,
+            )
+    if target.ffn_type != source.ffn_type:
+        yield Step("FFNs fused", lambda m, _: fuse_ffns(m))
+    if target.ffn_residual_scaling != source.ffn_residual_scaling:
+        yield Step("FFNs scaled, at 1", lambda m, _: scale_ffns(m))
+
+
+def _check_reachable(source: EntropyGPTConfig, target: EntropyGPTConfig):
+    order = ("layernorm", "static", "none")
+    lost = {
+        "normalization": order.index(target.normalization) < order.index(source.normalization),
+        "final_normalization": order.index(target.final_normalization) < order.index(source.final_normalization),
+        "activation_function": source.activation_function == "identity" != target.activation_function,
+        "ffn_type": source.ffn_type == "fused" != target.ffn_type,
+        "pruned_ffn_layers": not {*source.pruned_ffn_layers} <= {*target.pruned_ffn_layers},
+        "entropy_regularization": source.entropy_regularization and not target.entropy_regularization,
+        "ffn_residual_scaling": source.ffn_residual_scaling and not target.ffn_residual_scaling,
+        "attention_temperature": source.attention_temperature not in ("none", target.attention_temperature),
+        "weight_normalization": source.weight_normalization is not None
+        and (source.weight_normalization, source.weight_normalization_targets)
+        != (target.weight_normalization, target.weight_normalization_targets),
+    }
+    if names := [name for name, is_lost in lost.items() if is_lost]:
+        changes = ", ".join(f"{name} {getattr(source, name)!r} to {getattr(target, name)!r}" for name in names)
+        raise ConversionError(
+            f"{source.notation} can't become {target.notation}: no step leads from {changes}. Steps only simplify: "
+            "layernorm to static to none, an activation to another or to none, two linear maps to one."
+        )
+    if source.weight_normalization is not None and source.notation != target.notation:
+        raise ConversionError(
+            f"{source.notation} has normalised weights, which the steps do not take: fold them into plain weights "
+            "first (conversion.folding.fold)."
+        )
+
+
+def assemble_like(model: Model, **changes) -> Model:
+    """A model without memory (on the meta device) of the same configuration but for the changes."""
+    config = _changed(model.config, changes)
+    with torch.device("meta"):
+        return EntropyGPTForCausalLM(config)
+
+
+def _rebuild(model: Model, tensors: dict[str, torch.Tensor], **changes) -> Model:
+    rebuilt = assemble(EntropyGPTForCausalLM, _changed(model.config, changes), tensors).eval()
+    rebuilt.set_attn_implementation(model.config._attn_implementation)
+    return rebuilt
+
+
+def _changed(config: EntropyGPTConfig, changes: dict) -> EntropyGPTConfig:
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def _with_static_norms(model: Model, names: list[str], calibration: Calibration | None, **changes) -> Model:
+    tensors = model.state_dict()
+    for name in names:
+        constant = 1.0 if calibration is None else calibration.norm_constant(name)
+        tensors[f"{name}.standard_deviation"] = torch.tensor(constant, dtype=model.dtype)
+    return _rebuild(model, tensors, **changes)
+
+
+def _fold(model: Model, fold: Callable[[Model], None]) -> Model:
+    folded = copy.deepcopy(model).double()
+    with torch.no_grad():
+        fold(folded)
+    tensors = {name: tensor.to(model.dtype) for name, tensor in folded.state_dict().items()}
+    if folded.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    return assemble(EntropyGPTForCausalLM, folded.config, tensors).eval()
+
+
+def _without_slopes(model: Model) -> dict[str, torch.Tensor]:
+    """The weights but for those of an activation that is replaced."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".act.negative_slope")}
+
+
+def _ffn_names(model: Model) -> list[str]:
+    return [f"transformer.h.{layer}.mlp" for layer, block in enumerate(model.transformer.h) if block.mlp is not None]
+
+
+def _root(moments: torch.Tensor) -> torch.Tensor:
+    """The matrix whose square is the second moments, kept from being singular."""
+    values, vectors = torch.linalg.eigh(moments)
+    return (vectors * values.clamp(min=torch.finfo(torch.float32).eps * values[-1]).sqrt()) @ vectors.mT
+
+
+def _squared_error(solution: torch.Tensor, moments: torch.Tensor) -> float:
+    """Sum of the squared errors over the rows of the moments, less the sum of the squared outputs."""
+    size = len(moments)
+    inputs, outputs = moments[:, :size], moments[:, size:]
+    return ((solution * (inputs @ solution)).sum() - 2 * (solution * outputs).sum()).item()
