@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .convert import convert
 from .errors import CommandError
 from .quickstart import quickstart
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(quickstart)
+app.command()(convert)
 
 
 def print_version(wanted: bool):

@@ -105,6 +105,30 @@ def load_gpt2(source: str | Path) -> EntropyGPTPreTrainedModel:
     return _build(checkpoint, str(source))
 
 
+def load_language_model(source: str | Path) -> EntropyGPTForCausalLM:
+    """
+    Loads what a conversion begins with: a GPT-2 of any kind that [`load_gpt2`] takes, or an EntropyGPT, as it is.
+
+    Raises:
+        `ConversionError`: As for [`load_gpt2`], and if it is no language model.
+    """
+    folder = None if Path(source).is_file() else _find_folder(source)
+    if folder is not None and _read_config(folder).get("model_type") == EntropyGPTConfig.model_type:
+        try:
+            model = EntropyGPTForCausalLM.from_pretrained(folder).eval()
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ConversionError(f"{source} can't be loaded: {error}") from error
+        _check_tensors(model.state_dict(), type(model), model.config, str(source))
+    else:
+        model = load_gpt2(source if folder is None else folder)
+    if not isinstance(model, EntropyGPTForCausalLM):
+        raise ConversionError(
+            f"{source} is no language model (it is loaded as {type(model).__name__}), and what a conversion loses is "
+            "measured by the language that a model predicts: give the checkpoint with its language modelling head."
+        )
+    return model
+
+
 def from_gpt2(model: GPT2PreTrainedModel) -> EntropyGPTPreTrainedModel:
     """
     Makes an EntropyGPT of a GPT-2 in memory, with the same parameters (shared, not copied).
@@ -189,13 +213,18 @@ def _find_folder(source: str | Path) -> Path:
     return folder
 
 
-def _read_folder(folder: Path) -> Checkpoint:
+def _read_config(folder: Path) -> dict:
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder} has no config.json, so it is no GPT-2 that transformers saved.")
     try:
         config, _ = PreTrainedConfig.get_config_dict(folder)
     except OSError as error:
         raise ConversionError(f"{folder / 'config.json'} can't be read: {error}") from error
+    return config
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    config = _read_config(folder)
     if config.get("model_type") != "gpt2":
         raise ConversionError(f"{folder} holds a model of type {config.get('model_type')!r}, and only 'gpt2' is read.")
     tensors: dict[str, torch.Tensor] = {}

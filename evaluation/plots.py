@@ -1,11 +1,13 @@
 """Pictures of what was measured."""
 
+import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from .conversion_report import ConversionReport
 from .entropy_diagnostics import HeadwiseEntropy
 from .results import ModelResult
 
@@ -67,3 +69,38 @@ def _draw_heat_map(axes: Axes, result: ModelResult) -> AxesImage:
 def _add_scale(figure: Figure, all_axes: list[Axes], image: AxesImage, entropy: HeadwiseEntropy):
     label = f"mean entropy of attention rows (nats)\nuniform attention: {entropy.maximum:.2f}"
     figure.colorbar(image, ax=all_axes, label=label)
+
+
+def plot_healing(report: ConversionReport, path: Path):
+    """
+    Draws the loss against the step of healing, with what was removed when, between the original and its conversion.
+
+    Args:
+        report ([`ConversionReport`]): Of a conversion that was healed.
+        path (`Path`): The PNG to write.
+    """
+    healing = report.healing
+    figure = Figure(figsize=(7.2, 4.4), dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*healing.validation_nats, strict=True), marker="o", ms=4, label="validation text", zorder=3)
+    axes.axhline(math.log(report.original_perplexity), color="black", ls=":", lw=1, label="original")
+    for step, names in _events_by_step(healing.events).items():
+        axes.axvline(step, color="tab:red" if "back" in names else "gray", lw=0.6, alpha=0.7)
+        axes.text(
+            step, 0.99, names, rotation=90, fontsize=6, ha="right", va="top", transform=axes.get_xaxis_transform()
+        )
+    axes.set(
+        xlabel="step of healing",
+        ylabel="negative log-likelihood of a token (nats)",
+        title=f"{report.source_notation} to {report.target_notation}",
+    )
+    axes.legend(loc="upper right")
+    figure.savefig(path, format="png")
+
+
+def _events_by_step(events: list[list]) -> dict[int, str]:
+    """What happened at each step, in few words: what was removed, or that the guard went back."""
+    merged: dict[int, list[str]] = {}
+    for step, event in events:
+        merged.setdefault(step, []).append("back" if event.startswith("back") else event.removesuffix(" removed"))
+    return {step: names[0] + (f" and {len(names) - 1} more" * (len(names) > 1)) for step, names in merged.items()}

@@ -1,0 +1,225 @@
+"""The record of a conversion: what each step cost, what healing gave back, and under which conditions."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
+from .operation_counts import NonlinearOperations
+from .report import list_settings
+from .results import Conditions
+
+
+SCHEMA_VERSION = 1
+PICTURE = "healing.png"
+STEP_COLUMNS = ("step", "KL (nats)", "perplexity", "naive KL", "naive perplexity", "parameters", "seconds")
+
+
+@strict
+@dataclass
+class StepRecord:
+    """
+    What one step did, on text that nothing was fitted to.
+
+    Args:
+        title (`str`): The step.
+        kl (`float`): KL to the original after it, in nats per token.
+        perplexity (`float`): After it, per token.
+        naive_kl (`float`, *optional*): KL that the step would have cost with weights copied and nothing fitted.
+        naive_perplexity (`float`, *optional*): Likewise.
+        parameters (`int`): After it; tied ones count once.
+        seconds (`float`): Calibration included, measurement not.
+    """
+
+    title: str
+    kl: float
+    perplexity: float
+    naive_kl: float | None
+    naive_perplexity: float | None
+    parameters: int
+    seconds: float
+
+
+@strict
+@dataclass
+class HealingRecord:
+    """
+    Training after the simplification.
+
+    Args:
+        steps (`int`): Optimiser steps.
+        tokens (`int`): Tokens seen.
+        seconds (`float`): Duration, evaluations included.
+        settings (`dict`): What training was told.
+        validation_nats (`list[list[float]]`): Steps, and the negative log-likelihood of a token of validation text.
+        events (`list[list]`): Steps, and what was removed then, or why the guard went back.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    settings: dict
+    validation_nats: list[list[float]]
+    events: list[list]
+
+
+@strict
+@dataclass
+class ConversionReport:
+    """
+    A conversion from end to end.
+
+    Args:
+        source (`str`): Where the original lies.
+        source_notation, target_notation (`str`): Both architectures in the paper's notation.
+        source_final_normalization, target_final_normalization (`str`): The norms before the head.
+        original_perplexity (`float`): Of the original, per token.
+        original_parameters (`int`): Of the original; tied ones count once.
+        source_operations, target_operations ([`NonlinearOperations`]): Of one sequence.
+        pruning_damage (`dict[str, float]`): KL that pruning each FFN alone would cost, by layer, if it was measured.
+        calibration_tokens (`int`): Tokens that the steps were fitted to.
+        steps (`list[StepRecord]`): What was done, in order; healing is a step too.
+        healing ([`HealingRecord`], *optional*): How it went.
+        seconds (`float`): Of all, measurements included.
+        peak_memory_bytes (`int`): Of the process.
+        conditions ([`Conditions`]): What the numbers depend on.
+    """
+
+    source: str
+    source_notation: str
+    target_notation: str
+    source_final_normalization: str
+    target_final_normalization: str
+    original_perplexity: float
+    original_parameters: int
+    source_operations: NonlinearOperations
+    target_operations: NonlinearOperations
+    pruning_damage: dict[str, float]
+    calibration_tokens: int
+    steps: list[StepRecord]
+    healing: HealingRecord | None
+    seconds: float
+    peak_memory_bytes: int
+    conditions: Conditions
+
+    def save(self, path: Path):
+        """Writes the record as JSON."""
+        content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "ConversionReport":
+        """
+        Reads what [`ConversionReport.save`] wrote.
+
+        Raises:
+            `ValueError`: If the file is of another schema, or no such report.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if (schema := content.pop("schema_version")) != SCHEMA_VERSION:
+                raise ValueError(f"schema version {schema}, where {SCHEMA_VERSION} is read")
+            for name in ("source_operations", "target_operations"):
+                content[name] = NonlinearOperations(**content[name])
+            content["steps"] = [StepRecord(**step) for step in content["steps"]]
+            content["healing"] = content["healing"] and HealingRecord(**content["healing"])
+            content["conditions"] = Conditions(**content["conditions"])
+            return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+            raise ValueError(
+                f"{path} is no report of a conversion of this version: {error}. Convert again."
+            ) from error
+
+
+def step_rows(report: ConversionReport) -> list[tuple[str, ...]]:
+    """One row of text for the original and each step, in the order of `STEP_COLUMNS`."""
+    original = (
+        "original",
+        "0.0000",
+        f"{report.original_perplexity:.2f}",
+        "",
+        "",
+        f"{report.original_parameters:,}",
+        "",
+    )
+    return [
+        original,
+        *(
+            (
+                step.title,
+                f"{step.kl:.4f}",
+                f"{step.perplexity:.2f}",
+                "" if step.naive_kl is None else f"{step.naive_kl:.4f}",
+                "" if step.naive_perplexity is None else f"{step.naive_perplexity:.2f}",
+                f"{step.parameters:,}",
+                f"{step.seconds:.1f}",
+            )
+            for step in report.steps
+        ),
+    ]
+
+
+def operation_rows(before: NonlinearOperations, after: NonlinearOperations) -> list[tuple[str, str, str]]:
+    """For each kind of non-linear operation its name and both numbers."""
+    names = {
+        "softmax_rows": "rows through softmax",
+        "norm_rows": "rows through LayerNorm",
+        "activation_elements": "numbers through the FFN's activation",
+    }
+    return [(title, f"{getattr(before, name):,}", f"{getattr(after, name):,}") for name, title in names.items()]
+
+
+def report_markdown(report: ConversionReport) -> str:
+    """The report as a page; the picture of healing is expected beside it."""
+    conditions = report.conditions
+    lines = [
+        f"# {report.source_notation} to {report.target_notation}",
+        "",
+        f"Source: `{report.source}` (final norm: {report.source_final_normalization}, now "
+        f"{report.target_final_normalization}).",
+        "",
+        *_table(STEP_COLUMNS, step_rows(report), text_columns=1),
+        "",
+        "KL: of the next token's distribution, original to converted. Naive: what the step alone would have given "
+        "with weights copied and nothing fitted; empty where there is nothing to fit. Seconds: of the step with its "
+        "calibration, without the measurement.",
+        "",
+        f"Fitted to {report.calibration_tokens:,} tokens of {conditions.corpus} ({conditions.corpus_revision}); "
+        f"measured on {conditions.evaluated_tokens:,} tokens of text kept apart from it, in blocks of "
+        f"{conditions.context} tokens without overlap. All of it took {report.seconds:.0f} s and "
+        f"{report.peak_memory_bytes / 2**30:.2f} GiB at most. Seed {conditions.seed}, {conditions.dtype}. Versions: "
+        f"{list_settings(conditions.versions)}; commit {conditions.git_revision or 'unknown'}; {conditions.machine}.",
+        "",
+        f"## Non-linear operations of a sequence of {conditions.context} tokens",
+        "",
+        *_table(
+            ("operation", "before", "after"),
+            operation_rows(report.source_operations, report.target_operations),
+            text_columns=1,
+        ),
+    ]
+    if report.pruning_damage:
+        damages = ", ".join(f"layer {layer} {damage:.4f}" for layer, damage in report.pruning_damage.items())
+        lines += ["", f"KL that pruning each FFN of the original alone costs, in nats: {damages}."]
+    if report.healing is not None:
+        healing = report.healing
+        lines += [
+            "",
+            "## Healing",
+            "",
+            f"{healing.steps:,} steps, {healing.tokens:,} tokens, {healing.seconds:.0f} s "
+            f"({list_settings(healing.settings)}).",
+            "",
+            f"![Loss against step]({PICTURE})",
+            "",
+            *(f"- step {step}: {event}" for step, event in healing.events),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]], text_columns: int) -> list[str]:
+    rule = ["---"] * text_columns + ["---:"] * (len(columns) - text_columns)
+    return [f"| {' | '.join(row)} |" for row in (columns, rule, *rows)]
