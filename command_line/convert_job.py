@@ -274,6 +274,8 @@ def _load_tokenizer(job: Job, config: EntropyGPTConfig) -> PreTrainedTokenizerFa
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise CommandError(f"The tokenizer of {place} is no fast one with an end-of-text token; give --tokenizer.")
+    if not tokenizer.backend_tokenizer.encode("a").ids:  # transformers makes one without tokens where files lack
+        raise CommandError(f"{place} has no tokenizer files; say where the tokenizer is with --tokenizer.")
     if len(tokenizer) > config.vocab_size:
         raise CommandError(
             f"The tokenizer of {place} has {len(tokenizer):,} tokens, and the model {config.vocab_size:,}: give the "
@@ -439,7 +441,10 @@ def _heal(job: Job, original, simplified, calibrator: _Calibrator, text: Text, p
             "warmup_share": WARMUP_SHARE,
             "batch_size": job.batch_size,
             "schedule": job.schedule,
-            **{f"{name}_loss": value for name, value in vars(loss).items()},
+            "kl_weight": loss.logits,
+            "kl_temperature": loss.temperature,
+            "hidden_state_weight": loss.hidden_states,
+            "residual_scale_weight": loss.residual_scale,
         },
         validation_nats=[
             [float(entry["step"]), entry["eval_loss"]] for entry in trainer.state.log_history if "eval_loss" in entry

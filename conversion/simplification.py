@@ -236,7 +236,7 @@ def fit_linear_map(calibration: Calibration, ffn: str) -> tuple[torch.Tensor, to
     diagonal[0] = 0.0  # the bias is not shrunk
     solutions = [torch.linalg.solve(inputs + torch.diag(ridge * diagonal), outputs) for ridge in RIDGES]
     best = min(solutions, key=lambda solution: _squared_error(solution, held_out))
-    return best[1:], best[0]
+    return best[1:].clone(memory_format=torch.contiguous_format), best[0].clone()
 
 
 @dataclass(frozen=True)

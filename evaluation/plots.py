@@ -89,6 +89,7 @@ def plot_healing(report: ConversionReport, path: Path):
         axes.text(
             step, 0.99, names, rotation=90, fontsize=6, ha="right", va="top", transform=axes.get_xaxis_transform()
         )
+    axes.margins(y=0.2)
     axes.set(
         xlabel="step of healing",
         ylabel="negative log-likelihood of a token (nats)",
