@@ -40,8 +40,8 @@ def hidden_state_distance(
     num_items: torch.Tensor | int,
 ) -> torch.Tensor:
     """
-    Squared distance of the residual streams after each block, as a part of the original's squared length (its mean
-    over the batch), averaged over blocks.
+    Squared distance of the residual streams after each block, as a part of the original's squared length, averaged
+    over blocks.
 
     Args:
         hidden_states, original_hidden_states (`Sequence[torch.Tensor]`): `(batch, length, n_embd)` after each block.
@@ -50,8 +50,7 @@ def hidden_state_distance(
     total = 0.0
     for found, expected in zip(hidden_states, original_hidden_states, strict=True):
         found, expected = found[predicted].float(), expected[predicted].float()
-        length = expected.square().sum(dim=-1).mean()
-        total = total + (found - expected).square().sum(dim=-1).sum() / length
+        total = total + ((found - expected).square().sum(dim=-1) / expected.square().sum(dim=-1)).sum()
     return total / len(hidden_states) / num_items
 
 

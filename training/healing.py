@@ -107,12 +107,12 @@ class HealingTrainer(EntropyTrainer):
     ):
         super().__init__(*args, **kwargs)
         self.healing_loss = healing_loss
-        self.original = original.to(self.args.device).eval().requires_grad_(False)
+        self.original = original.to(self.args.device).eval()
         self.residual_scale = residual_scale
         self.schedule = schedule
         self.add_callback(HealingProgress(1 / removal_steps))
         self._good_state: dict | None = None
-        self._seen: tuple[float, float] | None = None
+        self._seen: list[tuple[float, float]] = []
 
     @property
     def progress(self) -> HealingProgress:
@@ -154,10 +154,9 @@ class HealingTrainer(EntropyTrainer):
         if self._good_state is None:
             self._keep_good_state()
         self._close_gates()
-        self._seen = None
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
-            reason = self._find_runaway(*self._seen)
+            reason = self._find_runaway() if self.accelerator.sync_gradients else None
         except FloatingPointError as error:  # the model's own detection of divergence
             reason = str(error)
         if reason is None:
@@ -185,11 +184,13 @@ class HealingTrainer(EntropyTrainer):
     def _watch(self, outputs, stream: torch.Tensor, share: torch.Tensor | float):
         """Notes the mean loss of these tokens, and the residual stream's scale as a multiple of the original's."""
         scale = stream.detach().float()[:, 1:].std(dim=-1, unbiased=False).mean() / self.residual_scale
-        self._seen = ((outputs.cross_entropy_loss.detach() * share).item(), scale.item())
+        self._seen.append(((outputs.cross_entropy_loss.detach() * share).item(), scale.item()))
 
-    def _find_runaway(self, loss: float, scale: float) -> str | None:
-        """Why this step's numbers can't be trusted, or `None` if they can."""
+    def _find_runaway(self) -> str | None:
+        """Why what was seen in this step, in all parts of its batch, can't be trusted, or `None` if it can."""
         progress = self.progress
+        loss, scale = (sum(values) / len(values) for values in zip(*self._seen, strict=True))
+        self._seen = []
         if not math.isfinite(loss) or not math.isfinite(scale):
             return f"the loss is {loss}, the residual stream {scale:.1f} times its scale"
         if progress.mean_loss is not None and loss > progress.mean_loss + LARGEST_RISE:
@@ -211,6 +212,7 @@ class HealingTrainer(EntropyTrainer):
     def _roll_back(self, reason: str):
         """Goes back to the last good state, slower: but never so slow that the schedule would not end in time."""
         progress, good = self.progress, self._good_state
+        self._seen = []
         progress.rollbacks += 1
         progress.events.append([self.state.global_step, f"back to the last good state: {reason}"])
         if progress.rollbacks > MOST_ROLLBACKS:

@@ -80,29 +80,37 @@ class GatedNorm(nn.Module):
                 self.moments[group].lerp_(torch.stack([rows.mean(), rows.square().mean()]), REFRESHMENT)
 
 
+class PrunedFFN(nn.Module):
+    """What pruning leaves of an FFN: a constant, which becomes part of the attention's bias in the end."""
+
+    def __init__(self, bias: torch.Tensor):
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.bias.expand_as(hidden_states)
+
+
 class GatedFFN(nn.Module):
     """
-    The original's FFN on its way to the simplified one, `gate * (before - moved) + (1 - gate) * after`.
+    The original's FFN on its way to the simplified one, `gate * before + (1 - gate) * after`.
 
     Args:
         before (`nn.Module`): The original FFN.
-        after (`nn.Module`, *optional*): The simplified one, or `None` where it is pruned.
-        moved (`torch.Tensor` of shape `(n_embd,)`): What pruning moved from the FFN into the attention's bias.
+        after (`nn.Module`): The simplified one.
     """
 
-    def __init__(self, before: nn.Module, after: nn.Module | None, moved: torch.Tensor):
+    def __init__(self, before: nn.Module, after: nn.Module):
         super().__init__()
         self.before, self.after = before, after
-        self.register_buffer("moved", moved)
         self.gate = 1.0
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output = torch.zeros_like(hidden_states)
-        if self.gate > 0:
-            output = output + self.gate * (self.before(hidden_states) - self.moved)
-        if self.gate < 1 and self.after is not None:
-            output = output + (1 - self.gate) * self.after(hidden_states)
-        return output
+        if self.gate == 1:
+            return self.before(hidden_states)
+        if self.gate == 0:
+            return self.after(hidden_states)
+        return self.gate * self.before(hidden_states) + (1 - self.gate) * self.after(hidden_states)
 
 
 @dataclass(frozen=True)
@@ -169,9 +177,12 @@ def insert_gates(
         if old.mlp is None:
             continue
         block.ln_2 = _gate_norm(old.ln_2, block.ln_2, static, calibration, f"{name}.ln_2")
-        if block.mlp is None or _architecture_of_ffns(original) != _architecture_of_ffns(simplified):
+        if block.mlp is None:
             moved = (block.attn.c_proj.bias - old.attn.c_proj.bias).detach()
-            block.mlp = GatedFFN(old.mlp, block.mlp, moved)
+            block.attn.c_proj.bias = old.attn.c_proj.bias
+            block.mlp = GatedFFN(old.mlp, PrunedFFN(moved))
+        elif _architecture_of_ffns(original) != _architecture_of_ffns(simplified):
+            block.mlp = GatedFFN(old.mlp, block.mlp)
     old, new = before.transformer.ln_f, gated.transformer.ln_f
     gated.transformer.ln_f = _gate_norm(old, new, final_static, calibration, "transformer.ln_f")
     norms = [module for module in gated.modules() if isinstance(module, GatedNorm)]
@@ -200,13 +211,15 @@ def list_removals(model: EntropyGPTForCausalLM) -> list[Removal]:
 
 def remove_gates(gated: EntropyGPTForCausalLM, simplified: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
     """The simplified architecture with the weights that a model with closed gates has; its parameters are shared."""
-    tensors, left_over = gated.state_dict(), {}
-    gates = {name: module for name, module in gated.named_modules() if isinstance(module, GatedNorm | GatedFFN)}
-    for name, gate in gates.items():
-        left = gate.make_static() if isinstance(gate, GatedNorm) else gate.after
-        if left is not None:
-            left_over.update({f"{name}.{key}": tensor for key, tensor in left.state_dict().items()})
-    tensors = {name: left_over.get(name, tensors.get(name)) for name in simplified.state_dict()}
+    tensors = gated.state_dict()
+    for name, gate in gated.named_modules():
+        if isinstance(gate, GatedFFN) and isinstance(gate.after, PrunedFFN):
+            bias = f"{name.removesuffix('.mlp')}.attn.c_proj.bias"
+            tensors[bias] = tensors[bias] + gate.after.bias.detach()
+        elif isinstance(gate, GatedNorm | GatedFFN):
+            left = gate.make_static() if isinstance(gate, GatedNorm) else gate.after
+            tensors.update({f"{name}.{key}": tensor for key, tensor in left.state_dict().items()})
+    tensors = {name: tensors[name] for name in simplified.state_dict()}
     return assemble(EntropyGPTForCausalLM, simplified.config, tensors).eval()
 
 
