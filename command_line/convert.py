@@ -61,7 +61,7 @@ def convert(
     residual_scale_weight: Annotated[
         float, typer.Option(min=0, help="Weight of what keeps the residual stream's scale, for a static final norm.")
     ] = 0.0,
-    learning_rate: Annotated[float, typer.Option(help="Of healing; 5 % warm-up, then linear decay.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(min=1e-9, help="Of healing; 5 % warm-up, then linear decay.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a step of healing.")] = 8,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the healing's data order.")] = 0,
     dry_run: Annotated[

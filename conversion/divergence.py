@@ -57,15 +57,15 @@ def measure_divergence(
     for input_ids in batches:
         input_ids = input_ids.to(original.device)
         labels = input_ids[:, 1:].flatten()
-        reference = _last_hidden_states(original, input_ids)
-        for index, model in enumerate(models):
-            states = _last_hidden_states(model, input_ids)
-            for start in range(0, len(labels), rows):
-                part = slice(start, start + rows)
-                expected = original.lm_head(reference[part]).double().log_softmax(dim=-1)
-                found = model.lm_head(states[part]).double().log_softmax(dim=-1)
-                kl[index] += nn.functional.kl_div(found, expected, reduction="sum", log_target=True).item()
-                nats[index] += nn.functional.nll_loss(found, labels[part], reduction="sum").item()
+        reference, *states = (_last_hidden_states(model, input_ids) for model in (original, *models))
+        for start in range(0, len(labels), rows):
+            part = slice(start, start + rows)
+            expected = original.lm_head(reference[part]).float().log_softmax(dim=-1)
+            for index, model in enumerate(models):
+                found = model.lm_head(states[index][part]).float().log_softmax(dim=-1)
+                divergence = nn.functional.kl_div(found, expected, reduction="none", log_target=True).sum(dim=-1)
+                kl[index] += divergence.double().sum().item()
+                nats[index] -= found.gather(-1, labels[part, None]).double().sum().item()
         tokens += len(labels)
         on_blocks(len(input_ids))
     return [Divergence(kl[index] / tokens, nats[index] / tokens) for index in range(len(models))]

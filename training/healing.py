@@ -14,7 +14,7 @@ from .removal_schedule import RemovalSchedule
 from .trainer import EntropyTrainer
 
 
-# A loss so many nats above its running mean has run away, as has a residual stream so many times its scale.
+# A loss so many nats above its running mean has run away, as has a residual stream so many times its running scale.
 LARGEST_RISE = 1.0
 LARGEST_SCALE = 4.0
 SMOOTHING = 0.1
@@ -55,6 +55,7 @@ class HealingProgress(TrainerCallback, ExportableState):
         pace (`float`): By how much the clock goes on in a step.
         slowdown (`float`): What the learning rate is multiplied by.
         mean_loss (`float`, *optional*): Running mean of the loss per token.
+        mean_scale (`float`, *optional*): Running mean of the residual stream's scale before the final norm.
         removed (`int`): Number of things that the schedule has removed.
         rollbacks (`int`): How often the guard went back.
         events (`list[list]`): Steps at which something was removed or the guard went back, and what it was.
@@ -65,6 +66,7 @@ class HealingProgress(TrainerCallback, ExportableState):
         self.pace = pace
         self.slowdown = 1.0
         self.mean_loss: float | None = None
+        self.mean_scale: float | None = None
         self.removed = 0
         self.rollbacks = 0
         self.events: list[list] = []
@@ -182,8 +184,8 @@ class HealingTrainer(EntropyTrainer):
         progress.removed = removed
 
     def _watch(self, outputs, stream: torch.Tensor, share: torch.Tensor | float):
-        """Notes the mean loss of these tokens, and the residual stream's scale as a multiple of the original's."""
-        scale = stream.detach().float()[:, 1:].std(dim=-1, unbiased=False).mean() / self.residual_scale
+        """Notes the mean loss of these tokens, and the residual stream's scale."""
+        scale = stream.detach().float()[:, 1:].std(dim=-1, unbiased=False).mean()
         self._seen.append(((outputs.cross_entropy_loss.detach() * share).item(), scale.item()))
 
     def _find_runaway(self) -> str | None:
@@ -192,13 +194,15 @@ class HealingTrainer(EntropyTrainer):
         loss, scale = (sum(values) / len(values) for values in zip(*self._seen, strict=True))
         self._seen = []
         if not math.isfinite(loss) or not math.isfinite(scale):
-            return f"the loss is {loss}, the residual stream {scale:.1f} times its scale"
-        if progress.mean_loss is not None and loss > progress.mean_loss + LARGEST_RISE:
+            return f"the loss is {loss}, the residual stream's scale {scale}"
+        if progress.mean_loss is None:
+            progress.mean_loss, progress.mean_scale = loss, scale
+        if loss > progress.mean_loss + LARGEST_RISE:
             return f"the loss is {loss:.2f}, above its running mean of {progress.mean_loss:.2f}"
-        if scale > LARGEST_SCALE:
-            return f"the residual stream is {scale:.1f} times its scale"
-        mean = loss if progress.mean_loss is None else progress.mean_loss
-        progress.mean_loss = mean + SMOOTHING * (loss - mean)
+        if scale > LARGEST_SCALE * progress.mean_scale:
+            return f"the residual stream's scale is {scale:.3g}, above its running mean of {progress.mean_scale:.3g}"
+        progress.mean_loss += SMOOTHING * (loss - progress.mean_loss)
+        progress.mean_scale += SMOOTHING * (scale - progress.mean_scale)
         return None
 
     def _keep_good_state(self):
@@ -207,6 +211,7 @@ class HealingTrainer(EntropyTrainer):
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "clock": self.progress.clock,
             "mean_loss": self.progress.mean_loss,
+            "mean_scale": self.progress.mean_scale,
         }
 
     def _roll_back(self, reason: str):
@@ -223,7 +228,8 @@ class HealingTrainer(EntropyTrainer):
         self.model.load_state_dict(good["model"])
         self.optimizer.load_state_dict(copy.deepcopy(good["optimizer"]))
         self.optimizer.zero_grad(set_to_none=True)
-        progress.clock, progress.mean_loss = good["clock"], good["mean_loss"]
+        for name in ("clock", "mean_loss", "mean_scale"):
+            setattr(progress, name, good[name])
         progress.slowdown *= SLOWDOWN
         steps_left = max(1, self.state.max_steps - self.state.global_step - 1)
         progress.pace = max(progress.pace * SLOWDOWN, (1 - progress.clock) / steps_left)
