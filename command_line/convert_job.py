@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -71,24 +71,24 @@ class Job:
     source: str
     notation: str
     output: Path
-    text: Path | None
-    tokenizer: str | None
-    fields: dict
-    prune_by_damage: bool
-    context: int | None
-    calibration_tokens: int
-    evaluation_tokens: int
-    calibration_folder: Path | None
-    heal_steps: int
-    schedule: str
-    distill: bool
-    distill_temperature: float
-    hidden_state_weight: float
-    residual_scale_weight: float
-    learning_rate: float
-    batch_size: int
-    seed: int
-    overwrite: bool
+    text: Path | None = None
+    tokenizer: str | None = None
+    fields: dict = field(default_factory=dict)
+    prune_by_damage: bool = False
+    context: int | None = None
+    calibration_tokens: int = 65536
+    evaluation_tokens: int = 16384
+    calibration_folder: Path | None = None
+    heal_steps: int = 0
+    schedule: str = "none"
+    distill: bool = False
+    distill_temperature: float = 1.0
+    hidden_state_weight: float = 0.0
+    residual_scale_weight: float = 0.0
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    seed: int = 0
+    overwrite: bool = False
 
     @property
     def work(self) -> Path:
@@ -148,7 +148,6 @@ def run(job: Job, dry_run: bool):
     """
     disable_progress_bars()
     logging.disable_progress_bar()
-    started = time.perf_counter()
     try:
         _check_output(job)
         with progress_display(console) as progress:
@@ -159,7 +158,7 @@ def run(job: Job, dry_run: bool):
             target = _find_target(original.config, job)
             plan = plan_conversion(original.config, target)
             if not dry_run:
-                report = _convert(job, original, target, progress, started)
+                report = convert(job, original, target, _read_text(job, original.config, progress), progress)
     except (ConversionError, CorpusError) as error:
         raise CommandError(str(error)) from error
     if dry_run:
@@ -186,9 +185,17 @@ def _find_target(config: EntropyGPTConfig, job: Job) -> EntropyGPTConfig:
     return target_config(config, job.notation, **fields)
 
 
-def _convert(job: Job, original: EntropyGPTForCausalLM, target: EntropyGPTConfig, progress: Progress, started: float):
-    """Runs the plan, heals, and puts the whole folder in its place."""
-    text = _read_text(job, original.config, progress)
+def convert(
+    job: Job, original: EntropyGPTForCausalLM, target: EntropyGPTConfig, text: Text, progress: Progress
+) -> ConversionReport:
+    """
+    Runs the plan from a model to a target, heals, and puts the whole folder in its place.
+
+    Raises:
+        `ConversionError`: If no steps lead to the target, or there is too little text.
+        `CommandError`: If healing runs away.
+    """
+    started = time.perf_counter()
     _begin_work(job, text)
     measure = _Measurement(original, text, progress)
     calibrator = _Calibrator(text, job.calibration_folder or job.work / "calibration", progress)
@@ -259,8 +266,8 @@ def _read_text(job: Job, config: EntropyGPTConfig, progress: Progress) -> Text:
         corpus,
         tokenizer,
         training,
-        _spread(training, job.calibration_tokens, context),
-        _spread(validation, job.evaluation_tokens, context),
+        spread(training, job.calibration_tokens),
+        spread(validation, job.evaluation_tokens),
     )
 
 
@@ -284,8 +291,9 @@ def _load_tokenizer(job: Job, config: EntropyGPTConfig) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def _spread(blocks: Dataset, tokens: int, context: int) -> tuple[torch.Tensor, ...]:
+def spread(blocks: Dataset, tokens: int) -> tuple[torch.Tensor, ...]:
     """As many blocks as make up the tokens, at least one, evenly over all of them, in batches."""
+    context = len(blocks[0]["input_ids"])
     count = min(len(blocks), max(1, tokens // context))
     chosen = blocks.select([index * len(blocks) // count for index in range(count)])
     return torch.tensor(chosen["input_ids"]).split(max(1, BATCH_TOKENS // context))

@@ -1,5 +1,6 @@
 """The stages of the quickstart. Each leaves its result whole in the output folder, and is skipped if it is there."""
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from conversion.errors import ConversionError
+from conversion.gpt2_checkpoint import load_language_model
+from conversion.simplification import target_config
 from evaluation.entropy_diagnostics import measure_headwise_entropy
 from evaluation.perplexity import measure_likelihood
 from evaluation.plots import plot_comparison, plot_headwise_entropy
@@ -42,6 +46,7 @@ from training.data import (
 )
 from training.trainer import EntropyTrainer, last_checkpoint
 
+from . import convert_job
 from .errors import CommandError
 from .files import delete, is_finished, written_whole
 from .progress import progress_display, stage
@@ -58,6 +63,10 @@ ARCHITECTURES = {
         "entropy_coefficient": 0.16,
     },
 }
+# What the first of them is converted to, and healed for this part of the steps.
+TARGET = "EReg(SM(t)+ScFuFFN)"
+HEALING_SHARE = 1 / 4
+CONVERTED = "converted"  # the name of its folder
 SIZES = {"n_layer": 4, "n_embd": 128, "n_head": 4}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 VOCAB_SIZE = 1024
@@ -117,18 +126,17 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
         for notation in ARCHITECTURES:
             if not (output / "models" / slug(notation)).exists():
                 _train_and_save(notation, data, steps, seed, output, progress)
+        if not (output / "models" / CONVERTED).exists():
+            _convert_and_save(data, steps, seed, output, progress)
+    names = [*map(slug, ARCHITECTURES), CONVERTED]
     try:
-        results = [
-            result
-            for notation in ARCHITECTURES
-            for result in load_results(output / "models" / slug(notation) / "results.json")
-        ]
+        results = [result for name in names for result in load_results(output / "models" / name / "results.json")]
     except ValueError as error:
         raise CommandError(f"{error} Delete the folder that it lies in, and run again.") from error
     _draw(results, output)
     _print_table(results)
-    for notation in ARCHITECTURES:
-        _load_back(notation, output)
+    for name, result in zip(names, results, strict=True):
+        _load_back(name, result.title, output)
     _print_where(output)
 
 
@@ -211,17 +219,58 @@ def _train_and_save(notation: str, data: Data, steps: int, seed: int, output: Pa
     model = EntropyGPTForCausalLM(_make_config(notation, data.tokenizer))
     seconds = _train(model, data, steps, seed, checkpoints, progress)
     result = _measure(model, data, steps, seed, seconds, progress)
+    _save(model, result, slug(notation), data, output)
+    delete(checkpoints)
 
+
+def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress: Progress):
+    """Converts the first model, as `entropy-gpt convert` does, and leaves it as those that were trained."""
+    source = output / "models" / slug(next(iter(ARCHITECTURES)))
+    original = load_language_model(source)
+    heal_steps = max(1, round(HEALING_SHARE * steps))
+    fields = {name: value for name, value in ARCHITECTURES[TARGET].items() if name != "temperature_init"}
+    job = convert_job.Job(
+        source=str(source),
+        notation=TARGET,
+        output=output / "conversion",
+        fields=fields,
+        heal_steps=heal_steps,
+        distill=True,
+        batch_size=BATCH_SIZE,
+        learning_rate=HYPERPARAMETERS["learning_rate"],
+        seed=seed,
+    )
+    text = convert_job.Text(
+        data.corpus,
+        data.tokenizer,
+        data.training,
+        convert_job.spread(data.training, job.calibration_tokens),
+        convert_job.spread(data.validation, job.evaluation_tokens),
+    )
+    try:
+        target = target_config(original.config, TARGET, **fields)
+        report = convert_job.convert(job, original, target, text, progress)
+    except ConversionError as error:
+        raise CommandError(str(error)) from error
+    model = load_language_model(job.output)
+    result = dataclasses.replace(
+        _measure(model, data, heal_steps, seed, report.healing.seconds, progress),
+        converted_from=report.source_notation,
+    )
+    result.hyperparameters.update({name: report.healing.settings[name] for name in ("kl_weight", "schedule")})
+    _save(model, result, CONVERTED, data, output)
+
+
+def _save(model: EntropyGPTForCausalLM, result: ModelResult, name: str, data: Data, output: Path):
     model.cpu().eval()
-    with torch.no_grad(), written_whole(output / "references" / f"{slug(notation)}.safetensors") as path:
+    with torch.no_grad(), written_whole(output / "references" / f"{name}.safetensors") as path:
         input_ids = data.validation.with_format("torch")[:1]["input_ids"]
         save_reference(input_ids, model(input_ids).logits, path)
-    with written_whole(output / "models" / slug(notation)) as folder:
+    with written_whole(output / "models" / name) as folder:
         model.save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
         save_results([result], folder / "results.json")
         (folder / "README.md").write_text(model_card(result), encoding="utf-8")
-    delete(checkpoints)
 
 
 def _make_config(notation: str, tokenizer: PreTrainedTokenizerFast) -> EntropyGPTConfig:
@@ -326,7 +375,8 @@ def _describe_training(config: EntropyGPTConfig) -> dict:
 def _draw(results: list[ModelResult], output: Path):
     """Redrawn in every run: it takes a second."""
     for result in results:
-        with written_whole(output / "pictures" / f"entropy_{slug(result.notation)}.png") as path:
+        name = slug(result.notation) if result.converted_from is None else CONVERTED
+        with written_whole(output / "pictures" / f"entropy_{name}.png") as path:
             plot_headwise_entropy(result, path)
     with written_whole(output / "pictures" / "entropy_comparison.png") as path:
         plot_comparison(results, path)
@@ -334,11 +384,11 @@ def _draw(results: list[ModelResult], output: Path):
         save_results(results, path)
 
 
-def _load_back(notation: str, output: Path):
-    folder = output / "models" / slug(notation)
+def _load_back(name: str, title: str, output: Path):
+    folder = output / "models" / name
     with console.status(f"loading {folder} in a fresh process"):
         try:
-            loaded = load_in_fresh_process(folder, output / "references" / f"{slug(notation)}.safetensors", PROMPT)
+            loaded = load_in_fresh_process(folder, output / "references" / f"{name}.safetensors", PROMPT)
         except RemoteLoadingError as error:
             raise CommandError(str(error)) from error
     if loaded.max_difference > LARGEST_DIFFERENCE:
@@ -347,7 +397,7 @@ def _load_back(notation: str, output: Path):
             f"{LARGEST_DIFFERENCE:.0e} is allowed. Delete {output} and run again."
         )
     console.print(
-        f"[bold]{escape(notation)}[/] loads in a fresh process from its folder alone (largest difference of logits: "
+        f"[bold]{escape(title)}[/] loads in a fresh process from its folder alone (largest difference of logits: "
         f"{loaded.max_difference:.0e}), and completes: [green]{escape(loaded.completion)}[/]"
     )
 
@@ -357,7 +407,7 @@ def _print_table(results: list[ModelResult]):
     for index, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
     for row in comparison_rows(results):
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(cell.replace(" from ", "\n  from ")) for cell in row))
     console.print(table)
     console.print(escape(conditions_text(results)), style="dim")
 
@@ -365,4 +415,5 @@ def _print_table(results: list[ModelResult]):
 def _print_where(output: Path):
     console.print(f"models, ready for the Hub: {output / 'models'}")
     console.print(f"pictures of headwise entropy: {output / 'pictures'}")
+    console.print(f"the cost of each step of the conversion: {output / 'conversion' / 'conversion_report.md'}")
     console.print(f"all numbers: {output / 'results.json'}")

@@ -52,7 +52,7 @@ def _draw_heat_map(axes: Axes, result: ModelResult) -> AxesImage:
     entropy = result.headwise_entropy
     image = axes.imshow(entropy.nats, cmap=COLORMAP, vmin=0, vmax=entropy.maximum, aspect="auto")
     axes.set_title(
-        f"{result.notation}\nfinal norm: {result.final_normalization}\n"
+        f"{result.title}\nfinal norm: {result.final_normalization}\n"
         f"perplexity {result.perplexity_per_token:.1f}, {entropy.overloaded_share:.0%} of heads overloaded",
         fontsize=10,
     )

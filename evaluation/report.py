@@ -33,7 +33,7 @@ def comparison_rows(results: list[ModelResult]) -> list[tuple[str, ...]]:
     """One row of text for each model, in the order of `COLUMNS`."""
     return [
         (
-            result.notation,
+            result.title,
             result.final_normalization,
             f"{result.parameters:,}",
             f"{result.perplexity_per_token:.2f}",
@@ -72,9 +72,16 @@ def conditions_text(results: list[ModelResult]) -> str:
     alone = ""
     for result in results:
         if own := {name: value for name, value in result.hyperparameters.items() if name not in shared}:
-            alone += f"{result.notation} alone: {list_settings(own)}. "
+            alone += f"{result.title} alone: {list_settings(own)}. "
+    for result in results:
+        if result.converted_from is not None:
+            alone += (
+                f"{result.title}: fitted step by step, then healed for {result.training_steps:,} steps, "
+                f"{result.training_tokens:,} tokens, beside those of the model it comes from. "
+            )
+    origin = "Trained from scratch" if first.converted_from is None else "Converted and healed"
     return (
-        f"Trained from scratch on {conditions.corpus} ({conditions.corpus_revision}) for {first.training_steps:,} "
+        f"{origin} on {conditions.corpus} ({conditions.corpus_revision}) for {first.training_steps:,} "
         f"steps, {first.training_tokens:,} tokens of a vocabulary of {conditions.vocab_size:,} "
         f"({list_settings(shared)}; seed {conditions.seed}, {conditions.dtype}). {alone}Evaluated on "
         f"{conditions.evaluated_tokens:,} tokens of text kept out of training, in blocks of {conditions.context} "
@@ -90,12 +97,14 @@ def list_settings(settings: dict) -> str:
 
 
 def _check_comparable(results: list[ModelResult]):
-    """Numbers side by side were measured under the same conditions, with the same amount of training."""
+    """Numbers side by side were measured under the same conditions, from scratch with the same amount of training."""
     for result in results:
-        for name in ("conditions", "training_steps", "training_tokens", "maximum_entropy_nats"):
+        names = ["conditions", "maximum_entropy_nats"]
+        names += ["training_steps", "training_tokens"] if result.converted_from is None else []
+        for name in names:
             if (value := getattr(result, name)) != (expected := getattr(results[0], name)):
                 raise ValueError(
-                    f"{result.notation} and {results[0].notation} can't be compared: their {name} differ, {value} and "
+                    f"{result.title} and {results[0].title} can't be compared: their {name} differ, {value} and "
                     f"{expected}. Measure them in one run."
                 )
 
@@ -111,7 +120,7 @@ def model_card(result: ModelResult) -> str:
 {metadata.to_yaml()}
 ---
 
-# EntropyGPT {result.notation}
+# EntropyGPT {result.title}
 
 A GPT-2 of the architecture {result.notation} (final norm: {result.final_normalization}), with
 {result.parameters:,} parameters: one of the architectures for private inference of "Entropy-Guided Attention for

@@ -57,7 +57,7 @@ class Conditions:
 @dataclass
 class ModelResult:
     """
-    What training a model from scratch took, and what it gave.
+    What training a model took, from scratch or from a conversion, and what it gave.
 
     Args:
         notation (`str`): The architecture in the paper's notation.
@@ -72,6 +72,8 @@ class ModelResult:
         headwise_entropy_nats (`list[list[float]]`): Mean row entropy of each head of each layer.
         maximum_entropy_nats (`float`): The largest possible mean row entropy under a causal mask.
         conditions ([`Conditions`]): What the numbers depend on.
+        converted_from (`str`, *optional*): Notation of the trained model that this one was converted from; training is
+            then the healing after it.
     """
 
     notation: str
@@ -86,6 +88,12 @@ class ModelResult:
     headwise_entropy_nats: list[list[float]]
     maximum_entropy_nats: float
     conditions: Conditions
+    converted_from: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The architecture, and what it was converted from."""
+        return self.notation if self.converted_from is None else f"{self.notation} from {self.converted_from}"
 
     @property
     def headwise_entropy(self) -> HeadwiseEntropy:
