@@ -35,7 +35,7 @@ def convert(
     final_norm: Annotated[Norm | None, typer.Option(help="The norm before the head; as it is, if not given.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the target's configuration; repeatable."),
+        typer.Option("--set", metavar="FIELD=VALUE", help="What acts in training alone, like resid_pdrop=0."),
     ] = None,
     prune_by_damage: Annotated[
         bool, typer.Option(help="Prune as many FFNs as --to says, but those that are missed least.")
@@ -79,16 +79,17 @@ def convert(
     Example: entropy-gpt convert openai-community/gpt2 --to 'EReg(SM(t)+ScFuFFN)' --text my_texts --output my_model
     --heal-steps 1000 --distill
     """
-    from . import convert_job
+    from .convert_inputs import Job, read_fields
+    from .convert_job import run
 
-    convert_job.run(
-        convert_job.Job(
+    run(
+        Job(
             source=source,
             notation=to,
-            output=output,
+            output=output.resolve(),
             text=text,
             tokenizer=tokenizer,
-            fields=convert_job.read_fields(settings or [], final_norm),
+            fields=read_fields(settings or [], final_norm),
             prune_by_damage=prune_by_damage,
             context=context,
             calibration_tokens=calibration_tokens,

@@ -1,32 +1,30 @@
 """The stages of a conversion: plan, simplify, heal, finish, save. What is interrupted goes on from its last stage."""
 
 import copy
-import dataclasses
 import json
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from conversion.calibration import Calibration, calibrate, fingerprint, least_rows
-from conversion.divergence import measure_divergence
+from conversion.calibration import Calibration, calibrate, fingerprint
+from conversion.divergence import Divergence, Reference
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
-from conversion.simplification import Plan, Step, measure_pruning_damage, plan_conversion, target_config
+from conversion.simplification import Plan, Step, measure_pruning_damage, plan_conversion, set_training_fields
 from evaluation.conversion_report import (
     PICTURE,
     ConversionReport,
-    HealingRecord,
     StepRecord,
+    format_perplexity,
     operation_rows,
     report_markdown,
     step_rows,
@@ -35,104 +33,29 @@ from evaluation.operation_counts import count_nonlinear_operations
 from evaluation.plots import plot_healing
 from evaluation.results import Conditions, git_revision, machine_name, peak_memory, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
-from training.callbacks import StepObserver
-from training.data import Corpus, CorpusError, collate_blocks, load_corpus, load_standard_library, pack
-from training.healing import HealingLoss, HealingTrainer
-from training.removal_schedule import RemovalSchedule, insert_gates, remove_gates
-from training.trainer import last_checkpoint
+from training.data import CorpusError
 
+from .convert_inputs import (
+    LONGEST_CONTEXT,
+    REPORT,
+    Job,
+    Text,
+    check_amount,
+    check_options,
+    check_output,
+    find_target,
+    read_text,
+)
 from .errors import CommandError
 from .files import delete, written_whole
+from .healing_stage import heal
 from .progress import progress_display, stage
 
-
-REPORT = "conversion_report"
-LONGEST_CONTEXT = 1024
-# Tokens of a forward pass, and sequences to evaluate healing on, so many times in its course.
-BATCH_TOKENS = 4096
-HEALING_EVALUATIONS = 15
-CHECKPOINTS = 10
-HYPERPARAMETERS = {"weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
-WARMUP_SHARE = 0.05
-# The schedule removes in this part of healing; the rest is without what was removed.
-REMOVAL_SHARE = 0.6
-DISTILLATION_WEIGHT = 0.5
 
 # The columns of the report's table, for a terminal of 80 characters.
 HEADINGS = ("step", "KL to the\noriginal", "ppl per\ntoken", "naive\nKL", "naive\nppl", "para-\nmeters", "sec-\nonds")
 
 console = Console()
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the command was asked to do; the fields are its options."""
-
-    source: str
-    notation: str
-    output: Path
-    text: Path | None = None
-    tokenizer: str | None = None
-    fields: dict = field(default_factory=dict)
-    prune_by_damage: bool = False
-    context: int | None = None
-    calibration_tokens: int = 65536
-    evaluation_tokens: int = 16384
-    calibration_folder: Path | None = None
-    heal_steps: int = 0
-    schedule: str = "none"
-    distill: bool = False
-    distill_temperature: float = 1.0
-    hidden_state_weight: float = 0.0
-    residual_scale_weight: float = 0.0
-    learning_rate: float = 1e-3
-    batch_size: int = 8
-    seed: int = 0
-    overwrite: bool = False
-
-    @property
-    def work(self) -> Path:
-        """Where everything lies until it is whole."""
-        return self.output.with_name(f".converting-{self.output.name}")
-
-
-@dataclass(frozen=True)
-class Text:
-    """The text as the model sees it."""
-
-    corpus: Corpus
-    tokenizer: PreTrainedTokenizerFast
-    training: Dataset
-    calibration: tuple[torch.Tensor, ...]
-    validation: tuple[torch.Tensor, ...]
-
-    @property
-    def calibration_tokens(self) -> int:
-        return sum(batch.numel() for batch in self.calibration)
-
-    @property
-    def context(self) -> int:
-        return self.validation[0].shape[1]
-
-
-def read_fields(settings: list[str], final_norm: str | None) -> dict:
-    """
-    Reads `FIELD=VALUE` settings of a configuration; values are JSON, or else text.
-
-    Raises:
-        `CommandError`: If there is no such field, or one is no setting at all.
-    """
-    names = {field.name for field in dataclasses.fields(EntropyGPTConfig)}
-    fields = {} if final_norm is None else {"final_normalization": str(final_norm)}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or name not in names:
-            raise CommandError(f"--set {setting} is not FIELD=VALUE with a field of EntropyGPTConfig.")
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return fields
 
 
 def run(job: Job, dry_run: bool):
@@ -149,40 +72,23 @@ def run(job: Job, dry_run: bool):
     disable_progress_bars()
     logging.disable_progress_bar()
     try:
-        _check_output(job)
+        check_options(job)
+        check_output(job)
         with progress_display(console) as progress:
             with stage(progress, "loading the model") as line:
                 original = load_language_model(job.source).float()
                 original.to("cuda" if torch.cuda.is_available() else "cpu")
                 line.say(f"{original.config.notation}, {original.num_parameters():,} parameters")
-            target = _find_target(original.config, job)
+            target = find_target(original.config, job)
             plan = plan_conversion(original.config, target)
             if not dry_run:
-                report = convert(job, original, target, _read_text(job, original.config, progress), progress)
+                report = convert(job, original, target, read_text(job, original.config, progress), progress)
     except (ConversionError, CorpusError) as error:
         raise CommandError(str(error)) from error
     if dry_run:
         _show_plan(original, target, plan, job)
     else:
         _print_report(report, job)
-
-
-def _check_output(job: Job):
-    """Refuses to replace what is no earlier conversion, or one without being told to."""
-    output = job.output
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / f"{REPORT}.json").exists():
-        raise CommandError(f"{output} is there already and holds no conversion: give another --output, or delete it.")
-    if not job.overwrite:
-        raise CommandError(f"{output} holds a conversion already: give another --output, or --overwrite.")
-
-
-def _find_target(config: EntropyGPTConfig, job: Job) -> EntropyGPTConfig:
-    fields = {"final_normalization": config.final_normalization, **job.fields}
-    if clashes := sorted(fields.keys() & {"n_layer", "n_embd", "n_head", "n_positions", "vocab_size", "n_inner"}):
-        raise CommandError(f"--set {clashes[0]}: a conversion does not change sizes.")
-    return target_config(config, job.notation, **fields)
 
 
 def convert(
@@ -195,11 +101,23 @@ def convert(
         `ConversionError`: If no steps lead to the target, or there is too little text.
         `CommandError`: If healing runs away.
     """
+    check_amount(text, original, plan_conversion(original.config, target))
+    _begin_work(job, original, text)
+    try:
+        report = _convert(job, original, target, text, progress)
+    except ConversionError:  # it would come again
+        delete(job.work)
+        raise
+    return report
+
+
+def _convert(
+    job: Job, original: EntropyGPTForCausalLM, target: EntropyGPTConfig, text: Text, progress: Progress
+) -> ConversionReport:
     started = time.perf_counter()
-    _begin_work(job, text)
     measure = _Measurement(original, text, progress)
     calibrator = _Calibrator(text, job.calibration_folder or job.work / "calibration", progress)
-    original_perplexity = measure(original, "the original")[0].perplexity
+    original_nats = measure(original, "the original")[0].nats
 
     damage = {}
     if job.prune_by_damage:
@@ -209,9 +127,10 @@ def convert(
     model = original
     for step in plan.simplifications:
         model = _take(step, model, calibrator, measure, records)
+    model = set_training_fields(model, target)
     healing = None
     if job.heal_steps:
-        model, healing = _heal(job, original, model, calibrator, text, progress)
+        model, healing = heal(job, original, model, calibrator(original), text, progress)
         divergence, *_ = measure(model, "healing")
         records.append(_record(f"healed, {job.heal_steps:,} steps", model, [divergence], healing.seconds))
     for step in plan.finish:
@@ -223,7 +142,7 @@ def convert(
         target_notation=model.config.notation,
         source_final_normalization=original.config.final_normalization,
         target_final_normalization=model.config.final_normalization,
-        original_perplexity=original_perplexity,
+        original_nats=original_nats,
         original_parameters=original.num_parameters(),
         source_operations=count_nonlinear_operations(original.config, text.context),
         target_operations=count_nonlinear_operations(model.config, text.context),
@@ -250,59 +169,11 @@ def convert(
     return report
 
 
-def _read_text(job: Job, config: EntropyGPTConfig, progress: Progress) -> Text:
-    tokenizer = _load_tokenizer(job, config)
-    context = job.context or min(config.n_positions, LONGEST_CONTEXT)
-    if context > config.n_positions:
-        raise CommandError(f"--context {context}: the model has {config.n_positions} positions.")
-    with stage(progress, "reading the text") as line:
-        corpus = load_standard_library() if job.text is None else load_corpus(job.text, without=job.output)
-        line.say(f"{corpus.characters:,} characters")
-    with stage(progress, "tokenising", len(corpus.training) + len(corpus.validation)) as line:
-        training = pack(corpus.training, tokenizer, context, lambda _: line.advance())
-        validation = pack(corpus.validation, tokenizer, context, lambda _: line.advance())
-        line.say(f"{len(training) + len(validation):,} blocks of {context} tokens")
-    return Text(
-        corpus,
-        tokenizer,
-        training,
-        spread(training, job.calibration_tokens),
-        spread(validation, job.evaluation_tokens),
-    )
-
-
-def _load_tokenizer(job: Job, config: EntropyGPTConfig) -> PreTrainedTokenizerFast:
-    place = job.tokenizer or job.source
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise CommandError(
-            f"{place} has no tokenizer that can be loaded; say where it is with --tokenizer."
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
-        raise CommandError(f"The tokenizer of {place} is no fast one with an end-of-text token; give --tokenizer.")
-    if not tokenizer.backend_tokenizer.encode("a").ids:  # transformers makes one without tokens where files lack
-        raise CommandError(f"{place} has no tokenizer files; say where the tokenizer is with --tokenizer.")
-    if len(tokenizer) > config.vocab_size:
-        raise CommandError(
-            f"The tokenizer of {place} has {len(tokenizer):,} tokens, and the model {config.vocab_size:,}: give the "
-            "model's own with --tokenizer."
-        )
-    return tokenizer
-
-
-def spread(blocks: Dataset, tokens: int) -> tuple[torch.Tensor, ...]:
-    """As many blocks as make up the tokens, at least one, evenly over all of them, in batches."""
-    context = len(blocks[0]["input_ids"])
-    count = min(len(blocks), max(1, tokens // context))
-    chosen = blocks.select([index * len(blocks) // count for index in range(count)])
-    return torch.tensor(chosen["input_ids"]).split(max(1, BATCH_TOKENS // context))
-
-
-def _begin_work(job: Job, text: Text):
+def _begin_work(job: Job, original: EntropyGPTForCausalLM, text: Text):
     """Makes the folder of unfinished work, or empties it if it is that of another job."""
     settings = {
         **{name: str(value) for name, value in vars(job).items()},
+        "original": fingerprint(original, text.calibration, None),
         "corpus": text.corpus.revision,
         "versions": recorded_versions(),
         "git_revision": git_revision(),
@@ -320,12 +191,14 @@ class _Measurement:
     """Holds models against the original on validation text."""
 
     def __init__(self, original: EntropyGPTForCausalLM, text: Text, progress: Progress):
-        self.original, self.batches, self.progress = original, text.validation, progress
+        self.reference, self.progress = Reference(original, text.validation), progress
 
-    def __call__(self, model, after: str, *others):
-        with stage(self.progress, f"measuring {after}", sum(map(len, self.batches))) as line:
-            found = measure_divergence(self.original, [model, *others], self.batches, line.advance)
-            line.say(f"KL {found[0].kl:.4f}, perplexity {found[0].perplexity:.2f}")
+    def __call__(self, model: EntropyGPTForCausalLM, after: str, *others: EntropyGPTForCausalLM) -> list[Divergence]:
+        with stage(self.progress, f"measuring {after}", sum(map(len, self.reference.batches))) as line:
+            found = self.reference.compare([model, *others], line.advance)
+            line.say(f"KL {found[0].kl:.4f}, perplexity {format_perplexity(found[0].nats)}")
+        if not found[0].is_finite:
+            raise ConversionError(f"After {after}, the model's predictions are not finite: it can't be converted so.")
         return found
 
 
@@ -336,12 +209,6 @@ class _Calibrator:
         self.batches, self.folder, self.progress = text.calibration, folder, progress
 
     def __call__(self, model: EntropyGPTForCausalLM, hidden_activation: str | None = None) -> Calibration:
-        needed, tokens = least_rows(model, hidden_activation), sum(batch.numel() for batch in self.batches)
-        if tokens < needed:
-            raise ConversionError(
-                f"Too little calibration text: {tokens:,} tokens, and a fit to this model takes {needed:,}. Give more "
-                "text, or a larger --calibration-tokens."
-            )
         path = self.folder / f"{fingerprint(model, self.batches, hidden_activation)}.safetensors"
         if not path.exists():
             with stage(self.progress, "calibrating", sum(map(len, self.batches))) as line:
@@ -361,105 +228,32 @@ def _take(step: Step, model: EntropyGPTForCausalLM, calibrator: _Calibrator, mea
     return simpler
 
 
-def _record(title: str, model: EntropyGPTForCausalLM, divergences: list, seconds: float) -> StepRecord:
+def _record(title: str, model: EntropyGPTForCausalLM, divergences: list[Divergence], seconds: float) -> StepRecord:
     found, *naive = divergences
+    is_finite = bool(naive) and naive[0].is_finite
     return StepRecord(
         title=title,
         kl=found.kl,
-        perplexity=found.perplexity,
-        naive_kl=naive[0].kl if naive else None,
-        naive_perplexity=naive[0].perplexity if naive else None,
+        nats=found.nats,
+        naive_kl=naive[0].kl if is_finite else None,
+        naive_nats=naive[0].nats if is_finite else None,
+        naive_diverged=bool(naive) and not is_finite,
         parameters=model.num_parameters(),
         seconds=seconds,
     )
 
 
 def _choose_ffns(original, target: EntropyGPTConfig, calibrator: _Calibrator, text: Text, progress: Progress):
-    """The target with those FFNs pruned that are missed least, and what each would be missed."""
+    """The target with those FFNs pruned that are missed least, and what each would be missed, on calibration text."""
     calibration = calibrator(original)
-    with stage(progress, "measuring each FFN", sum(map(len, text.validation))) as line:
-        damage = measure_pruning_damage(original, text.validation, calibration, line.advance)
+    batches = text.calibration[:: max(1, len(text.calibration) // len(text.validation))]
+    with stage(progress, "measuring each FFN", sum(map(len, batches))) as line:
+        damage = measure_pruning_damage(original, batches, calibration, line.advance)
     gone = original.config.pruned_ffn_layers
     least = sorted(damage, key=damage.get)[: len(target.pruned_ffn_layers) - len(gone)]
     target = copy.deepcopy(target)
     target.pruned_ffn_layers = sorted([*gone, *least])
     return target, damage
-
-
-def _heal(job: Job, original, simplified, calibrator: _Calibrator, text: Text, progress: Progress):
-    """Trains the simplified model, from its last checkpoint on, and removes what the schedule says on the way."""
-    calibration = calibrator(original)
-    set_seed(job.seed)
-    with_gates = job.schedule != "none"
-    model = insert_gates(original, simplified, calibration) if with_gates else copy.deepcopy(simplified)
-    steps = job.heal_steps
-    hyperparameters = {"learning_rate": job.learning_rate, **HYPERPARAMETERS}
-    loss = HealingLoss(
-        logits=DISTILLATION_WEIGHT * job.distill,
-        temperature=job.distill_temperature,
-        hidden_states=job.hidden_state_weight,
-        residual_scale=job.residual_scale_weight * (simplified.config.final_normalization != "layernorm"),
-    )
-    arguments = TrainingArguments(
-        output_dir=job.work / "checkpoints",
-        max_steps=steps,
-        per_device_train_batch_size=job.batch_size,
-        per_device_eval_batch_size=job.batch_size,
-        warmup_steps=round(WARMUP_SHARE * steps),
-        **hyperparameters,
-        seed=job.seed,
-        eval_strategy="steps",
-        eval_steps=max(1, steps // HEALING_EVALUATIONS),
-        eval_on_start=True,
-        prediction_loss_only=True,
-        logging_steps=max(1, steps // 100),
-        save_steps=max(1, steps // CHECKPOINTS),
-        save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    started = time.perf_counter()
-    with stage(progress, "healing", steps) as line:
-        trainer = HealingTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=text.training,
-            eval_dataset=Dataset.from_dict({"input_ids": torch.cat(text.validation).tolist()}),
-            data_collator=collate_blocks,
-            callbacks=[StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))],
-            healing_loss=loss,
-            original=original,
-            residual_scale=calibration.norm_constant("transformer.ln_f"),
-            removal_steps=max(1, round(REMOVAL_SHARE * steps)),
-            schedule=RemovalSchedule(model, job.schedule) if with_gates else None,
-        )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(job.work / "checkpoints"))
-        except FloatingPointError as error:
-            raise CommandError(f"{simplified.config.notation}: {error}") from error
-    record = HealingRecord(
-        steps=steps,
-        tokens=steps * job.batch_size * text.context,
-        seconds=time.perf_counter() - started,
-        settings={
-            **hyperparameters,
-            "warmup_share": WARMUP_SHARE,
-            "batch_size": job.batch_size,
-            "schedule": job.schedule,
-            "kl_weight": loss.logits,
-            "kl_temperature": loss.temperature,
-            "hidden_state_weight": loss.hidden_states,
-            "residual_scale_weight": loss.residual_scale,
-        },
-        validation_nats=[
-            [float(entry["step"]), entry["eval_loss"]] for entry in trainer.state.log_history if "eval_loss" in entry
-        ],
-        events=trainer.progress.events,
-    )
-    return remove_gates(model, simplified) if with_gates else model.eval(), record
 
 
 def _save(job: Job, model: EntropyGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, report: ConversionReport):
@@ -493,6 +287,8 @@ def _show_plan(original: EntropyGPTForCausalLM, target: EntropyGPTConfig, plan: 
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    if job.prune_by_damage:
+        console.print("Which FFNs are pruned, is told by what each is missed; here the deepest stand for them.")
     console.print(f"of a sequence of {context} tokens. Nothing was written.")
 
 

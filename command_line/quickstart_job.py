@@ -46,7 +46,8 @@ from training.data import (
 )
 from training.trainer import EntropyTrainer, last_checkpoint
 
-from . import convert_job
+from .convert_inputs import Job, Text, spread
+from .convert_job import convert
 from .errors import CommandError
 from .files import delete, is_finished, written_whole
 from .progress import progress_display, stage
@@ -229,7 +230,7 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
     original = load_language_model(source)
     heal_steps = max(1, round(HEALING_SHARE * steps))
     fields = {name: value for name, value in ARCHITECTURES[TARGET].items() if name != "temperature_init"}
-    job = convert_job.Job(
+    job = Job(
         source=str(source),
         notation=TARGET,
         output=output / "conversion",
@@ -240,16 +241,16 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
         learning_rate=HYPERPARAMETERS["learning_rate"],
         seed=seed,
     )
-    text = convert_job.Text(
+    text = Text(
         data.corpus,
         data.tokenizer,
         data.training,
-        convert_job.spread(data.training, job.calibration_tokens),
-        convert_job.spread(data.validation, job.evaluation_tokens),
+        spread(data.training, job.calibration_tokens),
+        spread(data.validation, job.evaluation_tokens),
     )
     try:
         target = target_config(original.config, TARGET, **fields)
-        report = convert_job.convert(job, original, target, text, progress)
+        report = convert(job, original, target, text, progress)
     except ConversionError as error:
         raise CommandError(str(error)) from error
     model = load_language_model(job.output)

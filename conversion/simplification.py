@@ -19,7 +19,7 @@ from modeling_entropy_gpt.notation import parse_notation
 
 from .assembly import assemble
 from .calibration import Calibration
-from .divergence import measure_divergence
+from .divergence import Reference
 from .errors import ConversionError
 from .folding import fold_final_static_norm, fold_static_norms
 
@@ -29,6 +29,8 @@ Model = EntropyGPTForCausalLM
 # Tried on held-out rows, as parts of each feature's own second moment.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 ENTROPY_FIELDS = ("entropy_coefficient", "entropy_tolerance", "entropy_maximum", "entropy_penalty")
+# What a target may have otherwise than its source without a step: it acts in training alone.
+TRAINING_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "detect_divergence", *ENTROPY_FIELDS)
 
 
 def make_norms_static(model: Model, calibration: Calibration | None) -> Model:
@@ -100,7 +102,7 @@ def linearize_ffns(model: Model, calibration: Calibration | None) -> Model:
     if calibration is not None:
         for ffn in _ffn_names(model):
             weight, bias = fit_linear_map(calibration, ffn)
-            first, first_bias = tensors[f"{ffn}.c_fc.weight"].double(), tensors[f"{ffn}.c_fc.bias"].double()
+            first, first_bias = (tensors[f"{ffn}.c_fc.{name}"].double().cpu() for name in ("weight", "bias"))
             root = _root(calibration.tensors[f"{ffn}.fit"].double()[1:, 1 : 1 + len(weight)])  # whose rows count
             second = torch.linalg.pinv(root @ first) @ (root @ weight)
             tensors[f"{ffn}.c_proj.weight"] = second.to(model.dtype)
@@ -173,6 +175,9 @@ def normalize_weights(model: Model, kind: str, targets: list[str]) -> Model:
         model ([`EntropyGPTForCausalLM`]): A model without it.
         kind (`str`): `"weight"` or `"spectral"`.
         targets (`list[str]`): Some of `q`, `k`, `v`, `o`, `ffn`.
+
+    Raises:
+        `ConversionError`: If a column of weights is zero.
     """
     tensors = model.state_dict()
     normalized = assemble_like(model, weight_normalization=kind, weight_normalization_targets=targets)
@@ -181,6 +186,8 @@ def normalize_weights(model: Model, kind: str, targets: list[str]) -> Model:
             continue
         groups = tensors[f"{name}.weight"].double().unflatten(1, (len(module.normalized_groups), -1)).unbind(dim=1)
         chosen = [group for group, keep in zip(groups, module.normalized_groups, strict=True) if keep]
+        if not all(group.norm(dim=0).all() for group in chosen):
+            raise ConversionError(f"{name}.weight has columns of zeros, which can't be normalised: leave it out.")
         if kind == "weight":
             tensors[f"{name}.gain"] = torch.stack([group.norm(dim=0) for group in chosen]).to(model.dtype)
             continue
@@ -194,17 +201,25 @@ def prune_ffns(model: Model, layers: Sequence[int], calibration: Calibration | N
     """
     No FFN in the layers given. With a calibration, the mean of what each wrote stays, as part of the bias of the
     attention before it.
+
+    Raises:
+        `ConversionError`: If the residual stream is scaled (beta) beside one of these FFNs.
     """
     tensors = model.state_dict()
     for layer in layers:
         block = f"transformer.h.{layer}"
+        if model.config.ffn_residual_scaling and (beta := tensors[f"{block}.ffn_beta"].item()) != 1:
+            raise ConversionError(
+                f"The FFN of layer {layer} can't be pruned: the residual stream beside it is scaled by {beta:.3g}. "
+                "Fold that into the weights first (conversion.folding.fold)."
+            )
         if calibration is not None:
             moments = calibration.tensors[f"{block}.mlp.fit"].double()
             mean = moments[0, len(moments) :] / moments[0, 0]
             if model.config.ffn_residual_scaling:
-                mean = mean / tensors[f"{block}.ffn_alpha"].double()
+                mean = mean / tensors[f"{block}.ffn_alpha"].item()
             bias = tensors[f"{block}.attn.c_proj.bias"]
-            tensors[f"{block}.attn.c_proj.bias"] = (bias.double() + mean).to(bias.dtype)
+            tensors[f"{block}.attn.c_proj.bias"] = (bias.double() + mean.to(bias.device)).to(bias.dtype)
         prefixes = (f"{block}.mlp.", f"{block}.ln_2.", f"{block}.ffn_")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
     return _rebuild(model, tensors, pruned_ffn_layers=sorted({*model.config.pruned_ffn_layers, *layers}))
@@ -216,8 +231,13 @@ def measure_pruning_damage(
     """What pruning each FFN alone costs: KL to the model with all of them, in nats, by layer."""
     layers = [layer for layer, block in enumerate(model.transformer.h) if block.mlp is not None]
     pruned = [prune_ffns(model, [layer], calibration) for layer in layers]
-    damages = measure_divergence(model, pruned, batches, on_blocks)
+    damages = Reference(model, batches).compare(pruned, on_blocks)
     return {layer: damage.kl for layer, damage in zip(layers, damages, strict=True)}
+
+
+def set_training_fields(model: Model, target: EntropyGPTConfig) -> Model:
+    """The model with what its target tells of training alone: dropout, and what the entropy penalty is."""
+    return _rebuild(model, model.state_dict(), **{name: getattr(target, name) for name in TRAINING_FIELDS})
 
 
 def fit_linear_map(calibration: Calibration, ffn: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,13 +306,15 @@ def target_config(source: EntropyGPTConfig, notation: str, **fields) -> EntropyG
     Args:
         source ([`EntropyGPTConfig`]): Of the model there is.
         notation (`str`): The architecture wanted, as `EntropyGPTConfig.from_notation` reads it.
-        fields: What the notation does not tell, such as `final_normalization`.
+        fields: What the notation does not tell: `final_normalization`, and any of `TRAINING_FIELDS`.
 
     Raises:
         `ConversionError`: If the notation is not understood, or can't be had.
     """
     try:
         config = _changed(source, {**parse_notation(notation, source.n_layer), **fields})
+        if config.final_normalization == "none" != source.final_normalization:  # it becomes part of the head
+            config.tie_word_embeddings, config.head_bias = False, True
         config.validate()
     except (StrictDataclassError, ValueError) as error:
         raise ConversionError(str(error.__cause__ or error)) from error
@@ -327,8 +349,8 @@ def plan_conversion(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Plan:
         )
     simplifications += _ffn_steps(source, target)
     if target.attention_temperature != source.attention_temperature:
-        kind = target.attention_temperature
-        simplifications.append(Step("temperatures, at 1", lambda m, _: add_temperatures(m, kind)))
+        temperatures = target.attention_temperature
+        simplifications.append(Step("temperatures, at 1", lambda m, _: add_temperatures(m, temperatures)))
     if target.entropy_regularization and not source.entropy_regularization:
         fields = {name: getattr(target, name) for name in ENTROPY_FIELDS}
         simplifications.append(
@@ -399,6 +421,7 @@ def assemble_like(model: Model, **changes) -> Model:
 
 
 def _rebuild(model: Model, tensors: dict[str, torch.Tensor], **changes) -> Model:
+    tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     rebuilt = assemble(EntropyGPTForCausalLM, _changed(model.config, changes), tensors).eval()
     rebuilt.set_attn_implementation(model.config._attn_implementation)
     return rebuilt

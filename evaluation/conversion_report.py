@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from .results import Conditions
 
 SCHEMA_VERSION = 1
 PICTURE = "healing.png"
+# Beyond so many nats, a figure is shown by its order of magnitude.
+LARGEST_NATS = 10.0
 STEP_COLUMNS = ("step", "KL (nats)", "perplexity", "naive KL", "naive perplexity", "parameters", "seconds")
 
 
@@ -27,18 +30,20 @@ class StepRecord:
     Args:
         title (`str`): The step.
         kl (`float`): KL to the original after it, in nats per token.
-        perplexity (`float`): After it, per token.
+        nats (`float`): Negative log-likelihood of a token after it; perplexity is its exponential.
         naive_kl (`float`, *optional*): KL that the step would have cost with weights copied and nothing fitted.
-        naive_perplexity (`float`, *optional*): Likewise.
+        naive_nats (`float`, *optional*): Likewise.
+        naive_diverged (`bool`): Whether these are missing because they are not finite.
         parameters (`int`): After it; tied ones count once.
         seconds (`float`): Calibration included, measurement not.
     """
 
     title: str
     kl: float
-    perplexity: float
+    nats: float
     naive_kl: float | None
-    naive_perplexity: float | None
+    naive_nats: float | None
+    naive_diverged: bool
     parameters: int
     seconds: float
 
@@ -76,7 +81,7 @@ class ConversionReport:
         source (`str`): Where the original lies.
         source_notation, target_notation (`str`): Both architectures in the paper's notation.
         source_final_normalization, target_final_normalization (`str`): The norms before the head.
-        original_perplexity (`float`): Of the original, per token.
+        original_nats (`float`): Negative log-likelihood of a token under the original.
         original_parameters (`int`): Of the original; tied ones count once.
         source_operations, target_operations ([`NonlinearOperations`]): Of one sequence.
         pruning_damage (`dict[str, float]`): KL that pruning each FFN alone would cost, by layer, if it was measured.
@@ -93,7 +98,7 @@ class ConversionReport:
     target_notation: str
     source_final_normalization: str
     target_final_normalization: str
-    original_perplexity: float
+    original_nats: float
     original_parameters: int
     source_operations: NonlinearOperations
     target_operations: NonlinearOperations
@@ -136,30 +141,25 @@ class ConversionReport:
 
 def step_rows(report: ConversionReport) -> list[tuple[str, ...]]:
     """One row of text for the original and each step, in the order of `STEP_COLUMNS`."""
-    original = (
-        "original",
-        "0.0000",
-        f"{report.original_perplexity:.2f}",
-        "",
-        "",
-        f"{report.original_parameters:,}",
-        "",
-    )
-    return [
-        original,
-        *(
-            (
-                step.title,
-                f"{step.kl:.4f}",
-                f"{step.perplexity:.2f}",
-                "" if step.naive_kl is None else f"{step.naive_kl:.4f}",
-                "" if step.naive_perplexity is None else f"{step.naive_perplexity:.2f}",
-                f"{step.parameters:,}",
-                f"{step.seconds:.1f}",
-            )
-            for step in report.steps
-        ),
+    rows = [
+        ("original", "0.0000", format_perplexity(report.original_nats), "", "", f"{report.original_parameters:,}", "")
     ]
+    for step in report.steps:
+        naive = ("not finite", "") if step.naive_diverged else ("", "")
+        if step.naive_kl is not None:
+            naive = (_format_kl(step.naive_kl), format_perplexity(step.naive_nats))
+        figures = (_format_kl(step.kl), format_perplexity(step.nats), *naive, f"{step.parameters:,}")
+        rows.append((step.title, *figures, f"{step.seconds:.1f}"))
+    return rows
+
+
+def format_perplexity(nats: float) -> str:
+    """The perplexity, as a power of e where it says no more than that the model is broken."""
+    return f"{math.exp(nats):.2f}" if nats < LARGEST_NATS else f"e^{nats:.3g}"
+
+
+def _format_kl(kl: float) -> str:
+    return f"{kl:.4f}" if kl < LARGEST_NATS else f"{kl:.3g}"
 
 
 def operation_rows(before: NonlinearOperations, after: NonlinearOperations) -> list[tuple[str, str, str]]:

@@ -1,6 +1,5 @@
 """Pictures of what was measured."""
 
-import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -83,7 +82,7 @@ def plot_healing(report: ConversionReport, path: Path):
     figure = Figure(figsize=(7.2, 4.4), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(*zip(*healing.validation_nats, strict=True), marker="o", ms=4, label="validation text", zorder=3)
-    axes.axhline(math.log(report.original_perplexity), color="black", ls=":", lw=1, label="original")
+    axes.axhline(report.original_nats, color="black", ls=":", lw=1, label="original")
     for step, names in _events_by_step(healing.events).items():
         axes.axvline(step, color="tab:red" if "back" in names else "gray", lw=0.6, alpha=0.7)
         axes.text(

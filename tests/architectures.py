@@ -37,6 +37,7 @@ ARCHITECTURES = (
     "SM+LN+LeakyR+FFNi[0]",
     "SM+ScFFN+WN(QKV+FFN)",
     "SM+ScFuFFN+SN(QKVO+FFN)",
+    "EReg(SM(t_h)+LN+G+WN(QK+FFN))",
 )
 
 

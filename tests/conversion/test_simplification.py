@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conversion.calibration import calibrate
-from conversion.divergence import measure_divergence
+from conversion.divergence import Reference
 from conversion.errors import ConversionError
 from conversion.simplification import (
     add_temperatures,
@@ -24,6 +24,7 @@ from conversion.simplification import (
     remove_static_norms,
     replace_activation,
     scale_ffns,
+    set_training_fields,
     target_config,
 )
 from modeling_entropy_gpt import EntropyGPTForCausalLM
@@ -143,7 +144,7 @@ def test_another_activation_is_fitted(name):
     fitted = replace_activation(model, name, calibrate(model, batches, name))
     naive = replace_activation(model, name, None)
     assert fitted.config.activation_function == name
-    with_fit, without = measure_divergence(model, [fitted, naive], make_batches())
+    with_fit, without = Reference(model, make_batches()).compare([fitted, naive])
     assert with_fit.kl < without.kl / 3
 
 
@@ -152,7 +153,7 @@ def test_static_norms_are_fitted():
     for step, field in ((make_norms_static, "normalization"), (make_final_norm_static, "final_normalization")):
         fitted, naive = step(model, calibrate(model, batches)), step(model, None)
         assert getattr(fitted.config, field) == "static"
-        with_fit, without = measure_divergence(model, [fitted, naive], make_batches())
+        with_fit, without = Reference(model, make_batches()).compare([fitted, naive])
         assert with_fit.kl < without.kl / 3
 
 
@@ -162,15 +163,53 @@ def test_pruning_keeps_the_mean_and_is_chosen_by_damage():
     with torch.no_grad():
         for block in model.transformer.h:
             block.mlp.c_proj.bias += 3.0
+            block.ffn_beta.fill_(1.0)
         model.transformer.h[1].mlp.c_proj.weight *= 1e-3
     calibration = calibrate(model, batches)
     damage = measure_pruning_damage(model, batches, calibration)
     assert min(damage, key=damage.get) == 1
     pruned, naive = prune_ffns(model, [1], calibration), prune_ffns(model, [1], None)
     assert pruned.config.pruned_ffn_layers == [1]
-    with_mean, without = measure_divergence(model, [pruned, naive], make_batches())
+    with_mean, without = Reference(model, make_batches()).compare([pruned, naive])
     assert with_mean.kl == pytest.approx(damage[1], rel=0.5)
     assert with_mean.kl < without.kl / 10
+    with torch.no_grad():
+        model.transformer.h[1].ffn_beta.fill_(0.5)
+    with pytest.raises(ConversionError, match=r"layer 1 can't be pruned: .* scaled by 0.5"):
+        prune_ffns(model, [1], calibration)
+
+
+@pytest.mark.parametrize("kind", ["weight", "spectral"])
+def test_weights_of_zeros_are_not_normalised(kind):
+    model = make_model("SM+LN+G")
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[:, 3] = 0
+    with pytest.raises(ConversionError, match=r"h.1.attn.c_attn.weight has columns of zeros"):
+        normalize_weights(model, kind, ["q"])
+    assert largest_difference(model, normalize_weights(model, kind, ["k", "v"])) < 1e-5
+
+
+def test_what_acts_in_training_alone_is_set_without_a_step():
+    model = make_model("EReg(SM(t)+ScFuFFN)")
+    fields = {"resid_pdrop": 0.3, "entropy_coefficient": 7.0, "entropy_maximum": "causal", "detect_divergence": True}
+    target = target_config(model.config, "EReg(SM(t)+ScFuFFN)", **fields)
+    assert plan_conversion(model.config, target).steps == ()
+    result = set_training_fields(model, target)
+    assert {name: getattr(result.config, name) for name in fields} == fields
+    assert result.transformer.h[0].mlp.dropout.p == 0.3
+    assert largest_difference(model, result) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("notation", ["EReg(SM(t)+ScFuFFNi1)", "SM+StaticLN+R+WN(QK)"])
+def test_steps_run_where_the_model_is(notation):
+    model, batches = make_model("SM+LN+G").cuda(), make_batches()
+    target = target_config(model.config, notation, final_normalization="none")
+    for step in plan_conversion(model.config, target).steps:
+        calibration = calibrate(model, batches, step.hidden_activation) if step.calibrated else None
+        model = step.apply(model, calibration)
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
+    assert model(make_tokens().cuda()).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("final", ["layernorm", "static", "none"])
@@ -188,8 +227,11 @@ def test_every_architecture_is_reached_from_gpt2(notation, final, tmp_path):
         if not step.calibrated:
             assert largest_difference(before, model) < 1e-9
     assert (model.config.notation, model.config.final_normalization) == (notation, final)
+    assert model.num_parameters() == EntropyGPTForCausalLM(target).num_parameters()  # as a dry run says
     model.save_pretrained(tmp_path)
-    assert largest_difference(model, EntropyGPTForCausalLM.from_pretrained(tmp_path)) == 0
+    reloaded = EntropyGPTForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in reloaded.state_dict().items())
+    assert largest_difference(model, reloaded) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -231,7 +273,7 @@ def test_divergence_is_that_of_all_logits(monkeypatch):
     model, other = make_model("SM+LN+G"), make_model("SM+LN+G")
     batches = make_batches(6)
     monkeypatch.setattr("conversion.divergence.MOST_LOGITS", 1000)
-    same, found = measure_divergence(model, [model, other], batches)
+    same, found = Reference(model, batches).compare([model, other])
     tokens = torch.cat(batches)
     p, q = (m(tokens).logits[:, :-1].double().log_softmax(dim=-1) for m in (model, other))
     assert abs(same.kl) < 1e-9

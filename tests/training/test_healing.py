@@ -162,7 +162,7 @@ def test_parts_of_the_loss_are_those_of_every_token_alone():
     torch.testing.assert_close(result, scale, rtol=1e-5, atol=1e-5)
 
 
-def make_trainer(folder, kind="staircase", loss=None, pair=None, gated=True, **arguments):
+def make_trainer(folder, kind="staircase", loss=None, pair=None, gated=True, removal_steps=8, **arguments):
     original, simplified, calibration = pair or make_pair("SM+ScFuFFN")
     model = insert_gates(original, simplified, calibration) if gated else copy.deepcopy(simplified)
     blocks = torch.randint(2, 101, (64, LENGTH), generator=torch.Generator().manual_seed(3))
@@ -186,7 +186,7 @@ def make_trainer(folder, kind="staircase", loss=None, pair=None, gated=True, **a
         healing_loss=loss or HealingLoss(logits=0.5, hidden_states=0.1, residual_scale=0.1),
         original=original,
         residual_scale=calibration.norm_constant("transformer.ln_f"),
-        removal_steps=8,
+        removal_steps=removal_steps,
         schedule=RemovalSchedule(model, kind) if gated else None,
     )
     trainer.remove_callback(PrinterCallback)
@@ -267,31 +267,124 @@ def test_distillation_draws_nearer_to_the_original(tmp_path):
     assert distances[2] < 0.7 * distances[1]
 
 
-def test_the_guard_goes_back_and_slows_down(tmp_path):
-    trainer = make_trainer(tmp_path, "gate", gated=True)
-    good = None
+def run_disturbed(trainer, disturb):
+    """Trains, and calls `disturb(step)` before every step, with what the weights are then."""
     close = trainer._close_gates
 
-    def disturb():
-        nonlocal good
+    def close_and_disturb():
         close()
-        if trainer.state.global_step == 5 and trainer.progress.rollbacks == 0:
-            good = {name: tensor.clone() for name, tensor in trainer._good_state["model"].items()}
+        disturb(trainer.state.global_step)
+
+    trainer._close_gates = close_and_disturb
+    trainer.train()
+    return trainer.progress
+
+
+def test_the_guard_goes_back_and_slows_down(tmp_path):
+    trainer = make_trainer(tmp_path, "gate", gated=True, max_steps=40, removal_steps=16)
+    good = {}
+
+    def disturb(step):
+        if step == 10 and not trainer.progress.rollbacks:
+            good.update({name: tensor.clone() for name, tensor in trainer._good_state["model"].items()})
             with torch.no_grad():
                 trainer.model.transformer.wte.weight.mul_(100)
-        elif trainer.state.global_step == 6:
+        elif step == 11:
             # Nothing but the good state, of which the step of the rollback changed nothing.
             assert all(torch.equal(good[name], t) for name, t in trainer.model.state_dict().items())
+            # Slower, yet in time: from the good state's clock on, half as fast.
+            assert trainer.progress.clock == 8 / 16 + 1 / 32
 
-    trainer._close_gates = disturb
-    trainer.train()
-    progress = trainer.progress
+    progress = run_disturbed(trainer, disturb)
     assert progress.rollbacks == 1
     assert progress.slowdown == 0.5
-    assert [event for _, event in progress.events if event.startswith("back to the last good state")]
-    assert progress.clock == 1.0  # slower, yet in time
+    assert [event for _, event in progress.events if event.startswith("back to the last good state: the loss is")]
+    assert progress.clock == 1.0
     assert all(gate == 0 for gate in (r.gate.gate for r in trainer.schedule.removals if r.gate))
     assert trainer.lr_scheduler.lr_lambdas[0](0) == 0.5
+
+
+def test_the_guard_sees_a_residual_stream_that_runs_away(tmp_path):
+    """Under a LayerNorm before the head, the loss does not tell."""
+    trainer = make_trainer(tmp_path, pair=make_pair("SM+ScFuFFN", "layernorm"), gated=False, max_steps=40)
+
+    def disturb(step):
+        if step == 10 and not trainer.progress.rollbacks:
+            with torch.no_grad():
+                for block in trainer.model.transformer.h[-1:]:
+                    block.ffn_beta.mul_(1000)
+                    block.ffn_alpha.div_(1000)
+                    block.attn.c_proj.weight.mul_(1000)
+
+    progress = run_disturbed(trainer, disturb)
+    assert progress.rollbacks >= 1
+    assert "the residual stream's scale" in progress.events[0][1]
+
+
+def test_the_guard_sees_a_slow_drift_and_bears_a_noisy_batch(tmp_path):
+    trainer = make_trainer(tmp_path, gated=False)
+    progress = trainer.progress
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters())
+
+    def found(losses, scale=1.0):
+        for loss in losses:
+            trainer._seen = [(loss, scale)]
+            if reason := trainer._find_runaway():
+                return reason
+        return None
+
+    assert found([4.0, 3.8, 4.1, 4.2, 3.9, 4.0]) is None
+    trainer._keep_good_state()
+    assert found([4.0, 6.5, 4.0, 4.0, 2.0, 4.1, 6.0, 4.0, 4.0]) is None
+    assert "the loss is 5.0" in found([4.0 + step / 50 for step in range(200)])
+    progress.mean_loss = 4.0
+    assert "scale" in found([4.0] * 100, scale=40.0)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_good_state(tmp_path):
+    """At the step before a checkpoint, whose weights would be lost for good."""
+    trainer = make_trainer(tmp_path, gated=False)
+    weight = trainer.model.transformer.h[0].attn.c_attn.weight
+    poison = weight.register_hook(lambda gradient: gradient * math.nan if trainer.state.global_step == 3 else gradient)
+    progress = run_disturbed(trainer, lambda step: poison.remove() if step > 3 else None)
+    assert [event for _, event in progress.events] == ["back to the last good state: a gradient is not finite"]
+    assert all(tensor.isfinite().all() for tensor in trainer._good_state["model"].values())
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("part", ["hidden_states", "residual_scale", "logits"])
+@pytest.mark.parametrize("final", ["layernorm", "static"])
+def test_the_trainers_loss_is_made_of_its_parts(part, final, tmp_path):
+    """The stream that counts is the one before the final norm, and the penalty keeps its weight."""
+    pair = make_pair(final=final)
+    gated = final == "layernorm"
+    trainer = make_trainer(tmp_path, loss=HealingLoss(**{part: 0.25}), pair=pair, gated=gated)
+    if gated:
+        trainer.schedule.set_clock(0.3)
+    tokens = make_tokens(4, LENGTH)
+    model, original = trainer.model.train(), pair[0]
+    streams = []
+    for module in (model, original):
+        for place in (*module.transformer.h[1:], module.transformer.ln_f):
+            place.register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0]))
+    loss, outputs = trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens}, return_outputs=True)
+    with torch.no_grad():
+        expected = original(tokens)
+    layers = len(model.transformer.h)
+    mine, theirs = streams[:layers], streams[-layers:]
+    predicted = torch.ones_like(tokens, dtype=torch.bool)
+    predicted[:, -1] = False
+    count = predicted.sum()
+    parts = {
+        "hidden_states": lambda: hidden_state_distance(mine, theirs, predicted, count),
+        "residual_scale": lambda: residual_scale_distance(mine[-1], trainer.residual_scale, predicted, count),
+        "logits": lambda: (
+            logits_divergence(outputs.logits, expected.logits, predicted, count) - outputs.cross_entropy_loss
+        ),
+    }
+    own = outputs.cross_entropy_loss + model.config.entropy_coefficient * outputs.entropy_loss
+    assert outputs.entropy_loss > 0
+    torch.testing.assert_close(loss, own + 0.25 * parts[part]())
 
 
 @pytest.mark.parametrize("detect", [True, False])
@@ -299,16 +392,13 @@ def test_a_run_that_runs_away_again_and_again_ends_with_a_reason(detect, tmp_pat
     original, simplified, calibration = make_pair("SM+ScFuFFN")
     simplified.config.detect_divergence = detect
     trainer = make_trainer(tmp_path, pair=(original, simplified, calibration), gated=False, max_steps=30)
-    close = trainer._close_gates
 
-    def disturb():
-        close()
+    def disturb(step):
         with torch.no_grad():
             trainer.model.transformer.wte.weight.fill_(math.nan)
 
-    trainer._close_gates = disturb
     with pytest.raises(FloatingPointError, match=f"ran away {MOST_ROLLBACKS + 1} times.*Lower the learning rate"):
-        trainer.train()
+        run_disturbed(trainer, disturb)
 
 
 def test_the_original_is_not_trained(tmp_path):

@@ -1,0 +1,132 @@
+"""The healing of a conversion: training after the steps, or while a schedule removes what they remove."""
+
+import copy
+import time
+
+import torch
+from datasets import Dataset
+from rich.progress import Progress
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from conversion.calibration import Calibration
+from conversion.simplification import set_training_fields
+from evaluation.conversion_report import HealingRecord
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+from training.callbacks import StepObserver
+from training.data import collate_blocks
+from training.healing import HealingLoss, HealingTrainer
+from training.removal_schedule import RemovalSchedule, insert_gates, remove_gates
+from training.trainer import last_checkpoint
+
+from .convert_inputs import Job, Text
+from .errors import CommandError
+from .progress import stage
+
+
+# The result is evaluated, and its state kept, so many times in the course of healing.
+HEALING_EVALUATIONS = 15
+CHECKPOINTS = 10
+HYPERPARAMETERS = {"weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
+WARMUP_SHARE = 0.05
+# The schedule removes in this part of healing; the rest is without what was removed.
+REMOVAL_SHARE = 0.6
+DISTILLATION_WEIGHT = 0.5
+
+
+def heal(
+    job: Job,
+    original: EntropyGPTForCausalLM,
+    simplified: EntropyGPTForCausalLM,
+    calibration: Calibration,
+    text: Text,
+    progress: Progress,
+) -> tuple[EntropyGPTForCausalLM, HealingRecord]:
+    """
+    Trains a simplified model, from its last checkpoint on, and removes what the schedule says on the way.
+
+    Args:
+        job ([`Job`]): How to.
+        original ([`EntropyGPTForCausalLM`]): The model that was simplified.
+        simplified ([`EntropyGPTForCausalLM`]): What its steps up to the folding of norms made of it.
+        calibration ([`Calibration`]): Of the original.
+        text ([`Text`]): What to train and evaluate on.
+        progress (`Progress`): Where it shows.
+
+    Raises:
+        `CommandError`: If it runs away again and again.
+    """
+    set_seed(job.seed)
+    with_gates = job.schedule != "none"
+    model = copy.deepcopy(simplified)
+    if with_gates:
+        model = insert_gates(set_training_fields(original, simplified.config), simplified, calibration)
+    steps = job.heal_steps
+    hyperparameters = {"learning_rate": job.learning_rate, **HYPERPARAMETERS}
+    loss = HealingLoss(
+        logits=DISTILLATION_WEIGHT * job.distill,
+        temperature=job.distill_temperature,
+        hidden_states=job.hidden_state_weight,
+        residual_scale=job.residual_scale_weight,
+    )
+    arguments = TrainingArguments(
+        output_dir=job.work / "checkpoints",
+        max_steps=steps,
+        per_device_train_batch_size=job.batch_size,
+        per_device_eval_batch_size=job.batch_size,
+        warmup_steps=round(WARMUP_SHARE * steps),
+        **hyperparameters,
+        seed=job.seed,
+        dataloader_drop_last=len(text.training) >= job.batch_size,
+        eval_strategy="steps",
+        eval_steps=max(1, steps // HEALING_EVALUATIONS),
+        eval_on_start=True,
+        prediction_loss_only=True,
+        logging_steps=max(1, steps // 100),
+        save_steps=max(1, steps // CHECKPOINTS),
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    started = time.perf_counter()
+    with stage(progress, "healing", steps) as line:
+        trainer = HealingTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=text.training,
+            eval_dataset=Dataset.from_dict({"input_ids": torch.cat(text.validation).tolist()}),
+            data_collator=collate_blocks,
+            callbacks=[StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))],
+            healing_loss=loss,
+            original=original,
+            residual_scale=calibration.norm_constant("transformer.ln_f"),
+            removal_steps=max(1, round(REMOVAL_SHARE * steps)),
+            schedule=RemovalSchedule(model, job.schedule) if with_gates else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(job.work / "checkpoints"))
+        except FloatingPointError as error:
+            raise CommandError(f"{simplified.config.notation}: {error}") from error
+    record = HealingRecord(
+        steps=steps,
+        tokens=steps * min(job.batch_size, len(text.training)) * text.context,
+        seconds=time.perf_counter() - started,
+        settings={
+            **hyperparameters,
+            "warmup_share": WARMUP_SHARE,
+            "batch_size": job.batch_size,
+            **{name: getattr(simplified.config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+            "schedule": job.schedule,
+            "kl_weight": loss.logits,
+            "kl_temperature": loss.temperature,
+            "hidden_state_weight": loss.hidden_states,
+            "residual_scale_weight": loss.residual_scale,
+        },
+        validation_nats=[
+            [float(entry["step"]), entry["eval_loss"]] for entry in trainer.state.log_history if "eval_loss" in entry
+        ],
+        events=trainer.progress.events,
+    )
+    return remove_gates(model, simplified) if with_gates else model.eval(), record
