@@ -25,7 +25,8 @@ style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mende
 	$(BIN)/ruff format $(if $(FIX),,--check) $(SOURCES)
 
 bench: $(INSTALLED)  ## Runs every benchmark, side by side with what it is held against.
-	for benchmark in evaluation/benchmarks/[a-z]*.py; do $(BIN)/python $$benchmark || exit 1; done
+	for benchmark in evaluation/benchmarks/[a-z]*.py; do \
+		$(BIN)/python -m evaluation.benchmarks.$$(basename $$benchmark .py) || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

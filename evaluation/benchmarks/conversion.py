@@ -1,0 +1,399 @@
+"""What a conversion keeps: exact imports, steps beside their naive versions, and healing beside training from scratch.
+
+    python -m evaluation.benchmarks.conversion            measures all (three quarters of an hour on two cores), and
+                                                          writes record, page and figure
+    python -m evaluation.benchmarks.conversion --quick    some minutes: one seed, hardly any training, nothing written
+    python -m evaluation.benchmarks.conversion --redraw   page and figure anew from the record
+
+It runs the commands that a user would type, in a folder of its own: interrupted, it goes on where it was.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from huggingface_hub.dataclasses import strict
+from matplotlib.figure import Figure
+from rich.console import Console
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from conversion.gpt2_checkpoint import load_gpt2, to_gpt2
+from evaluation.conversion_report import ConversionReport
+from evaluation.report import list_settings
+from evaluation.results import Conditions, git_revision, load_results
+
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "build" / "conversion_benchmark"
+RECORD = ROOT / "model_cards" / "results" / "conversion.json"
+PAGE = ROOT / "docs" / "conversion.md"
+PICTURE = ROOT / "docs" / "conversion.png"
+COMMAND = Path(sys.executable).with_name("entropy-gpt")
+
+TARGET = "EReg(SM(t)+ScFuFFN)"
+NORM_FREE = "SM+StaticLN+G"
+# As the quickstart trains that target.
+PENALTY = ("--set", "entropy_penalty=head_mean", "--set", "entropy_coefficient=0.16")
+CONTEXT, EVALUATION_TOKENS = 128, 32768
+SEEDS, STEPS = (0, 1, 2), 1500
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+FINE_TUNING_SHARE = 1 / 4
+SCRATCH, HEALED, DISTILLED, FINE_TUNED = "from scratch", "converted", "converted, distilled", "SM+LN+G"
+SCHEDULES = {"none": "all norms at once", "gate": "gates on a cosine", "staircase": "staircase"}
+ONE_STEP = {  # what leads to one step alone, or to one and then another
+    "SM+StaticLN+G": ("--final-norm", "static"),
+    "SM+LN": (),
+    "SM+LN+R": (),
+    "SM+LN+G+FFNi1": (),
+}
+IMPORTED = {
+    "2 layers of 64, an untied head": {"n_layer": 2, "n_embd": 64, "n_head": 4, "tie_word_embeddings": False},
+    "4 layers of 128": {"n_layer": 4, "n_embd": 128, "n_head": 4},
+    "GPT-2 small": {},
+}
+
+console = Console()
+
+
+@strict
+@dataclass
+class Import:
+    """A randomly initialised GPT-2, saved by transformers, read, and written back."""
+
+    source: str
+    parameters: int
+    largest_difference: float
+    is_bit_equal: bool
+
+
+@strict
+@dataclass
+class StepCost:
+    """KL to the original (nats) that a step costs, fitted and naive (`None`: not finite)."""
+
+    step: str
+    seed: int
+    kl: float
+    naive_kl: float | None
+
+
+@strict
+@dataclass
+class Run:
+    """A training run: its steps, and the negative log-likelihood of a token of validation text after it."""
+
+    kind: str
+    seed: int
+    steps: int
+    tokens: int
+    nats: float
+
+
+@strict
+@dataclass
+class Record:
+    """All that was measured, and where."""
+
+    imports: list[Import]
+    steps: list[StepCost]
+    runs: list[Run]
+    large_parameters: int
+    large_seconds: float
+    large_peak_bytes: int
+    conditions: Conditions
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for name, kind in (("imports", Import), ("steps", StepCost), ("runs", Run)):
+            content[name] = [kind(**entry) for entry in content[name]]
+        return cls(**{**content, "conditions": Conditions(**content["conditions"])})
+
+    def save(self, path: Path):
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    def nats(self, kind: str, steps: int) -> list[float]:
+        """By seed."""
+        return [run.nats for run in self.runs if (run.kind, run.steps) == (kind, steps)]
+
+    @property
+    def training_steps(self) -> int:
+        """Of the source, and of training from scratch."""
+        return next(run.steps for run in self.runs if run.kind == SCRATCH)
+
+
+def measure_import(source: str, sizes: dict) -> Import:
+    """Through files, as a user has them."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    input_ids = torch.randint(model.config.vocab_size, (2, CONTEXT))
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        converted = load_gpt2(folder)
+        difference = (converted(input_ids).logits - model(input_ids).logits).abs().max().item()
+        written = to_gpt2(converted).state_dict()
+    expected = model.state_dict()
+    is_equal = expected.keys() == written.keys() and all(
+        torch.equal(expected[name], written[name]) for name in written
+    )
+    console.print(f"{source}: logits differ by {difference:.1e} at most")
+    return Import(source, model.num_parameters(), difference, is_equal)
+
+
+def entropy_gpt(*words):
+    """Runs the command, which shows its own progress."""
+    subprocess.run([COMMAND, *map(str, words)], check=True)
+
+
+def convert(source: Path, target: str, output: Path, seed: int, *words) -> ConversionReport:
+    """What a conversion reports, of this run of the benchmark or of an interrupted one at the same commit."""
+    path = output / "conversion_report.json"
+    if path.exists() and (report := ConversionReport.load(path)).conditions.git_revision == git_revision():
+        return report
+    sizes = ("--context", CONTEXT, "--evaluation-tokens", EVALUATION_TOKENS, "--seed", seed)
+    entropy_gpt("convert", source, "--to", target, "--output", output, *sizes, "--overwrite", *words)
+    return ConversionReport.load(path)
+
+
+def measure_seed(seed: int, steps: int) -> tuple[list[StepCost], list[Run], Conditions]:
+    """Trains a GPT-2 and the target from scratch, and converts the GPT-2 in every way."""
+    folder = WORK / f"steps-{steps}-seed-{seed}"
+    entropy_gpt("quickstart", "--steps", steps, "--seed", seed, "--output", folder / "quickstart")
+    source = folder / "quickstart" / "models" / "sm-ln-g"
+    models = {
+        SCRATCH: ("ereg-smt-scfuffn", TARGET),
+        DISTILLED: ("converted", f"{TARGET} from SM+LN+G"),
+    }
+    results = {result.title: result for result in load_results(folder / "quickstart" / "results.json")}
+    runs = []
+    for kind, (name, title) in models.items():
+        # A conversion to what it is already measures it on the text that all others are measured on.
+        same = convert(folder / "quickstart" / "models" / name, TARGET, folder / f"same-{len(runs)}", seed)
+        result = results[title]
+        runs.append(Run(kind, seed, result.training_steps, result.training_tokens, same.original_nats))
+
+    costs = []
+    for target, words in ONE_STEP.items():
+        report = convert(source, target, folder / f"one-{len(costs)}", seed, *words)
+        costs += [StepCost(step.title, seed, step.kl, step.naive_kl) for step in report.steps]
+
+    def train(kind: str, target: str, share: float, *words):
+        heal_steps = max(1, round(share * steps))
+        output = folder / f"run-{len(runs)}"
+        report = convert(source, target, output, seed, "--heal-steps", heal_steps, *words)
+        runs.append(Run(kind, seed, heal_steps, report.healing.tokens, report.steps[-1].nats))
+
+    for share in SHARES:
+        train(HEALED, TARGET, share, *PENALTY)
+    train(FINE_TUNED, "SM+LN+G", FINE_TUNING_SHARE)
+    for schedule, title in SCHEDULES.items():
+        words = ("--schedule", schedule, "--final-norm", "static", "--residual-scale-weight", 0.1)
+        train(title, NORM_FREE, FINE_TUNING_SHARE, *words)
+    return costs, runs, report.conditions
+
+
+def measure_large(tokenizer: Path, source: Path) -> ConversionReport:
+    """The conversion of a randomly initialised GPT-2 small, which says nothing about quality."""
+    if not (source / "config.json").exists():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(source)
+        PreTrainedTokenizerFast.from_pretrained(tokenizer).save_pretrained(source)
+    output = source.with_name("large-converted")
+    path = output / "conversion_report.json"
+    if not path.exists() or ConversionReport.load(path).conditions.git_revision != git_revision():
+        entropy_gpt("convert", source, "--to", TARGET, "--final-norm", "none", "--output", output, "--overwrite")
+    return ConversionReport.load(path)
+
+
+def spread(values: list[float], form: str = ".2f") -> str:
+    """Median, with the smallest and the largest."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def step_table(record: Record) -> str:
+    rows = []
+    for step in dict.fromkeys(cost.step for cost in record.steps):
+        costs = [cost for cost in record.steps if cost.step == step]
+        naive = [cost.naive_kl for cost in costs if cost.naive_kl is not None]
+        ratios = [cost.naive_kl / cost.kl for cost in costs if cost.naive_kl is not None]
+        worse = (spread(naive, ".3f"), spread(ratios, ".1f")) if naive else ("not finite", "")
+        rows.append((step, spread([cost.kl for cost in costs], ".4f"), *worse))
+    return _table(("step", "KL, fitted", "KL, naive", "naive to fitted"), rows)
+
+
+def healing_table(record: Record) -> str:
+    scratch = record.nats(SCRATCH, record.training_steps)
+    rows = [("from scratch", f"{record.training_steps:,}", "1", spread([math.exp(n) for n in scratch]), "", "")]
+    for kind in (HEALED, DISTILLED):
+        for steps in sorted({run.steps for run in record.runs if run.kind == kind}):
+            nats = record.nats(kind, steps)
+            above = [mine - theirs for mine, theirs in zip(nats, scratch, strict=True)]
+            share = f"{steps / record.training_steps:.3g}"
+            better = f"{sum(value <= 0 for value in above)} of {len(above)}"
+            rows.append(
+                (kind, f"{steps:,}", share, spread([math.exp(n) for n in nats]), spread(above, "+.3f"), better)
+            )
+    columns = ("trained", "steps", "share of tokens", "perplexity", "nats above from scratch", "seeds not above")
+    return _table(columns, rows)
+
+
+def norm_table(record: Record) -> str:
+    steps = next(run.steps for run in record.runs if run.kind == FINE_TUNED)
+    reference = record.nats(FINE_TUNED, steps)
+    rows = [(FINE_TUNED, "", spread([math.exp(n) for n in reference]), "")]
+    for title in SCHEDULES.values():
+        nats = record.nats(title, steps)
+        above = [mine - theirs for mine, theirs in zip(nats, reference, strict=True)]
+        rows.append((NORM_FREE, title, spread([math.exp(n) for n in nats]), spread(above, "+.3f")))
+    return _table((f"after {steps:,} steps", "norms removed", "perplexity", "nats above SM+LN+G"), rows)
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
+
+
+def page(record: Record) -> str:
+    """The page of the documentation that shows the record."""
+    imports = _table(
+        ("GPT-2, randomly initialised", "parameters", "largest difference of logits", "written back bit for bit"),
+        [
+            (e.source, f"{e.parameters:,}", f"{e.largest_difference:.1e}", "yes" if e.is_bit_equal else "no")
+            for e in record.imports
+        ],
+    )
+    conditions, tokens = record.conditions, next(run.tokens for run in record.runs if run.kind == SCRATCH)
+    return f"""# What a conversion keeps
+
+Generated by `python -m evaluation.benchmarks.conversion`; the figures are in
+`{RECORD.relative_to(ROOT).as_posix()}`. Medians over seeds, with the smallest and the largest in brackets.
+
+The source of all conversions is a small GPT-2 (4 layers, width 128), trained by the quickstart for
+{record.training_steps:,} steps ({tokens:,} tokens): one for each seed. So small a model, trained so briefly, has fewer
+outliers in its residual stream than a large one, and gains from any further training: more than its conversion costs.
+
+![Perplexity against the share of tokens, and KL of single steps]({PICTURE.name})
+
+## Import
+
+{imports}
+
+## Steps alone
+
+KL to the original in nats, on text that nothing was fitted to. Naive: weights copied, nothing fitted (norms divide by
+1, maps stay as they are). The final norm becomes static after those of the blocks.
+
+{step_table(record)}
+
+## Healing beside training from scratch
+
+To {TARGET}, the norm before the head kept. "Converted": all steps, then as many steps of training as the row says,
+with a schedule of the learning rate of their own. "Distilled": half of the cross-entropy replaced by the KL to the
+source, which holds it near a source that it would otherwise outgrow. The share of tokens does not count those that the
+source itself was trained on.
+
+{healing_table(record)}
+
+## Norms removed, GELU kept
+
+All norms static, the final one too, beside the same model trained on with its LayerNorms, on the same tokens.
+
+{norm_table(record)}
+
+## Size
+
+GPT-2 small, randomly initialised ({record.large_parameters:,} parameters), to {TARGET} without any norm, not healed:
+{record.large_seconds:.0f} s, and at most {record.large_peak_bytes / 2**30:.2f} GiB.
+
+Text: {conditions.corpus} ({conditions.corpus_revision}), vocabulary {conditions.vocab_size:,}; evaluated on
+{conditions.evaluated_tokens:,} tokens kept out of training, in blocks of {conditions.context} without overlap;
+{conditions.dtype}. Measured with {list_settings(conditions.versions)}; commit {conditions.git_revision or "unknown"};
+{conditions.machine}.
+"""
+
+
+def draw(record: Record, path: Path):
+    """Left what healing reaches, right what steps cost."""
+    figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
+    axes, bars = figure.subplots(1, 2)
+    for seed in dict.fromkeys(run.seed for run in record.runs):
+        color = f"C{seed}"
+        (scratch,) = (run.nats for run in record.runs if (run.kind, run.seed) == (SCRATCH, seed))
+        axes.axhline(math.exp(scratch), color=color, ls="--", lw=1, label=f"from scratch, seed {seed}")
+        points = [
+            (run.steps / record.training_steps, math.exp(run.nats))
+            for run in record.runs
+            if (run.kind, run.seed) == (HEALED, seed)
+        ]
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", ms=4, label=f"converted, seed {seed}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(SHARES, [f"1/{round(1 / share)}" if share < 1 else "1" for share in SHARES])
+    axes.set(xlabel="share of the tokens of training from scratch", ylabel="perplexity per token", title=TARGET)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    titles = [*dict.fromkeys(cost.step for cost in record.steps)]
+    for offset, name, color in ((-0.2, "kl", "tab:blue"), (0.2, "naive_kl", "tab:orange")):
+        heights = [
+            statistics.median([getattr(cost, name) or math.nan for cost in record.steps if cost.step == title])
+            for title in titles
+        ]
+        places = [index + offset for index in range(len(titles))]
+        bars.bar(places, heights, 0.38, color=color, label="fitted to text" if name == "kl" else "naive")
+    bars.set_yscale("log")
+    bars.set_xticks(range(len(titles)), titles, rotation=15, fontsize=8)
+    bars.set(ylabel="KL to the original (nats)", title="steps alone, median of seeds")
+    bars.legend()
+    figure.savefig(path, format="png")
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="One seed and hardly any training; writes nothing.")] = False,
+    redraw: Annotated[bool, typer.Option(help="Measure nothing; page and figure anew from the record.")] = False,
+):
+    """Measure what conversions keep, beside naive ones and beside training from scratch."""
+    if redraw:
+        publish(Record.load(RECORD))
+        return
+    seeds, steps = ((0,), 64) if quick else (SEEDS, STEPS)
+    imports = [measure_import(*entry) for entry in IMPORTED.items()]
+    measured = [measure_seed(seed, steps) for seed in seeds]
+    record = Record(
+        imports=imports,
+        steps=[cost for costs, _, _ in measured for cost in costs],
+        runs=[run for _, runs, _ in measured for run in runs],
+        large_parameters=0,
+        large_seconds=0.0,
+        large_peak_bytes=0,
+        conditions=measured[0][2],
+    )
+    if not quick:
+        tokenizer = WORK / f"steps-{steps}-seed-{seeds[0]}" / "quickstart" / "data" / "tokenizer"
+        large = measure_large(tokenizer, WORK / "large")
+        record.large_parameters, record.large_seconds = large.original_parameters, large.seconds
+        record.large_peak_bytes = large.peak_memory_bytes
+    for table in (step_table(record), healing_table(record), norm_table(record)):
+        console.print(f"\n{table}", soft_wrap=True, markup=False)
+    if quick:
+        return
+    record.save(RECORD)
+    publish(record)
+    console.print(f"written: {RECORD}, {PAGE}, {PICTURE}")
+
+
+def publish(record: Record):
+    """Writes the page and the figure of a record."""
+    draw(record, PICTURE)
+    PAGE.write_text(page(record), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
