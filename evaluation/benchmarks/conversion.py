@@ -44,6 +44,7 @@ NORM_FREE = "SM+StaticLN+G"
 # As the quickstart trains that target.
 PENALTY = ("--set", "entropy_penalty=head_mean", "--set", "entropy_coefficient=0.16")
 CONTEXT, EVALUATION_TOKENS = 128, 32768
+LARGE_CALIBRATION, LARGE_EVALUATION = 16384, 4096
 SEEDS, STEPS = (0, 1, 2), 1500
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 FINE_TUNING_SHARE = 1 / 4
@@ -210,7 +211,9 @@ def measure_large(tokenizer: Path, source: Path) -> ConversionReport:
     output = source.with_name("large-converted")
     path = output / "conversion_report.json"
     if not path.exists() or ConversionReport.load(path).conditions.git_revision != git_revision():
-        entropy_gpt("convert", source, "--to", TARGET, "--final-norm", "none", "--output", output, "--overwrite")
+        words = ("--final-norm", "none", "--context", CONTEXT, "--overwrite")
+        amounts = ("--calibration-tokens", LARGE_CALIBRATION, "--evaluation-tokens", LARGE_EVALUATION)
+        entropy_gpt("convert", source, "--to", TARGET, "--output", output, *words, *amounts)
     return ConversionReport.load(path)
 
 
@@ -311,7 +314,8 @@ All norms static, the final one too, beside the same model trained on with its L
 
 ## Size
 
-GPT-2 small, randomly initialised ({record.large_parameters:,} parameters), to {TARGET} without any norm, not healed:
+GPT-2 small, randomly initialised ({record.large_parameters:,} parameters), to {TARGET} without any norm, fitted to
+{LARGE_CALIBRATION:,} tokens and measured on {LARGE_EVALUATION:,} after every step, not healed:
 {record.large_seconds:.0f} s, and at most {record.large_peak_bytes / 2**30:.2f} GiB.
 
 Text: {conditions.corpus} ({conditions.corpus_revision}), vocabulary {conditions.vocab_size:,}; evaluated on
