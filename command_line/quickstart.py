@@ -1,4 +1,4 @@
-"""`entropy-gpt quickstart`: three small models of the family, trained, compared, saved and loaded back."""
+"""`entropy-gpt quickstart`: small models of the family, trained or converted, compared, saved and loaded back."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,11 +22,11 @@ def quickstart(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and data order.")] = 0,
 ):
     """
-    Train, compare, save and reload three small models.
+    Train, convert, compare, save and reload small models.
 
-    Trains GPT-2 and two architectures for private inference on real text, all small and alike in size, and compares
-    them: perplexity, entropy of attention heads, seconds. Each is saved as a folder ready for the Hub and loaded back
-    in a fresh process. Takes about 5 minutes on two cores; if interrupted, the same command goes on.
+    Trains GPT-2 and two architectures for private inference on real text, converts the GPT-2 to the second of them,
+    and compares all four: perplexity, entropy of attention heads, seconds. Each is saved as a folder ready for the Hub
+    and loaded back in a fresh process. Takes about 5 minutes on two cores; if interrupted, the same command goes on.
 
     Example: entropy-gpt quickstart --corpus ~/my_project/src --steps 500 --output my_run
     """

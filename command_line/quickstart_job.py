@@ -259,6 +259,7 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
         converted_from=report.source_notation,
     )
     result.hyperparameters.update({name: report.healing.settings[name] for name in ("kl_weight", "schedule")})
+    result.hyperparameters["entropy_threshold_init"] = "each head's measured entropy"
     _save(model, result, CONVERTED, data, output)
 
 
