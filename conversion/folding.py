@@ -23,6 +23,7 @@ from modeling_entropy_gpt.blocks import EntropyGPTBlock, EntropyGPTFusedFFN, Ent
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D, EntropyGPTStaticLayerNorm
 
 from .assembly import assemble
+from .errors import ConversionError
 
 
 def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
@@ -34,6 +35,9 @@ def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
 
     Returns:
         [`EntropyGPTForCausalLM`]: A model of its own, in the same dtype, in evaluation mode.
+
+    Raises:
+        `ConversionError`: If a scale of the FFN's residual sum that is to be folded is 0.
     """
     folded = copy.deepcopy(model).double().eval()
     with torch.no_grad():
@@ -103,17 +107,26 @@ def fold_residual_scaling(model: EntropyGPTForCausalLM):
     """
     Alpha into the FFN, and beta into the scale of the residual stream, up to the head. Not where LayerNorms read the
     stream in the blocks: their epsilon stands for another scale.
+
+    Raises:
+        `ConversionError`: If an alpha or a beta is 0.
     """
     config = model.config
     if not config.ffn_residual_scaling or config.normalization == "layernorm":
         return
     scale = torch.ones((), dtype=torch.double)
-    for block in model.transformer.h:
+    for layer, block in enumerate(model.transformer.h):
         block.attn.c_attn.weight *= scale
         block.attn.c_proj.weight /= scale
         block.attn.c_proj.bias /= scale
         if block.mlp is None:
             continue
+        for name in ("ffn_alpha", "ffn_beta"):
+            if getattr(block, name) == 0:
+                raise ConversionError(
+                    f"{name}=0 in layer {layer} can't be folded, since weights are divided by it: set it to a small "
+                    "number, or take the model as it is, not folded."
+                )
         reading, writing = _reading(block), _writing(block)
         reading.weight *= scale
         scale = scale * block.ffn_beta
