@@ -174,7 +174,10 @@ def fingerprint(model: EntropyGPTForCausalLM, batches: Iterable[torch.Tensor], h
 
 
 def least_rows(model: EntropyGPTForCausalLM, hidden_activation: str | None = None) -> int:
-    """The least number of tokens that a calibration takes, those that are held out included."""
+    """
+    The least number of tokens that a calibration takes, those that are held out included; in no fewer than
+    `HELD_OUT_EVERY` blocks.
+    """
     features = model.config.n_embd if hidden_activation is None else model.config.inner_size
     return math.ceil(LEAST_ROWS_PER_FEATURE * features * HELD_OUT_EVERY / (HELD_OUT_EVERY - 1))
 
@@ -268,6 +271,12 @@ class _Sums:
 def _check(calibration: Calibration):
     if not calibration.tensors:
         raise ConversionError("There is no calibration text: give at least some thousand tokens.")
+    if (blocks := calibration.rows // calibration.context) < HELD_OUT_EVERY:
+        raise ConversionError(
+            f"Too little calibration text: {blocks} blocks of {calibration.context:,} tokens, and at least "
+            f"{HELD_OUT_EVERY} are taken, of which one is held out to choose between fits. Give more text, or shorter "
+            "blocks."
+        )
     for name, tensor in calibration.tensors.items():
         if not tensor.isfinite().all():
             raise ConversionError(f"Activations are not finite at {name.rpartition('.')[0] or name}: wrong weights?")

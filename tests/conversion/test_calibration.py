@@ -163,8 +163,10 @@ def test_too_little_text_and_wrong_weights_are_refused():
     model = make_model("SM+LN+G")
     with pytest.raises(ConversionError, match="no calibration text"):
         calibrate(model, [])
+    with pytest.raises(ConversionError, match=r"Too little calibration text: 4 blocks of 60 tokens, and at least 5"):
+        calibrate(model, make_tokens(HELD_OUT_EVERY - 1, 60).split(1))
     with pytest.raises(ConversionError, match=r"Too little calibration text: 48 tokens to fit 48 features"):
-        calibrate(model, [make_tokens(2, LENGTH)])
+        calibrate(model, [make_tokens(HELD_OUT_EVERY, 12)])
     assert not any(module._forward_hooks for module in model.modules())
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
