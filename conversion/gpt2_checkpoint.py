@@ -5,6 +5,7 @@ checkpoints are written: with or without the prefix of the base model, with cons
 nanoGPT, or with LayerNorms that were made linear by an enormous epsilon.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -23,7 +24,6 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Model,
     GPT2PreTrainedModel,
-    PreTrainedConfig,
 )
 from transformers.activations import ACT2FN
 
@@ -51,11 +51,14 @@ TWINS = {
     GPT2ForQuestionAnswering: EntropyGPTForQuestionAnswering,
 }
 HEAD_OF_PARAMETER = {
-    "score.": GPT2ForSequenceClassification,
-    "classifier.": GPT2ForTokenClassification,
-    "qa_outputs.": GPT2ForQuestionAnswering,
-    "lm_head.": GPT2LMHeadModel,
+    "score.": EntropyGPTForSequenceClassification,
+    "classifier.": EntropyGPTForTokenClassification,
+    "qa_outputs.": EntropyGPTForQuestionAnswering,
+    "lm_head.": EntropyGPTForCausalLM,
 }
+# As transformers looks for weights: the first that is there, or its shards, which the index beside it lists.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "transformer."
 # Causal masks that old versions of transformers and nanoGPT saved with the weights.
 CONSTANT = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")
@@ -70,23 +73,30 @@ SHARED_FIELDS = {f.name for f in fields(EntropyGPTConfig)} & {f.name for f in fi
 SHARED_FIELDS -= {"architectures", "transformers_version", "dtype"}
 # What an import reads beside them: GPT-2's constants are refused by the configuration if they differ.
 READ_FIELDS = SHARED_FIELDS | {*GPT2_CONSTANTS, "classifier_dropout"}
+# Sizes by the names that a configuration and nanoGPT have for them.
+NANOGPT_SIZES = {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"n_positions": "block_size"}
 MOST_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    A GPT-2 as it was read.
+    A GPT-2, or an EntropyGPT, as it was read.
 
     Args:
         config (`dict`): The fields of its `config.json`, or what stands for them.
         tensors (`dict[str, torch.Tensor]`): Its weights by GPT-2's names, in GPT-2's layout.
-        model_class (`type`): The class of transformers that they belong to.
+        model_class (`type`): The class of this project that takes them.
     """
 
     config: dict
     tensors: dict[str, torch.Tensor]
-    model_class: type[GPT2PreTrainedModel]
+    model_class: type[EntropyGPTPreTrainedModel]
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether it is still to be converted."""
+        return self.config["model_type"] == GPT2Config.model_type
 
 
 def load_gpt2(source: str | Path) -> EntropyGPTPreTrainedModel:
@@ -99,10 +109,10 @@ def load_gpt2(source: str | Path) -> EntropyGPTPreTrainedModel:
             repository on the Hub, or a checkpoint file of nanoGPT (`.pt`).
 
     Raises:
-        `ConversionError`: If it is no GPT-2, parameters are unexpected, missing, of a wrong shape or not finite.
+        `ConversionError`: If it is no GPT-2, files are damaged, or parameters are unexpected, missing, there twice, of
+            a wrong shape or dtype, or not finite.
     """
-    checkpoint = read_nanogpt(Path(source)) if Path(source).is_file() else _read_folder(_find_folder(source))
-    return _build(checkpoint, str(source))
+    return _build(_read(source, [GPT2Config.model_type]), str(source))
 
 
 def load_language_model(source: str | Path) -> EntropyGPTForCausalLM:
@@ -112,21 +122,14 @@ def load_language_model(source: str | Path) -> EntropyGPTForCausalLM:
     Raises:
         `ConversionError`: As for [`load_gpt2`], and if it is no language model.
     """
-    folder = None if Path(source).is_file() else _find_folder(source)
-    if folder is not None and _read_config(folder).get("model_type") == EntropyGPTConfig.model_type:
-        try:
-            model = EntropyGPTForCausalLM.from_pretrained(folder).eval()
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ConversionError(f"{source} can't be loaded: {error}") from error
-        _check_tensors(model.state_dict(), type(model), model.config, str(source))
-    else:
-        model = load_gpt2(source if folder is None else folder)
-    if not isinstance(model, EntropyGPTForCausalLM):
+    checkpoint = _read(source, [GPT2Config.model_type, EntropyGPTConfig.model_type])
+    if checkpoint.model_class is not EntropyGPTForCausalLM:
         raise ConversionError(
-            f"{source} is no language model (it is loaded as {type(model).__name__}), and what a conversion loses is "
-            "measured by the language that a model predicts: give the checkpoint with its language modelling head."
+            f"{source} is no language model (it is read as {checkpoint.model_class.__name__}), and what a conversion "
+            "loses is measured by the language that a model predicts: give the checkpoint with its language modelling "
+            "head."
         )
-    return model
+    return _build(checkpoint, str(source))
 
 
 def from_gpt2(model: GPT2PreTrainedModel) -> EntropyGPTPreTrainedModel:
@@ -137,9 +140,9 @@ def from_gpt2(model: GPT2PreTrainedModel) -> EntropyGPTPreTrainedModel:
         `ConversionError`: As for [`load_gpt2`].
     """
     if type(model) not in TWINS:
-        raise ConversionError(f"{type(model).__name__} can't be converted: {_known_classes()}.")
+        raise ConversionError(f"{type(model).__name__} can't be converted: {_known_classes(TWINS)}.")
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    converted = _build(Checkpoint(model.config.to_dict(), tensors, type(model)), type(model).__name__)
+    converted = _build(Checkpoint(model.config.to_dict(), tensors, TWINS[type(model)]), type(model).__name__)
     return converted.train(model.training)
 
 
@@ -172,19 +175,26 @@ def read_nanogpt(path: Path) -> Checkpoint:
     Raises:
         `ConversionError`: If it is no such file.
     """
-    content = _load_pickled_tensors(path)
+    content = _unpickle(path)
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ConversionError(
             f"{path} is no checkpoint of nanoGPT: it has no 'model' and 'model_args'. Give that, a folder with a "
             "config.json, or a repository on the Hub."
         )
     sizes = content["model_args"]
-    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
+    if not isinstance(sizes, dict) or not sizes.keys() >= {*NANOGPT_SIZES.values()}:
+        raise ConversionError(
+            f"model_args={sizes!r} in {path} does not tell the sizes of a model: {', '.join(NANOGPT_SIZES.values())} "
+            "have to be in it."
+        )
+    named = _check_tensor_types(content["model"], path).items()
+    tensors = _gather(((name.removeprefix("_orig_mod."), tensor) for name, tensor in named), path)
     for name in filter(LINEAR_WEIGHT.search, tensors):
-        tensors[name] = tensors[name].mT.contiguous()
+        if tensors[name].ndim == 2:
+            tensors[name] = tensors[name].mT.contiguous()
     config = {
-        **{name: sizes[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")},
-        "n_positions": sizes["block_size"],
+        "model_type": GPT2Config.model_type,
+        **{ours: sizes[theirs] for ours, theirs in NANOGPT_SIZES.items()},
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), sizes.get("dropout", 0.0)),
         "activation_function": "gelu",
         "bos_token_id": None,
@@ -193,19 +203,34 @@ def read_nanogpt(path: Path) -> Checkpoint:
     if not sizes.get("bias", True):
         for name, tensor in list(tensors.items()):
             if LINEAR_WEIGHT.search(name) or NORM_WEIGHT.search(name):
-                tensors[name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.shape[-1])
-    return Checkpoint(config, tensors, GPT2LMHeadModel)
+                tensors[name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.shape[-1:])
+    return Checkpoint(config, tensors, EntropyGPTForCausalLM)
+
+
+def _read(source: str | Path, model_types: list[str]) -> Checkpoint:
+    if Path(source).is_file():
+        return read_nanogpt(Path(source))
+    folder = _find_folder(source)
+    if not (folder / "config.json").is_file():
+        raise ConversionError(f"{folder} has no config.json, so it is no model that transformers saved.")
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") not in model_types:
+        allowed = " or ".join(map(repr, model_types))
+        raise ConversionError(f"{folder} holds a model of type {config.get('model_type')!r}, not {allowed}.")
+    tensors = _gather((named for file in _weight_files(folder) for named in _load_tensors(file).items()), folder)
+    return Checkpoint(config, tensors, _find_class(config, tensors))
 
 
 def _find_folder(source: str | Path) -> Path:
     """The folder itself, or what the Hub has under that name."""
     if Path(source).is_dir():
         return Path(source)
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     try:
-        folder = Path(snapshot_download(str(source), allow_patterns=patterns))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "pytorch_model*.bin"]))
+        for name in WEIGHT_FILES:  # with shards and index
+            patterns = ["config.json", f"{name.replace('.', '*.')}*"]
+            folder = Path(snapshot_download(str(source), allow_patterns=patterns))
+            if list(folder.glob(f"{name}*")):
+                break
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ConversionError(
             f"{source} is neither a file or folder here nor a repository that the Hub hands out: {error}"
@@ -213,97 +238,140 @@ def _find_folder(source: str | Path) -> Path:
     return folder
 
 
-def _read_config(folder: Path) -> dict:
-    if not (folder / "config.json").is_file():
-        raise ConversionError(f"{folder} has no config.json, so it is no GPT-2 that transformers saved.")
+def _read_json(file: Path) -> dict:
     try:
-        config, _ = PreTrainedConfig.get_config_dict(folder)
-    except OSError as error:
-        raise ConversionError(f"{folder / 'config.json'} can't be read: {error}") from error
-    return config
-
-
-def _read_folder(folder: Path) -> Checkpoint:
-    config = _read_config(folder)
-    if config.get("model_type") != "gpt2":
-        raise ConversionError(f"{folder} holds a model of type {config.get('model_type')!r}, and only 'gpt2' is read.")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in _weight_files(folder):
-        tensors.update(_load_tensors(file))
-    return Checkpoint(config, tensors, _find_class(config, tensors))
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{file} can't be read: {error}. Download or save it again.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file} holds a {type(content).__name__}, not named fields. Download or save it again.")
+    return content
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """All shards, safetensors where there are any."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            return files
-    raise ConversionError(f"{folder} has no weights: neither model.safetensors (or shards) nor pytorch_model.bin.")
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            return [folder / shard for shard in _shards(index)]
+    raise ConversionError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES)}, nor an index of shards.")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index lists, all of which have to be there."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ConversionError(f"{index} has no 'weight_map' from names to files. Download or save it again.")
+    shards = sorted(set(weight_map.values()))
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
+        raise ConversionError(f"{index} lists files that are not there: {_shorten(missing)}. Download or save them.")
+    return shards
 
 
 def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
     if file.suffix != ".safetensors":
-        return _load_pickled_tensors(file)
+        return _check_tensor_types(_unpickle(file), file)
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ConversionError(f"{file} is damaged: {error}. Download or save it again.") from error
 
 
-def _load_pickled_tensors(file: Path) -> dict:
+def _unpickle(file: Path):
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the bytes make it
         raise ConversionError(f"{file} can't be read as weights alone: {type(error).__name__}: {error}") from error
 
 
-def _find_class(config: dict, tensors: Iterable[str]) -> type[GPT2PreTrainedModel]:
-    """The class that the config names, or without one, that the names of the parameters tell."""
-    by_name = {model_class.__name__: model_class for model_class in TWINS}
+def _check_tensor_types(content, file: Path) -> dict[str, torch.Tensor]:
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file} has a {type(content).__name__} for weights, not dense tensors by their names.")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not torch.is_tensor(tensor) or tensor.layout != torch.strided:
+            raise ConversionError(
+                f"{file} has a {type(tensor).__name__} for {name!r}, not a dense tensor with a name."
+            )
+    return content
+
+
+def _gather(named_tensors: Iterable[tuple[str, torch.Tensor]], source: str | Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in named_tensors:
+        if name in tensors:
+            raise ConversionError(f"{source} has {name} twice (in two files, or with a prefix and without): keep one.")
+        tensors[name] = tensor
+    return tensors
+
+
+def _find_class(config: dict, tensors: Iterable[str]) -> type[EntropyGPTPreTrainedModel]:
+    """The class for what the config names, or without one, for what the names of the parameters tell."""
+    is_gpt2 = config["model_type"] == GPT2Config.model_type
+    known = {theirs if is_gpt2 else ours: ours for theirs, ours in TWINS.items()}
     if named := config.get("architectures"):
-        if named[0] not in by_name:
-            raise ConversionError(f"The checkpoint is a {named[0]}, which can't be converted: {_known_classes()}.")
-        return by_name[named[0]]
+        for model_class, ours in known.items():
+            if named == [model_class.__name__]:
+                return ours
+        raise ConversionError(
+            f"Its config has architectures={named!r}, which can't be converted: {_known_classes(known)}."
+        )
     for prefix, model_class in HEAD_OF_PARAMETER.items():
         if any(name.startswith(prefix) for name in tensors):
             return model_class
-    return GPT2LMHeadModel
+    return EntropyGPTForCausalLM
 
 
-def _known_classes() -> str:
-    return f"those of {', '.join(model_class.__name__ for model_class in TWINS)} can"
+def _known_classes(known: Iterable[type]) -> str:
+    return f"those of {', '.join(model_class.__name__ for model_class in known)} can"
 
 
 def _build(checkpoint: Checkpoint, source: str) -> EntropyGPTPreTrainedModel:
     names = [name for name in checkpoint.tensors if CROSS_ATTENTION.search(name)]
     if names:
         raise ConversionError(f"{source} has cross-attention ({_shorten(names)}), which an EntropyGPT has not.")
-    model_class = TWINS[checkpoint.model_class]
-    tensors = _with_our_names(checkpoint.tensors, has_prefix=model_class is not EntropyGPTModel)
-    known = {name: value for name, value in checkpoint.config.items() if name in READ_FIELDS}
-    if checkpoint.config.get("layer_norm_epsilon", 0) >= EPSILON_OF_STATIC_NORM:
-        tensors = _with_static_norms(tensors, known.pop("layer_norm_epsilon"))
-        known.update(normalization="static", final_normalization="static")
-    tensors = _with_head(tensors, known, model_class, source)
-    try:
-        config = EntropyGPTConfig(**known)
-    except (StrictDataclassError, ValueError) as error:
-        reason = error.__cause__ or error
-        raise ConversionError(f"The configuration of {source} can't be converted: {reason}") from error
+    model_class, config = checkpoint.model_class, _make_config(checkpoint, source)
+    tensors = _with_our_names(checkpoint.tensors, model_class, source)
+    if checkpoint.is_gpt2 and config.layer_norm_epsilon >= EPSILON_OF_STATIC_NORM:
+        tensors = _with_static_norms(tensors, config.layer_norm_epsilon)
+        config.layer_norm_epsilon = EntropyGPTConfig.layer_norm_epsilon
+        config.normalization = config.final_normalization = "static"
+    is_tied = model_class is EntropyGPTForCausalLM and config.tie_word_embeddings
+    if is_tied and "transformer.wte.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["transformer.wte.weight"])
     _check_tensors(tensors, model_class, config, source)
+    if is_tied and not torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"]):
+        raise ConversionError(
+            f"The head of {source} differs from its token embeddings, while its config ties them: set "
+            "tie_word_embeddings to false in its config.json if the head is to be kept, or remove lm_head.weight."
+        )
     return assemble(model_class, config, tensors).eval()
 
 
-def _with_our_names(tensors: dict[str, torch.Tensor], has_prefix: bool) -> dict[str, torch.Tensor]:
-    """With the prefix of the base model, or without it, and without constants."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        if CONSTANT.search(name):
-            continue
-        bare = name.removeprefix(PREFIX)
-        is_head = bare.startswith(tuple(HEAD_OF_PARAMETER))
-        renamed[PREFIX + bare if has_prefix and not is_head else bare] = tensor
-    return renamed
+def _make_config(checkpoint: Checkpoint, source: str) -> EntropyGPTConfig:
+    known = checkpoint.config
+    if checkpoint.is_gpt2:
+        known = {name: value for name, value in known.items() if name in READ_FIELDS}
+        if known.get("activation_function") == "linear":
+            known["activation_function"] = "identity"
+    try:
+        return EntropyGPTConfig.from_dict(known)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+        reason = error.__cause__ or error
+        raise ConversionError(f"The configuration of {source} can't be converted: {reason}") from error
+
+
+def _with_our_names(tensors: dict[str, torch.Tensor], model_class: type, source: str) -> dict[str, torch.Tensor]:
+    """With the prefix of the base model, or as the base model without it and a head; and without constants."""
+
+    def rename():
+        for name, tensor in tensors.items():
+            bare = name.removeprefix(PREFIX)
+            is_head = bare.startswith(tuple(HEAD_OF_PARAMETER))
+            if CONSTANT.search(name) or (model_class is EntropyGPTModel and bare.startswith("lm_head.")):
+                continue
+            yield bare if is_head or model_class is EntropyGPTModel else PREFIX + bare, tensor
+
+    return _gather(rename(), source)
 
 
 def _with_static_norms(tensors: dict[str, torch.Tensor], epsilon: float) -> dict[str, torch.Tensor]:
@@ -315,23 +383,6 @@ def _with_static_norms(tensors: dict[str, torch.Tensor], epsilon: float) -> dict
             converted[name.removesuffix("weight") + "standard_deviation"] = tensor.new_ones(())
         converted[name] = tensor
     return converted
-
-
-def _with_head(tensors, known: dict, model_class: type, source: str) -> dict[str, torch.Tensor]:
-    """A language modelling head where it is tied, and the config's word on whether it is."""
-    if model_class is EntropyGPTModel:
-        return {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
-    embedding, head = tensors.get("transformer.wte.weight"), tensors.get("lm_head.weight")
-    if model_class is not EntropyGPTForCausalLM or embedding is None:
-        return tensors
-    if not known.setdefault("tie_word_embeddings", True):
-        return tensors
-    if head is not None and not torch.equal(head, embedding):
-        raise ConversionError(
-            f"The head of {source} differs from its token embeddings, while its config ties them: set "
-            "tie_word_embeddings to false in its config.json if the head is to be kept, or remove lm_head.weight."
-        )
-    return {**tensors, "lm_head.weight": embedding}
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor], model_class: type, config: EntropyGPTConfig, source: str):
@@ -347,7 +398,10 @@ def _check_tensors(tensors: dict[str, torch.Tensor], model_class: type, config: 
     shapes = {name: tuple(tensors[name].shape) for name in common}
     if wrong := [f"{name} {shapes[name]}, not {expected[name]}" for name in common if shapes[name] != expected[name]]:
         problems.append(f"of a wrong shape: {_shorten(wrong)}")
-    if bad := [name for name in common if not tensors[name].isfinite().all()]:
+    kinds = {name: tensors[name].dtype for name in common}
+    if other := [f"{name} {kind}" for name, kind in kinds.items() if kind not in WEIGHT_DTYPES]:
+        problems.append(f"of another dtype than {', '.join(map(str, WEIGHT_DTYPES))}: {_shorten(other)}")
+    if bad := [name for name in common if kinds[name] in WEIGHT_DTYPES and not tensors[name].isfinite().all()]:
         problems.append(f"not finite: {_shorten(bad)}")
     if problems:
         raise ConversionError(f"The weights of {source} are not those of its config. {'; '.join(problems)}.")

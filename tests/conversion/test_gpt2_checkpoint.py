@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from conversion.errors import ConversionError
-from conversion.gpt2_checkpoint import TWINS, from_gpt2, load_gpt2, to_gpt2
-from modeling_entropy_gpt import EntropyGPTForCausalLM
+from conversion.gpt2_checkpoint import TWINS, from_gpt2, load_gpt2, load_language_model, to_gpt2
+from modeling_entropy_gpt import EntropyGPTForCausalLM, EntropyGPTForSequenceClassification, EntropyGPTModel
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
 
 
@@ -44,6 +44,26 @@ def answer(model, tokens):
     """All floating point results of a forward pass, one after the other."""
     outputs = model(tokens, use_cache=False)
     return torch.cat([value.flatten() for value in outputs.to_tuple() if torch.is_tensor(value)])
+
+
+def change_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def write_pickled_shards(model, folder):
+    """As old versions of transformers did: half of the parameters in each file, and an index."""
+    names = list(model.state_dict())
+    weight_map = {name: f"pytorch_model-{1 + index % 2}.bin" for index, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        torch.save({name: model.state_dict()[name] for name in names if weight_map[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def assert_same_function(converted, original):
@@ -88,6 +108,52 @@ def test_heads_tied_and_not(tied, tmp_path):
     assert (converted.lm_head.weight is converted.get_input_embeddings().weight) == tied
     assert_same_function(converted, original)
     assert to_gpt2(converted).config.tie_word_embeddings == tied
+
+
+def test_only_the_files_of_the_checkpoint_are_read(tmp_path):
+    """Not others beside them, and shards by their index; safetensors before pickled files."""
+    original, other = make_gpt2(), make_gpt2()
+    original.save_pretrained(tmp_path)
+    for name in ("model_old", "model-best", "model-00001-of-00002"):
+        save_file({"transformer.ln_f.bias": other.transformer.ln_f.bias.detach()}, tmp_path / f"{name}.safetensors")
+    write_pickled_shards(other, tmp_path)
+    assert_same_function(load_gpt2(tmp_path), original)
+    (tmp_path / "model.safetensors").unlink()
+    assert_same_function(load_gpt2(tmp_path), other)
+    torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save({"transformer.ln_f.bias": torch.ones(32)}, tmp_path / "pytorch_model_old.bin")
+    assert_same_function(load_gpt2(tmp_path), original)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", r"index\.json can't be read"),
+        ("[]", r"index\.json holds a list"),
+        ("{}", "no 'weight_map'"),
+        ('{"weight_map": ["model-1.safetensors"]}', "no 'weight_map'"),
+        ('{"weight_map": {"wte.weight": 1}}', "no 'weight_map'"),
+        ('{"weight_map": {"wte.weight": "model-7.safetensors"}}', r"not there: model-7\.safetensors"),
+    ],
+)
+def test_damaged_indices_are_named(index, message, tmp_path):
+    make_gpt2().save_pretrained(tmp_path, max_shard_size="40KB")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ConversionError, match=message):
+        load_gpt2(tmp_path)
+
+
+def test_a_tensor_that_comes_twice_is_named(tmp_path):
+    make_gpt2().save_pretrained(tmp_path / "spellings")
+    change_weights(tmp_path / "spellings", lambda t: t.update({"ln_f.bias": t["transformer.ln_f.bias"].clone()}))
+    with pytest.raises(ConversionError, match=r"transformer\.ln_f\.bias twice"):
+        load_gpt2(tmp_path / "spellings")
+    make_gpt2().save_pretrained(tmp_path / "files", max_shard_size="40KB")
+    first, second, *_ = sorted((tmp_path / "files").glob("model-*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor}, second)
+    with pytest.raises(ConversionError, match=f"{name} twice"):
+        load_gpt2(tmp_path / "files")
 
 
 def test_old_files_without_prefix_with_masks_and_pickled(tmp_path):
@@ -191,6 +257,91 @@ def test_architectures_that_gpt2_has_not_are_refused(notation):
         to_gpt2(model)
 
 
+@pytest.mark.parametrize("notation", ["SM+LN+G", "SM+LN+R", "SM+LN"])
+def test_an_architecture_that_gpt2_has_comes_back(notation, tmp_path):
+    gpt2 = to_gpt2(make_model(notation))
+    gpt2.save_pretrained(tmp_path)
+    assert from_gpt2(gpt2).config.notation == load_gpt2(tmp_path).config.notation == notation
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_an_entropy_gpt_is_loaded_as_it_is(notation, tied, tmp_path):
+    original = make_model(notation, tie_word_embeddings=tied, head_bias=not tied).to(torch.bfloat16)
+    original.save_pretrained(tmp_path)
+    loaded = load_language_model(tmp_path)
+    assert not loaded.training
+    assert loaded.config.to_diff_dict() == EntropyGPTForCausalLM.from_pretrained(tmp_path).config.to_diff_dict()
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    state = original.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == torch.bfloat16, name
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("transformer.h.0.mlp.c_fc.bias"), r"missing: transformer\.h\.0\.mlp\.c_fc\.bias\."),
+        (lambda t: t.pop("transformer.wte.weight"), r"missing: .*transformer\.wte\.weight"),
+        (lambda t: t.update({"transformer.h.3.ln_1.bias": torch.ones(48)}), r"unexpected: .*h\.3\.ln_1\.bias"),
+        (lambda t: t.update({"transformer.ln_f.bias": torch.ones(47)}), r"ln_f\.bias \(47,\), not \(48,\)"),
+        (lambda t: t["transformer.ln_f.bias"].fill_(math.nan), r"not finite: transformer\.ln_f\.bias"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(101, 48)}), "head of .* differs from its token embeddings"),
+    ],
+    ids=["missing", "no embedding", "unexpected", "shape", "nan", "head"],
+)
+def test_wrong_weights_of_an_entropy_gpt_are_named(change, message, tmp_path):
+    make_model("EReg(SM(t)+LN+G)").save_pretrained(tmp_path)
+    change_weights(tmp_path, change)
+    with pytest.raises(ConversionError, match=message):
+        load_language_model(tmp_path)
+
+
+def test_an_untied_head_has_to_be_there(tmp_path):
+    make_model("SM+LN+G", tie_word_embeddings=False).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(ConversionError, match=r"missing: lm_head\.weight"):
+        load_language_model(tmp_path)
+
+
+@pytest.mark.parametrize("model_class", [EntropyGPTModel, EntropyGPTForSequenceClassification, *HEADS[1:]])
+def test_what_is_no_language_model_is_refused(model_class, tmp_path):
+    is_gpt2 = model_class in HEADS
+    model = make_gpt2(model_class) if is_gpt2 else make_model("SM+LN+G", model_class)
+    model.save_pretrained(tmp_path)
+    name = (TWINS[model_class] if is_gpt2 else model_class).__name__
+    with pytest.raises(ConversionError, match=rf"is no language model \(it is read as {name}\)"):
+        load_language_model(tmp_path)
+    if not is_gpt2 and model_class is not EntropyGPTModel:  # which is told by its head
+        change_config(tmp_path, architectures=None)
+        with pytest.raises(ConversionError, match="is no language model"):
+            load_language_model(tmp_path)
+
+
+def test_wrong_configurations_of_an_entropy_gpt_are_named(tmp_path):
+    make_model("SM+LN+G").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"normalization": "batch"}, "normalization"),
+        ({"normalisation": "static"}, "did you mean 'normalization'"),
+        ({"n_head": 5}, "n_head=5 does not divide"),
+        ({"id2label": [1]}, "configuration of .* can't be converted"),
+        ({"architectures": "EntropyGPTForCausalLM"}, "architectures='EntropyGPTForCausalLM', which can't be"),
+        ({"model_type": "bert"}, "type 'bert', not 'gpt2' or 'entropy_gpt'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ConversionError, match=message):
+            load_language_model(tmp_path)
+
+
+def nan_in_both_embeddings(tensors):
+    """Of a tied model whose head was saved too."""
+    tensors["transformer.wte.weight"][3, 4] = math.nan
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -198,16 +349,19 @@ def test_architectures_that_gpt2_has_not_are_refused(notation):
         (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.ones(32)}), r"unexpected: .*h\.2\.ln_1\.bias"),
         (lambda t: t.update({"transformer.ln_f.bias": torch.ones(31)}), r"ln_f\.bias \(31,\), not \(32,\)"),
         (lambda t: t["transformer.ln_f.bias"].fill_(math.nan), r"not finite: transformer\.ln_f\.bias"),
+        (nan_in_both_embeddings, r"not finite: lm_head\.weight, transformer\.wte\.weight"),
+        (
+            lambda t: t.update({"transformer.ln_f.bias": torch.ones(32).char()}),
+            r"of another dtype than .*ln_f\.bias torch\.int8",
+        ),
         (lambda t: t.update({"lm_head.weight": torch.ones(101, 32)}), "head of .* differs from its token embeddings"),
         (lambda t: t.update({"transformer.h.0.crossattention.c_attn.bias": torch.ones(2)}), "has cross-attention"),
     ],
-    ids=["missing", "unexpected", "shape", "nan", "head", "cross-attention"],
+    ids=["missing", "unexpected", "shape", "nan", "nan in both", "int8", "head", "cross-attention"],
 )
 def test_wrong_weights_are_named(change, message, tmp_path):
     make_gpt2().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
+    change_weights(tmp_path, change)
     with pytest.raises(ConversionError, match=message):
         load_gpt2(tmp_path)
 
@@ -219,20 +373,28 @@ def test_what_is_no_gpt2_is_named(tmp_path):
     with pytest.raises(ConversionError, match=r"config\.json can't be read"):
         load_gpt2(tmp_path)
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConversionError, match="type 'bert', and only 'gpt2'"):
+    with pytest.raises(ConversionError, match="type 'bert', not 'gpt2'"):
         load_gpt2(tmp_path)
     GPT2Config(**SIZES).save_pretrained(tmp_path)
     with pytest.raises(ConversionError, match="has no weights"):
         load_gpt2(tmp_path)
     make_gpt2().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2DoubleHeadsModel"]}))
-    with pytest.raises(ConversionError, match="is a GPT2DoubleHeadsModel"):
+    config = (tmp_path / "config.json").read_text()
+    for change, message in (
+        ({"architectures": ["GPT2DoubleHeadsModel"]}, r"architectures=\['GPT2DoubleHeadsModel'\], which can't be"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not supported"),
+        ({"layer_norm_epsilon": None}, "'layer_norm_epsilon' expected float, got NoneType"),
+        ({"layer_norm_epsilon": "1e-5"}, "'layer_norm_epsilon' expected float, got str"),
+        ({"id2label": ["good", "bad"]}, "configuration of .* can't be converted"),
+    ):
+        change_config(tmp_path, **change)
+        with pytest.raises(ConversionError, match=message):
+            load_gpt2(tmp_path)
+        (tmp_path / "config.json").write_text(config)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConversionError, match=r"config\.json holds a list"):
         load_gpt2(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "scale_attn_by_inverse_layer_idx": True}))
-    with pytest.raises(ConversionError, match="scale_attn_by_inverse_layer_idx=True is not supported"):
-        load_gpt2(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(config)
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ConversionError, match=r"model\.safetensors is damaged"):
         load_gpt2(tmp_path)
@@ -295,13 +457,16 @@ except ConversionError as error:
 """
 
 
-@pytest.mark.parametrize("is_old", [False, True], ids=["safetensors", "pickled"])
-def test_a_repository_of_the_hub(is_old, tmp_path):
+@pytest.mark.parametrize("weights", ["safetensors", "pickled", "pickled shards"])
+def test_a_repository_of_the_hub(weights, tmp_path):
     original = make_gpt2()
     original.save_pretrained(tmp_path / "repository")
-    if is_old:
-        (tmp_path / "repository" / "model.safetensors").unlink()
+    if weights != "safetensors":
+        (tmp_path / "repository" / "model.safetensors").rename(tmp_path / "repository" / "model_old.safetensors")
+    if weights == "pickled":
         torch.save(original.state_dict(), tmp_path / "repository" / "pytorch_model.bin")
+    elif weights == "pickled shards":
+        write_pickled_shards(original, tmp_path / "repository")
     handler = type("Handler", (LoopbackHub,), {"folder": tmp_path / "repository"})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -339,6 +504,42 @@ def test_pickled_code_is_not_run(tmp_path):
     torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
     with pytest.raises(ConversionError, match="no checkpoint of nanoGPT"):
         load_gpt2(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(2)], "a list for weights"),
+        ({"wte.weight": [1.0]}, r"a list for 'wte\.weight'"),
+        ({3: torch.ones(2)}, "a Tensor for 3"),
+        ({"wte.weight": torch.eye(2).to_sparse()}, "not a dense tensor"),
+    ],
+)
+def test_pickled_files_without_tensors_by_name_are_refused(content, message, tmp_path):
+    GPT2Config(**SIZES).save_pretrained(tmp_path)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=message):
+        load_gpt2(tmp_path)
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 101, "block_size": 64}
+    torch.save({"model": content, "model_args": sizes}, tmp_path / "ckpt.pt")
+    with pytest.raises(ConversionError, match=message):
+        load_gpt2(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("sizes", [None, {}, {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 101}])
+def test_a_nanogpt_without_sizes_is_refused(sizes, tmp_path):
+    torch.save({"model": {}, "model_args": sizes}, tmp_path / "ckpt.pt")
+    with pytest.raises(ConversionError, match=r"does not tell the sizes of a model: .*block_size have to be"):
+        load_gpt2(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_nanogpt_of_wrong_shapes_is_named(shape, tmp_path):
+    tensors = {name: torch.ones(shape) for name in NanoGPT(bias=False).state_dict()}
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 101, "block_size": 64, "bias": False}
+    torch.save({"model": tensors, "model_args": sizes}, tmp_path / "ckpt.pt")
+    with pytest.raises(ConversionError, match="of a wrong shape"):
+        load_gpt2(tmp_path / "ckpt.pt")
 
 
 def test_other_models_in_memory_are_refused():
