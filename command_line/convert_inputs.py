@@ -12,7 +12,7 @@ from datasets import Dataset
 from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from conversion.calibration import least_rows
+from conversion.calibration import HELD_OUT_EVERY, least_rows
 from conversion.errors import ConversionError
 from conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELDS, Plan, target_config
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
@@ -207,11 +207,11 @@ def check_amount(text: Text, model: EntropyGPTForCausalLM, plan: Plan):
         `ConversionError`: If a step of the plan can't be fitted to it.
     """
     fitted = [step for step in plan.steps if step.calibrated]
-    needed = max((least_rows(model, step.hidden_activation) for step in fitted), default=0)
-    if text.calibration_tokens < needed:
+    needed = [least_rows(model, step.hidden_activation) for step in fitted] + [HELD_OUT_EVERY * text.context]
+    if fitted and text.calibration_tokens < max(needed):
         raise ConversionError(
             f"Too little calibration text: {text.calibration_tokens:,} tokens, and a fit to this model takes "
-            f"{needed:,}. Give more text, or a larger --calibration-tokens."
+            f"{max(needed):,}. Give more text, or a larger --calibration-tokens."
         )
 
 

@@ -1,1 +1,1 @@
-"""Conversion of GPT-2 checkpoints (in preparation)."""
+"""Conversion of trained GPT-2s to architectures for private inference."""

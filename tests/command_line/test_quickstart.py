@@ -1,5 +1,6 @@
 """The quickstart from end to end, as a process of its own on a tiny corpus: whole, interrupted, and misused."""
 
+import math
 import shutil
 import signal
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command_line.quickstart_job import ARCHITECTURES, slug
+from command_line.quickstart_job import ARCHITECTURES, CONVERTED, TARGET, slug
+from evaluation.conversion_report import ConversionReport
 from evaluation.results import load_results
 
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
+MODELS = [*map(slug, ARCHITECTURES), CONVERTED]
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +50,21 @@ def test_everything_is_there(finished):
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
     results = load_results(output / "results.json")
-    assert [result.notation for result in results] == list(ARCHITECTURES)
-    assert len({result.training_tokens for result in results}) == 1
-    for result in results:
+    *trained, converted = results
+    assert [result.notation for result in trained] == list(ARCHITECTURES)
+    assert {result.converted_from for result in trained} == {None}
+    assert len({result.training_tokens for result in trained}) == 1
+    assert (converted.notation, converted.converted_from) == (TARGET, "SM+LN+G")
+    assert converted.training_steps == 5
+    report = ConversionReport.load(output / "conversion" / "conversion_report.json")
+    assert report.healing.steps == 5
+    assert math.exp(report.original_nats) == pytest.approx(trained[0].perplexity_per_token, rel=0.1)
+    for name, result in zip(MODELS, results, strict=True):
         assert f"{result.perplexity_per_token:.2f}" in process.stdout
         assert result.notation in process.stdout
         assert len(result.headwise_entropy_nats) == 4
-        assert (output / "pictures" / f"entropy_{slug(result.notation)}.png").stat().st_size > 5000
-        folder = output / "models" / slug(result.notation)
+        assert (output / "pictures" / f"entropy_{name}.png").stat().st_size > 5000
+        folder = output / "models" / name
         for name in ("config.json", "model.safetensors", "modeling_entropy_gpt.py", "tokenizer.json", "README.md"):
             assert (folder / name).exists()
     assert "fresh process" in process.stdout
@@ -95,13 +105,12 @@ def test_an_interrupted_run_goes_on_to_the_same_result(sent, finished, corpus, t
     resumed = run(corpus, tmp_path / "output")
     assert resumed.returncode == 0, resumed.stderr
     assert "training SM+LN+G" not in resumed.stdout
-    for notation in ARCHITECTURES:
+    for model in MODELS:
         expected, got = (
-            load_file(folder / "models" / slug(notation) / "model.safetensors")
-            for folder in (output, tmp_path / "output")
+            load_file(folder / "models" / model / "model.safetensors") for folder in (output, tmp_path / "output")
         )
         for name, tensor in expected.items():
-            torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, msg=f"{name} of {notation}")
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, msg=f"{name} of {model}")
 
 
 @pytest.mark.parametrize(

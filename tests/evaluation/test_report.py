@@ -56,6 +56,19 @@ def result():
     )
 
 
+def test_a_converted_model_is_shown_as_one_beside_those_from_scratch(result):
+    converted = dataclasses.replace(result, training_steps=3, training_tokens=3072, converted_from="SM+LN+G")
+    text = comparison_markdown([result, converted])
+    assert "| EReg(SM(t)+ScFuFFN) from SM+LN+G | none | 1,234,567 |" in text
+    assert "Trained from scratch on text (sha256:0) for 10 steps, 10,240 tokens" in text
+    assert "from SM+LN+G: fitted step by step, then healed for 3 steps, 3,072 tokens" in text
+    # From scratch, unlike amounts of training are not comparable.
+    with pytest.raises(ValueError, match="training_steps differ, 3 and 10"):
+        comparison_markdown([result, dataclasses.replace(converted, converted_from=None)])
+    assert "Converted and healed on text (sha256:0) for 3 steps" in conditions_text([converted])
+    assert "# EntropyGPT EReg(SM(t)+ScFuFFN) from SM+LN+G" in model_card(converted)
+
+
 def test_results_are_read_back_as_they_were_written(result, tmp_path):
     save_results([result, result], tmp_path / "results.json")
     assert load_results(tmp_path / "results.json") == [result, result]

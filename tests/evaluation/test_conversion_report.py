@@ -1,0 +1,105 @@
+"""Reports of conversions: records, tables and pages."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from evaluation.conversion_report import (
+    ConversionReport,
+    HealingRecord,
+    StepRecord,
+    format_perplexity,
+    report_markdown,
+    step_rows,
+)
+from evaluation.operation_counts import count_nonlinear_operations
+from evaluation.plots import plot_healing
+from evaluation.results import Conditions, recorded_versions
+from tests.architectures import make_config
+
+
+@pytest.fixture
+def report():
+    steps = [
+        StepRecord("LayerNorms static", 0.0441, 3.77, 1234567.0, 51.26, False, 940800, 1.8),
+        StepRecord("gelu_new to identity", 0.1, 3.9, None, None, True, 940800, 1.7),
+        StepRecord("FFNs fused", 0.1, 3.9, None, None, False, 480000, 0.0),
+    ]
+    return ConversionReport(
+        source="somewhere",
+        source_notation="SM+LN+G",
+        target_notation="SM+FuFFN",
+        source_final_normalization="layernorm",
+        target_final_normalization="layernorm",
+        original_nats=3.7251,
+        original_parameters=940800,
+        source_operations=count_nonlinear_operations(make_config("SM+LN+G"), 32),
+        target_operations=count_nonlinear_operations(make_config("SM+FuFFN"), 32),
+        pruning_damage={},
+        calibration_tokens=65536,
+        steps=steps,
+        healing=HealingRecord(4, 4096, 2.0, {"schedule": "gate"}, [[0.0, 3.8], [4.0, 3.7]], [[2, "ln_f removed"]]),
+        seconds=12.0,
+        peak_memory_bytes=2**30,
+        conditions=Conditions(
+            corpus="text",
+            corpus_revision="sha256:0",
+            vocab_size=300,
+            context=32,
+            evaluated_tokens=999,
+            dtype="float32",
+            seed=7,
+            versions=recorded_versions(),
+            git_revision=None,
+            machine="a machine",
+        ),
+    )
+
+
+def test_reports_are_read_back_as_they_were_written(report, tmp_path):
+    for written in (report, dataclasses.replace(report, healing=None)):
+        written.save(tmp_path / "report.json")
+        assert ConversionReport.load(tmp_path / "report.json") == written
+
+
+@pytest.mark.parametrize("change", [{"schema_version": 0}, {"steps": [{}]}, {"original_nats": "many"}])
+def test_other_files_are_refused(change, report, tmp_path):
+    report.save(tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(ValueError, match=r"(?s)no report of a conversion of this version.*Convert again"):
+        ConversionReport.load(tmp_path / "report.json")
+
+
+def test_rows_tell_what_is_missing_and_what_is_beyond_measure(report):
+    original, static, identity, fused = step_rows(report)
+    assert original == ("original", "0.0000", f"{math.exp(3.7251):.2f}", "", "", "940,800", "")
+    assert static[3:5] == ("1.23e+06", "e^51.3")
+    assert identity[3:5] == ("not finite", "")
+    assert fused[3:5] == ("", "")
+    assert format_perplexity(1e6) == "e^1e+06"
+
+
+def test_pages_and_pictures_show_the_healing(report, tmp_path):
+    page = report_markdown(report)
+    assert "- step 2: ln_f removed" in page
+    assert "| LayerNorms static | 0.0441 | 43.38 | 1.23e+06 | e^51.3 | 940,800 | 1.8 |" in page
+    assert "## Healing" not in report_markdown(dataclasses.replace(report, healing=None))
+    plot_healing(report, tmp_path / "healing.png")
+    assert (tmp_path / "healing.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("notation", "norms", "elements"),
+    [
+        ("SM+LN+G", 7, 3 * 32 * 192),
+        ("SM+LN+G+FFNi1", 6, 2 * 32 * 192),
+        ("SM+StaticLN+R", 1, 3 * 32 * 192),
+        ("SM", 1, 0),
+    ],
+)
+def test_operations_are_those_of_the_blocks_and_the_final_norm(notation, norms, elements):
+    counts = count_nonlinear_operations(make_config(notation), 32)
+    assert (counts.softmax_rows, counts.norm_rows, counts.activation_elements) == (3 * 4 * 32, norms * 32, elements)
