@@ -103,10 +103,10 @@ def read_fields(settings: list[str], final_norm: str | None) -> dict:
 
 def check_options(job: Job):
     """
-    Refuses options that would do nothing.
+    Refuses options that would do nothing, and what can't be done here.
 
     Raises:
-        `CommandError`: If there is one, with what it goes with.
+        `CommandError`: If there is such an option.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Job)}
     without_healing = ("schedule", "distill", "hidden_state_weight", "residual_scale_weight")
@@ -115,6 +115,8 @@ def check_options(job: Job):
         if getattr(job, name) != defaults[name] and not getattr(job, other):
             option, needed = (f"--{word.replace('_', '-')}" for word in (name, other))
             raise CommandError(f"{option} does nothing without {needed}: give that too, or leave it out.")
+    if job.heal_steps and (devices := torch.cuda.device_count()) > 1:
+        raise CommandError(f"Healing takes one device, and there are {devices}: set CUDA_VISIBLE_DEVICES=0.")
 
 
 def check_output(job: Job):

@@ -60,7 +60,7 @@ def test_a_folded_model_gives_the_same_logits(notation, final, tmp_path):
     folded = fold(model)
     # Or what float32 itself rounds off, folded or not: in a few of these models it is more on some processors.
     rounding = largest_difference(exact, model)
-    assert largest_difference(exact, folded) < max(1e-5, 2 * rounding) < 1e-4
+    assert largest_difference(exact, folded) < max(1e-5, 4 * rounding) < 1e-4
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     folded.save_pretrained(tmp_path)
     assert largest_difference(folded, EntropyGPTForCausalLM.from_pretrained(tmp_path)) == 0
