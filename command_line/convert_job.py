@@ -287,9 +287,9 @@ def _show_plan(original: EntropyGPTForCausalLM, target: EntropyGPTConfig, plan: 
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    if job.prune_by_damage:
-        console.print("Which FFNs are pruned, is told by what each is missed; here the deepest stand for them.")
     console.print(f"of a sequence of {context} tokens. Nothing was written.")
+    if job.prune_by_damage:
+        console.print("Which FFNs go is decided by how much each is missed; here the deepest stand for them.")
 
 
 def _print_report(report: ConversionReport, job: Job):

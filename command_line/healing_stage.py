@@ -1,7 +1,6 @@
 """The healing of a conversion: training after the steps, or while a schedule removes what they remove."""
 
 import copy
-import time
 
 import torch
 from datasets import Dataset
@@ -12,7 +11,7 @@ from conversion.calibration import Calibration
 from conversion.simplification import set_training_fields
 from evaluation.conversion_report import HealingRecord
 from modeling_entropy_gpt import EntropyGPTForCausalLM
-from training.callbacks import StepObserver
+from training.callbacks import StepObserver, Stopwatch
 from training.data import collate_blocks
 from training.healing import HealingLoss, HealingTrainer
 from training.removal_schedule import RemovalSchedule, insert_gates, remove_gates
@@ -89,7 +88,6 @@ def heal(
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    started = time.perf_counter()
     with stage(progress, "healing", steps) as line:
         trainer = HealingTrainer(
             model=model,
@@ -97,7 +95,7 @@ def heal(
             train_dataset=text.training,
             eval_dataset=Dataset.from_dict({"input_ids": torch.cat(text.validation).tolist()}),
             data_collator=collate_blocks,
-            callbacks=[StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))],
+            callbacks=[Stopwatch(), StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))],
             healing_loss=loss,
             original=original,
             residual_scale=calibration.norm_constant("transformer.ln_f"),
@@ -112,7 +110,7 @@ def heal(
     record = HealingRecord(
         steps=steps,
         tokens=steps * min(job.batch_size, len(text.training)) * text.context,
-        seconds=time.perf_counter() - started,
+        seconds=Stopwatch.of(trainer).seconds,
         settings={
             **hyperparameters,
             "warmup_share": WARMUP_SHARE,

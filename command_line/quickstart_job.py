@@ -320,7 +320,7 @@ def _train(
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
         except FloatingPointError as error:
             raise CommandError(f"{model.config.notation}: {error}") from error
-    return next(callback.seconds for callback in trainer.callback_handler.callbacks if isinstance(callback, Stopwatch))
+    return Stopwatch.of(trainer).seconds
 
 
 def _measure(

@@ -88,7 +88,7 @@ class ConversionReport:
         calibration_tokens (`int`): Tokens that the steps were fitted to.
         steps (`list[StepRecord]`): What was done, in order; healing is a step too.
         healing ([`HealingRecord`], *optional*): How it went.
-        seconds (`float`): Of all, measurements included.
+        seconds (`float`): Of all, measurements included; of the last run alone, if there was an interruption.
         peak_memory_bytes (`int`): Of the process.
         conditions ([`Conditions`]): What the numbers depend on.
     """

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
@@ -17,6 +17,11 @@ class Stopwatch(TrainerCallback, ExportableState):
         self.seconds_before = 0.0
         self.started: float | None = None
         self.stopped: float | None = None
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "Stopwatch":
+        """The present one of a trainer: a resumed run has another than the one it was given."""
+        return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, cls))
 
     @property
     def seconds(self) -> float:
