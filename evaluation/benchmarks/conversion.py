@@ -50,12 +50,13 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 FINE_TUNING_SHARE = 1 / 4
 SCRATCH, HEALED, DISTILLED, FINE_TUNED = "from scratch", "converted", "converted, distilled", "SM+LN+G"
 SCHEDULES = {"none": "all norms at once", "gate": "gates on a cosine", "staircase": "staircase"}
-ONE_STEP = {  # what leads to one step alone, or to one and then another
-    "SM+StaticLN+G": ("--final-norm", "static"),
-    "SM+LN": (),
-    "SM+LN+R": (),
-    "SM+LN+G+FFNi1": (),
-}
+ONE_STEP = (  # targets, and what else leads to one step alone
+    ("SM+StaticLN+G",),
+    ("SM+LN+G", "--final-norm", "static"),
+    ("SM+LN",),
+    ("SM+LN+R",),
+    ("SM+LN+G+FFNi1",),
+)
 IMPORTED = {
     "2 layers of 64, an untied head": {"n_layer": 2, "n_embd": 64, "n_head": 4, "tie_word_embeddings": False},
     "4 layers of 128": {"n_layer": 4, "n_embd": 128, "n_head": 4},
@@ -183,7 +184,7 @@ def measure_seed(seed: int, steps: int) -> tuple[list[StepCost], list[Run], Cond
         runs.append(Run(kind, seed, result.training_steps, result.training_tokens, same.original_nats))
 
     costs = []
-    for target, words in ONE_STEP.items():
+    for target, *words in ONE_STEP:
         report = convert(source, target, folder / f"one-{len(costs)}", seed, *words)
         costs += [StepCost(step.title, seed, step.kl, step.naive_kl) for step in report.steps]
 
@@ -293,7 +294,7 @@ outliers in its residual stream than a large one, and gains from any further tra
 ## Steps alone
 
 KL to the original in nats, on text that nothing was fitted to. Naive: weights copied, nothing fitted (norms divide by
-1, maps stay as they are). The final norm becomes static after those of the blocks.
+1, maps stay as they are).
 
 {step_table(record)}
 
