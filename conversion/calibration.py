@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modeling_entropy_gpt import EntropyGPTForCausalLM
+from modeling_entropy_gpt.blocks import EntropyGPTMLP
 from modeling_entropy_gpt.layers import build_activation
 
 from .errors import ConversionError
@@ -201,7 +202,7 @@ class _Sums:
             self.handles.append(self._watch_norm(f"{name}.ln_2", block.ln_2))
             if self.activation is None:
                 self.handles.append(block.mlp.register_forward_hook(self._moments_hook(f"{name}.mlp")))
-            elif hasattr(block.mlp, "c_fc"):
+            elif isinstance(block.mlp, EntropyGPTMLP):
                 self.handles += self._watch_hidden_features(f"{name}.mlp", block.mlp)
 
     def begin_batch(self, input_ids: torch.Tensor):

@@ -24,15 +24,6 @@ COMMAND = Path(sys.executable).with_name("entropy-gpt")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Some of this project's own source."""
-    folder = tmp_path_factory.mktemp("text")
-    for path in Path(__file__).parents[2].glob("modeling_entropy_gpt/*.py"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-@pytest.fixture(scope="module")
 def source(text, tmp_path_factory):
     """A GPT-2 with its tokenizer, as transformers saves it; its weights are large enough to tell steps apart."""
     torch.manual_seed(0)

@@ -21,15 +21,6 @@ COMMAND = Path(sys.executable).with_name("entropy-gpt")
 MODELS = [*map(slug, ARCHITECTURES), CONVERTED]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Some of this project's own source."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for path in Path(__file__).parents[2].glob("modeling_entropy_gpt/*.py"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
 def arguments(corpus, output, **options):
     options = {"steps": 20, "corpus": corpus, "output": output, **options}
     return [COMMAND, "quickstart", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
@@ -40,9 +31,9 @@ def run(corpus, output, **options):
 
 
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
+def finished(text, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "output"
-    return output, run(corpus, output)
+    return output, run(text, output)
 
 
 def test_everything_is_there(finished):
@@ -73,10 +64,10 @@ def test_everything_is_there(finished):
     assert not list(output.rglob(".unfinished-*"))
 
 
-def test_a_second_run_shows_the_same_without_training_anew(finished, corpus):
+def test_a_second_run_shows_the_same_without_training_anew(finished, text):
     output, process = finished
     before = {path: path.stat().st_mtime_ns for path in (output / "models").rglob("*")}
-    again = run(corpus, output)
+    again = run(text, output)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in (output / "models").rglob("*")} == before
     assert "training SM+LN+G" not in again.stdout
@@ -84,10 +75,10 @@ def test_a_second_run_shows_the_same_without_training_anew(finished, corpus):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_goes_on_to_the_same_result(sent, finished, corpus, tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_result(sent, finished, text, tmp_path):
     output, _ = finished
     process = subprocess.Popen(
-        arguments(corpus, tmp_path / "output"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments(text, tmp_path / "output"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     # Once the second model has a checkpoint, the first one is finished.
     checkpoints = tmp_path / "output" / "checkpoints" / slug("SM+ScFuFFN")
@@ -102,7 +93,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(sent, finished, corpus, t
         assert error.splitlines()[-1] == "entropy-gpt: interrupted. The same command goes on from here."
         assert "Traceback" not in error
 
-    resumed = run(corpus, tmp_path / "output")
+    resumed = run(text, tmp_path / "output")
     assert resumed.returncode == 0, resumed.stderr
     assert "training SM+LN+G" not in resumed.stdout
     for model in MODELS:
@@ -135,18 +126,18 @@ def test_a_bad_corpus_leaves_nothing(content, message, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
-def test_another_runs_folder_is_not_touched(finished, corpus):
+def test_another_runs_folder_is_not_touched(finished, text):
     output, _ = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    process = run(corpus, output, steps=21)
+    process = run(text, output, steps=21)
     assert process.returncode == 1
     assert "steps 20 then, 21 now" in process.stderr
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
-def test_a_folder_of_something_else_is_not_touched(corpus, tmp_path):
+def test_a_folder_of_something_else_is_not_touched(text, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    process = run(corpus, tmp_path)
+    process = run(text, tmp_path)
     assert process.returncode == 1
     assert "holds no quickstart" in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
@@ -162,10 +153,10 @@ def test_a_folder_that_holds_nothing_whole_counts_as_empty(tmp_path):
 
 
 @pytest.mark.parametrize("damaged", ["settings.json", "models/sm-ln-g/results.json"])
-def test_damaged_files_are_named(damaged, finished, corpus, tmp_path):
+def test_damaged_files_are_named(damaged, finished, text, tmp_path):
     shutil.copytree(finished[0], tmp_path / "output")
     (tmp_path / "output" / damaged).write_text("{")
-    process = run(corpus, tmp_path / "output")
+    process = run(text, tmp_path / "output")
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
     assert damaged in line

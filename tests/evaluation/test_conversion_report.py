@@ -16,12 +16,11 @@ from evaluation.conversion_report import (
 )
 from evaluation.operation_counts import count_nonlinear_operations
 from evaluation.plots import plot_healing
-from evaluation.results import Conditions, recorded_versions
 from tests.architectures import make_config
 
 
 @pytest.fixture
-def report():
+def report(conditions):
     steps = [
         StepRecord("LayerNorms static", 0.0441, 3.77, 1234567.0, 51.26, False, 940800, 1.8),
         StepRecord("gelu_new to identity", 0.1, 3.9, None, None, True, 940800, 1.7),
@@ -43,18 +42,7 @@ def report():
         healing=HealingRecord(4, 4096, 2.0, {"schedule": "gate"}, [[0.0, 3.8], [4.0, 3.7]], [[2, "ln_f removed"]]),
         seconds=12.0,
         peak_memory_bytes=2**30,
-        conditions=Conditions(
-            corpus="text",
-            corpus_revision="sha256:0",
-            vocab_size=300,
-            context=32,
-            evaluated_tokens=999,
-            dtype="float32",
-            seed=7,
-            versions=recorded_versions(),
-            git_revision=None,
-            machine="a machine",
-        ),
+        conditions=conditions,
     )
 
 

@@ -18,17 +18,15 @@ from evaluation.report import (
     update_readme,
 )
 from evaluation.results import (
-    Conditions,
     ModelResult,
     git_revision,
     load_results,
-    recorded_versions,
     save_results,
 )
 
 
 @pytest.fixture
-def result():
+def result(conditions):
     return ModelResult(
         notation="EReg(SM(t)+ScFuFFN)",
         final_normalization="none",
@@ -41,18 +39,7 @@ def result():
         bits_per_byte=2.1649,
         headwise_entropy_nats=[[3.0, 1.0], [0.5, 3.5]],
         maximum_entropy_nats=4.0,
-        conditions=Conditions(
-            corpus="text",
-            corpus_revision="sha256:0",
-            vocab_size=300,
-            context=128,
-            evaluated_tokens=999,
-            dtype="float32",
-            seed=7,
-            versions=recorded_versions(),
-            git_revision=None,
-            machine="a machine",
-        ),
+        conditions=conditions,
     )
 
 
