@@ -38,7 +38,8 @@ def convert(
         typer.Option("--set", metavar="FIELD=VALUE", help="What acts in training alone, like resid_pdrop=0."),
     ] = None,
     prune_by_damage: Annotated[
-        bool, typer.Option(help="Prune as many FFNs as --to says, but those that are missed least.")
+        bool,
+        typer.Option("--prune-by-damage", help="Prune as many FFNs as --to says, but those that are missed least."),
     ] = False,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence (default: up to 1024).")] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the steps are fitted to.")] = 65536,
@@ -53,7 +54,9 @@ def convert(
             help="Remove all at once before healing, through gates that close together, or one by one (staircase)."
         ),
     ] = Schedule.none,
-    distill: Annotated[bool, typer.Option(help="Heal by the original's predictions too, at equal weight.")] = False,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Heal by the original's predictions too, at equal weight.")
+    ] = False,
     distill_temperature: Annotated[float, typer.Option(min=0.01, help="Softens what is distilled.")] = 1.0,
     hidden_state_weight: Annotated[
         float, typer.Option(min=0, help="Weight of the distance to the original's residual stream.")
