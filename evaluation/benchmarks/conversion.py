@@ -48,7 +48,8 @@ LARGE_CALIBRATION, LARGE_EVALUATION = 16384, 4096
 SEEDS, STEPS = (0, 1, 2), 1500
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 FINE_TUNING_SHARE = 1 / 4
-SCRATCH, HEALED, DISTILLED, FINE_TUNED = "from scratch", "converted", "converted, distilled", "SM+LN+G"
+SOURCE, SCRATCH, HEALED, DISTILLED = "the source, SM+LN+G", "from scratch", "converted", "converted, distilled"
+FINE_TUNED = "SM+LN+G"
 SCHEDULES = {"none": "all norms at once", "gate": "gates on a cosine", "staircase": "staircase"}
 ONE_STEP = (  # targets, and what else leads to one step alone
     ("SM+StaticLN+G",),
@@ -187,6 +188,7 @@ def measure_seed(seed: int, steps: int) -> tuple[list[StepCost], list[Run], Cond
     for target, *words in ONE_STEP:
         report = convert(source, target, folder / f"one-{len(costs)}", seed, *words)
         costs += [StepCost(step.title, seed, step.kl, step.naive_kl) for step in report.steps]
+    runs.append(Run(SOURCE, seed, steps, runs[0].tokens, report.original_nats))
 
     def train(kind: str, target: str, share: float, *words):
         heal_steps = max(1, round(share * steps))
@@ -236,16 +238,15 @@ def step_table(record: Record) -> str:
 
 def healing_table(record: Record) -> str:
     scratch = record.nats(SCRATCH, record.training_steps)
-    rows = [("from scratch", f"{record.training_steps:,}", "1", spread([math.exp(n) for n in scratch]), "", "")]
-    for kind in (HEALED, DISTILLED):
+    rows = []
+    for kind in (SCRATCH, SOURCE, HEALED, DISTILLED):
         for steps in sorted({run.steps for run in record.runs if run.kind == kind}):
             nats = record.nats(kind, steps)
             above = [mine - theirs for mine, theirs in zip(nats, scratch, strict=True)]
-            share = f"{steps / record.training_steps:.3g}"
             better = f"{sum(value <= 0 for value in above)} of {len(above)}"
-            rows.append(
-                (kind, f"{steps:,}", share, spread([math.exp(n) for n in nats]), spread(above, "+.3f"), better)
-            )
+            compared = ("", "") if kind == SCRATCH else (spread(above, "+.3f"), better)
+            share = f"{steps / record.training_steps:.3g}"
+            rows.append((kind, f"{steps:,}", share, spread([math.exp(n) for n in nats]), *compared))
     columns = ("trained", "steps", "share of tokens", "perplexity", "nats above from scratch", "seeds not above")
     return _table(columns, rows)
 
