@@ -34,6 +34,7 @@ from evaluation.plots import plot_healing
 from evaluation.results import Conditions, git_revision, machine_name, peak_memory, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.data import CorpusError
+from training.files import delete, written_whole
 
 from .convert_inputs import (
     LONGEST_CONTEXT,
@@ -47,7 +48,6 @@ from .convert_inputs import (
     read_text,
 )
 from .errors import CommandError
-from .files import delete, written_whole
 from .healing_stage import heal
 from .progress import progress_display, stage
 

@@ -44,12 +44,12 @@ from training.data import (
     pack,
     train_tokenizer,
 )
+from training.files import delete, is_finished, written_whole
 from training.trainer import EntropyTrainer, last_checkpoint
 
 from .convert_inputs import Job, Text, spread
 from .convert_job import convert
 from .errors import CommandError
-from .files import delete, is_finished, written_whole
 from .progress import progress_display, stage
 
 

@@ -27,9 +27,11 @@ def main(result: str, folder: str, penalty: str):
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
-    Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate_blocks).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate_blocks)
+    trainer.train()
     if arguments.process_index == 0:
         torch.save(model.state_dict(), result)
+    trainer.end()  # threads of the process group that outlive the interpreter abort it
 
 
 if __name__ == "__main__":
