@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SOURCES := modeling_entropy_gpt conversion training evaluation command_line tests
 
-.PHONY: quickstart results test style bench clean
+.PHONY: quickstart results runs test style bench clean
 
 quickstart: $(INSTALLED)  ## Trains, converts, compares, draws, saves and reloads small models (about 5 minutes).
 	$(BIN)/entropy-gpt quickstart $(ARGS)
@@ -16,6 +16,16 @@ results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in t
 	cp quickstart_output/results.json model_cards/results/quickstart.json
 	cp quickstart_output/pictures/entropy_comparison.png model_cards/results/quickstart_entropy.png
 	$(BIN)/python -m evaluation.report
+
+runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectures, for docs/training.md.
+	rm -rf runs/sm-ln-g runs/sm-scfuffn runs/ereg-smt-scfuffn
+	$(BIN)/entropy-gpt train python-stdlib-small notation="SM+LN+G" output_dir=runs/sm-ln-g
+	$(BIN)/entropy-gpt train python-stdlib-small notation="SM+ScFuFFN" output_dir=runs/sm-scfuffn
+	$(BIN)/entropy-gpt train python-stdlib-small output_dir=runs/ereg-smt-scfuffn
+	for run in sm-ln-g sm-scfuffn ereg-smt-scfuffn; do \
+		mkdir -p model_cards/results/runs/$$run && cp runs/$$run/training_log.jsonl model_cards/results/runs/$$run/ || exit 1; done
+	$(BIN)/entropy-gpt plot model_cards/results/runs/sm-ln-g model_cards/results/runs/sm-scfuffn \
+		model_cards/results/runs/ereg-smt-scfuffn --output docs/training
 
 test: $(INSTALLED)  ## Runs the default test suite, offline.
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from rich.progress import Progress
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from conversion.calibration import HELD_OUT_EVERY, least_rows
 from conversion.errors import ConversionError
 from conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELDS, Plan, target_config
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
-from training.data import Corpus, load_corpus, load_standard_library, pack
+from training.corpus import load_corpus, load_standard_library
+from training.errors import CorpusError
+from training.packing import pack, spread_blocks
+from training.tokenizer import load_tokenizer
 
 from .errors import CommandError
 from .progress import stage
@@ -62,9 +65,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Text:
-    """The text as the model sees it."""
+    """The text as the model sees it; name and revision as those of a corpus."""
 
-    corpus: Corpus
+    name: str
+    revision: str
     tokenizer: PreTrainedTokenizerFast
     training: Dataset
     calibration: tuple[torch.Tensor, ...]
@@ -181,11 +185,14 @@ def read_text(job: Job, config: EntropyGPTConfig, progress: Progress) -> Text:
         corpus = load_standard_library() if job.text is None else load_corpus(job.text, without=job.output)
         line.say(f"{corpus.characters:,} characters")
     with stage(progress, "tokenising", len(corpus.training) + len(corpus.validation)) as line:
-        training = pack(corpus.training, tokenizer, context, lambda _: line.advance())
-        validation = pack(corpus.validation, tokenizer, context, lambda _: line.advance())
+        training, validation = (
+            pack((document.text for document in documents), tokenizer, context, line.advance)
+            for documents in (corpus.training, corpus.validation)
+        )
         line.say(f"{len(training) + len(validation):,} blocks of {context} tokens")
     return Text(
-        corpus,
+        corpus.name,
+        corpus.revision,
         tokenizer,
         training,
         spread(training, job.calibration_tokens),
@@ -196,9 +203,8 @@ def read_text(job: Job, config: EntropyGPTConfig, progress: Progress) -> Text:
 def spread(blocks: Dataset, tokens: int) -> tuple[torch.Tensor, ...]:
     """As many blocks as make up the tokens, at least one, evenly over all of them, in batches."""
     context = len(blocks[0]["input_ids"])
-    count = min(len(blocks), max(1, tokens // context))
-    chosen = blocks.select([index * len(blocks) // count for index in range(count)])
-    return torch.tensor(chosen["input_ids"]).split(max(1, BATCH_TOKENS // context))
+    chosen = spread_blocks(blocks, max(1, tokens // context)).with_format("torch")
+    return chosen[:]["input_ids"].split(max(1, BATCH_TOKENS // context))
 
 
 def check_amount(text: Text, model: EntropyGPTForCausalLM, plan: Plan):
@@ -227,15 +233,9 @@ def _inputs_inside(job: Job) -> Iterator[Path]:
 def _load_tokenizer(job: Job, config: EntropyGPTConfig) -> PreTrainedTokenizerFast:
     place = job.tokenizer or job.source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CommandError(
-            f"{place} has no tokenizer that can be loaded; say where it is with --tokenizer."
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
-        raise CommandError(f"The tokenizer of {place} is no fast one with an end-of-text token; give --tokenizer.")
-    if not tokenizer.backend_tokenizer.encode("a").ids:  # transformers makes one without tokens where files lack
-        raise CommandError(f"{place} has no tokenizer files; say where the tokenizer is with --tokenizer.")
+        tokenizer = load_tokenizer(place)
+    except CorpusError as error:
+        raise CommandError(f"{error} Say where the tokenizer is with --tokenizer.") from error
     if len(tokenizer) > config.vocab_size:
         raise CommandError(
             f"The tokenizer of {place} has {len(tokenizer):,} tokens, and the model {config.vocab_size:,}: give the "

@@ -33,7 +33,7 @@ from evaluation.operation_counts import count_nonlinear_operations
 from evaluation.plots import plot_healing
 from evaluation.results import Conditions, git_revision, machine_name, peak_memory, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
-from training.data import CorpusError
+from training.errors import CorpusError
 from training.files import delete, written_whole
 
 from .convert_inputs import (
@@ -153,8 +153,8 @@ def _convert(
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory(),
         conditions=Conditions(
-            corpus=text.corpus.name,
-            corpus_revision=text.corpus.revision,
+            corpus=text.name,
+            corpus_revision=text.revision,
             vocab_size=len(text.tokenizer),
             context=text.context,
             evaluated_tokens=sum(batch.numel() - len(batch) for batch in text.validation),
@@ -174,7 +174,7 @@ def _begin_work(job: Job, original: EntropyGPTForCausalLM, text: Text):
     settings = {
         **{name: str(value) for name, value in vars(job).items()},
         "original": fingerprint(original, text.calibration, None),
-        "corpus": text.corpus.revision,
+        "corpus": text.revision,
         "versions": recorded_versions(),
         "git_revision": git_revision(),
     }

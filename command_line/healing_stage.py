@@ -5,17 +5,19 @@ import copy
 import torch
 from datasets import Dataset
 from rich.progress import Progress
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, set_seed
 
 from conversion.calibration import Calibration
 from conversion.simplification import set_training_fields
 from evaluation.conversion_report import HealingRecord
 from modeling_entropy_gpt import EntropyGPTForCausalLM
-from training.callbacks import StepObserver, Stopwatch
-from training.data import collate_blocks
+from training.arguments import PAPER_HYPERPARAMETERS, WARMUP_SHARE, EntropyTrainingArguments
+from training.callbacks import StepObserver, Stopwatch, find_callback
+from training.checkpoints import last_checkpoint
+from training.divergence import MOST_ROLLBACKS
 from training.healing import HealingLoss, HealingTrainer
+from training.packing import collate_blocks
 from training.removal_schedule import RemovalSchedule, insert_gates, remove_gates
-from training.trainer import last_checkpoint
 
 from .convert_inputs import Job, Text
 from .errors import CommandError
@@ -25,8 +27,6 @@ from .progress import stage
 # The result is evaluated, and its state kept, so many times in the course of healing.
 HEALING_EVALUATIONS = 15
 CHECKPOINTS = 10
-HYPERPARAMETERS = {"weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
-WARMUP_SHARE = 0.05
 # The schedule removes in this part of healing; the rest is without what was removed.
 REMOVAL_SHARE = 0.6
 DISTILLATION_WEIGHT = 0.5
@@ -60,14 +60,14 @@ def heal(
     if with_gates:
         model = insert_gates(set_training_fields(original, simplified.config), simplified, calibration)
     steps = job.heal_steps
-    hyperparameters = {"learning_rate": job.learning_rate, **HYPERPARAMETERS}
+    hyperparameters = {"learning_rate": job.learning_rate, **PAPER_HYPERPARAMETERS}
     loss = HealingLoss(
         logits=DISTILLATION_WEIGHT * job.distill,
         temperature=job.distill_temperature,
         hidden_states=job.hidden_state_weight,
         residual_scale=job.residual_scale_weight,
     )
-    arguments = TrainingArguments(
+    arguments = EntropyTrainingArguments(
         output_dir=job.work / "checkpoints",
         max_steps=steps,
         per_device_train_batch_size=job.batch_size,
@@ -83,10 +83,8 @@ def heal(
         logging_steps=max(1, steps // 100),
         save_steps=max(1, steps // CHECKPOINTS),
         save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,
         report_to=[],
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
     with stage(progress, "healing", steps) as line:
         trainer = HealingTrainer(
@@ -103,14 +101,16 @@ def heal(
             schedule=RemovalSchedule(model, job.schedule) if with_gates else None,
         )
         trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(job.work / "checkpoints"))
-        except FloatingPointError as error:
-            raise CommandError(f"{simplified.config.notation}: {error}") from error
+        trainer.train(resume_from_checkpoint=last_checkpoint(job.work / "checkpoints"))
+    if (reason := trainer.progress.diverged) is not None:
+        raise CommandError(
+            f"{simplified.config.notation}: healing ran away {MOST_ROLLBACKS + 1} times, and was {reason}. Lower the "
+            "learning rate, or give it more steps."
+        )
     record = HealingRecord(
         steps=steps,
         tokens=steps * min(job.batch_size, len(text.training)) * text.context,
-        seconds=Stopwatch.of(trainer).seconds,
+        seconds=find_callback(trainer, Stopwatch).seconds,
         settings={
             **hyperparameters,
             "warmup_share": WARMUP_SHARE,

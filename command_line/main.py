@@ -1,5 +1,7 @@
 """The console command `entropy-gpt`."""
 
+import atexit
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -8,7 +10,9 @@ import typer
 
 from .convert import convert
 from .errors import CommandError
+from .plot import plot
 from .quickstart import quickstart
+from .train import train
 
 
 INTERRUPTED = 130
@@ -20,7 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(quickstart)
+app.command()(train)
 app.command()(convert)
+app.command()(plot)
 
 
 def print_version(wanted: bool):
@@ -43,7 +49,21 @@ def main() -> int:
     status = _run_app()
     if status == INTERRUPTED:
         print("entropy-gpt: interrupted. The same command goes on from here.", file=sys.stderr)
+    if "WORLD_SIZE" in os.environ:
+        _leave(status)
     return status
+
+
+def _leave(status: int):
+    """
+    Ends one of several processes without taking the interpreter apart. Its process group has threads of its own: left
+    alone they may abort the process, and if the last reference to the group goes while they wait for the interpreter's
+    lock, they and it wait for each other.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _run_app() -> int:
@@ -60,5 +80,5 @@ def _run_app() -> int:
         )
         return 1
     except (CommandError, OSError) as failure:
-        print(f"entropy-gpt: {failure}", file=sys.stderr)
+        print(f"entropy-gpt: {' '.join(str(failure).split())}", file=sys.stderr)  # libraries write paragraphs
         return 1

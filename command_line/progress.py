@@ -22,9 +22,9 @@ class Stage:
         """So many more units are done."""
         self._progress.update(self._task, advance=count)
 
-    def reach(self, completed: int):
-        """So many units are done in all."""
-        self._progress.update(self._task, completed=completed)
+    def reach(self, completed: int, total: int | None = None):
+        """So many units are done in all, of so many if that is known only now."""
+        self._progress.update(self._task, completed=completed, total=total)
 
 
 def progress_display(console: Console) -> Progress:

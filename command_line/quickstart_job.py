@@ -13,19 +13,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
 from transformers.utils import logging
 
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
 from conversion.simplification import target_config
-from evaluation.entropy_diagnostics import measure_headwise_entropy
-from evaluation.perplexity import measure_likelihood
 from evaluation.plots import plot_comparison, plot_headwise_entropy
 from evaluation.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
 from evaluation.report import comparison_rows, conditions_text, model_card
 from evaluation.results import (
-    Conditions,
     ModelResult,
     git_revision,
     load_results,
@@ -34,22 +31,20 @@ from evaluation.results import (
     save_results,
 )
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
-from training.callbacks import StepObserver, Stopwatch
-from training.data import (
-    Corpus,
-    CorpusError,
-    collate_blocks,
-    load_corpus,
-    load_standard_library,
-    pack,
-    train_tokenizer,
-)
+from training.arguments import PAPER_HYPERPARAMETERS, WARMUP_SHARE, EntropyTrainingArguments
+from training.callbacks import StepObserver, Stopwatch, find_callback
+from training.checkpoints import last_checkpoint
+from training.corpus import Corpus, load_corpus, load_standard_library
+from training.errors import CorpusError
 from training.files import delete, is_finished, written_whole
-from training.trainer import EntropyTrainer, last_checkpoint
+from training.packing import collate_blocks, pack, spread_blocks
+from training.tokenizer import train_tokenizer
+from training.trainer import EntropyTrainer
 
 from .convert_inputs import Job, Text, spread
 from .convert_job import convert
 from .errors import CommandError
+from .measurement import describe_config, measure_model
 from .progress import progress_display, stage
 
 
@@ -74,8 +69,7 @@ VOCAB_SIZE = 1024
 CONTEXT = 128
 BATCH_SIZE = 8
 # The paper's recipe: AdamW, 5 % of the steps warm-up, then linear decay.
-HYPERPARAMETERS = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
-WARMUP_SHARE = 0.05
+HYPERPARAMETERS = {"learning_rate": 1e-3, **PAPER_HYPERPARAMETERS}
 CHECKPOINTS = 15
 EVALUATED_BLOCKS = 512
 PROMPT = "def __init__(self, "
@@ -199,18 +193,15 @@ def _tokenize(corpus: Corpus, progress: Progress) -> Data:
         tokenizer = train_tokenizer((document.text for document in corpus.training), VOCAB_SIZE)
         line.say(f"{len(tokenizer):,} tokens")
     with stage(progress, "tokenising", len(corpus.training) + len(corpus.validation)) as line:
-        training = pack(corpus.training, tokenizer, CONTEXT, lambda _: line.advance())
+        training = pack((document.text for document in corpus.training), tokenizer, CONTEXT, line.advance)
         try:
-            validation = pack(corpus.validation, tokenizer, CONTEXT, lambda _: line.advance())
+            validation = pack((document.text for document in corpus.validation), tokenizer, CONTEXT, line.advance)
         except CorpusError as error:
-            length = sum(len(document.text) for document in corpus.validation)
+            length = sum(document.length for document in corpus.validation)
             part = f"the part kept for validation, {length:,} of {corpus.characters:,} characters"
             raise CorpusError(f"In {part}: {error}") from error
         line.say(f"{len(training) + len(validation):,} blocks of {CONTEXT} tokens")
-    if len(validation) > EVALUATED_BLOCKS:
-        spread = [index * len(validation) // EVALUATED_BLOCKS for index in range(EVALUATED_BLOCKS)]
-        validation = validation.select(spread)
-    return Data(corpus, tokenizer, training, validation)
+    return Data(corpus, tokenizer, training, spread_blocks(validation, EVALUATED_BLOCKS))
 
 
 def _train_and_save(notation: str, data: Data, steps: int, seed: int, output: Path, progress: Progress):
@@ -242,7 +233,8 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
         seed=seed,
     )
     text = Text(
-        data.corpus,
+        data.corpus.name,
+        data.corpus.revision,
         data.tokenizer,
         data.training,
         spread(data.training, job.calibration_tokens),
@@ -285,7 +277,6 @@ def _make_config(notation: str, tokenizer: PreTrainedTokenizerFast) -> EntropyGP
         n_positions=CONTEXT,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        detect_divergence=True,
     )
 
 
@@ -293,7 +284,7 @@ def _train(
     model: EntropyGPTForCausalLM, data: Data, steps: int, seed: int, checkpoints: Path, progress: Progress
 ) -> float:
     """Trains from the last whole checkpoint on, and returns the seconds that all of training took."""
-    arguments = TrainingArguments(
+    arguments = EntropyTrainingArguments(
         output_dir=checkpoints,
         max_steps=steps,
         per_device_train_batch_size=BATCH_SIZE,
@@ -302,10 +293,8 @@ def _train(
         seed=seed,
         logging_steps=max(1, steps // 100),
         save_steps=max(1, steps // CHECKPOINTS),
-        restore_callback_states_from_checkpoint=True,
         report_to=[],
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
     with stage(progress, f"training {model.config.notation}", steps) as line:
         trainer = EntropyTrainer(
@@ -316,62 +305,28 @@ def _train(
             callbacks=[Stopwatch(), StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))],
         )
         trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-        except FloatingPointError as error:
-            raise CommandError(f"{model.config.notation}: {error}") from error
-    return Stopwatch.of(trainer).seconds
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    if (reason := trainer.guard.diverged) is not None:
+        raise CommandError(f"{model.config.notation}: training diverged, and was {reason}.")
+    return find_callback(trainer, Stopwatch).seconds
 
 
 def _measure(
     model: EntropyGPTForCausalLM, data: Data, steps: int, seed: int, seconds: float, progress: Progress
 ) -> ModelResult:
-    with stage(progress, f"evaluating {model.config.notation}", 2 * len(data.validation)) as line:
-        likelihood = measure_likelihood(model, data.validation, data.tokenizer, on_blocks=line.advance)
-        entropy = measure_headwise_entropy(model, data.validation, on_blocks=line.advance)
-        line.say(f"perplexity {likelihood.perplexity:.2f}")
-    return ModelResult(
-        notation=model.config.notation,
-        final_normalization=model.config.final_normalization,
-        parameters=model.num_parameters(only_trainable=True),
-        training_steps=steps,
-        training_tokens=steps * BATCH_SIZE * CONTEXT,
-        training_seconds=seconds,
-        hyperparameters=_describe_training(model.config),
-        perplexity_per_token=likelihood.perplexity,
-        bits_per_byte=likelihood.bits_per_byte,
-        headwise_entropy_nats=entropy.nats,
-        maximum_entropy_nats=entropy.maximum,
-        conditions=Conditions(
-            corpus=data.corpus.name,
-            corpus_revision=data.corpus.revision,
-            vocab_size=len(data.tokenizer),
-            context=CONTEXT,
-            evaluated_tokens=likelihood.tokens,
-            dtype=str(model.dtype).removeprefix("torch."),
-            seed=seed,
-            versions=recorded_versions(),
-            git_revision=git_revision(),
-            machine=machine_name(model.device),
-        ),
-    )
-
-
-def _describe_training(config: EntropyGPTConfig) -> dict:
-    """All that this model was told beside its notation."""
-    names = [*SIZES]
-    if config.attention_temperature != "none":
-        names += ["temperature_init"]
-    if config.entropy_regularization:
-        names += ["entropy_penalty", "entropy_coefficient", "entropy_tolerance", "entropy_threshold_init"]
-        names += ["entropy_maximum"]
-    return {
-        **HYPERPARAMETERS,
-        "warmup_share": WARMUP_SHARE,
-        "batch_size": BATCH_SIZE,
-        "dropout": config.resid_pdrop,
-        **{name: getattr(config, name) for name in names},
+    training = {
+        "training_steps": steps,
+        "training_tokens": steps * BATCH_SIZE * CONTEXT,
+        "training_seconds": seconds,
+        "hyperparameters": {
+            **HYPERPARAMETERS,
+            "warmup_share": WARMUP_SHARE,
+            "batch_size": BATCH_SIZE,
+            **describe_config(model.config),
+        },
     }
+    corpus = (data.corpus.name, data.corpus.revision)
+    return measure_model(model, data.validation, data.tokenizer, corpus, training, seed, progress)
 
 
 def _draw(results: list[ModelResult], output: Path):

@@ -95,11 +95,11 @@ def fold_head_temperatures(model: EntropyGPTForCausalLM):
     if model.config.attention_temperature != "head":
         return
     for block in model.transformer.h:
-        factors = torch.exp(-block.attn.log_temperature).expand(-1, block.attn.head_dim).flatten()
+        factors = torch.exp(-block.attn.temperature.log_temperature).expand(-1, block.attn.head_dim).flatten()
         width = model.config.n_embd
         block.attn.c_attn.weight[:, :width] *= factors
         block.attn.c_attn.bias[:width] *= factors
-        block.attn.log_temperature = None
+        block.attn.temperature = None
     model.config.attention_temperature = "none"
 
 
@@ -122,17 +122,17 @@ def fold_residual_scaling(model: EntropyGPTForCausalLM):
         if block.mlp is None:
             continue
         for name in ("ffn_alpha", "ffn_beta"):
-            if getattr(block, name) == 0:
+            if getattr(block.residual_scaling, name) == 0:
                 raise ConversionError(
                     f"{name}=0 in layer {layer} can't be folded, since weights are divided by it: set it to a small "
                     "number, or take the model as it is, not folded."
                 )
         reading, writing = _reading(block), _writing(block)
         reading.weight *= scale
-        scale = scale * block.ffn_beta
-        writing.weight /= scale * block.ffn_alpha
-        writing.bias /= scale * block.ffn_alpha
-        block.ffn_alpha = block.ffn_beta = None
+        scale = scale * block.residual_scaling.ffn_beta
+        writing.weight /= scale * block.residual_scaling.ffn_alpha
+        writing.bias /= scale * block.residual_scaling.ffn_alpha
+        block.residual_scaling = None
     if config.final_normalization == "layernorm":
         # LayerNorm takes the scale off, but for its epsilon and the sign.
         config.layer_norm_epsilon = model.transformer.ln_f.eps = config.layer_norm_epsilon / scale.item() ** 2

@@ -129,7 +129,7 @@ def scale_ffns(model: Model) -> Model:
     for ffn in _ffn_names(model):
         block = ffn.removesuffix(".mlp")
         for scale in ("ffn_alpha", "ffn_beta"):
-            tensors[f"{block}.{scale}"] = torch.ones((), dtype=model.dtype)
+            tensors[f"{block}.residual_scaling.{scale}"] = torch.ones(1, dtype=model.dtype)
     return _rebuild(model, tensors, ffn_residual_scaling=True)
 
 
@@ -144,7 +144,7 @@ def add_temperatures(model: Model, kind: str) -> Model:
     tensors, config = model.state_dict(), model.config
     positions = config.n_positions if kind == "position" else 1
     for layer in range(config.n_layer):
-        name = f"transformer.h.{layer}.attn.log_temperature"
+        name = f"transformer.h.{layer}.attn.temperature.log_temperature"
         tensors[name] = torch.zeros(config.n_head, positions, dtype=model.dtype)
     return _rebuild(model, tensors, attention_temperature=kind, temperature_init=1.0)
 
@@ -163,7 +163,7 @@ def add_thresholds(model: Model, calibration: Calibration, **fields) -> Model:
     maximum = fields.get("entropy_maximum", model.config.entropy_maximum)
     for layer in range(model.config.n_layer):
         name = f"transformer.h.{layer}.attn"
-        tensors[f"{name}.entropy_threshold"] = calibration.threshold(name, maximum).to(model.dtype)
+        tensors[f"{name}.threshold.entropy_threshold"] = calibration.threshold(name, maximum).to(model.dtype)
     return _rebuild(model, tensors, entropy_regularization=True, **fields)
 
 
@@ -208,7 +208,8 @@ def prune_ffns(model: Model, layers: Sequence[int], calibration: Calibration | N
     tensors = model.state_dict()
     for layer in layers:
         block = f"transformer.h.{layer}"
-        if model.config.ffn_residual_scaling and (beta := tensors[f"{block}.ffn_beta"].item()) != 1:
+        scaling = f"{block}.residual_scaling"
+        if model.config.ffn_residual_scaling and (beta := tensors[f"{scaling}.ffn_beta"].item()) != 1:
             raise ConversionError(
                 f"The FFN of layer {layer} can't be pruned: the residual stream beside it is scaled by {beta:.3g}. "
                 "Fold that into the weights first (conversion.folding.fold)."
@@ -217,10 +218,10 @@ def prune_ffns(model: Model, layers: Sequence[int], calibration: Calibration | N
             moments = calibration.tensors[f"{block}.mlp.fit"].double()
             mean = moments[0, len(moments) :] / moments[0, 0]
             if model.config.ffn_residual_scaling:
-                mean = mean / tensors[f"{block}.ffn_alpha"].item()
+                mean = mean / tensors[f"{scaling}.ffn_alpha"].item()
             bias = tensors[f"{block}.attn.c_proj.bias"]
             tensors[f"{block}.attn.c_proj.bias"] = (bias.double() + mean.to(bias.device)).to(bias.dtype)
-        prefixes = (f"{block}.mlp.", f"{block}.ln_2.", f"{block}.ffn_")
+        prefixes = (f"{block}.mlp.", f"{block}.ln_2.", f"{scaling}.")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
     return _rebuild(model, tensors, pruned_ffn_layers=sorted({*model.config.pruned_ffn_layers, *layers}))
 

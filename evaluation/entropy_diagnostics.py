@@ -1,5 +1,6 @@
 """What the attention heads of a model do, told by the Shannon entropy of their rows (arXiv 2501.03489, section 3)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,11 @@ from .perplexity import batches, evaluation_mode
 
 # A head counts as overloaded from this part of the largest possible mean entropy on: the paper's highest quarter.
 OVERLOAD = 3 / 4
+# And as collapsed below this part of it.
+COLLAPSE = 0.05
+# The paper's ranges, parts of a maximum: [0, 1/4), [1/4, 1/2), [1/2, 3/4), [3/4, 1]. Here is where all but the first
+# begin.
+RANGE_BEGINNINGS = (1 / 4, 1 / 2, OVERLOAD)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,36 @@ class HeadwiseEntropy:
     @property
     def overloaded_share(self) -> float:
         """Share of heads with at least 3/4 of the maximum: entropic overload."""
-        return (torch.tensor(self.nats) >= OVERLOAD * self.maximum).float().mean().item()
+        return self.range_shares()[-1]
+
+    @property
+    def collapsed_share(self) -> float:
+        """Share of heads with less than 5 % of the maximum: entropy collapse."""
+        return (self._values < COLLAPSE * self.maximum).double().mean().item()
+
+    @property
+    def largest(self) -> float:
+        """The largest value seen, in nats; NaN if no head has one."""
+        return max((value for row in self.nats for value in row if not math.isnan(value)), default=math.nan)
+
+    def range_shares(self, maximum: float | None = None) -> list[float]:
+        """
+        Shares of heads in [0, 1/4), [1/4, 1/2), [1/2, 3/4) and [3/4, 1] of a maximum. Heads without a value are in
+        none of them, so the shares then sum to less than 1.
+
+        Args:
+            maximum (`float`, *optional*): In nats; the largest possible mean, if not given.
+        """
+        maximum = self.maximum if maximum is None else maximum
+        beginnings = [-math.inf, *(part * maximum for part in RANGE_BEGINNINGS)]
+        reached = [(self._values >= beginning).sum().item() for beginning in beginnings]
+        return [
+            (heads - above) / self._values.numel() for heads, above in zip(reached, [*reached[1:], 0], strict=True)
+        ]
+
+    @property
+    def _values(self) -> torch.Tensor:
+        return torch.tensor(self.nats, dtype=torch.float64)
 
 
 def measure_headwise_entropy(
@@ -52,7 +87,7 @@ def measure_headwise_entropy(
 
     Args:
         model (`PreTrainedModel`): An EntropyGPT of any head; evaluated without dropout.
-        blocks (`Dataset`): Column `input_ids`, of equal length, as `training.data.pack` makes it.
+        blocks (`Dataset`): Column `input_ids`, of equal length, as `training.packing.pack` makes it.
         batch_size (`int`): Blocks in a forward pass.
         on_blocks: Called with the number of blocks after each forward pass, for progress.
     """

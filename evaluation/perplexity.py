@@ -20,12 +20,12 @@ class Likelihood:
     Args:
         nats (`float`): Negative log-likelihood of all predicted tokens together.
         tokens (`int`): Number of predicted tokens.
-        bytes (`int`): Number of bytes of text that they stand for.
+        bytes (`int`, *optional*): Number of bytes of text that they stand for, if it is known.
     """
 
     nats: float
     tokens: int
-    bytes: int
+    bytes: int | None
 
     @property
     def perplexity(self) -> float:
@@ -33,15 +33,15 @@ class Likelihood:
         return math.exp(self.nats / self.tokens)
 
     @property
-    def bits_per_byte(self) -> float:
+    def bits_per_byte(self) -> float | None:
         """Bits that the model takes for a byte of text; comparable between tokenizers."""
-        return self.nats / math.log(2) / self.bytes
+        return None if self.bytes is None else self.nats / math.log(2) / self.bytes
 
 
 def measure_likelihood(
     model: PreTrainedModel,
     blocks: Dataset,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     batch_size: int = 32,
     on_blocks: Callable[[int], None] = lambda count: None,
 ) -> Likelihood:
@@ -51,15 +51,16 @@ def measure_likelihood(
 
     Args:
         model (`PreTrainedModel`): A causal language model; evaluated as it stands, without dropout.
-        blocks (`Dataset`): Column `input_ids`, of equal length, as `training.data.pack` makes it.
-        tokenizer (`PreTrainedTokenizerFast`): The byte-level tokenizer that made the blocks.
+        blocks (`Dataset`): Column `input_ids`, of equal length, as `training.packing.pack` makes it.
+        tokenizer (`PreTrainedTokenizerFast`, *optional*):
+            The byte-level tokenizer that made the blocks; without, the number of bytes is not known.
         batch_size (`int`): Blocks in a forward pass.
         on_blocks: Called with the number of blocks after each forward pass, for progress.
 
     Raises:
         `ValueError`: If the tokenizer is not byte-level, so that a token's number of bytes is unknown.
     """
-    bytes_of_token = count_bytes(tokenizer).to(model.device)
+    bytes_of_token = None if tokenizer is None else count_bytes(tokenizer).to(model.device)
     nats, tokens, length = 0.0, 0, 0
     with evaluation_mode(model):
         for input_ids in batches(blocks, batch_size, model.device):
@@ -68,9 +69,10 @@ def measure_likelihood(
             losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
             nats += losses.double().sum().item()
             tokens += labels.numel()
-            length += bytes_of_token[labels].sum().item()
+            if bytes_of_token is not None:
+                length += bytes_of_token[labels].sum().item()
             on_blocks(len(input_ids))
-    return Likelihood(nats, tokens, length)
+    return Likelihood(nats, tokens, None if tokenizer is None else length)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from .conversion_report import ConversionReport
-from .entropy_diagnostics import HeadwiseEntropy
 from .results import ModelResult
 
 
@@ -27,8 +26,8 @@ def plot_headwise_entropy(result: ModelResult, path: Path):
     """
     figure = Figure(figsize=(5.2, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
-    image = _draw_heat_map(axes, result)
-    _add_scale(figure, [axes], image, result.headwise_entropy)
+    image = _draw_result(axes, result)
+    add_entropy_scale(figure, [axes], image, result.maximum_entropy_nats)
     figure.savefig(path, format="png")
 
 
@@ -42,32 +41,50 @@ def plot_comparison(results: list[ModelResult], path: Path):
     """
     figure = Figure(figsize=(3.6 * len(results) + 0.8, 4.4), dpi=DOTS_PER_INCH, layout="constrained")
     all_axes = figure.subplots(1, len(results), squeeze=False)[0]
-    images = [_draw_heat_map(axes, result) for axes, result in zip(all_axes, results, strict=True)]
-    _add_scale(figure, list(all_axes), images[0], results[0].headwise_entropy)
+    images = [_draw_result(axes, result) for axes, result in zip(all_axes, results, strict=True)]
+    add_entropy_scale(figure, list(all_axes), images[0], results[0].maximum_entropy_nats)
     figure.savefig(path, format="png")
 
 
-def _draw_heat_map(axes: Axes, result: ModelResult) -> AxesImage:
+def _draw_result(axes: Axes, result: ModelResult) -> AxesImage:
     entropy = result.headwise_entropy
-    image = axes.imshow(entropy.nats, cmap=COLORMAP, vmin=0, vmax=entropy.maximum, aspect="auto")
     axes.set_title(
         f"{result.title}\nfinal norm: {result.final_normalization}\n"
         f"perplexity {result.perplexity_per_token:.1f}, {entropy.overloaded_share:.0%} of heads overloaded",
         fontsize=10,
     )
-    heads = len(entropy.nats[0])
-    axes.set(xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(len(entropy.nats)))
+    return draw_heat_map(axes, entropy.nats, 0, entropy.maximum)
+
+
+def draw_heat_map(
+    axes: Axes, values: list[list[float]], lowest: float, highest: float, font_size: float = 8
+) -> AxesImage:
+    """
+    Draws a number of each head as a colour, layers downwards, and as a number too where there is room.
+
+    Args:
+        axes (`Axes`): Where to.
+        values (`list[list[float]]`): Of each head of each layer; what is NaN is grey.
+        lowest, highest (`float`): The ends of the colour scale.
+        font_size (`float`): Of the numbers.
+    """
+    axes.set_facecolor("lightgray")
+    image = axes.imshow(values, cmap=COLORMAP, vmin=lowest, vmax=highest, aspect="auto")
+    heads = len(values[0])
+    axes.set(xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(len(values)))
     if heads <= MOST_HEADS_WITH_NUMBERS:
-        for layer, row in enumerate(entropy.nats):
+        for layer, row in enumerate(values):
             for head, value in enumerate(row):
-                color = "black" if value > entropy.maximum / 2 else "white"
-                axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+                # NaN is on grey.
+                color = "white" if value <= (lowest + highest) / 2 else "black"
+                axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color, fontsize=font_size)
     return image
 
 
-def _add_scale(figure: Figure, all_axes: list[Axes], image: AxesImage, entropy: HeadwiseEntropy):
-    label = f"mean entropy of attention rows (nats)\nuniform attention: {entropy.maximum:.2f}"
-    figure.colorbar(image, ax=all_axes, label=label)
+def add_entropy_scale(figure: Figure, all_axes: list[Axes], image: AxesImage, maximum: float | None, **options):
+    """Draws the scale of heat maps of entropies beside them; `maximum` is that of uniform attention, if it is one."""
+    uniform = "" if maximum is None else f"\nuniform attention: {maximum:.2f}"
+    figure.colorbar(image, ax=all_axes, label=f"mean entropy of attention rows (nats){uniform}", **options)
 
 
 def plot_healing(report: ConversionReport, path: Path):

@@ -37,7 +37,7 @@ def comparison_rows(results: list[ModelResult]) -> list[tuple[str, ...]]:
             result.final_normalization,
             f"{result.parameters:,}",
             f"{result.perplexity_per_token:.2f}",
-            f"{result.bits_per_byte:.3f}",
+            "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f}",
             f"{result.headwise_entropy.mean:.2f}",
             f"{result.headwise_entropy.overloaded_share:.0%}",
             f"{result.training_seconds:.0f}",

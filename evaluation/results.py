@@ -68,7 +68,7 @@ class ModelResult:
         training_seconds (`float`): Duration of training, without evaluation.
         hyperparameters (`dict`): What else training was told.
         perplexity_per_token (`float`): On the validation text.
-        bits_per_byte (`float`): On the validation text.
+        bits_per_byte (`float`, *optional*): On the validation text, if the tokenizer is byte-level.
         headwise_entropy_nats (`list[list[float]]`): Mean row entropy of each head of each layer.
         maximum_entropy_nats (`float`): The largest possible mean row entropy under a causal mask.
         conditions ([`Conditions`]): What the numbers depend on.
@@ -84,7 +84,7 @@ class ModelResult:
     training_seconds: float
     hyperparameters: dict
     perplexity_per_token: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     headwise_entropy_nats: list[list[float]]
     maximum_entropy_nats: float
     conditions: Conditions

@@ -12,7 +12,14 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_entropy_gpt import EntropyGPTConfig
 from .entropy_attention import entropy_attention, row_entropies
-from .layers import build_activation, build_linear, build_norm
+from .layers import (
+    EntropyGPTEntropyThreshold,
+    EntropyGPTResidualScaling,
+    EntropyGPTTemperature,
+    build_activation,
+    build_linear,
+    build_norm,
+)
 
 
 def eager_attention_forward(
@@ -38,9 +45,7 @@ def eager_attention_forward(
 class EntropyGPTAttention(nn.Module):
     """
     Multi-head causal self-attention with GPT-2's weights, an optional learnable temperature (SM(t) in arXiv
-    2501.03489) and, on request, the entropy of each row.
-
-    The temperature is kept as its logarithm, so that no training step can bring it to zero or below.
+    2501.03489) and, on request, the entropy of each row, with the heads' thresholds where the config has them.
     """
 
     def __init__(self, config: EntropyGPTConfig, layer_idx: int):
@@ -56,13 +61,12 @@ class EntropyGPTAttention(nn.Module):
         self.attn_dropout = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-        self.log_temperature = None
+        self.temperature, self.threshold = None, None
         if config.attention_temperature != "none":
-            positions = config.n_positions if config.attention_temperature == "position" else 1
-            self.log_temperature = nn.Parameter(torch.empty(config.n_head, positions))
-        self.entropy_threshold = None
+            positions = config.n_positions if config.attention_temperature == "position" else None
+            self.temperature = EntropyGPTTemperature(config.n_head, positions)
         if config.entropy_regularization:
-            self.entropy_threshold = nn.Parameter(torch.empty(config.n_head))
+            self.threshold = EntropyGPTEntropyThreshold(config.n_head)
 
     def forward(
         self,
@@ -72,14 +76,14 @@ class EntropyGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         output_entropies: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query_states, key_states, value_states = (
             states.view(head_shape).transpose(1, 2)
             for states in self.c_attn(hidden_states).split(self.config.n_embd, dim=-1)
         )
-        if self.log_temperature is not None:
-            query_states = query_states * self.inverse_temperature(position_ids).to(query_states.dtype)
+        if self.temperature is not None:
+            query_states = query_states * self.temperature(position_ids).to(query_states.dtype)
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
@@ -88,14 +92,8 @@ class EntropyGPTAttention(nn.Module):
             query_states, key_states, value_states, attention_mask, position_ids=position_ids, **kwargs
         )
         attn_output = self.c_proj(attn_output.reshape(hidden_states.shape))
-        return self.resid_dropout(attn_output), attn_weights, entropies
-
-    def inverse_temperature(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """1 / t for each query, broadcastable to `(batch, heads, query_length, 1)`."""
-        inverse = torch.exp(-self.log_temperature)
-        if self.config.attention_temperature == "position":
-            return inverse[:, position_ids].transpose(0, 1).unsqueeze(-1)
-        return inverse[None, :, :, None]
+        thresholds = self.threshold() if output_entropies and self.threshold is not None else None
+        return self.resid_dropout(attn_output), attn_weights, entropies, thresholds
 
     def _attend(self, query_states, key_states, value_states, attention_mask, **kwargs):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -166,8 +164,9 @@ class EntropyGPTFusedFFN(nn.Module):
 
 class EntropyGPTBlock(GradientCheckpointingLayer):
     """
-    A Pre-LN block. Its result is the hidden states and the entropies of its attention rows, or `None` for the latter:
-    entropies go up the stack as results, since those caught by hooks lose their gradient under checkpointing.
+    A Pre-LN block. Its result is the hidden states, the entropies of its attention rows and its heads' thresholds, or
+    `None` for the latter two. They go up the stack as results: entropies caught by hooks lose their gradient under
+    checkpointing, and outside of its block a parameter is only there in part under FSDP.
     """
 
     def __init__(self, config: EntropyGPTConfig, layer_idx: int):
@@ -175,13 +174,12 @@ class EntropyGPTBlock(GradientCheckpointingLayer):
         self.ln_1 = build_norm(config.normalization, config.n_embd, config.layer_norm_epsilon)
         self.attn = EntropyGPTAttention(config, layer_idx)
         self.ln_2, self.mlp = None, None
-        self.ffn_alpha, self.ffn_beta = None, None
+        self.residual_scaling = None
         if layer_idx not in config.pruned_ffn_layers:
             self.ln_2 = build_norm(config.normalization, config.n_embd, config.layer_norm_epsilon)
             self.mlp = EntropyGPTFusedFFN(config) if config.ffn_type == "fused" else EntropyGPTMLP(config)
             if config.ffn_residual_scaling:
-                self.ffn_alpha = nn.Parameter(torch.empty(()))
-                self.ffn_beta = nn.Parameter(torch.empty(()))
+                self.residual_scaling = EntropyGPTResidualScaling()
 
     def forward(
         self,
@@ -191,9 +189,9 @@ class EntropyGPTBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         output_entropies: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         residual = hidden_states
-        attn_output, _, entropies = self.attn(
+        attn_output, _, entropies, thresholds = self.attn(
             self.ln_1(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -203,13 +201,13 @@ class EntropyGPTBlock(GradientCheckpointingLayer):
         )
         hidden_states = residual + attn_output
         if self.mlp is None:
-            return hidden_states, entropies
+            return hidden_states, entropies, thresholds
 
         residual = hidden_states
         ffn_output = self.mlp(self.ln_2(hidden_states))
-        if self.ffn_alpha is not None:
-            residual, ffn_output = self.ffn_beta * residual, ffn_output / self.ffn_alpha
-        return residual + ffn_output, entropies
+        if self.residual_scaling is None:
+            return residual + ffn_output, entropies, thresholds
+        return self.residual_scaling(residual, ffn_output), entropies, thresholds
 
 
 __all__ = ["EntropyGPTAttention", "EntropyGPTBlock", "EntropyGPTFusedFFN", "EntropyGPTMLP"]

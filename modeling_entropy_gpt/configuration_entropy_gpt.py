@@ -125,8 +125,10 @@ class EntropyGPTConfig(PreTrainedConfig):
         "past_key_values",
         "attention_entropies",
         "visible_keys",
+        "entropy_thresholds",
         "cross_entropy_loss",
         "entropy_loss",
+        "penalized_share",
     ]
     attribute_map = {
         "hidden_size": "n_embd",

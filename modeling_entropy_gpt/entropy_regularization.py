@@ -70,6 +70,45 @@ def entropy_penalty(
     Returns:
         `torch.Tensor` of shape `(batch,)`.
     """
+    deviation, exceeds, valid = _deviation(entropies, thresholds, visible_keys, tolerance, maximum, penalty)
+    excess = torch.where(exceeds, deviation.square(), 0.0)
+    if penalty == "row_mean":
+        excess = _mean_over_rows(excess, valid)
+    elif penalty == "row_sum":
+        excess = (excess * valid).sum(dim=-1, keepdim=True)
+    return excess.squeeze(-1).mean(dim=(0, 2))
+
+
+def penalized_share(
+    entropies: torch.Tensor,
+    thresholds: torch.Tensor,
+    visible_keys: torch.Tensor,
+    tolerance: float,
+    maximum: str = "context",
+    penalty: str = "head_mean",
+) -> torch.Tensor:
+    """
+    The share of each sequence's heads, over all layers, whose deviation exceeds the margin; where rows are penalised
+    one by one (`"row_mean"` and `"row_sum"`), the share of the valid rows of all heads.
+
+    Args:
+        entropies, thresholds, visible_keys, tolerance, maximum, penalty: As for [`entropy_penalty`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`; 0 where no row is valid.
+    """
+    _, exceeds, valid = _deviation(entropies, thresholds, visible_keys, tolerance, maximum, penalty)
+    share = exceeds.to(entropies.dtype)
+    if penalty != "head_mean":
+        share = _mean_over_rows(share, valid)
+    return share.squeeze(-1).mean(dim=(0, 2))
+
+
+def _deviation(entropies, thresholds, visible_keys, tolerance, maximum, penalty):
+    """
+    Delta, whether it exceeds the margin, and which rows are valid, as numbers. The first two are of shape
+    `(layers, batch, heads, 1)` for `"head_mean"`, else `(layers, batch, heads, rows)`.
+    """
     valid = (visible_keys > 0).to(entropies.dtype)[:, None]  # (batch or 1, 1, rows)
     keys = visible_keys.clamp(min=1).to(entropies.dtype)[:, None]
     row_maximum = keys.log() if maximum == "causal" else keys.amax(dim=-1, keepdim=True).log().expand_as(keys)
@@ -79,12 +118,7 @@ def entropy_penalty(
         entropies = _mean_over_rows(entropies, valid)
         row_maximum = _mean_over_rows(row_maximum, valid)
     deviation = entropies - thresholds * row_maximum
-    excess = torch.where(deviation.abs() > tolerance * row_maximum, deviation.square(), 0.0)
-    if penalty == "row_mean":
-        excess = _mean_over_rows(excess, valid)
-    elif penalty == "row_sum":
-        excess = (excess * valid).sum(dim=-1, keepdim=True)
-    return excess.squeeze(-1).mean(dim=(0, 2))
+    return deviation, deviation.abs() > tolerance * row_maximum, valid
 
 
 def _mean_over_rows(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -110,11 +144,21 @@ def reduce_over_batch(
     """
     if penalty == "row_sum":
         return penalties.sum()
+    return mean_over_tokens(penalties, predicted_tokens, num_items_in_batch)
+
+
+def mean_over_tokens(
+    values: torch.Tensor, predicted_tokens: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """
+    The mean of values of sequences, of shape `(batch,)`, weighted by their predicted tokens; parts of a batch add
+    up. The other arguments as for [`reduce_over_batch`].
+    """
     if num_items_in_batch is None:
         num_items_in_batch = predicted_tokens.sum().clamp(min=1)
     elif torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(penalties.device)
-    return (penalties * predicted_tokens).sum() / num_items_in_batch
+        num_items_in_batch = num_items_in_batch.to(values.device)
+    return (values * predicted_tokens).sum() / num_items_in_batch
 
 
-__all__ = ["count_visible_keys", "entropy_penalty", "reduce_over_batch"]
+__all__ = ["count_visible_keys", "entropy_penalty", "mean_over_tokens", "penalized_share", "reduce_over_batch"]

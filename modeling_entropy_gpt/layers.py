@@ -1,4 +1,4 @@
-"""The building blocks in which an EntropyGPT may differ from GPT-2: norms, activations and linear maps."""
+"""The building blocks in which an EntropyGPT may differ from GPT-2: norms, activations, linear maps and scalars."""
 
 import torch
 from torch import nn
@@ -39,13 +39,61 @@ class EntropyGPTLearnableLeakyReLU(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.negative_slope = nn.Parameter(torch.tensor(0.01))
+        self.negative_slope = nn.Parameter(torch.tensor([0.01]))  # FSDP takes no parameters without a dimension
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states.clamp(min=0) + self.negative_slope * hidden_states.clamp(max=0)
+        return hidden_states.clamp(min=0) + self.negative_slope.squeeze() * hidden_states.clamp(max=0)
 
     def initialize(self):
         init.constant_(self.negative_slope, 0.01)
+
+
+class EntropyGPTTemperature(nn.Module):
+    """
+    Learnable softmax temperatures (SM(t) in arXiv 2501.03489), kept as logarithms, so that no training step can bring
+    one to zero or below. A module of its own, as the two below, so that PEFT's `modules_to_save` can name it.
+
+    Args:
+        n_head (`int`): Number of heads.
+        n_positions (`int`, *optional*): With it, there is one for each head and query position, else one a head.
+    """
+
+    def __init__(self, n_head: int, n_positions: int | None = None):
+        super().__init__()
+        self.by_position = n_positions is not None
+        self.log_temperature = nn.Parameter(torch.empty(n_head, n_positions or 1))
+
+    def forward(self, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """1 / t for each query, broadcastable to `(batch, heads, query_length, 1)`."""
+        inverse = torch.exp(-self.log_temperature)
+        if self.by_position:
+            return inverse[:, position_ids].transpose(0, 1).unsqueeze(-1)
+        return inverse[None, :, :, None]
+
+
+class EntropyGPTEntropyThreshold(nn.Module):
+    """Learnable threshold (theta in arXiv 2501.03489) of the entropy penalty for each head."""
+
+    def __init__(self, n_head: int):
+        super().__init__()
+        self.entropy_threshold = nn.Parameter(torch.empty(n_head))
+
+    def forward(self) -> torch.Tensor:
+        """A copy, of shape `(heads,)`: FSDP frees the parameter's storage after the block, the penalty comes later."""
+        return self.entropy_threshold.clone()
+
+
+class EntropyGPTResidualScaling(nn.Module):
+    """The FFN's residual sum with learnable scales, `beta * residual + ffn_output / alpha` (arXiv 2501.03489)."""
+
+    def __init__(self):
+        super().__init__()
+        # FSDP takes no parameters without a dimension.
+        self.ffn_alpha = nn.Parameter(torch.empty(1))
+        self.ffn_beta = nn.Parameter(torch.empty(1))
+
+    def forward(self, residual: torch.Tensor, ffn_output: torch.Tensor) -> torch.Tensor:
+        return self.ffn_beta.squeeze() * residual + ffn_output / self.ffn_alpha.squeeze()
 
 
 class EntropyGPTNormalizedConv1D(nn.Module):
@@ -95,7 +143,7 @@ class EntropyGPTNormalizedConv1D(nn.Module):
 
     def scale(self) -> torch.Tensor:
         """The factor of each output feature's weights, of shape `(nf,)`."""
-        weight = self._normalized_weight()
+        weight = self._normalized(self.weight)
         if self.kind == "weight":
             norm = weight.norm(dim=1)
         else:
@@ -110,7 +158,7 @@ class EntropyGPTNormalizedConv1D(nn.Module):
     @torch.no_grad()
     def update_singular_vectors(self, iterations: int = 1):
         """Brings the singular vectors nearer to those of the present weights."""
-        weight, right = self._normalized_weight(), self.singular_vectors
+        weight, right = self._normalized(gather(self.weight)), self.singular_vectors
         for _ in range(iterations):
             left = nn.functional.normalize(torch.einsum("gio,go->gi", weight, right), dim=-1)
             right = nn.functional.normalize(torch.einsum("gio,gi->go", weight, left), dim=-1)
@@ -118,7 +166,7 @@ class EntropyGPTNormalizedConv1D(nn.Module):
 
     def initialize(self):
         """Sets what a checkpoint did not bring, so that weight normalisation starts as the plain linear map."""
-        weight = self._normalized_weight()
+        weight = self._normalized(self.weight)
         if self.kind == "weight":
             init.copy_(self.gain, weight.norm(dim=1))
         else:
@@ -129,10 +177,19 @@ class EntropyGPTNormalizedConv1D(nn.Module):
                 right = nn.functional.normalize(torch.einsum("gio,gi->go", weight, left), dim=-1)
             init.copy_(self.singular_vectors, right)
 
-    def _normalized_weight(self) -> torch.Tensor:
-        """Weights of the normalised groups, of shape `(groups, nx, group_size)`."""
-        groups = self.weight.view(self.nx, len(self.normalized_groups), self.group_size).unbind(dim=1)
+    def _normalized(self, weight: torch.Tensor) -> torch.Tensor:
+        """The part of the weights in the normalised groups, of shape `(groups, nx, group_size)`."""
+        groups = weight.view(self.nx, len(self.normalized_groups), self.group_size).unbind(dim=1)
         return torch.stack([group for group, keep in zip(groups, self.normalized_groups, strict=True) if keep])
+
+
+def gather(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole of a parameter, of which FSDP leaves each rank a part outside of its block."""
+    if not torch.distributed.is_available():
+        return parameter
+    from torch.distributed.tensor import DTensor
+
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def build_norm(kind: str, hidden_size: int, epsilon: float) -> nn.Module:
@@ -172,10 +229,14 @@ def build_linear(config, nf: int, nx: int, targets: tuple[str, ...], adds_to_res
 
 
 __all__ = [
+    "EntropyGPTEntropyThreshold",
     "EntropyGPTLearnableLeakyReLU",
     "EntropyGPTNormalizedConv1D",
+    "EntropyGPTResidualScaling",
     "EntropyGPTStaticLayerNorm",
+    "EntropyGPTTemperature",
     "build_activation",
     "build_linear",
     "build_norm",
+    "gather",
 ]

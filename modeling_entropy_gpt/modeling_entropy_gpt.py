@@ -25,11 +25,20 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .blocks import EntropyGPTAttention, EntropyGPTBlock
 from .configuration_entropy_gpt import EntropyGPTConfig
-from .entropy_regularization import count_visible_keys, entropy_penalty, reduce_over_batch
+from .entropy_regularization import (
+    count_visible_keys,
+    entropy_penalty,
+    mean_over_tokens,
+    penalized_share,
+    reduce_over_batch,
+)
 from .layers import (
+    EntropyGPTEntropyThreshold,
     EntropyGPTLearnableLeakyReLU,
     EntropyGPTNormalizedConv1D,
+    EntropyGPTResidualScaling,
     EntropyGPTStaticLayerNorm,
+    EntropyGPTTemperature,
     build_norm,
 )
 
@@ -52,10 +61,13 @@ class EntropyGPTModelOutput(BaseModelOutputWithPast):
             Entropies of the attention rows of each layer in nats, `(batch_size, heads, query_length)`, before dropout.
         visible_keys (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*, returned when
             `output_entropies=True`): Number of keys each row may attend to; 0 for padding.
+        entropy_thresholds (`tuple(torch.Tensor)`, *optional*, returned when `output_entropies=True` by a model with
+            `entropy_regularization`): Thresholds of the heads of each layer, `(heads,)`.
     """
 
     attention_entropies: tuple[torch.Tensor, ...] | None = None
     visible_keys: torch.Tensor | None = None
+    entropy_thresholds: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -72,10 +84,14 @@ class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
         entropy_loss (`torch.Tensor` of shape `(1,)`, *optional*):
             Penalty on the attention entropies, not multiplied by its coefficient; returned when `labels` is given to a
             model with `entropy_regularization` that is in training or asked for entropies.
+        penalized_share (`torch.Tensor` of shape `(1,)`, *optional*, returned with `entropy_loss`):
+            Share of the heads (of their rows, where rows are penalised) whose deviation exceeds the margin, averaged
+            over the predicted tokens; without gradient. Parts of a split batch add up to that of the whole.
     """
 
     cross_entropy_loss: torch.Tensor | None = None
     entropy_loss: torch.Tensor | None = None
+    penalized_share: torch.Tensor | None = None
     attention_entropies: tuple[torch.Tensor, ...] | None = None
     visible_keys: torch.Tensor | None = None
 
@@ -132,18 +148,31 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
         if isinstance(module, EntropyGPTNormalizedConv1D | EntropyGPTStaticLayerNorm | EntropyGPTLearnableLeakyReLU):
             module.initialize()
 
-        if isinstance(module, EntropyGPTAttention):
-            if module.log_temperature is not None:
-                init.constant_(module.log_temperature, math.log(self.config.temperature_init))
-            if module.entropy_threshold is not None:
-                init.constant_(module.entropy_threshold, self.config.entropy_threshold_init)
-        elif isinstance(module, EntropyGPTBlock) and module.ffn_alpha is not None:
+        if isinstance(module, EntropyGPTTemperature):
+            init.constant_(module.log_temperature, math.log(self.config.temperature_init))
+        elif isinstance(module, EntropyGPTEntropyThreshold):
+            init.constant_(module.entropy_threshold, self.config.entropy_threshold_init)
+        elif isinstance(module, EntropyGPTResidualScaling):
             init.constant_(module.ffn_alpha, self.config.ffn_alpha_init)
             init.constant_(module.ffn_beta, self.config.ffn_beta_init)
 
     def __init__(self, config: EntropyGPTConfig, *inputs, **kwargs):
         config.validate()  # fields may have been set since it was made
         super().__init__(config, *inputs, **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        """
+        As every model's. FSDP makes a class of its own, by which torch's code would be saved in place of this, and
+        hands over tied weights as if they were two.
+        """
+        present = type(self)
+        self.__class__ = next(base for base in present.__mro__ if not base.__module__.startswith("torch."))
+        if self.__class__ is not present and state_dict is not None and self.config.tie_word_embeddings:
+            state_dict = {name: t for name, t in state_dict.items() if name not in self.all_tied_weights_keys}
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        finally:
+            self.__class__ = present
 
     @property
     def penalizes_entropy(self) -> bool:
@@ -174,27 +203,37 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
             predicted_tokens (`torch.Tensor` of shape `(batch_size,)`): Tokens of each sequence in the cross-entropy.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): Those of the whole batch.
         """
-        penalties = self._sequence_penalties(outputs)
+        penalties = entropy_penalty(**self._penalty_arguments(outputs))
         return reduce_over_batch(penalties, predicted_tokens, num_items_in_batch, self.config.entropy_penalty)
 
-    def _sequence_penalties(self, outputs: EntropyGPTModelOutput) -> torch.Tensor:
-        """The penalty of each sequence, of shape `(batch_size,)`."""
-        blocks = getattr(self, self.base_model_prefix, self).h
+    @torch.no_grad()
+    def penalized_share(
+        self,
+        outputs: EntropyGPTModelOutput,
+        predicted_tokens: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The share of heads or rows that are penalised, without gradient; arguments as for [`entropy_loss`]."""
+        shares = penalized_share(**self._penalty_arguments(outputs))
+        return mean_over_tokens(shares, predicted_tokens, num_items_in_batch)
+
+    def _penalty_arguments(self, outputs: EntropyGPTModelOutput) -> dict:
+        """What [`entropy_penalty`] and [`penalized_share`] take."""
         device = outputs.last_hidden_state.device
-        return entropy_penalty(
-            torch.stack([entropies.to(device) for entropies in outputs.attention_entropies]),
-            torch.stack([block.attn.entropy_threshold.to(device) for block in blocks]),
-            outputs.visible_keys,
-            tolerance=self.config.entropy_tolerance,
-            maximum=self.config.entropy_maximum,
-            penalty=self.config.entropy_penalty,
-        )
+        return {
+            "entropies": torch.stack([entropies.to(device) for entropies in outputs.attention_entropies]),
+            "thresholds": torch.stack([thresholds.to(device) for thresholds in outputs.entropy_thresholds]),
+            "visible_keys": outputs.visible_keys,
+            "tolerance": self.config.entropy_tolerance,
+            "maximum": self.config.entropy_maximum,
+            "penalty": self.config.entropy_penalty,
+        }
 
     def add_entropy_loss(self, loss: torch.Tensor, outputs: EntropyGPTModelOutput) -> torch.Tensor:
         """The loss of a head that predicts one thing for each sequence, with the penalty added in training."""
         if self.penalizes_entropy and outputs.attention_entropies is not None:
             # A mean over sequences, whatever the penalty: so is the loss of these heads, over parts of a batch too.
-            penalty = self._sequence_penalties(outputs).mean().to(loss.device)
+            penalty = entropy_penalty(**self._penalty_arguments(outputs)).mean().to(loss.device)
             loss = loss + self.config.entropy_coefficient * penalty
         return self.check_loss(loss)
 
@@ -293,12 +332,12 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             self._update_singular_vectors()
 
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device))
-        attention_entropies = []
+        attention_entropies, entropy_thresholds = [], []
         detect_divergence = self.config.detect_divergence and self.training
         if detect_divergence:
             self._raise_if_not_finite("the embeddings", hidden_states)
         for layer_idx, block in enumerate(self.h):
-            hidden_states, entropies = block(
+            hidden_states, entropies, thresholds = block(
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
@@ -308,17 +347,20 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 **kwargs,
             )
             attention_entropies.append(entropies)
+            entropy_thresholds.append(thresholds)
             if detect_divergence:
                 self._raise_if_not_finite(f"layer {layer_idx} (h.{layer_idx})", hidden_states)
         hidden_states = self.ln_f(hidden_states)
         if detect_divergence:
             self._raise_if_not_finite("the final norm (ln_f)", hidden_states)
 
+        has_thresholds = output_entropies and self.config.entropy_regularization
         return EntropyGPTModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
             attention_entropies=tuple(attention_entropies) if output_entropies else None,
             visible_keys=visible_keys,
+            entropy_thresholds=tuple(entropy_thresholds) if has_thresholds else None,
         )
 
     def _check_inputs(self, input_ids, inputs_embeds, position_ids, output_attentions):
@@ -434,14 +476,16 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
 
-        loss, cross_entropy_loss, entropy_loss = None, None, None
+        loss, cross_entropy_loss, entropy_loss, penalized_share = None, None, None, None
         if labels is not None:
             cross_entropy_loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             loss = cross_entropy_loss
             if outputs.attention_entropies is not None and self.config.entropy_regularization:
                 targets = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else labels[:, 1:]
                 predicted_tokens = (targets != -100).sum(dim=-1).to(logits.device)
-                entropy_loss = self.entropy_loss(outputs, predicted_tokens, kwargs.get("num_items_in_batch"))
+                weights = (predicted_tokens, kwargs.get("num_items_in_batch"))
+                entropy_loss = self.entropy_loss(outputs, *weights)
+                penalized_share = self.penalized_share(outputs, *weights)
                 if self.training:
                     loss = loss + self.config.entropy_coefficient * entropy_loss
             self.check_loss(loss)
@@ -454,6 +498,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             cross_entropy_loss=cross_entropy_loss,
             entropy_loss=entropy_loss,
+            penalized_share=penalized_share,
             attention_entropies=outputs.attention_entropies if output_entropies else None,
             visible_keys=outputs.visible_keys if output_entropies else None,
         )

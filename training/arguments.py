@@ -3,10 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from transformers import TrainingArguments
 
 
 STANDARD_LIBRARY = "python-stdlib"
+# The recipe of the paper's public code, as far as it does not depend on sizes (arXiv 2501.03489); its polynomial decay
+# of power 1 is the linear one.
+PAPER_HYPERPARAMETERS = {"weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
+WARMUP_SHARE = 0.05
 
 
 @dataclass
@@ -35,29 +40,46 @@ class DataArguments:
         default=STANDARD_LIBRARY,
         metadata={
             "help": "'python-stdlib' (this interpreter's own source), a text file, a folder of text files, a JSON, "
-            "JSON lines, CSV or Parquet file or a folder of such, a folder of `Dataset.save_to_disk`, or a data set on "
-            "the Hub."
+            "JSON lines, CSV or Parquet file or a folder of such, a folder of `Dataset.save_to_disk`, or a data set "
+            "on the Hub."
         },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a data set on the Hub, or of a folder of data files."}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a data set on the Hub."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     text_column: str = field(default="text", metadata={"help": "Column with the documents' text."})
     validation_dataset: str | None = field(
-        default=None, metadata={"help": "Another data set to evaluate on. Else documents are kept apart."}
+        default=None, metadata={"help": "Another data set to evaluate on, of any kind. Else documents are kept apart."}
     )
     validation_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Else documents are kept apart."}
+        default=None,
+        metadata={
+            "help": "Split to evaluate on, of the other data set if there is one. Else documents are kept apart."
+        },
     )
     validation_share: float = field(
-        default=0.05, metadata={"help": "Part of the documents that is kept for evaluation, if there is no other."}
+        default=0.05,
+        metadata={
+            "help": "Part of the documents that is kept for evaluation, if no others are named. Between 0 and 1."
+        },
     )
     validation_tokens: int | None = field(
-        default=None, metadata={"help": "Evaluate on at most so many tokens. Streaming data sets need it."}
+        default=None,
+        metadata={
+            "help": "Evaluate on at most so many tokens: spread evenly over all, or the first ones of a stream, which "
+            "needs it."
+        },
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read, tokenise and pack while training, in constant memory, without anything on disk."},
+        metadata={
+            "help": "Read, tokenise and pack while training, in constant memory, with nothing tokenised on disk. "
+            "Needs max_steps, since the length of the data set is not known."
+        },
     )
     shuffle_buffer: int = field(
         default=10_000, metadata={"help": "Documents among which a streaming data set is shuffled."}
@@ -65,7 +87,8 @@ class DataArguments:
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or repository of the tokenizer. Else that of the model, or one trained on the text."
+            "help": "Folder or repository of the tokenizer. Else that of the model, or one trained on the first "
+            "documents, up to 100 million characters."
         },
     )
     tokenizer_vocab_size: int = field(
@@ -127,3 +150,28 @@ class EntropyTrainingArguments(TrainingArguments):
             "state at half the learning rate (which keeps a copy of it in memory)."
         },
     )
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Whether batches lie where a GPU fetches them faster."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether data parallelism looks for parameters without a gradient."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Whether a resumed run goes on with what its guard and stopwatch knew."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        least = {
+            **{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1},
+            **{"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "entropy_logging_steps": 0},
+            **{name: 0 for name in vars(self) if name.endswith("_lr_multiplier")},
+        }
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(f"{name}={getattr(self, name)} has to be at least {bound}.")
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            raise ValueError(
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs} leave nothing to train: set "
+                "one of them above 0."
+            )

@@ -2,9 +2,18 @@
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+
+
+Callback = TypeVar("Callback", bound=TrainerCallback)
+
+
+def find_callback(trainer: Trainer, kind: type[Callback]) -> Callback:
+    """The present callback of a kind: a resumed run may have another than the one it was given."""
+    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
 
 
 class Stopwatch(TrainerCallback, ExportableState):
@@ -17,11 +26,6 @@ class Stopwatch(TrainerCallback, ExportableState):
         self.seconds_before = 0.0
         self.started: float | None = None
         self.stopped: float | None = None
-
-    @classmethod
-    def of(cls, trainer: Trainer) -> "Stopwatch":
-        """The present one of a trainer: a resumed run has another than the one it was given."""
-        return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, cls))
 
     @property
     def seconds(self) -> float:
@@ -45,19 +49,19 @@ class StepObserver(TrainerCallback):
     Hands the progress of training to whoever shows it.
 
     Args:
-        on_step: Called with the number of finished steps, at the beginning and after each step.
+        on_step: Called with the number of finished steps and that of all, at the beginning and after each step.
         on_loss: Called with the mean training loss since the last call, whenever the trainer logs it.
     """
 
-    def __init__(self, on_step: Callable[[int], None], on_loss: Callable[[float], None]):
+    def __init__(self, on_step: Callable[[int, int], None], on_loss: Callable[[float], None]):
         self.notify_step = on_step
         self.notify_loss = on_loss
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.notify_step(state.global_step)
+        self.notify_step(state.global_step, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.notify_step(state.global_step)
+        self.notify_step(state.global_step, state.max_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:

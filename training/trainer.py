@@ -1,29 +1,154 @@
-"""The HF Trainer with what this family's extra parameters need."""
+"""The HF Trainer with what this family's extra parameters need, and runs that survive."""
 
-import json
+import copy
+import math
 from pathlib import Path
 
+import torch
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from .arguments import EntropyTrainingArguments
+from .callbacks import find_callback
+from .checkpoints import STAGING, seal
+from .divergence import MOST_ROLLBACKS, DivergenceGuard, find_first_bad_layer
+from .files import delete
 
 
-# Scalars and vectors that weight decay would pull away from what they mean.
-NOT_DECAYED = ("log_temperature", "entropy_threshold", "ffn_alpha", "ffn_beta", "gain", "negative_slope")
+# Scalars and vectors that weight decay would pull away from what they mean, and the argument with the multiple of the
+# learning rate that they have.
+LEARNING_RATE_MULTIPLIERS = {
+    "log_temperature": "temperature_lr_multiplier",
+    "entropy_threshold": "threshold_lr_multiplier",
+    "ffn_alpha": "residual_scale_lr_multiplier",
+    "ffn_beta": "residual_scale_lr_multiplier",
+    "gain": "gain_lr_multiplier",
+}
+NOT_DECAYED = (*LEARNING_RATE_MULTIPLIERS, "negative_slope")
+# Outputs of the model that are logged beside its loss.
+LOGGED = ("cross_entropy_loss", "entropy_loss", "penalized_share")
 
 
 class EntropyTrainer(Trainer):
     """
-    A `Trainer` without weight decay on temperatures, thresholds, residual scales and gains, as in the public code's
-    recipe (arXiv 2501.03489). The loss, with its entropy penalty, is the model's own, so a plain `Trainer` works too.
+    A `Trainer` for this family. The loss, with its entropy penalty, is the model's own, so a plain `Trainer` works
+    too; this one adds:
+    - no weight decay on temperatures, thresholds, residual scales and gains, as in the public code's recipe (arXiv
+      2501.03489), and multiples of the learning rate for them;
+    - `cross_entropy_loss`, `entropy_loss` and `penalized_share` in the logs, means over the steps since the last log
+      and over all ranks;
+    - a [`DivergenceGuard`], which stops a run whose loss is not finite or explodes, or takes it back to the last
+      checkpoint's state (or the run's beginning) at half the learning rate, and tells where it began;
+    - checkpoints that get their name once they are whole, sealed by hashes.
+
+    Args:
+        guard ([`DivergenceGuard`], *optional*): One that does more. Else one that does what `on_divergence` says.
 
     Raises:
         `ValueError`: If `label_smoothing_factor` or `compute_loss_func` is given for a model with
             `entropy_regularization`: both make the `Trainer` compute a loss of its own, without the penalty.
     """
 
-    def __init__(self, *args, **kwargs):
+    args: EntropyTrainingArguments
+
+    def __init__(self, *args, guard: DivergenceGuard | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self._refuse_other_losses()
+        self.add_callback(guard or DivergenceGuard(self.args.on_divergence))
+        self._good_state: dict | None = None
+        self._step_sums: dict[str, torch.Tensor] = {}
+        self._logged_sums: dict[str, torch.Tensor] = {}
+        self._logged_steps = 0
+        self._staging: Path | None = None
+
+    @property
+    def guard(self) -> DivergenceGuard:
+        """What watches the loss."""
+        return find_callback(self, DivergenceGuard)
+
+    # Optimiser
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(NOT_DECAYED)]
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        names = {parameter: name for name, parameter in (model or self.model).named_parameters()}
+        for group in [*optimizer.param_groups]:
+            by_factor: dict[float, list] = {}
+            for parameter in group["params"]:
+                by_factor.setdefault(self._multiplier(names[parameter]), []).append(parameter)
+            group["params"] = by_factor.pop(1.0, [])
+            for factor, parameters in by_factor.items():
+                optimizer.add_param_group({**group, "params": parameters, "lr": factor * group["lr"]})
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.guard.action == "rollback":
+            if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                raise ValueError(
+                    f"on_divergence=rollback slows the learning rate down, which lr_scheduler_type="
+                    f"{self.args.lr_scheduler_type} does not allow: take linear, cosine, polynomial or constant."
+                )
+            scheduler.lr_lambdas = [self._slowed(factor) for factor in scheduler.lr_lambdas]
+        return scheduler
+
+    def _multiplier(self, name: str) -> float:
+        argument = LEARNING_RATE_MULTIPLIERS.get(name.rpartition(".")[2])
+        return 1.0 if argument is None else getattr(self.args, argument)
+
+    def _slowed(self, factor):
+        return lambda step: factor(step) * self.guard.slowdown
+
+    # Steps
+
+    def _run_epoch(self, **kwargs):
+        """Not where a checkpoint of the last step is resumed: the `Trainer` would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            share = 1.0 if num_items_in_batch is not None else 1 / self.current_gradient_accumulation_steps
+            for name in LOGGED:
+                if (value := outputs.get(name)) is not None:
+                    value = value.detach().float().sum() * share
+                    self._step_sums[name] = self._step_sums.get(name, 0.0) + value
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._good_state is None and self.guard.action == "rollback":
+            self._keep_good_state()
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except FloatingPointError as error:  # of a model with detect_divergence
+            self._diverge(str(error))
+            return torch.tensor(math.nan, device=self.args.device)
+        if self.accelerator.sync_gradients and (reason := self._find_divergence()):
+            self._diverge(f"{reason}; {find_first_bad_layer(model, self._prepare_inputs(inputs))}")
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A scaler of half precision skips such steps itself.
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            self._diverge("a gradient is not finite")
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs and self._logged_steps:
+            logs |= {name: value.item() / self._logged_steps for name, value in self._logged_sums.items()}
+            self._logged_sums, self._logged_steps = {}, 0
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+        super().log(logs, start_time)
+
+    def _refuse_other_losses(self):
         loss_of_its_own = {
             "label_smoothing_factor": self.label_smoother,
             "compute_loss_func": self.compute_loss_func,
@@ -35,22 +160,90 @@ class EntropyTrainer(Trainer):
                 "entropy_regularization=True asks for: leave it out, or train a model without the penalty."
             )
 
-    def get_decay_parameter_names(self, model) -> list[str]:
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(NOT_DECAYED)]
+    # Divergence
 
+    def _find_divergence(self) -> str | None:
+        """Takes up what this step's batches gave; why they can't be trusted, or `None` if they can."""
+        sums, self._step_sums = self._over_ranks(self._step_sums), {}
+        reason = self.guard.observe(sums["cross_entropy_loss"].item()) if "cross_entropy_loss" in sums else None
+        if reason is None:
+            for name, value in sums.items():
+                self._logged_sums[name] = self._logged_sums.get(name, 0.0) + value
+            self._logged_steps += 1
+        return reason
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """
-    The latest whole checkpoint in a Trainer's output folder, or `None` without one. A checkpoint is whole if the
-    trainer's state, which is written last, can be read: a killed process may leave one that is not.
-    """
-    checkpoints = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.partition("-")[2]))
-    return next((checkpoint for checkpoint in reversed(checkpoints) if _is_whole(checkpoint)), None)
+    def _over_ranks(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parts of all ranks together: they add up where each is divided by the tokens of all."""
+        if self.accelerator.num_processes == 1 or not sums:
+            return sums
+        reduction = "sum" if self.args.average_tokens_across_devices else "mean"
+        reduced = self.accelerator.reduce(torch.stack([*sums.values()]), reduction)
+        return dict(zip(sums, reduced.unbind(), strict=True))
 
+    def _diverge(self, reason: str):
+        """Takes the run back to the last good state, or stops it; its step then changes nothing."""
+        guard = self.guard
+        self._step_sums = {}
+        if guard.action == "rollback" and guard.rollbacks < MOST_ROLLBACKS:
+            self._restore_good_state()
+            event = f"back to the last good state: {reason}"
+        else:
+            guard.diverged = event = f"stopped: {reason}"
+            self.control.should_training_stop = True
+        self.optimizer.zero_grad(set_to_none=True)
+        guard.events.append([self.state.global_step, event])
+        self.log({"divergence": event})
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return True
+    def _keep_good_state(self):
+        self._good_state = {
+            "model": {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()},
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "guard": self.guard.keep(),
+        }
+
+    def _restore_good_state(self):
+        self.model.load_state_dict(self._good_state["model"])
+        self.optimizer.load_state_dict(copy.deepcopy(self._good_state["optimizer"]))
+        self.guard.go_back(self._good_state["guard"], self.state)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        """Writes a checkpoint aside, and gives it its name and place when it is whole."""
+        if self.guard.action == "rollback":
+            self._keep_good_state()
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = folder / STAGING
+        if self.args.should_save:
+            delete(self._staging)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        written, self._staging = self._staging / name, None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._name_best_checkpoint(written, folder)
+            seal(written)
+            delete(folder / name)
+            written.replace(folder / name)
+            delete(folder / STAGING)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder / name))
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        """Not while it is being written: what is uploaded has its name."""
+
+    def _name_best_checkpoint(self, written: Path, folder: Path):
+        """Where the best checkpoint is the one being written, the state is to name the place that it will have."""
+        if self.state.best_global_step and self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder / written.name)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))

@@ -10,13 +10,10 @@ Everything is measured side by side in one run: the variants take turns, and eac
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import truediv
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +25,7 @@ from rich.console import Console
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from evaluation.benchmarks._turns import Timing, compare, format_ratio
 from evaluation.report import list_settings
 from evaluation.results import git_revision, machine_name, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
@@ -49,27 +47,6 @@ COMMON = {
 COEFFICIENT = 1e-5
 
 console = Console()
-
-
-@strict
-@dataclass
-class Timing:
-    """
-    One comparison.
-
-    Args:
-        kind (`str`): What ran.
-        length (`int`): Tokens in a sequence.
-        runs (`int`): Turns that each variant took.
-        milliseconds (`dict[str, float]`): Median of each variant.
-        ratios (`dict[str, list[float]]`): Quartiles of our time to that of each other variant.
-    """
-
-    kind: str
-    length: int
-    runs: int
-    milliseconds: dict[str, float]
-    ratios: dict[str, list[float]]
 
 
 @strict
@@ -187,36 +164,10 @@ def diagnostic_forward(name: str, length: int) -> Callable[[], None]:
     return run
 
 
-def take_turns(variants: dict[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each turn, after a turn to warm up."""
-    seconds = {name: [] for name in variants}
-    for turn in range(runs + 1):
-        for name, run in variants.items():
-            started = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def compare(kind: str, build: Callable, length: int, names: tuple[str, ...], runs: int) -> Timing:
-    """Medians in milliseconds, and quartiles of the ratio of ours to each other variant."""
-    seconds = take_turns({name: build(name, length) for name in names}, runs)
-    timing = Timing(
-        kind=kind,
-        length=length,
-        runs=runs,
-        milliseconds={name: statistics.median(values) * 1000 for name, values in seconds.items()},
-        ratios={
-            name: statistics.quantiles(map(truediv, seconds[OURS], values), n=4)
-            for name, values in seconds.items()
-            if name != OURS
-        },
-    )
-    ratios = ", ".join(
-        f"{middle:.2f} ({low:.2f}-{high:.2f}) of {name}" for name, (low, middle, high) in timing.ratios.items()
-    )
-    console.print(f"{kind}, T={length}: {ratios}")
+def measure(kind: str, build: Callable, length: int, names: tuple[str, ...], runs: int) -> Timing:
+    """Compares ours with others at a length."""
+    timing = compare(kind, length, {name: build(name, length) for name in names}, OURS, runs)
+    console.print(timing)
     return timing
 
 
@@ -284,8 +235,7 @@ def page(record: Record) -> str:
     for entry in record.times:
         cells = [entry.kind, str(entry.length), f"{entry.milliseconds[OURS]:.1f}"]
         for name in (STOCK, PUBLIC):
-            low, middle, high = entry.ratios.get(name, (None, None, None))
-            cells.append("" if middle is None else f"{middle:.2f} ({low:.2f}-{high:.2f})")
+            cells.append(format_ratio(entry.ratios[name]) if name in entry.ratios else "")
         rows.append(f"| {' | '.join(cells)} |")
     memory = {(entry.name, entry.length): entry.mebibytes for entry in record.memory}
     lengths = sorted({length for _, length in memory})
@@ -343,19 +293,19 @@ def main(
     everything, pair = tuple(ATTENTIONS), (STOCK, OURS)
     runs = 3 if quick else runs
     times = [
-        compare("attention", attention_pass, length, everything, runs)
+        measure("attention", attention_pass, length, everything, runs)
         for length in ((128, 256, 512) if quick else (128, 256, 512, 1024, 2048))
     ]
     times += [
-        compare("training step", training_step, length, everything, runs)
+        measure("training step", training_step, length, everything, runs)
         for length in ((128,) if quick else (512, 1024))
     ]
     times += [
-        compare("diagnostics", diagnostic_forward, length, pair, runs) for length in ((128,) if quick else (512, 1024))
+        measure("diagnostics", diagnostic_forward, length, pair, runs) for length in ((128,) if quick else (512, 1024))
     ]
     with BusyCore():
         times += [
-            compare("attention, one core busy", attention_pass, length, pair, runs)
+            measure("attention, one core busy", attention_pass, length, pair, runs)
             for length in ((128, 512) if quick else (128, 256, 512, 1024, 2048))
         ]
     lengths = (512,) if quick else (512, 1024, 2048, 4096)

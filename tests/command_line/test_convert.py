@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Co
 
 from evaluation.conversion_report import ConversionReport
 from evaluation.remote_loading import load_in_fresh_process, save_reference
-from training.data import train_tokenizer
+from training.tokenizer import train_tokenizer
 
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")

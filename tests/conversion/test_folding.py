@@ -69,7 +69,7 @@ def test_a_folded_model_gives_the_same_logits(notation, final, tmp_path):
 @torch.no_grad()
 def test_a_negative_scale_of_the_stream_is_kept():
     model = make_asymmetric("SM+ScFFN")
-    model.transformer.h[1].ffn_beta.neg_()
+    model.transformer.h[1].residual_scaling.ffn_beta.neg_()
     assert largest_difference(model, fold(model)) < 1e-5
 
 
@@ -78,7 +78,7 @@ def test_a_negative_scale_of_the_stream_is_kept():
 @torch.no_grad()
 def test_a_scale_of_zero_is_named(name, final):
     model = make_asymmetric("SM+ScFFN", final_normalization=final)
-    getattr(model.transformer.h[1], name).zero_()
+    getattr(model.transformer.h[1].residual_scaling, name).zero_()
     with pytest.raises(ConversionError, match=f"{name}=0 in layer 1 can't be folded"):
         fold(model)
 
@@ -86,7 +86,7 @@ def test_a_scale_of_zero_is_named(name, final):
 @torch.no_grad()
 def test_a_scale_of_zero_stays_where_scales_are_not_folded():
     model = make_asymmetric("SM+LN+G+ScFFN")
-    model.transformer.h[1].ffn_beta.zero_()
+    model.transformer.h[1].residual_scaling.ffn_beta.zero_()
     assert largest_difference(model, fold(model)) < 1e-5
 
 
@@ -108,7 +108,7 @@ def test_each_fold_keeps_the_function_alone(step):
 def forget_weight_normalization(model):
     for module in model.modules():
         if isinstance(module, EntropyGPTNormalizedConv1D):
-            module.gain.copy_(module._normalized_weight().norm(dim=1))
+            module.gain.copy_(module._normalized(module.weight).norm(dim=1))
 
 
 def forget_norms(model):
@@ -126,17 +126,17 @@ def forget_final_bias(model):
 
 def forget_temperatures(model):
     for block in model.transformer.h:
-        block.attn.log_temperature.zero_()
+        block.attn.temperature.log_temperature.zero_()
 
 
 def forget_alpha(model):
     for block in model.transformer.h:
-        block.ffn_alpha.fill_(1.0)
+        block.residual_scaling.ffn_alpha.fill_(1.0)
 
 
 def forget_beta(model):
     for block in model.transformer.h:
-        block.ffn_beta.fill_(1.0)
+        block.residual_scaling.ffn_beta.fill_(1.0)
 
 
 def forget_inner_bias(model):

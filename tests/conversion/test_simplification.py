@@ -96,7 +96,7 @@ def test_thresholds_start_where_the_heads_are():
         # The mean over the whole text is each head's threshold, so the penalty of the mean is that of its scatter.
         outputs = result.transformer(tokens, output_entropies=True)
         means = torch.stack(outputs.attention_entropies).mean(dim=(1, 3))
-        thresholds = torch.stack([block.attn.entropy_threshold for block in result.transformer.h])
+        thresholds = torch.stack([block.attn.threshold.entropy_threshold for block in result.transformer.h])
         keys = outputs.visible_keys.float().log()
         largest = keys.max() if maximum == "context" else keys.mean()
         torch.testing.assert_close(thresholds * largest, means)
@@ -163,7 +163,7 @@ def test_pruning_keeps_the_mean_and_is_chosen_by_damage():
     with torch.no_grad():
         for block in model.transformer.h:
             block.mlp.c_proj.bias += 3.0
-            block.ffn_beta.fill_(1.0)
+            block.residual_scaling.ffn_beta.fill_(1.0)
         model.transformer.h[1].mlp.c_proj.weight *= 1e-3
     calibration = calibrate(model, batches)
     damage = measure_pruning_damage(model, batches, calibration)
@@ -174,7 +174,7 @@ def test_pruning_keeps_the_mean_and_is_chosen_by_damage():
     assert with_mean.kl == pytest.approx(damage[1], rel=0.5)
     assert with_mean.kl < without.kl / 10
     with torch.no_grad():
-        model.transformer.h[1].ffn_beta.fill_(0.5)
+        model.transformer.h[1].residual_scaling.ffn_beta.fill_(0.5)
     with pytest.raises(ConversionError, match=r"layer 1 can't be pruned: .* scaled by 0.5"):
         prune_ffns(model, [1], calibration)
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from evaluation.perplexity import count_bytes, measure_likelihood
 from tests.architectures import make_model
-from training.data import END_OF_TEXT, Document, pack, train_tokenizer
+from training.packing import pack
+from training.tokenizer import END_OF_TEXT, train_tokenizer
 
 
 TEXTS = ["def naïve():\n    return 1\n", "x = 'ünïcode ✓'\n"] * 4
@@ -23,7 +24,7 @@ def tokenizer():
 
 def test_definition(tokenizer):
     model = make_model("EReg(SM(t)+ScFuFFN)", vocab_size=len(tokenizer)).train()
-    blocks = pack([Document(str(index), text) for index, text in enumerate(TEXTS)], tokenizer, 8)
+    blocks = pack(TEXTS, tokenizer, 8)
     seen = []
     likelihood = measure_likelihood(model, blocks, tokenizer, batch_size=3, on_blocks=seen.append)
     assert model.training

@@ -6,7 +6,12 @@ import math
 import pytest
 import torch
 
-from modeling_entropy_gpt.entropy_regularization import count_visible_keys, entropy_penalty, reduce_over_batch
+from modeling_entropy_gpt.entropy_regularization import (
+    count_visible_keys,
+    entropy_penalty,
+    penalized_share,
+    reduce_over_batch,
+)
 from tests.architectures import NO_DROPOUT, SIZES, make_model, make_tokens
 
 
@@ -66,10 +71,10 @@ def test_row_sum_of_a_model_is_the_formula_of_the_public_code(implementation):
     all the difference that is left.
     """
     model = make_model("EReg(SM+ScFuFFN)", **NO_DROPOUT, entropy_penalty="row_sum", entropy_coefficient=1e-3).double()
-    thresholds = model.transformer.h[0].attn.entropy_threshold
+    thresholds = model.transformer.h[0].attn.threshold.entropy_threshold
     with torch.no_grad():
         for block in model.transformer.h:
-            block.attn.entropy_threshold.copy_(thresholds)
+            block.attn.threshold.entropy_threshold.copy_(thresholds)
     tokens = make_tokens(3, 16)
     model.set_attn_implementation("eager")
     attentions = model(tokens, output_attentions=True).attentions
@@ -100,6 +105,29 @@ def test_inside_the_margin_there_is_no_penalty():
 
 @pytest.mark.parametrize("maximum", MAXIMA)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_penalised_share_is_counted(reduction, maximum):
+    """Against loops over what can be penalised, with padding of different lengths on the left."""
+    entropies, thresholds, visible = make_entropies()
+    padding = torch.arange(BATCH)[:, None]
+    visible = (visible - padding).clamp(min=0)
+    got = penalized_share(entropies, thresholds, visible, TOLERANCE, maximum, reduction)
+    for b in range(BATCH):
+        rows = range(b, LENGTH)
+        largest = [math.log(LENGTH - b if maximum == "context" else row - b + 1) for row in rows]
+        count, penalised = 0, 0
+        for layer, head in torch.cartesian_prod(torch.arange(LAYERS), torch.arange(HEADS)).tolist():
+            values, theta = entropies[layer, b, head, b:].tolist(), thresholds[layer, head].item()
+            pairs = list(zip(values, largest, strict=True))
+            if reduction == "head_mean":
+                pairs = [(sum(values) / len(values), sum(largest) / len(largest))]
+            count += len(pairs)
+            penalised += sum(abs(value - theta * most) > TOLERANCE * most for value, most in pairs)
+        assert got[b].item() == pytest.approx(penalised / count)
+    assert got.max() > got.min() > 0
+
+
+@pytest.mark.parametrize("maximum", MAXIMA)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_padding_is_ignored(maximum, reduction):
     entropies, thresholds, visible = make_entropies()
     expected = entropy_penalty(entropies, thresholds, visible, TOLERANCE, maximum, reduction)
@@ -116,6 +144,7 @@ def test_a_sequence_of_padding_alone_has_no_penalty_and_finite_gradients():
         for maximum in MAXIMA:
             penalty = entropy_penalty(entropies, thresholds, 0 * visible, TOLERANCE, maximum, reduction)
             assert penalty.eq(0).all()
+            assert penalized_share(entropies, thresholds, 0 * visible, TOLERANCE, maximum, reduction).eq(0).all()
             assert torch.autograd.grad(penalty.sum(), thresholds)[0].isfinite().all()
 
 
@@ -163,15 +192,22 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(reduction, maximum):
     ).train()
     batch = padded_batch([16, 3, 9, 12, 5, 16, 2, 7])
     items = (batch["labels"][:, 1:] != -100).sum()
-    gradients = {}
+    gradients, shares = {}, {}
     for size in (8, 2, 1):
         model.zero_grad()
+        shares[size] = 0.0
         for start in range(0, 8, size):
             part = {name: tensor[start : start + size] for name, tensor in batch.items()}
-            model(**part, num_items_in_batch=items).loss.backward()
+            outputs = model(**part, num_items_in_batch=items)
+            outputs.loss.backward()
+            shares[size] += outputs.penalized_share.item()
         gradients[size] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    model(**batch).loss.backward()
+    outputs = model(**batch)
+    outputs.loss.backward()
+    assert not outputs.penalized_share.requires_grad
+    assert 0 < outputs.penalized_share < 1
+    assert list(shares.values()) == pytest.approx([outputs.penalized_share.item()] * 3)
     gradients["whole"] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     for name, expected in gradients["whole"].items():
         assert expected.abs().max() > 0, name
@@ -206,7 +242,7 @@ def test_the_penalty_steers_entropy_towards_the_threshold():
             entropy_penalty="head_mean",
             entropy_maximum="causal",
         ).train()
-        optimizer = torch.optim.Adam([block.attn.log_temperature for block in model.transformer.h], lr=0.1)
+        optimizer = torch.optim.Adam([block.attn.temperature.log_temperature for block in model.transformer.h], lr=0.1)
         tokens = make_tokens(4, SIZES["n_positions"])
         losses = []
         for _ in range(120):
@@ -221,8 +257,12 @@ def test_evaluation_reports_the_penalty_and_leaves_it_out_of_the_loss():
     model = make_model("EReg(SM(t)+ScFuFFN)")
     tokens = make_tokens()
     plain = model(tokens, labels=tokens)
-    assert plain.entropy_loss is None
+    assert plain.entropy_loss is plain.penalized_share is None
     outputs = model(tokens, labels=tokens, output_entropies=True)
     assert outputs.entropy_loss > 0
+    assert outputs.penalized_share > 0
+    # The Trainer takes what is not to be ignored for predictions.
+    ignored = {"loss", *model.config.keys_to_ignore_at_inference}
+    assert {name for name in outputs if name not in ignored} == {"logits"}
     assert outputs.loss == outputs.cross_entropy_loss
     torch.testing.assert_close(outputs.loss, plain.loss)

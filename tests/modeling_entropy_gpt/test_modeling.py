@@ -16,7 +16,7 @@ from modeling_entropy_gpt import (
     EntropyGPTForTokenClassification,
 )
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, SIZES, make_config, make_model, make_tokens
-from training.data import train_tokenizer
+from training.tokenizer import train_tokenizer
 
 
 # One for each way in which the forward pass differs; the whole list is for what is cheap.
@@ -190,7 +190,7 @@ def test_temperatures_follow_the_position_in_cached_generation_beyond_the_prompt
     model = make_model("SM(t)+ScFuFFN")
     with torch.no_grad():
         for block in model.transformer.h:
-            block.attn.log_temperature.copy_(torch.linspace(-1, 1, SIZES["n_positions"]).expand(4, -1))
+            block.attn.temperature.log_temperature.copy_(torch.linspace(-1, 1, SIZES["n_positions"]).expand(4, -1))
     inputs = {name: tensor for name, tensor in pad(make_tokens(), "left").items() if name != "position_ids"}
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     generated = model.generate(**inputs, **options)
@@ -202,7 +202,7 @@ def test_temperatures_follow_the_position_in_cached_generation_beyond_the_prompt
     # The check above would not notice temperatures that do not matter.
     with torch.no_grad():
         for block in model.transformer.h:
-            block.attn.log_temperature.zero_()
+            block.attn.temperature.log_temperature.zero_()
     assert not torch.equal(generated, model.generate(**inputs, **options))
 
 

@@ -22,7 +22,7 @@ from modeling_entropy_gpt import (
     EntropyGPTModel,
 )
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
-from training.data import train_tokenizer
+from training.tokenizer import train_tokenizer
 
 
 AUTO_CLASSES = {
@@ -92,8 +92,10 @@ def test_blocks_offloaded_to_disk_answer_the_same(tmp_path):
     tokens = make_tokens()
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
-        entropies = loaded(tokens, output_entropies=True).attention_entropies
-    torch.testing.assert_close(entropies, model(tokens, output_entropies=True).attention_entropies)
+        got = loaded(tokens, labels=tokens, output_entropies=True)
+    expected = model(tokens, labels=tokens, output_entropies=True)
+    torch.testing.assert_close(got.attention_entropies, expected.attention_entropies)
+    torch.testing.assert_close(got.entropy_loss, expected.entropy_loss)  # with thresholds that are on the disk
 
 
 def test_a_missing_tensor_is_initialised_from_the_config_and_reported(tmp_path):
@@ -105,7 +107,7 @@ def test_a_missing_tensor_is_initialised_from_the_config_and_reported(tmp_path):
         tmp_path, config=EntropyGPTConfig(**fields), output_loading_info=True
     )
     assert {name.rpartition(".")[2] for name in report["missing_keys"]} == {"log_temperature"}
-    temperature = loaded.transformer.h[0].attn.inverse_temperature(None)
+    temperature = loaded.transformer.h[0].attn.temperature(None)
     torch.testing.assert_close(temperature, torch.full_like(temperature, 4.0))
 
 
@@ -125,9 +127,9 @@ def test_initial_values_come_from_the_config():
         )
     )
     for block in model.transformer.h:
-        torch.testing.assert_close(block.attn.log_temperature.exp(), torch.full((4, 8), 0.01))
-        torch.testing.assert_close(block.attn.entropy_threshold, torch.full((4,), 0.4))
-        assert (block.ffn_alpha, block.ffn_beta) == (2.0, 3.0)
+        torch.testing.assert_close(block.attn.temperature.log_temperature.exp(), torch.full((4, 8), 0.01))
+        torch.testing.assert_close(block.attn.threshold.entropy_threshold, torch.full((4,), 0.4))
+        assert (block.residual_scaling.ffn_alpha, block.residual_scaling.ffn_beta) == (2.0, 3.0)
 
 
 def test_the_saved_folder_holds_the_code_and_safetensors_alone(tmp_path):
@@ -188,7 +190,7 @@ def test_a_fresh_process_notices_other_weights(saved):
     folder, reference = saved
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        model.transformer.h[0].attn.log_temperature.add_(0.5)
+        model.transformer.h[0].attn.temperature.log_temperature.add_(0.5)
     model.save_pretrained(folder)
     assert load_in_fresh_process(folder, reference, prompt="def ").max_difference > 1e-3
 

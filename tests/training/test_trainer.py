@@ -1,15 +1,19 @@
 """The trainer, its checkpoints and its callbacks."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback
 
-from tests.architectures import make_model, make_tokens
+from tests.architectures import NO_DROPOUT, make_model, make_tokens
+from training.arguments import EntropyTrainingArguments
 from training.callbacks import StepObserver, Stopwatch
-from training.data import collate_blocks
-from training.trainer import EntropyTrainer, last_checkpoint
+from training.checkpoints import find_damage, last_checkpoint, list_checkpoints
+from training.packing import collate_blocks
+from training.trainer import LOGGED, EntropyTrainer
 
 
 ROWS = [{"input_ids": row} for row in make_tokens(32, 16).tolist()]
@@ -18,15 +22,15 @@ ROWS = [{"input_ids": row} for row in make_tokens(32, 16).tolist()]
 def make_trainer(model, folder, callbacks=(), **arguments):
     return EntropyTrainer(
         model=model,
-        args=TrainingArguments(
+        args=EntropyTrainingArguments(
             output_dir=folder,
             use_cpu=True,
             report_to=[],
             disable_tqdm=True,
-            restore_callback_states_from_checkpoint=True,
             **{"max_steps": 6, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4, **arguments},
         ),
         train_dataset=ROWS,
+        eval_dataset=ROWS[:8],
         data_collator=collate_blocks,
         callbacks=list(callbacks),
     )
@@ -51,12 +55,147 @@ def test_losses_that_would_lack_the_penalty_are_refused(option, tmp_path):
     def make(notation):
         arguments = {"label_smoothing_factor": 0.1} if option == "label_smoothing_factor" else {}
         options = {"compute_loss_func": lambda *_, **__: 0.0} if option == "compute_loss_func" else {}
-        arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[], **arguments)
+        arguments = EntropyTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[], **arguments)
         return EntropyTrainer(model=make_model(notation), args=arguments, train_dataset=ROWS, **options)
 
     make("SM+ScFuFFN")
     with pytest.raises(ValueError, match=f"{option}.*entropy penalty"):
         make("EReg(SM(t)+ScFuFFN)")
+
+
+def test_scalars_have_multiples_of_the_learning_rate(tmp_path):
+    model = make_model("EReg(SM(t)+LN+ScFFN+WN(QK))", entropy_coefficient=0.1)
+    multipliers = {"temperature": 2.0, "threshold": 3.0, "residual_scale": 0.0, "gain": 5.0}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = {f"{name}_lr_multiplier": value for name, value in multipliers.items()}
+    trainer = make_trainer(
+        model, tmp_path, max_steps=1, learning_rate=0.01, lr_scheduler_type="constant", optim="sgd", **arguments
+    )
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: gradients.update({name: gradient.clone()}))
+    trainer.args.max_grad_norm = 0.0
+    trainer.train()
+    leaves = {
+        "log_temperature": 2.0,
+        "entropy_threshold": 3.0,
+        "ffn_alpha": 0.0,
+        "ffn_beta": 0.0,
+        "gain": 5.0,
+    }
+    for name, parameter in model.named_parameters():
+        moved = 0.01 * leaves.get(name.rpartition(".")[2], 1.0) * gradients[name]
+        torch.testing.assert_close(parameter, before[name] - moved, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("penalty", ["head_mean", "row_mean", "row_sum"])
+def test_the_parts_of_the_loss_are_logged_whatever_the_accumulation(penalty, tmp_path):
+    found = {}
+    for size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        torch.manual_seed(0)
+        model = make_model("EReg(SM(t)+ScFuFFN)", entropy_coefficient=0.05, entropy_penalty=penalty, **NO_DROPOUT)
+        trainer = make_trainer(
+            model,
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=4,
+            logging_steps=2,
+            optim="sgd",
+        )
+        trainer.train()
+        found[size] = [logged(trainer, name) for name in ("loss", *LOGGED)]
+    loss, cross_entropy, penalty_loss, share = found[8]
+    assert loss == pytest.approx([a + 0.05 * b for a, b in zip(cross_entropy, penalty_loss, strict=True)], rel=1e-5)
+    assert all(0 < value < 1 for value in share)
+    for size in (4, 2):
+        assert found[size] == [pytest.approx(values, rel=1e-4) for values in found[8]]
+
+
+def test_without_a_penalty_there_is_no_such_log(tmp_path):
+    trainer = make_trainer(
+        make_model("SM+LN+G", **NO_DROPOUT), tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1
+    )
+    trainer.train()
+    assert logged(trainer, "cross_entropy_loss") == pytest.approx(logged(trainer, "loss"))
+    assert not logged(trainer, "entropy_loss")
+    assert logged(trainer, "eval_perplexity") == pytest.approx(
+        [math.exp(loss) for loss in logged(trainer, "eval_loss")]
+    )
+
+
+class Poison(TrainerCallback):
+    """Spoils a weight before a step, once."""
+
+    def __init__(self, step, spoil):
+        self.step, self.spoil, self.done = step, spoil, False
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step and not self.done:
+            self.done = True
+            with torch.no_grad():
+                self.spoil(model)
+
+
+def spoil_layer_1(model):
+    model.transformer.h[1].attn.c_proj.bias.fill_(math.nan)
+
+
+def spoil_head(model):
+    model.transformer.wte.weight.mul_(50)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_layer_1, "the loss is nan; values that are not finite first appear in the output of layer 1 (h.1)"),
+        (spoil_head, "in the last good state; every layer is finite"),
+    ],
+)
+def test_a_run_that_diverges_is_stopped_and_says_where(spoil, message, tmp_path):
+    model = make_model("SM+ScFuFFN", **NO_DROPOUT)
+    trainer = make_trainer(model, tmp_path, [Poison(7, spoil)], max_steps=20)
+    trainer.train()
+    assert message in trainer.guard.diverged
+    assert trainer.guard.events[-1][1] == trainer.guard.diverged == logged(trainer, "divergence")[-1]
+    assert trainer.state.global_step < 20
+
+
+def test_a_run_that_diverges_goes_back_and_ends(tmp_path):
+    model = make_model("SM+ScFuFFN", **NO_DROPOUT)
+    trainer = make_trainer(
+        model, tmp_path, [Poison(7, spoil_layer_1)], max_steps=12, on_divergence="rollback", save_steps=4
+    )
+    trainer.train()
+    assert (trainer.state.global_step, trainer.guard.rollbacks, trainer.guard.slowdown) == (12, 1, 0.5)
+    assert trainer.guard.diverged is None
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert trainer.lr_scheduler.lr_lambdas[0](0) == 0.5
+
+
+def test_a_rollback_needs_a_schedule_that_can_be_slowed(tmp_path):
+    schedule = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(make_model("SM+ScFuFFN"), tmp_path, on_divergence="rollback", **schedule)
+    with pytest.raises(ValueError, match=r"lr_scheduler_type=.*take linear"):
+        trainer.train()
+
+
+def test_checkpoints_are_sealed_rotated_and_leave_nothing_behind(tmp_path):
+    model = make_model("SM+LN+G", **NO_DROPOUT)
+    trainer = make_trainer(
+        model, tmp_path, save_total_limit=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True
+    )
+    trainer.train()
+    checkpoints = list_checkpoints(tmp_path)
+    assert [path.name for path in checkpoints] == ["checkpoint-6", "checkpoint-4"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "checkpoint-4"}
+    assert [find_damage(path) for path in checkpoints] == [None, None]
+    state = json.loads((checkpoints[0] / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]) in checkpoints
 
 
 class Interruption(Exception):
@@ -75,7 +214,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_adds_up_its_time(tmp
         if step == 5:
             raise Interruption
 
-    interrupted = make_trainer(model(), tmp_path / "resumed", [Stopwatch(), StepObserver(stop, lambda loss: None)])
+    interrupted = make_trainer(
+        model(), tmp_path / "resumed", [Stopwatch(), StepObserver(lambda step, steps: stop(step), lambda loss: None)]
+    )
     with pytest.raises(Interruption):
         interrupted.train()
     checkpoint = last_checkpoint(tmp_path / "resumed")
@@ -85,9 +226,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_adds_up_its_time(tmp
 
     steps = []
     resumed = model()
-    trainer = make_trainer(resumed, tmp_path / "resumed", [Stopwatch(), StepObserver(steps.append, lambda loss: None)])
+    trainer = make_trainer(
+        resumed,
+        tmp_path / "resumed",
+        [Stopwatch(), StepObserver(lambda *counts: steps.append(counts), lambda loss: None)],
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
-    assert steps == [4, 5, 6]
+    assert steps == [(4, 6), (5, 6), (6, 6)]
     for (name, parameter), twin in zip(resumed.named_parameters(), straight.parameters(), strict=True):
         torch.testing.assert_close(parameter, twin, rtol=0, atol=0, msg=name)
     stopwatch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Stopwatch))
@@ -96,16 +241,6 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_adds_up_its_time(tmp
 
 def test_losses_are_handed_on(tmp_path):
     losses = []
-    observer = StepObserver(lambda step: None, losses.append)
+    observer = StepObserver(lambda step, steps: None, losses.append)
     make_trainer(make_model("SM+LN+G"), tmp_path, [observer], max_steps=3).train()
     assert len(losses) == 3
-
-
-def test_last_checkpoint_passes_over_what_a_killed_process_left(tmp_path):
-    assert last_checkpoint(tmp_path / "nowhere") is None
-    for step, state in ((8, "{}"), (9, "{}"), (10, "{"), (100, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path).name == "checkpoint-9"

@@ -1,4 +1,4 @@
-"""Corpus, tokenizer and packing."""
+"""Corpora of text files."""
 
 import errno
 import os
@@ -6,28 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from training.data import (
-    CorpusError,
-    Document,
-    collate_blocks,
-    load_corpus,
-    load_standard_library,
-    pack,
-    train_tokenizer,
-)
+from training.corpus import load_corpus, load_standard_library
+from training.errors import CorpusError
 
 
 @pytest.fixture(scope="module")
 def standard_library():
     return load_standard_library()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([Path(__file__).read_text()], vocab_size=400)
 
 
 def test_standard_library_is_python_code_without_tests(standard_library):
@@ -44,7 +30,7 @@ def test_the_split_is_by_file_and_always_the_same(standard_library):
         {document.name for document in part} for part in (standard_library.training, standard_library.validation)
     )
     assert training.isdisjoint(validation)
-    share = sum(len(document.text) for document in standard_library.validation) / standard_library.characters
+    share = sum(document.length for document in standard_library.validation) / standard_library.characters
     assert 0.04 < share < 0.1
     assert load_standard_library() == standard_library
 
@@ -125,16 +111,6 @@ def test_a_folder_that_can_not_be_listed_is_named(tmp_path, monkeypatch):
             load_corpus(path)
 
 
-def test_the_name_of_a_special_token_in_a_text_is_text(tokenizer):
-    text = "print('<|endoftext|>')"
-    (row,) = pack([Document("a", text)], tokenizer, 10)["input_ids"][:1]
-    assert tokenizer.eos_token_id not in row
-    tokens = pack([Document("a", text)], tokenizer, 1)["input_ids"]
-    assert tokens[-1] == [tokenizer.eos_token_id]
-    assert tokenizer.decode([token for (token,) in tokens[:-1]]) == text
-    assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -176,37 +152,26 @@ def test_a_dangling_link_is_named(tmp_path):
         load_corpus(tmp_path / "link.txt")
 
 
-@settings(deadline=None)
-@given(st.text())
-def test_any_text_survives_the_tokenizer(tokenizer, text):
-    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=False) == text
+def test_lengths_are_those_of_the_texts(standard_library):
+    for document in standard_library.validation:
+        assert len(document.text) == document.length
 
 
-def test_the_tokenizer_is_no_larger_than_asked_and_survives_saving(tokenizer, tmp_path):
-    assert len(tokenizer) == 400
-    tokenizer.save_pretrained(tmp_path)
-    again = type(tokenizer).from_pretrained(tmp_path)
-    assert again("def f(x):")["input_ids"] == tokenizer("def f(x):")["input_ids"]
-    assert again.eos_token == again.bos_token == again.pad_token == "<|endoftext|>"
+def test_without_a_share_nothing_is_held_out(tmp_path):
+    for index in range(3):
+        (tmp_path / f"{index}.txt").write_text(f"text {index}\n" * 50)
+    corpus = load_corpus(tmp_path, validation_share=0)
+    assert [document.name for document in corpus.training] == ["0.txt", "1.txt", "2.txt"]
+    assert not corpus.validation
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.lists(st.text(alphabet="ab\n ", max_size=60), max_size=6), st.integers(1, 9))
-def test_packing_keeps_every_token_in_order(tokenizer, texts, block_size):
-    documents = [Document(str(index), text) for index, text in enumerate(texts)]
-    stream = []
-    for text in texts:
-        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    seen = []
-    if len(stream) < block_size:
-        with pytest.raises(CorpusError, match=f"{len(stream)} tokens, and one block takes {block_size}"):
-            pack(documents, tokenizer, block_size)
-        return
-    blocks = pack(documents, tokenizer, block_size, seen.append)["input_ids"]
-    assert [token for block in blocks for token in block] == stream[: len(stream) // block_size * block_size]
-    assert seen == documents
-
-
-def test_every_token_of_a_block_is_a_label():
-    batch = collate_blocks([{"input_ids": [0, 5, 0]}, {"input_ids": [1, 2, 3]}])
-    assert batch["labels"].tolist() == batch["input_ids"].tolist() == [[0, 5, 0], [1, 2, 3]]
+def test_a_file_that_has_become_shorter_or_gone_is_named(tmp_path):
+    file = tmp_path / "log.txt"
+    file.write_text("line\n" * 100)
+    (document,) = load_corpus(file).validation
+    file.write_text("line\n")
+    with pytest.raises(CorpusError, match=r"log\.txt has become shorter"):
+        print(document.text)
+    file.unlink()
+    with pytest.raises(CorpusError, match=r"log\.txt can't be read"):
+        print(document.text)

@@ -1,0 +1,270 @@
+"""What a training step takes beside stock GPT-2's, what watching the entropies adds, and how fast text comes in.
+
+python -m evaluation.benchmarks.training_step            measures all (some minutes), and writes record and page
+python -m evaluation.benchmarks.training_step --quick    a minute: small models, few runs, nothing written
+python -m evaluation.benchmarks.training_step --redraw   the page anew from the record
+"""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from datasets import disable_progress_bars
+from huggingface_hub.dataclasses import strict
+from rich.console import Console
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from evaluation.benchmarks._turns import Timing, compare, format_ratio, take_turns
+from evaluation.report import list_settings
+from evaluation.results import git_revision, machine_name, recorded_versions
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from training.arguments import DataArguments
+from training.entropy_callback import measure_heads
+from training.packing import collate_blocks
+from training.preparation import prepare_data
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "model_cards" / "results" / "training_step.json"
+PAGE = ROOT / "docs" / "training_step.md"
+
+STOCK = "stock GPT-2"
+PROPOSAL, REGULARIZED = "EReg(SM(t)+ScFuFFN)", "EReg(SM+LN+G)"
+GPT2_SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 512}
+# The model of the recipe python-stdlib-small, and its batch.
+SMALL = {"n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 1024, "n_positions": 128}
+SMALL_BATCH, EVERY = 8, 25
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+LENGTHS = {128: 8, 512: 2}  # and sequences of a step
+
+console = Console()
+
+
+@strict
+@dataclass
+class Pipeline:
+    """
+    How fast text comes in, beside how fast it is trained on, in tokens a second.
+
+    Args:
+        tokens (`int`): Of the text.
+        prepared (`float`): From files to packed blocks on disk, the tokenizer's training not counted.
+        batched (`float`): From there to shuffled batches.
+        streamed (`float`): From files to shuffled batches, nothing kept.
+        trained_small (`float`): By the model of the recipe python-stdlib-small.
+        trained_gpt2_small (`float`): By a GPT-2 small of the proposed architecture.
+    """
+
+    tokens: int
+    prepared: float
+    batched: float
+    streamed: float
+    trained_small: float
+    trained_gpt2_small: float
+
+
+@strict
+@dataclass
+class Record:
+    """All that was measured, and where."""
+
+    steps: list[Timing]
+    watching: Timing
+    pipeline: Pipeline
+    versions: dict[str, str]
+    git_revision: str | None
+    machine: str
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        steps = [Timing(**entry) for entry in content.pop("steps")]
+        return cls(steps, Timing(**content.pop("watching")), Pipeline(**content.pop("pipeline")), **content)
+
+    def save(self, path: Path):
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def training_step(name: str, sizes: dict, batch: int, length: int) -> Callable[[], None]:
+    """A whole step, forward, backward and AdamW, on random tokens, attention by torch's own kernel."""
+    torch.manual_seed(0)
+    options = {**sizes, **NO_DROPOUT, "bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa"}
+    if name == STOCK:
+        model = GPT2LMHeadModel(GPT2Config(**options))
+    else:
+        model = EntropyGPTForCausalLM(EntropyGPTConfig.from_notation(name, **options))
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    input_ids = torch.randint(sizes["vocab_size"], (batch, length))
+
+    def run():
+        model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def measure_steps(sizes: dict, length: int, batch: int, runs: int) -> Timing:
+    """The proposal, and GPT-2 with the penalty, beside stock GPT-2."""
+    variants = {name: training_step(name, sizes, batch, length) for name in (STOCK, REGULARIZED, PROPOSAL)}
+    timing = compare("training step", length, variants, PROPOSAL, runs)
+    console.print(timing)
+    return timing
+
+
+def measure_watching(runs: int) -> Timing:
+    """Steps of the recipe python-stdlib-small as often as entropies are measured, with and without."""
+    length = SMALL["n_positions"]
+    step = training_step(PROPOSAL, SMALL, SMALL_BATCH, length)
+    torch.manual_seed(0)
+    model = EntropyGPTForCausalLM(EntropyGPTConfig.from_notation(PROPOSAL, **SMALL, eos_token_id=None))
+    probe = torch.randint(SMALL["vocab_size"], (SMALL_BATCH, length))
+
+    def unwatched():
+        for _ in range(EVERY):
+            step()
+
+    def watched():
+        unwatched()
+        measure_heads(model, probe)
+
+    name = "not watched"
+    timing = compare(f"{EVERY} steps, watched once", length, {name: unwatched, "watched": watched}, "watched", runs)
+    console.print(timing)
+    return timing
+
+
+def measure_pipeline(runs: int, gpt2_step: Timing) -> Pipeline:
+    """Text of the standard library, from files to batches, and steps that take it."""
+    context = SMALL["n_positions"]
+    with tempfile.TemporaryDirectory() as folder:
+        first = prepare_data(DataArguments(tokenizer_vocab_size=SMALL["vocab_size"], data_cache=folder), context, 0)
+        first.tokenizer.save_pretrained(f"{folder}/tokenizer")
+        tokens = first.training_tokens + first.validation_tokens
+        prepared, batched, streamed = [], [], []
+        for turn in range(runs):
+            arguments = DataArguments(tokenizer=f"{folder}/tokenizer", data_cache=f"{folder}/{turn}")
+            started = time.perf_counter()
+            data = prepare_data(arguments, context, seed=turn)
+            prepared.append(tokens / (time.perf_counter() - started))
+            batched.append(tokens_per_second(data.training, tokens, sampler=RandomSampler(data.training)))
+            arguments = dataclasses.replace(arguments, data_cache=None, streaming=True, validation_tokens=context)
+            streamed.append(tokens_per_second(prepare_data(arguments, context, seed=turn).training, tokens))
+    step = training_step(PROPOSAL, SMALL, SMALL_BATCH, context)
+    (seconds,) = take_turns({PROPOSAL: step}, 20 * runs).values()
+    pipeline = Pipeline(
+        tokens=tokens,
+        prepared=statistics.median(prepared),
+        batched=statistics.median(batched),
+        streamed=statistics.median(streamed),
+        trained_small=SMALL_BATCH * context / statistics.median(seconds),
+        trained_gpt2_small=LENGTHS[128] * 128 / gpt2_step.milliseconds[PROPOSAL] * 1000,
+    )
+    console.print(pipeline)
+    return pipeline
+
+
+def tokens_per_second(blocks, most: int, **options) -> float:
+    """How fast batches of blocks come in, up to so many tokens."""
+    seen, started = 0, time.perf_counter()
+    for batch in DataLoader(blocks, SMALL_BATCH, collate_fn=collate_blocks, **options):
+        seen += batch["input_ids"].numel()
+        if seen >= most:
+            break
+    return seen / (time.perf_counter() - started)
+
+
+def page(record: Record) -> str:
+    """The page of the documentation that shows the record."""
+    rows = []
+    for entry in record.steps:
+        regularized = entry.milliseconds[REGULARIZED] / entry.milliseconds[STOCK]
+        cells = [str(entry.length), *(f"{entry.milliseconds[name]:.0f}" for name in (STOCK, REGULARIZED, PROPOSAL))]
+        rows.append(f"| {' | '.join([*cells, f'{regularized:.2f}', format_ratio(entry.ratios[STOCK])])} |")
+    pipeline = record.pipeline
+    speeds = {
+        "from files to packed blocks on disk": pipeline.prepared,
+        "from packed blocks to shuffled batches": pipeline.batched,
+        "from files to shuffled batches, streamed": pipeline.streamed,
+    }
+    trained = (pipeline.trained_small, pipeline.trained_gpt2_small)
+    speed_rows = [
+        f"| {name} | {speed:,.0f} | {' | '.join(f'{speed / taken:,.0f}' for taken in trained)} |"
+        for name, speed in speeds.items()
+    ]
+    table, speed_table = "\n".join(rows), "\n".join(speed_rows)
+    return f"""# What a training step takes
+
+Generated by `python -m evaluation.benchmarks.training_step`; the figures are in
+`{RECORD.relative_to(ROOT).as_posix()}`.
+
+A step is a forward and a backward pass and AdamW, in float32, attention by torch's own kernel or, with the penalty, by
+[entropy attention](entropy_attention.md). Sizes of GPT-2 small: {GPT2_SMALL["n_layer"]} layers, width
+{GPT2_SMALL["n_embd"]}, {GPT2_SMALL["n_head"]} heads, vocabulary {GPT2_SMALL["vocab_size"]:,};
+{" and ".join(f"{batch} sequences at T={length}" for length, batch in LENGTHS.items())}.
+
+| T | {STOCK} (ms) | {REGULARIZED} (ms) | {PROPOSAL} (ms) | {REGULARIZED} to {STOCK} | {PROPOSAL} to {STOCK} |
+| ---: | ---: | ---: | ---: | ---: | ---: |
+{table}
+
+Medians of {record.steps[0].runs} runs that take turns; in brackets the quartiles of the ratio. "{STOCK}" is
+`GPT2LMHeadModel` of transformers under sdpa; the proposal has no FFN of two layers and no norm in its blocks, and so
+fewer operations.
+
+Watching: with the entropies of all heads measured on a batch every {EVERY} steps, training the model of the recipe
+`python-stdlib-small` takes {format_ratio(record.watching.ratios["not watched"])} of the time that it takes without.
+
+| how text comes in | tokens a second | to the small model's speed | to GPT-2 small's speed |
+| --- | ---: | ---: | ---: |
+{speed_table}
+
+The text is the standard library's source, {pipeline.tokens:,} tokens, the small model that of the recipe
+`python-stdlib-small`, which trains on {pipeline.trained_small:,.0f} tokens a second; a GPT-2 small of the proposed
+architecture trains on {pipeline.trained_gpt2_small:,.0f}. Medians.
+
+Measured with {list_settings(record.versions)}; commit {record.git_revision or "unknown"}; {record.machine}.
+"""
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Small models and few runs; writes nothing.")] = False,
+    runs: Annotated[int, typer.Option(min=3, help="Turns of each comparison.")] = 7,
+    redraw: Annotated[bool, typer.Option(help="Measure nothing; the page anew from the record.")] = False,
+):
+    """Measure what a training step takes, what watching it adds, and how fast text comes in."""
+    if redraw:
+        PAGE.write_text(page(Record.load(RECORD)), encoding="utf-8")
+        return
+    disable_progress_bars()
+    revision = git_revision()
+    runs = 3 if quick else runs
+    sizes = {**GPT2_SMALL, "n_layer": 2, "vocab_size": 8192} if quick else GPT2_SMALL
+    steps = [measure_steps(sizes, length, batch, runs) for length, batch in LENGTHS.items()]
+    watching = measure_watching(3 * runs)
+    record = Record(
+        steps=steps,
+        watching=watching,
+        pipeline=measure_pipeline(runs, steps[0]),
+        versions=recorded_versions(),
+        git_revision=revision,
+        machine=machine_name(torch.device("cpu")),
+    )
+    if quick:
+        return
+    record.save(RECORD)
+    PAGE.write_text(page(record), encoding="utf-8")
+    console.print(f"written: {RECORD}, {PAGE}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,136 @@
+"""Recipes: those that come along, overrides, and what is refused."""
+
+import json
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling_entropy_gpt import EntropyGPTConfig
+from training.recipe import RECIPES, RecipeError, list_recipes, read_recipe
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_can_be_read(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(name, ["use_cpu=true", "fp16=false", "bf16=false"])
+    assert recipe.model.notation == "EReg(SM(t)+ScFuFFN)"
+    assert recipe.training.output_dir == f"runs/{name}"
+    assert recipe.training.weight_decay > 0
+    fields = {key: value for key, value in recipe.config_fields.items() if key != "n_positions"}
+    config = EntropyGPTConfig.from_notation(recipe.model.notation, **fields)
+    assert config.entropy_regularization
+    assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipes_are_the_papers():
+    """Figures of arXiv 2501.03489; a step of CodeParrot is 512 sequences."""
+    for name, layers, context in (
+        ("codeparrot-128", 12, 128),
+        ("codeparrot-256", 12, 256),
+        ("codeparrot-128-18layers", 18, 128),
+        ("languini-512", 12, 512),
+    ):
+        recipe = read_recipe(name, ["use_cpu=true", "fp16=false"])
+        is_code = name.startswith("codeparrot")
+        assert (recipe.config_fields["n_layer"], recipe.data.context) == (layers, context)
+        assert recipe.config_fields["n_embd"] == 64 * recipe.config_fields["n_head"] == 768
+        assert recipe.config_fields["temperature_init"] == (0.01 if is_code else 0.1)
+        assert recipe.config_fields["entropy_coefficient"] == (1e-5 if is_code else 5e-5)
+        assert (recipe.training.learning_rate, recipe.training.warmup_steps) == (1e-3, 0.05)
+        assert recipe.training.lr_scheduler_type == "polynomial"
+        if is_code:
+            assert recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps == 512
+
+
+def test_settings_go_where_they_belong_and_overrides_win(write):
+    path = write(
+        "notation: SM+R\nn_layer: 2\ndataset: a.txt\nlearning_rate: 1e-3\nlora_target_modules: [c_attn, c_fc]\n"
+    )
+    recipe = read_recipe(
+        path, ["learning_rate=2.5e-4", "n_layer=3", "streaming=true", "lr_scheduler_kwargs={power: 2}"]
+    )
+    assert recipe.config_fields == {"n_layer": 3}
+    assert (recipe.model.notation, recipe.data.dataset, recipe.data.streaming) == ("SM+R", "a.txt", True)
+    assert recipe.training.learning_rate == 2.5e-4
+    assert recipe.training.lr_scheduler_kwargs == {"power": 2}
+    assert recipe.lora.lora_target_modules == ["c_attn"]
+    assert recipe.settings["learning_rate"] == 2.5e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("lerning_rate=1", "no setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        ("n_layers=1", "no setting 'n_layers'; did you mean 'n_layer'?"),
+        ("bos_token_id=1", "no setting 'bos_token_id'"),
+        ("learning_rate=fast", "learning_rate: invalid float value: 'fast'"),
+        ("max_steps=1.5", "max_steps: invalid int value: '1.5'"),
+        ("learning_rate=-1", "learning_rate=-1.0 has to be at least 0"),
+        ("learning_rate=.nan", "learning_rate=nan has to be at least 0"),
+        ("per_device_train_batch_size=0", "per_device_train_batch_size=0 has to be at least 1"),
+        ("max_steps=0", "leave nothing to train"),
+        ("num_train_epochs=0", "leave nothing to train"),
+        ("temperature_lr_multiplier=-2", "temperature_lr_multiplier=-2.0 has to be at least 0"),
+        ("on_divergence=explode", "invalid choice: 'explode'"),
+        ("streaming=maybe", "streaming: Truthy value expected"),
+        ("learning_rate=", "learning_rate is empty"),
+        ("n_layer", "'n_layer' is no setting: give key=value"),
+        ("=3", "'=3' is no setting"),
+        ("tokenizer=[", "is no YAML value"),
+        ("tokenizer=!!python/object/apply:os.getcwd []", "is no YAML value"),
+    ],
+)
+def test_what_can_not_be_is_named(settings, message, write):
+    with pytest.raises(RecipeError) as error:
+        read_recipe(write("notation: SM\nuse_cpu: true\n"), [settings])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has to be a list of settings"),
+        ("- notation", "has to be a list of settings"),
+        ("1: 2", "has to be a list of settings"),
+        ("notation: [", "is no YAML"),
+        ("notation: SM\nnotation: SM+R", "'notation' is set twice"),
+        ("notation: !!python/name:os.system", "is no YAML"),
+        ("notation: SM\nmodel:\n  n_layer: 2", "no setting 'model'"),
+    ],
+)
+def test_files_that_are_no_recipe_are_refused(text, message, write):
+    with pytest.raises(RecipeError) as error:
+        read_recipe(write(text), [])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_not_there_is_named_with_the_nearest():
+    with pytest.raises(RecipeError, match=r"no recipe python-stdlib-smal; did you mean 'python-stdlib-small'\? Give"):
+        read_recipe("python-stdlib-smal", [])
+
+
+@given(
+    st.floats(min_value=1e-12, max_value=1e3), st.integers(1, 10**6), st.text(st.characters(codec="ascii"), max_size=9)
+)
+def test_any_value_is_read_back(rate, steps, text):
+    overrides = [f"learning_rate={rate!r}", f"max_steps={steps}", f"dataset={json.dumps(text or 'x')}", "use_cpu=true"]
+    recipe = read_recipe("python-stdlib-small", overrides)
+    assert recipe.training.learning_rate == rate
+    assert recipe.training.max_steps == steps
+    assert recipe.data.dataset == (text or "x")
+    assert yaml.safe_load(json.dumps(recipe.settings)) is not None

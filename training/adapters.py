@@ -1,0 +1,105 @@
+"""Low-rank adapters (LoRA, by PEFT) in place of training all weights, and their merge into them."""
+
+import difflib
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers.pytorch_utils import Conv1D
+
+from modeling_entropy_gpt import (
+    EntropyGPTForCausalLM,
+    EntropyGPTForQuestionAnswering,
+    EntropyGPTForSequenceClassification,
+    EntropyGPTForTokenClassification,
+    EntropyGPTModel,
+    EntropyGPTPreTrainedModel,
+)
+from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D
+
+from .arguments import LoraArguments
+
+
+ALL_LINEAR = "all-linear"
+TASK_TYPES = {
+    EntropyGPTForCausalLM: TaskType.CAUSAL_LM,
+    EntropyGPTForSequenceClassification: TaskType.SEQ_CLS,
+    EntropyGPTForTokenClassification: TaskType.TOKEN_CLS,
+    EntropyGPTForQuestionAnswering: TaskType.QUESTION_ANS,
+    EntropyGPTModel: TaskType.FEATURE_EXTRACTION,
+}
+
+
+def attach_lora(model: EntropyGPTPreTrainedModel, arguments: LoraArguments) -> PeftModel:
+    """
+    Freezes a model but for low-rank adapters on linear maps of its blocks, and, as the flags say, its temperatures and
+    entropy thresholds where the architecture has them. The head of a classifier is trained too, as PEFT does.
+
+    Args:
+        model ([`EntropyGPTPreTrainedModel`]): A model with any head; it is changed.
+        arguments ([`LoraArguments`]): What is adapted and trained.
+
+    Returns:
+        `PeftModel`: Trains, saves and loads as every model of PEFT.
+
+    Raises:
+        `ValueError`: If the rank is below 1, or a target is no linear map of the blocks or has normalised weights.
+    """
+    if arguments.lora_r is None or arguments.lora_r < 1:
+        raise ValueError(f"lora_r={arguments.lora_r} is no rank of an adapter: give 1 or more, such as 8.")
+    trained_beside = {
+        "temperature": arguments.train_temperatures and model.config.attention_temperature != "none",
+        "threshold": arguments.train_thresholds and model.config.entropy_regularization,
+    }
+    configuration = LoraConfig(
+        task_type=TASK_TYPES[type(model)],
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=_find_targets(model, arguments.lora_target_modules),
+        fan_in_fan_out=True,  # as Conv1D keeps its weights
+        modules_to_save=[name for name, is_trained in trained_beside.items() if is_trained] or None,
+    )
+    return get_peft_model(model, configuration)
+
+
+def merge_adapter(model: PeftModel) -> EntropyGPTPreTrainedModel:
+    """
+    The plain model that an adapted one amounts to, adapters added to its weights; all of it can be trained again.
+
+    Args:
+        model (`PeftModel`): Result of [`attach_lora`], or loaded by PEFT; it can't be used any more.
+
+    Raises:
+        `ValueError`: If an adapter is not finite.
+    """
+    return model.merge_and_unload(safe_merge=True).requires_grad_(True)
+
+
+def _find_targets(model: EntropyGPTPreTrainedModel, targets: list[str]) -> list[str]:
+    """The targets by the names that PEFT takes, all of which are there and take an adapter."""
+    maps = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D | EntropyGPTNormalizedConv1D)
+    }
+    if ALL_LINEAR in targets:
+        targets = sorted({name.rpartition(".")[2] for name in maps})
+    plain = sorted({".".join(name.split(".")[-2:]) for name, module in maps.items() if isinstance(module, Conv1D)})
+    if not targets:
+        raise ValueError(f"lora_target_modules is empty: give some of {', '.join(plain)}, or {ALL_LINEAR}.")
+    for target in targets:
+        named = [module for name, module in maps.items() if f".{name}".endswith(f".{target}")]
+        if not named:
+            short = {name.rpartition(".")[2] for name in plain}
+            nearest = difflib.get_close_matches(target, [*plain, *short, ALL_LINEAR], n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"lora_target_modules: {target!r} is no linear map of this model's blocks; the nearest is "
+                f"{nearest!r}. There are {', '.join(plain)} (without what is before the dot: all of that name), or "
+                f"{ALL_LINEAR}."
+            )
+        if any(isinstance(module, EntropyGPTNormalizedConv1D) for module in named):
+            raise ValueError(
+                f"lora_target_modules: {target!r} has normalised weights (weight_normalization="
+                f"{model.config.weight_normalization!r}), by which an adapter merged into them would be scaled too. "
+                f"{'Plain are ' + ', '.join(plain) if plain else 'No map of this model is plain'}."
+            )
+    return targets

@@ -1,0 +1,208 @@
+"""Text files as a corpus: found, checked and split, but read only when their text is wanted."""
+
+import hashlib
+import os
+import platform
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .errors import CorpusError
+
+
+TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".c", ".h", ".js", ".ts", ".java", ".go", ".rs", ".tex"})
+# Folders of the standard library that are tests, tables in the guise of code, or not part of it.
+NOT_READ = frozenset({"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """
+    A text file, or a part of one.
+
+    Args:
+        name (`str`): Its name in the corpus.
+        path (`Path`): Where the file lies.
+        length (`int`): Characters of the document.
+        begin (`int`): The character of the file that it begins with.
+    """
+
+    name: str
+    path: Path
+    length: int
+    begin: int = 0
+
+    @property
+    def text(self) -> str:
+        """The text, which is read anew."""
+        text = _decode(self.path, _read(self.path))[self.begin : self.begin + self.length]
+        if len(text) < self.length:
+            raise CorpusError(f"{self.path} has become shorter since it was first read. Run again.")
+        return text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """
+    Documents split into training and validation, whole documents at a time.
+
+    Args:
+        name (`str`): What the text is.
+        revision (`str`): What tells this text from any other: a version where there is one, and a hash.
+        training (`tuple[Document, ...]`): Documents to train on.
+        validation (`tuple[Document, ...]`): Documents to evaluate on.
+    """
+
+    name: str
+    revision: str
+    training: tuple[Document, ...]
+    validation: tuple[Document, ...]
+
+    @property
+    def characters(self) -> int:
+        """Length of all documents together."""
+        return sum(document.length for document in (*self.training, *self.validation))
+
+
+def load_standard_library(validation_share: float = 0.05) -> Corpus:
+    """
+    The source of this interpreter's standard library, without its tests and its tables of encodings: Python code that
+    is on every machine.
+
+    Args:
+        validation_share (`float`): Part of the characters that is kept for validation.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in sorted(root.rglob("*.py")) if not NOT_READ & {*path.relative_to(root).parts}]
+    # A handful of files exist to be in another encoding; they are left out.
+    texts = ((path, content.decode()) for path in files if _is_text(content := path.read_bytes()))
+    documents, digest = _survey(root, texts)
+    revision = f"Python {platform.python_version()} {digest}"
+    return _split(documents, "Python standard library", revision, validation_share)
+
+
+def load_corpus(path: Path, validation_share: float = 0.05, without: Path | None = None) -> Corpus:
+    """
+    The text files in a folder, or one text file. Each is read once, and again whenever its text is wanted: a corpus
+    takes memory for names, and not for text.
+
+    Args:
+        path (`Path`):
+            A file of any name, or a folder, of which files with a usual suffix of text or code are read, but for
+            hidden ones (`.git`, `.venv`).
+        validation_share (`float`): Part of the characters that is kept for validation; with 0, nothing is.
+        without (`Path`, *optional*): A folder to leave out, such as one inside `path` that is being written to.
+
+    Raises:
+        `CorpusError`: If there is no such path, or a file is empty, binary or unreadable.
+    """
+    if not path.exists():
+        raise CorpusError(f"There is no {path}. Give a folder of text files, or one text file.")
+    files = [path]
+    if path.is_dir():
+        files = sorted(find_files(path, TEXT_SUFFIXES, without))
+        if not files:
+            raise CorpusError(
+                f"{path} holds no text files. Files that end in {', '.join(sorted(TEXT_SUFFIXES))} are read; to use "
+                "one of another name, give its path."
+            )
+    root = path if path.is_dir() else path.parent
+    documents, digest = _survey(root, ((file, _decode(file, _read(file))) for file in files))
+    if not documents:
+        raise CorpusError(f"{path} is empty: there is no text to train on.")
+    return _split(documents, path.name or str(path), digest, validation_share)
+
+
+def find_files(folder: Path, suffixes: frozenset[str], without: Path | None = None) -> Iterator[Path]:
+    """
+    The files of these suffixes in a folder and those in it, but for hidden ones.
+
+    Raises:
+        `CorpusError`: If a folder can't be listed.
+    """
+
+    def refuse(error: OSError):
+        raise CorpusError(_unreadable(Path(error.filename), error)) from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        inside = [Path(parent, name) for name in folders if not name.startswith(".")]
+        folders[:] = [path.name for path in inside if without is None or path.resolve() != without.resolve()]
+        files = [Path(parent, name) for name in names if not name.startswith(".")]
+        yield from (file for file in files if file.suffix in suffixes and file.is_file())
+
+
+def _survey(root: Path, texts: Iterable[tuple[Path, str]]) -> tuple[list[Document], str]:
+    """The documents of the files that hold text, and a hash of their names and texts."""
+    documents, digest = [], hashlib.sha256()
+    for path, text in texts:
+        if text.strip():
+            documents.append(Document(str(path.relative_to(root)), path, len(text)))
+            digest.update(f"{documents[-1].name}\0{text}\0".encode())
+    return documents, f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _split(documents: list[Document], name: str, revision: str, validation_share: float) -> Corpus:
+    """
+    Splits by document, in an order that depends on names alone. If that leaves less than half of the wanted share for
+    validation, because the documents are few or long, the end of the longest one is added to it.
+    """
+    wanted = round(validation_share * sum(document.length for document in documents))
+    held_out: set[str] = set()
+    held_length = 0
+    for document in sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest()):
+        if held_length < wanted and held_length + document.length <= 1.5 * wanted:
+            held_out.add(document.name)
+            held_length += document.length
+    training = [document for document in documents if document.name not in held_out]
+    validation = [document for document in documents if document.name in held_out]
+    if held_length < wanted / 2:
+        longest = max(range(len(training)), key=lambda index: training[index].length)
+        training[longest], end = _cut_end(training[longest], wanted - held_length)
+        validation.append(end)
+    return Corpus(name, revision, tuple(training), tuple(validation))
+
+
+def _cut_end(document: Document, length: int) -> tuple[Document, Document]:
+    """
+    The document without its end, and its end: as many characters as wanted, or up to twice as many to cut at a line's
+    end, or else at a space.
+    """
+    text = document.text
+    place = document.length - length
+    earliest = max(0, place - length)
+    for separator in "\n", " ":
+        if (found := text.rfind(separator, earliest, place)) >= 0:
+            place = found + 1
+            break
+    return (
+        replace(document, name=f"{document.name} (beginning)", length=place),
+        replace(document, name=f"{document.name} (end)", length=document.length - place, begin=place),
+    )
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CorpusError(_unreadable(file, error)) from error
+
+
+def _decode(file: Path, content: bytes) -> str:
+    if not _is_text(content):
+        raise CorpusError(f"{file} is not UTF-8 text (is it binary?). Convert it, or leave it out.")
+    return content.decode()
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path} can't be read ({error.strerror}). Make it readable, or leave it out."
+
+
+def _is_text(content: bytes) -> bool:
+    if b"\0" in content:
+        return False
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

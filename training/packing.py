@@ -1,0 +1,136 @@
+"""Packing: documents to tokens, joined and cut into blocks of equal length."""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerFast
+
+from .errors import CorpusError
+
+
+# Of a batch of documents: work for all threads of the tokenizer, and little memory.
+BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 4096
+# A document longer than so many characters is tokenised in pieces. Between a word and the end of its line byte-level
+# tokenizers join nothing, so the tokens are those of the whole.
+PIECE_CHARACTERS = 1 << 18
+PLACE_TO_CUT = re.compile(r"(?<=[^\W_])\n(?=\S)")
+
+
+def pack(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
+    block_size: int,
+    on_documents: Callable[[int], None] = lambda count: None,
+    path: Path | None = None,
+    most_blocks: int | None = None,
+) -> Dataset:
+    """
+    Joins documents, each followed by the end-of-text token, and cuts them into blocks of equal length.
+
+    Args:
+        texts (`Iterable[str]`): Documents, in the order in which they are joined; a batch of them is held at a time.
+        tokenizer (`PreTrainedTokenizerFast`): A tokenizer with an end-of-text token.
+        block_size (`int`): Length of a block in tokens. What is left at the end is dropped.
+        on_documents: Called with the number of documents, whenever some are done, for progress.
+        path (`Path`, *optional*): An Arrow file to write the blocks to; without, they are in memory.
+        most_blocks (`int`, *optional*): Documents are read until there are so many blocks.
+
+    Returns:
+        `Dataset`: Column `input_ids`, of `block_size` tokens a row, as `uint16` where the vocabulary allows it.
+
+    Raises:
+        `CorpusError`: If the documents are too short for one block.
+    """
+    features = Features({"input_ids": List(Value(token_type(tokenizer).name), length=block_size)})
+    sink = pa.BufferOutputStream() if path is None else pa.OSFile(str(path), "wb")
+    count, rest = 0, np.empty(0, dtype=token_type(tokenizer))
+    with sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
+        for tokens in tokenize(texts, tokenizer, on_documents):
+            blocks, rest = cut_blocks(np.concatenate([rest, tokens]), block_size)
+            if most_blocks is not None:
+                blocks = blocks[: most_blocks - count]
+            count += len(blocks)
+            column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), block_size)
+            writer.write_table(pa.Table.from_arrays([column], schema=features.arrow_schema))
+            if count == most_blocks:
+                break
+    if not count:
+        raise CorpusError(
+            f"The text is too short: it has {len(rest)} tokens, and one block takes {block_size}. Give more text."
+        )
+    return Dataset.from_buffer(sink.getvalue()) if path is None else Dataset.from_file(str(path))
+
+
+def spread_blocks(blocks: Dataset, count: int) -> Dataset:
+    """So many blocks, or all if there are no more, evenly over all of them."""
+    count = min(len(blocks), count)
+    return blocks.select([index * len(blocks) // count for index in range(count)])
+
+
+def tokenize(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
+    on_documents: Callable[[int], None] = lambda count: None,
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of a batch of documents at a time, with the end-of-text token after each document."""
+    # The fast tokenizer itself: the wrapper warns of texts longer than a model's context, which are packed anyway. A
+    # copy, in which the name of a special token in a text is text.
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.encode_special_tokens = True
+    for pieces, are_ends in _batches(texts):
+        tokens = []
+        for encoding, is_end in zip(
+            backend.encode_batch_fast(pieces, add_special_tokens=False), are_ends, strict=True
+        ):
+            tokens += encoding.ids
+            if is_end:
+                tokens.append(tokenizer.eos_token_id)
+        yield np.array(tokens, dtype=token_type(tokenizer))
+        on_documents(sum(are_ends))
+
+
+def cut_blocks(tokens: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens as blocks, `(blocks, block_size)`, and those that are left, `(rest,)`."""
+    whole = len(tokens) // block_size * block_size
+    return tokens[:whole].reshape(-1, block_size), tokens[whole:]
+
+
+def token_type(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
+    """The smallest type that packed tokens are kept in: batches of them are `int64` all the same."""
+    return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+
+
+def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of packed blocks, every token of which is a label, the end of text included."""
+    input_ids = torch.from_numpy(np.array([row["input_ids"] for row in rows], dtype=np.int64))
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+def _batches(texts: Iterable[str]) -> Iterator[tuple[list[str], list[bool]]]:
+    """Pieces of documents, and whether each is the last one of its document."""
+    pieces, are_ends, characters = [], [], 0
+    for text in texts:
+        for piece, is_end in _cut_pieces(text):
+            pieces.append(piece)
+            are_ends.append(is_end)
+            characters += len(piece)
+            if characters >= BATCH_CHARACTERS or len(pieces) == BATCH_DOCUMENTS:
+                yield pieces, are_ends
+                pieces, are_ends, characters = [], [], 0
+    if pieces:
+        yield pieces, are_ends
+
+
+def _cut_pieces(text: str) -> Iterator[tuple[str, bool]]:
+    begin = 0
+    while place := PLACE_TO_CUT.search(text, begin + PIECE_CHARACTERS):
+        yield text[begin : place.start()], False
+        begin = place.start()
+    yield text[begin:], True

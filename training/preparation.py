@@ -1,0 +1,290 @@
+"""Data for a training run: tokenizer, blocks to train on and blocks to evaluate on, kept for the next time."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import tokenizers
+from datasets import Dataset
+from filelock import FileLock
+from transformers import PreTrainedTokenizerFast
+
+from .arguments import DataArguments
+from .errors import CorpusError
+from .files import delete, written_whole
+from .packing import pack, spread_blocks
+from .sources import Source, open_source
+from .streaming import PackedStream
+from .tokenizer import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
+
+
+logger = logging.getLogger(__name__)
+
+# A tokenizer is trained on the first documents, up to so many characters.
+TOKENIZER_CHARACTERS = 100_000_000
+# Goes up when the same documents and arguments come to give other blocks.
+CACHE_FORMAT = 1
+# What lies in a folder of the cache.
+RECORD, TOKENIZER, TRAINING, VALIDATION = "record.json", "tokenizer", "training.arrow", "validation.arrow"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """
+    What a run trains and is evaluated on.
+
+    Args:
+        name (`str`): What the text is.
+        revision (`str`): What tells this text from any other: a version where there is one, and a hash.
+        tokenizer (`PreTrainedTokenizerFast`): A tokenizer with an end-of-text token.
+        training (`Dataset` or [`PackedStream`]): Column `input_ids`, of `context` tokens a row.
+        validation (`Dataset`): The same, of other documents.
+        context (`int`): Tokens of a block.
+        training_documents, validation_documents (`int`, *optional*): Those that are not blank; unknown of a stream.
+    """
+
+    name: str
+    revision: str
+    tokenizer: PreTrainedTokenizerFast
+    training: Dataset | PackedStream
+    validation: Dataset
+    context: int
+    training_documents: int | None = None
+    validation_documents: int | None = None
+
+    @property
+    def training_tokens(self) -> int | None:
+        """Tokens of one pass; unknown of a stream."""
+        return None if isinstance(self.training, PackedStream) else len(self.training) * self.context
+
+    @property
+    def validation_tokens(self) -> int:
+        return len(self.validation) * self.context
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be prepared, with the tokenizer that is given, if one is, and who is told of the progress."""
+
+    arguments: DataArguments
+    context: int
+    source: Source
+    tokenizer: PreTrainedTokenizerFast | None
+    on_stage: Callable[[str, int | None], None]
+    on_documents: Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is known of cached blocks beside them."""
+
+    revision: str
+    training_documents: int
+    validation_documents: int
+    training_blocks: int
+    validation_blocks: int
+
+
+def prepare_data(
+    arguments: DataArguments,
+    context: int,
+    seed: int,
+    default_tokenizer: str | None = None,
+    without: Path | None = None,
+    on_stage: Callable[[str, int | None], None] = lambda description, documents: None,
+    on_documents: Callable[[int], None] = lambda count: None,
+) -> PreparedData:
+    """
+    Reads, tokenises and packs what the arguments name. Blocks and tokenizer are kept in a folder that is found again
+    as long as documents, tokenizer and arguments are the same; a damaged one is made anew. Of a stream nothing is
+    kept.
+
+    Args:
+        arguments ([`DataArguments`]): What to read and how.
+        context (`int`): Tokens of a block.
+        seed (`int`): Of the order of a stream.
+        default_tokenizer (`str`, *optional*):
+            Folder or repository of the tokenizer if the arguments name none; without either, one is trained on the
+            first documents.
+        without (`Path`, *optional*): A folder that is not read, such as one inside that is being written to.
+        on_stage: Called with a description and the number of documents, if known, when a stage begins.
+        on_documents: Called with the number of documents, whenever some are tokenised.
+
+    Raises:
+        `CorpusError`: If an argument is out of range or does nothing, or documents or tokenizer can't be used.
+    """
+    _check_ranges(arguments, context)
+    place = arguments.tokenizer or default_tokenizer
+    if place and arguments.tokenizer_vocab_size != DataArguments.tokenizer_vocab_size:
+        raise CorpusError(
+            f"tokenizer_vocab_size={arguments.tokenizer_vocab_size} does nothing beside the tokenizer of {place}: "
+            "leave it out."
+        )
+    tokenizer = load_tokenizer(place) if place else None
+    on_stage("reading the text", None)
+    source = open_source(arguments, without)
+    if next(iter(source.training), None) is None:
+        raise CorpusError(f"{source.name} is empty: there is no text to train on.")
+    job = _Job(arguments, context, source, tokenizer, on_stage, on_documents)
+    if arguments.streaming:
+        return _prepare_stream(job, seed)
+    folder = _cache(arguments) / _fingerprint(job)
+    with FileLock(f"{folder}.lock"):  # another run may want the same
+        if (prepared := _load(folder, job)) is None:
+            delete(folder)
+            with written_whole(folder) as temporary:
+                _write(temporary, job)
+            prepared = _load(folder, job)
+    return prepared
+
+
+def _check_ranges(arguments: DataArguments, context: int):
+    if context < 2:
+        raise CorpusError(f"A context of {context} leaves nothing to predict: it has to be at least 2.")
+    if not 0 < arguments.validation_share < 1:
+        raise CorpusError(f"validation_share={arguments.validation_share} has to be between 0 and 1.")
+    if arguments.shuffle_buffer < 1:
+        raise CorpusError(f"shuffle_buffer={arguments.shuffle_buffer} has to be at least 1.")
+    if arguments.tokenizer_vocab_size < SMALLEST_VOCABULARY:
+        raise CorpusError(
+            f"tokenizer_vocab_size={arguments.tokenizer_vocab_size} has to be at least {SMALLEST_VOCABULARY}: the "
+            "bytes and the end-of-text token."
+        )
+    if arguments.validation_tokens is not None and arguments.validation_tokens < context:
+        raise CorpusError(
+            f"validation_tokens={arguments.validation_tokens} has to be at least {context}, the tokens of one block."
+        )
+    if arguments.streaming and arguments.validation_tokens is None:
+        raise CorpusError("streaming needs validation_tokens: so many are read before training begins.")
+
+
+def _prepare_stream(job: _Job, seed: int) -> PreparedData:
+    tokenizer = job.tokenizer or _train_tokenizer(job)
+    job.on_stage("tokenising the text for validation", None)
+    source, context = job.source, job.context
+    fingerprint = hashlib.sha256(source.fingerprint.encode()).hexdigest()[:16]
+    validation = _pack_validation(job, source.validation, tokenizer, most_blocks=_most_validation_blocks(job))
+    return PreparedData(
+        source.name,
+        source.revision or f"{source.version} fingerprint:{fingerprint}".strip(),
+        tokenizer,
+        PackedStream(source.training, tokenizer, context, seed, job.arguments.shuffle_buffer),
+        validation.with_format("numpy"),
+        context,
+    )
+
+
+def _cache(arguments: DataArguments) -> Path:
+    folder = Path(arguments.data_cache or Path(datasets.config.HF_DATASETS_CACHE, "entropy_gpt")).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CorpusError(f"Tokenised data can't be kept in {folder} ({error.strerror}): give data_cache.") from error
+    return folder
+
+
+def _fingerprint(job: _Job) -> str:
+    """Changes with all that the blocks depend on; how many of those for validation are taken is not part of it."""
+    arguments, tokenizer = job.arguments, job.tokenizer
+    if tokenizer is None:
+        kind = [arguments.tokenizer_vocab_size, TOKENIZER_CHARACTERS, tokenizers.__version__]
+    else:
+        kind = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id]
+    parts = [CACHE_FORMAT, job.source.fingerprint, arguments.text_column, arguments.validation_share, kind]
+    return hashlib.sha256(json.dumps([*parts, job.context]).encode()).hexdigest()[:32]
+
+
+def _load(folder: Path, job: _Job) -> PreparedData | None:
+    """What the folder holds, or `None` if it is not there or damaged."""
+    if not folder.exists():
+        return None
+    try:
+        record = _Record(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        tokenizer = load_tokenizer(str(folder / TOKENIZER))
+        training, validation = (Dataset.from_file(str(folder / name)) for name in (TRAINING, VALIDATION))
+        if (found := (len(training), len(validation))) != (record.training_blocks, record.validation_blocks):
+            raise ValueError(f"it holds {found} blocks, and {record} is what it had")
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s is damaged and made anew: %s", folder, error)
+        return None
+    if (most_blocks := _most_validation_blocks(job)) is not None:
+        validation = spread_blocks(validation, most_blocks)
+    return PreparedData(
+        job.source.name,
+        record.revision,
+        tokenizer,
+        training.with_format("numpy"),
+        validation.with_format("numpy"),
+        job.context,
+        record.training_documents,
+        record.validation_documents,
+    )
+
+
+def _write(folder: Path, job: _Job):
+    folder.mkdir()
+    tokenizer = job.tokenizer or _train_tokenizer(job)
+    tokenizer.save_pretrained(folder / TOKENIZER)
+    job.on_stage("tokenising", job.source.documents)
+    digest = hashlib.sha256()
+    training, validation = (_Witness(texts, digest) for texts in (job.source.training, job.source.validation))
+    training_blocks = len(pack(training, tokenizer, job.context, job.on_documents, folder / TRAINING))
+    validation_blocks = len(_pack_validation(job, validation, tokenizer, folder / VALIDATION))
+    record = _Record(
+        revision=job.source.revision or f"{job.source.version} sha256:{digest.hexdigest()[:16]}".strip(),
+        training_documents=training.documents,
+        validation_documents=validation.documents,
+        training_blocks=training_blocks,
+        validation_blocks=validation_blocks,
+    )
+    (folder / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+
+
+def _train_tokenizer(job: _Job) -> PreTrainedTokenizerFast:
+    job.on_stage("training the tokenizer", None)
+    return train_tokenizer(_first(job.source.training, TOKENIZER_CHARACTERS), job.arguments.tokenizer_vocab_size)
+
+
+def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """The first texts, up to the one that makes up so many characters."""
+    for text in texts:
+        yield text
+        if (characters := characters - len(text)) <= 0:
+            return
+
+
+def _pack_validation(
+    job: _Job,
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
+    path: Path | None = None,
+    most_blocks: int | None = None,
+) -> Dataset:
+    try:
+        return pack(texts, tokenizer, job.context, job.on_documents, path, most_blocks)
+    except CorpusError as error:
+        raise CorpusError(f"In the part kept for validation: {error}") from error
+
+
+def _most_validation_blocks(job: _Job) -> int | None:
+    tokens = job.arguments.validation_tokens
+    return None if tokens is None else tokens // job.context
+
+
+class _Witness:
+    """Counts and hashes texts as they are read."""
+
+    def __init__(self, texts: Iterable[str], digest: "hashlib._Hash"):
+        self.texts = texts
+        self.digest = digest
+        self.documents = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.documents += 1
+            self.digest.update(hashlib.sha256(text.encode()).digest())
+            yield text

@@ -1,0 +1,55 @@
+"""The file in which a run tells what happened, line by line, and from which its pictures are drawn."""
+
+import json
+from pathlib import Path
+
+from .files import written_whole
+
+
+RUN_LOG = "training_log.jsonl"
+SCHEMA_VERSION = 1
+
+
+class RunLogWriter:
+    """
+    Appends records to a run's log: one JSON object a line, with its `kind` and, but for the first, its `step`.
+
+    The first record is of the kind `run` and says what the run is. A run that goes on from a checkpoint drops what was
+    written after it, so that its log is that of a run which was never interrupted.
+
+    Args:
+        folder (`Path`): The run's folder.
+        run (`dict`): What the run is.
+        step (`int`): The step that the run goes on from; 0 begins anew.
+
+    Attributes:
+        last (`dict[str, dict]`): The last record of each kind.
+    """
+
+    def __init__(self, folder: Path, run: dict, step: int = 0):
+        path = folder / RUN_LOG
+        kept = _records_until(path, step) if step else []
+        self.last = {record["kind"]: record for record in kept}
+        with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for record in ({"kind": "run", "schema_version": SCHEMA_VERSION, **run}, *kept):
+                file.write(json.dumps(record) + "\n")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, **values):
+        """Appends a record; it is in the file when this returns, whatever becomes of this process."""
+        record = {"kind": kind, "step": step, **values}
+        self.last[kind] = record
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self):
+        """Ends the log."""
+        self._file.close()
+
+
+def _records_until(path: Path, step: int) -> list[dict]:
+    """The records of a log up to a step, without the first."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # behind the last line end is nothing, or a cut line
+    return [record for record in map(json.loads, lines[1:]) if record["step"] <= step]
