@@ -181,13 +181,18 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
 
     def needs_entropies(self, labels: torch.Tensor | None) -> bool:
         """Whether this forward pass yields a loss with the penalty; says so once if the penalty is lost."""
-        if self.penalizes_entropy and labels is None and not torch.compiler.is_compiling():
-            logger.warning_once(
-                "No labels are given in training, so the model gives no loss, and one computed elsewhere (as the "
-                "Trainer does with label_smoothing_factor) lacks the entropy penalty that entropy_regularization=True "
-                "asks for: give labels, or output_entropies=True and add the penalty."
-            )
+        if self.penalizes_entropy and labels is None:
+            self._warn_of_a_lost_penalty("No labels are given")
         return self.penalizes_entropy and labels is not None
+
+    @staticmethod
+    def _warn_of_a_lost_penalty(reason: str):
+        if not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"{reason} in training, so the model gives no loss, and one computed elsewhere (as the Trainer does "
+                "with label_smoothing_factor, and TRL's trainers do) lacks the entropy penalty that "
+                "entropy_regularization=True asks for: give labels, or output_entropies=True and add the penalty."
+            )
 
     def entropy_loss(
         self,
@@ -302,6 +307,8 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         """
         self._check_inputs(input_ids, inputs_embeds, position_ids, kwargs.pop("output_attentions", None))
         kwargs.pop("output_hidden_states", None)
+        if self.penalizes_entropy and output_entropies is None:  # heads of this family say what they need
+            self._warn_of_a_lost_penalty("The model is run without its head")
         output_entropies = bool(output_entropies)
 
         if inputs_embeds is None:
@@ -479,7 +486,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         loss, cross_entropy_loss, entropy_loss, penalized_share = None, None, None, None
         if labels is not None:
             cross_entropy_loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = cross_entropy_loss
+            loss = cross_entropy_loss.clone()  # on several ranks, the Trainer multiplies it in place
             if outputs.attention_entropies is not None and self.config.entropy_regularization:
                 targets = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else labels[:, 1:]
                 predicted_tokens = (targets != -100).sum(dim=-1).to(logits.device)

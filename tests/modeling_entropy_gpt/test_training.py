@@ -24,7 +24,7 @@ from training.packing import collate_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAYLOAD = {path.name for path in (ROOT / "modeling_entropy_gpt").glob("*.py")} - {"__init__.py"}
-RECIPES = ROOT / "training" / "recipes"
+ACCELERATE_CONFIGS = ROOT / "training" / "accelerate"
 
 
 def make_dataset(rows=16, length=16):
@@ -83,14 +83,14 @@ def test_the_trajectory_does_not_depend_on_accumulation(penalty, tmp_path):
             torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def train_on_ranks(folder, ranks, notation, recipe="ddp", arguments=None, **fields):
-    """Trains in processes of their own, by one of the recipes; returns the weights saved and a record of the run."""
+def train_on_ranks(folder, ranks, notation, configuration="ddp", arguments=None, **fields):
+    """Trains in processes of their own; returns the weights that were saved and a record of the run."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    folder = folder / f"{recipe}{ranks}"
+    folder = folder / f"{configuration}{ranks}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     if ranks > 1:
         command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={ranks}"]
-        command += [f"--config_file={RECIPES / recipe}.yaml", "--main_process_port=0"]
+        command += [f"--config_file={ACCELERATE_CONFIGS / configuration}.yaml", "--main_process_port=0"]
     command += [Path(__file__).with_name("train_on_ranks.py"), folder, notation]
     process = subprocess.run(
         [*command, json.dumps(fields), json.dumps(arguments or {})],
@@ -115,18 +115,20 @@ def assert_same_run(got, expected):
 
 @pytest.mark.parametrize("penalty", ["head_mean", "row_sum"])
 def test_the_trajectory_does_not_depend_on_the_number_of_ranks(penalty, tmp_path):
-    """Two processes with four sequences each, by both recipes, and one with eight, end at the same weights."""
+    """Two processes with four sequences each, by both configurations, and one with eight, end at the same weights."""
     run = partial(train_on_ranks, tmp_path, notation="EReg(SM(t)+ScFuFFN)", entropy_penalty=penalty)
     expected = run(1)
-    for recipe in ("ddp", "fsdp"):
-        got = run(2, recipe=recipe)
-        assert ("transformer.h.0" in got[1]["sharded"]) == (recipe == "fsdp")  # or it would be DDP twice
+    for configuration in ("ddp", "fsdp"):
+        got = run(2, configuration=configuration)
+        assert ("transformer.h.0" in got[1]["sharded"]) == (configuration == "fsdp")  # or it would be DDP twice
         assert_same_run(got, expected)
-        loaded, report = EntropyGPTForCausalLM.from_pretrained(tmp_path / f"{recipe}2", output_loading_info=True)
+        loaded, report = EntropyGPTForCausalLM.from_pretrained(
+            tmp_path / f"{configuration}2", output_loading_info=True
+        )
         assert not any(report.values())
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
         # What FSDP makes of the class stays out of what is saved.
-        assert {path.name for path in (tmp_path / f"{recipe}2").glob("*.py")} == PAYLOAD
+        assert {path.name for path in folder.glob("*.py")} == PAYLOAD
         assert loaded.config.auto_map == EntropyGPTConfig().auto_map
 
 
@@ -137,7 +139,7 @@ def test_the_trajectory_does_not_depend_on_the_number_of_ranks(penalty, tmp_path
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 def test_fsdp_trains_every_kind_of_parameter(untied, notation, tmp_path):
     run = partial(train_on_ranks, tmp_path, notation=notation, tie_word_embeddings=not untied)
-    assert_same_run(run(2, recipe="fsdp"), run(1))
+    assert_same_run(run(2, configuration="fsdp"), run(1))
 
 
 @pytest.mark.slow
@@ -147,19 +149,19 @@ def test_checkpointing_under_fsdp_changes_nothing(use_reentrant, tmp_path):
     if use_reentrant is None:
         arguments = {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}
     run = partial(train_on_ranks, tmp_path, notation="EReg(SM(t)+ScFuFFN)", entropy_penalty="head_mean")
-    assert_same_run(run(2, recipe="fsdp", arguments=arguments), run(1))
+    assert_same_run(run(2, configuration="fsdp", arguments=arguments), run(1))
 
 
-@pytest.mark.parametrize("recipe", ["ddp", "fsdp"])
-def test_accelerate_understands_the_recipes(recipe):
-    file = RECIPES / f"{recipe}.yaml"
+@pytest.mark.parametrize("configuration", ["ddp", "fsdp"])
+def test_accelerate_understands_its_configurations(configuration):
+    file = ACCELERATE_CONFIGS / f"{configuration}.yaml"
     config = load_config_from_file(str(file))
-    assert config.distributed_type == {"ddp": DistributedType.MULTI_GPU, "fsdp": DistributedType.FSDP}[recipe]
+    assert config.distributed_type == {"ddp": DistributedType.MULTI_GPU, "fsdp": DistributedType.FSDP}[configuration]
     parser = launch_command_parser()
     arguments, _, _ = _validate_launch_command(parser.parse_args(["--config_file", str(file), "script.py"]))
-    assert (arguments.multi_gpu, arguments.use_fsdp) == (recipe == "ddp", recipe == "fsdp")
+    assert (arguments.multi_gpu, arguments.use_fsdp) == (configuration == "ddp", configuration == "fsdp")
     assert config.fsdp_config.keys() <= {action.dest for action in parser._actions}
-    if recipe == "fsdp":
+    if configuration == "fsdp":
         assert [config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]] == EntropyGPTForCausalLM._no_split_modules
 
 

@@ -66,7 +66,7 @@ def test_settings_go_where_they_belong_and_overrides_win(write):
     assert (recipe.model.notation, recipe.data.dataset, recipe.data.streaming) == ("SM+R", "a.txt", True)
     assert recipe.training.learning_rate == 2.5e-4
     assert recipe.training.lr_scheduler_kwargs == {"power": 2}
-    assert recipe.lora.lora_target_modules == ["c_attn"]
+    assert recipe.lora.lora_target_modules == ["c_attn", "c_fc"]
     assert recipe.settings["learning_rate"] == 2.5e-4
 
 
