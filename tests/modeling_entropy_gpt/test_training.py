@@ -122,9 +122,8 @@ def test_the_trajectory_does_not_depend_on_the_number_of_ranks(penalty, tmp_path
         got = run(2, configuration=configuration)
         assert ("transformer.h.0" in got[1]["sharded"]) == (configuration == "fsdp")  # or it would be DDP twice
         assert_same_run(got, expected)
-        loaded, report = EntropyGPTForCausalLM.from_pretrained(
-            tmp_path / f"{configuration}2", output_loading_info=True
-        )
+        folder = tmp_path / f"{configuration}2"
+        loaded, report = EntropyGPTForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(report.values())
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
         # What FSDP makes of the class stays out of what is saved.
