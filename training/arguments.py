@@ -150,6 +150,9 @@ class EntropyTrainingArguments(TrainingArguments):
             "state at half the learning rate (which keeps a copy of it in memory)."
         },
     )
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "Who looks on: tensorboard, wandb and the like, or none."}
+    )
     dataloader_pin_memory: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "Whether batches lie where a GPU fetches them faster."}
     )

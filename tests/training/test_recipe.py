@@ -59,15 +59,16 @@ def test_settings_go_where_they_belong_and_overrides_win(write):
     path = write(
         "notation: SM+R\nn_layer: 2\ndataset: a.txt\nlearning_rate: 1e-3\nlora_target_modules: [c_attn, c_fc]\n"
     )
-    recipe = read_recipe(
-        path, ["learning_rate=2.5e-4", "n_layer=3", "streaming=true", "lr_scheduler_kwargs={power: 2}"]
-    )
+    overrides = ["learning_rate=2.5e-4", "n_layer=3", "streaming=true", "lr_scheduler_kwargs={power: 2}"]
+    recipe = read_recipe(path, [*overrides, "report_to=[tensorboard, tensorboard]"])
     assert recipe.config_fields == {"n_layer": 3}
     assert (recipe.model.notation, recipe.data.dataset, recipe.data.streaming) == ("SM+R", "a.txt", True)
     assert recipe.training.learning_rate == 2.5e-4
     assert recipe.training.lr_scheduler_kwargs == {"power": 2}
     assert recipe.lora.lora_target_modules == ["c_attn", "c_fc"]
     assert recipe.settings["learning_rate"] == 2.5e-4
+    assert recipe.training.report_to == ["tensorboard", "tensorboard"]
+    assert read_recipe(path, []).training.report_to == []
 
 
 @pytest.mark.parametrize(
