@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from conversion.errors import ConversionError
@@ -209,10 +210,12 @@ def _finish(trainer: EntropyTrainer, data: PreparedData, recipe: Recipe, progres
     if recipe.training.should_save:
         delete(unfinished)
     trainer.accelerator.wait_for_everyone()
+    saved = output / ADAPTER if recipe.lora.lora_r else unfinished
     if not diverged:
-        trainer.save_model(str(output / ADAPTER if recipe.lora.lora_r else unfinished))
+        trainer.save_model(str(saved))
     if diverged or not recipe.training.should_save:
         return
+    delete(saved / TRAINING_ARGS_NAME)  # a pickle, with paths of this machine
     if recipe.lora.lora_r:
         merge_adapter(trainer.model).save_pretrained(unfinished)
     data.tokenizer.save_pretrained(unfinished)

@@ -150,6 +150,7 @@ class EntropyTrainingArguments(TrainingArguments):
             "state at half the learning rate (which keeps a copy of it in memory)."
         },
     )
+    logging_steps: float = field(default=10, metadata={"help": "Log losses every so many steps."})
     report_to: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "Who looks on: tensorboard, wandb and the like, or none."}
     )

@@ -113,6 +113,7 @@ def test_everything_is_there(run, finished):
         path.name for path in (output / "pictures").iterdir()
     }
     assert len(list_checkpoints(output)) == 3
+    assert not list((output / "model").glob("*.bin"))
     assert not [path for path in output.rglob("*") if "unfinished" in path.name]
 
 
