@@ -167,7 +167,7 @@ def diagnostic_forward(name: str, length: int) -> Callable[[], None]:
 def measure(kind: str, build: Callable, length: int, names: tuple[str, ...], runs: int) -> Timing:
     """Compares ours with others at a length."""
     timing = compare(kind, length, {name: build(name, length) for name in names}, OURS, runs)
-    console.print(timing)
+    console.print(str(timing))
     return timing
 
 

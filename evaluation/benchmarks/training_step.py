@@ -43,6 +43,7 @@ GPT2_SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "
 # The model of the recipe python-stdlib-small, and its batch.
 SMALL = {"n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 1024, "n_positions": 128}
 SMALL_BATCH, EVERY = 8, 25
+STEPS, WATCHING = f"{EVERY} steps", "a measurement of all heads"
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 LENGTHS = {128: 8, 512: 2}  # and sequences of a step
 
@@ -118,29 +119,24 @@ def measure_steps(sizes: dict, length: int, batch: int, runs: int) -> Timing:
     """The proposal, and GPT-2 with the penalty, beside stock GPT-2."""
     variants = {name: training_step(name, sizes, batch, length) for name in (STOCK, REGULARIZED, PROPOSAL)}
     timing = compare("training step", length, variants, PROPOSAL, runs)
-    console.print(timing)
+    console.print(str(timing))
     return timing
 
 
 def measure_watching(runs: int) -> Timing:
-    """Steps of the recipe python-stdlib-small as often as entropies are measured, with and without."""
+    """One measurement of all heads beside the steps of the recipe python-stdlib-small between two of them."""
     length = SMALL["n_positions"]
     step = training_step(PROPOSAL, SMALL, SMALL_BATCH, length)
-    torch.manual_seed(0)
     model = EntropyGPTForCausalLM(EntropyGPTConfig.from_notation(PROPOSAL, **SMALL, eos_token_id=None))
     probe = torch.randint(SMALL["vocab_size"], (SMALL_BATCH, length))
 
-    def unwatched():
+    def train():
         for _ in range(EVERY):
             step()
 
-    def watched():
-        unwatched()
-        measure_heads(model, probe)
-
-    name = "not watched"
-    timing = compare(f"{EVERY} steps, watched once", length, {name: unwatched, "watched": watched}, "watched", runs)
-    console.print(timing)
+    variants = {STEPS: train, WATCHING: lambda: measure_heads(model, probe)}
+    timing = compare("watching", length, variants, WATCHING, runs)
+    console.print(str(timing))
     return timing
 
 
@@ -170,7 +166,7 @@ def measure_pipeline(runs: int, gpt2_step: Timing) -> Pipeline:
         trained_small=SMALL_BATCH * context / statistics.median(seconds),
         trained_gpt2_small=LENGTHS[128] * 128 / gpt2_step.milliseconds[PROPOSAL] * 1000,
     )
-    console.print(pipeline)
+    console.print(str(pipeline))
     return pipeline
 
 
@@ -221,8 +217,9 @@ Medians of {record.steps[0].runs} runs that take turns; in brackets the quartile
 `GPT2LMHeadModel` of transformers under sdpa; the proposal has no FFN of two layers and no norm in its blocks, and so
 fewer operations.
 
-Watching: with the entropies of all heads measured on a batch every {EVERY} steps, training the model of the recipe
-`python-stdlib-small` takes {format_ratio(record.watching.ratios["not watched"])} of the time that it takes without.
+Watching: a measurement of all heads, on a batch of {SMALL_BATCH} sequences, takes
+{format_share(record.watching.ratios[STEPS])} of the time of the {EVERY} steps between two of them, for the model of the
+recipe `python-stdlib-small`.
 
 | how text comes in | tokens a second | to the small model's speed | to GPT-2 small's speed |
 | --- | ---: | ---: | ---: |
@@ -234,6 +231,12 @@ architecture trains on {pipeline.trained_gpt2_small:,.0f}. Medians.
 
 Measured with {list_settings(record.versions)}; commit {record.git_revision or "unknown"}; {record.machine}.
 """
+
+
+def format_share(quartiles: list[float]) -> str:
+    """The median in percent, and the quartiles around it in brackets."""
+    low, middle, high = quartiles
+    return f"{middle:.1%} ({low:.1%} to {high:.1%})"
 
 
 def main(
@@ -250,7 +253,7 @@ def main(
     runs = 3 if quick else runs
     sizes = {**GPT2_SMALL, "n_layer": 2, "vocab_size": 8192} if quick else GPT2_SMALL
     steps = [measure_steps(sizes, length, batch, runs) for length, batch in LENGTHS.items()]
-    watching = measure_watching(3 * runs)
+    watching = measure_watching(runs)
     record = Record(
         steps=steps,
         watching=watching,
