@@ -1,6 +1,5 @@
 """What a trained model is worth, as a record: shared by the commands that train."""
 
-import torch
 from datasets import Dataset
 from rich.progress import Progress
 from tokenizers.decoders import ByteLevel
@@ -78,8 +77,3 @@ def describe_config(config: EntropyGPTConfig) -> dict:
         names += ["entropy_penalty", "entropy_coefficient", "entropy_tolerance", "entropy_threshold_init"]
         names += ["entropy_maximum"]
     return {"dropout": config.resid_pdrop, **{name: getattr(config, name) for name in names}}
-
-
-def device() -> torch.device:
-    """Where models run."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

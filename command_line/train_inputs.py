@@ -1,34 +1,21 @@
-"""What a training run works on: folder, architecture and model, refused before any work where they can't be had."""
+"""What a training run starts from: architecture and model, refused before any work where they can't be had."""
 
-import json
+import copy
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 
 from conversion.gpt2_checkpoint import load_language_model
 from conversion.simplification import TRAINING_FIELDS, plan_conversion, set_training_fields, target_config
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.adapters import attach_lora
-from training.checkpoints import find_damage, last_checkpoint
-from training.files import written_whole
 from training.recipe import Recipe
+from training.tokenizer import load_tokenizer
 
 from .errors import CommandError
-
-
-RUN_SETTINGS = "run.json"
-MODEL, ADAPTER = "model", "adapter"
-# Settings that change nothing about what comes out, so that a run may go on with others.
-WITHOUT_EFFECT = frozenset(
-    {
-        *("output_dir", "resume_from_checkpoint", "data_cache", "report_to", "run_name", "disable_tqdm", "log_level"),
-        *("save_steps", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "push_to_hub"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -74,7 +61,7 @@ def find_start(recipe: Recipe) -> Start:
                 attach_lora(EntropyGPTForCausalLM(config), recipe.lora)
     except StrictDataclassError as error:
         raise CommandError(f"{recipe.name}: {error.__cause__ or error}") from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CommandError(f"{recipe.name}: {error}") from error
     start = Start(source, config, recipe.data.context or config.n_positions)
     _check_settings(recipe, start)
@@ -101,42 +88,6 @@ def fit_vocabulary(config: EntropyGPTConfig, recipe: Recipe, tokenizer) -> Entro
     return config
 
 
-def check_output(recipe: Recipe, start: Start) -> Path | None:
-    """
-    Refuses a folder that holds something else than an earlier part of this run, and finds where to go on from.
-
-    Returns:
-        `Path`: The checkpoint to go on from, or `None`.
-
-    Raises:
-        `CommandError`: If the folder or the checkpoint can't be used.
-    """
-    output = Path(recipe.training.output_dir)
-    given = recipe.training.resume_from_checkpoint
-    remedy = "give another output_dir=FOLDER, or delete it"
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and given is None:
-        if not (output / RUN_SETTINGS).exists():
-            raise CommandError(f"{output} is there already and holds no training run: {remedy}.")
-        changed = _changes(_read_settings(output / RUN_SETTINGS), recipe.settings)
-        if changed:
-            raise CommandError(
-                f"{output} holds a run with other settings ({'; '.join(changed)}): {remedy}; or go on under the new "
-                f"settings all the same, with resume_from_checkpoint={output}/checkpoint-STEP."
-            )
-    checkpoint = last_checkpoint(output) if given is None else Path(given)
-    if given is not None and (damage := find_damage(checkpoint)):
-        raise CommandError(f"resume_from_checkpoint={given} can't be used: {damage}.")
-    if checkpoint is not None:
-        _check_architecture(checkpoint, start.config)
-    return checkpoint
-
-
-def write_settings(recipe: Recipe):
-    """Leaves what the run was told in its folder."""
-    with written_whole(Path(recipe.training.output_dir, RUN_SETTINGS)) as path:
-        path.write_text(json.dumps(recipe.settings, indent=1) + "\n", encoding="utf-8")
-
-
 def make_model(start: Start, seed: int) -> EntropyGPTForCausalLM:
     """The model with its first weights: new ones, or those of a source of the same architecture."""
     if start.source is not None:
@@ -153,10 +104,25 @@ def _check_settings(recipe: Recipe, start: Start):
         raise CommandError("streaming=true gives a conversion nothing to be fitted to: convert first, without it.")
     if recipe.data.streaming and training.max_steps < 1:
         raise CommandError("streaming=true has no last document that would end the run: set max_steps.")
-    if training.on_divergence == "rollback" and training.lr_scheduler_type == "reduce_lr_on_plateau":
+    if training.on_divergence == "rollback" and training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         raise CommandError(
-            "on_divergence=rollback slows the learning rate down, which lr_scheduler_type=reduce_lr_on_plateau does "
-            "itself: take another one, or on_divergence=stop."
+            f"on_divergence=rollback slows the learning rate down, which lr_scheduler_type="
+            f"{training.lr_scheduler_type.value} does itself: take another one, or on_divergence=stop."
+        )
+    if training.save_only_model:
+        raise CommandError("save_only_model=true leaves checkpoints that no run can go on from: leave it out.")
+    _check_vocabulary(recipe, start.config)
+
+
+def _check_vocabulary(recipe: Recipe, config: EntropyGPTConfig):
+    """As far as it can be told before the text is read."""
+    place = recipe.data.tokenizer or recipe.model.model_name_or_path
+    if place is not None:
+        fit_vocabulary(copy.deepcopy(config), recipe, load_tokenizer(place))
+    elif recipe.data.tokenizer_vocab_size > (size := recipe.config_fields.get("vocab_size", math.inf)):
+        raise CommandError(
+            f"tokenizer_vocab_size={recipe.data.tokenizer_vocab_size} is more than vocab_size={size}: lower the one, "
+            "or leave out the other."
         )
 
 
@@ -178,33 +144,3 @@ def _config_of_source(config: EntropyGPTConfig, recipe: Recipe) -> EntropyGPTCon
         )
     fields = {"final_normalization": config.final_normalization, **recipe.config_fields}
     return target_config(config, recipe.model.notation or config.notation, **fields)
-
-
-def _changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    names = sorted((earlier.keys() | now.keys()) - WITHOUT_EFFECT)
-    return [
-        f"{name} {earlier.get(name)} then, {now.get(name)} now" for name in names if earlier.get(name) != now.get(name)
-    ]
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CommandError(f"{path} is damaged ({error}): delete the folder, or give another output_dir.") from error
-
-
-def _check_architecture(checkpoint: Path, config: EntropyGPTConfig):
-    """A checkpoint is of the same architecture and sizes; one of adapters tells neither."""
-    if not (checkpoint / "config.json").exists():
-        return
-    saved = AutoConfig.from_pretrained(checkpoint)
-    if not isinstance(saved, EntropyGPTConfig):
-        raise CommandError(f"{checkpoint} holds a model of another family ({saved.model_type}).")
-    names = ["notation", "final_normalization", "n_layer", "n_embd", "n_head", "n_inner", "n_positions"]
-    for name in names:
-        if (then := getattr(saved, name)) != (now := getattr(config, name)):
-            raise CommandError(
-                f"{checkpoint} holds a model with {name} {then}, and this run is to train one with {now}: start in "
-                "another output_dir, or resume a run of the same architecture."
-            )

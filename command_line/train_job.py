@@ -1,6 +1,7 @@
 """The stages of a training run: text, model, training, measurement, pictures. What is interrupted goes on."""
 
 import dataclasses
+import functools
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,9 +33,10 @@ from . import plot_job
 from .convert_inputs import Job, Text, spread
 from .convert_job import convert
 from .errors import CommandError
-from .measurement import describe_config, device, measure_model
+from .measurement import describe_config, measure_model
 from .progress import Stage, progress_display, stage
-from .train_inputs import ADAPTER, MODEL, Start, check_output, find_start, fit_vocabulary, make_model, write_settings
+from .train_folder import ADAPTER, MODEL, check_architecture, check_folder, check_text, take_folder
+from .train_inputs import Start, find_start, fit_vocabulary, make_model
 
 
 # Sequences of validation text on which the heads are measured in the course of training.
@@ -80,7 +82,7 @@ def run(source: str, settings: list[str], dry_run: bool):
         start = find_start(recipe)
         console = Console(quiet=not recipe.training.should_save)
         _show_plan(recipe, start, console)
-        checkpoint = check_output(recipe, start)
+        checkpoint = check_folder(recipe, start.config)
         if dry_run:
             return
         if not (folder := Path(recipe.training.output_dir, MODEL)).exists():
@@ -126,10 +128,15 @@ def _train(
     training = recipe.training
     with training.main_process_first(desc="preparing the text"):
         data = _prepare(recipe, start, progress)
+    text = f"{data.name} ({data.revision})"
+    check_text(recipe, text)
     fit_vocabulary(start.config, recipe, data.tokenizer)
-    if training.should_save:
-        write_settings(recipe)
+    if checkpoint is not None:
+        check_architecture(checkpoint, recipe, start.config, "vocab_size")
+        training.eval_on_start = False  # it was done
+    take = functools.partial(take_folder, recipe, checkpoint, text) if training.should_save else lambda: None
     if start.converts:
+        take()
         with training.main_process_first(desc="converting"):
             model = _convert(recipe, start, data, progress)
     else:
@@ -140,14 +147,22 @@ def _train(
     training.prediction_loss_only = True
     with stage(progress, f"training {start.config.notation}") as line:
         observer = StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))
-        trainer = EntropyTrainer(
-            model=model,
-            args=training,
-            train_dataset=data.training,
-            eval_dataset=data.validation,
-            data_collator=collate_blocks,
-            callbacks=[Stopwatch(), _watch_heads(recipe, data), observer],
-        )
+        try:
+            trainer = EntropyTrainer(
+                model=model,
+                args=training,
+                train_dataset=data.training,
+                eval_dataset=data.validation,
+                data_collator=collate_blocks,
+                callbacks=[Stopwatch(), _watch_heads(recipe, data), observer],
+            )
+            trainer.create_scheduler(2, trainer.create_optimizer())
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            if not any(Path(training.output_dir).iterdir()):  # the Trainer makes it
+                Path(training.output_dir).rmdir()
+            raise CommandError(f"{recipe.name}: the Trainer refuses its arguments: {error}") from error
+        trainer.optimizer = trainer.lr_scheduler = None
+        take()
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -219,7 +234,7 @@ def _finish(trainer: EntropyTrainer, data: PreparedData, recipe: Recipe, progres
     if recipe.lora.lora_r:
         merge_adapter(trainer.model).save_pretrained(unfinished)
     data.tokenizer.save_pretrained(unfinished)
-    model = load_language_model(unfinished).to(device())
+    model = load_language_model(unfinished).to(recipe.training.device)
     steps = trainer.state.global_step
     sequences = recipe.training.train_batch_size * recipe.training.gradient_accumulation_steps
     batch_size = sequences * recipe.training.world_size
@@ -243,7 +258,7 @@ def _finish(trainer: EntropyTrainer, data: PreparedData, recipe: Recipe, progres
 def _tell_divergence(notation: str, trainer: EntropyTrainer, reason: str, console: Console):
     step, _ = trainer.guard.events[-1]
     console.print(f"[bold]{escape(notation)} diverged at step {step:,}[/], and was {escape(reason)}.")
-    console.print("That is this run's result: there is no model but that of the last checkpoint.")
+    console.print("That is this run's result: it leaves no model but those of its checkpoints.")
 
 
 def _show_results(folder: Path, console: Console):

@@ -12,6 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
+# The largest power of e that a float holds is a little above.
+LARGEST_EXPONENT = 700
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """
@@ -30,7 +34,8 @@ class Likelihood:
     @property
     def perplexity(self) -> float:
         """Perplexity per token; depends on the tokenizer."""
-        return math.exp(self.nats / self.tokens)
+        mean = self.nats / self.tokens
+        return math.exp(mean) if mean < LARGEST_EXPONENT else math.inf
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -147,8 +147,8 @@ class Divergence:
 @dataclass(frozen=True)
 class RunLog:
     """
-    A run, as far as it went. After a rollback, what is logged anew takes the place of what was undone; alarms and
-    divergences stay.
+    A run, as far as it went. Steps are counted on after a rollback, so those that it undid are there too. Records of
+    other kinds than those below are passed over.
 
     Args:
         path (`Path`): The file.
@@ -254,7 +254,6 @@ class RunLog:
         """
         kind, step = entry.get("kind"), _whole_number(entry, "step")
         if kind == "log":
-            self._undo_after(step)
             figures = {name: _number_or_none(entry, name) for name in TRAINING_FIGURES}
             if any(figure is not None for figure in figures.values()):
                 _put(self.training, TrainingRecord(step, **figures))
@@ -262,7 +261,6 @@ class RunLog:
                 perplexity = _number_or_none(entry, "eval_perplexity")
                 _put(self.evaluations, EvaluationRecord(step, loss, _exp(loss) if perplexity is None else perplexity))
         elif kind == "entropy":
-            self._undo_after(step)
             _put(self.entropies, self._read_entropies(step, entry))
         elif kind == "alarm":
             self.alarms.append(Alarm(step, _whole_number(entry, "layer"), _text(entry, "text")))
@@ -271,13 +269,6 @@ class RunLog:
             if action not in ACTIONS:
                 raise ValueError(f"action {action!r} is none of {', '.join(ACTIONS)}")
             self.divergences.append(Divergence(step, _text(entry, "text"), action))
-        else:
-            raise ValueError(f"kind {kind!r} is none of log, entropy, alarm, divergence")
-
-    def _undo_after(self, step: int):
-        for records in (self.training, self.evaluations, self.entropies):
-            while records and records[-1].step > step:
-                records.pop()
 
     def _read_entropies(self, step: int, entry: dict) -> EntropyRecord:
         heads = (self.layers, self.description.config["n_head"])

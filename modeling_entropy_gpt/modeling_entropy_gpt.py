@@ -160,7 +160,7 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
         config.validate()  # fields may have been set since it was made
         super().__init__(config, *inputs, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
         """
         As every model's. FSDP makes a class of its own, by which torch's code would be saved in place of this, and
         hands over tied weights as if they were two.
@@ -170,7 +170,7 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
         if self.__class__ is not present and state_dict is not None and self.config.tie_word_embeddings:
             state_dict = {name: t for name, t in state_dict.items() if name not in self.all_tied_weights_keys}
         try:
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         finally:
             self.__class__ = present
 
@@ -228,7 +228,7 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
         return {
             "entropies": torch.stack([entropies.to(device) for entropies in outputs.attention_entropies]),
             "thresholds": torch.stack([thresholds.to(device) for thresholds in outputs.entropy_thresholds]),
-            "visible_keys": outputs.visible_keys,
+            "visible_keys": outputs.visible_keys.to(device),
             "tolerance": self.config.entropy_tolerance,
             "maximum": self.config.entropy_maximum,
             "penalty": self.config.entropy_penalty,

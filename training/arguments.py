@@ -169,6 +169,7 @@ class EntropyTrainingArguments(TrainingArguments):
         least = {
             **{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1},
             **{"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "entropy_logging_steps": 0},
+            **{"seed": 0, "dataloader_num_workers": 0},
             **{name: 0 for name in vars(self) if name.endswith("_lr_multiplier")},
         }
         for name, bound in least.items():

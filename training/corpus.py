@@ -138,7 +138,7 @@ def _survey(root: Path, texts: Iterable[tuple[Path, str]]) -> tuple[list[Documen
     for path, text in texts:
         if text.strip():
             documents.append(Document(str(path.relative_to(root)), path, len(text)))
-            digest.update(f"{documents[-1].name}\0{text}\0".encode())
+            digest.update(f"{documents[-1].name}\0{text}\0".encode(errors="surrogateescape"))
     return documents, f"sha256:{digest.hexdigest()[:16]}"
 
 
@@ -150,7 +150,7 @@ def _split(documents: list[Document], name: str, revision: str, validation_share
     wanted = round(validation_share * sum(document.length for document in documents))
     held_out: set[str] = set()
     held_length = 0
-    for document in sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest()):
+    for document in sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest()):
         if held_length < wanted and held_length + document.length <= 1.5 * wanted:
             held_out.add(document.name)
             held_length += document.length

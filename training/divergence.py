@@ -35,18 +35,21 @@ class DivergenceGuard(TrainerCallback, ExportableState):
         slowdown (`float`): What the learning rate is multiplied by.
         batches (`int`): Number of steps that the running mean is of.
         mean_loss (`float`): Running mean of the loss per token.
-        good_loss (`float`): What it was in the last good state; when stopping, the lowest that it was.
+        first_loss (`float`): Loss of the first step.
+        good_loss (`float`): What it is held against: the lowest that it was.
         rollbacks (`int`): How often the run went back.
         events (`list[list]`): Steps at which something happened, and what it was.
         diverged (`str`, *optional*): Why the run was stopped.
     """
+
+    follows_minimum = True
 
     def __init__(self, action: Action = "stop"):
         self.action = action
         self.slowdown = 1.0
         self.batches = 0
         self.mean_loss = 0.0
-        self.good_loss = 0.0
+        self.first_loss = self.good_loss = 0.0
         self.rollbacks = 0
         self.events: list[list] = []
         self.diverged: str | None = None
@@ -61,11 +64,14 @@ class DivergenceGuard(TrainerCallback, ExportableState):
             return f"the loss is {loss}"
         self.batches += 1
         self.mean_loss += self.share_of_step * (loss - self.mean_loss)
-        if self.batches <= FIRST_BATCHES:  # what is usual is not known yet
-            self.good_loss = self.mean_loss
+        if self.batches == 1:
+            self.first_loss = loss
+        if self.batches <= FIRST_BATCHES:  # what is usual is not known yet, but the first loss was not far from it
+            self.good_loss = min(self.mean_loss, self.first_loss + LARGEST_RISE)
+            return None
         if self.mean_loss > self.good_loss + LARGEST_RISE:
-            return f"the loss is {self.mean_loss:.2f}, and {self.good_loss:.2f} in the last good state"
-        if self.action == "stop":
+            return f"the loss is {self.mean_loss:.2f}, and was {self.good_loss:.2f}"
+        if self.follows_minimum:
             self.good_loss = min(self.good_loss, self.mean_loss)
         return None
 
@@ -76,13 +82,12 @@ class DivergenceGuard(TrainerCallback, ExportableState):
 
     def keep(self) -> dict[str, Any]:
         """Takes the present state as good; returns what belongs to it."""
-        self.good_loss = self.mean_loss
-        return {"batches": self.batches}
+        return {"batches": self.batches, "mean_loss": self.mean_loss, "good_loss": self.good_loss}
 
     def go_back(self, kept: dict[str, Any], state: TrainerState):
         """Back to a good state, slower."""
         self.rollbacks += 1
-        self.batches, self.mean_loss = kept["batches"], self.good_loss
+        self.batches, self.mean_loss, self.good_loss = kept["batches"], kept["mean_loss"], kept["good_loss"]
         self.slowdown *= SLOWDOWN
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils import logging
+
+from modeling_entropy_gpt.layers import gather
 
 from .divergence import base_model
 from .run_log import RunLogWriter
@@ -52,7 +53,8 @@ class EntropyCallback(TrainerCallback):
             if "tensorboard" in args.report_to:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(Path(args.output_dir, "runs", "entropy"), purge_step=state.global_step)
+                resumed_after = state.global_step and state.global_step + 1
+                self._board = SummaryWriter(Path(args.output_dir, "runs", "entropy"), purge_step=resumed_after)
         if self.every and state.global_step == 0:
             self._measure(args, state, model)
 
@@ -66,7 +68,7 @@ class EntropyCallback(TrainerCallback):
             return
         if "divergence" in logs:
             action = "stop" if control.should_training_stop else "rollback"
-            self._log.write("divergence", state.global_step, text=logs["divergence"], action=action)
+            self._log.write("divergence", state.global_step + 1, text=logs["divergence"], action=action)
             return
         self._log.write(
             "log", state.global_step, **{name: value for name, value in logs.items() if not name.endswith(SPEEDS)}
@@ -76,6 +78,7 @@ class EntropyCallback(TrainerCallback):
         for writer in (self._log, self._board):
             if writer is not None:
                 writer.close()
+        self._log = self._board = None
 
     def _describe(self, args, state, model) -> dict:
         config = base_model(model).config
@@ -201,12 +204,8 @@ def _parameters(modules: list[nn.Module | None], name: str) -> list[torch.Tensor
     if not any(modules):
         return None
     found = [None if module is None else getattr(module, name) for module in modules]
-    return [None if value is None else _whole(value).float().cpu() for value in found]
+    return [None if value is None else gather(value).float().cpu() for value in found]
 
 
 def _scalars(values: list[torch.Tensor | None] | None) -> list[float | None] | None:
     return values and [None if value is None else value.item() for value in values]
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -54,6 +54,8 @@ class HealingProgress(DivergenceGuard):
         removed (`int`): Number of things that the schedule has removed.
     """
 
+    follows_minimum = False  # what is removed may cost something: the last good state counts
+
     def __init__(self, action: Action = "rollback", pace: float = 0.0):
         super().__init__(action)
         self.clock = 0.0
@@ -69,7 +71,7 @@ class HealingProgress(DivergenceGuard):
         self.mean_scale += self.share_of_step * (self.scale - self.mean_scale)
         if self.batches <= FIRST_BATCHES:
             self.good_scale = self.mean_scale
-        if self.mean_scale > LARGEST_SCALE * self.good_scale:
+        if self.batches > FIRST_BATCHES and self.mean_scale > LARGEST_SCALE * self.good_scale:
             return (
                 f"the residual stream's scale is {self.mean_scale:.3g}, and {self.good_scale:.3g} in the last good "
                 "state"
@@ -77,13 +79,13 @@ class HealingProgress(DivergenceGuard):
         return None
 
     def keep(self) -> dict[str, Any]:
-        self.good_scale = self.mean_scale
-        return {**super().keep(), "clock": self.clock}
+        self.good_loss, self.good_scale = self.mean_loss, self.mean_scale
+        return {**super().keep(), "mean_scale": self.mean_scale, "clock": self.clock}
 
     def go_back(self, kept: dict[str, Any], state: TrainerState):
         """Never so slow that the schedule would not end in time."""
         super().go_back(kept, state)
-        self.clock, self.mean_scale = kept["clock"], self.good_scale
+        self.clock, self.mean_scale = kept["clock"], kept["mean_scale"]
         steps_left = max(1, state.max_steps - state.global_step - 1)
         self.pace = max(self.pace * SLOWDOWN, (1 - self.clock) / steps_left)
 

@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features, List, Value
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from .errors import CorpusError
@@ -17,8 +19,8 @@ from .errors import CorpusError
 # Of a batch of documents: work for all threads of the tokenizer, and little memory.
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
-# A document longer than so many characters is tokenised in pieces. Between a word and the end of its line byte-level
-# tokenizers join nothing, so the tokens are those of the whole.
+# A document longer than so many characters is tokenised in pieces, if the tokenizer joins nothing between a word and
+# the end of its line.
 PIECE_CHARACTERS = 1 << 18
 PLACE_TO_CUT = re.compile(r"(?<=[^\W_])\n(?=\S)")
 
@@ -80,11 +82,9 @@ def tokenize(
     on_documents: Callable[[int], None] = lambda count: None,
 ) -> Iterator[np.ndarray]:
     """Yields the tokens of a batch of documents at a time, with the end-of-text token after each document."""
-    # The fast tokenizer itself: the wrapper warns of texts longer than a model's context, which are packed anyway. A
-    # copy, in which the name of a special token in a text is text.
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.encode_special_tokens = True
-    for pieces, are_ends in _batches(texts):
+    backend = plain_backend(tokenizer)
+    can_be_cut = _can_be_cut(backend)
+    for pieces, are_ends in _batches(texts, can_be_cut):
         tokens = []
         for encoding, is_end in zip(
             backend.encode_batch_fast(pieces, add_special_tokens=False), are_ends, strict=True
@@ -94,6 +94,31 @@ def tokenize(
                 tokens.append(tokenizer.eos_token_id)
         yield np.array(tokens, dtype=token_type(tokenizer))
         on_documents(sum(are_ends))
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """
+    The fast tokenizer itself, by which text is text, all of it: its wrapper warns of texts longer than a model's
+    context, which are packed anyway. A copy that neither cuts nor pads, whatever was saved with it, and in which the
+    name of a special token in a text is text.
+    """
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def cut_pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """
+    Pieces of a long text, and whether each is the last: of all of them together, a byte-level tokenizer like GPT-2's
+    makes the same tokens as of the whole.
+    """
+    begin = 0
+    while place := PLACE_TO_CUT.search(text, begin + PIECE_CHARACTERS):
+        yield text[begin : place.start()], False
+        begin = place.start()
+    yield text[begin:], True
 
 
 def cut_blocks(tokens: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,11 +138,22 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids}
 
 
-def _batches(texts: Iterable[str]) -> Iterator[tuple[list[str], list[bool]]]:
+def _can_be_cut(backend: Tokenizer) -> bool:
+    """Whether it splits text at each line's end as GPT-2's does, and begins a piece as it goes on with a text."""
+    splitter = backend.pre_tokenizer
+    return (
+        isinstance(splitter, ByteLevel)
+        and splitter.use_regex
+        and not splitter.add_prefix_space
+        and backend.normalizer is None
+    )
+
+
+def _batches(texts: Iterable[str], can_be_cut: bool) -> Iterator[tuple[list[str], list[bool]]]:
     """Pieces of documents, and whether each is the last one of its document."""
     pieces, are_ends, characters = [], [], 0
     for text in texts:
-        for piece, is_end in _cut_pieces(text):
+        for piece, is_end in cut_pieces(text) if can_be_cut else [(text, True)]:
             pieces.append(piece)
             are_ends.append(is_end)
             characters += len(piece)
@@ -126,11 +162,3 @@ def _batches(texts: Iterable[str]) -> Iterator[tuple[list[str], list[bool]]]:
                 pieces, are_ends, characters = [], [], 0
     if pieces:
         yield pieces, are_ends
-
-
-def _cut_pieces(text: str) -> Iterator[tuple[str, bool]]:
-    begin = 0
-    while place := PLACE_TO_CUT.search(text, begin + PIECE_CHARACTERS):
-        yield text[begin : place.start()], False
-        begin = place.start()
-    yield text[begin:], True

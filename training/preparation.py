@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from .arguments import DataArguments
 from .errors import CorpusError
 from .files import delete, written_whole
-from .packing import pack, spread_blocks
+from .packing import pack, plain_backend, spread_blocks
 from .sources import Source, open_source
 from .streaming import PackedStream
 from .tokenizer import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # A tokenizer is trained on the first documents, up to so many characters.
 TOKENIZER_CHARACTERS = 100_000_000
 # Goes up when the same documents and arguments come to give other blocks.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 # What lies in a folder of the cache.
 RECORD, TOKENIZER, TRAINING, VALIDATION = "record.json", "tokenizer", "training.arrow", "validation.arrow"
 
@@ -145,8 +145,8 @@ def prepare_data(
 def _check_ranges(arguments: DataArguments, context: int):
     if context < 2:
         raise CorpusError(f"A context of {context} leaves nothing to predict: it has to be at least 2.")
-    if not 0 < arguments.validation_share < 1:
-        raise CorpusError(f"validation_share={arguments.validation_share} has to be between 0 and 1.")
+    if not 0 < arguments.validation_share <= 0.5:
+        raise CorpusError(f"validation_share={arguments.validation_share} has to be above 0 and at most 0.5.")
     if arguments.shuffle_buffer < 1:
         raise CorpusError(f"shuffle_buffer={arguments.shuffle_buffer} has to be at least 1.")
     if arguments.tokenizer_vocab_size < SMALLEST_VOCABULARY:
@@ -193,7 +193,7 @@ def _fingerprint(job: _Job) -> str:
     if tokenizer is None:
         kind = [arguments.tokenizer_vocab_size, TOKENIZER_CHARACTERS, tokenizers.__version__]
     else:
-        kind = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id]
+        kind = [plain_backend(tokenizer).to_str(), tokenizer.eos_token_id]
     parts = [CACHE_FORMAT, job.source.fingerprint, arguments.text_column, arguments.validation_share, kind]
     return hashlib.sha256(json.dumps([*parts, job.context]).encode()).hexdigest()[:32]
 
@@ -204,7 +204,7 @@ def _load(folder: Path, job: _Job) -> PreparedData | None:
         return None
     try:
         record = _Record(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
-        tokenizer = load_tokenizer(str(folder / TOKENIZER))
+        tokenizer = job.tokenizer or load_tokenizer(str(folder / TOKENIZER))
         training, validation = (Dataset.from_file(str(folder / name)) for name in (TRAINING, VALIDATION))
         if (found := (len(training), len(validation))) != (record.training_blocks, record.validation_blocks):
             raise ValueError(f"it holds {found} blocks, and {record} is what it had")
@@ -228,12 +228,14 @@ def _load(folder: Path, job: _Job) -> PreparedData | None:
 def _write(folder: Path, job: _Job):
     folder.mkdir()
     tokenizer = job.tokenizer or _train_tokenizer(job)
-    tokenizer.save_pretrained(folder / TOKENIZER)
+    if job.tokenizer is None:
+        tokenizer.save_pretrained(folder / TOKENIZER)
     job.on_stage("tokenising", job.source.documents)
     digest = hashlib.sha256()
     training, validation = (_Witness(texts, digest) for texts in (job.source.training, job.source.validation))
-    training_blocks = len(pack(training, tokenizer, job.context, job.on_documents, folder / TRAINING))
+    # The smaller part first: of few documents, it may be the one that is too short.
     validation_blocks = len(_pack_validation(job, validation, tokenizer, folder / VALIDATION))
+    training_blocks = len(pack(training, tokenizer, job.context, job.on_documents, folder / TRAINING))
     record = _Record(
         revision=job.source.revision or f"{job.source.version} sha256:{digest.hexdigest()[:16]}".strip(),
         training_documents=training.documents,
@@ -250,9 +252,9 @@ def _train_tokenizer(job: _Job) -> PreTrainedTokenizerFast:
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """The first texts, up to the one that makes up so many characters."""
+    """The first texts, up to so many characters in all."""
     for text in texts:
-        yield text
+        yield text[:characters]
         if (characters := characters - len(text)) <= 0:
             return
 
@@ -267,7 +269,10 @@ def _pack_validation(
     try:
         return pack(texts, tokenizer, job.context, job.on_documents, path, most_blocks)
     except CorpusError as error:
-        raise CorpusError(f"In the part kept for validation: {error}") from error
+        raise CorpusError(
+            f"In the part kept for validation: {error} Or raise validation_share={job.arguments.validation_share}, or "
+            "name a validation_split or validation_dataset."
+        ) from error
 
 
 def _most_validation_blocks(job: _Job) -> int | None:

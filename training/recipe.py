@@ -105,7 +105,10 @@ class _Parser(HfArgumentParser):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, in which 1e-3 is a number, as everywhere else, and no key stands twice."""
+    """
+    Safe YAML, in which no key stands twice, with the scalars of YAML 1.2: 1e-3 is a number, and no, 010 and 2024-01-01
+    are texts.
+    """
 
     def construct_mapping(self, node, deep=False):
         seen: set = set()
@@ -117,15 +120,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9]\d*)", list("-+0123456789")),
+    ("float", r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.inf|\.nan", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise RecipeError(f"{path} has to be a list of settings, one `name: value` a line.")
@@ -158,7 +166,9 @@ def _as_words(name: str, value: Any) -> list[str]:
             raise RecipeError(f"{name} is empty: give it a value, or leave it out.")
         return []
     if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
+        if "list" not in str(ARGUMENT_FIELDS[name].type):
+            raise RecipeError(f"{name}={value} is a list, and takes one value.")
+        return [f"--{name}", *map(str, value)] if value else []
     return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 

@@ -15,7 +15,8 @@ class RunLogWriter:
     Appends records to a run's log: one JSON object a line, with its `kind` and, but for the first, its `step`.
 
     The first record is of the kind `run` and says what the run is. A run that goes on from a checkpoint drops what was
-    written after it, so that its log is that of a run which was never interrupted.
+    written after it, so that its log is that of a run which was never interrupted, but for losses that are means over
+    steps on both sides of the checkpoint.
 
     Args:
         folder (`Path`): The run's folder.

@@ -17,7 +17,7 @@ from .streaming import Texts
 
 
 # The builder that reads files of a suffix.
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = ".gz"
 Rows = Dataset | IterableDataset
 # Parts that workers can share among them, where the data set has none of its own.
@@ -123,7 +123,7 @@ def _kind(dataset: str, without: Path | None) -> str:
 
 def _builder(path: Path) -> str | None:
     suffix = Path(path.stem).suffix if path.suffix == COMPRESSED else path.suffix
-    return BUILDERS.get(suffix)
+    return BUILDERS.get(suffix.lower())
 
 
 def _holds_data(folder: Path, without: Path | None) -> bool:
@@ -160,6 +160,10 @@ def _open(arguments: DataArguments, dataset: str, split: str, validation_share: 
         first = None
     except (OSError, ValueError, DatasetsError) as error:
         raise CorpusError(f"{dataset} (split {split}) can't be loaded: {error.__cause__ or error}") from error
+    if kind == "data folder" and without is not None and path.resolve() in without.resolve().parents:
+        raise CorpusError(
+            f"{without} lies in {dataset}, all of whose files are read: give an output_dir outside of it."
+        )
     _check_column(first, arguments.text_column, dataset)
     return _source_of_rows(
         rows,
@@ -235,6 +239,8 @@ def _source_of_rows(
 
 def _belong(texts: list[str | None], validation_share: float, held_out: bool) -> list[bool]:
     """Which texts belong to the part that is held out for validation, or to the other; blank ones do to none."""
+    if wrong := [text for text in texts if not isinstance(text, str | None)]:
+        raise CorpusError(f"There is a row whose text is a {type(wrong[0]).__name__}: give another text_column.")
     return [
         text is not None and bool(text.strip()) and (_share_of(text) < validation_share) == held_out for text in texts
     ]

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from .errors import CorpusError
+from .packing import cut_pieces
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -31,7 +32,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece, _ in cut_pieces(text)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -50,10 +51,11 @@ def load_tokenizer(place: str) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # readers raise whatever a damaged file makes them
         raise CorpusError(f"{place} has no tokenizer that can be loaded.") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise CorpusError(f"The tokenizer of {place} is no fast one with an end-of-text token.")
-    if not tokenizer.backend_tokenizer.encode("a").ids:  # transformers makes one without tokens where files lack
+    special = len(tokenizer.all_special_tokens)
+    if tokenizer.backend_tokenizer.get_vocab_size() <= special:  # transformers makes such a one where files lack
         raise CorpusError(f"{place} has no tokenizer files.")
     return tokenizer

@@ -9,10 +9,12 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+
 from .arguments import EntropyTrainingArguments
 from .callbacks import find_callback
 from .checkpoints import STAGING, seal
-from .divergence import MOST_ROLLBACKS, DivergenceGuard, find_first_bad_layer
+from .divergence import MOST_ROLLBACKS, DivergenceGuard, base_model, find_first_bad_layer
 from .files import delete
 
 
@@ -28,6 +30,8 @@ LEARNING_RATE_MULTIPLIERS = {
 NOT_DECAYED = (*LEARNING_RATE_MULTIPLIERS, "negative_slope")
 # Outputs of the model that are logged beside its loss.
 LOGGED = ("cross_entropy_loss", "entropy_loss", "penalized_share")
+# What the guard looks at where there is no cross-entropy.
+OTHER_LOSS = "other_loss"
 
 
 class EntropyTrainer(Trainer):
@@ -60,7 +64,11 @@ class EntropyTrainer(Trainer):
         self._step_sums: dict[str, torch.Tensor] = {}
         self._logged_sums: dict[str, torch.Tensor] = {}
         self._logged_steps = 0
+        self._step_is_void = False
         self._staging: Path | None = None
+        if self.accelerator.num_processes > 1:
+            # It would stop one process alone while the others wait for it; the guard looks at the loss of all.
+            base_model(self.model).config.detect_divergence = False
 
     @property
     def guard(self) -> DivergenceGuard:
@@ -117,19 +125,28 @@ class EntropyTrainer(Trainer):
             share = 1.0 if num_items_in_batch is not None else 1 / self.current_gradient_accumulation_steps
             for name in LOGGED:
                 if (value := outputs.get(name)) is not None:
-                    value = value.detach().float().sum() * share
-                    self._step_sums[name] = self._step_sums.get(name, 0.0) + value
+                    self._add(name, value, share)
+            if "cross_entropy_loss" not in outputs:  # of another head; multiplied by the number of processes
+                self._add(OTHER_LOSS, loss, share / self.accelerator.num_processes)
         return (loss, outputs) if return_outputs else loss
 
+    def _add(self, name: str, value: torch.Tensor, share: float):
+        self._step_sums[name] = self._step_sums.get(name, 0.0) + value.detach().float().sum() * share
+
     def training_step(self, model, inputs, num_items_in_batch=None):
+        is_last_part = self.accelerator.sync_gradients
+        if self._step_is_void:  # an earlier part of its batch diverged
+            self._step_is_void = not is_last_part
+            return torch.tensor(math.nan, device=self.args.device)
         if self._good_state is None and self.guard.action == "rollback":
             self._keep_good_state()
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except FloatingPointError as error:  # of a model with detect_divergence
             self._diverge(str(error))
+            self._step_is_void = not is_last_part
             return torch.tensor(math.nan, device=self.args.device)
-        if self.accelerator.sync_gradients and (reason := self._find_divergence()):
+        if is_last_part and (reason := self._find_divergence()):
             self._diverge(f"{reason}; {find_first_bad_layer(model, self._prepare_inputs(inputs))}")
         return loss
 
@@ -144,7 +161,7 @@ class EntropyTrainer(Trainer):
         if "loss" in logs and self._logged_steps:
             logs |= {name: value.item() / self._logged_steps for name, value in self._logged_sums.items()}
             self._logged_sums, self._logged_steps = {}, 0
-        if "eval_loss" in logs:
+        if "eval_loss" in logs and any(isinstance(module, EntropyGPTForCausalLM) for module in self.model.modules()):
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         super().log(logs, start_time)
 
@@ -165,9 +182,12 @@ class EntropyTrainer(Trainer):
     def _find_divergence(self) -> str | None:
         """Takes up what this step's batches gave; why they can't be trusted, or `None` if they can."""
         sums, self._step_sums = self._over_ranks(self._step_sums), {}
-        reason = self.guard.observe(sums["cross_entropy_loss"].item()) if "cross_entropy_loss" in sums else None
+        loss = sums[LOGGED[0]] if LOGGED[0] in sums else sums[OTHER_LOSS]
+        reason = self.guard.observe(loss.item())
         if reason is None:
             for name, value in sums.items():
+                if name == OTHER_LOSS:
+                    continue
                 self._logged_sums[name] = self._logged_sums.get(name, 0.0) + value
             self._logged_steps += 1
         return reason
@@ -191,7 +211,7 @@ class EntropyTrainer(Trainer):
             guard.diverged = event = f"stopped: {reason}"
             self.control.should_training_stop = True
         self.optimizer.zero_grad(set_to_none=True)
-        guard.events.append([self.state.global_step, event])
+        guard.events.append([self.state.global_step + 1, event])
         self.log({"divergence": event})
 
     def _keep_good_state(self):
@@ -209,7 +229,9 @@ class EntropyTrainer(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, model, trial):
-        """Writes a checkpoint aside, and gives it its name and place when it is whole."""
+        """Writes a checkpoint aside, and gives it its name and place when it is whole. None of a run that diverged."""
+        if self.guard.diverged is not None:
+            return
         if self.guard.action == "rollback":
             self._keep_good_state()
         folder = Path(self._get_output_dir(trial))

@@ -155,7 +155,10 @@ def measure_pipeline(runs: int, gpt2_step: Timing) -> Pipeline:
             prepared.append(tokens / (time.perf_counter() - started))
             batched.append(tokens_per_second(data.training, tokens, sampler=RandomSampler(data.training)))
             arguments = dataclasses.replace(arguments, data_cache=None, streaming=True, validation_tokens=context)
-            streamed.append(tokens_per_second(prepare_data(arguments, context, seed=turn).training, tokens))
+            started = time.perf_counter()
+            stream = prepare_data(arguments, context, seed=turn).training
+            opened = time.perf_counter() - started
+            streamed.append(tokens / (opened + tokens / tokens_per_second(stream, tokens)))
     step = training_step(PROPOSAL, SMALL, SMALL_BATCH, context)
     (seconds,) = take_turns({PROPOSAL: step}, 20 * runs).values()
     pipeline = Pipeline(
@@ -218,8 +221,8 @@ Medians of {record.steps[0].runs} runs that take turns; in brackets the quartile
 fewer operations.
 
 Watching: a measurement of all heads, on a batch of {SMALL_BATCH} sequences, takes
-{format_share(record.watching.ratios[STEPS])} of the time of the {EVERY} steps between two of them, for the model of the
-recipe `python-stdlib-small`.
+{format_share(record.watching.ratios[STEPS])} of the time of the {EVERY} steps between two of them, for the model of
+the recipe `python-stdlib-small`.
 
 | how text comes in | tokens a second | to the small model's speed | to GPT-2 small's speed |
 | --- | ---: | ---: | ---: |

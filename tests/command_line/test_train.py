@@ -273,7 +273,10 @@ def test_a_dry_run_writes_nothing(run):
         (["n_head=3"], "n_head=3 does not divide n_embd=32"),
         (["notation=SM+LM"], "nearest known one is 'LN'"),
         (["context=64", "n_positions=32"], "context=64: the model has n_positions=32"),
-        (["vocab_size=100"], "The tokenizer has 300 tokens, and the model vocab_size=100"),
+        (["vocab_size=100"], "tokenizer_vocab_size=300 is more than vocab_size=100"),
+        (["save_only_model=true"], "save_only_model=true leaves checkpoints that no run can go on from"),
+        (["label_smoothing_factor=0.1"], "label_smoothing_factor"),
+        (["learning_rate=[1, 2]"], "learning_rate=[1, 2] is a list"),
         (["dataset=nowhere.txt"], "nowhere.txt"),
         (["streaming=true", "max_steps=-1"], "max_steps"),
         (["model_name_or_path=nowhere"], "nowhere"),
@@ -290,7 +293,7 @@ def test_a_dry_run_writes_nothing(run):
 def test_what_can_not_be_is_refused_in_one_line(settings, message, run):
     process = run(*settings, output="refused")
     assert process.returncode == 1
-    (line,) = process.stderr.splitlines()
+    *_, line = process.stderr.splitlines()
     assert line.startswith("entropy-gpt: ")
     assert message in line
     assert not (run.folder / "refused").exists()
@@ -303,14 +306,43 @@ def test_another_runs_folder_is_not_touched(run, finished):
     before = states()
     for settings, message in (
         (["learning_rate=2e-3"], "learning_rate 0.001 then, 0.002 now"),
-        (["n_layer=3", "resume_from_checkpoint=run/checkpoint-12"], "n_layer 2, and this run is to train one with 3"),
-        (["notation=SM+LN+G", "resume_from_checkpoint=run/checkpoint-12"], "notation EReg(SM(t)+ScFuFFN)"),
+        (["n_layer=3", "resume_from_checkpoint=run/checkpoint-12"], "n_layer 2 then, 3 now"),
     ):
         process = run(*settings)
         assert process.returncode == 1
         (line,) = process.stderr.splitlines()
         assert message in line
         assert states() == before
+
+
+def test_a_run_goes_on_elsewhere_under_other_settings(run, finished):
+    """But for what the optimiser's state keeps; a text that changed is noticed."""
+    checkpoint = "resume_from_checkpoint=run/checkpoint-8"
+    for settings, message in (
+        (["n_layer=3"], "n_layer 2, and this run is to train one with 3"),
+        (["notation=SM+LN+G"], "notation EReg(SM(t)+ScFuFFN)"),
+        (["learning_rate=2e-3"], "keeps what its optimiser was told (learning_rate 0.001 then, 0.002 now)"),
+        (["lora_r=2"], "holds all weights, and this run is to train adapters"),
+    ):
+        process = run(*settings, checkpoint, output="elsewhere")
+        assert process.returncode == 1
+        line = process.stderr.splitlines()[-1]  # PEFT may warn before
+        assert message in line
+        assert not (run.folder / "elsewhere").exists()
+    process = run("max_steps=14", checkpoint, output="elsewhere")
+    assert process.returncode == 0, process.stderr
+    assert run.records("elsewhere")[-1]["step"] == 14
+
+
+def test_a_run_whose_text_changed_does_not_go_on(run, tmp_path):
+    (tmp_path / "mine.txt").write_text("the quick brown fox\n" * 600)
+    settings = (f"dataset={tmp_path / 'mine.txt'}", "max_steps=4", "validation_tokens=128")
+    assert run(*settings, output="changed").returncode == 0
+    shutil.rmtree(run.folder / "changed" / "model")
+    (tmp_path / "mine.txt").write_text("the lazy dog\n" * 600)
+    process = run(*settings, output="changed")
+    assert process.returncode == 1
+    assert "holds a run that was trained on mine.txt" in process.stderr
 
 
 def test_a_folder_of_something_else_is_not_touched(run, tmp_path):

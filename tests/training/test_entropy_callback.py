@@ -17,17 +17,20 @@ from training.packing import collate_blocks
 TOKENS = make_tokens(2, 16)
 
 
-def train(model, folder, callback, **arguments):
-    """With a plain Trainer."""
+def make_trainer(model, folder, callback, **arguments):
+    """A plain Trainer."""
     options = {"max_steps": 5, "logging_steps": 1, "save_strategy": "no", "report_to": [], **arguments}
-    trainer = Trainer(
+    return Trainer(
         model=model,
         args=TrainingArguments(output_dir=folder, use_cpu=True, disable_tqdm=True, **options),
         train_dataset=Dataset.from_dict({"input_ids": make_tokens(32, 16).tolist()}),
         data_collator=collate_blocks,
         callbacks=[callback],
     )
-    trainer.train()
+
+
+def train(model, folder, callback, **arguments):
+    make_trainer(model, folder, callback, **arguments).train()
     return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
 
@@ -98,6 +101,14 @@ def test_tensorboard_gets_it_layer_by_layer(tmp_path):
     ):
         assert [event.step for event in events.Scalars(name)] == [0, 5]
         assert events.Scalars(name)[-1].value == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_evaluation_after_training_is_no_part_of_the_log(tmp_path):
+    trainer = make_trainer(make_model("SM+LN+G"), tmp_path, EntropyCallback(TOKENS, 2))
+    trainer.train()
+    before = (tmp_path / "training_log.jsonl").read_text()
+    trainer.evaluate(trainer.train_dataset)
+    assert (tmp_path / "training_log.jsonl").read_text() == before
 
 
 def collapse(model):

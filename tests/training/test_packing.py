@@ -11,11 +11,13 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from training import packing
 from training.errors import CorpusError
 from training.packing import collate_blocks, pack, spread_blocks
-from training.tokenizer import train_tokenizer
+from training.tokenizer import load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +83,43 @@ def test_blocks_do_not_depend_on_batches_and_pieces(tokenizer, texts, block_size
 def test_a_long_document_is_tokenised_in_pieces(tokenizer):
     text = "".join(f"line {index}\n" for index in range(200))
     with mock.patch.object(packing, "PIECE_CHARACTERS", 50):
-        (pieces, are_ends) = next(packing._batches([text, "short"]))
+        (pieces, are_ends) = next(packing._batches([text, "short"], can_be_cut=True))
     assert "".join(pieces) == text + "short"
     assert len(pieces) > 20
     assert sum(are_ends) == 2
+
+
+@pytest.mark.parametrize("prefix_space", [False, True])
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+def test_other_tokenizers_see_whole_documents(kind, prefix_space):
+    """Those that begin a text otherwise than they go on with it: no blank comes in where a piece would begin."""
+    tokenizer = Tokenizer(models.BPE() if kind == "byte-level" else models.Unigram())
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.ByteLevel(add_prefix_space=prefix_space) if kind == "byte-level" else pre_tokenizers.Metaspace()
+    )
+    options = {"vocab_size": 400, "special_tokens": ["</s>", "<unk>"], "show_progress": False}
+    trainer = (
+        trainers.BpeTrainer(**options)
+        if kind == "byte-level"
+        else trainers.UnigramTrainer(**options, unk_token="<unk>")
+    )
+    text = "".join(f"some words of line {index}\n" for index in range(200))
+    tokenizer.train_from_iterator([text], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    expected, _ = pack_naively([text], fast, 1)
+    with mock.patch.object(packing, "PIECE_CHARACTERS", 50):
+        assert [token for (token,) in pack([text], fast, 1)["input_ids"]] == expected
+
+
+def test_truncation_and_padding_that_were_saved_with_a_tokenizer_are_not_applied(tokenizer, tmp_path):
+    texts = ["a long text of many words, " * 20, "short"]
+    expected, _ = pack_naively(texts, tokenizer, 1)
+    spoilt = copy.deepcopy(tokenizer)
+    spoilt(["a", "b c d"], truncation=True, max_length=4, padding=True)
+    spoilt.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.backend_tokenizer.truncation is not None
+    assert [token for (token,) in pack(texts, loaded, 1)["input_ids"]] == expected
 
 
 def test_blocks_in_a_file_are_those_in_memory_and_small(tokenizer, tmp_path):

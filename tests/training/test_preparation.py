@@ -313,8 +313,8 @@ def test_who_watches_is_told_of_stages_and_documents(tmp_path):
     ("arguments", "message"),
     [
         ({"context": 1}, "context of 1 .* at least 2"),
-        ({"validation_share": 0.0}, "validation_share=0.0 has to be between 0 and 1"),
-        ({"validation_share": 1.0}, "validation_share=1.0 has to be between 0 and 1"),
+        ({"validation_share": 0.0}, "validation_share=0.0 has to be above 0 and at most 0.5"),
+        ({"validation_share": 1.0}, "validation_share=1.0 has to be above 0 and at most 0.5"),
         ({"validation_share": float("nan")}, "validation_share=nan"),
         ({"shuffle_buffer": 0, **STREAMED}, "shuffle_buffer=0 has to be at least 1"),
         ({"tokenizer_vocab_size": 256}, "tokenizer_vocab_size=256 has to be at least 257"),
@@ -388,6 +388,45 @@ def test_what_a_run_leaves_in_its_own_folder_is_not_read(text_folder):
     (text_folder / "run" / "README.md").write_text("# A model\n")
     source = open_source(DataArguments(dataset=str(text_folder)), without=text_folder / "run")
     assert (sorted(source.training), sorted(source.validation)) == expected
+
+
+def test_a_run_in_a_folder_of_data_files_would_read_its_own_log(tmp_path):
+    folder = Path(write_rows(tmp_path, "folder of jsonl"))
+    with pytest.raises(CorpusError, match=r"run lies in .*give an output_dir outside of it"):
+        prepare_data(DataArguments(dataset=str(folder), **SMALL), CONTEXT, 0, without=folder / "run")
+
+
+def test_a_row_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": null}\n' + '{"text": ["a", "b"]}\n' * 5)
+    with pytest.raises(CorpusError, match=r"text is a list: give another text_column"):
+        prepare(path)
+
+
+def test_the_tokenizer_that_was_given_is_given_back(tmp_path):
+    """Blocks are the same for tokenizers that differ in what does not tokenise."""
+    path = write_rows(tmp_path, "jsonl")
+    tokenizer = train_tokenizer(filter(None, TEXTS), 300)
+    for name in ("first", "second"):
+        tokenizer.chat_template = name
+        tokenizer.save_pretrained(tmp_path / name)
+        assert prepare_with(path, tmp_path / name).tokenizer.chat_template == name
+
+
+def prepare_with(dataset, tokenizer):
+    return prepare_data(DataArguments(dataset=str(dataset), tokenizer=str(tokenizer)), CONTEXT, 0)
+
+
+def test_too_few_rows_for_validation_end_before_the_rest_is_tokenised(tmp_path):
+    seen = []
+    with pytest.raises(CorpusError, match=r"kept for validation: .*raise validation_share=0.01, or name a"):
+        prepare_data(
+            DataArguments(dataset=write_rows(tmp_path, "jsonl", ["a text " * 90] * 3), validation_share=0.01, **SMALL),
+            CONTEXT,
+            0,
+            on_documents=seen.append,
+        )
+    assert sum(seen) == 0
 
 
 def test_a_saved_data_set_without_the_split_is_named(tmp_path):

@@ -102,6 +102,21 @@ def test_what_can_not_be_is_named(settings, message, write):
 
 
 @pytest.mark.parametrize(
+    ("setting", "name", "expected"),
+    [
+        ("eval_strategy=no", "eval_strategy", "no"),
+        ("run_name=2024-01-01", "run_name", "2024-01-01"),
+        ("run_name=1:30", "run_name", "1:30"),
+        ("run_name=010", "run_name", "010"),
+        ("learning_rate=1E-4", "learning_rate", 1e-4),
+        ("report_to=[]", "report_to", []),
+    ],
+)
+def test_texts_are_not_taken_for_something_else(setting, name, expected, write):
+    assert getattr(read_recipe(write("notation: SM\nuse_cpu: true\n"), [setting]).training, name) == expected
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "has to be a list of settings"),

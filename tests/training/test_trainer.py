@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
+from modeling_entropy_gpt import EntropyGPTForSequenceClassification
 from tests.architectures import NO_DROPOUT, make_model, make_tokens
 from training.arguments import EntropyTrainingArguments
 from training.callbacks import StepObserver, Stopwatch
 from training.checkpoints import find_damage, last_checkpoint, list_checkpoints
+from training.divergence import DivergenceGuard
 from training.packing import collate_blocks
 from training.trainer import LOGGED, EntropyTrainer
 
@@ -153,7 +155,7 @@ def spoil_head(model):
     ("spoil", "message"),
     [
         (spoil_layer_1, "the loss is nan; values that are not finite first appear in the output of layer 1 (h.1)"),
-        (spoil_head, "in the last good state; every layer is finite"),
+        (spoil_head, "; every layer is finite"),
     ],
 )
 def test_a_run_that_diverges_is_stopped_and_says_where(spoil, message, tmp_path):
@@ -167,9 +169,8 @@ def test_a_run_that_diverges_is_stopped_and_says_where(spoil, message, tmp_path)
 
 def test_a_run_that_diverges_goes_back_and_ends(tmp_path):
     model = make_model("SM+ScFuFFN", **NO_DROPOUT)
-    trainer = make_trainer(
-        model, tmp_path, [Poison(7, spoil_layer_1)], max_steps=12, on_divergence="rollback", save_steps=4
-    )
+    arguments = {"on_divergence": "rollback", "per_device_train_batch_size": 16, "max_steps": 12, "save_steps": 4}
+    trainer = make_trainer(model, tmp_path, [Poison(7, spoil_layer_1)], **arguments)
     trainer.train()
     assert (trainer.state.global_step, trainer.guard.rollbacks, trainer.guard.slowdown) == (12, 1, 0.5)
     assert trainer.guard.diverged is None
@@ -196,6 +197,53 @@ def test_checkpoints_are_sealed_rotated_and_leave_nothing_behind(tmp_path):
     assert [find_damage(path) for path in checkpoints] == [None, None]
     state = json.loads((checkpoints[0] / "trainer_state.json").read_text())
     assert Path(state["best_model_checkpoint"]) in checkpoints
+
+
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_the_guard_sees_an_explosion_in_the_first_steps_and_one_after_a_long_fall(action):
+    def found(losses):
+        guard = DivergenceGuard(action)
+        return next(filter(None, map(guard.observe, losses)), None)
+
+    assert "the loss is" in found([5.7, 700.0, 1e7, 1e7, 1e7, 1e7])
+    assert "the loss is" in found([10.0 - step / 50 for step in range(300)] + [8.0] * 20)
+    assert found([7.0, 7.9, 6.2, 7.5, 6.8, 7.7, 6.4, 7.9, 7.0] + [6.5] * 50) is None
+
+
+def test_a_step_diverges_in_one_part_of_its_batch_and_changes_nothing(tmp_path):
+    model = make_model("SM+ScFuFFN", **NO_DROPOUT, detect_divergence=True)
+    trainer = make_trainer(
+        model, tmp_path, max_steps=4, gradient_accumulation_steps=4, on_divergence="rollback", save_steps=100
+    )
+    seen, states = [0], []
+
+    def spoil(module, arguments):
+        seen[0] += 1
+        return (arguments[0] * math.nan,) if seen[0] == 9 else None
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            states.append(model.transformer.wte.weight.detach().clone())
+
+    trainer.add_callback(Watch())
+    beginning = model.transformer.wte.weight.detach().clone()
+    model.transformer.h[1].register_forward_pre_hook(spoil)
+    trainer.train()
+    assert trainer.guard.rollbacks == 1
+    assert torch.equal(states[2], beginning)  # the state that it went back to
+    assert not torch.equal(states[3], states[2])
+
+
+def test_other_heads_are_watched_too(tmp_path):
+    rows = [{**row, "labels": index % 2} for index, row in enumerate(ROWS)]
+    model = make_model("SM+ScFuFFN", EntropyGPTForSequenceClassification, num_labels=2, **NO_DROPOUT)
+    trainer = make_trainer(model, tmp_path, [Poison(3, spoil_layer_1)], eval_strategy="steps", eval_steps=2)
+    trainer.train_dataset = trainer.eval_dataset = rows
+    trainer.data_collator = default_data_collator
+    trainer.train()
+    assert "layer 1 (h.1)" in trainer.guard.diverged
+    assert logged(trainer, "eval_loss")
+    assert not logged(trainer, "eval_perplexity")
 
 
 class Interruption(Exception):
