@@ -50,17 +50,17 @@ def pack(
     Raises:
         `CorpusError`: If the documents are too short for one block.
     """
-    features = Features({"input_ids": List(Value(token_type(tokenizer).name), length=block_size)})
+    schema = Features({"input_ids": List(Value(token_type(tokenizer).name), length=block_size)}).arrow_schema
     sink = pa.BufferOutputStream() if path is None else pa.OSFile(str(path), "wb")
     count, rest = 0, np.empty(0, dtype=token_type(tokenizer))
-    with sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
+    with sink, pa.ipc.new_stream(sink, schema) as writer:
         for tokens in tokenize(texts, tokenizer, on_documents):
             blocks, rest = cut_blocks(np.concatenate([rest, tokens]), block_size)
             if most_blocks is not None:
                 blocks = blocks[: most_blocks - count]
             count += len(blocks)
             column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), block_size)
-            writer.write_table(pa.Table.from_arrays([column], schema=features.arrow_schema))
+            writer.write_table(pa.Table.from_arrays([column], schema=schema))
             if count == most_blocks:
                 break
     if not count:
@@ -115,7 +115,7 @@ def cut_pieces(text: str) -> Iterator[tuple[str, bool]]:
     makes the same tokens as of the whole.
     """
     begin = 0
-    while place := PLACE_TO_CUT.search(text, begin + PIECE_CHARACTERS):
+    while place := PLACE_TO_CUT.search(text, begin + 1 + PIECE_CHARACTERS):  # behind where this piece begins
         yield text[begin : place.start()], False
         begin = place.start()
     yield text[begin:], True

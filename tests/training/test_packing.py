@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -66,6 +66,7 @@ TEXTS = st.lists(st.text(alphabet="abé\u0301.'_1\n\r\t 中", max_size=200), min
 
 
 @settings(deadline=None, max_examples=50)
+@example(["a\nb\nc"], 1, 50, 3, 0)  # each line's end, and none of them twice
 @given(TEXTS, st.integers(1, 9), st.integers(1, 50), st.integers(1, 3), st.integers(0, 20))
 def test_blocks_do_not_depend_on_batches_and_pieces(tokenizer, texts, block_size, characters, documents, piece):
     stream, blocks = pack_naively(texts, tokenizer, block_size)
