@@ -100,7 +100,7 @@ def run(source: str, settings: list[str], dry_run: bool):
 def _show_plan(recipe: Recipe, start: Start, console: Console):
     """What is going to be trained, before anything is."""
     training, config = recipe.training, start.config
-    sequences = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    sequences = training.sequences_per_step
     amount = f"{training.max_steps:,} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
     rows = {
         "architecture": f"{config.notation}, final norm: {config.final_normalization}",
@@ -156,6 +156,7 @@ def _train(
                 data_collator=collate_blocks,
                 callbacks=[Stopwatch(), _watch_heads(recipe, data), observer],
             )
+            # Made here only to see whether their arguments will do.
             trainer.create_scheduler(2, trainer.create_optimizer())
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             if not any(Path(training.output_dir).iterdir()):  # the Trainer makes it
@@ -236,8 +237,7 @@ def _finish(trainer: EntropyTrainer, data: PreparedData, recipe: Recipe, progres
     data.tokenizer.save_pretrained(unfinished)
     model = load_language_model(unfinished).to(recipe.training.device)
     steps = trainer.state.global_step
-    sequences = recipe.training.train_batch_size * recipe.training.gradient_accumulation_steps
-    batch_size = sequences * recipe.training.world_size
+    batch_size = recipe.training.sequences_per_step
     training = {
         "training_steps": steps,
         "training_tokens": steps * batch_size * data.context,

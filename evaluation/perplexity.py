@@ -34,13 +34,17 @@ class Likelihood:
     @property
     def perplexity(self) -> float:
         """Perplexity per token; depends on the tokenizer."""
-        mean = self.nats / self.tokens
-        return math.exp(mean) if mean < LARGEST_EXPONENT else math.inf
+        return perplexity_of(self.nats / self.tokens)
 
     @property
     def bits_per_byte(self) -> float | None:
         """Bits that the model takes for a byte of text; comparable between tokenizers."""
         return None if self.bytes is None else self.nats / math.log(2) / self.bytes
+
+
+def perplexity_of(nats: float) -> float:
+    """The perplexity of a mean negative log-likelihood: infinite where a float can't hold it, NaN of NaN."""
+    return math.inf if nats >= LARGEST_EXPONENT else math.exp(nats)
 
 
 def measure_likelihood(

@@ -65,7 +65,7 @@ class ModelResult:
         parameters (`int`): Number of trainable parameters; tied ones count once.
         training_steps (`int`): Optimiser steps.
         training_tokens (`int`): Tokens seen in training.
-        training_seconds (`float`): Duration of training, without evaluation.
+        training_seconds (`float`): Duration of training, with the evaluations in its course.
         hyperparameters (`dict`): What else training was told.
         perplexity_per_token (`float`): On the validation text.
         bits_per_byte (`float`, *optional*): On the validation text, if the tokenizer is byte-level.

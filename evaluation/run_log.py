@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .entropy_diagnostics import HeadwiseEntropy
+from .perplexity import perplexity_of
 
 
 LOG_NAME = "training_log.jsonl"
@@ -258,8 +259,8 @@ class RunLog:
             if any(figure is not None for figure in figures.values()):
                 _put(self.training, TrainingRecord(step, **figures))
             if (loss := _number_or_none(entry, "eval_loss")) is not None:
-                perplexity = _number_or_none(entry, "eval_perplexity")
-                _put(self.evaluations, EvaluationRecord(step, loss, _exp(loss) if perplexity is None else perplexity))
+                logged = _number_or_none(entry, "eval_perplexity")
+                _put(self.evaluations, EvaluationRecord(step, loss, perplexity_of(loss) if logged is None else logged))
         elif kind == "entropy":
             _put(self.entropies, self._read_entropies(step, entry))
         elif kind == "alarm":
@@ -389,7 +390,3 @@ def _numbers(entry: dict, name: str, shape: tuple[int, ...]) -> list:
 
 def _numbers_or_none(entry: dict, name: str, shape: tuple[int, ...]) -> list | None:
     return None if entry.get(name) is None else _numbers(entry, name, shape)
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else value if math.isnan(value) else math.inf

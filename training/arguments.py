@@ -63,9 +63,7 @@ class DataArguments:
     )
     validation_share: float = field(
         default=0.05,
-        metadata={
-            "help": "Part of the documents that is kept for evaluation, if no others are named. Between 0 and 1."
-        },
+        metadata={"help": "Part of the documents that is kept for evaluation, if no others are named. At most 0.5."},
     )
     validation_tokens: int | None = field(
         default=None,
@@ -163,6 +161,11 @@ class EntropyTrainingArguments(TrainingArguments):
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Whether a resumed run goes on with what its guard and stopwatch knew."}
     )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of an optimiser step, over accumulation, devices and processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def __post_init__(self):
         super().__post_init__()

@@ -147,6 +147,10 @@ def _open(arguments: DataArguments, dataset: str, split: str, validation_share: 
         return _source_of_corpus(load_standard_library(validation_share))
     if kind == "text":
         return _source_of_corpus(load_corpus(path, validation_share, without))
+    if kind == "data folder" and without is not None and path.resolve() in without.resolve().parents:
+        raise CorpusError(
+            f"{without} lies in {dataset}, all of whose files are read: give an output_dir outside of it."
+        )
     version = ""
     try:
         if kind == "saved":
@@ -160,10 +164,6 @@ def _open(arguments: DataArguments, dataset: str, split: str, validation_share: 
         first = None
     except (OSError, ValueError, DatasetsError) as error:
         raise CorpusError(f"{dataset} (split {split}) can't be loaded: {error.__cause__ or error}") from error
-    if kind == "data folder" and without is not None and path.resolve() in without.resolve().parents:
-        raise CorpusError(
-            f"{without} lies in {dataset}, all of whose files are read: give an output_dir outside of it."
-        )
     _check_column(first, arguments.text_column, dataset)
     return _source_of_rows(
         rows,

@@ -185,10 +185,9 @@ class EntropyTrainer(Trainer):
         loss = sums[LOGGED[0]] if LOGGED[0] in sums else sums[OTHER_LOSS]
         reason = self.guard.observe(loss.item())
         if reason is None:
-            for name, value in sums.items():
-                if name == OTHER_LOSS:
-                    continue
-                self._logged_sums[name] = self._logged_sums.get(name, 0.0) + value
+            for name in LOGGED:
+                if name in sums:
+                    self._logged_sums[name] = self._logged_sums.get(name, 0.0) + sums[name]
             self._logged_steps += 1
         return reason
 
