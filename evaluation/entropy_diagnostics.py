@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from .perplexity import batches, evaluation_mode
+from .records import RECORD
 
 
 # A head counts as overloaded from this part of the largest possible mean entropy on: the paper's highest quarter.
@@ -20,7 +21,7 @@ COLLAPSE = 0.05
 RANGE_BEGINNINGS = (1 / 4, 1 / 2, OVERLOAD)
 
 
-@dataclass(frozen=True)
+@dataclass(config=RECORD)
 class HeadwiseEntropy:
     """
     Mean entropy of the attention rows of each head.
@@ -74,6 +75,38 @@ class HeadwiseEntropy:
     @property
     def _values(self) -> torch.Tensor:
         return torch.tensor(self.nats, dtype=torch.float64)
+
+
+@dataclass(config=RECORD)
+class HeadDiagnostics:
+    """
+    What the attention heads of a model do on a text. Lists of heads are `(layers, heads)`.
+
+    Args:
+        entropy ([`HeadwiseEntropy`]): Mean row entropy of each head.
+        quantile_levels (`list[float]`): Which quantiles are given, such as 0.05 and 0.5.
+        entropy_quantiles (`list[list[list[float]]]`):
+            Quantiles of each head's row entropies in nats, `(layers, heads, levels)`.
+        sink_share (`list[list[float]]`): Mean probability of the first key, over rows that see others too.
+        uniform_sink_share (`float`): The same of a head that spreads its attention evenly.
+        diversity (`list[float]`):
+            How much the heads of a layer differ: the Jensen-Shannon divergence of their rows in nats, the entropy of
+            the heads' mean row less the mean of their entropies, averaged over rows; at most log(heads).
+        logit_spectral_norms (`list[list[float]]`):
+            Largest singular value of a head's matrix of attention logits, unmasked, averaged over sequences.
+        rows (`int`): Rows of each head that were looked at.
+        diversity_rows (`int`): Rows that the diversity was taken from, evenly spread over them.
+    """
+
+    entropy: HeadwiseEntropy
+    quantile_levels: list[float]
+    entropy_quantiles: list[list[list[float]]]
+    sink_share: list[list[float]]
+    uniform_sink_share: float
+    diversity: list[float]
+    logit_spectral_norms: list[list[float]]
+    rows: int
+    diversity_rows: int
 
 
 def measure_headwise_entropy(

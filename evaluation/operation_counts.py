@@ -1,33 +1,53 @@
 """What a forward pass asks of secure computation, from the configuration alone (arXiv 2501.03489, section 5)."""
 
-from dataclasses import dataclass
+import math
+
+from pydantic.dataclasses import dataclass
 
 from modeling_entropy_gpt import EntropyGPTConfig
 
+from .records import RECORD
 
-@dataclass(frozen=True)
-class NonlinearOperations:
+
+@dataclass(config=RECORD)
+class NonlinearOperation:
     """
-    Non-linear operations of one sequence. Linear maps, static norms among them, cost little beside these.
+    Non-linear operations of one kind on tensors of one shape.
 
     Args:
-        softmax_rows (`int`): Rows of attention, of as many keys as the sequence has tokens.
-        norm_rows (`int`): Rows of LayerNorm, of `n_embd` features.
-        activation_elements (`int`): Numbers that go through the FFNs' activation.
+        name (`str`): Such as "softmax", "LayerNorm" or "GELU".
+        shape (`list[int]`): Of one tensor.
+        count (`int`): Tensors of this shape.
     """
 
-    softmax_rows: int
-    norm_rows: int
-    activation_elements: int
+    name: str
+    shape: list[int]
+    count: int
+
+    @property
+    def elements(self) -> int:
+        """Numbers that go through it."""
+        return self.count * math.prod(self.shape)
 
 
-def count_nonlinear_operations(config: EntropyGPTConfig, context: int) -> NonlinearOperations:
-    """Counts the non-linear operations of a forward pass over `context` tokens."""
-    ffns = config.n_layer - len(config.pruned_ffn_layers)
-    norms = (config.n_layer + ffns) * (config.normalization == "layernorm")
-    norms += config.final_normalization == "layernorm"
-    return NonlinearOperations(
-        softmax_rows=config.n_layer * config.n_head * context,
-        norm_rows=norms * context,
-        activation_elements=(config.activation_function != "identity") * ffns * context * config.inner_size,
-    )
+@dataclass(config=RECORD)
+class OperationCounts:
+    """
+    Operations of a forward pass over one sequence.
+
+    Args:
+        context (`int`): Tokens of the sequence.
+        nonlinear (`list[NonlinearOperation]`): In the blocks: what the paper counts.
+        ffn_flops (`int`): Of all FFNs, in the paper's accounting.
+        attention_flops (`int`): Of all attention, in the paper's accounting.
+    """
+
+    context: int
+    nonlinear: list[NonlinearOperation]
+    ffn_flops: int
+    attention_flops: int
+
+
+def count_operations(config: EntropyGPTConfig, context: int) -> OperationCounts:
+    """Counts the operations of a forward pass over `context` tokens."""
+    raise NotImplementedError

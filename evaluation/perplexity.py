@@ -3,20 +3,66 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from pydantic.dataclasses import dataclass
 from tokenizers.decoders import ByteLevel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from .records import RECORD
 
 
 # The largest power of e that a float holds is a little above.
 LARGEST_EXPONENT = 700
 
 
-@dataclass(frozen=True)
+@dataclass(config=RECORD)
+class Windows:
+    """
+    How a text is cut into what a model sees at once.
+
+    Args:
+        context (`int`): Tokens that the model sees at most.
+        stride (`int`): Tokens that a window is further than the one before; those are predicted, each once, with at
+            least `context - stride + 1` tokens before them.
+        separate (`bool`): Whether each document stands alone; else they follow one another, with an end-of-text token
+            after each, which is predicted too.
+        bos (`bool`): Whether a beginning-of-text token stands before each document, or before the first if they
+            follow one another, so that the first token is predicted too.
+    """
+
+    context: int
+    stride: int
+    separate: bool
+    bos: bool
+
+
+@dataclass(config=RECORD)
+class Part:
+    """
+    Some of the predicted tokens.
+
+    Args:
+        begin (`int`): The first of the positions (tokens before it), or of the frequencies, that they have.
+        end (`int`, *optional*): The first that none has any more; none where there is no limit.
+        tokens (`int`): How many.
+        nats (`float`): Negative log-likelihood of all of them together.
+    """
+
+    begin: int
+    end: int | None
+    tokens: int
+    nats: float
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; NaN without tokens."""
+        return perplexity_of(self.nats / self.tokens) if self.tokens else math.nan
+
+
+@dataclass(config=RECORD)
 class Likelihood:
     """
     How well a model predicts a text.
@@ -24,12 +70,22 @@ class Likelihood:
     Args:
         nats (`float`): Negative log-likelihood of all predicted tokens together.
         tokens (`int`): Number of predicted tokens.
-        bytes (`int`, *optional*): Number of bytes of text that they stand for, if it is known.
+        words (`int`): Number of words, parts between white space, that they stand for.
+        bytes (`int`): Number of bytes of text in UTF-8 that they stand for.
+        windows ([`Windows`]): What the model saw at once.
+        by_position (`list[Part]`, *optional*): The same by the number of tokens that the model saw before each.
+        by_frequency (`list[Part]`, *optional*): The same by how often the token is in a training text.
+        frequency_text (`str`, *optional*): Which text that is.
     """
 
     nats: float
     tokens: int
-    bytes: int | None
+    words: int
+    bytes: int
+    windows: Windows
+    by_position: list[Part] | None = None
+    by_frequency: list[Part] | None = None
+    frequency_text: str | None = None
 
     @property
     def perplexity(self) -> float:
@@ -37,9 +93,14 @@ class Likelihood:
         return perplexity_of(self.nats / self.tokens)
 
     @property
-    def bits_per_byte(self) -> float | None:
+    def word_perplexity(self) -> float:
+        """Perplexity per word; comparable between tokenizers. NaN for a text without words."""
+        return perplexity_of(self.nats / self.words) if self.words else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
         """Bits that the model takes for a byte of text; comparable between tokenizers."""
-        return None if self.bytes is None else self.nats / math.log(2) / self.bytes
+        return self.nats / math.log(2) / self.bytes
 
 
 def perplexity_of(nats: float) -> float:

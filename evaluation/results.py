@@ -1,29 +1,28 @@
 """Result records: every number together with the conditions under which it was measured."""
 
-import dataclasses
-import json
 import platform
 import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+from pydantic.dataclasses import dataclass
 
-from .entropy_diagnostics import HeadwiseEntropy
+from .entropy_diagnostics import HeadDiagnostics
+from .operation_counts import OperationCounts
+from .perplexity import Likelihood
+from .records import RECORD, load_record, save_record
 
 
-SCHEMA_VERSION = 1
+KIND, SCHEMA_VERSION = "results of models", 2
 RECORDED_VERSIONS = ("entropy-gpt", "torch", "transformers", "datasets", "tokenizers")
 
 
-@strict
-@dataclass
+@dataclass(config=RECORD)
 class Conditions:
     """
     What a number depends on beside the model.
@@ -31,11 +30,11 @@ class Conditions:
     Args:
         corpus (`str`): Name of the text.
         corpus_revision (`str`): Its version and hash.
-        vocab_size (`int`): Number of tokens of the tokenizer, which was trained on the training text.
-        context (`int`): Length of a sequence in tokens, in training and evaluation; also the stride.
-        evaluated_tokens (`int`): Number of validation tokens that were predicted.
+        vocab_size (`int`): Number of tokens of the tokenizer.
+        context (`int`): Length of a sequence in tokens.
+        evaluated_tokens (`int`): Number of tokens that were predicted, or whose rows of attention were looked at.
         dtype (`str`): Of weights and computation.
-        seed (`int`): Of the weights and of the order of the training data.
+        seed (`int`, *optional*): Of all that was drawn, in training (weights, the order of the data) and in measuring.
         versions (`dict[str, str]`): Of Python and of the packages that compute.
         git_revision (`str`, *optional*): Of this project, "+changes" at its end if the tree had uncommitted ones.
         machine (`str`): Processor and number of threads.
@@ -47,64 +46,196 @@ class Conditions:
     context: int
     evaluated_tokens: int
     dtype: str
-    seed: int
+    seed: int | None
     versions: dict[str, str]
     git_revision: str | None
     machine: str
 
 
-@strict
-@dataclass
-class ModelResult:
+@dataclass(config=RECORD)
+class Architecture:
     """
-    What training a model took, from scratch or from a conversion, and what it gave.
+    What a model is, in the paper's notation and in sizes.
 
     Args:
-        notation (`str`): The architecture in the paper's notation.
+        notation (`str`): The blocks, in the paper's notation.
         final_normalization (`str`): The norm before the head, which the notation does not tell.
-        parameters (`int`): Number of trainable parameters; tied ones count once.
-        training_steps (`int`): Optimiser steps.
-        training_tokens (`int`): Tokens seen in training.
-        training_seconds (`float`): Duration of training, with the evaluations in its course.
-        hyperparameters (`dict`): What else training was told.
-        perplexity_per_token (`float`): On the validation text.
-        bits_per_byte (`float`, *optional*): On the validation text, if the tokenizer is byte-level.
-        headwise_entropy_nats (`list[list[float]]`): Mean row entropy of each head of each layer.
-        maximum_entropy_nats (`float`): The largest possible mean row entropy under a causal mask.
-        conditions ([`Conditions`]): What the numbers depend on.
-        converted_from (`str`, *optional*): Notation of the trained model that this one was converted from; training is
-            then the healing after it.
+        parameters (`int`): Tied ones count once.
+        n_layer, n_head, n_embd, n_positions, vocab_size (`int`): As in the configuration.
     """
 
     notation: str
     final_normalization: str
     parameters: int
-    training_steps: int
-    training_tokens: int
-    training_seconds: float
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_positions: int
+    vocab_size: int
+
+
+@dataclass(config=RECORD)
+class TrainingResult:
+    """
+    What training took, from scratch or as the healing after a conversion.
+
+    Args:
+        steps (`int`): Optimiser steps.
+        tokens (`int`): Tokens seen.
+        seconds (`float`): Duration, with the evaluations in its course.
+        hyperparameters (`dict`): What training was told.
+        converted_from (`str`, *optional*): Notation of the trained model that this one was converted from.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
     hyperparameters: dict
-    perplexity_per_token: float
-    bits_per_byte: float | None
-    headwise_entropy_nats: list[list[float]]
-    maximum_entropy_nats: float
-    conditions: Conditions
     converted_from: str | None = None
+
+
+@dataclass(config=RECORD)
+class LikelihoodResult:
+    """How well a text is predicted, and under which conditions."""
+
+    likelihood: Likelihood
+    conditions: Conditions
+    seconds: float
+
+
+@dataclass(config=RECORD)
+class HeadResult:
+    """What the attention heads do on a text, and under which conditions."""
+
+    heads: HeadDiagnostics
+    conditions: Conditions
+    seconds: float
+
+
+@dataclass(config=RECORD)
+class TaskScore:
+    """
+    One score of a task of lm-eval.
+
+    Args:
+        task (`str`): Its name.
+        task_version (`str`): Its version.
+        metric (`str`): What was scored, such as `acc` or `acc_norm`.
+        value (`float`): The score.
+        standard_error (`float`, *optional*): If lm-eval gives one.
+        samples (`int`): Number of samples scored.
+        higher_is_better (`bool`): Which way it goes.
+        few_shot (`int`): Examples shown before each sample.
+    """
+
+    task: str
+    task_version: str
+    metric: str
+    value: float
+    standard_error: float | None
+    samples: int
+    higher_is_better: bool
+    few_shot: int
+
+
+@dataclass(config=RECORD)
+class TaskResult:
+    """
+    Scores of lm-eval.
+
+    Args:
+        scores (`list[TaskScore]`): One for each task and metric.
+        bos (`str`): Whether and how a beginning-of-text token stands before a sample.
+        context (`int`): The most tokens that the model is shown.
+        limit (`int`, *optional*): Samples taken of each task, if not all.
+        data (`str`): Where the samples come from, with a hash of what was read.
+        dtype (`str`): Of weights and computation.
+        seed (`int`): Of lm-eval.
+        versions (`dict[str, str]`): Of Python, of the packages that compute, and of lm-eval.
+        git_revision (`str`, *optional*): Of this project.
+        machine (`str`): Processor and number of threads.
+        seconds (`float`): Duration.
+    """
+
+    scores: list[TaskScore]
+    bos: str
+    context: int
+    limit: int | None
+    data: str
+    dtype: str
+    seed: int
+    versions: dict[str, str]
+    git_revision: str | None
+    machine: str
+    seconds: float
+
+
+@dataclass(config=RECORD)
+class PrivateCost:
+    """
+    What one private inference cost, measured between real parties.
+
+    Args:
+        protocol (`str`): Such as "cheetah".
+        context (`int`): Tokens of the prompt.
+        total_bytes (`int`): Sent by all parties together.
+        rounds (`int`): Times that a party has to wait for another.
+        seconds (`float`): On the machine and network below.
+        network (`str`): Such as "loopback".
+        versions (`dict[str, str]`): Of the packages that compute.
+        git_revision (`str`, *optional*): Of this project.
+        machine (`str`): Processor and number of threads.
+    """
+
+    protocol: str
+    context: int
+    total_bytes: int
+    rounds: int
+    seconds: float
+    network: str
+    versions: dict[str, str]
+    git_revision: str | None
+    machine: str
+
+
+@dataclass(config=RECORD)
+class ModelResult:
+    """
+    All that is known of a model; what was not measured is missing.
+
+    Args:
+        name (`str`): What tells it from others, such as its folder.
+        weights (`str`): Hash of its weights.
+        architecture ([`Architecture`]): What it is.
+        operations ([`OperationCounts`]): What a forward pass takes, from the configuration.
+        training ([`TrainingResult`], *optional*): How it was trained.
+        likelihood ([`LikelihoodResult`], *optional*): How well it predicts a text.
+        heads ([`HeadResult`], *optional*): What its attention heads do.
+        tasks ([`TaskResult`], *optional*): Scores of lm-eval.
+        costs (`list[PrivateCost]`): Of private inference.
+    """
+
+    name: str
+    weights: str
+    architecture: Architecture
+    operations: OperationCounts
+    training: TrainingResult | None = None
+    likelihood: LikelihoodResult | None = None
+    heads: HeadResult | None = None
+    tasks: TaskResult | None = None
+    costs: list[PrivateCost] = field(default_factory=list)
 
     @property
     def title(self) -> str:
         """The architecture, and what it was converted from."""
-        return self.notation if self.converted_from is None else f"{self.notation} from {self.converted_from}"
-
-    @property
-    def headwise_entropy(self) -> HeadwiseEntropy:
-        """The entropies, with what is derived from them."""
-        return HeadwiseEntropy(self.headwise_entropy_nats, self.maximum_entropy_nats)
+        notation = self.architecture.notation
+        converted_from = self.training and self.training.converted_from
+        return f"{notation} from {converted_from}" if converted_from else notation
 
 
 def save_results(results: list[ModelResult], path: Path):
     """Writes the records as JSON."""
-    content = {"schema_version": SCHEMA_VERSION, "results": [dataclasses.asdict(result) for result in results]}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    save_record(results, list[ModelResult], KIND, SCHEMA_VERSION, path)
 
 
 def load_results(path: Path) -> list[ModelResult]:
@@ -112,18 +243,9 @@ def load_results(path: Path) -> list[ModelResult]:
     Reads what [`save_results`] wrote.
 
     Raises:
-        `ValueError`: If the file is of another schema, or not one of results at all.
+        `ValueError`: If the file is of another kind or schema, or broken.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema version {content['schema_version']}, where {SCHEMA_VERSION} is read")
-        return [
-            ModelResult(**{**record, "conditions": Conditions(**record["conditions"])})
-            for record in content["results"]
-        ]
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{path} is no file of results of this version: {error}. Measure again.") from error
+    return load_record(list[ModelResult], KIND, SCHEMA_VERSION, path)
 
 
 def recorded_versions() -> dict[str, str]:

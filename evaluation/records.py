@@ -1,0 +1,59 @@
+"""Records on disk: dataclasses as JSON, with the kind and the version of what a file holds."""
+
+import json
+from pathlib import Path
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+
+# For `pydantic.dataclasses.dataclass`: no unknown fields, and numbers that are not finite as "NaN" and "Infinity".
+RECORD = ConfigDict(extra="forbid", ser_json_inf_nan="strings", validate_assignment=True)
+
+
+def save_record(content: object, type_: type, kind: str, version: int, path: Path):
+    """
+    Writes a dataclass, or a list of them.
+
+    Args:
+        content: What to write.
+        type_ (`type`): What it is, such as `list[ModelResult]`.
+        kind (`str`): What it is, in words; [`load_record`] asks for it.
+        version (`int`): Of the kind's fields.
+        path (`Path`): The file.
+    """
+    fields = json.loads(TypeAdapter(type_).dump_json(content))
+    header = {"kind": kind, "schema_version": version, "content": fields}
+    path.write_text(json.dumps(header, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load_record(type_: type, kind: str, version: int, path: Path):
+    """
+    Reads what [`save_record`] wrote.
+
+    Args:
+        type_ (`type`): What it was, such as `list[ModelResult]`.
+        kind (`str`): What the file has to hold.
+        version (`int`): The version that is read.
+        path (`Path`): The file.
+
+    Raises:
+        `ValueError`: If the file can't be read, is of another kind or version, or a field is wrong: with its name.
+    """
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is no JSON: {error}"
+        raise ValueError(f"{path} can't be read: {reason}.") from error
+    found = header.get("kind") if isinstance(header, dict) else None
+    if found != kind:
+        raise ValueError(f"{path} holds {found or 'something else'}, where {kind} are read.")
+    if header.get("schema_version") != version:
+        raise ValueError(
+            f"{path} is of schema version {header.get('schema_version')}, where {version} is read: measure again."
+        )
+    try:
+        return TypeAdapter(type_).validate_python(header.get("content"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "content"
+        raise ValueError(f"{path} is broken: {place}: {first['msg']}. Measure again.") from error
