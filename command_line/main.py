@@ -10,6 +10,7 @@ import typer
 
 from .convert import convert
 from .errors import CommandError
+from .evaluate import evaluate
 from .plot import plot
 from .quickstart import quickstart
 from .train import train
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(quickstart)
 app.command()(train)
 app.command()(convert)
+app.command()(evaluate)
 app.command()(plot)
 
 

@@ -1,70 +1,195 @@
-"""What a trained model is worth, as a record: shared by the commands that train."""
+"""What a model is worth and what its heads do, as records: shared by the commands that measure."""
 
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
 from datasets import Dataset
 from rich.progress import Progress
-from tokenizers.decoders import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from evaluation.entropy_diagnostics import measure_headwise_entropy
-from evaluation.perplexity import measure_likelihood
-from evaluation.results import Conditions, ModelResult, git_revision, machine_name, recorded_versions
+from evaluation.entropy_diagnostics import diagnose_heads
+from evaluation.operation_counts import count_operations
+from evaluation.perplexity import Windows, measure_likelihood
+from evaluation.results import (
+    Architecture,
+    Conditions,
+    HeadResult,
+    LikelihoodResult,
+    ModelResult,
+    TrainingResult,
+    git_revision,
+    hash_weights,
+    machine_name,
+    recorded_versions,
+)
+from evaluation.tokenized_text import TokenizedText, tokenize
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .progress import stage
 
 
 SIZES = ("n_layer", "n_embd", "n_head")
+# Tokens of a forward pass; speed and memory alone depend on it.
+BATCH_TOKENS = 4096
+# Tokens whose rows of attention are looked at, if nobody says otherwise.
+HEAD_TOKENS = 65536
+
+
+@dataclass(frozen=True)
+class MeasuredText:
+    """
+    The text that a model is measured on.
+
+    Args:
+        name (`str`): What it is.
+        revision (`str`): What tells it from any other.
+        tokenizer (`PreTrainedTokenizerBase`): What made the tokens.
+        documents (`list[TokenizedText]`): The documents, tokenised for the windows.
+        windows ([`Windows`]): What the model sees at once.
+    """
+
+    name: str
+    revision: str
+    tokenizer: PreTrainedTokenizerBase
+    documents: list[TokenizedText]
+    windows: Windows
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, those between documents included."""
+        return sum(len(document.input_ids) for document in self.documents)
+
+    def blocks(self, most_tokens: int) -> Dataset:
+        """
+        Blocks as long as the windows, or as the text if that is shorter, evenly spread over it: column `input_ids`.
+        """
+        ends = [self.tokenizer.eos_token_id] if self.windows.separate else []
+        stream = np.concatenate([ids for text in self.documents for ids in (text.input_ids, ends)]).astype(np.int64)
+        context = min(self.windows.context, len(stream))
+        rows = stream[: len(stream) // context * context].reshape(-1, context)
+        chosen = np.linspace(0, len(rows) - 1, min(len(rows), max(1, most_tokens // context))).round().astype(int)
+        return Dataset.from_dict({"input_ids": rows[chosen]})
+
+
+def read_text(
+    name: str,
+    revision: str,
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    most_tokens: int | None = None,
+) -> MeasuredText:
+    """The text as `entropy-gpt evaluate` reads it if nobody says otherwise."""
+    windows = Windows(context, stride=context, separate=False, bos=False)
+    documents = [document.compact() for document in tokenize(texts, tokenizer, False, False, most_tokens)]
+    return MeasuredText(name, revision, tokenizer, documents, windows)
 
 
 def measure_model(
-    model: EntropyGPTForCausalLM,
-    blocks: Dataset,
-    tokenizer: PreTrainedTokenizerFast,
-    corpus: tuple[str, str],
-    training: dict,
-    seed: int,
-    progress: Progress,
+    model: EntropyGPTForCausalLM, name: str, text: MeasuredText, training: TrainingResult, seed: int, progress: Progress
 ) -> ModelResult:
     """
-    Measures a model on validation text.
+    Measures a model that was trained here.
 
     Args:
         model ([`EntropyGPTForCausalLM`]): The model.
-        blocks (`Dataset`): The text, as `training.packing.pack` makes it.
-        tokenizer (`PreTrainedTokenizerFast`): What made the blocks.
-        corpus (`tuple[str, str]`): Name and revision of the text.
-        training (`dict`): What training took: `training_steps`, `training_tokens`, `training_seconds` and
-            `hyperparameters` of the record.
+        name (`str`): What it is called.
+        text ([`MeasuredText`]): What it is measured on.
+        training ([`TrainingResult`]): What training took.
         seed (`int`): Of weights and data order.
         progress (`Progress`): Where it shows.
     """
-    with stage(progress, f"evaluating {model.config.notation}", 2 * len(blocks)) as line:
-        is_byte_level = isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel)
-        likelihood = measure_likelihood(model, blocks, tokenizer if is_byte_level else None, on_blocks=line.advance)
-        entropy = measure_headwise_entropy(model, blocks, on_blocks=line.advance)
-        line.say(f"perplexity {likelihood.perplexity:.2f}")
-    name, revision = corpus
+    result = describe_model(model, name, text.windows.context)
+    result.training = training
+    result.likelihood = measure_text(model, text, progress, result.title, seed=seed)
+    result.heads = measure_heads(model, text, progress, result.title, seed=seed)
+    return result
+
+
+def describe_model(model: EntropyGPTForCausalLM, name: str, context: int) -> ModelResult:
+    """What a model is, and what a forward pass over `context` tokens takes; nothing measured yet."""
+    config = model.config
     return ModelResult(
-        notation=model.config.notation,
-        final_normalization=model.config.final_normalization,
-        parameters=model.num_parameters(only_trainable=True),
-        **training,
-        perplexity_per_token=likelihood.perplexity,
-        bits_per_byte=likelihood.bits_per_byte,
-        headwise_entropy_nats=entropy.nats,
-        maximum_entropy_nats=entropy.maximum,
-        conditions=Conditions(
-            corpus=name,
-            corpus_revision=revision,
-            vocab_size=len(tokenizer),
-            context=len(blocks[0]["input_ids"]),
-            evaluated_tokens=likelihood.tokens,
-            dtype=str(model.dtype).removeprefix("torch."),
-            seed=seed,
-            versions=recorded_versions(),
-            git_revision=git_revision(),
-            machine=machine_name(model.device),
+        name=name,
+        weights=hash_weights(model),
+        architecture=Architecture(
+            notation=config.notation,
+            final_normalization=config.final_normalization,
+            parameters=model.num_parameters(),
+            **{size: getattr(config, size) for size in (*SIZES, "n_positions", "vocab_size")},
         ),
+        operations=count_operations(config, context),
+    )
+
+
+def measure_text(
+    model: EntropyGPTForCausalLM,
+    text: MeasuredText,
+    progress: Progress,
+    title: str,
+    batch_tokens: int = BATCH_TOKENS,
+    seed: int | None = None,
+    **breakdown,
+) -> LikelihoodResult:
+    """
+    Measures how well a model predicts a text.
+
+    Args:
+        model ([`EntropyGPTForCausalLM`]): The model.
+        text ([`MeasuredText`]): The text.
+        progress (`Progress`): Where it shows.
+        title (`str`): What the model is called there.
+        batch_tokens (`int`): Tokens of a forward pass.
+        seed (`int`, *optional*): Of the model's training, if that belongs to the result.
+        breakdown: What else [`measure_likelihood`] is to tell.
+    """
+    started = time.perf_counter()
+    with stage(progress, f"{title}: perplexity", text.tokens) as line:
+        likelihood = measure_likelihood(
+            model, text.documents, text.windows, batch_tokens, on_tokens=line.advance, **breakdown
+        )
+        line.say(f"{likelihood.perplexity:.2f} per token")
+    conditions = _conditions(model, text, text.windows.context, likelihood.tokens, seed)
+    return LikelihoodResult(likelihood, conditions, time.perf_counter() - started)
+
+
+def measure_heads(
+    model: EntropyGPTForCausalLM,
+    text: MeasuredText,
+    progress: Progress,
+    title: str,
+    most_tokens: int = HEAD_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+    seed: int | None = None,
+) -> HeadResult:
+    """Measures what the heads do on blocks of the text; arguments as for [`measure_text`]."""
+    started = time.perf_counter()
+    blocks = text.blocks(most_tokens)
+    context = len(blocks[0]["input_ids"])
+    with stage(progress, f"{title}: attention heads", len(blocks)) as line:
+        heads = diagnose_heads(model, blocks, max(1, batch_tokens // context), line.advance)
+        line.say(f"mean entropy {heads.entropy.mean:.2f} nats")
+    conditions = _conditions(model, text, context, heads.rows, seed)
+    return HeadResult(heads, conditions, time.perf_counter() - started)
+
+
+def _conditions(
+    model: EntropyGPTForCausalLM, text: MeasuredText, context: int, evaluated_tokens: int, seed: int | None
+) -> Conditions:
+    return Conditions(
+        corpus=text.name,
+        corpus_revision=text.revision,
+        vocab_size=len(text.tokenizer),
+        context=context,
+        evaluated_tokens=evaluated_tokens,
+        dtype=str(model.dtype).removeprefix("torch."),
+        seed=seed,
+        versions=recorded_versions(),
+        git_revision=git_revision(),
+        machine=machine_name(torch.device(model.device)),
     )
 
 

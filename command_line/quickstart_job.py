@@ -1,6 +1,6 @@
 """The stages of the quickstart. Each leaves its result whole in the output folder, and is skipped if it is there."""
 
-import dataclasses
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ from transformers.utils import logging
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
 from conversion.simplification import target_config
-from evaluation.plots import plot_comparison, plot_headwise_entropy
+from evaluation.head_plots import plot_comparison, plot_headwise_entropy
 from evaluation.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
 from evaluation.report import comparison_rows, conditions_text, model_card
 from evaluation.results import (
     ModelResult,
+    TrainingResult,
     git_revision,
     load_results,
     machine_name,
@@ -44,7 +45,7 @@ from training.trainer import EntropyTrainer
 from .convert_inputs import Job, Text, spread
 from .convert_job import convert
 from .errors import CommandError
-from .measurement import describe_config, measure_model
+from .measurement import MeasuredText, describe_config, measure_model, read_text
 from .progress import progress_display, stage
 
 
@@ -98,6 +99,12 @@ class Data:
     tokenizer: PreTrainedTokenizerFast
     training: Dataset
     validation: Dataset
+
+    @functools.cached_property
+    def measured(self) -> MeasuredText:
+        """All that is kept for validation."""
+        texts = (document.text for document in self.corpus.validation)
+        return read_text(self.corpus.name, self.corpus.revision, texts, self.tokenizer, CONTEXT)
 
 
 def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
@@ -210,8 +217,9 @@ def _train_and_save(notation: str, data: Data, steps: int, seed: int, output: Pa
     set_seed(seed)
     model = EntropyGPTForCausalLM(_make_config(notation, data.tokenizer))
     seconds = _train(model, data, steps, seed, checkpoints, progress)
-    result = _measure(model, data, steps, seed, seconds, progress)
-    _save(model, result, slug(notation), data, output)
+    training = _describe_training(model, steps, seconds)
+    result = measure_model(model, slug(notation), data.measured, training, seed, progress)
+    _save(model, result, data, output)
     delete(checkpoints)
 
 
@@ -246,21 +254,20 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
     except ConversionError as error:
         raise CommandError(str(error)) from error
     model = load_language_model(job.output)
-    result = dataclasses.replace(
-        _measure(model, data, heal_steps, seed, report.healing.seconds, progress),
-        converted_from=report.source_notation,
-    )
-    result.hyperparameters.update({name: report.healing.settings[name] for name in ("kl_weight", "schedule")})
-    result.hyperparameters["entropy_threshold_init"] = "each head's measured entropy"
-    _save(model, result, CONVERTED, data, output)
+    training = _describe_training(model, heal_steps, report.healing.seconds)
+    training.converted_from = report.source_notation
+    training.hyperparameters.update({name: report.healing.settings[name] for name in ("kl_weight", "schedule")})
+    training.hyperparameters["entropy_threshold_init"] = "each head's measured entropy"
+    result = measure_model(model, CONVERTED, data.measured, training, seed, progress)
+    _save(model, result, data, output)
 
 
-def _save(model: EntropyGPTForCausalLM, result: ModelResult, name: str, data: Data, output: Path):
+def _save(model: EntropyGPTForCausalLM, result: ModelResult, data: Data, output: Path):
     model.cpu().eval()
-    with torch.no_grad(), written_whole(output / "references" / f"{name}.safetensors") as path:
+    with torch.no_grad(), written_whole(output / "references" / f"{result.name}.safetensors") as path:
         input_ids = data.validation.with_format("torch")[:1]["input_ids"]
         save_reference(input_ids, model(input_ids).logits, path)
-    with written_whole(output / "models" / name) as folder:
+    with written_whole(output / "models" / result.name) as folder:
         model.save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
         save_results([result], folder / "results.json")
@@ -311,29 +318,24 @@ def _train(
     return find_callback(trainer, Stopwatch).seconds
 
 
-def _measure(
-    model: EntropyGPTForCausalLM, data: Data, steps: int, seed: int, seconds: float, progress: Progress
-) -> ModelResult:
-    training = {
-        "training_steps": steps,
-        "training_tokens": steps * BATCH_SIZE * CONTEXT,
-        "training_seconds": seconds,
-        "hyperparameters": {
+def _describe_training(model: EntropyGPTForCausalLM, steps: int, seconds: float) -> TrainingResult:
+    return TrainingResult(
+        steps=steps,
+        tokens=steps * BATCH_SIZE * CONTEXT,
+        seconds=seconds,
+        hyperparameters={
             **HYPERPARAMETERS,
             "warmup_share": WARMUP_SHARE,
             "batch_size": BATCH_SIZE,
             **describe_config(model.config),
         },
-    }
-    corpus = (data.corpus.name, data.corpus.revision)
-    return measure_model(model, data.validation, data.tokenizer, corpus, training, seed, progress)
+    )
 
 
 def _draw(results: list[ModelResult], output: Path):
     """Redrawn in every run: it takes a second."""
     for result in results:
-        name = slug(result.notation) if result.converted_from is None else CONVERTED
-        with written_whole(output / "pictures" / f"entropy_{name}.png") as path:
+        with written_whole(output / "pictures" / f"entropy_{result.name}.png") as path:
             plot_headwise_entropy(result, path)
     with written_whole(output / "pictures" / "entropy_comparison.png") as path:
         plot_comparison(results, path)

@@ -17,7 +17,14 @@ from transformers.utils import logging
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
 from evaluation.report import model_card
-from evaluation.results import git_revision, load_results, machine_name, recorded_versions, save_results
+from evaluation.results import (
+    TrainingResult,
+    git_revision,
+    load_results,
+    machine_name,
+    recorded_versions,
+    save_results,
+)
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from training.adapters import attach_lora, merge_adapter
 from training.callbacks import StepObserver, Stopwatch, find_callback
@@ -33,7 +40,7 @@ from . import plot_job
 from .convert_inputs import Job, Text, spread
 from .convert_job import convert
 from .errors import CommandError
-from .measurement import describe_config, measure_model
+from .measurement import describe_config, measure_model, read_text
 from .progress import Stage, progress_display, stage
 from .train_folder import ADAPTER, MODEL, check_architecture, check_folder, check_text, take_folder
 from .train_inputs import Start, find_start, fit_vocabulary, make_model
@@ -238,18 +245,19 @@ def _finish(trainer: EntropyTrainer, data: PreparedData, recipe: Recipe, progres
     model = load_language_model(unfinished).to(recipe.training.device)
     steps = trainer.state.global_step
     batch_size = recipe.training.sequences_per_step
-    training = {
-        "training_steps": steps,
-        "training_tokens": steps * batch_size * data.context,
-        "training_seconds": find_callback(trainer, Stopwatch).seconds,
-        "hyperparameters": {
+    training = TrainingResult(
+        steps=steps,
+        tokens=steps * batch_size * data.context,
+        seconds=find_callback(trainer, Stopwatch).seconds,
+        hyperparameters={
             **{name: recipe.settings[name] for name in TOLD if name in recipe.settings},
             "batch_size": batch_size,
             **describe_config(model.config),
         },
-    }
-    corpus = (data.name, data.revision)
-    result = measure_model(model, data.validation, data.tokenizer, corpus, training, recipe.training.seed, progress)
+    )
+    most_tokens = recipe.data.validation_tokens
+    text = read_text(data.name, data.revision, data.validation_texts, data.tokenizer, data.context, most_tokens)
+    result = measure_model(model, output.name, text, training, recipe.training.seed, progress)
     save_results([result], unfinished / RESULTS)
     (unfinished / "README.md").write_text(model_card(result), encoding="utf-8")
     unfinished.replace(output / MODEL)
@@ -266,9 +274,9 @@ def _show_results(folder: Path, console: Console):
     plot_job.run([folder.parent], None, None)
     if folder.exists():
         (result,) = load_results(folder / RESULTS)
-        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.3f} bits per byte"
+        likelihood = result.likelihood.likelihood
         console.print(
-            f"[bold]{escape(result.title)}[/]: perplexity {result.perplexity_per_token:.2f} per token{bits}, on "
-            f"{result.conditions.evaluated_tokens:,} tokens kept out of training"
+            f"[bold]{escape(result.title)}[/]: perplexity {likelihood.perplexity:.2f} per token, "
+            f"{likelihood.bits_per_byte:.3f} bits per byte, on {likelihood.tokens:,} tokens kept out of training"
         )
         console.print(f"model, ready for the Hub: {folder}")

@@ -1,5 +1,6 @@
 """Result records: every number together with the conditions under which it was measured."""
 
+import hashlib
 import platform
 import resource
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from pydantic.dataclasses import dataclass
+from transformers import PreTrainedModel
 
 from .entropy_diagnostics import HeadDiagnostics
 from .operation_counts import OperationCounts
@@ -248,9 +250,18 @@ def load_results(path: Path) -> list[ModelResult]:
     return load_record(list[ModelResult], KIND, SCHEMA_VERSION, path)
 
 
-def recorded_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that take part in a result."""
-    return {"python": platform.python_version(), **{name: version(name) for name in RECORDED_VERSIONS}}
+def recorded_versions(*others: str) -> dict[str, str]:
+    """Versions of Python and of the packages that take part in a result, and of others that do."""
+    return {"python": platform.python_version(), **{name: version(name) for name in (*RECORDED_VERSIONS, *others)}}
+
+
+def hash_weights(model: PreTrainedModel) -> str:
+    """A hash of a model's parameters: of names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def git_revision() -> str | None:

@@ -18,7 +18,7 @@ from .errors import CorpusError
 from .files import delete, written_whole
 from .packing import pack, plain_backend, spread_blocks
 from .sources import Source, open_source
-from .streaming import PackedStream
+from .streaming import PackedStream, Texts
 from .tokenizer import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
 
 
@@ -43,6 +43,7 @@ class PreparedData:
         tokenizer (`PreTrainedTokenizerFast`): A tokenizer with an end-of-text token.
         training (`Dataset` or [`PackedStream`]): Column `input_ids`, of `context` tokens a row.
         validation (`Dataset`): The same, of other documents.
+        validation_texts ([`Texts`]): Those documents.
         context (`int`): Tokens of a block.
         training_documents, validation_documents (`int`, *optional*): Those that are not blank; unknown of a stream.
     """
@@ -52,6 +53,7 @@ class PreparedData:
     tokenizer: PreTrainedTokenizerFast
     training: Dataset | PackedStream
     validation: Dataset
+    validation_texts: Texts
     context: int
     training_documents: int | None = None
     validation_documents: int | None = None
@@ -174,6 +176,7 @@ def _prepare_stream(job: _Job, seed: int) -> PreparedData:
         tokenizer,
         PackedStream(source.training, tokenizer, context, seed, job.arguments.shuffle_buffer),
         validation.with_format("numpy"),
+        source.validation,
         context,
     )
 
@@ -219,6 +222,7 @@ def _load(folder: Path, job: _Job) -> PreparedData | None:
         tokenizer,
         training.with_format("numpy"),
         validation.with_format("numpy"),
+        job.source.validation,
         job.context,
         record.training_documents,
         record.validation_documents,

@@ -182,7 +182,7 @@ def measure_seed(seed: int, steps: int) -> tuple[list[StepCost], list[Run], Cond
         # A conversion to what it is already measures it on the text that all others are measured on.
         same = convert(folder / "quickstart" / "models" / name, TARGET, folder / f"same-{len(runs)}", seed)
         result = results[title]
-        runs.append(Run(kind, seed, result.training_steps, result.training_tokens, same.original_nats))
+        runs.append(Run(kind, seed, result.training.steps, result.training.tokens, same.original_nats))
 
     costs = []
     for target, *words in ONE_STEP:

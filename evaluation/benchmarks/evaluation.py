@@ -1,0 +1,258 @@
+"""What evaluating takes: perplexity beside lm-eval's, head diagnostics beside a plain forward pass, memory by length.
+
+python -m evaluation.benchmarks.evaluation            measures all (some minutes), and writes record and page
+python -m evaluation.benchmarks.evaluation --quick    a minute: small models, few runs, nothing written
+python -m evaluation.benchmarks.evaluation --redraw   the page anew from the record
+"""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from datasets import Dataset, disable_progress_bars
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from pydantic.dataclasses import dataclass
+from rich.console import Console
+from transformers.utils import logging
+
+from evaluation.benchmarks._memory import peak_mebibytes
+from evaluation.benchmarks._turns import Timing, compare, format_ratio
+from evaluation.entropy_diagnostics import diagnose_heads
+from evaluation.perplexity import Windows, measure_likelihood
+from evaluation.records import RECORD as CONFIG
+from evaluation.records import load_record, save_record
+from evaluation.report import list_settings
+from evaluation.results import git_revision, machine_name, recorded_versions
+from evaluation.tokenized_text import tokenize
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from training.corpus import load_standard_library
+from training.tokenizer import train_tokenizer
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "model_cards" / "results" / "evaluation.json"
+PAGE = ROOT / "docs" / "evaluation.md"
+KIND, VERSION = "the benchmark of evaluation", 1
+
+OURS, THEIRS, ONE_BY_ONE = "ours", "lm-eval, as many windows at once", "lm-eval, one window at once"
+DIAGNOSTICS, PLAIN = "head diagnostics", "a plain forward pass"
+GPT2_SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 2048}
+QUICK = {**GPT2_SMALL, "n_layer": 2}
+BATCH_TOKENS = 4096
+PERPLEXITY_LENGTHS, HEAD_LENGTHS = (128, 512, 1024), (128, 256, 512, 1024, 2048)
+MEMORY_LENGTHS = (256, 512, 1024, 2048)
+NOTATION = "SM+LN+G"
+# As far as two ways of summing may be apart.
+TOLERANCE = 1e-5
+
+console = Console()
+
+
+@dataclass(config=CONFIG)
+class Record:
+    """
+    All that was measured, and where.
+
+    Args:
+        perplexity (`list[Timing]`): Of the same text in the same windows.
+        largest_difference (`float`): Of the two log-likelihoods, as a part of them.
+        heads (`list[Timing]`): Of the same batch.
+        memory (`dict[int, float]`): Peak memory in MiB of the diagnostics of one sequence, beside the model, by length.
+        versions (`dict[str, str]`): Of what computes.
+        git_revision (`str`, *optional*): Of this project.
+        machine (`str`): Processor and threads.
+    """
+
+    perplexity: list[Timing]
+    largest_difference: float
+    heads: list[Timing]
+    memory: dict[int, float]
+    versions: dict[str, str]
+    git_revision: str | None
+    machine: str
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        return load_record(cls, KIND, VERSION, path)
+
+    def save(self, path: Path):
+        save_record(self, type(self), KIND, VERSION, path)
+
+
+def make_model(sizes: dict) -> EntropyGPTForCausalLM:
+    """GPT-2's architecture, which both sides know, with random weights."""
+    torch.manual_seed(0)
+    config = EntropyGPTConfig.from_notation(NOTATION, **sizes, attn_implementation="sdpa", eos_token_id=0)
+    return EntropyGPTForCausalLM(config).eval()
+
+
+def measure_perplexity(sizes: dict, length: int, runs: int) -> tuple[Timing, float]:
+    """Text to log-likelihood on both sides, and by how much they differ."""
+    model = make_model({**sizes, "n_positions": length})
+    corpus = load_standard_library()
+    tokenizer = train_tokenizer((document.text for document in corpus.validation), 1024)
+    tokens = tokenizer("".join(document.text for document in corpus.validation))["input_ids"]
+    text = tokenizer.decode(tokens[:BATCH_TOKENS])
+    found = {}
+
+    def run_ours():
+        windows = Windows(length, length, separate=True, bos=True)
+        documents = tokenize([text], tokenizer, separate=True, bos=True)
+        found[OURS] = -measure_likelihood(model, documents, windows, BATCH_TOKENS).nats
+
+    def make_theirs(name: str, batch_size: int) -> Callable[[], None]:
+        judge = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=length)
+        request = Instance("loglikelihood_rolling", {}, (text,), 0)
+
+        def run():
+            (found[name],) = judge.loglikelihood_rolling([request], disable_tqdm=True)
+
+        return run
+
+    variants = {
+        THEIRS: make_theirs(THEIRS, BATCH_TOKENS // length),
+        ONE_BY_ONE: make_theirs(ONE_BY_ONE, 1),
+        OURS: run_ours,
+    }
+    timing = compare("perplexity", length, variants, OURS, runs)
+    difference = max(abs(found[OURS] / found[name] - 1) for name in (THEIRS, ONE_BY_ONE))
+    if difference > TOLERANCE:
+        raise AssertionError(f"The log-likelihoods differ: {found}.")
+    console.print(f"{timing}; log-likelihoods differ by {difference:.1e} of them")
+    return timing, difference
+
+
+def measure_heads(sizes: dict, length: int, runs: int) -> Timing:
+    """The diagnostics of a batch of random tokens, beside the forward pass that a loss takes."""
+    model, blocks = make_model(sizes), make_blocks(sizes, length, BATCH_TOKENS // length)
+    input_ids = torch.tensor(blocks["input_ids"])
+
+    @torch.no_grad()
+    def forward():
+        model(input_ids, use_cache=False)
+
+    variants = {PLAIN: forward, DIAGNOSTICS: lambda: diagnose_heads(model, blocks, len(blocks))}
+    timing = compare("heads", length, variants, DIAGNOSTICS, runs)
+    console.print(str(timing))
+    return timing
+
+
+def make_blocks(sizes: dict, length: int, count: int) -> Dataset:
+    tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (count, length))
+    return Dataset.from_dict({"input_ids": tokens})
+
+
+def measure_memory(length: int) -> float:
+    """Peak resident memory in MiB of the diagnostics of one sequence beside the model, in a fresh process."""
+    command = [sys.executable, "-m", "evaluation.benchmarks.evaluation", "--memory-of", str(length)]
+    mebibytes = float(subprocess.check_output(command, text=True, cwd=ROOT))
+    console.print(f"memory, T={length}: {mebibytes:.0f} MiB")
+    return mebibytes
+
+
+def print_memory(length: int):
+    model = make_model(QUICK)
+    diagnose_heads(model, make_blocks(QUICK, 64, 1), 1)  # what is loaded and allocated once for all
+    blocks = make_blocks(QUICK, length, 1)
+    print(peak_mebibytes(lambda: diagnose_heads(model, blocks, 1)))
+
+
+def page(record: Record) -> str:
+    """The page of the documentation that shows the record."""
+    perplexity_rows = [timing_row(timing, OURS, (THEIRS, ONE_BY_ONE)) for timing in record.perplexity]
+    head_rows = [timing_row(timing, DIAGNOSTICS, (PLAIN,)) for timing in record.heads]
+    perplexity_table, head_table = "\n".join(perplexity_rows), "\n".join(head_rows)
+    growth = ", ".join(
+        f"{record.memory[long] / record.memory[short]:.2f} from {short} to {long}"
+        for short, long in itertools.pairwise(record.memory)
+    )
+    memory = "\n".join(f"| {length} | {mebibytes:.0f} |" for length, mebibytes in record.memory.items())
+    return f"""# What evaluating takes
+
+Generated by `python -m evaluation.benchmarks.evaluation`; the figures are in
+`{RECORD.relative_to(ROOT).as_posix()}`.
+
+A model of GPT-2 small's sizes ({GPT2_SMALL["n_layer"]} layers, width {GPT2_SMALL["n_embd"]}, {GPT2_SMALL["n_head"]}
+heads, vocabulary {GPT2_SMALL["vocab_size"]:,}) with random weights, in float32, {BATCH_TOKENS:,} tokens in a forward
+pass. Medians of {record.perplexity[0].runs} runs that take turns; in brackets the quartiles of the ratio.
+
+## Perplexity
+
+`measure_likelihood` beside `loglikelihood_rolling` of lm-eval, from the same text to the same log-likelihood: they
+differ by {record.largest_difference:.0e} of it at most. T is the window and the stride.
+
+"As many" are as many windows in a forward pass as ours; "one" is what lm-eval does if no batch size is given.
+
+| T | {OURS} (ms) | {THEIRS} (ms) | ratio | {ONE_BY_ONE} (ms) | ratio |
+| ---: | ---: | ---: | ---: | ---: | ---: |
+{perplexity_table}
+
+## Attention heads
+
+`diagnose_heads` (entropies and their quantiles, sinks, diversity, spectral norms of all heads) beside a plain forward
+pass of the same batch, up to the logits and without them kept.
+
+| T | {DIAGNOSTICS} (ms) | {PLAIN} (ms) | ratio |
+| ---: | ---: | ---: | ---: |
+{head_table}
+
+Peak memory of the diagnostics of one sequence beside the model, one of {QUICK["n_layer"]} layers, each length in a
+fresh process. Memory that is linear in T at most doubles with it: {growth}.
+
+| T | MiB |
+| ---: | ---: |
+{memory}
+
+Measured with {list_settings(record.versions)}; commit {record.git_revision or "unknown"}; {record.machine}.
+"""
+
+
+def timing_row(timing: Timing, ours: str, others: tuple[str, ...]) -> str:
+    cells = [str(timing.length), f"{timing.milliseconds[ours]:.0f}"]
+    for other in others:
+        cells += [f"{timing.milliseconds[other]:.0f}", format_ratio(timing.ratios[other])]
+    return f"| {' | '.join(cells)} |"
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Small models and few runs; writes nothing.")] = False,
+    runs: Annotated[int, typer.Option(min=3, help="Turns of each comparison.")] = 7,
+    redraw: Annotated[bool, typer.Option(help="Measure nothing; the page anew from the record.")] = False,
+    memory_of: Annotated[int | None, typer.Option(hidden=True)] = None,
+):
+    """Measure what evaluating takes: perplexity, head diagnostics, memory."""
+    if memory_of:
+        print_memory(memory_of)
+        return
+    if redraw:
+        PAGE.write_text(page(Record.load(RECORD)), encoding="utf-8")
+        return
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    revision, runs, sizes = git_revision(), 3 if quick else runs, QUICK if quick else GPT2_SMALL
+    perplexities = [measure_perplexity(sizes, length, runs) for length in PERPLEXITY_LENGTHS]
+    record = Record(
+        perplexity=[timing for timing, _ in perplexities],
+        largest_difference=max(difference for _, difference in perplexities),
+        heads=[measure_heads(sizes, length, runs) for length in HEAD_LENGTHS],
+        memory={length: measure_memory(length) for length in MEMORY_LENGTHS},
+        versions=recorded_versions("lm_eval"),
+        git_revision=revision,
+        machine=machine_name(torch.device("cpu")),
+    )
+    if quick:
+        return
+    record.save(RECORD)
+    PAGE.write_text(page(record), encoding="utf-8")
+    console.print(f"written: {RECORD}, {PAGE}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
