@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .entropy_diagnostics import HeadDiagnostics
 from .label_placement import label_points
@@ -27,6 +29,7 @@ LONGEST_NAME = 44
 GROWTH = 1.5
 # Panels beside one another.
 MOST_COLUMNS = 3
+PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.6g}")
 
 
 def plot_tradeoff(names: list[str], costs: list[float], perplexities: list[float], cost_title: str, path: Path):
@@ -125,7 +128,8 @@ def plot_entropy_quantiles(results: list[ModelResult], path: Path):
     """
     columns = min(MOST_COLUMNS, len(results)) if len(results) != 4 else 2
     rows = math.ceil(len(results) / columns)
-    figure = Figure(figsize=(4.1 * columns + 0.6, 3.1 * rows + 0.7), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(4.1 * columns + 0.6, 3.2 * rows + 0.7), dpi=DOTS_PER_INCH, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, result in zip(panels.flat, results, strict=False):
         handles = _draw_quantiles(axes, result.heads.heads)
@@ -153,16 +157,16 @@ def _draw_tradeoff(figure: Figure, names: list[str], points: list[tuple[float, f
     behind = [index for index in range(len(points)) if index not in front]
     for indices, color in ((behind, BEHIND_COLOR), (front, FRONT_COLOR)):
         axes.plot(*_columns([points[index] for index in indices]), "o", ms=8, color=color, mec="white", zorder=3)
-    _scale_perplexities(axes)
-    _number_decades(axes)
     axes.margins(x=0.16, y=0.16)
-    axes.autoscale_view()
+    _scale_perplexities(axes)
+    _number_plainly(axes.xaxis, axes.get_xlim())
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     right, top = axes.get_xlim()[1], axes.get_ylim()[1]
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
-    steps, heights = _columns([points[index] for index in front])
-    steps, heights = [steps[0], *steps, right], [top, *heights, heights[-1]]
-    axes.plot(steps, heights, color=FRONT_COLOR, lw=1.4, drawstyle="steps-post", zorder=2)
-    axes.fill_between(steps, heights, top, step="post", color=FRONT_COLOR, alpha=0.05, lw=0)
+    corners = _staircase([points[index] for index in front], right, top)
+    axes.plot(*_columns(corners), color=FRONT_COLOR, lw=1.4, zorder=2)
+    axes.fill_between(*_columns(corners), top, color=FRONT_COLOR, alpha=0.05, lw=0)
     handles = [Line2D([], [], color=FRONT_COLOR, marker="o", mec="white", ms=8, lw=1.4, label="on the front")]
     if behind:
         handles.append(Line2D([], [], color=BEHIND_COLOR, marker="o", mec="white", ms=8, ls="", label="behind it"))
@@ -170,7 +174,15 @@ def _draw_tradeoff(figure: Figure, names: list[str], points: list[tuple[float, f
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     colors = [FRONT_COLOR if index in front else BEHIND_LABEL_COLOR for index in range(len(points))]
-    return label_points(axes, points, list(map(shorten, names)), colors) is not None
+    return label_points(axes, points, list(map(shorten, names)), colors, corners) is not None
+
+
+def _staircase(front: list[tuple[float, float]], right: float, top: float) -> list[tuple[float, float]]:
+    """The corners of the line below which no model is: down to each point of the front, and on to the next."""
+    corners = [(front[0][0], top), front[0]]
+    for point in front[1:]:
+        corners += [(point[0], corners[-1][1]), point]
+    return [*corners, (right, corners[-1][1])]
 
 
 def _draw_quantiles(axes: Axes, heads: HeadDiagnostics) -> list:
@@ -184,21 +196,26 @@ def _draw_quantiles(axes: Axes, heads: HeadDiagnostics) -> list:
     for low in range(len(levels) // 2):
         high = len(levels) - 1 - low
         label = f"{levels[low]:.0%} to {levels[high]:.0%} of rows"
-        alpha = 0.18 + 0.15 * low
-        axes.fill_between(layers, means[:, low], means[:, high], color=QUANTILE_COLOR, alpha=alpha, lw=0)
-        handles.append(Patch(color=QUANTILE_COLOR, alpha=alpha, lw=0, label=label))
+        color = _lighten(QUANTILE_COLOR, 0.8 * (1 - low / (len(levels) // 2)) + 0.05)
+        axes.fill_between(layers, means[:, low], means[:, high], color=color, lw=0)
+        handles.append(Patch(color=color, lw=0, label=label))
     middle = len(levels) // 2
     name = "median" if levels[middle] == 0.5 else f"{levels[middle]:.0%} quantile"
     (line,) = axes.plot(layers, means[:, middle], color=QUANTILE_COLOR, lw=1.8, marker="o", ms=4, label=name)
-    dots = axes.plot(layers, quantiles[:, :, middle], ".", color=HEAD_COLOR, ms=4, alpha=0.6, label=f"{name} of a head")
-    uniform = axes.axhline(
-        heads.entropy.maximum, color="black", ls="--", lw=1, label="mean of uniform attention"
+    dots = axes.plot(
+        layers, quantiles[:, :, middle], ".", color=HEAD_COLOR, ms=4, alpha=0.6, label=f"{name} of a head"
     )
+    uniform = axes.axhline(heads.entropy.maximum, color="black", ls="--", lw=1, label="mean of uniform attention")
     axes.set(xlabel="layer", ylabel="row entropy (nats)", ylim=(0, None))
     step = math.ceil(len(layers) / 12)
     axes.set_xticks(layers[::step])
     axes.grid(alpha=0.25)
     return [*handles, line, dots[0], uniform]
+
+
+def _lighten(color: str, part: float) -> tuple[float, ...]:
+    """A colour that is white for this part."""
+    return tuple(channel + (1 - channel) * part for channel in to_rgb(color))
 
 
 def _open_curves(models: int) -> tuple[Figure, Axes]:
@@ -210,9 +227,7 @@ def _finish_curves(figure: Figure, axes: Axes, results: list[ModelResult]):
     _scale_perplexities(axes)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    handles = [
-        Line2D([], [], **_style(index), label=shorten(result.name)) for index, result in enumerate(results)
-    ]
+    handles = [Line2D([], [], **_style(index), label=shorten(result.name)) for index, result in enumerate(results)]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
 
 
@@ -237,16 +252,18 @@ def _scale_perplexities(axes: Axes):
     values = values[np.isfinite(values)]
     if len(values) and values.max() >= LOGARITHMIC_FROM * values.min():
         axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        _number_plainly(axes.yaxis, axes.get_ylim())
+    else:
+        axes.yaxis.set_major_formatter(PLAIN_NUMBERS)
 
 
-def _number_decades(axes: Axes):
-    """Plain numbers along a logarithmic axis: at 1, 2 and 5 of each decade, or fewer where there are many."""
-    low, high = axes.get_xlim()
-    decades = math.log10(high / low)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+def _number_plainly(axis: Axis, limits: tuple[float, float]):
+    """Plain numbers along a logarithmic axis, the fewer in a decade the more decades there are."""
+    decades = math.log10(limits[1] / limits[0])
+    subs = (1, 1.5, 2, 3, 5, 7) if decades < 1.5 else (1, 2, 5) if decades < 3 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(PLAIN_NUMBERS)
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:

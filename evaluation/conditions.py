@@ -7,6 +7,8 @@ from .perplexity import Windows
 from .results import Conditions, ModelResult, PrivateCost, TaskResult, TaskScore
 
 
+# A commit is told from any other by so many of its letters.
+SHORT_COMMIT = 12
 # What a number depends on: the name of each condition, and its value in words.
 Facts = dict[str, str]
 
@@ -22,12 +24,13 @@ def describe_windows(windows: Windows) -> str:
         "without overlap" if windows.stride == windows.context else f"{windows.stride:,} tokens further each time"
     )
     begin = "after a beginning-of-text token" if windows.bos else "without a beginning-of-text token"
-    return f"windows of {windows.context:,} tokens {overlap}, {_documents(windows)}, {begin}"
+    return f"windows of {windows.context:,} tokens {overlap}, documents {_order(windows)}, {begin}"
 
 
 def describe_origin(versions: dict[str, str], revision: str | None, machine: str) -> str:
     """What computed a number: packages, commit of this project, and machine."""
-    return f"{list_settings(versions)}; commit {revision or 'unknown'}; {machine}"
+    commit, changes, _ = (revision or "unknown").partition("+changes")
+    return f"{list_settings(versions)}; commit {commit[:SHORT_COMMIT]}{changes}; {machine}"
 
 
 def text_facts(result: ModelResult) -> Facts:
@@ -38,7 +41,7 @@ def text_facts(result: ModelResult) -> Facts:
         **_text(conditions),
         "context": f"{windows.context:,} tokens",
         "stride": f"{windows.stride:,} tokens",
-        "documents": _documents(windows),
+        "documents": _order(windows),
         "beginning-of-text token": "yes" if windows.bos else "no",
         "predicted text": f"{likelihood.words:,} words, {likelihood.bytes:,} bytes",
         "type of numbers": conditions.dtype,
@@ -56,7 +59,10 @@ def token_facts(result: ModelResult) -> Facts:
 
 def frequency_facts(result: ModelResult) -> Facts:
     """What perplexity by the frequency of tokens depends on: the text that they are counted in too."""
-    return {**token_facts(result), "tokens counted in": result.likelihood.likelihood.frequency_text or "an unnamed text"}
+    return {
+        **token_facts(result),
+        "tokens counted in": result.likelihood.likelihood.frequency_text or "an unnamed text",
+    }
 
 
 def head_facts(result: ModelResult) -> Facts:
@@ -100,10 +106,18 @@ def task_facts(score: TaskScore, tasks: TaskResult) -> Facts:
     return {
         "version of the task": score.task_version,
         "examples shown": f"{score.few_shot:,}",
-        "samples": f"{score.samples:,}" + ("" if tasks.limit is None else f" (limit {tasks.limit:,})"),
+        "samples": f"{score.samples:,}",
+        **harness_facts(tasks),
+    }
+
+
+def harness_facts(tasks: TaskResult) -> Facts:
+    """What all scores of a model depend on."""
+    return {
+        "samples of a task": "all" if tasks.limit is None else f"at most {tasks.limit:,}",
         "context": f"{tasks.context:,} tokens",
-        "beginning of text": tasks.bos,
-        "samples from": tasks.data,
+        "beginning-of-text token": tasks.bos,
+        "data": tasks.data,
         "type of numbers": tasks.dtype,
         "lm-eval": tasks.versions.get("lm_eval", "of unknown version"),
     }
@@ -113,6 +127,11 @@ def common_facts(all_facts: Iterable[Facts]) -> Facts:
     """What most numbers depend on; where there are as many of two kinds, the kind that comes first."""
     counts = Counter(tuple(facts.items()) for facts in all_facts)
     return dict(max(counts, key=counts.get))
+
+
+def list_facts(facts: Facts) -> str:
+    """Conditions in one line."""
+    return "; ".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def describe_difference(facts: Facts, reference: Facts) -> str:
@@ -126,5 +145,5 @@ def _text(conditions: Conditions) -> Facts:
     return {"text": conditions.corpus, "revision": conditions.corpus_revision}
 
 
-def _documents(windows: Windows) -> str:
-    return "each document alone" if windows.separate else "documents one after the other, end-of-text between them"
+def _order(windows: Windows) -> str:
+    return "each alone" if windows.separate else "one after the other with end-of-text between them"

@@ -9,8 +9,8 @@ from pathlib import Path
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from .conditions import list_settings
 from .operation_counts import NonlinearOperations
-from .report import list_settings
 from .results import Conditions
 
 

@@ -14,37 +14,44 @@ DISTANCE, MARGIN, POINT_RADIUS = 4, 2.5, 5
 STEPS = (6, 3)
 # A label further from its point than this has a line to it.
 LONGEST_WITHOUT_LINE = 14
-# What it counts, in points of distance, to stand to the left or right of the point and not across it.
-ACROSS = 3
+# For how much distance, in points, it counts to stand above or below the point, and to stand on a line.
+ABOVE_OR_BELOW, ON_A_LINE = 3, 40
 
 
 def label_points(
-    axes: Axes, points: list[tuple[float, float]], labels: list[str], colors: list[str]
+    axes: Axes,
+    points: list[tuple[float, float]],
+    labels: list[str],
+    colors: list[str],
+    corners: list[tuple[float, float]],
 ) -> list[Bbox] | None:
     """
-    Writes a label to each point, as near as it can stand without covering another, a point or the edge.
+    Writes a label to each point, as near as it can stand without covering another, a point or the edge; rather further
+    away than on a line.
 
     Args:
         axes (`Axes`): Where to; its place in the figure and its limits are settled.
         points (`list[tuple[float, float]]`): In data coordinates.
         labels (`list[str]`): Of each.
         colors (`list[str]`): Of each label.
+        corners (`list[tuple[float, float]]`): Of a line that goes along the axes, in data coordinates.
 
     Returns:
         `list[Bbox]`: The boxes of the labels, in pixels; `None` if there is no room for all of them.
     """
     pixels = axes.figure.dpi / 72
     centres = axes.transData.transform(points)
-    texts = [
-        _write(axes, point, label, color) for point, label, color in zip(points, labels, colors, strict=True)
-    ]
+    texts = [_write(axes, point, label, color) for point, label, color in zip(points, labels, colors, strict=True)]
     radius = POINT_RADIUS * pixels
     taken = np.hstack([centres - radius, centres + radius])  # (boxes, 4): left, bottom, right, top
+    lines = _line_boxes(axes.transData.transform(corners), pixels)
     placed = []
     for text, centre in zip(texts, centres, strict=True):
-        box = _nearest_free_box(centre, text.get_window_extent().size, taken, axes.get_window_extent(), pixels)
-        if box is None:
+        boxes = _candidate_boxes(centre, text.get_window_extent().size, axes.get_window_extent(), pixels)
+        boxes = boxes[~_overlap(boxes, taken, MARGIN * pixels)]
+        if not len(boxes):
             return None
+        box = _nearest(boxes, centre, lines, pixels)
         taken = np.vstack([taken, box])
         placed.append(Bbox.from_extents(*box))
     for text, centre, box in zip(texts, centres, placed, strict=True):
@@ -58,7 +65,7 @@ def label_points(
 
 def _write(axes: Axes, point: tuple[float, float], label: str, color: str) -> Annotation:
     return axes.annotate(
-        label.replace("$", r"\$"),
+        label,
         point,
         xytext=(0, 0),
         textcoords="offset points",
@@ -71,26 +78,34 @@ def _write(axes: Axes, point: tuple[float, float], label: str, color: str) -> An
     )
 
 
-def _nearest_free_box(
-    centre: np.ndarray, size: np.ndarray, taken: np.ndarray, room: Bbox, pixels: float
-) -> np.ndarray | None:
-    """The box of a label nearest to its point: left, bottom, right, top in pixels; `None` if there is none."""
+def _line_boxes(corners: np.ndarray, pixels: float) -> np.ndarray:
+    """The straight parts of a line as thin boxes, `(parts, 4)`."""
+    ends = np.stack([corners[:-1], corners[1:]])
+    return np.hstack([ends.min(axis=0) - pixels, ends.max(axis=0) + pixels])
+
+
+def _candidate_boxes(centre: np.ndarray, size: np.ndarray, room: Bbox, pixels: float) -> np.ndarray:
+    """Where a label may stand: beside its point, and all over the room; left, bottom, right and top, `(boxes, 4)`."""
     half = size / 2
-    beside = DISTANCE * pixels + POINT_RADIUS * pixels + half
-    offsets = [(side * beside[0], 0) for side in (1, -1)] + [(0, side * beside[1]) for side in (1, -1)]
-    axes_of_grid = [
+    right, up = (DISTANCE + POINT_RADIUS) * pixels + half
+    beside = centre + np.array([(right, 0), (-right, 0), (0, up), (0, -up)])
+    places = [
         np.arange(low + part, high - part, step * pixels)
         for low, high, part, step in zip(room.min, room.max, half, STEPS, strict=True)
     ]
-    grid = np.stack(np.meshgrid(*axes_of_grid), axis=-1).reshape(-1, 2)
-    middles = np.vstack([centre + np.array(offsets), grid])
+    middles = np.vstack([beside, np.stack(np.meshgrid(*places), axis=-1).reshape(-1, 2)])
     boxes = np.hstack([middles - half, middles + half])
-    inside = (boxes[:, :2] >= room.min).all(axis=1) & (boxes[:, 2:] <= room.max).all(axis=1)
-    margin = MARGIN * pixels
-    apart = (boxes[:, None, :2] > taken[:, 2:] + margin) | (boxes[:, None, 2:] < taken[:, :2] - margin)
-    free = boxes[inside & apart.any(axis=2).all(axis=1)]
-    if not len(free):
-        return None
-    gaps = np.maximum(0, np.maximum(free[:, :2] - centre, centre - free[:, 2:]))
-    is_across = gaps[:, 0] == 0
-    return free[np.argmin(np.hypot(*gaps.T) + ACROSS * pixels * is_across)]
+    return boxes[(boxes[:, :2] >= room.min).all(axis=1) & (boxes[:, 2:] <= room.max).all(axis=1)]
+
+
+def _overlap(boxes: np.ndarray, others: np.ndarray, margin: float) -> np.ndarray:
+    """Which boxes, `(boxes, 4)`, come nearer than this to any of the others, `(others, 4)`."""
+    apart = (boxes[:, None, :2] > others[:, 2:] + margin) | (boxes[:, None, 2:] < others[:, :2] - margin)
+    return ~apart.any(axis=2).all(axis=1)
+
+
+def _nearest(boxes: np.ndarray, centre: np.ndarray, lines: np.ndarray, pixels: float) -> np.ndarray:
+    """The box that is nearest to a point, after what counts as distance too."""
+    gaps = np.maximum(0, np.maximum(boxes[:, :2] - centre, centre - boxes[:, 2:]))
+    distances = np.hypot(*gaps.T) + ABOVE_OR_BELOW * pixels * (gaps[:, 0] == 0)
+    return boxes[np.argmin(distances + ON_A_LINE * pixels * _overlap(boxes, lines, 0))]

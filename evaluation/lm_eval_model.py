@@ -34,7 +34,8 @@ class LMEvalModel(HFLM):
         on_requests: Called with the number of requests answered and of those known so far, for progress.
 
     Attributes:
-        shortened (`int`): Requests whose beginning was left out, since the model can't see as many tokens.
+        answered (`int`): Requests so far.
+        shortened (`int`): Those whose beginning was left out, since the model can't see as many tokens.
 
     Raises:
         `TaskError`: If the tokenizer does not suit the model or lm-eval.
@@ -52,9 +53,9 @@ class LMEvalModel(HFLM):
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
         )
         self.cache_hook = _AnswerHook(self._take_answer)
-        self.shortened = 0
+        self.answered = self.shortened = 0
         self._on_requests = on_requests
-        self._answered = self._known = 0
+        self._known = 0
         self._streams = sys.stdout, sys.stderr
 
     @property
@@ -64,8 +65,8 @@ class LMEvalModel(HFLM):
         prefix = _name_token(self.tokenizer, self.prefix_token_id)
         if before:
             tokens = " ".join(_name_token(self.tokenizer, token) for token in before)
-            return f"{tokens} before every context (the tokenizer's rule); {prefix} where there is no context"
-        return f"none before a context; {prefix} where there is no context"
+            return f"{tokens} before every context, by the tokenizer's rule; {prefix} where there is no context"
+        return f"no token before a context; {prefix} where there is no context"
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         with self._answering(requests):
@@ -92,7 +93,7 @@ class LMEvalModel(HFLM):
                 f"A sample has {len(continuation_ids)} tokens to be predicted, and the model sees {self.max_length}: "
                 f"this task needs one with more positions. The sample: {self.tok_decode(continuation_ids)[:80]!r}"
             )
-        largest, vocab_size = max(*context_ids, *continuation_ids), self.config.vocab_size
+        largest, vocab_size = max([*context_ids, *continuation_ids]), self.config.vocab_size
         if largest >= vocab_size:
             raise TaskError(
                 f"The tokenizer makes a token {largest}, and the model knows 0 to {vocab_size - 1}: give the one that "
@@ -114,8 +115,8 @@ class LMEvalModel(HFLM):
                 f"The model gives {request[-1][:40]!r} a log-probability of {value}, and scores of that mean nothing: "
                 "look for weights that are not finite."
             )
-        self._answered += 1
-        self._on_requests(self._answered, self._known)
+        self.answered += 1
+        self._on_requests(self.answered, self._known)
 
 
 class _AnswerHook(CacheHook):

@@ -63,14 +63,14 @@ class Table:
         columns (`list[Column]`): Its columns.
         rows (`list[list[Cell]]`): Its rows, a cell for each column.
         notes (`dict[str, str]`): By the letter that cells have.
-        remarks (`list[str]`): What is to be said below it.
+        remarks (`dict[str, str]`): What is to be said below it, by what it is about.
     """
 
     caption: str
     columns: list[Column]
     rows: list[list[Cell]]
     notes: dict[str, str] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    remarks: dict[str, str] = field(default_factory=dict)
 
     kind = "table"
 

@@ -1,4 +1,4 @@
-"""The table in the README: `python -m evaluation.readme` makes it anew from the committed results of the quickstart."""
+"""The table in the README, out of the committed results of the quickstart: `python -m evaluation.readme` writes it."""
 
 import re
 from pathlib import Path

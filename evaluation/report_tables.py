@@ -1,76 +1,52 @@
-"""Tables that set models side by side: the best of each measure, and what can't be compared."""
+"""The tables of the page about evaluated models."""
 
-import math
 import string
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from .conditions import (
     Facts,
     common_facts,
     describe_difference,
-    diversity_facts,
+    describe_origin,
+    describe_windows,
     duration_facts,
+    harness_facts,
     head_facts,
+    list_facts,
     list_settings,
     operation_facts,
-    task_facts,
-    text_facts,
     token_facts,
-    traffic_facts,
+)
+from .measures import (
+    COSTS,
+    HEADS,
+    OPERATIONS,
+    PREDICTION,
+    Measure,
+    cost_measures,
+    find_scale,
+    flops_measures,
+    format_number,
+    head_measures,
+    main_costs,
+    nonlinear_measure,
+    prediction_measures,
+    task_measure,
 )
 from .operation_counts import NonlinearOperation
 from .page import Cell, Column, Table
-from .results import ModelResult, PrivateCost
+from .results import ModelResult
 
 
-LOWEST, HIGHEST = min, max
-# Units, and the letters of their thousands.
-THOUSANDS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-# Between these, numbers are written without a power of ten.
-PLAIN_NUMBERS = (1e-3, 1e5)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """
-    A number of each model.
-
-    Args:
-        title (`str`): What it is.
-        group (`str`): What it is one of.
-        values (`list[float | None]`): Of each model; `None` where it was not measured.
-        facts (`list[Facts | None]`): What each depends on.
-        show: Writes a number.
-        best: [`LOWEST`] or [`HIGHEST`], or `None` where neither is better.
-        details (`list[str]`, *optional*): What stands beside each.
-    """
-
-    title: str
-    group: str
-    values: list[float | None]
-    facts: list[Facts | None]
-    show: Callable[[float], str]
-    best: Callable | None = None
-    details: list[str] | None = None
-
-    @property
-    def reference(self) -> Facts:
-        """What most of the numbers depend on."""
-        return common_facts(facts for facts in self.facts if facts is not None)
-
-    @property
-    def best_value(self) -> float | None:
-        """The best of the numbers that can be compared; `None` if it is no better than the others, or alone."""
-        comparable = [
-            value
-            for value, facts in zip(self.values, self.facts, strict=True)
-            if value is not None and not math.isnan(value) and facts == self.reference
-        ]
-        if self.best is None or len(set(comparable)) < 2:
-            return None
-        return self.best(comparable)
+MODEL = Column("model", is_text=True)
+SIZES = {
+    "parameters": "parameters",
+    "layers": "n_layer",
+    "heads": "n_head",
+    "width": "n_embd",
+    "positions": "n_positions",
+    "vocabulary": "vocab_size",
+}
 
 
 class Notes:
@@ -92,100 +68,78 @@ class Notes:
         return letter
 
 
-def measure_cells(measure: Measure, notes: Notes) -> list[Cell]:
-    """The numbers of a measure, for each model, with the best marked and those set apart that can't be compared."""
-    reference, best = measure.reference, measure.best_value
-    details = measure.details or [""] * len(measure.values)
-    cells = []
-    for value, facts, detail in zip(measure.values, measure.facts, details, strict=True):
-        if value is None:
-            cells.append(Cell(""))
-            continue
-        note = notes.letter(describe_difference(facts, reference))
-        cells.append(Cell(measure.show(value), detail, is_best=not note and value == best, note=note))
-    return cells
-
-
 def comparison_table(results: list[ModelResult]) -> Table:
     """All that is one number of each model; what was measured of none is left out."""
     measures = [
-        measure
-        for measure in (
-            *_prediction_measures(results),
-            *_head_measures(results),
-            *_operation_measures(results),
-            *_cost_measures(results),
-        )
-        if any(value is not None for value in measure.values)
+        *prediction_measures(results),
+        *head_measures(results),
+        nonlinear_measure(results),
+        *cost_measures(results),
     ]
+    measures = [measure for measure in measures if measure.is_measured]
     notes = Notes()
-    columns = [measure_cells(measure, notes) for measure in measures]
+    columns = [_cells(measure, notes) for measure in measures]
     return Table(
         caption="Models side by side",
-        columns=[Column("model", is_text=True), *(Column(measure.title, measure.group) for measure in measures)],
-        rows=[
-            [Cell(result.name, result.title), *cells]
-            for result, *cells in zip(results, *columns, strict=True)
-        ],
+        columns=[MODEL, *(Column(measure.title, measure.group) for measure in measures)],
+        rows=[[_heading(result), *cells] for result, *cells in zip(results, *columns, strict=True)],
         notes=notes.texts,
         remarks=_comparison_remarks(results),
     )
 
 
 def operations_table(results: list[ModelResult]) -> Table:
-    """The non-linear operations of each model by their kinds, in the paper's notation."""
+    """The non-linear operations of each model by their kinds, in the paper's notation, and FLOPs."""
     kinds = list(dict.fromkeys(each.name for result in results for each in result.operations.nonlinear))
     reference = common_facts(map(operation_facts, results))
     notes = Notes()
+    flops = flops_measures(results)
+    columns = [_cells(measure, notes) for measure in flops]
     rows = []
-    for result in results:
+    for result, *numbers in zip(results, *columns, strict=True):
         note = notes.letter(describe_difference(operation_facts(result), reference))
-        of_kinds = [
-            " + ".join(_describe_operation(each) for each in result.operations.nonlinear if each.name == kind)
-            for kind in kinds
-        ]
-        rows.append([Cell(result.name, result.title), *(Cell(text, note=note if text else "") for text in of_kinds)])
+        shapes = [_describe_operations(result.operations.nonlinear, kind) for kind in kinds]
+        rows.append([_heading(result), *(Cell(text, note=note if text else "") for text in shapes), *numbers])
     return Table(
-        caption="Non-linear operations of a forward pass",
-        columns=[Column("model", is_text=True), *map(Column, kinds)],
+        caption="What a forward pass takes",
+        columns=[
+            MODEL,
+            *(Column(kind, "Non-linear operations") for kind in kinds),
+            *(Column(measure.title, "FLOPs") for measure in flops),
+        ],
         rows=rows,
         notes=notes.texts,
-        remarks=[
-            f"Of a sequence of {reference['sequence']}, in the blocks, as the paper counts them: 144 × R^(128×128) are "
-            "144 tensors of this shape. –: the architecture has none."
-        ],
+        remarks={
+            "Signs": "144 × R^(128×128) stands for 144 tensors of this shape. –: the architecture has none. Bold: the "
+            "least. k, M, G, T: thousands, millions, billions, trillions.",
+            "Counted": f"For {reference['sequence']}, in the blocks alone, as the paper counts.",
+        },
     )
 
 
 def task_table(results: list[ModelResult]) -> Table | None:
     """The scores of lm-eval, a row for each task and metric; `None` if there are none."""
-    names = dict.fromkeys(
-        (score.task, score.metric, score.few_shot)
-        for result in results
-        if result.tasks is not None
-        for score in result.tasks.scores
-    )
-    if not names:
+    scored = [result for result in results if result.tasks is not None and result.tasks.scores]
+    if not scored:
         return None
-    scored = [result for result in results if result.tasks is not None]
+    names = dict.fromkeys(
+        (score.task, score.metric, score.few_shot) for result in scored for score in result.tasks.scores
+    )
     notes = Notes()
     rows = []
     for task, metric, few_shot in names:
-        shown = f", {few_shot} shown" if few_shot else ""
-        measure = _task_measure(scored, task, metric, few_shot)
-        rows.append([Cell(task, f"{metric}{shown}"), *measure_cells(measure, notes)])
-    (first, *_) = (result.tasks for result in scored)
-    limit = "all samples" if first.limit is None else f"{first.limit:,} samples at most of each task"
+        heading = Cell(task, f"{metric}, {few_shot} examples shown" if few_shot else metric)
+        rows.append([heading, *_cells(task_measure(scored, task, metric, few_shot), notes)])
     return Table(
         caption="Scores of lm-eval",
         columns=[Column("task and metric", is_text=True), *(Column(result.name) for result in scored)],
         rows=rows,
         notes=notes.texts,
-        remarks=[
-            "Bold: the best of the row among numbers measured alike. ±: one standard error, from the samples alone; a "
-            "difference of less than about two of them is no evidence.",
-            f"{scored[0].name}: {limit}, {first.bos}, at most {first.context:,} tokens, {first.data}.",
-        ],
+        remarks={
+            "Signs": "Bold: the best of the row among numbers measured alike. ±: one standard error, for the choice "
+            "of samples; a difference of less than about two of them is no evidence. –: not measured.",
+            "Measured": f"{list_facts(common_facts(harness_facts(result.tasks) for result in scored))}.",
+        },
     )
 
 
@@ -196,228 +150,198 @@ def cost_table(results: list[ModelResult]) -> Table | None:
         return None
     scale, letter = find_scale(cost.total_bytes for _, cost in costs)
     return Table(
-        caption="Private inference, each as it was measured",
+        caption="Private inferences, each as it was measured",
         columns=[
-            Column("model", is_text=True),
+            MODEL,
             Column("protocol", is_text=True),
             Column("tokens"),
             Column(f"sent ({letter}B)"),
             Column("rounds"),
             Column("seconds"),
             Column("network", is_text=True),
-            Column("machine", is_text=True),
-            Column("versions and commit", is_text=True),
+            Column("computed with", is_text=True),
         ],
         rows=[
             [
-                Cell(result.name, result.title),
+                _heading(result),
                 Cell(cost.protocol),
                 Cell(f"{cost.context:,}"),
                 Cell(format_number(cost.total_bytes / scale)),
                 Cell(f"{cost.rounds:,}"),
                 Cell(format_number(cost.seconds)),
                 Cell(cost.network),
-                Cell(cost.machine),
-                Cell(f"{list_settings(cost.versions)}; commit {cost.git_revision or 'unknown'}"),
+                Cell(describe_origin(cost.versions, cost.git_revision, cost.machine)),
             ]
             for result, cost in costs
         ],
-        remarks=["Sent: by all parties together. Rounds: times that a party has to wait for another."],
+        remarks={"Sent": "By all parties together.", "Rounds": "Times that a party has to wait for another."},
     )
 
 
-def main_costs(results: list[ModelResult]) -> list[PrivateCost | None]:
-    """One private inference of each model: of the protocol, prompt and network that most models were measured with."""
-    counts = Counter(setting for result in results for setting in {_setting(cost): None for cost in result.costs})
-    most_common = max(counts, key=counts.get, default=None)
-    return [
-        next((cost for cost in result.costs if _setting(cost) == most_common), next(iter(result.costs), None))
-        for result in results
-    ]
-
-
-def perplexity_measure(results: list[ModelResult]) -> Measure:
-    """Perplexity per token."""
-    return _prediction_measures(results)[0]
-
-
-def traffic_measure(results: list[ModelResult]) -> Measure:
-    """Bytes of private inference, in the unit that the title tells."""
-    return _cost_measures(results)[0]
-
-
-def find_scale(values: Iterable[float]) -> tuple[float, str]:
-    """By what to divide numbers so that the largest is short, and the letter for it; 1 and nothing for small ones."""
-    largest = max(values, default=0)
-    return next(((scale, letter) for scale, letter in THOUSANDS if largest >= scale), (1, ""))
-
-
-def format_perplexity(value: float) -> str:
-    """Two decimals, as papers give them, where it is not very large."""
-    return f"{value:,.2f}" if value < PLAIN_NUMBERS[1] else format_number(value)
-
-
-def format_number(value: float) -> str:
-    """Four digits that count, with commas; NaN and infinity in words."""
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    smallest, largest = PLAIN_NUMBERS
-    if value and not smallest <= abs(value) < largest:
-        return f"{value:.2e}"
-    decimals = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{decimals}f}"
-
-
-def nonlinear_elements(result: ModelResult) -> int:
-    """Numbers that go through a non-linear operation in a forward pass."""
-    return sum(operation.elements for operation in result.operations.nonlinear)
-
-
-def mean_of_heads(values: list[list[float]] | list[float]) -> float:
-    """The mean over layers, and heads if there are any."""
-    numbers = [number for row in values for number in (row if isinstance(row, list) else [row])]
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
-
-
-def _prediction_measures(results: list[ModelResult]) -> list[Measure]:
-    def measure(title: str, facts: Callable, value: Callable, show: Callable) -> Measure:
-        measured = [result if result.likelihood is not None else None for result in results]
-        return Measure(
-            title,
-            "Prediction",
-            [result and value(result.likelihood.likelihood) for result in measured],
-            [result and facts(result) for result in measured],
-            show,
-            LOWEST,
-        )
-
-    return [
-        measure("perplexity per token", token_facts, lambda likelihood: likelihood.perplexity, format_perplexity),
-        measure("perplexity per word", text_facts, lambda likelihood: likelihood.word_perplexity, format_perplexity),
-        measure("bits per byte", text_facts, lambda likelihood: likelihood.bits_per_byte, "{:.3f}".format),
-    ]
-
-
-def _head_measures(results: list[ModelResult]) -> list[Measure]:
-    def measure(title: str, value: Callable, show: Callable, best=None, facts: Callable = head_facts) -> Measure:
-        measured = [result if result.heads is not None else None for result in results]
-        return Measure(
-            title,
-            "Attention heads",
-            [result and value(result.heads.heads) for result in measured],
-            [result and facts(result) for result in measured],
-            show,
-            best,
-        )
-
-    nats, share = "{:.2f}".format, "{:.0%}".format
-    return [
-        measure("mean entropy (nats)", lambda heads: heads.entropy.mean, nats),
-        measure("largest entropy (nats)", lambda heads: heads.entropy.largest, nats),
-        measure("overloaded", lambda heads: heads.entropy.overloaded_share, share, LOWEST),
-        measure("collapsed", lambda heads: heads.entropy.collapsed_share, share, LOWEST),
-        measure("sink share", lambda heads: mean_of_heads(heads.sink_share), "{:.1%}".format),
-        measure("diversity (nats)", lambda heads: mean_of_heads(heads.diversity), nats, None, diversity_facts),
-    ]
-
-
-def _operation_measures(results: list[ModelResult]) -> list[Measure]:
-    def measure(title: str, value: Callable) -> Measure:
-        values = [value(result) for result in results]
-        scale, letter = find_scale(values)
-        return Measure(
-            f"{title} ({letter})" if letter else title,
-            "Forward pass",
-            [number / scale for number in values],
-            list(map(operation_facts, results)),
-            format_number,
-            LOWEST,
-        )
-
-    return [
-        measure("non-linear", nonlinear_elements),
-        measure("FLOPs of FFNs", lambda result: result.operations.ffn_flops),
-        measure("FLOPs of attention", lambda result: result.operations.attention_flops),
-    ]
-
-
-def _cost_measures(results: list[ModelResult]) -> list[Measure]:
-    costs = main_costs(results)
-    scale, letter = find_scale(cost.total_bytes for cost in costs if cost is not None)
-
-    def measure(title: str, facts: Callable, value: Callable, show: Callable) -> Measure:
-        return Measure(
-            title,
-            "Private inference",
-            [None if cost is None else value(cost) for cost in costs],
-            [None if cost is None else facts(cost) for cost in costs],
-            show,
-            LOWEST,
-        )
-
-    return [
-        measure(f"sent ({letter}B)", traffic_facts, lambda cost: cost.total_bytes / scale, format_number),
-        measure("rounds", traffic_facts, lambda cost: cost.rounds, "{:,}".format),
-        measure("seconds", duration_facts, lambda cost: cost.seconds, format_number),
-    ]
-
-
-def _task_measure(results: list[ModelResult], task: str, metric: str, few_shot: int) -> Measure:
-    """The scores of models that have some."""
-    scores = [
-        next((s for s in result.tasks.scores if (s.task, s.metric, s.few_shot) == (task, metric, few_shot)), None)
-        for result in results
-    ]
-    higher_is_better = next(score.higher_is_better for score in scores if score is not None)
-    return Measure(
-        metric,
-        task,
-        [score and score.value for score in scores],
-        [score and task_facts(score, result.tasks) for score, result in zip(scores, results, strict=True)],
-        format_number,
-        HIGHEST if higher_is_better else LOWEST,
-        [
-            "" if score is None or score.standard_error is None else f"± {format_number(score.standard_error)}"
-            for score in scores
+def model_table(results: list[ModelResult]) -> Table:
+    """What each model is."""
+    return Table(
+        caption="The models",
+        columns=[
+            MODEL,
+            Column("final norm", is_text=True),
+            *map(Column, SIZES),
+            Column("hash of the weights", is_text=True),
+        ],
+        rows=[
+            [
+                _heading(result),
+                Cell(result.architecture.final_normalization),
+                *(Cell(f"{getattr(result.architecture, size):,}") for size in SIZES.values()),
+                Cell(result.weights),
+            ]
+            for result in results
         ],
     )
 
 
-def _comparison_remarks(results: list[ModelResult]) -> list[str]:
+def training_table(results: list[ModelResult]) -> Table | None:
+    """What the training of each model took; `None` if nothing is known of any."""
+    trained = [result for result in results if result.training is not None]
+    if not trained:
+        return None
+    return Table(
+        caption="Training",
+        columns=[
+            MODEL,
+            Column("from", is_text=True),
+            *map(Column, ("steps", "tokens", "seconds")),
+            Column("told", is_text=True),
+        ],
+        rows=[
+            [
+                _heading(result),
+                Cell(result.training.converted_from or "scratch"),
+                Cell(f"{result.training.steps:,}"),
+                Cell(f"{result.training.tokens:,}"),
+                Cell(format_number(result.training.seconds)),
+                Cell(list_settings(result.training.hyperparameters)),
+            ]
+            for result in trained
+        ],
+        remarks={"From": "A model that was converted from another has that one's training behind it too."},
+    )
+
+
+def condition_table(results: list[ModelResult]) -> Table | None:
+    """Under which conditions everything was measured, once for all models that share them; `None` without any."""
+    measured: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
+    for result in results:
+        for part, on, origin, seconds in _conditions(result):
+            measured.setdefault((part, on, origin), []).append((result.name, seconds))
+    if not measured:
+        return None
+    return Table(
+        caption="Conditions",
+        columns=[
+            Column("measured", is_text=True),
+            Column("of", is_text=True),
+            Column("on", is_text=True),
+            Column("computed with", is_text=True),
+        ],
+        rows=[
+            [
+                Cell(part),
+                Cell("; ".join(f"{name} in {format_number(seconds)} s" for name, seconds in models)),
+                Cell(on),
+                Cell(origin),
+            ]
+            for (part, on, origin), models in measured.items()
+        ],
+    )
+
+
+def _conditions(result: ModelResult) -> list[tuple[str, str, str, float]]:
+    """For each part that was measured: its name, what it was measured on, what computed it, and seconds."""
+    parts = []
+    if result.likelihood is not None:
+        likelihood, conditions = result.likelihood.likelihood, result.likelihood.conditions
+        on = (
+            f"{conditions.corpus} ({conditions.corpus_revision}); {describe_windows(likelihood.windows)}; "
+            f"{likelihood.tokens:,} predicted tokens of a vocabulary of {conditions.vocab_size:,}, "
+            f"{likelihood.words:,} words, {likelihood.bytes:,} bytes; {conditions.dtype}{_seed(conditions.seed)}"
+        )
+        origin = describe_origin(conditions.versions, conditions.git_revision, conditions.machine)
+        parts.append(("prediction", on, origin, result.likelihood.seconds))
+    if result.heads is not None:
+        heads, conditions = result.heads.heads, result.heads.conditions
+        on = (
+            f"{conditions.corpus} ({conditions.corpus_revision}); {heads.rows:,} rows of each head, "
+            f"{heads.diversity_rows:,} for the diversity, of sequences of {conditions.context:,} tokens of a "
+            f"vocabulary of {conditions.vocab_size:,}; {conditions.dtype}{_seed(conditions.seed)}"
+        )
+        origin = describe_origin(conditions.versions, conditions.git_revision, conditions.machine)
+        parts.append(("attention heads", on, origin, result.heads.seconds))
+    if result.tasks is not None:
+        tasks = result.tasks
+        limit = "" if tasks.limit is None else f"; at most {tasks.limit:,} samples of each task"
+        on = f"{tasks.data}{limit}; {tasks.bos}; at most {tasks.context:,} tokens; {tasks.dtype}{_seed(tasks.seed)}"
+        origin = describe_origin(tasks.versions, tasks.git_revision, tasks.machine)
+        parts.append(("tasks", on, origin, tasks.seconds))
+    return parts
+
+
+def _seed(seed: int | None) -> str:
+    return "" if seed is None else f"; seed {seed}"
+
+
+def _heading(result: ModelResult) -> Cell:
+    return Cell(result.name, result.title)
+
+
+def _cells(measure: Measure, notes: Notes) -> list[Cell]:
+    """The numbers of a measure, for each model, with the best marked and a note where one can't be compared."""
+    if not measure.is_measured:
+        return [Cell("") for _ in measure.values]
+    reference, best = measure.reference, measure.best_value
+    cells = []
+    details = measure.details or [""] * len(measure.values)
+    for value, facts, detail in zip(measure.values, measure.facts, details, strict=True):
+        if value is None:
+            cells.append(Cell(""))
+            continue
+        note = notes.letter(describe_difference(facts, reference))
+        cells.append(Cell(measure.show(value), detail, is_best=not note and value == best, note=note))
+    return cells
+
+
+def _comparison_remarks(results: list[ModelResult]) -> dict[str, str]:
     """What the numbers mean, and what those without a letter depend on."""
-    remarks = [
-        "Bold: the best of the column among numbers measured alike. –: not measured. Non-linear: numbers that go "
-        "through a non-linear operation. k, M, G: thousands, millions, billions."
-    ]
+    remarks = {"Signs": "Bold: the best of the column among numbers measured alike. –: not measured."}
     predicted = [result for result in results if result.likelihood is not None]
     if predicted:
-        remarks.append(f"Prediction: {_list_facts(common_facts(map(token_facts, predicted)))}.")
-    looked_at = [result for result in results if result.heads is not None]
-    if looked_at:
-        facts = common_facts(map(head_facts, looked_at))
-        heads = next(result.heads.heads for result in looked_at if head_facts(result) == facts)
-        remarks.append(
-            f"Attention heads: {_list_facts(facts)}. Attention that is spread evenly has an entropy of "
-            f"{heads.entropy.maximum:.2f} nats and a sink share of {heads.uniform_sink_share:.1%}. Overloaded: heads "
-            "with at least 3/4 of this entropy; collapsed: with less than 5 % of it. Sink share: attention to the "
-            "first token. Diversity: how much the heads of a layer differ (Jensen-Shannon divergence)."
+        remarks[PREDICTION] = f"{_list_common(predicted, token_facts)}."
+    with_heads = [result for result in results if result.heads is not None]
+    if with_heads:
+        common = common_facts(map(head_facts, with_heads))
+        heads = next(result.heads.heads for result in with_heads if head_facts(result) == common)
+        remarks[HEADS] = (
+            f"{list_facts(common)}. Attention that is spread evenly has a mean entropy of {heads.entropy.maximum:.2f} "
+            f"nats and a sink share of {heads.uniform_sink_share:.1%}. Overloaded: heads with at least 3/4 of this "
+            "entropy; collapsed: with less than 5% of it. Sink share: attention to the first token. Diversity: the "
+            "Jensen-Shannon divergence of the heads of a layer."
         )
-    remarks.append(f"Forward pass: {_list_facts(common_facts(map(operation_facts, results)))}.")
+    remarks[OPERATIONS] = (
+        f"Numbers that go through a non-linear operation, {_list_common(results, operation_facts)}; k, M, G: "
+        "thousands, millions, billions."
+    )
     costs = [cost for cost in main_costs(results) if cost is not None]
     if costs:
-        remarks.append(f"Private inference: {_list_facts(common_facts(map(duration_facts, costs)))}.")
+        remarks[COSTS] = f"{_list_common(costs, duration_facts)}. Sent: by all parties together."
     return remarks
 
 
-def _list_facts(facts: Facts) -> str:
-    return "; ".join(f"{name}: {value}" for name, value in facts.items())
+def _list_common(measured: list, facts: Callable[..., Facts]) -> str:
+    return list_facts(common_facts(map(facts, measured)))
 
 
-def _describe_operation(operation: NonlinearOperation) -> str:
-    return f"{operation.count:,} × R^({'×'.join(map(str, operation.shape))})"
-
-
-def _setting(cost: PrivateCost) -> tuple[str, int, str]:
-    return cost.protocol, cost.context, cost.network
+def _describe_operations(operations: list[NonlinearOperation], kind: str) -> str:
+    shapes = [
+        (operation.count, "×".join(map(str, operation.shape))) for operation in operations if operation.name == kind
+    ]
+    return " + ".join(f"{count:,} × R^({shape})" for count, shape in shapes)

@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
 
 from lm_eval import evaluate
@@ -105,9 +104,10 @@ def score_tasks(
             results = _evaluate(lm, loaded, limit, seed)
     if lm.shortened:
         logger.warning(
-            "%d requests are longer than the %d tokens that the model sees: their beginnings were left out.",
-            lm.shortened,
+            "Requests longer than the %d tokens that the model sees, whose beginnings were left out: %d of %d.",
             lm.max_length,
+            lm.shortened,
+            lm.answered,
         )
     return TaskResult(
         scores=_list_scores(results, loaded),
@@ -117,7 +117,7 @@ def score_tasks(
         data=_describe_data(list(loaded["tasks"].values())),
         dtype=str(model.dtype).removeprefix("torch."),
         seed=seed,
-        versions={**recorded_versions(), "lm_eval": version("lm_eval")},
+        versions=recorded_versions("lm_eval"),
         git_revision=git_revision(),
         machine=machine_name(model.device),
         seconds=time.perf_counter() - begin,

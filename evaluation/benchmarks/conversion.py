@@ -27,8 +27,8 @@ from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from conversion.gpt2_checkpoint import load_gpt2, to_gpt2
+from evaluation.conditions import list_settings
 from evaluation.conversion_report import ConversionReport
-from evaluation.report import list_settings
 from evaluation.results import Conditions, git_revision, load_results
 
 

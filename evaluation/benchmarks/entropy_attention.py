@@ -26,7 +26,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from evaluation.benchmarks._turns import Timing, compare, format_ratio
-from evaluation.report import list_settings
+from evaluation.conditions import list_settings
 from evaluation.results import git_revision, machine_name, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
 

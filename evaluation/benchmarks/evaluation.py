@@ -24,11 +24,11 @@ from transformers.utils import logging
 
 from evaluation.benchmarks._memory import peak_mebibytes
 from evaluation.benchmarks._turns import Timing, compare, format_ratio
+from evaluation.conditions import list_settings
 from evaluation.entropy_diagnostics import diagnose_heads
 from evaluation.perplexity import Windows, measure_likelihood
 from evaluation.records import RECORD as CONFIG
 from evaluation.records import load_record, save_record
-from evaluation.report import list_settings
 from evaluation.results import git_revision, machine_name, recorded_versions
 from evaluation.tokenized_text import tokenize
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from evaluation.benchmarks._turns import Timing, compare, format_ratio, take_turns
-from evaluation.report import list_settings
+from evaluation.conditions import list_settings
 from evaluation.results import git_revision, machine_name, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.arguments import DataArguments
