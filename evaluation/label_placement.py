@@ -95,6 +95,7 @@ def _candidate_boxes(centre: np.ndarray, size: np.ndarray, room: Bbox, pixels: f
     ]
     middles = np.vstack([beside, np.stack(np.meshgrid(*places), axis=-1).reshape(-1, 2)])
     boxes = np.hstack([middles - half, middles + half])
+    room = room.padded(-MARGIN * pixels)
     return boxes[(boxes[:, :2] >= room.min).all(axis=1) & (boxes[:, 2:] <= room.max).all(axis=1)]
 
 

@@ -1,5 +1,6 @@
 """The pictures of the page about evaluated models, with what they show in words."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -168,7 +169,9 @@ def _draw_alike(
 
 
 def _draw(name: str, alt: str, caption: str, plot: Callable[[Path], None]) -> Picture:
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        # Letters that matplotlib's font lacks are boxes in the picture; the page's own text has them.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         path = Path(folder) / f"{name}.png"
         plot(path)
         return Picture(name, alt, caption, path.read_bytes())

@@ -78,7 +78,7 @@ def _left_out(measure: Measure, results: list[ModelResult]) -> str:
     ]
     if not names:
         return ""
-    return f"{list_names(names)} can't be compared with that: measured under other conditions, as the notes tell."
+    return f"Measured under other conditions, and so not compared with that: {list_names(names)}."
 
 
 def _heads(results: list[ModelResult]) -> str:

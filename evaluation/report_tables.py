@@ -327,8 +327,8 @@ def _comparison_remarks(results: list[ModelResult]) -> dict[str, str]:
             "Jensen-Shannon divergence of the heads of a layer."
         )
     remarks[OPERATIONS] = (
-        f"Numbers that go through a non-linear operation, {_list_common(results, operation_facts)}; k, M, G: "
-        "thousands, millions, billions."
+        f"{_list_common(results, operation_facts)}. Non-linear: numbers that go through a non-linear operation; k, M, "
+        "G: thousands, millions, billions."
     )
     costs = [cost for cost in main_costs(results) if cost is not None]
     if costs:
