@@ -15,7 +15,7 @@ results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in t
 	$(BIN)/entropy-gpt quickstart
 	cp quickstart_output/results.json model_cards/results/quickstart.json
 	cp quickstart_output/pictures/entropy_comparison.png model_cards/results/quickstart_entropy.png
-	$(BIN)/python -m evaluation.report
+	$(BIN)/python -m evaluation.readme
 
 runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectures, for docs/training.md.
 	rm -rf runs/sm-ln-g runs/sm-scfuffn runs/ereg-smt-scfuffn

@@ -13,6 +13,7 @@ from .errors import CommandError
 from .evaluate import evaluate
 from .plot import plot
 from .quickstart import quickstart
+from .report import report
 from .train import train
 
 
@@ -29,6 +30,7 @@ app.command()(train)
 app.command()(convert)
 app.command()(evaluate)
 app.command()(plot)
+app.command()(report)
 
 
 def print_version(wanted: bool):

@@ -1,59 +1,25 @@
 """Pictures of what was measured."""
 
+import math
 from pathlib import Path
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import PercentFormatter
 
 from .conversion_report import ConversionReport
-from .results import ModelResult
+from .entropy_diagnostics import HeadwiseEntropy
 
 
 COLORMAP = "viridis"
 DOTS_PER_INCH = 150
 # Up to so many heads a layer, each cell shows its number too.
 MOST_HEADS_WITH_NUMBERS = 12
-
-
-def plot_headwise_entropy(result: ModelResult, path: Path):
-    """
-    Draws the mean entropy of every head as a heat map, layers downwards, on a scale from 0 to the causal maximum.
-
-    Args:
-        result ([`ModelResult`]): What was measured.
-        path (`Path`): The PNG to write.
-    """
-    figure = Figure(figsize=(5.2, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
-    axes = figure.add_subplot()
-    image = _draw_result(axes, result)
-    add_entropy_scale(figure, [axes], image, result.maximum_entropy_nats)
-    figure.savefig(path, format="png")
-
-
-def plot_comparison(results: list[ModelResult], path: Path):
-    """
-    Draws the heat maps of several models side by side on one scale.
-
-    Args:
-        results (`list[ModelResult]`): What was measured, under the same conditions.
-        path (`Path`): The PNG to write.
-    """
-    figure = Figure(figsize=(3.6 * len(results) + 0.8, 4.4), dpi=DOTS_PER_INCH, layout="constrained")
-    all_axes = figure.subplots(1, len(results), squeeze=False)[0]
-    images = [_draw_result(axes, result) for axes, result in zip(all_axes, results, strict=True)]
-    add_entropy_scale(figure, list(all_axes), images[0], results[0].maximum_entropy_nats)
-    figure.savefig(path, format="png")
-
-
-def _draw_result(axes: Axes, result: ModelResult) -> AxesImage:
-    entropy = result.headwise_entropy
-    axes.set_title(
-        f"{result.title}\nfinal norm: {result.final_normalization}\n"
-        f"perplexity {result.perplexity_per_token:.1f}, {entropy.overloaded_share:.0%} of heads overloaded",
-        fontsize=10,
-    )
-    return draw_heat_map(axes, entropy.nats, 0, entropy.maximum)
+RANGE_NAMES = ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")
 
 
 def draw_heat_map(
@@ -79,6 +45,37 @@ def draw_heat_map(
                 color = "white" if value <= (lowest + highest) / 2 else "black"
                 axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color, fontsize=font_size)
     return image
+
+
+def draw_ranges(axes: Axes, entropies: list[HeadwiseEntropy], maxima: list[float]):
+    """Draws the shares of heads in the paper's four ranges of a maximum (nats) each, one bar for each entry."""
+    for row, (entropy, maximum) in enumerate(zip(entropies, maxima, strict=True)):
+        shares = entropy.range_shares(maximum)
+        beginning = 0.0
+        for share, color in zip((*shares, 1 - sum(shares)), (*range_colors(), "lightgray"), strict=True):
+            axes.barh(row, share, 0.62, left=beginning, color=color, edgecolor="white")
+            if share >= 0.07:
+                dark = np.dot(to_rgb(color), (0.3, 0.6, 0.1)) < 0.5
+                axes.text(
+                    beginning + share / 2,
+                    row,
+                    f"{share:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white" if dark else "black",
+                )
+            beginning += share
+        if math.isfinite(maximum):
+            axes.text(1.01, row, f"{maximum:.2f} nats", va="center", fontsize=8)
+    axes.set(xlim=(0, 1), ylim=(len(entropies) - 0.5, -0.5), xlabel="share of heads")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def range_colors() -> list:
+    """The colours of the four ranges."""
+    return [colormaps[COLORMAP](part) for part in (0.08, 0.36, 0.66, 0.95)]
 
 
 def add_entropy_scale(figure: Figure, all_axes: list[Axes], image: AxesImage, maximum: float | None, **options):

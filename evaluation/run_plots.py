@@ -10,14 +10,22 @@ from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from .entropy_diagnostics import HeadwiseEntropy
-from .plots import COLORMAP, DOTS_PER_INCH, MOST_HEADS_WITH_NUMBERS, add_entropy_scale, draw_heat_map
+from .plots import (
+    COLORMAP,
+    DOTS_PER_INCH,
+    MOST_HEADS_WITH_NUMBERS,
+    RANGE_NAMES,
+    add_entropy_scale,
+    draw_heat_map,
+    draw_ranges,
+    range_colors,
+)
 from .run_log import EntropyRecord, RunLog, run_titles
 
 
@@ -34,7 +42,6 @@ MOST_MARKED_RECORDS = 20
 LOGARITHMIC_FROM = 20
 # How far above the first loss the axis reaches, whatever a run that diverged comes to.
 LOSS_HEADROOM = 1.25
-RANGE_NAMES = ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")
 INCHES_PER_CHARACTER = 0.0085  # for each point of the font's size, a wide mixture of letters
 
 
@@ -219,13 +226,13 @@ def plot_entropy_ranges(runs: list[RunLog], path: Path):
         f"{_wrap(title, 2.6, 9)}\nstep {run.entropies[-1].step:,}"
         for run, title in zip(runs, run_titles(runs), strict=True)
     ]
-    _draw_ranges(seen, entropies, [entropy.largest for entropy in entropies])
-    _draw_ranges(causal, entropies, [entropy.maximum for entropy in entropies])
+    draw_ranges(seen, entropies, [entropy.largest for entropy in entropies])
+    draw_ranges(causal, entropies, [entropy.maximum for entropy in entropies])
     seen.set_title("of the largest value seen in the run's last record\n(the paper's way)", fontsize=10)
     causal.set_title("of the causal maximum\n(uniform attention under the causal mask)", fontsize=10)
     seen.set_yticks(range(len(runs)), labels, fontsize=9)
     causal.set_yticks([])
-    handles = [Patch(color=color, label=name) for color, name in zip(_range_colors(), RANGE_NAMES, strict=True)]
+    handles = [Patch(color=color, label=name) for color, name in zip(range_colors(), RANGE_NAMES, strict=True)]
     if any(sum(entropy.range_shares()) < 1 - 1e-9 for entropy in entropies):
         handles.append(Patch(color="lightgray", label="not finite"))
     _add_legend(figure, handles)
@@ -368,35 +375,6 @@ def _draw_layers(
     axes.grid(alpha=0.25)
     _label_steps(axes)
     return numbers[np.isfinite(numbers)].tolist()
-
-
-def _draw_ranges(axes: Axes, entropies: list[HeadwiseEntropy], maxima: list[float]):
-    for row, (entropy, maximum) in enumerate(zip(entropies, maxima, strict=True)):
-        shares = entropy.range_shares(maximum)
-        beginning = 0.0
-        for share, color in zip((*shares, 1 - sum(shares)), (*_range_colors(), "lightgray"), strict=True):
-            axes.barh(row, share, 0.62, left=beginning, color=color, edgecolor="white")
-            if share >= 0.07:
-                dark = np.dot(to_rgb(color), (0.3, 0.6, 0.1)) < 0.5
-                axes.text(
-                    beginning + share / 2,
-                    row,
-                    f"{share:.0%}",
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="white" if dark else "black",
-                )
-            beginning += share
-        if math.isfinite(maximum):
-            axes.text(1.01, row, f"{maximum:.2f} nats", va="center", fontsize=8)
-    axes.set(xlim=(0, 1), ylim=(len(entropies) - 0.5, -0.5), xlabel="share of heads")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _range_colors() -> list:
-    return [colormaps[COLORMAP](part) for part in (0.08, 0.36, 0.66, 0.95)]
 
 
 def _set_row_title(axes: Axes, title: str, inches: float):

@@ -1,0 +1,125 @@
+"""Models that were trained alike in one table, in a model card and in the README."""
+
+import copy
+import dataclasses
+import json
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+
+from evaluation.comparison import COLUMNS, comparison_markdown, comparison_rows, conditions_text
+from evaluation.model_card import model_card
+from evaluation.readme import QUICKSTART_RESULTS, README, update_readme
+from evaluation.results import load_results
+from tests.evaluation.example_results import (
+    example_heads,
+    example_likelihood,
+    example_result,
+    example_training,
+)
+
+
+@pytest.fixture
+def result():
+    return example_result(
+        "ereg-smt-scfuffn",
+        "EReg(SM(t)+ScFuFFN)",
+        training=example_training(10),
+        likelihood=example_likelihood(71.264),
+        heads=example_heads(),
+    )
+
+
+def converted_from(result):
+    converted = copy.deepcopy(result)
+    converted.training = example_training(3, converted_from="SM+LN+G")
+    return converted
+
+
+def test_the_table_has_every_number(result):
+    (row,) = comparison_rows([result])
+    entropy = result.heads.heads.entropy
+    figures = ("71.26", f"{result.likelihood.likelihood.bits_per_byte:.3f}", f"{entropy.mean:.2f}")
+    assert row == (
+        *("EReg(SM(t)+ScFuFFN)", "layernorm", "124,439,808", *figures, f"{entropy.overloaded_share:.0%}", "1"),
+    )
+    assert len(row) == len(COLUMNS)
+    assert comparison_markdown([result]).splitlines()[2] == f"| {' | '.join(row)} |"
+
+
+def test_a_converted_model_is_shown_as_one_beside_those_from_scratch(result):
+    converted = converted_from(result)
+    text = comparison_markdown([result, converted])
+    assert "| EReg(SM(t)+ScFuFFN) from SM+LN+G | layernorm | 124,439,808 |" in text
+    assert "for 10 steps, 10,240 tokens" in text
+    assert "from SM+LN+G: fitted step by step, then healed for 3 steps, 3,072 tokens" in text
+    assert "Converted and healed on " in conditions_text([converted])
+    assert "# EntropyGPT EReg(SM(t)+ScFuFFN) from SM+LN+G" in model_card(converted)
+    # From scratch, unlike amounts of training are not comparable.
+    converted.training.converted_from = None
+    with pytest.raises(ValueError, match="training steps differ, 3 and 10"):
+        comparison_markdown([result, converted])
+
+
+def test_a_converted_model_may_come_first(result):
+    assert "Converted and healed" in conditions_text([converted_from(result), result, result])
+
+
+def test_conditions_tell_what_each_model_was_told_alone(result):
+    other = dataclasses.replace(
+        result,
+        architecture=dataclasses.replace(result.architecture, notation="SM+LN+G"),
+        training=example_training(10, temperature_init=0.01),
+    )
+    text = conditions_text([result, other])
+    assert "(learning_rate 0.001, batch_size 8, dropout 0.0; seed " in text
+    assert "SM+LN+G alone: temperature_init 0.01. " in text
+    assert "EReg(SM(t)+ScFuFFN) alone" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"likelihood": example_likelihood(seed=8)}, "conditions of the likelihood"),
+        ({"likelihood": example_likelihood(context=64)}, "windows"),
+        ({"heads": example_heads(dtype="bfloat16")}, "conditions of the heads"),
+        ({"training": example_training(11)}, "training steps"),
+    ],
+)
+def test_numbers_that_can_not_be_compared_are_refused(result, change, name):
+    with pytest.raises(ValueError, match=f"can't be compared: their {name} differ"):
+        comparison_markdown([result, dataclasses.replace(result, **change)])
+
+
+def test_parts_that_are_missing_are_named(result):
+    with pytest.raises(ValueError, match="training and heads are missing"):
+        conditions_text([result, dataclasses.replace(result, training=None, heads=None)])
+    with pytest.raises(ValueError, match="no models"):
+        comparison_rows([])
+
+
+def test_the_card_is_valid_and_tells_the_conditions(result):
+    card = ModelCard(model_card(result))
+    assert card.data.library_name == "transformers"
+    for words in ("trust_remote_code=True", "sha256:69801485bf096206", "65,024 tokens", "a machine", "nothing secret"):
+        assert words in card.text
+
+
+def test_the_readme_shows_the_committed_results(tmp_path):
+    copied = tmp_path / "README.md"
+    shutil.copy(README, copied)
+    update_readme(copied)
+    assert copied.read_text() == README.read_text(), "run: python -m evaluation.readme"
+
+
+def test_a_readme_without_a_place_for_the_table_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("# Nothing\n")
+    with pytest.raises(ValueError, match="no place for the table"):
+        update_readme(tmp_path / "README.md")
+
+
+def test_committed_results_are_of_one_commit_without_changes():
+    results = load_results(QUICKSTART_RESULTS)
+    assert {result.likelihood.conditions.git_revision.endswith("+changes") for result in results} == {False}
+    assert len({json.dumps(dataclasses.asdict(result.likelihood.conditions)) for result in results}) == 1

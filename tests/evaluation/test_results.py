@@ -1,0 +1,61 @@
+"""Result records: written, read back, and refused where they are something else."""
+
+import dataclasses
+
+import pytest
+from pydantic import ValidationError
+
+from evaluation.results import git_revision, load_results, save_results
+from tests.evaluation.example_results import example_result, example_results
+
+
+def test_results_are_read_back_as_they_were_written(tmp_path):
+    results = [*example_results(), example_result("only what it is")]
+    save_results(results, tmp_path / "results.json")
+    assert load_results(tmp_path / "results.json") == results
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "can't be read: it is no JSON"),
+        ("[]", "holds something else"),
+        ('{"schema_version": 1, "results": []}', "holds something else"),
+        ('{"kind": "a conversion", "schema_version": 2, "content": []}', "holds a conversion"),
+        ('{"kind": "results of models", "schema_version": 1, "content": []}', "schema version 1"),
+        ('{"kind": "results of models", "schema_version": 2, "content": [{}]}', r"is broken: 0\.name"),
+    ],
+)
+def test_other_files_are_refused_by_name(content, message, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"results\.json {message}"):
+        load_results(tmp_path / "results.json")
+
+
+def test_values_of_another_type_are_refused_by_name(tmp_path):
+    path = tmp_path / "results.json"
+    save_results(example_results(), path)
+    path.write_text(path.read_text().replace('"n_head": 12', '"n_head": "twelve"'))
+    with pytest.raises(ValueError, match=r"results\.json is broken: 0\.architecture\.n_head"):
+        load_results(path)
+
+
+def test_records_are_typed():
+    with pytest.raises(ValidationError):
+        dataclasses.replace(example_result(), name=7)
+
+
+def test_numbers_that_are_not_finite_are_read_back(tmp_path):
+    result = example_results()[0]
+    result.likelihood.likelihood.nats = float("inf")
+    save_results([result], tmp_path / "results.json")
+    assert load_results(tmp_path / "results.json") == [result]
+
+
+def test_the_revision_of_a_tree_of_another_owner_is_told(monkeypatch):
+    """As in a container: git's test of ownership can be made to fail for any tree."""
+    expected = git_revision()
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert git_revision() == expected
+    monkeypatch.setenv("PATH", "")
+    assert git_revision() is None
