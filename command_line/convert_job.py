@@ -29,7 +29,7 @@ from evaluation.conversion_report import (
     report_markdown,
     step_rows,
 )
-from evaluation.operation_counts import count_nonlinear_operations
+from evaluation.operation_counts import count_operations
 from evaluation.plots import plot_healing
 from evaluation.results import Conditions, git_revision, machine_name, peak_memory, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
@@ -144,8 +144,8 @@ def _convert(
         target_final_normalization=model.config.final_normalization,
         original_nats=original_nats,
         original_parameters=original.num_parameters(),
-        source_operations=count_nonlinear_operations(original.config, text.context),
-        target_operations=count_nonlinear_operations(model.config, text.context),
+        source_operations=count_operations(original.config, text.context),
+        target_operations=count_operations(model.config, text.context),
         pruning_damage={str(layer): kl for layer, kl in damage.items()},
         calibration_tokens=text.calibration_tokens,
         steps=records,
@@ -282,7 +282,7 @@ def _show_plan(original: EntropyGPTForCausalLM, target: EntropyGPTConfig, plan: 
     if job.heal_steps and not plan.finish:
         console.print(f"    healing, {job.heal_steps:,} steps")
     table = Table("", "before", "after", box=SIMPLE_HEAD, pad_edge=False)
-    before, after = (count_nonlinear_operations(config, context) for config in (original.config, target))
+    before, after = (count_operations(config, context) for config in (original.config, target))
     rows = [("parameters", f"{original.num_parameters():,}", f"{parameters:,}"), *operation_rows(before, after)]
     for row in rows:
         table.add_row(*row)

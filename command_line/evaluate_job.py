@@ -38,7 +38,15 @@ from .progress import progress_display, stage
 
 SETTINGS, RESULTS, PICTURES = "settings.json", "results.json", "pictures"
 # The columns of the table, for a terminal of 80 characters.
-HEADINGS = ("model", "ppl per\ntoken", "ppl per\nword", "bits/\nbyte", "entropy\n(nats)", "over-\nloaded", "col-\nlapsed")
+HEADINGS = (
+    "model",
+    "ppl per\ntoken",
+    "ppl per\nword",
+    "bits/\nbyte",
+    "entropy\n(nats)",
+    "over-\nloaded",
+    "col-\nlapsed",
+)
 
 console = Console()
 
@@ -115,7 +123,9 @@ def _find_earlier(output: Path, settings: dict, overwrite: bool) -> list[ModelRe
         results = load_results(output / RESULTS) if (output / RESULTS).exists() else []
     except ValueError as error:
         raise CommandError(f"{output} holds a damaged evaluation ({error}): {remedy}.") from error
-    changed = [f"{name} {earlier.get(name)} then, {now} now" for name, now in settings.items() if earlier.get(name) != now]
+    changed = [
+        f"{name} {earlier.get(name)} then, {now} now" for name, now in settings.items() if earlier.get(name) != now
+    ]
     if changed:
         raise CommandError(f"{output} holds an evaluation with other settings ({'; '.join(changed)}): {remedy}.")
     return results
@@ -253,7 +263,9 @@ def _print_plan(candidates: list[Candidate], settings: dict, output: Path):
     for candidate in candidates:
         config = candidate.config
         sizes = f"{config.n_layer} layers, width {config.n_embd}, {config.n_positions} positions"
-        console.print(f"{candidate.name}: {config.notation}, {sizes}, {len(candidate.tokenizer):,} tokens", markup=False)
+        console.print(
+            f"{candidate.name}: {config.notation}, {sizes}, {len(candidate.tokenizer):,} tokens", markup=False
+        )
     told = ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False))
     console.print(f"to measure: {told}", markup=False, soft_wrap=True)
     console.print(f"nothing is measured or written (dry run); it would go to {output}", markup=False, soft_wrap=True)

@@ -89,7 +89,12 @@ def read_text(
 
 
 def measure_model(
-    model: EntropyGPTForCausalLM, name: str, text: MeasuredText, training: TrainingResult, seed: int, progress: Progress
+    model: EntropyGPTForCausalLM,
+    name: str,
+    text: MeasuredText,
+    training: TrainingResult,
+    seed: int,
+    progress: Progress,
 ) -> ModelResult:
     """
     Measures a model that was trained here.

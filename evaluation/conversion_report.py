@@ -1,28 +1,24 @@
 """The record of a conversion: what each step cost, what healing gave back, and under which conditions."""
 
-import dataclasses
-import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+from pydantic.dataclasses import dataclass
 
 from .conditions import list_settings
-from .operation_counts import NonlinearOperations
+from .operation_counts import OperationCounts
+from .records import RECORD, load_record, save_record
 from .results import Conditions
 
 
-SCHEMA_VERSION = 1
+KIND, SCHEMA_VERSION = "a conversion", 2
 PICTURE = "healing.png"
 # Beyond so many nats, a figure is shown by its order of magnitude.
 LARGEST_NATS = 10.0
 STEP_COLUMNS = ("step", "KL (nats)", "perplexity", "naive KL", "naive perplexity", "parameters", "seconds")
 
 
-@strict
-@dataclass
+@dataclass(config=RECORD)
 class StepRecord:
     """
     What one step did, on text that nothing was fitted to.
@@ -48,8 +44,7 @@ class StepRecord:
     seconds: float
 
 
-@strict
-@dataclass
+@dataclass(config=RECORD)
 class HealingRecord:
     """
     Training after the simplification.
@@ -71,8 +66,7 @@ class HealingRecord:
     events: list[list]
 
 
-@strict
-@dataclass
+@dataclass(config=RECORD)
 class ConversionReport:
     """
     A conversion from end to end.
@@ -83,7 +77,7 @@ class ConversionReport:
         source_final_normalization, target_final_normalization (`str`): The norms before the head.
         original_nats (`float`): Negative log-likelihood of a token under the original.
         original_parameters (`int`): Of the original; tied ones count once.
-        source_operations, target_operations ([`NonlinearOperations`]): Of one sequence.
+        source_operations, target_operations ([`OperationCounts`]): Of one sequence.
         pruning_damage (`dict[str, float]`): KL that pruning each FFN alone would cost, by layer, if it was measured.
         calibration_tokens (`int`): Tokens that the steps were fitted to.
         steps (`list[StepRecord]`): What was done, in order; healing is a step too.
@@ -100,8 +94,8 @@ class ConversionReport:
     target_final_normalization: str
     original_nats: float
     original_parameters: int
-    source_operations: NonlinearOperations
-    target_operations: NonlinearOperations
+    source_operations: OperationCounts
+    target_operations: OperationCounts
     pruning_damage: dict[str, float]
     calibration_tokens: int
     steps: list[StepRecord]
@@ -112,8 +106,7 @@ class ConversionReport:
 
     def save(self, path: Path):
         """Writes the record as JSON."""
-        content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        save_record(self, type(self), KIND, SCHEMA_VERSION, path)
 
     @classmethod
     def load(cls, path: Path) -> "ConversionReport":
@@ -121,22 +114,9 @@ class ConversionReport:
         Reads what [`ConversionReport.save`] wrote.
 
         Raises:
-            `ValueError`: If the file is of another schema, or no such report.
+            `ValueError`: If the file is of another kind or schema, or broken.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if (schema := content.pop("schema_version")) != SCHEMA_VERSION:
-                raise ValueError(f"schema version {schema}, where {SCHEMA_VERSION} is read")
-            for name in ("source_operations", "target_operations"):
-                content[name] = NonlinearOperations(**content[name])
-            content["steps"] = [StepRecord(**step) for step in content["steps"]]
-            content["healing"] = content["healing"] and HealingRecord(**content["healing"])
-            content["conditions"] = Conditions(**content["conditions"])
-            return cls(**content)
-        except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-            raise ValueError(
-                f"{path} is no report of a conversion of this version: {error}. Convert again."
-            ) from error
+        return load_record(cls, KIND, SCHEMA_VERSION, path)
 
 
 def step_rows(report: ConversionReport) -> list[tuple[str, ...]]:
@@ -162,14 +142,16 @@ def _format_kl(kl: float) -> str:
     return f"{kl:.4f}" if kl < LARGEST_NATS else f"{kl:.3g}"
 
 
-def operation_rows(before: NonlinearOperations, after: NonlinearOperations) -> list[tuple[str, str, str]]:
-    """For each kind of non-linear operation its name and both numbers."""
-    names = {
-        "softmax_rows": "rows through softmax",
-        "norm_rows": "rows through LayerNorm",
-        "activation_elements": "numbers through the FFN's activation",
-    }
-    return [(title, f"{getattr(before, name):,}", f"{getattr(after, name):,}") for name, title in names.items()]
+def operation_rows(before: OperationCounts, after: OperationCounts) -> list[tuple[str, str, str]]:
+    """What each operation was and is: non-linear ones with their shapes, and FLOPs."""
+    shapes = [
+        {operation.name: operation.text for operation in (*counts.nonlinear, *counts.apart)}
+        for counts in (before, after)
+    ]
+    rows = [(name, *(of.get(name, "none") for of in shapes)) for name in dict.fromkeys([*shapes[0], *shapes[1]])]
+    for title, name in (("FLOPs of FFNs", "ffn_flops"), ("FLOPs of attention", "attention_flops")):
+        rows.append((title, *(f"{getattr(counts, name):,}" for counts in (before, after))))
+    return rows
 
 
 def report_markdown(report: ConversionReport) -> str:
@@ -193,7 +175,7 @@ def report_markdown(report: ConversionReport) -> str:
         f"{report.peak_memory_bytes / 2**30:.2f} GiB at most. Seed {conditions.seed}, {conditions.dtype}. Versions: "
         f"{list_settings(conditions.versions)}; commit {conditions.git_revision or 'unknown'}; {conditions.machine}.",
         "",
-        f"## Non-linear operations of a sequence of {conditions.context} tokens",
+        f"## Operations of a sequence of {conditions.context} tokens",
         "",
         *_table(
             ("operation", "before", "after"),

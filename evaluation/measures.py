@@ -158,10 +158,12 @@ def nonlinear_measure(results: list[ModelResult]) -> Measure:
 
 
 def flops_measures(results: list[ModelResult]) -> list[Measure]:
-    """FLOPs of FFNs and of attention, in the paper's accounting."""
+    """FLOPs of FFNs and of attention in the paper's accounting, of attention in full, and of the head."""
     return [
         _operation_measure("FFNs", results, lambda operations: operations.ffn_flops),
         _operation_measure("attention", results, lambda operations: operations.attention_flops),
+        _operation_measure("attention in full", results, lambda operations: operations.computed_attention_flops),
+        _operation_measure("head", results, lambda operations: operations.head_flops),
     ]
 
 

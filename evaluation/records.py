@@ -49,11 +49,11 @@ def load_record(type_: type, kind: str, version: int, path: Path):
         raise ValueError(f"{path} holds {found or 'something else'}, where {kind} are read.")
     if header.get("schema_version") != version:
         raise ValueError(
-            f"{path} is of schema version {header.get('schema_version')}, where {version} is read: measure again."
+            f"{path} is of schema version {header.get('schema_version')}, where {version} is read: make it anew."
         )
     try:
         return TypeAdapter(type_).validate_python(header.get("content"))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "content"
-        raise ValueError(f"{path} is broken: {place}: {first['msg']}. Measure again.") from error
+        raise ValueError(f"{path} is broken: {place}: {first['msg']}. Make it anew.") from error

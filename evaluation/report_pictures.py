@@ -2,10 +2,18 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .comparison_plots import pareto_front, plot_entropy_quantiles, plot_frequencies, plot_positions, plot_tradeoff
+from .comparison_plots import (
+    pareto_front,
+    plot_entropy_quantiles,
+    plot_frequencies,
+    plot_positions,
+    plot_tradeoff,
+    shorten,
+)
 from .conditions import Facts, common_facts, describe_difference, frequency_facts, head_facts, list_facts, token_facts
 from .head_plots import plot_comparison, plot_head_diagnostics
 from .measures import Measure, nonlinear_measure, perplexity_measure, traffic_measure
@@ -93,15 +101,20 @@ def head_pictures(results: list[ModelResult]) -> list[Picture]:
     alone = [
         _draw(
             f"heads-{number}",
-            f"Entropy, sink share, spectral norm of the logits and diversity of the attention heads of {result.name}.",
+            f"Entropy and its spread, attention to the first token, spectral norms of the logits and diversity of the "
+            f"attention heads of {result.name}.",
             f"The attention heads of {result.name} ({result.title}).",
-            lambda path, result=result: plot_head_diagnostics(result, path),
+            lambda path, result=result: plot_head_diagnostics(replace(result, name=shorten(result.name)), path),
         )
         for number, result in enumerate(with_heads, 1)
     ]
     return [
         *_draw_alike(
-            "entropies", "Mean entropy of the rows of every attention head", with_heads, head_facts, plot_comparison
+            "entropies",
+            "Mean entropy of the rows of every attention head, models from left to right",
+            with_heads,
+            head_facts,
+            plot_comparison,
         ),
         *_draw_alike(
             "quantiles",
@@ -161,7 +174,7 @@ def _draw_alike(
         kinds[tuple(facts(result).items())].append(result)
     pictures = []
     for number, (kind, alike) in enumerate(kinds.items(), 1):
-        sentence = f"{what}: {list_names([result.name for result in alike])}."
+        sentence = f"{what}: {', '.join(result.name for result in alike)}."
         if difference := describe_difference(dict(kind), common):
             sentence += f" Not to be compared with the picture before, for other conditions: {difference}."
         pictures.append(_draw(f"{name}-{number}", sentence, sentence, lambda path, alike=alike: plot(alike, path)))

@@ -90,29 +90,22 @@ def comparison_table(results: list[ModelResult]) -> Table:
 
 def operations_table(results: list[ModelResult]) -> Table:
     """The non-linear operations of each model by their kinds, in the paper's notation, and FLOPs."""
-    kinds = list(dict.fromkeys(each.name for result in results for each in result.operations.nonlinear))
-    reference = common_facts(map(operation_facts, results))
     notes = Notes()
-    flops = flops_measures(results)
-    columns = [_cells(measure, notes) for measure in flops]
-    rows = []
-    for result, *numbers in zip(results, *columns, strict=True):
-        note = notes.letter(describe_difference(operation_facts(result), reference))
-        shapes = [_describe_operations(result.operations.nonlinear, kind) for kind in kinds]
-        rows.append([_heading(result), *(Cell(text, note=note if text else "") for text in shapes), *numbers])
+    in_blocks = _operation_columns([result.operations.nonlinear for result in results], results, notes)
+    apart = _operation_columns([result.operations.apart for result in results], results, notes)
+    flops = {measure.title: _cells(measure, notes) for measure in flops_measures(results)}
+    groups = {"Non-linear in the blocks": in_blocks, "Apart from them": apart, "FLOPs": flops}
+    columns = [cells for group in groups.values() for cells in group.values()]
     return Table(
         caption="What a forward pass takes",
-        columns=[
-            MODEL,
-            *(Column(kind, "Non-linear operations") for kind in kinds),
-            *(Column(measure.title, "FLOPs") for measure in flops),
-        ],
-        rows=rows,
+        columns=[MODEL, *(Column(title, group) for group, cells in groups.items() for title in cells)],
+        rows=[[_heading(result), *cells] for result, *cells in zip(results, *columns, strict=True)],
         notes=notes.texts,
         remarks={
             "Signs": "144 × R^(128×128) stands for 144 tensors of this shape. –: the architecture has none. Bold: the "
             "least. k, M, G, T: thousands, millions, billions, trillions.",
-            "Counted": f"For {reference['sequence']}, in the blocks alone, as the paper counts.",
+            "Counted": f"For {common_facts(map(operation_facts, results))['sequence']}. The paper counts what is in "
+            'the blocks; its FLOPs of attention leave out half of one product, and "in full" has both.',
         },
     )
 
@@ -340,8 +333,15 @@ def _list_common(measured: list, facts: Callable[..., Facts]) -> str:
     return list_facts(common_facts(map(facts, measured)))
 
 
-def _describe_operations(operations: list[NonlinearOperation], kind: str) -> str:
-    shapes = [
-        (operation.count, "×".join(map(str, operation.shape))) for operation in operations if operation.name == kind
-    ]
-    return " + ".join(f"{count:,} × R^({shape})" for count, shape in shapes)
+def _operation_columns(
+    operations: list[list[NonlinearOperation]], results: list[ModelResult], notes: Notes
+) -> dict[str, list[Cell]]:
+    """The shapes of each kind of operation, for each model."""
+    reference = common_facts(map(operation_facts, results))
+    letters = [notes.letter(describe_difference(operation_facts(result), reference)) for result in results]
+    kinds = dict.fromkeys(each.name for of_model in operations for each in of_model)
+    columns = {}
+    for kind in kinds:
+        texts = [" + ".join(each.text for each in of_model if each.name == kind) for of_model in operations]
+        columns[kind] = [Cell(text, note=note if text else "") for text, note in zip(texts, letters, strict=True)]
+    return columns

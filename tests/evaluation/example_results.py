@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from evaluation.entropy_diagnostics import HeadDiagnostics, HeadwiseEntropy
-from evaluation.operation_counts import NonlinearOperation, OperationCounts
+from evaluation.operation_counts import count_operations
 from evaluation.perplexity import Likelihood, Part, Windows
 from evaluation.results import (
     Architecture,
@@ -20,6 +20,7 @@ from evaluation.results import (
     TaskScore,
     TrainingResult,
 )
+from modeling_entropy_gpt import EntropyGPTConfig
 
 
 VERSIONS = {"python": "3.11.7", "entropy-gpt": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
@@ -93,7 +94,11 @@ def example_heads(overloaded=0.3, layers=12, heads=12, context=128, seed=0, **ch
 
 def example_tasks(seed=0, **changes):
     random = np.random.default_rng(seed)
-    accuracies = {("local_blimp", "acc"): 67000, ("local_hellaswag", "acc"): 10042, ("local_hellaswag", "acc_norm"): 10042}
+    accuracies = {
+        ("local_blimp", "acc"): 67000,
+        ("local_hellaswag", "acc"): 10042,
+        ("local_hellaswag", "acc_norm"): 10042,
+    }
     scores = [
         TaskScore(task, "1.0", metric, random.uniform(0.28, 0.72), 0.0046, samples, True, 0)
         for (task, metric), samples in accuracies.items()
@@ -130,14 +135,9 @@ def example_cost(gigabytes=25.32, minutes=8.21, **changes):
     return PrivateCost(**{**plain, **changes})
 
 
-def example_operations(notation="SM+LN+G", layers=12, heads=12, width=768, context=128):
-    nonlinear = [NonlinearOperation("softmax", [context, context], layers * heads)]
-    if "LN" in notation:
-        nonlinear.append(NonlinearOperation("LayerNorm", [context, width], 2 * layers))
-    if activation := {"G": "GELU", "R": "ReLU"}.get(notation.rpartition("+")[2]):
-        nonlinear.append(NonlinearOperation(activation, [context, 4 * width], layers))
-    ffn_maps = 1 if "Fu" in notation else 8
-    return OperationCounts(context, nonlinear, ffn_maps * 2 * context * width**2 * layers, 7_700_000_000)
+def example_operations(notation="SM+LN+G", context=128):
+    config = EntropyGPTConfig.from_notation(notation, n_layer=12, n_head=12, n_embd=768, n_positions=128)
+    return count_operations(config, context)
 
 
 def example_training(steps=1500, converted_from=None, **told):
@@ -148,7 +148,9 @@ def example_training(steps=1500, converted_from=None, **told):
 def example_result(name="a model", notation="SM+LN+G", operations=None, **parts) -> ModelResult:
     architecture = Architecture(notation, "layernorm", 124439808, 12, 12, 768, 128, 50257)
     operations = operations or example_operations(notation)
-    return ModelResult(name, f"sha256:{hashlib.sha256(name.encode()).hexdigest()[:16]}", architecture, operations, **parts)
+    return ModelResult(
+        name, f"sha256:{hashlib.sha256(name.encode()).hexdigest()[:16]}", architecture, operations, **parts
+    )
 
 
 def example_results(costs=True, tasks=True) -> list[ModelResult]:

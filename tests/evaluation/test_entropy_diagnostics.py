@@ -107,9 +107,7 @@ def test_spectral_norms_are_largest_singular_values(notation):
         block.attn.c_attn.temperature_of, block.attn.c_attn.scaling_of = block.attn.temperature, block.attn.scaling
         block.attn.c_attn.register_forward_hook(keep)
     heads = diagnose_heads(model, blocks_of(tokens))
-    torch.testing.assert_close(
-        torch.tensor(heads.logit_spectral_norms).double(), torch.stack(seen), rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(torch.tensor(heads.logit_spectral_norms).double(), torch.stack(seen), rtol=1e-3, atol=0)
 
 
 def test_spectral_norms_of_close_and_of_no_singular_values():

@@ -92,13 +92,12 @@ def test_flops_are_those_that_torch_counts(notation):
     assert by_module["Global"] == counts.computed_attention_flops + counts.ffn_flops - scales + counts.head_flops
 
 
-# What is linear in what the input decides; products also of two such tensors, which the FLOPs count.
+# What is linear in what the input decides; products of matrices also if it decides both, which the FLOPs count.
 LINEAR = {
     *("linear", "addmm", "mm", "bmm", "matmul", "embedding", "add", "sub", "rsub", "neg", "mean", "sum"),
     *("view", "reshape", "transpose", "permute", "split", "split_with_sizes", "slice", "select", "expand", "t"),
     *("unsqueeze", "squeeze", "contiguous", "clone", "to", "_to_copy", "dropout", "getitem", "cat", "unbind", "alias"),
 }
-LINEAR_IN_ONE = {"mul", "div"}
 
 
 def nonlinear_nodes(model: nn.Module) -> list[torch.fx.Node]:
@@ -110,12 +109,12 @@ def nonlinear_nodes(model: nn.Module) -> list[torch.fx.Node]:
         of_secret = [argument for argument in node.all_input_nodes if argument in secret]
         if node.op == "placeholder" and node.name == tokens:
             secret.add(node)
-        elif node.op == "call_function" and of_secret:
+        elif node.op == "call_function" and of_secret and node.meta["val"] is not None:  # others only assert
             secret.add(node)
             name = "getitem" if node.target is operator.getitem else node.target.__name__.partition(".")[0]
-            name = name.removesuffix("_") if name != "_to_copy" else name
-            one = name in LINEAR_IN_ONE and len(of_secret) == 1 and node.args[0] in secret and node.args.count(of_secret[0]) == 1
-            if name not in LINEAR and not one:
+            secret_arguments = [argument for argument in node.args if argument in secret]
+            is_scale = name == "mul" or (name == "div" and node.args[0] in secret)
+            if name not in LINEAR and not (is_scale and len(secret_arguments) == 1):
                 found.append(node)
     return found
 

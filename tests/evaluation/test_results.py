@@ -22,7 +22,7 @@ def test_results_are_read_back_as_they_were_written(tmp_path):
         ("[]", "holds something else"),
         ('{"schema_version": 1, "results": []}', "holds something else"),
         ('{"kind": "a conversion", "schema_version": 2, "content": []}', "holds a conversion"),
-        ('{"kind": "results of models", "schema_version": 1, "content": []}', "schema version 1"),
+        ('{"kind": "results of models", "schema_version": 1, "content": []}', "is of schema version 1"),
         ('{"kind": "results of models", "schema_version": 2, "content": [{}]}', r"is broken: 0\.name"),
     ],
 )

@@ -1,7 +1,7 @@
 """Perplexity as a metric of HuggingFace's `evaluate`, for models that need their own code too.
 
-    metric = evaluate.load("evaluation/metrics/perplexity")
-    metric.compute(predictions=texts, model_id="path/to/folder", trust_remote_code=True)
+metric = evaluate.load("evaluation/metrics/perplexity")
+metric.compute(predictions=texts, model_id="path/to/folder", trust_remote_code=True)
 """
 
 import datasets
