@@ -33,7 +33,11 @@ def evaluate(
     text_column: Annotated[str, typer.Option(help="Column of a data set that holds the text.")] = "text",
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with each model.")] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens that a model sees at once (default: all models' least, up to 1024).")
+        int | None,
+        typer.Option(
+            help="Tokens that a model sees at once (default: one less than the fewest positions of a model, up to "
+            "1023: trained on blocks of its own length, a model has never predicted from its last position)."
+        ),
     ] = None,
     stride: Annotated[
         int | None,

@@ -22,7 +22,7 @@ from .errors import CommandError
 from .measurement import MeasuredText
 
 
-LONGEST_CONTEXT = 1024
+LONGEST_BLOCK = 1024
 # What --frequency-text calls the other part of the text.
 TRAINING = "training"
 
@@ -169,7 +169,8 @@ def find_windows(job: Job, candidates: list[Candidate]) -> Windows:
         `CommandError`: If a model can't see so much, or tokens would be left out.
     """
     most = min(candidate.config.n_positions for candidate in candidates)
-    context = min(most, LONGEST_CONTEXT) if job.context is None else job.context
+    # The last position of a model that was trained on blocks of its own length has never predicted anything.
+    context = max(1, min(most, LONGEST_BLOCK) - 1) if job.context is None else job.context
     windows = Windows(context, context if job.stride is None else job.stride, job.separate, job.bos)
     for candidate in candidates:
         try:

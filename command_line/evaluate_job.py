@@ -13,10 +13,10 @@ from rich.table import Table
 from transformers.utils import logging
 
 from conversion.errors import ConversionError
+from evaluation.errors import TaskError
 from evaluation.head_plots import plot_comparison, plot_head_diagnostics
 from evaluation.perplexity import Windows
 from evaluation.results import ModelResult, load_results, save_results
-from evaluation.task_scores import TaskError, check_tasks, local_tasks, score_tasks
 from training.files import is_finished, written_whole
 from training.sources import Source
 
@@ -69,7 +69,8 @@ def run(job: Job, output: Path, overwrite: bool, dry_run: bool):
     logging.set_verbosity_error()
     try:
         check_options(job)
-        check_tasks(job.task_names, job.task_data)
+        if job.task_names:
+            _lm_eval().check_tasks(job.task_names, job.task_data)
         with progress_display(console) as progress:
             with stage(progress, "looking at the models", len(job.models)) as line:
                 candidates = []
@@ -96,9 +97,16 @@ def run(job: Job, output: Path, overwrite: bool, dry_run: bool):
 
 def print_tasks():
     """Lists the tasks for data of one's own."""
-    for name, description in local_tasks().items():
+    for name, description in _lm_eval().local_tasks().items():
         console.print(f"{name}: {description}", markup=False, soft_wrap=True)
     console.print("Others are known by the names that lm-eval gives them, and fetched from the Hub.")
+
+
+def _lm_eval():
+    """What calls lm-eval, which takes seconds to load: only where tasks are asked for."""
+    from evaluation import task_scores
+
+    return task_scores
 
 
 def _describe(job: Job, source: Source, windows: Windows) -> dict:
@@ -145,10 +153,10 @@ def _measure_all(
     results: list[ModelResult] = []
     for candidate in candidates:
         model = load_model(candidate.source, job)
-        result = describe_model(model, candidate.name, windows.context)
+        result = describe_model(model, candidate.name, windows)
         known = [one for one in earlier if (one.name, one.weights) == (result.name, result.weights)]
         results += known or [_measure(model, result, candidate, source, windows, job, progress)]
-        if len(results) == 1:  # nothing was written before all was known to be good
+        if not output.exists() or not (output / SETTINGS).exists():  # nothing before something is measured
             with written_whole(output / SETTINGS) as path:
                 path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         with written_whole(output / RESULTS) as path:
@@ -169,6 +177,19 @@ def _measure(
     result.likelihood = measure_text(model, text, progress, name, job.batch_tokens, **breakdown)
     if job.head_tokens:
         result.heads = measure_heads(model, text, progress, name, job.head_tokens, job.batch_tokens)
+    if job.task_names:
+        batch_size = max(1, job.batch_tokens // windows.context)
+        with stage(progress, f"{name}: tasks") as line:
+            result.tasks = _lm_eval().score_tasks(
+                model,
+                candidate.tokenizer,
+                job.task_names,
+                job.task_data,
+                batch_size,
+                job.limit,
+                job.seed,
+                on_requests=line.reach,
+            )
     return result
 
 

@@ -62,15 +62,13 @@ class MeasuredText:
         """Number of tokens, those between documents included."""
         return sum(len(document.input_ids) for document in self.documents)
 
-    def blocks(self, most_tokens: int) -> Dataset:
-        """
-        Blocks as long as the windows, or as the text if that is shorter, evenly spread over it: column `input_ids`.
-        """
+    def blocks(self, length: int, most_tokens: int) -> Dataset:
+        """Blocks of a length, or of the text's if that is shorter, evenly spread over it: column `input_ids`."""
         ends = [self.tokenizer.eos_token_id] if self.windows.separate else []
         stream = np.concatenate([ids for text in self.documents for ids in (text.input_ids, ends)]).astype(np.int64)
-        context = min(self.windows.context, len(stream))
-        rows = stream[: len(stream) // context * context].reshape(-1, context)
-        chosen = np.linspace(0, len(rows) - 1, min(len(rows), max(1, most_tokens // context))).round().astype(int)
+        length = min(length, len(stream))
+        rows = stream[: len(stream) // length * length].reshape(-1, length)
+        chosen = np.linspace(0, len(rows) - 1, min(len(rows), max(1, most_tokens // length))).round().astype(int)
         return Dataset.from_dict({"input_ids": rows[chosen]})
 
 
@@ -79,11 +77,14 @@ def read_text(
     revision: str,
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
-    context: int,
+    block_size: int,
     most_tokens: int | None = None,
 ) -> MeasuredText:
-    """The text as `entropy-gpt evaluate` reads it if nobody says otherwise."""
-    windows = Windows(context, stride=context, separate=False, bos=False)
+    """
+    The text as `entropy-gpt evaluate` reads it if nobody says otherwise: windows that hold a block of the training,
+    whose last token is predicted and not seen.
+    """
+    windows = Windows(block_size - 1, stride=block_size - 1, separate=False, bos=False)
     documents = [document.compact() for document in tokenize(texts, tokenizer, False, False, most_tokens)]
     return MeasuredText(name, revision, tokenizer, documents, windows)
 
@@ -107,15 +108,15 @@ def measure_model(
         seed (`int`): Of weights and data order.
         progress (`Progress`): Where it shows.
     """
-    result = describe_model(model, name, text.windows.context)
+    result = describe_model(model, name, text.windows)
     result.training = training
     result.likelihood = measure_text(model, text, progress, result.title, seed=seed)
     result.heads = measure_heads(model, text, progress, result.title, seed=seed)
     return result
 
 
-def describe_model(model: EntropyGPTForCausalLM, name: str, context: int) -> ModelResult:
-    """What a model is, and what a forward pass over `context` tokens takes; nothing measured yet."""
+def describe_model(model: EntropyGPTForCausalLM, name: str, windows: Windows) -> ModelResult:
+    """What a model is, and what a forward pass over a window takes; nothing measured yet."""
     config = model.config
     return ModelResult(
         name=name,
@@ -126,7 +127,7 @@ def describe_model(model: EntropyGPTForCausalLM, name: str, context: int) -> Mod
             parameters=model.num_parameters(),
             **{size: getattr(config, size) for size in (*SIZES, "n_positions", "vocab_size")},
         ),
-        operations=count_operations(config, context),
+        operations=count_operations(config, _block_length(model, windows)),
     )
 
 
@@ -172,13 +173,18 @@ def measure_heads(
 ) -> HeadResult:
     """Measures what the heads do on blocks of the text; arguments as for [`measure_text`]."""
     started = time.perf_counter()
-    blocks = text.blocks(most_tokens)
+    blocks = text.blocks(_block_length(model, text.windows), most_tokens)
     context = len(blocks[0]["input_ids"])
     with stage(progress, f"{title}: attention heads", len(blocks)) as line:
         heads = diagnose_heads(model, blocks, max(1, batch_tokens // context), line.advance)
         line.say(f"mean entropy {heads.entropy.mean:.2f} nats")
     conditions = _conditions(model, text, context, heads.rows, seed)
     return HeadResult(heads, conditions, time.perf_counter() - started)
+
+
+def _block_length(model: EntropyGPTForCausalLM, windows: Windows) -> int:
+    """Tokens of a window with the last one predicted, as far as the model has positions for them."""
+    return min(windows.context + 1, model.config.n_positions)
 
 
 def _conditions(

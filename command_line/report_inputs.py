@@ -58,8 +58,8 @@ def merge_results(loaded: dict[Path, list[ModelResult]]) -> list[ModelResult]:
     merged: list[tuple[Path, ModelResult]] = []
     for file, results in loaded.items():
         names = [result.name for result in results]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise CommandError(f"{file} calls two models {twice!r}. Measure them under names of their own.")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise CommandError(f"{file} calls two models {twice[0]!r}. Measure them under names of their own.")
         for result in results:
             for index, (first_file, known) in enumerate(merged):
                 if (whole := _merge(known, result)) is not None:
@@ -71,8 +71,8 @@ def merge_results(loaded: dict[Path, list[ModelResult]]) -> list[ModelResult]:
     files = [file for file, _ in merged]
     named = [result if names.count(result.name) == 1 else _rename(result, file, files) for file, result in merged]
     names = [result.name for result in named]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise CommandError(f"Two models would be called {twice!r}. Measure one under another name.")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise CommandError(f"Two models would be called {twice[0]!r}. Measure one under another name.")
     return named
 
 

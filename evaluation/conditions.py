@@ -21,10 +21,10 @@ def list_settings(settings: dict) -> str:
 def describe_windows(windows: Windows) -> str:
     """What a model saw at once, in words."""
     overlap = (
-        "without overlap" if windows.stride == windows.context else f"{windows.stride:,} tokens further each time"
+        " without overlap" if windows.stride == windows.context else f", {windows.stride:,} tokens further each time"
     )
     begin = "after a beginning-of-text token" if windows.bos else "without a beginning-of-text token"
-    return f"windows of {windows.context:,} tokens {overlap}, documents {_order(windows)}, {begin}"
+    return f"windows of {windows.context:,} tokens{overlap}, documents {_order(windows)}, {begin}"
 
 
 def describe_origin(versions: dict[str, str], revision: str | None, machine: str) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pyarrow.compute
 import torch
 from datasets import Dataset
 from pydantic.dataclasses import dataclass
@@ -25,12 +26,10 @@ COLLAPSE = 0.05
 RANGE_BEGINNINGS = (1 / 4, 1 / 2, OVERLOAD)
 
 QUANTILE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
-# For the quantiles, row entropies are counted in steps of log(T) / 4096, and so right to half a step.
+# For the quantiles, row entropies are counted by the nearest of 0, 1 / 4096, 2 / 4096 ... of log T.
 ENTROPY_STEPS = 4096
 # The diversity is taken from so many rows of a sequence at most.
 DIVERSITY_ROWS = 64
-# How the attention is called that looks on.
-WATCHED = "entropy_gpt_diagnostics"
 # Enough for three right digits of a singular value, however close the others come (see `logit_spectral_norms`).
 SQUARINGS = 10
 
@@ -100,7 +99,8 @@ class HeadDiagnostics:
         entropy ([`HeadwiseEntropy`]): Mean row entropy of each head.
         quantile_levels (`list[float]`): Which quantiles are given, such as 0.05 and 0.5.
         entropy_quantiles (`list[list[list[float]]]`):
-            Quantiles of each head's row entropies in nats, `(layers, heads, levels)`, right to log(T) / 8192.
+            Quantiles of each head's row entropies in nats, `(layers, heads, levels)`, right to log(T) / 8192,
+            with linear interpolation between two rows as in `torch.quantile`.
         sink_share (`list[list[float]]`): Mean probability of the first key, over rows that see others too.
         uniform_sink_share (`float`): The same of a head that spreads its attention evenly.
         diversity (`list[float]`):
@@ -142,10 +142,11 @@ def diagnose_heads(
         on_blocks: Called with the number of blocks after each forward pass, for progress.
 
     Raises:
-        `ValueError`: If there are no blocks, or they are not of one length.
+        `ValueError`: If there are no blocks, or they are not of one length of at least 2 tokens.
     """
     length = _common_length(blocks)
-    layers = [_LayerSums(model.config.n_head, length, model.device) for _ in range(model.config.n_layer)]
+    devices = [block.attn.c_attn.weight.device for block in model.base_model.h]
+    layers = [_LayerSums(model.config.n_head, length, device) for device in devices]
     with evaluation_mode(model), _watched_attention(model, layers):
         for input_ids in batches(blocks, batch_size, model.device):
             model.base_model(input_ids, use_cache=False)
@@ -165,13 +166,15 @@ def diagnose_heads(
 
 def _common_length(blocks: Dataset) -> int:
     """The length of all blocks; `ValueError` if there is no such one, or it is too short."""
-    lengths = {len(block) for block in blocks["input_ids"]}
-    if len(lengths) != 1:
-        raise ValueError(f"Blocks have to be there, and of one length: {len(blocks)} of {sorted(lengths)} tokens.")
-    (length,) = lengths
-    if length < 2:
-        raise ValueError(f"Blocks of {length} token have no row that could choose between keys: give at least 2.")
-    return length
+    if not len(blocks):
+        raise ValueError("There are no blocks: give at least one, of at least 2 tokens.")
+    rows = blocks.with_format("arrow")[:]["input_ids"]
+    lengths = sorted(pyarrow.compute.unique(pyarrow.compute.list_value_length(rows)).to_pylist())
+    if len(lengths) > 1:
+        raise ValueError(f"The blocks have {lengths[0]} to {lengths[-1]} tokens: cut them to one length.")
+    if lengths[0] < 2:
+        raise ValueError(f"Blocks of {lengths[0]} token have no row with a choice between keys: give at least 2.")
+    return lengths[0]
 
 
 @contextmanager
@@ -184,12 +187,14 @@ def _watched_attention(model: EntropyGPTPreTrainedModel, layers: "list[_LayerSum
         return output.transpose(1, 2), None
 
     own = model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(WATCHED, attend)
-    model.config._attn_implementation = WATCHED
+    watched = f"watched_{id(layers)}"  # two models may be looked at in two threads
+    ALL_ATTENTION_FUNCTIONS[watched] = attend
+    model.config._attn_implementation = watched
     try:
         yield
     finally:
         model.config._attn_implementation = own
+        del ALL_ATTENTION_FUNCTIONS[watched]
 
 
 def logit_spectral_norms(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -256,7 +261,8 @@ def head_divergences(
     logits = torch.matmul(query * (scaling * LOG2_E), key.mT).sub_(log_sum_exp[:, :, rows, None])
     later = torch.arange(key.shape[2], device=key.device) > rows[:, None]
     probabilities = logits.masked_fill_(later, -math.inf).exp2_()
-    return torch.special.entr(probabilities.mean(dim=1)).sum(dim=-1) - entropies[:, :, rows].mean(dim=1)
+    entropy_of_mean = torch.special.entr(probabilities.mean(dim=1)).sum(dim=-1)
+    return (entropy_of_mean - entropies[:, :, rows].mean(dim=1)).clamp(min=0)  # below 0 by rounding alone
 
 
 class _LayerSums:
@@ -296,8 +302,9 @@ class _LayerSums:
         self._histogram += self._count(entropies)
 
     def _count(self, entropies: torch.Tensor) -> torch.Tensor:
-        """How many rows of each head fall into each step."""
-        steps = (entropies * (ENTROPY_STEPS / math.log(self.length))).nan_to_num().long().clamp(0, ENTROPY_STEPS)
+        """How many rows of each head are nearest to each step."""
+        steps = entropies * (ENTROPY_STEPS / math.log(self.length))
+        steps = steps.nan_to_num().round().long().clamp(0, ENTROPY_STEPS)
         heads, width = self._histogram.shape
         steps += width * torch.arange(heads, device=steps.device)[:, None]
         return torch.bincount(steps.flatten(), minlength=heads * width).view(heads, width)
@@ -310,8 +317,11 @@ class _LayerSums:
         """In nats, `(heads, levels)`; NaN for a head with a row that has no entropy."""
         ranks = torch.tensor(QUANTILE_LEVELS, dtype=torch.float64) * (self.sequences * self.length - 1)
         reached = self._histogram.cumsum(dim=1).double().cpu()
-        steps = torch.searchsorted(reached, ranks.expand(len(reached), -1).contiguous(), right=True)
-        quantiles = (steps + 0.5).clamp(max=ENTROPY_STEPS) * (math.log(self.length) / ENTROPY_STEPS)
+        below, above = (
+            torch.searchsorted(reached, rank.expand(len(reached), -1).contiguous(), right=True).double()
+            for rank in (ranks.floor(), ranks.ceil())
+        )
+        quantiles = below.lerp(above, ranks.frac()) * (math.log(self.length) / ENTROPY_STEPS)
         return quantiles.where(~self._entropies.isnan().cpu()[:, None], math.nan).tolist()
 
     def sink_shares(self) -> list[float]:

@@ -30,8 +30,8 @@ def build_report(results: list[ModelResult], runs: list[RunLog]) -> Page:
     if not results:
         raise ValueError("There are no models to report on: give one at least.")
     names = [result.name for result in results]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"Two models are called {twice!r}. Give each a name of its own.")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"Two models are called {twice[0]!r}. Give each a name of its own.")
     sections = {
         "Comparison": [comparison_table(results)],
         "Perplexity and cost": tradeoff_blocks(results),

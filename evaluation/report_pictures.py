@@ -97,7 +97,6 @@ def prediction_pictures(results: list[ModelResult]) -> list[Picture]:
 def head_pictures(results: list[ModelResult]) -> list[Picture]:
     """Entropies of heads side by side, their quantiles by layer, and all that is known of each model's heads."""
     with_heads = [result for result in results if result.heads is not None]
-    with_quantiles = [result for result in with_heads if result.heads.heads.quantile_levels]
     alone = [
         _draw(
             f"heads-{number}",
@@ -120,7 +119,7 @@ def head_pictures(results: list[ModelResult]) -> list[Picture]:
             "quantiles",
             "How the entropies of attention rows are spread in each layer (quantiles of each head's rows, averaged "
             "over the layer's heads, and the median of each head)",
-            with_quantiles,
+            with_heads,
             head_facts,
             plot_entropy_quantiles,
         ),

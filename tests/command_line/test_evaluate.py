@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel
 
 from command_line.evaluate_inputs import short_names
+from command_line.main import main
 from evaluation.results import load_results
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.tokenizer import train_tokenizer
@@ -51,6 +52,20 @@ def run(*words, cwd=None, **environment):
     )
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """The same in this process, for what is refused."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["entropy-gpt", "evaluate", *map(str, words)])
+        status = main()
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, output.out, output.err)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def finished(models, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "out"
@@ -73,13 +88,13 @@ def test_two_models_side_by_side(finished, models, text):
         assert abs(likelihood.tokens - 2999) <= 10  # ends of documents do not count as text
         assert sum(part.tokens for part in likelihood.by_position) == likelihood.tokens
         assert sum(part.nats for part in likelihood.by_frequency) == pytest.approx(likelihood.nats)
-        assert (likelihood.windows.context, likelihood.windows.stride) == (64, 40)
+        assert (likelihood.windows.context, likelihood.windows.stride) == (63, 40)
         # The first window, predicted by transformers alone.
         model = AutoModelForCausalLM.from_pretrained(models / name, trust_remote_code=True)
-        first = torch.tensor([ids[:65]])
+        first = torch.tensor([ids[:64]])
         with torch.no_grad():
-            nats = model(first[:, :64]).logits.log_softmax(-1).gather(2, first[:, 1:, None]).neg().sum().item()
-        few = run(models / name, "--text", text, "--max-tokens", 65, "--head-tokens", 0, "--output", output / name)
+            nats = model(first[:, :63]).logits.log_softmax(-1).gather(2, first[:, 1:, None]).neg().sum().item()
+        few = run(models / name, "--text", text, "--max-tokens", 64, "--head-tokens", 0, "--output", output / name)
         (short,) = load_results(output / name / "results.json")
         assert short.likelihood.likelihood.nats == pytest.approx(nats, rel=1e-5), few.stderr
         assert short.heads is None
@@ -104,7 +119,7 @@ def test_what_is_measured_is_kept_and_not_measured_again(finished, models):
     assert after[1].likelihood.likelihood == before[1].likelihood.likelihood
     other = run(models / "gpt2", *words[:2], "--output", output)
     assert other.returncode == 1
-    assert "stride 40 then, 64 now" in other.stderr
+    assert "stride 40 then, 63 now" in other.stderr
     assert "--overwrite" in other.stderr
     assert load_results(path) == after
 
@@ -161,7 +176,7 @@ def break_folder(models, folder, name):
     [
         (("--context", "65"), "gpt2: A context of 65 tokens is not possible: the model has 64 positions"),
         (("--context", "0"), "A context of 0 tokens"),
-        (("--stride", "65"), "A stride of 65 tokens is not possible: allowed are 1 to the context, 64"),
+        (("--stride", "65"), "A stride of 65 tokens is not possible: allowed are 1 to the context, 63"),
         (("--context", "8", "--stride", "9"), "A stride of 9 tokens"),
         (("--held-out",), "--held-out is about --text"),
         (("--text", "/nowhere"), "There is no /nowhere"),
@@ -174,13 +189,13 @@ def break_folder(models, folder, name):
         (("--text", "TEXT", "--split", "test"), "dataset_split=test does nothing here"),
     ],
 )
-def test_misuse_is_told_in_a_line_and_writes_nothing(words, message, models, text, tmp_path):
+def test_misuse_is_told_in_a_line_and_writes_nothing(words, message, models, text, tmp_path, run_here):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("x")
     places = {"EMPTY": tmp_path / "empty.txt", "SHORT": tmp_path / "short.txt", "TEXT": text}
     words = [places.get(word, word) for word in words]
     separate = ("--separate",) if places["SHORT"] in words else ()
-    process = run(models / "gpt2", *words, *separate, "--output", tmp_path / "out")
+    process = run_here(models / "gpt2", *words, *separate, "--output", tmp_path / "out")
     assert process.returncode == 1
     assert message in process.stderr
     assert len(process.stderr.splitlines()) == 1
@@ -195,24 +210,24 @@ def test_misuse_is_told_in_a_line_and_writes_nothing(words, message, models, tex
         ("another tokenizer", "they do not belong together"),
     ],
 )
-def test_models_that_can_not_be_measured(name, message, models, text, tmp_path):
+def test_models_that_can_not_be_measured(name, message, models, text, tmp_path, run_here):
     folder = break_folder(models, tmp_path / "model", name)
-    process = run(models / "ereg", folder, "--text", text, "--output", tmp_path / "out")
+    process = run_here(models / "ereg", folder, "--text", text, "--output", tmp_path / "out")
     assert process.returncode == 1
     assert message in process.stderr
     assert len(process.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_that_hold_no_model_of_the_family(models, text, tmp_path):
+def test_folders_that_hold_no_model_of_the_family(models, text, tmp_path, run_here):
     BertConfig().save_pretrained(tmp_path / "bert")
     (tmp_path / "nothing").mkdir()
     for folder in (tmp_path / "bert", tmp_path / "nothing", tmp_path / "missing"):
-        process = run(folder, "--text", text, "--output", tmp_path / "out")
+        process = run_here(folder, "--text", text, "--output", tmp_path / "out")
         assert process.returncode == 1
         assert str(folder) in process.stderr
         assert len(process.stderr.splitlines()) == 1
-    twice = run(models / "gpt2", models / "gpt2", "--text", text, "--output", tmp_path / "out")
+    twice = run_here(models / "gpt2", models / "gpt2", "--text", text, "--output", tmp_path / "out")
     assert "is given twice" in twice.stderr
 
 
