@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from conversion.errors import ConversionError
+from evaluation.conditions import describe_windows
 from evaluation.errors import TaskError
 from evaluation.head_plots import plot_comparison, plot_head_diagnostics
 from evaluation.perplexity import Windows
@@ -232,14 +233,6 @@ def table_row(result: ModelResult) -> tuple[str, ...]:
         f"{likelihood.bits_per_byte:.3f}",
         *entropies,
     )
-
-
-def describe_windows(windows: Windows) -> str:
-    """What a model saw at once, in words."""
-    overlap = "without overlap" if windows.stride == windows.context else f"{windows.stride} tokens further each time"
-    order = "each document alone" if windows.separate else "documents one after the other, end-of-text between them"
-    begin = "begun by the beginning-of-text token" if windows.bos else "no beginning-of-text token: the first is given"
-    return f"windows of {windows.context} tokens, {overlap}; {order}; {begin}"
 
 
 def _print_parts(result: ModelResult):

@@ -19,9 +19,10 @@ from transformers.utils import logging
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
 from conversion.simplification import target_config
+from evaluation.comparison import comparison_rows, conditions_text
 from evaluation.head_plots import plot_comparison, plot_headwise_entropy
+from evaluation.model_card import model_card
 from evaluation.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
-from evaluation.report import comparison_rows, conditions_text, model_card
 from evaluation.results import (
     ModelResult,
     TrainingResult,

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
-from evaluation.report import model_card
+from evaluation.model_card import model_card
 from evaluation.results import (
     TrainingResult,
     git_revision,

@@ -1,4 +1,4 @@
-"""What the attention heads of a model do: the Shannon entropy of their rows (arXiv 2501.03489, section 3), and more."""
+"""What attention heads do, told by the Shannon entropy of their rows (arXiv 2501.03489, section 3) and more."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -93,7 +93,7 @@ class HeadwiseEntropy:
 @dataclass(config=RECORD)
 class HeadDiagnostics:
     """
-    What the attention heads of a model do on a text. Lists of heads are `(layers, heads)`; what is not a number is NaN.
+    What attention heads do on a text. Lists of heads are `(layers, heads)`; a broken model gives NaN.
 
     Args:
         entropy ([`HeadwiseEntropy`]): Mean row entropy of each head.

@@ -42,18 +42,19 @@ def test_everything_is_there(finished):
     assert "Traceback" not in process.stderr
     results = load_results(output / "results.json")
     *trained, converted = results
-    assert [result.notation for result in trained] == list(ARCHITECTURES)
-    assert {result.converted_from for result in trained} == {None}
-    assert len({result.training_tokens for result in trained}) == 1
-    assert (converted.notation, converted.converted_from) == (TARGET, "SM+LN+G")
-    assert converted.training_steps == 5
+    assert [result.architecture.notation for result in trained] == list(ARCHITECTURES)
+    assert {result.training.converted_from for result in trained} == {None}
+    assert len({result.training.tokens for result in trained}) == 1
+    assert (converted.architecture.notation, converted.training.converted_from) == (TARGET, "SM+LN+G")
+    assert converted.training.steps == 5
     report = ConversionReport.load(output / "conversion" / "conversion_report.json")
     assert report.healing.steps == 5
-    assert math.exp(report.original_nats) == pytest.approx(trained[0].perplexity_per_token, rel=0.1)
+    assert math.exp(report.original_nats) == pytest.approx(trained[0].likelihood.likelihood.perplexity, rel=0.1)
     for name, result in zip(MODELS, results, strict=True):
-        assert f"{result.perplexity_per_token:.2f}" in process.stdout
-        assert result.notation in process.stdout
-        assert len(result.headwise_entropy_nats) == 4
+        assert result.name == name
+        assert f"{result.likelihood.likelihood.perplexity:.2f}" in process.stdout
+        assert result.architecture.notation in process.stdout
+        assert len(result.heads.heads.entropy.nats) == 4
         assert (output / "pictures" / f"entropy_{name}.png").stat().st_size > 5000
         folder = output / "models" / name
         for name in ("config.json", "model.safetensors", "modeling_entropy_gpt.py", "tokenizer.json", "README.md"):

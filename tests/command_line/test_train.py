@@ -100,8 +100,8 @@ def test_everything_is_there(run, finished):
     assert model.config.notation == "EReg(SM(t)+ScFuFFN)"
     assert len(AutoTokenizer.from_pretrained(output / "model")) == model.config.vocab_size
     (result,) = load_results(output / "model" / "results.json")
-    assert (result.training_steps, result.training_tokens) == (12, 12 * 8 * 32)
-    assert f"perplexity {result.perplexity_per_token:.2f}" in finished.stdout
+    assert (result.training.steps, result.training.tokens) == (12, 12 * 8 * 32)
+    assert f"perplexity {result.likelihood.likelihood.perplexity:.2f}" in finished.stdout
     log = RunLog.load(output)
     assert [record.step for record in log.entropies] == [0, 3, 6, 9, 12]
     assert log.entropies[-1].thresholds is not None

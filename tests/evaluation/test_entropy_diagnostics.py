@@ -1,6 +1,7 @@
 """What is told of attention heads, against attention matrices written out, and what it costs in memory."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def write_out(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities and unmasked logits of a model with eager attention, both `(layers, batch, heads, T, T)`."""
     all_logits = []
 
-    def keep(attention, output):
+    def keep(attention, linear, inputs, output):
         query, key, _ = (
             part.unflatten(-1, (model.config.n_head, -1)).transpose(1, 2) for part in output.double().chunk(3, dim=-1)
         )
@@ -47,10 +48,8 @@ def write_out(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             query = query * attention.temperature(torch.arange(tokens.shape[1])[None])
         all_logits.append(query @ key.mT / query.shape[-1] ** 0.5)
 
-    hooks = [
-        attention.c_attn.register_forward_hook(lambda module, inputs, output, attention=attention: keep(attention, output))
-        for attention in (block.attn for block in model.transformer.h)
-    ]
+    attentions = [block.attn for block in model.transformer.h]
+    hooks = [attention.c_attn.register_forward_hook(partial(keep, attention)) for attention in attentions]
     with torch.no_grad():
         probabilities = torch.stack(model(tokens, output_attentions=True).attentions)
     for hook in hooks:
@@ -164,9 +163,9 @@ def test_spectral_norms_of_close_and_of_no_singular_values():
     flat = torch.eye(64)[None]
     assert logit_spectral_norms(flat, flat, 0.125).item() == pytest.approx(0.125)
     assert logit_spectral_norms(torch.zeros(1, 5, 8), torch.zeros(1, 5, 8), 1.0).item() == 0
-    # As many values as weigh most, as near as hides the largest best.
-    close = torch.full((64,), 1 - 3.3 / 2**12).index_fill_(0, torch.tensor([5]), 1.0).diag()[None]
-    assert logit_spectral_norms(close, flat, 1.0).item() == pytest.approx(1.0, rel=1e-3)
+    for distance in torch.logspace(-5, -1, 50):  # all the others just below the largest
+        close = torch.full((64,), 1 - distance).index_fill_(0, torch.tensor([5]), 1.0).diag()[None]
+        assert logit_spectral_norms(close, flat, 1.0).item() == pytest.approx(1.0, rel=1e-3)
     query, key = torch.randn(2, 6, 300, 64)
     expected = torch.linalg.svdvals((query @ key.mT).double())[..., 0]
     for factor in (1e-8, 1.0, 1e8):
@@ -178,7 +177,7 @@ def test_spectral_norms_where_queries_and_keys_share_little():
     """Both have an offset a hundred times as large as the rest, and the two offsets are orthogonal."""
     query, key = torch.randn(2, 1, 200, 64)
     query[..., 0], key[..., 1] = 100.0, 100.0
-    expected = torch.linalg.svdvals((query.double() @ key.double().mT))[..., 0]
+    expected = torch.linalg.svdvals(query.double() @ key.double().mT)[..., 0]
     torch.testing.assert_close(logit_spectral_norms(query, key, 1.0), expected, rtol=1e-3, atol=0)
 
 
