@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,14 +33,14 @@ def tradeoff_blocks(results: list[ModelResult]) -> list[Paragraph | Picture]:
     perplexities, costs = perplexity_measure(results), traffic_measure(results)
     common = _in_both(perplexities, costs)
     if len(common) >= 2:
-        facts = costs.reference
         axis = f"sent in one private inference ({costs.unit})"
-        what = f"the bytes that all parties send in one private inference ({list_facts(facts)})"
+        what = f"the bytes that all parties send in one private inference ({list_facts(costs.reference)})"
         remark = ""
     else:
         costs = nonlinear_measure(results)
         common = _in_both(perplexities, costs)
-        axis = f"numbers that go through non-linear operations ({costs.unit})"
+        unit = f" ({costs.unit})" if costs.unit else ""
+        axis = f"numbers that go through non-linear operations{unit}"
         what = (
             f"the numbers that go through non-linear operations in a forward pass over {costs.reference['sequence']}"
         )
@@ -66,7 +67,7 @@ def tradeoff_blocks(results: list[ModelResult]) -> list[Paragraph | Picture]:
             f"Perplexity per token against {what}. {read}.",
             f"Perplexity per token against {what}. On the front, where no other model is better in one without being "
             f"worse in the other: {list_names(front)}.{remark}",
-            lambda path: plot_tradeoff(names, *map(list, zip(*points, strict=True)), axis, path),
+            partial(plot_tradeoff, names, *map(list, zip(*points, strict=True)), axis),
         )
     ]
 
@@ -103,7 +104,7 @@ def head_pictures(results: list[ModelResult]) -> list[Picture]:
             f"Entropy and its spread, attention to the first token, spectral norms of the logits and diversity of the "
             f"attention heads of {result.name}.",
             f"The attention heads of {result.name} ({result.title}).",
-            lambda path, result=result: plot_head_diagnostics(replace(result, name=shorten(result.name)), path),
+            partial(plot_head_diagnostics, replace(result, name=shorten(result.name))),
         )
         for number, result in enumerate(with_heads, 1)
     ]
@@ -146,7 +147,7 @@ def run_pictures(runs: list[RunLog]) -> list[Picture]:
         suited = [run for run in runs if is_for(run)]
         if suited:
             sentence = f"{what}: {'; '.join(run_titles(suited))}."
-            pictures.append(_draw(f"training-{name}", sentence, sentence, lambda path: plot(suited, path)))  # noqa: B023
+            pictures.append(_draw(f"training-{name}", sentence, sentence, partial(plot, suited)))
     return pictures
 
 
@@ -175,8 +176,8 @@ def _draw_alike(
     for number, (kind, alike) in enumerate(kinds.items(), 1):
         sentence = f"{what}: {', '.join(result.name for result in alike)}."
         if difference := describe_difference(dict(kind), common):
-            sentence += f" Not to be compared with the picture before, for other conditions: {difference}."
-        pictures.append(_draw(f"{name}-{number}", sentence, sentence, lambda path, alike=alike: plot(alike, path)))
+            sentence += f" Not to be compared with the first picture of this kind, for other conditions: {difference}."
+        pictures.append(_draw(f"{name}-{number}", sentence, sentence, partial(plot, alike)))
     return pictures
 
 

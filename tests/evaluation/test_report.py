@@ -218,7 +218,10 @@ def test_no_picture_sets_what_can_not_be_compared_side_by_side(without_drawing):
     assert "Not drawn, for want of numbers that can be compared: gpt2-small." in picture.caption
     common, apart = [picture for picture in prediction_pictures(results) if picture.name.startswith("positions")]
     assert "relu, softmax-only, proposal." in common.caption
-    assert "gpt2-small. Not to be compared with the picture before, for other conditions: context: 64" in apart.caption
+    assert (
+        "gpt2-small. Not to be compared with the first picture of this kind, for other conditions: context: 64"
+        in apart.caption
+    )
     common, apart = [picture for picture in head_pictures(results) if picture.name.startswith("entropies")]
     assert common.caption.endswith("relu, softmax-only, proposal.")
     assert "gpt2-small. Not to be compared" in apart.caption
