@@ -213,8 +213,7 @@ def _print_results(results: list[ModelResult]):
     console.print(table)
     windows = results[0].likelihood.likelihood.windows
     console.print(escape(describe_windows(windows)), style="dim", soft_wrap=True)
-    for result in results:
-        _print_parts(result)
+    _print_parts(results)
     if any(result.tasks is not None for result in results):
         _print_scores(results)
 
@@ -235,22 +234,24 @@ def table_row(result: ModelResult) -> tuple[str, ...]:
     )
 
 
-def _print_parts(result: ModelResult):
+def _print_parts(results: list[ModelResult]):
     """Perplexities of some of the tokens, where they were asked for."""
-    likelihood = result.likelihood.likelihood
+    likelihoods = [result.likelihood.likelihood for result in results]
     kinds = {
-        "tokens seen before": likelihood.by_position,
-        f"times in {likelihood.frequency_text}": likelihood.by_frequency,
+        "tokens seen before": [likelihood.by_position for likelihood in likelihoods],
+        f"times in {likelihoods[0].frequency_text}": [likelihood.by_frequency for likelihood in likelihoods],
     }
     for title, parts in kinds.items():
-        if parts is None:
+        if None in parts:
             continue
-        table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, title=escape(result.name), title_justify="left")
-        table.add_column(escape(title))
-        for heading in ("tokens", "ppl per token"):
-            table.add_column(heading, justify="right")
-        for part in parts:
-            table.add_row(part.range, f"{part.tokens:,}", f"{part.perplexity:.2f}")
+        table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+        table.add_column(escape(title), overflow="fold")
+        for result in results:
+            table.add_column(f"{escape(result.name)}\nppl per token", justify="right", overflow="fold")
+        ranges = {part.begin: part.range for model_parts in parts for part in model_parts}
+        shown = [{part.begin: f"{part.perplexity:.2f}" for part in model_parts} for model_parts in parts]
+        for begin in sorted(ranges):
+            table.add_row(ranges[begin], *(perplexities.get(begin, "") for perplexities in shown))
         console.print(table)
 
 

@@ -23,6 +23,8 @@ from .results import ModelResult
 
 
 MOST_IN_A_ROW = 4
+# Sinks are drawn on a scale that ends no lower than here.
+LEAST_SINK_SCALE = 0.2
 BAND_COLOR, MEDIAN_COLOR, LIMIT_COLOR = "#56B4E9", "#0072B2", "#D55E00"
 
 
@@ -82,15 +84,21 @@ def plot_head_diagnostics(result: ModelResult, path: Path):
         path (`Path`): The PNG to write.
     """
     heads = result.heads.heads
-    height = 3.6 + 2 * max(2.6, 1.0 + 0.26 * len(heads.diversity))
-    figure = Figure(figsize=(12.4, height), dpi=DOTS_PER_INCH, layout="constrained")
+    body, bottom_height = max(2.6, 1.0 + 0.26 * len(heads.diversity)), 1.7
+    figure = Figure(figsize=(12.4, 2 * body + bottom_height + 3.2), dpi=DOTS_PER_INCH, layout="constrained")
     figure.suptitle(f"{result.name}: {result.title}", fontsize=12)
-    grid = figure.add_gridspec(3, 2, height_ratios=[height, height, 3.4])
+    grid = figure.add_gridspec(3, 2, height_ratios=[body, body, bottom_height])
     entropy, spread, sink, norms = (figure.add_subplot(grid[row, column]) for row in (0, 1) for column in (0, 1))
     _draw_scaled(figure, entropy, heads.entropy.nats, heads.entropy.maximum, "mean entropy of rows (nats)")
     entropy.set_title(f"entropy; uniform attention: {heads.entropy.maximum:.2f}", fontsize=10)
     _draw_spread(spread, heads)
-    _draw_scaled(figure, sink, heads.sink_share, 1.0, "mean probability of the first key")
+    _draw_scaled(
+        figure,
+        sink,
+        heads.sink_share,
+        max(LEAST_SINK_SCALE, _largest(heads.sink_share)),
+        "mean probability of the first key",
+    )
     sink.set_title(f"attention sink; uniform attention: {heads.uniform_sink_share:.3f}", fontsize=10)
     _draw_scaled(figure, norms, heads.logit_spectral_norms, _largest(heads.logit_spectral_norms), "spectral norm")
     norms.set_title("largest singular value of the logits", fontsize=10)
@@ -111,7 +119,7 @@ def plot_head_diagnostics(result: ModelResult, path: Path):
 
 
 def _draw_scaled(figure: Figure, axes: Axes, values: list[list[float]], highest: float, label: str):
-    image = draw_heat_map(axes, values, 0, highest, font_size=6.5)
+    image = draw_heat_map(axes, values, 0, highest, font_size=6.5, digits=2 if highest < 100 else 0)
     figure.colorbar(image, ax=axes, label=label)
 
 

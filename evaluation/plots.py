@@ -23,7 +23,7 @@ RANGE_NAMES = ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")
 
 
 def draw_heat_map(
-    axes: Axes, values: list[list[float]], lowest: float, highest: float, font_size: float = 8
+    axes: Axes, values: list[list[float]], lowest: float, highest: float, font_size: float = 8, digits: int = 2
 ) -> AxesImage:
     """
     Draws a number of each head as a colour, layers downwards, and as a number too where there is room.
@@ -33,6 +33,7 @@ def draw_heat_map(
         values (`list[list[float]]`): Of each head of each layer; what is NaN is grey.
         lowest, highest (`float`): The ends of the colour scale.
         font_size (`float`): Of the numbers.
+        digits (`int`): Of the numbers, after the point.
     """
     axes.set_facecolor("lightgray")
     image = axes.imshow(values, cmap=COLORMAP, vmin=lowest, vmax=highest, aspect="auto")
@@ -43,7 +44,9 @@ def draw_heat_map(
             for head, value in enumerate(row):
                 # NaN is on grey.
                 color = "white" if value <= (lowest + highest) / 2 else "black"
-                axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color, fontsize=font_size)
+                axes.text(
+                    head, layer, f"{value:.{digits}f}", ha="center", va="center", color=color, fontsize=font_size
+                )
     return image
 
 

@@ -35,7 +35,7 @@ from .measures import (
 )
 from .operation_counts import NonlinearOperation
 from .page import Cell, Column, Table
-from .results import ModelResult
+from .results import Conditions, ModelResult, PrivateCost, TaskResult
 
 
 MODEL = Column("model", is_text=True)
@@ -163,7 +163,7 @@ def cost_table(results: list[ModelResult]) -> Table | None:
                 Cell(f"{cost.rounds:,}"),
                 Cell(format_number(cost.seconds)),
                 Cell(cost.network),
-                Cell(describe_origin(cost.versions, cost.git_revision, cost.machine)),
+                Cell(_origin(cost)),
             ]
             for result, cost in costs
         ],
@@ -259,8 +259,7 @@ def _conditions(result: ModelResult) -> list[tuple[str, str, str, float]]:
             f"{likelihood.tokens:,} predicted tokens of a vocabulary of {conditions.vocab_size:,}, "
             f"{likelihood.words:,} words, {likelihood.bytes:,} bytes; {conditions.dtype}{_seed(conditions.seed)}"
         )
-        origin = describe_origin(conditions.versions, conditions.git_revision, conditions.machine)
-        parts.append(("prediction", on, origin, result.likelihood.seconds))
+        parts.append(("prediction", on, _origin(conditions), result.likelihood.seconds))
     if result.heads is not None:
         heads, conditions = result.heads.heads, result.heads.conditions
         on = (
@@ -268,15 +267,17 @@ def _conditions(result: ModelResult) -> list[tuple[str, str, str, float]]:
             f"{heads.diversity_rows:,} for the diversity, of sequences of {conditions.context:,} tokens of a "
             f"vocabulary of {conditions.vocab_size:,}; {conditions.dtype}{_seed(conditions.seed)}"
         )
-        origin = describe_origin(conditions.versions, conditions.git_revision, conditions.machine)
-        parts.append(("attention heads", on, origin, result.heads.seconds))
+        parts.append(("attention heads", on, _origin(conditions), result.heads.seconds))
     if result.tasks is not None:
         tasks = result.tasks
         limit = "" if tasks.limit is None else f"; at most {tasks.limit:,} samples of each task"
         on = f"{tasks.data}{limit}; {tasks.bos}; at most {tasks.context:,} tokens; {tasks.dtype}{_seed(tasks.seed)}"
-        origin = describe_origin(tasks.versions, tasks.git_revision, tasks.machine)
-        parts.append(("tasks", on, origin, tasks.seconds))
+        parts.append(("tasks", on, _origin(tasks), tasks.seconds))
     return parts
+
+
+def _origin(measured: Conditions | TaskResult | PrivateCost) -> str:
+    return describe_origin(measured.versions, measured.git_revision, measured.machine)
 
 
 def _seed(seed: int | None) -> str:
@@ -289,8 +290,6 @@ def _heading(result: ModelResult) -> Cell:
 
 def _cells(measure: Measure, notes: Notes) -> list[Cell]:
     """The numbers of a measure, for each model, with the best marked and a note where one can't be compared."""
-    if not measure.is_measured:
-        return [Cell("") for _ in measure.values]
     reference, best = measure.reference, measure.best_value
     cells = []
     details = measure.details or [""] * len(measure.values)
@@ -326,6 +325,15 @@ def _comparison_remarks(results: list[ModelResult]) -> dict[str, str]:
     costs = [cost for cost in main_costs(results) if cost is not None]
     if costs:
         remarks[COSTS] = f"{_list_common(costs, duration_facts)}. Sent: by all parties together."
+    parts = {
+        PREDICTION: {_origin(result.likelihood.conditions) for result in predicted},
+        HEADS: {_origin(result.heads.conditions) for result in with_heads},
+    }
+    if unlike := [part.lower() for part, origins in parts.items() if len(origins) > 1]:
+        remarks["Origin"] = (
+            f"Versions, commit or machine are not the same for all numbers of {' and '.join(unlike)}: what each was "
+            "computed with is under Models and conditions."
+        )
     return remarks
 
 
