@@ -21,8 +21,8 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="A text file, a folder of text files, a data file or folder (JSON lines, CSV, Parquet), or a data set "
-            "on the Hub. Else the part of Python's standard library that training here keeps apart."
+            help="A text file, a folder of text files, a data file or folder (JSON lines, CSV, Parquet), or a data "
+            "set on the Hub. Else the part of Python's standard library that training here keeps apart."
         ),
     ] = None,
     held_out: Annotated[

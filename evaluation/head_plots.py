@@ -23,6 +23,8 @@ from .results import ModelResult
 
 
 MOST_IN_A_ROW = 4
+# Beyond so many heads a layer, their numbers are small.
+HEADS_WITH_LARGE_NUMBERS = 8
 # Sinks are drawn on a scale that ends no lower than here.
 LEAST_SINK_SCALE = 0.2
 BAND_COLOR, MEDIAN_COLOR, LIMIT_COLOR = "#56B4E9", "#0072B2", "#D55E00"
@@ -54,8 +56,9 @@ def plot_comparison(results: list[ModelResult], path: Path):
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
     maxima = {result.heads.heads.entropy.maximum for result in results}
+    titles = [result.title for result in results]
     images = [
-        _draw_result(axes, result, max(maxima), len(maxima) > 1)
+        _draw_result(axes, result, max(maxima), len(maxima) > 1, titles.count(result.title) > 1)
         for axes, result in zip(all_axes, results, strict=False)
     ]
     for axes in all_axes[len(results) :]:
@@ -64,15 +67,17 @@ def plot_comparison(results: list[ModelResult], path: Path):
     figure.savefig(path, format="png")
 
 
-def _draw_result(axes: Axes, result: ModelResult, highest: float, tells_maximum: bool) -> AxesImage:
+def _draw_result(axes: Axes, result: ModelResult, highest: float, tells_maximum: bool, tells_name: bool) -> AxesImage:
     entropy = result.heads.heads.entropy
     parts = [f"{entropy.overloaded_share:.0%} of heads overloaded"]
     if result.likelihood is not None:
         parts = [f"perplexity {result.likelihood.likelihood.perplexity:.1f}", *parts]
     uniform = f"\nuniform attention: {entropy.maximum:.2f}" if tells_maximum else ""
-    title = f"{result.title}\nfinal norm: {result.architecture.final_normalization}\n{', '.join(parts)}{uniform}"
-    axes.set_title(title, fontsize=10)
-    return draw_heat_map(axes, entropy.nats, 0, highest)
+    name = f"{result.name}\n" if tells_name else ""
+    norm = f"final norm: {result.architecture.final_normalization}"
+    axes.set_title(f"{name}{result.title}\n{norm}\n{', '.join(parts)}{uniform}", fontsize=10)
+    many = len(entropy.nats[0]) > HEADS_WITH_LARGE_NUMBERS
+    return draw_heat_map(axes, entropy.nats, 0, highest, font_size=5 if many else 8)
 
 
 def plot_head_diagnostics(result: ModelResult, path: Path):

@@ -25,6 +25,7 @@ from rich.console import Console
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from evaluation.benchmarks._memory import peak_mebibytes
 from evaluation.benchmarks._turns import Timing, compare, format_ratio
 from evaluation.conditions import list_settings
 from evaluation.results import git_revision, machine_name, recorded_versions
@@ -195,16 +196,7 @@ def measure_memory(name: str, length: int) -> Memory:
 def print_memory(name: str, length: int):
     attention_pass(name, length=256, batch_size=1)()  # what is loaded and allocated once for all
     run = attention_pass(name, length)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    run()
-    print(resident("VmHWM") - before)
-
-
-def resident(field: str) -> float:
-    """A line of this process's memory record, in MiB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    print(peak_mebibytes(run))
 
 
 def draw(record: Record, path: Path):

@@ -45,7 +45,7 @@ OURS, THEIRS, ONE_BY_ONE = "ours", "lm-eval, as many windows at once", "lm-eval,
 DIAGNOSTICS, PLAIN = "head diagnostics", "a plain forward pass"
 GPT2_SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 2048}
 QUICK = {**GPT2_SMALL, "n_layer": 2}
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 PERPLEXITY_LENGTHS, HEAD_LENGTHS = (128, 512, 1024), (128, 256, 512, 1024, 2048)
 MEMORY_LENGTHS = (256, 512, 1024, 2048)
 NOTATION = "SM+LN+G"
@@ -64,7 +64,7 @@ class Record:
         perplexity (`list[Timing]`): Of the same text in the same windows.
         largest_difference (`float`): Of the two log-likelihoods, as a part of them.
         heads (`list[Timing]`): Of the same batch.
-        memory (`dict[int, float]`): Peak memory in MiB of the diagnostics of one sequence, beside the model, by length.
+        memory (`dict[int, float]`): Peak memory in MiB of the diagnostics of a sequence beside the model, by length.
         versions (`dict[str, str]`): Of what computes.
         git_revision (`str`, *optional*): Of this project.
         machine (`str`): Processor and threads.
@@ -223,7 +223,7 @@ def timing_row(timing: Timing, ours: str, others: tuple[str, ...]) -> str:
 
 def main(
     quick: Annotated[bool, typer.Option(help="Small models and few runs; writes nothing.")] = False,
-    runs: Annotated[int, typer.Option(min=3, help="Turns of each comparison.")] = 7,
+    runs: Annotated[int, typer.Option(min=3, help="Turns of each comparison.")] = 5,
     redraw: Annotated[bool, typer.Option(help="Measure nothing; the page anew from the record.")] = False,
     memory_of: Annotated[int | None, typer.Option(hidden=True)] = None,
 ):

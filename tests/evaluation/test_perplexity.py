@@ -1,5 +1,6 @@
 """Perplexity against its definition, token by token, and against other programs that measure it."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_models_of_other_families():
 
 
 def test_lm_eval_finds_the_same():
-    """Its rolling likelihood: a beginning-of-text token, windows without overlap, the last one as long as the others."""
+    """Its rolling likelihood: a beginning-of-text token, windows without overlap, the last as long as the others."""
     text = Path(__file__).read_text()[:3000]
     tokenizer = train_tokenizer([text], SIZES["vocab_size"] + 200)
     model = make_model("SM(t)+ScFuFFN", vocab_size=len(tokenizer))
@@ -137,7 +138,7 @@ def test_parts_by_position_and_by_frequency_add_up():
     for parts in (likelihood.by_position, likelihood.by_frequency):
         assert sum(part.tokens for part in parts) == likelihood.tokens
         assert sum(part.nats for part in parts) == pytest.approx(likelihood.nats)
-        assert all(one.end == next_.begin for one, next_ in zip(parts, parts[1:], strict=False))
+        assert all(one.end == next_.begin for one, next_ in itertools.pairwise(parts))
     # Each window after the first predicts 7 tokens, from 14 to 20 tokens before them.
     beyond = sum(part.tokens for part in likelihood.by_position if part.begin >= 12)
     assert beyond >= likelihood.tokens - 20

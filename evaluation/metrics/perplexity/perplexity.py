@@ -16,7 +16,8 @@ from evaluation.tokenized_text import tokenize
 DESCRIPTION = """
 Perplexity of texts under a causal language model: the exponential of the mean negative log-likelihood of their tokens.
 The mean is taken over the tokens of all texts together, so that a long text counts for more than a short one, and no
-padding token is needed. Longer texts than the model sees at once are read in windows, and each token is predicted once.
+padding token is needed. Texts longer than what the model sees at once are read in windows, and each token is predicted
+once.
 """
 
 INPUTS = """

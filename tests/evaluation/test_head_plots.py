@@ -1,0 +1,81 @@
+"""Pictures of heads: drawn for every model that a record can hold, and with what tells models apart."""
+
+import dataclasses
+import math
+
+import pytest
+from matplotlib.figure import Figure
+
+from evaluation.head_plots import plot_comparison, plot_head_diagnostics, plot_headwise_entropy
+from tests.evaluation.example_results import example_heads, example_likelihood, example_result
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """What is written on pictures as they are saved."""
+    seen = []
+    save = Figure.savefig
+
+    def savefig(figure, *arguments, **options):
+        seen.extend(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return seen
+
+
+def is_picture(path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_all_that_is_known_of_a_model(texts, tmp_path):
+    heads = example_heads(layers=3, heads=4)
+    plot_head_diagnostics(example_result("mine", heads=heads), tmp_path / "heads.png")
+    assert is_picture(tmp_path / "heads.png")
+    assert "mine: SM+LN+G" in texts
+    assert f"{heads.heads.entropy.nats[2][3]:.2f}" in texts
+    assert f"entropy; uniform attention: {heads.heads.entropy.maximum:.2f}" in texts
+
+
+@pytest.mark.parametrize("layers", [1, 24])
+def test_models_of_every_depth(layers, tmp_path):
+    result = example_result(heads=example_heads(layers=layers, heads=12))
+    plot_head_diagnostics(result, tmp_path / "heads.png")
+    plot_headwise_entropy(result, tmp_path / "entropy.png")
+    assert is_picture(tmp_path / "heads.png")
+    assert is_picture(tmp_path / "entropy.png")
+
+
+def test_a_broken_model_is_drawn(tmp_path):
+    heads = example_heads(layers=2, heads=2)
+    broken = dataclasses.replace(
+        heads.heads,
+        entropy=dataclasses.replace(heads.heads.entropy, nats=[[math.nan] * 2] * 2),
+        sink_share=[[math.nan] * 2] * 2,
+        logit_spectral_norms=[[math.nan] * 2] * 2,
+        diversity=[math.nan] * 2,
+        entropy_quantiles=[[[math.nan] * len(heads.heads.quantile_levels)] * 2] * 2,
+    )
+    result = example_result(heads=dataclasses.replace(heads, heads=broken))
+    plot_head_diagnostics(result, tmp_path / "heads.png")
+    plot_comparison([result], tmp_path / "entropy.png")
+    assert is_picture(tmp_path / "heads.png")
+    assert is_picture(tmp_path / "entropy.png")
+
+
+def test_models_side_by_side_are_told_apart(texts, tmp_path):
+    results = [
+        example_result("one", heads=example_heads(layers=2, heads=2), likelihood=example_likelihood(2.7)),
+        example_result("two", heads=example_heads(layers=2, heads=2, context=256)),
+        *(example_result(f"{n}", "SM", heads=example_heads(layers=1, heads=2)) for n in range(3)),
+    ]
+    plot_comparison(results, tmp_path / "all.png")
+    assert is_picture(tmp_path / "all.png")
+    written = "\n".join(texts)
+    assert "one\nSM+LN+G\nfinal norm: layernorm\nperplexity 2.7, " in written
+    # Lengths differ, and so does what uniform attention has.
+    assert "uniform attention: 3.88" in written
+    assert "uniform attention: 4.56" in written
+    texts.clear()
+    plot_comparison(results[:1], tmp_path / "all.png")
+    assert not any("one" in text for text in texts)
