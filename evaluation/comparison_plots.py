@@ -132,13 +132,50 @@ def plot_entropy_quantiles(results: list[ModelResult], path: Path):
     figure.get_layout_engine().set(h_pad=0.1)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, result in zip(panels.flat, results, strict=False):
-        handles = _draw_quantiles(axes, result.heads.heads)
+        handles = draw_quantiles(axes, result.heads.heads)
         axes.set_title(shorten(result.name), fontsize=10)
         axes.tick_params(labelleft=True)
     for axes in panels.flat[len(results) :]:
         axes.remove()
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     figure.savefig(path, format="png")
+
+
+def draw_quantiles(axes: Axes, heads: HeadDiagnostics) -> list:
+    """
+    Draws quantiles of the row entropies of each layer, averaged over its heads, and the median of each head.
+
+    Args:
+        axes (`Axes`): Where to.
+        heads ([`HeadDiagnostics`]): What was measured.
+
+    Returns:
+        `list`: What a legend has to explain.
+    """
+    order = np.argsort(heads.quantile_levels)
+    levels = np.array(heads.quantile_levels)[order]
+    quantiles = np.array(heads.entropy_quantiles, dtype=float)[:, :, order]  # (layers, heads, levels)
+    layers = np.arange(len(quantiles))
+    means = quantiles.mean(axis=1)
+    handles = []
+    for low in range(len(levels) // 2):
+        high = len(levels) - 1 - low
+        label = f"{levels[low]:.0%} to {levels[high]:.0%} of rows"
+        color = _lighten(QUANTILE_COLOR, 0.8 * (1 - low / (len(levels) // 2)) + 0.05)
+        axes.fill_between(layers, means[:, low], means[:, high], color=color, lw=0)
+        handles.append(Patch(color=color, lw=0, label=label))
+    middle = len(levels) // 2
+    name = "median" if levels[middle] == 0.5 else f"{levels[middle]:.0%} quantile"
+    (line,) = axes.plot(layers, means[:, middle], color=QUANTILE_COLOR, lw=1.8, marker="o", ms=4, label=name)
+    dots = axes.plot(
+        layers, quantiles[:, :, middle], ".", color=HEAD_COLOR, ms=4, alpha=0.6, label=f"{name} of a head"
+    )
+    uniform = axes.axhline(heads.entropy.maximum, color="black", ls="--", lw=1, label="mean of uniform attention")
+    axes.set(xlabel="layer", ylabel="row entropy (nats)", ylim=(0, None))
+    step = math.ceil(len(layers) / 12)
+    axes.set_xticks(layers[::step])
+    axes.grid(alpha=0.25)
+    return [*handles, line, dots[0], uniform]
 
 
 def shorten(name: str) -> str:
@@ -183,34 +220,6 @@ def _staircase(front: list[tuple[float, float]], right: float, top: float) -> li
     for point in front[1:]:
         corners += [(point[0], corners[-1][1]), point]
     return [*corners, (right, corners[-1][1])]
-
-
-def _draw_quantiles(axes: Axes, heads: HeadDiagnostics) -> list:
-    """Draws the panel of a model, and returns what the legend explains."""
-    order = np.argsort(heads.quantile_levels)
-    levels = np.array(heads.quantile_levels)[order]
-    quantiles = np.array(heads.entropy_quantiles, dtype=float)[:, :, order]  # (layers, heads, levels)
-    layers = np.arange(len(quantiles))
-    means = quantiles.mean(axis=1)
-    handles = []
-    for low in range(len(levels) // 2):
-        high = len(levels) - 1 - low
-        label = f"{levels[low]:.0%} to {levels[high]:.0%} of rows"
-        color = _lighten(QUANTILE_COLOR, 0.8 * (1 - low / (len(levels) // 2)) + 0.05)
-        axes.fill_between(layers, means[:, low], means[:, high], color=color, lw=0)
-        handles.append(Patch(color=color, lw=0, label=label))
-    middle = len(levels) // 2
-    name = "median" if levels[middle] == 0.5 else f"{levels[middle]:.0%} quantile"
-    (line,) = axes.plot(layers, means[:, middle], color=QUANTILE_COLOR, lw=1.8, marker="o", ms=4, label=name)
-    dots = axes.plot(
-        layers, quantiles[:, :, middle], ".", color=HEAD_COLOR, ms=4, alpha=0.6, label=f"{name} of a head"
-    )
-    uniform = axes.axhline(heads.entropy.maximum, color="black", ls="--", lw=1, label="mean of uniform attention")
-    axes.set(xlabel="layer", ylabel="row entropy (nats)", ylim=(0, None))
-    step = math.ceil(len(layers) / 12)
-    axes.set_xticks(layers[::step])
-    axes.grid(alpha=0.25)
-    return [*handles, line, dots[0], uniform]
 
 
 def _lighten(color: str, part: float) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """Pictures of what was measured."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ COLORMAP = "viridis"
 DOTS_PER_INCH = 150
 # Up to so many heads a layer, each cell shows its number too.
 MOST_HEADS_WITH_NUMBERS = 12
+MOST_TICKS = 24
 RANGE_NAMES = ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")
+INCHES_PER_CHARACTER = 0.0085  # for each point of the font's size, a wide mixture of letters
 
 
 def draw_heat_map(
@@ -38,7 +41,7 @@ def draw_heat_map(
     axes.set_facecolor("lightgray")
     image = axes.imshow(values, cmap=COLORMAP, vmin=lowest, vmax=highest, aspect="auto")
     heads = len(values[0])
-    axes.set(xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(len(values)))
+    axes.set(xlabel="head", ylabel="layer", xticks=number_ticks(heads), yticks=number_ticks(len(values)))
     if heads <= MOST_HEADS_WITH_NUMBERS:
         for layer, row in enumerate(values):
             for head, value in enumerate(row):
@@ -48,6 +51,11 @@ def draw_heat_map(
                     head, layer, f"{value:.{digits}f}", ha="center", va="center", color=color, fontsize=font_size
                 )
     return image
+
+
+def number_ticks(count: int) -> range:
+    """Which of so many layers or heads are numbered on an axis."""
+    return range(0, count, math.ceil(count / MOST_TICKS))
 
 
 def draw_ranges(axes: Axes, entropies: list[HeadwiseEntropy], maxima: list[float]):
@@ -85,6 +93,19 @@ def add_entropy_scale(figure: Figure, all_axes: list[Axes], image: AxesImage, ma
     """Draws the scale of heat maps of entropies beside them; `maximum` is that of uniform attention, if it is one."""
     uniform = "" if maximum is None else f"\nuniform attention: {maximum:.2f}"
     figure.colorbar(image, ax=all_axes, label=f"mean entropy of attention rows (nats){uniform}", **options)
+
+
+def wrap(text: str, inches: float, font_size: float) -> str:
+    """Breaks a title into lines of so many inches, after a blank, `+` or `/`, or anywhere if there is none."""
+    characters = max(8, int(inches / (INCHES_PER_CHARACTER * font_size)))
+    lines = [""]
+    for part in re.split(r"(?<=[+/ ])", text):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > characters:
+            lines.append("")
+        lines[-1] += part
+        while len(lines[-1]) > characters + 1:
+            lines[-1:] = [lines[-1][:characters], lines[-1][characters:]]
+    return "\n".join(line.rstrip() for line in lines).replace("$", r"\$")
 
 
 def plot_healing(report: ConversionReport, path: Path):

@@ -25,6 +25,7 @@ from .plots import (
     draw_heat_map,
     draw_ranges,
     range_colors,
+    wrap,
 )
 from .run_log import EntropyRecord, RunLog, run_titles
 
@@ -42,7 +43,6 @@ MOST_MARKED_RECORDS = 20
 LOGARITHMIC_FROM = 20
 # How far above the first loss the axis reaches, whatever a run that diverged comes to.
 LOSS_HEADROOM = 1.25
-INCHES_PER_CHARACTER = 0.0085  # for each point of the font's size, a wide mixture of letters
 
 
 def plot_losses(runs: list[RunLog], path: Path):
@@ -65,7 +65,7 @@ def plot_losses(runs: list[RunLog], path: Path):
         # A lone number makes no line.
         axes.plot(*_columns(training), **style, lw=0.9, alpha=0.55, marker="." if len(training) == 1 else None)
         axes.plot(*_columns(evaluations), **style, lw=1.8, marker=marker, ms=5, zorder=3)
-        handles.append(Line2D([], [], **style, lw=1.8, marker=marker, ms=5, label=_wrap(title + _fate(run), 7.4, 9)))
+        handles.append(Line2D([], [], **style, lw=1.8, marker=marker, ms=5, label=wrap(title + _fate(run), 7.4, 9)))
         finite = sorted(loss for loss in (*training, *evaluations) if math.isfinite(loss[1]))
         if finite:
             firsts.append(finite[0][1])
@@ -114,7 +114,7 @@ def plot_layer_entropies(runs: list[RunLog], path: Path):
         _draw_layers(axes, run, colors, lambda record: np.mean(record.entropies, axis=1))
         axes.axhline(run.entropies[-1].maximum, color="black", ls="--", lw=1.2)
         axes.set_ylim(bottom=0)
-        axes.set_title(_wrap(title, width - 0.8, 10), fontsize=10)
+        axes.set_title(wrap(title, width - 0.8, 10), fontsize=10)
         axes.set_ylabel("mean entropy (nats)")
         axes.tick_params(labelleft=True)
     for axes in panels.flat[len(runs) :]:
@@ -223,7 +223,7 @@ def plot_entropy_ranges(runs: list[RunLog], path: Path):
     figure = Figure(figsize=(10.6, 1.9 + 0.62 * len(runs)), dpi=DOTS_PER_INCH, layout="constrained")
     seen, causal = figure.subplots(1, 2)
     labels = [
-        f"{_wrap(title, 2.6, 9)}\nstep {run.entropies[-1].step:,}"
+        f"{wrap(title, 2.6, 9)}\nstep {run.entropies[-1].step:,}"
         for run, title in zip(runs, run_titles(runs), strict=True)
     ]
     draw_ranges(seen, entropies, [entropy.largest for entropy in entropies])
@@ -260,7 +260,7 @@ def plot_penalty(runs: list[RunLog], path: Path):
         for axes in (losses, shares):
             for step, _ in _breaks(run):
                 axes.axvline(step, color=style["color"], ls=":", lw=1)
-        handles.append(Line2D([], [], **style, lw=1.8, label=_wrap(title + _fate(run), 7.4, 9)))
+        handles.append(Line2D([], [], **style, lw=1.8, label=wrap(title + _fate(run), 7.4, 9)))
     losses.set_ylabel("entropy loss")
     losses.set_ylim(bottom=0)
     shares.set_ylabel("penalised share")
@@ -309,7 +309,7 @@ def plot_scales(runs: list[RunLog], path: Path):
         if _spans_decades(drawn):
             row[0].set_yscale("log")
     for axes, title in zip(panels[0], run_titles(runs), strict=True):
-        axes.set_title(_wrap(title, width - 0.5, 10), fontsize=10)
+        axes.set_title(wrap(title, width - 0.5, 10), fontsize=10)
     for axes in panels[:-1].flat:
         axes.set_xlabel("")
     for axes in panels[-1]:
@@ -379,7 +379,7 @@ def _draw_layers(
 
 def _set_row_title(axes: Axes, title: str, inches: float):
     """Sets the title of a row at the left of its first panel, above that panel's own."""
-    axes.set_title(_wrap(title, inches, 10) + "\n", loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(wrap(title, inches, 10) + "\n", loc="left", fontsize=10, fontweight="bold")
 
 
 def _heat_map_width(runs: list[RunLog]) -> float:
@@ -454,16 +454,3 @@ def _geometric_means(temperatures: list[list[float]] | None) -> np.ndarray | Non
 
 def _spans_decades(values: list[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) >= LOGARITHMIC_FROM
-
-
-def _wrap(text: str, inches: float, font_size: float) -> str:
-    """Breaks a title into lines of so many inches, after a blank, `+` or `/`, or anywhere if there is none."""
-    characters = max(8, int(inches / (INCHES_PER_CHARACTER * font_size)))
-    lines = [""]
-    for part in re.split(r"(?<=[+/ ])", text):
-        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > characters:
-            lines.append("")
-        lines[-1] += part
-        while len(lines[-1]) > characters + 1:
-            lines[-1:] = [lines[-1][:characters], lines[-1][characters:]]
-    return "\n".join(line.rstrip() for line in lines).replace("$", r"\$")

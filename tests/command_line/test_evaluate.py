@@ -148,6 +148,30 @@ def test_the_default_is_what_training_keeps_apart(models, tmp_path):
     assert result.heads.heads.rows == 128
 
 
+def test_tasks_of_ones_own_data(models, text, tmp_path, run_here):
+    data = tmp_path / "data"
+    data.mkdir()
+    missing = run_here(models / "gpt2", "--tasks", "local_arc_easy", "--task-data", data, "--output", tmp_path / "out")
+    assert missing.returncode == 1
+    assert "arc_easy.jsonl" in missing.stderr
+    unknown = run_here(models / "gpt2", "--tasks", "local_arc_esay", "--task-data", data)
+    assert "local_arc_easy" in unknown.stderr
+    assert not (tmp_path / "out").exists()
+    questions = [{"query": f"Question: {word}?", "choices": ["yes", "no"], "gold": 1} for word in ("a", "b", "c")]
+    (data / "arc_easy.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    words = ("--text", text, "--max-tokens", 200, "--tasks", "local_arc_easy", "--task-data", data, "--limit", 2)
+    process = run_here(models / "ereg", *words, "--output", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+    (result,) = load_results(tmp_path / "out" / "results.json")
+    assert {(score.task, score.metric, score.samples) for score in result.tasks.scores} == {
+        ("local_arc_easy", "acc", 2),
+        ("local_arc_easy", "acc_norm", 2),
+    }
+    assert "lm_eval" in result.tasks.versions
+    assert "local_arc_easy" in process.stdout
+    assert "local_blimp" in run_here("any", "--tasks", "list").stdout
+
+
 def test_a_dry_run_writes_nothing(models, text, tmp_path):
     process = run(models / "gpt2", "--text", text, "--dry-run", "--output", tmp_path / "out")
     assert process.returncode == 0, process.stderr
