@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
 
 
 # For `pydantic.dataclasses.dataclass`: no unknown fields, and numbers that are not finite as "NaN" and "Infinity".
@@ -12,7 +13,8 @@ RECORD = ConfigDict(extra="forbid", ser_json_inf_nan="strings", validate_assignm
 
 def save_record(content: object, type_: type, kind: str, version: int, path: Path):
     """
-    Writes a dataclass, or a list of them.
+    Writes a dataclass, or a list of them. Numbers that are not finite are written as words, and read back as numbers
+    where a field's type says `float`; in a plain `dict` or `list` they stay words.
 
     Args:
         content: What to write.
@@ -21,7 +23,7 @@ def save_record(content: object, type_: type, kind: str, version: int, path: Pat
         version (`int`): Of the kind's fields.
         path (`Path`): The file.
     """
-    fields = json.loads(TypeAdapter(type_).dump_json(content))
+    fields = json.loads(_adapter(type_).dump_json(content))
     header = {"kind": kind, "schema_version": version, "content": fields}
     path.write_text(json.dumps(header, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -46,14 +48,19 @@ def load_record(type_: type, kind: str, version: int, path: Path):
         raise ValueError(f"{path} can't be read: {reason}.") from error
     found = header.get("kind") if isinstance(header, dict) else None
     if found != kind:
-        raise ValueError(f"{path} holds {found or 'something else'}, where {kind} are read.")
+        raise ValueError(f"{path} holds {found or 'something else'}, not {kind}: give another file.")
     if header.get("schema_version") != version:
         raise ValueError(
             f"{path} is of schema version {header.get('schema_version')}, where {version} is read: make it anew."
         )
     try:
-        return TypeAdapter(type_).validate_python(header.get("content"))
+        return _adapter(type_).validate_python(header.get("content"))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "content"
         raise ValueError(f"{path} is broken: {place}: {first['msg']}. Make it anew.") from error
+
+
+def _adapter(type_: type) -> TypeAdapter:
+    # A list has no configuration of its own, and without one what is not finite in a plain `dict` would become null.
+    return TypeAdapter(type_, config=None if is_pydantic_dataclass(type_) else RECORD)

@@ -1,7 +1,6 @@
 """Pictures of training runs, drawn from their logs alone; with the paper's (arXiv 2501.03489) in mind."""
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 

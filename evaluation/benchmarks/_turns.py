@@ -3,14 +3,14 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import truediv
 
-from huggingface_hub.dataclasses import strict
+from pydantic.dataclasses import dataclass
+
+from evaluation.records import RECORD
 
 
-@strict
-@dataclass
+@dataclass(config=RECORD)
 class Timing:
     """
     One comparison.

@@ -8,27 +8,26 @@
 It runs the commands that a user would type, in a folder of its own: interrupted, it goes on where it was.
 """
 
-import dataclasses
-import json
 import math
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from huggingface_hub.dataclasses import strict
 from matplotlib.figure import Figure
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from conversion.gpt2_checkpoint import load_gpt2, to_gpt2
 from evaluation.conditions import list_settings
 from evaluation.conversion_report import ConversionReport
+from evaluation.records import RECORD as CONFIG
+from evaluation.records import load_record, save_record
 from evaluation.results import Conditions, git_revision, load_results
 
 
@@ -37,6 +36,7 @@ WORK = ROOT / "build" / "conversion_benchmark"
 RECORD = ROOT / "model_cards" / "results" / "conversion.json"
 PAGE = ROOT / "docs" / "conversion.md"
 PICTURE = ROOT / "docs" / "conversion.png"
+KIND, VERSION = "the benchmark of conversions", 1
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
 
 TARGET = "EReg(SM(t)+ScFuFFN)"
@@ -67,8 +67,7 @@ IMPORTED = {
 console = Console()
 
 
-@strict
-@dataclass
+@dataclass(config=CONFIG)
 class Import:
     """A randomly initialised GPT-2, saved by transformers, read, and written back."""
 
@@ -78,8 +77,7 @@ class Import:
     is_bit_equal: bool
 
 
-@strict
-@dataclass
+@dataclass(config=CONFIG)
 class StepCost:
     """KL to the original (nats) that a step costs, fitted and naive (`None`: not finite)."""
 
@@ -89,8 +87,7 @@ class StepCost:
     naive_kl: float | None
 
 
-@strict
-@dataclass
+@dataclass(config=CONFIG)
 class Run:
     """A training run: its steps, and the negative log-likelihood of a token of validation text after it."""
 
@@ -101,8 +98,7 @@ class Run:
     nats: float
 
 
-@strict
-@dataclass
+@dataclass(config=CONFIG)
 class Record:
     """All that was measured, and where."""
 
@@ -116,13 +112,10 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> "Record":
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for name, kind in (("imports", Import), ("steps", StepCost), ("runs", Run)):
-            content[name] = [kind(**entry) for entry in content[name]]
-        return cls(**{**content, "conditions": Conditions(**content["conditions"])})
+        return load_record(cls, KIND, VERSION, path)
 
     def save(self, path: Path):
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        save_record(self, type(self), KIND, VERSION, path)
 
     def nats(self, kind: str, steps: int) -> list[float]:
         """By seed."""

@@ -7,20 +7,17 @@
 Everything is measured side by side in one run: the variants take turns, and each turn gives a ratio.
 """
 
-import dataclasses
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from huggingface_hub.dataclasses import strict
 from matplotlib.figure import Figure
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -28,6 +25,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from evaluation.benchmarks._memory import peak_mebibytes
 from evaluation.benchmarks._turns import Timing, compare, format_ratio
 from evaluation.conditions import list_settings
+from evaluation.records import RECORD as CONFIG
+from evaluation.records import load_record, save_record
 from evaluation.results import git_revision, machine_name, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
 
@@ -36,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "model_cards" / "results" / "entropy_attention.json"
 PAGE = ROOT / "docs" / "entropy_attention.md"
 PICTURE = ROOT / "docs" / "entropy_attention.png"
+KIND, VERSION = "the benchmark of entropy attention", 1
 
 STOCK, PUBLIC, OURS = "SDPA without entropy", "all matrices", "entropy attention"
 HEADS, HEAD_DIM, BATCH = 12, 64, 8
@@ -50,8 +50,7 @@ COEFFICIENT = 1e-5
 console = Console()
 
 
-@strict
-@dataclass
+@dataclass(config=CONFIG)
 class Memory:
     """Peak memory in MiB that a variant took beside its inputs."""
 
@@ -60,8 +59,7 @@ class Memory:
     mebibytes: float
 
 
-@strict
-@dataclass
+@dataclass(config=CONFIG)
 class Record:
     """All that was measured, and where."""
 
@@ -73,12 +71,10 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> "Record":
-        content = json.loads(path.read_text(encoding="utf-8"))
-        times = [Timing(**entry) for entry in content.pop("times")]
-        return cls(times, [Memory(**entry) for entry in content.pop("memory")], **content)
+        return load_record(cls, KIND, VERSION, path)
 
     def save(self, path: Path):
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        save_record(self, type(self), KIND, VERSION, path)
 
 
 def attend_stock(query, key, value):

@@ -6,25 +6,25 @@ python -m evaluation.benchmarks.training_step --redraw   the page anew from the 
 """
 
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from datasets import disable_progress_bars
-from huggingface_hub.dataclasses import strict
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from evaluation.benchmarks._turns import Timing, compare, format_ratio, take_turns
 from evaluation.conditions import list_settings
+from evaluation.records import RECORD as CONFIG
+from evaluation.records import load_record, save_record
 from evaluation.results import git_revision, machine_name, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.arguments import DataArguments
@@ -36,6 +36,7 @@ from training.preparation import prepare_data
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "model_cards" / "results" / "training_step.json"
 PAGE = ROOT / "docs" / "training_step.md"
+KIND, VERSION = "the benchmark of training steps", 1
 
 STOCK = "stock GPT-2"
 PROPOSAL, REGULARIZED = "EReg(SM(t)+ScFuFFN)", "EReg(SM+LN+G)"
@@ -50,8 +51,7 @@ LENGTHS = {128: 8, 512: 2}  # and sequences of a step
 console = Console()
 
 
-@strict
-@dataclass
+@dataclass(config=CONFIG)
 class Pipeline:
     """
     How fast text comes in, beside how fast it is trained on, in tokens a second.
@@ -73,8 +73,7 @@ class Pipeline:
     trained_gpt2_small: float
 
 
-@strict
-@dataclass
+@dataclass(config=CONFIG)
 class Record:
     """All that was measured, and where."""
 
@@ -87,12 +86,10 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> "Record":
-        content = json.loads(path.read_text(encoding="utf-8"))
-        steps = [Timing(**entry) for entry in content.pop("steps")]
-        return cls(steps, Timing(**content.pop("watching")), Pipeline(**content.pop("pipeline")), **content)
+        return load_record(cls, KIND, VERSION, path)
 
     def save(self, path: Path):
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        save_record(self, type(self), KIND, VERSION, path)
 
 
 def training_step(name: str, sizes: dict, batch: int, length: int) -> Callable[[], None]:

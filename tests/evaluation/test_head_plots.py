@@ -10,6 +10,9 @@ from evaluation.head_plots import plot_comparison, plot_head_diagnostics, plot_h
 from tests.evaluation.example_results import example_heads, example_likelihood, example_result
 
 
+pytestmark = pytest.mark.filterwarnings("error")
+
+
 @pytest.fixture
 def texts(monkeypatch):
     """What is written on pictures as they are saved."""
@@ -32,21 +35,37 @@ def test_all_that_is_known_of_a_model(texts, tmp_path):
     heads = example_heads(layers=3, heads=4)
     plot_head_diagnostics(example_result("mine", heads=heads), tmp_path / "heads.png")
     assert is_picture(tmp_path / "heads.png")
-    assert "mine: SM+LN+G" in texts
+    assert "mine: SM+LN+G\n65,024 rows of each head, sequences of 128 tokens" in texts
     assert f"{heads.heads.entropy.nats[2][3]:.2f}" in texts
-    assert f"entropy; uniform attention: {heads.heads.entropy.maximum:.2f}" in texts
+    assert f"{100 * heads.heads.sink_share[2][3]:.1f}" in texts
+    assert f"{heads.heads.diversity[2]:.2f}" in texts
+    assert {"mean entropy of rows; uniform attention: 3.88 nats", "no two heads share a key: 1.39"} <= {*texts}
+    # The maxima of the two bars of ranges.
+    assert {f"{heads.heads.entropy.largest:.2f} nats", "3.88 nats"} <= {*texts}
+    assert "not finite" not in texts
 
 
-@pytest.mark.parametrize("layers", [1, 24])
-def test_models_of_every_depth(layers, tmp_path):
-    result = example_result(heads=example_heads(layers=layers, heads=12))
+@pytest.mark.parametrize(
+    ("largest", "written"), [(0.0706, "0.0706"), (7.06, "7.06"), (1234.4, "1234"), (70612.0, "70.6")]
+)
+def test_spectral_norms_have_about_three_digits(largest, written, texts, tmp_path):
+    heads = example_heads(layers=1, heads=2)
+    heads.heads.logit_spectral_norms = [[largest, largest / 2]]
+    plot_head_diagnostics(example_result(heads=heads), tmp_path / "heads.png")
+    assert written in texts
+    assert ("thousands" in texts) == (largest >= 10_000)
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 12), (26, 16)])
+def test_models_of_every_size(layers, heads, tmp_path):
+    result = example_result("cost $a and $b/" * 9, heads=example_heads(layers=layers, heads=heads))
     plot_head_diagnostics(result, tmp_path / "heads.png")
     plot_headwise_entropy(result, tmp_path / "entropy.png")
     assert is_picture(tmp_path / "heads.png")
     assert is_picture(tmp_path / "entropy.png")
 
 
-def test_a_broken_model_is_drawn(tmp_path):
+def test_a_broken_model_is_drawn(texts, tmp_path):
     heads = example_heads(layers=2, heads=2)
     broken = dataclasses.replace(
         heads.heads,
@@ -58,6 +77,8 @@ def test_a_broken_model_is_drawn(tmp_path):
     )
     result = example_result(heads=dataclasses.replace(heads, heads=broken))
     plot_head_diagnostics(result, tmp_path / "heads.png")
+    assert texts.count("nan") == 3 * 4 + 2
+    assert "not finite" in texts
     plot_comparison([result], tmp_path / "entropy.png")
     assert is_picture(tmp_path / "heads.png")
     assert is_picture(tmp_path / "entropy.png")
