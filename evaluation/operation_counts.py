@@ -19,8 +19,8 @@ ACTIVATION_TITLES = {
     "leaky_relu": "leaky ReLU",
     "learnable_leaky_relu": "leaky ReLU",
     "silu": "SiLU",
-    "tanh": "tanh",
 }
+LINEAR_ACTIVATIONS = ("identity", "linear")
 
 
 @dataclass(config=RECORD)
@@ -121,7 +121,7 @@ def _in_blocks(config: EntropyGPTConfig, context: int) -> Iterator[NonlinearOper
     if config.normalization == "layernorm":
         yield NonlinearOperation("LayerNorm", [context, config.n_embd], config.n_layer + _ffns(config))
     activation = config.activation_function
-    if activation != "identity" and _ffns(config):
+    if activation not in LINEAR_ACTIVATIONS and _ffns(config):
         title = ACTIVATION_TITLES.get(activation, activation)
         yield NonlinearOperation(title, [context, config.inner_size], _ffns(config))
 

@@ -142,7 +142,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(finished, source, text, tmp
     assert process.returncode == 0, process.stderr
     assert "LayerNorms static (fitted to text)" in process.stdout
     assert "healing, 12 steps" in process.stdout
-    assert "rows through LayerNorm" in process.stdout
+    assert "× R^(32×32)" in process.stdout
     assert not (tmp_path / "new").exists()
     # The figures after it are those that a conversion ends with: the head is not tied any more.
     whole = ConversionReport.load(finished[0] / "conversion_report.json")

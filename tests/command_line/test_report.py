@@ -222,7 +222,7 @@ def test_a_folder_may_hold_results_and_a_run(tmp_path):
         (["broken.json"], "report.html", "broken.json can't be read: it is no JSON"),
         (["field.json"], "report.html", r"field.json is broken: 0\.name"),
         (["schema.json"], "report.html", "schema.json is of schema version 1, where 2 is read"),
-        (["kind.json"], "report.html", "kind.json holds a conversion, where results of models are read"),
+        (["kind.json"], "report.html", "kind.json holds a conversion, not results of models"),
         (["good.json", "good.json"], "report.html", "good.json is given twice"),
         (["good.json", "run", f"run/{LOG_NAME}"], "report.html", "training_log.jsonl is given twice"),
         (["good.json", "damaged"], "report.html", "line 2 is damaged"),

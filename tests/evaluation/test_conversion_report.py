@@ -57,7 +57,7 @@ def test_reports_are_read_back_as_they_were_written(report, tmp_path):
     ("change", "message"),
     [
         ({"schema_version": 1}, "is of schema version 1, where 2 is read: make it anew"),
-        ({"kind": "a cake"}, "holds a cake, where a conversion"),
+        ({"kind": "a cake"}, "holds a cake, not a conversion: give another file"),
         ({"content": {"source": 1}}, "is broken: source: Input should be a valid string"),
         ({"content": []}, "is broken: content"),
     ],

@@ -1,16 +1,20 @@
 """Operation counts: the paper's own figures, and what a forward pass really does."""
 
 import operator
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers.activations import ACT2FN
 
 from conversion.folding import fold_weight_normalization
 from evaluation.operation_counts import count_operations
-from modeling_entropy_gpt import EntropyGPTConfig
-from tests.architectures import ARCHITECTURES, SIZES, make_config, make_model, make_tokens
+from modeling_entropy_gpt import EntropyGPTConfig, blocks
+from modeling_entropy_gpt.blocks import EntropyGPTMLP, eager_attention_forward
+from modeling_entropy_gpt.configuration_entropy_gpt import OWN_ACTIVATIONS
+from tests.architectures import ARCHITECTURES, make_config, make_model, make_tokens
 
 
 GPT2_SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
@@ -72,22 +76,29 @@ def test_contexts_that_can_not_be(context):
         count("SM", context)
 
 
+def flash_flops(query_shape, key_shape, value_shape, *arguments, **options) -> int:
+    """Of the CPU's kernel: torch counts those of GPUs alone."""
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
 @pytest.mark.parametrize("notation", ARCHITECTURES)
-def test_flops_are_those_that_torch_counts(notation):
-    # Weights are normalised once and for all before inference.
-    model, counts = make_model(notation, attn_implementation="eager"), count_operations(make_config(notation), T)
-    fold_weight_normalization(model)
-    with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_flops_are_those_that_torch_counts(notation, implementation):
+    model = make_model(notation, attn_implementation=implementation)
+    counts, config = count_operations(model.config, T), model.config
+    fold_weight_normalization(model)  # once and for all before inference
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_flops}
+    with FlopCounterMode(display=False, depth=None, custom_mapping=mapping) as counter, torch.no_grad():
         model(make_tokens(1, T), use_cache=False)
     by_module = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
 
     def total(part: str) -> int:
         return sum(flops for name, flops in by_module.items() if name.split(".")[-1] == part)
 
+    ffns = config.n_layer - len(config.pruned_ffn_layers)
+    scales = 2 * T * config.n_embd * ffns if config.ffn_residual_scaling else 0  # torch counts products of matrices
     assert total("attn") == counts.computed_attention_flops
-    scales = 2 * T * SIZES["n_embd"] * len(model.transformer.h) if model.config.ffn_residual_scaling else 0
-    scales -= scales * len(model.config.pruned_ffn_layers) // len(model.transformer.h)
-    assert total("mlp") == counts.ffn_flops - scales  # torch counts products of matrices alone
+    assert total("mlp") == counts.ffn_flops - scales
     assert total("lm_head") == counts.head_flops
     assert by_module["Global"] == counts.computed_attention_flops + counts.ffn_flops - scales + counts.head_flops
 
@@ -100,70 +111,109 @@ LINEAR = {
 }
 
 
-def nonlinear_nodes(model: nn.Module) -> list[torch.fx.Node]:
-    """Nodes of the exported program that are non-linear in what depends on the tokens."""
-    program = torch.export.export(model, (), {"input_ids": make_tokens(1, T), "use_cache": False}, strict=False)
-    (tokens,) = program.graph_signature.user_inputs[:1]
+def nonlinear_nodes(model: nn.Module, inputs: dict) -> list[torch.fx.Node]:
+    """Nodes of the exported program that are non-linear in what depends on the first input."""
+    program = torch.export.export(model, (), inputs, strict=False)
+    first = program.graph_signature.user_inputs[0]
     secret, found = set(), []
     for node in program.graph.nodes:
         of_secret = [argument for argument in node.all_input_nodes if argument in secret]
-        if node.op == "placeholder" and node.name == tokens:
+        if node.op == "placeholder" and node.name == first:
             secret.add(node)
         elif node.op == "call_function" and of_secret and node.meta["val"] is not None:  # others only assert
             secret.add(node)
-            name = "getitem" if node.target is operator.getitem else node.target.__name__.partition(".")[0]
             secret_arguments = [argument for argument in node.args if argument in secret]
-            is_scale = name == "mul" or (name == "div" and node.args[0] in secret)
-            if name not in LINEAR and not (is_scale and len(secret_arguments) == 1):
+            is_scale = name_of(node) == "mul" or (name_of(node) == "div" and node.args[0] in secret)
+            if name_of(node) not in LINEAR and not (is_scale and len(secret_arguments) == 1):
                 found.append(node)
     return found
 
 
-def module_of(node: torch.fx.Node) -> str:
-    path, _ = list(node.meta["nn_module_stack"].values())[-1]
-    return path
+def name_of(node: torch.fx.Node) -> str:
+    return "getitem" if node.target is operator.getitem else node.target.__name__.partition(".")[0]
 
 
-def found_operations(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """For each module with a non-linear operation the shape that goes through, without the batch."""
-    return {module_of(node): tuple(node.meta["val"].shape[1:]) for node in nonlinear_nodes(model)}
+def found_operations(model: nn.Module) -> Counter:
+    """How many there are of each non-linear operation in the exported program, by name and shape without the batch."""
+    found, activations = Counter(), set()
+    for node in nonlinear_nodes(model, {"input_ids": make_tokens(1, T), "use_cache": False}):
+        path, _ = list(node.meta["nn_module_stack"].values())[-1]
+        shape = tuple(node.meta["val"].shape[1:])
+        if name_of(node) == "softmax" and path.endswith(".attn"):
+            found["softmax", shape[1:]] += shape[0]  # one for each head
+        elif name_of(node) == "layer_norm":
+            found["final LayerNorm" if path.endswith(".ln_f") else "LayerNorm", shape] += 1
+        elif path.endswith(".mlp.act"):
+            activations.add((path, shape))  # which may take several nodes
+        else:
+            found[f"{name_of(node)} in {path}", shape] += 1
+    return found + Counter(("activation", shape) for _, shape in activations)
 
 
-@pytest.mark.parametrize("notation", ARCHITECTURES)
-@pytest.mark.parametrize("final", ["layernorm", "none"])
-def test_non_linear_operations_are_those_of_the_exported_program(notation, final):
-    config = make_config(notation, final_normalization=final)
-    counts = count_operations(config, T)
-    found = found_operations(make_model(notation, final_normalization=final, attn_implementation="eager"))
-    expected = {}
-    for operation in (*counts.nonlinear, *counts.apart):
-        if operation.name not in ("embedding", "argmax"):  # which the program leaves to others
-            expected[operation.name] = (tuple(operation.shape), operation.count)
-    softmaxes = [shape for path, shape in found.items() if path.endswith(".attn")]
-    heads, count_of_heads = expected.pop("softmax")
-    assert softmaxes == [(SIZES["n_head"], *heads)] * (count_of_heads // SIZES["n_head"])
-    norms = [shape for path, shape in found.items() if path.endswith((".ln_1", ".ln_2"))]
-    assert norms == [expected["LayerNorm"][0]] * expected.pop("LayerNorm")[1] if norms else "LayerNorm" not in expected
-    last = [shape for path, shape in found.items() if path.endswith(".ln_f")]
-    assert last == ([expected.pop("final LayerNorm")[0]] if final == "layernorm" else [])
-    activations = [shape for path, shape in found.items() if ".mlp" in path]
-    assert len(expected) <= 1
-    for shape, number in expected.values():
-        assert activations == [shape] * number
-    assert len(found) == len(softmaxes) + len(norms) + len(last) + len(activations)
-    assert bool(activations) == bool(expected)
+def counted_operations(config: EntropyGPTConfig) -> Counter:
+    """The same, as they are counted from the configuration."""
+    counts, norms = count_operations(config, T), ("softmax", "LayerNorm", "final LayerNorm")
+    return Counter(
+        {
+            (each.name if each.name in norms else "activation", tuple(each.shape)): each.count
+            for each in (*counts.nonlinear, *counts.apart)
+            if each.name not in ("embedding", "argmax")  # which the program leaves to others
+        }
+    )
 
 
-def test_the_walk_sees_what_does_not_belong_there():
-    model = make_model("SM+ScFuFFN", attn_implementation="eager", final_normalization="none")
-    before = set(found_operations(model))
-    model.transformer.h[1].mlp = nn.Sequential(model.transformer.h[1].mlp, nn.Tanh())
-    assert set(found_operations(model)) - before
-    squared = make_model("SM+ScFuFFN", attn_implementation="eager", final_normalization="none")
-    squared.transformer.ln_f = Square()
-    assert set(found_operations(squared)) - before
+@pytest.mark.parametrize(
+    ("notation", "fields"),
+    [
+        *((notation, {}) for notation in ARCHITECTURES),
+        ("SM+LN+G", {"final_normalization": "none", "n_inner": 80}),
+        ("SM+ScFuFFN", {"final_normalization": "static"}),
+        ("SM+G+FFNi3", {}),
+    ],
+)
+def test_non_linear_operations_are_those_of_the_exported_program(notation, fields):
+    model = make_model(notation, attn_implementation="eager", **fields)
+    assert found_operations(model) == counted_operations(model.config)
+
+
+@pytest.mark.parametrize("name", sorted({*ACT2FN, *OWN_ACTIVATIONS}))
+def test_activations_count_where_they_are_not_linear(name):
+    config = make_config(f"SM+Act({name})")
+    counts = count_operations(config, T).nonlinear
+    is_counted = [each.shape for each in counts if each.name != "softmax"] == [[T, config.inner_size]]
+    assert len(counts) == 1 + is_counted
+    hidden_states = torch.randn(1, T, config.n_embd)
+    assert is_counted == bool(nonlinear_nodes(EntropyGPTMLP(config), {"hidden_states": hidden_states}))
 
 
 class Square(nn.Module):
     def forward(self, hidden_states):
         return hidden_states * hidden_states
+
+
+def add_tanh(model, monkeypatch):
+    model.transformer.h[1].mlp = nn.Sequential(model.transformer.h[1].mlp, nn.Tanh())
+
+
+def add_square(model, monkeypatch):
+    model.transformer.ln_f = Square()
+
+
+def add_softmax(model, monkeypatch):
+    model.transformer.h[0].attn.resid_dropout = nn.Softmax(dim=-1)
+
+
+def cap_queries(model, monkeypatch):
+    def attend(module, query, *arguments, **options):
+        return eager_attention_forward(module, query.tanh(), *arguments, **options)
+
+    monkeypatch.setattr(blocks, "eager_attention_forward", attend)
+
+
+@pytest.mark.parametrize(
+    "change", [add_tanh, add_square, add_softmax, cap_queries], ids=lambda change: change.__name__
+)
+def test_the_walk_sees_what_does_not_belong_there(change, monkeypatch):
+    model = make_model("SM+ScFuFFN", attn_implementation="eager", final_normalization="none")
+    change(model, monkeypatch)
+    assert found_operations(model) - counted_operations(model.config)
