@@ -1,17 +1,16 @@
 """The record of a conversion: what each step cost, what healing gave back, and under which conditions."""
 
 import math
-from pathlib import Path
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
 from .conditions import list_settings
 from .operation_counts import OperationCounts
-from .records import RECORD, load_record, save_record
+from .records import RECORD, StoredRecord
 from .results import Conditions
 
 
-KIND, SCHEMA_VERSION = "a conversion", 2
 PICTURE = "healing.png"
 # Beyond so many nats, a figure is shown by its order of magnitude.
 LARGEST_NATS = 10.0
@@ -67,7 +66,7 @@ class HealingRecord:
 
 
 @dataclass(config=RECORD)
-class ConversionReport:
+class ConversionReport(StoredRecord):
     """
     A conversion from end to end.
 
@@ -87,6 +86,9 @@ class ConversionReport:
         conditions ([`Conditions`]): What the numbers depend on.
     """
 
+    KIND: ClassVar[str] = "a conversion"
+    SCHEMA_VERSION: ClassVar[int] = 2
+
     source: str
     source_notation: str
     target_notation: str
@@ -103,20 +105,6 @@ class ConversionReport:
     seconds: float
     peak_memory_bytes: int
     conditions: Conditions
-
-    def save(self, path: Path):
-        """Writes the record as JSON."""
-        save_record(self, type(self), KIND, SCHEMA_VERSION, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "ConversionReport":
-        """
-        Reads what [`ConversionReport.save`] wrote.
-
-        Raises:
-            `ValueError`: If the file is of another kind or schema, or broken.
-        """
-        return load_record(cls, KIND, SCHEMA_VERSION, path)
 
 
 def step_rows(report: ConversionReport) -> list[tuple[str, ...]]:

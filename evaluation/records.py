@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import is_pydantic_dataclass
@@ -59,6 +60,22 @@ def load_record(type_: type, kind: str, version: int, path: Path):
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "content"
         raise ValueError(f"{path} is broken: {place}: {first['msg']}. Make it anew.") from error
+
+
+class StoredRecord:
+    """What a dataclass inherits that has a file of its own: `KIND` and `SCHEMA_VERSION` are what the file says."""
+
+    KIND: ClassVar[str]
+    SCHEMA_VERSION: ClassVar[int]
+
+    def save(self, path: Path):
+        """Writes the record as JSON."""
+        save_record(self, type(self), self.KIND, self.SCHEMA_VERSION, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads what [`StoredRecord.save`] wrote; raises as [`load_record`] does."""
+        return load_record(cls, cls.KIND, cls.SCHEMA_VERSION, path)
 
 
 def _adapter(type_: type) -> TypeAdapter:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import typer
@@ -27,7 +27,7 @@ from conversion.gpt2_checkpoint import load_gpt2, to_gpt2
 from evaluation.conditions import list_settings
 from evaluation.conversion_report import ConversionReport
 from evaluation.records import RECORD as CONFIG
-from evaluation.records import load_record, save_record
+from evaluation.records import StoredRecord
 from evaluation.results import Conditions, git_revision, load_results
 
 
@@ -36,7 +36,6 @@ WORK = ROOT / "build" / "conversion_benchmark"
 RECORD = ROOT / "model_cards" / "results" / "conversion.json"
 PAGE = ROOT / "docs" / "conversion.md"
 PICTURE = ROOT / "docs" / "conversion.png"
-KIND, VERSION = "the benchmark of conversions", 1
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
 
 TARGET = "EReg(SM(t)+ScFuFFN)"
@@ -99,8 +98,11 @@ class Run:
 
 
 @dataclass(config=CONFIG)
-class Record:
+class Record(StoredRecord):
     """All that was measured, and where."""
+
+    KIND: ClassVar[str] = "the benchmark of conversions"
+    SCHEMA_VERSION: ClassVar[int] = 1
 
     imports: list[Import]
     steps: list[StepCost]
@@ -109,13 +111,6 @@ class Record:
     large_seconds: float
     large_peak_bytes: int
     conditions: Conditions
-
-    @classmethod
-    def load(cls, path: Path) -> "Record":
-        return load_record(cls, KIND, VERSION, path)
-
-    def save(self, path: Path):
-        save_record(self, type(self), KIND, VERSION, path)
 
     def nats(self, kind: str, steps: int) -> list[float]:
         """By seed."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import typer
@@ -26,7 +26,7 @@ from evaluation.benchmarks._memory import peak_mebibytes
 from evaluation.benchmarks._turns import Timing, compare, format_ratio
 from evaluation.conditions import list_settings
 from evaluation.records import RECORD as CONFIG
-from evaluation.records import load_record, save_record
+from evaluation.records import StoredRecord
 from evaluation.results import git_revision, machine_name, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
 
@@ -35,7 +35,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "model_cards" / "results" / "entropy_attention.json"
 PAGE = ROOT / "docs" / "entropy_attention.md"
 PICTURE = ROOT / "docs" / "entropy_attention.png"
-KIND, VERSION = "the benchmark of entropy attention", 1
 
 STOCK, PUBLIC, OURS = "SDPA without entropy", "all matrices", "entropy attention"
 HEADS, HEAD_DIM, BATCH = 12, 64, 8
@@ -60,21 +59,17 @@ class Memory:
 
 
 @dataclass(config=CONFIG)
-class Record:
+class Record(StoredRecord):
     """All that was measured, and where."""
+
+    KIND: ClassVar[str] = "the benchmark of entropy attention"
+    SCHEMA_VERSION: ClassVar[int] = 1
 
     times: list[Timing]
     memory: list[Memory]
     versions: dict[str, str]
     git_revision: str | None
     machine: str
-
-    @classmethod
-    def load(cls, path: Path) -> "Record":
-        return load_record(cls, KIND, VERSION, path)
-
-    def save(self, path: Path):
-        save_record(self, type(self), KIND, VERSION, path)
 
 
 def attend_stock(query, key, value):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from evaluation.conditions import list_settings
 from evaluation.entropy_diagnostics import diagnose_heads
 from evaluation.perplexity import Windows, measure_likelihood
 from evaluation.records import RECORD as CONFIG
-from evaluation.records import load_record, save_record
+from evaluation.records import StoredRecord
 from evaluation.results import git_revision, machine_name, recorded_versions
 from evaluation.tokenized_text import tokenize
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
@@ -39,7 +39,6 @@ from training.tokenizer import train_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "model_cards" / "results" / "evaluation.json"
 PAGE = ROOT / "docs" / "evaluation.md"
-KIND, VERSION = "the benchmark of evaluation", 1
 
 OURS, THEIRS, ONE_BY_ONE = "ours", "lm-eval, as many windows at once", "lm-eval, one window at once"
 DIAGNOSTICS, PLAIN = "head diagnostics", "a plain forward pass"
@@ -56,7 +55,7 @@ console = Console()
 
 
 @dataclass(config=CONFIG)
-class Record:
+class Record(StoredRecord):
     """
     All that was measured, and where.
 
@@ -70,6 +69,9 @@ class Record:
         machine (`str`): Processor and threads.
     """
 
+    KIND: ClassVar[str] = "the benchmark of evaluation"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
     perplexity: list[Timing]
     largest_difference: float
     heads: list[Timing]
@@ -77,13 +79,6 @@ class Record:
     versions: dict[str, str]
     git_revision: str | None
     machine: str
-
-    @classmethod
-    def load(cls, path: Path) -> "Record":
-        return load_record(cls, KIND, VERSION, path)
-
-    def save(self, path: Path):
-        save_record(self, type(self), KIND, VERSION, path)
 
 
 def make_model(sizes: dict) -> EntropyGPTForCausalLM:

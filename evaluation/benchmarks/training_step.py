@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import typer
@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from evaluation.benchmarks._turns import Timing, compare, format_ratio, take_turns
 from evaluation.conditions import list_settings
 from evaluation.records import RECORD as CONFIG
-from evaluation.records import load_record, save_record
+from evaluation.records import StoredRecord
 from evaluation.results import git_revision, machine_name, recorded_versions
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.arguments import DataArguments
@@ -36,7 +36,6 @@ from training.preparation import prepare_data
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "model_cards" / "results" / "training_step.json"
 PAGE = ROOT / "docs" / "training_step.md"
-KIND, VERSION = "the benchmark of training steps", 1
 
 STOCK = "stock GPT-2"
 PROPOSAL, REGULARIZED = "EReg(SM(t)+ScFuFFN)", "EReg(SM+LN+G)"
@@ -74,8 +73,11 @@ class Pipeline:
 
 
 @dataclass(config=CONFIG)
-class Record:
+class Record(StoredRecord):
     """All that was measured, and where."""
+
+    KIND: ClassVar[str] = "the benchmark of training steps"
+    SCHEMA_VERSION: ClassVar[int] = 1
 
     steps: list[Timing]
     watching: Timing
@@ -83,13 +85,6 @@ class Record:
     versions: dict[str, str]
     git_revision: str | None
     machine: str
-
-    @classmethod
-    def load(cls, path: Path) -> "Record":
-        return load_record(cls, KIND, VERSION, path)
-
-    def save(self, path: Path):
-        save_record(self, type(self), KIND, VERSION, path)
 
 
 def training_step(name: str, sizes: dict, batch: int, length: int) -> Callable[[], None]:
