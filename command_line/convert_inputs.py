@@ -17,11 +17,10 @@ from conversion.errors import ConversionError
 from conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELDS, Plan, target_config
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.corpus import load_corpus, load_standard_library
-from training.errors import CorpusError
 from training.packing import pack, spread_blocks
-from training.tokenizer import load_tokenizer
 
 from .errors import CommandError
+from .model_tokenizer import load_model_tokenizer
 from .progress import stage
 
 
@@ -177,7 +176,7 @@ def read_text(job: Job, config: EntropyGPTConfig, progress: Progress) -> Text:
     Raises:
         `CommandError`, `CorpusError`: If text or tokenizer can't be used.
     """
-    tokenizer = _load_tokenizer(job, config)
+    tokenizer = load_model_tokenizer(job.tokenizer, job.source, config.vocab_size)
     context = job.context or min(config.n_positions, LONGEST_CONTEXT)
     if context > config.n_positions:
         raise CommandError(f"--context {context}: the model has {config.n_positions} positions.")
@@ -228,17 +227,3 @@ def _inputs_inside(job: Job) -> Iterator[Path]:
     for place in (job.source, job.text, job.tokenizer, job.calibration_folder):
         if place is not None and job.output in (path := Path(place).resolve()).parents:
             yield path
-
-
-def _load_tokenizer(job: Job, config: EntropyGPTConfig) -> PreTrainedTokenizerFast:
-    place = job.tokenizer or job.source
-    try:
-        tokenizer = load_tokenizer(place)
-    except CorpusError as error:
-        raise CommandError(f"{error} Say where the tokenizer is with --tokenizer.") from error
-    if len(tokenizer) > config.vocab_size:
-        raise CommandError(
-            f"The tokenizer of {place} has {len(tokenizer):,} tokens, and the model {config.vocab_size:,}: give the "
-            "model's own with --tokenizer."
-        )
-    return tokenizer

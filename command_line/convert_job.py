@@ -50,6 +50,7 @@ from .convert_inputs import (
 from .errors import CommandError
 from .healing_stage import heal
 from .progress import progress_display, stage
+from .tables import make_table
 
 
 # The columns of the report's table, for a terminal of 80 characters.
@@ -293,12 +294,7 @@ def _show_plan(original: EntropyGPTForCausalLM, target: EntropyGPTConfig, plan: 
 
 
 def _print_report(report: ConversionReport, job: Job):
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for row in step_rows(report):
-        table.add_row(*map(escape, row))
-    console.print(table)
+    console.print(make_table(HEADINGS, step_rows(report)))
     console.print(
         f"{report.seconds:.0f} s, at most {report.peak_memory_bytes / 2**30:.2f} GiB; measured on "
         f"{report.conditions.evaluated_tokens:,} tokens that nothing was fitted to",

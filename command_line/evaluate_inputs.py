@@ -1,5 +1,6 @@
 """What an evaluation is asked to do and works on: models, windows and text, refused before anything is measured."""
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.arguments import STANDARD_LIBRARY, DataArguments
 from training.errors import CorpusError
 from training.sources import Source, open_source
-from training.tokenizer import load_tokenizer
 
 from .errors import CommandError
 from .measurement import MeasuredText
+from .model_tokenizer import load_model_tokenizer
 
 
 LONGEST_BLOCK = 1024
@@ -32,27 +33,27 @@ class Job:
     """What the command was asked to measure; the fields are its options."""
 
     models: tuple[str, ...]
-    text: str | None = None
-    held_out: bool = False
-    split: str = DataArguments.dataset_split
-    config: str | None = None
-    text_column: str = DataArguments.text_column
-    tokenizer: str | None = None
-    context: int | None = None
-    stride: int | None = None
-    separate: bool = False
-    bos: bool = False
-    max_tokens: int | None = None
-    per_position: bool = False
-    frequency_text: str | None = None
-    head_tokens: int = 65536
-    tasks: str | None = None
-    task_data: Path | None = None
-    limit: int | None = None
-    batch_tokens: int = 4096
-    dtype: str = "float32"
-    device: str | None = None
-    seed: int = 0
+    text: str | None
+    held_out: bool
+    split: str
+    config: str | None
+    text_column: str
+    tokenizer: str | None
+    context: int | None
+    stride: int | None
+    separate: bool
+    bos: bool
+    max_tokens: int | None
+    per_position: bool
+    frequency_text: str | None
+    head_tokens: int
+    tasks: str | None
+    task_data: Path | None
+    limit: int | None
+    batch_tokens: int
+    dtype: str
+    device: str | None
+    seed: int
 
     @property
     def evaluates_a_part(self) -> bool:
@@ -72,6 +73,13 @@ class Candidate:
     source: str
     config: EntropyGPTConfig
     tokenizer: PreTrainedTokenizerFast
+
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """The same for models whose tokens are the same."""
+        tokenizer = self.tokenizer
+        parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return hashlib.sha256(repr((*parts, self.config.vocab_size)).encode()).hexdigest()
 
 
 def check_options(job: Job):
@@ -132,7 +140,7 @@ def find_candidates(job: Job) -> Iterator[Candidate]:
         raise CommandError(f"{twice[0]} is given twice. Give each model once.")
     for source, name in zip(job.models, short_names(job.models), strict=True):
         config = load_language_model(source).config
-        yield Candidate(name, source, config, _load_tokenizer(job.tokenizer or source, source, config))
+        yield Candidate(name, source, config, load_model_tokenizer(job.tokenizer, source, config.vocab_size))
 
 
 def short_names(sources: Iterable[str]) -> list[str]:
@@ -146,19 +154,6 @@ def short_names(sources: Iterable[str]) -> list[str]:
             count += 1
         names.append("/".join(own[-count:]))
     return names
-
-
-def _load_tokenizer(place: str, source: str, config: EntropyGPTConfig) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = load_tokenizer(place)
-    except CorpusError as error:
-        raise CommandError(f"{error} Say where the tokenizer of {source} is with --tokenizer.") from error
-    if len(tokenizer) > config.vocab_size:
-        raise CommandError(
-            f"The tokenizer of {place} has {len(tokenizer):,} tokens, and {source} {config.vocab_size:,}: they do not "
-            "belong together. Give the model's own with --tokenizer."
-        )
-    return tokenizer
 
 
 def find_windows(job: Job, candidates: list[Candidate]) -> Windows:
@@ -201,11 +196,6 @@ def open_text(job: Job) -> Source:
         raise CommandError(str(error)) from error
 
 
-def evaluated_texts(source: Source, job: Job) -> Iterable[str]:
-    """The documents that are evaluated."""
-    return source.validation if job.evaluates_a_part else source.training
-
-
 def tokenize_text(source: Source, candidate: Candidate, windows: Windows, job: Job, on_document) -> MeasuredText:
     """
     Tokenises the text for a model.
@@ -214,7 +204,7 @@ def tokenize_text(source: Source, candidate: Candidate, windows: Windows, job: J
         `CommandError`: If there is too little of it, or the tokenizer lacks a token that is needed.
     """
     digest = hashlib.sha256()
-    texts = _digested(evaluated_texts(source, job), digest)
+    texts = _digested(source.validation if job.evaluates_a_part else source.training, digest)
     try:
         documents = [
             document.compact()

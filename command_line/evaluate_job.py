@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import disable_progress_bars
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 from transformers.utils import logging
 
 from conversion.errors import ConversionError
@@ -18,7 +17,8 @@ from evaluation.errors import TaskError
 from evaluation.head_plots import plot_comparison, plot_head_diagnostics
 from evaluation.perplexity import Windows
 from evaluation.results import ModelResult, load_results, save_results
-from training.files import is_finished, written_whole
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+from training.files import delete, is_finished, written_whole
 from training.sources import Source
 
 from .errors import CommandError
@@ -33,8 +33,9 @@ from .evaluate_inputs import (
     open_text,
     tokenize_text,
 )
-from .measurement import describe_model, measure_heads, measure_text
+from .measurement import MeasuredText, describe_model, measure_heads, measure_text
 from .progress import progress_display, stage
+from .tables import make_table
 
 
 SETTINGS, RESULTS, PICTURES = "settings.json", "results.json", "pictures"
@@ -50,6 +51,14 @@ HEADINGS = (
 )
 
 console = Console()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A text as models of one vocabulary see it, and what [`measure_text`] is to tell beside the whole."""
+
+    text: MeasuredText
+    breakdown: dict
 
 
 def run(job: Job, output: Path, overwrite: bool, dry_run: bool):
@@ -152,21 +161,25 @@ def _measure_all(
 ):
     """Leaves results.json, which grows by a model at a time."""
     results: list[ModelResult] = []
+    prepared: dict[str, Prepared] = {}  # by vocabulary
     for candidate in candidates:
         model = load_model(candidate.source, job)
         result = describe_model(model, candidate.name, windows)
         known = [one for one in earlier if (one.name, one.weights) == (result.name, result.weights)]
-        results += known or [_measure(model, result, candidate, source, windows, job, progress)]
-        if not output.exists() or not (output / SETTINGS).exists():  # nothing before something is measured
+        if not known:
+            if candidate.vocabulary not in prepared:
+                prepared[candidate.vocabulary] = _prepare(candidate, source, windows, job, progress)
+            _measure(model, result, candidate, prepared[candidate.vocabulary], job, progress)
+        results += known or [result]
+        if len(results) == 1 and not earlier:  # nothing is written, or replaced, before something is measured
+            delete(output / RESULTS)
             with written_whole(output / SETTINGS) as path:
                 path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         with written_whole(output / RESULTS) as path:
             save_results(results, path)
 
 
-def _measure(
-    model, result: ModelResult, candidate: Candidate, source: Source, windows: Windows, job: Job, progress: Progress
-) -> ModelResult:
+def _prepare(candidate: Candidate, source: Source, windows: Windows, job: Job, progress: Progress) -> Prepared:
     name = candidate.name
     with stage(progress, f"{name}: tokenising", source.documents if not job.evaluates_a_part else None) as line:
         text = tokenize_text(source, candidate, windows, job, line.advance)
@@ -175,11 +188,24 @@ def _measure(
     if job.frequency_text is not None:
         with stage(progress, f"{name}: counting tokens"):
             breakdown["token_counts"], breakdown["frequency_text"] = count_frequencies(source, candidate, job)
-    result.likelihood = measure_text(model, text, progress, name, job.batch_tokens, **breakdown)
+    return Prepared(text, breakdown)
+
+
+def _measure(
+    model: EntropyGPTForCausalLM,
+    result: ModelResult,
+    candidate: Candidate,
+    prepared: Prepared,
+    job: Job,
+    progress: Progress,
+):
+    """Adds what was asked for to the result."""
+    name, text = candidate.name, prepared.text
+    result.likelihood = measure_text(model, text, progress, name, job.batch_tokens, **prepared.breakdown)
     if job.head_tokens:
         result.heads = measure_heads(model, text, progress, name, job.head_tokens, job.batch_tokens)
     if job.task_names:
-        batch_size = max(1, job.batch_tokens // windows.context)
+        batch_size = max(1, job.batch_tokens // text.windows.context)
         with stage(progress, f"{name}: tasks") as line:
             result.tasks = _lm_eval().score_tasks(
                 model,
@@ -191,7 +217,6 @@ def _measure(
                 job.seed,
                 on_requests=line.reach,
             )
-    return result
 
 
 def _draw(results: list[ModelResult], output: Path):
@@ -205,12 +230,7 @@ def _draw(results: list[ModelResult], output: Path):
 
 
 def _print_results(results: list[ModelResult]):
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=bool(index), overflow="fold")
-    for result in results:
-        table.add_row(*map(escape, table_row(result)))
-    console.print(table)
+    console.print(make_table(HEADINGS, map(table_row, results), folded={0}))
     windows = results[0].likelihood.likelihood.windows
     console.print(escape(describe_windows(windows)), style="dim", soft_wrap=True)
     _print_parts(results)
@@ -244,26 +264,18 @@ def _print_parts(results: list[ModelResult]):
     for title, parts in kinds.items():
         if None in parts:
             continue
-        table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-        table.add_column(escape(title), overflow="fold")
-        for result in results:
-            table.add_column(f"{escape(result.name)}\nppl per token", justify="right", overflow="fold")
+        headings = [title, *(f"{result.name}\nppl per token" for result in results)]
         ranges = {part.begin: part.range for model_parts in parts for part in model_parts}
         shown = [{part.begin: f"{part.perplexity:.2f}" for part in model_parts} for model_parts in parts]
-        for begin in sorted(ranges):
-            table.add_row(ranges[begin], *(perplexities.get(begin, "") for perplexities in shown))
-        console.print(table)
+        rows = [[ranges[begin], *(perplexities.get(begin, "") for perplexities in shown)] for begin in sorted(ranges)]
+        console.print(make_table(headings, rows, folded=range(len(headings))))
 
 
 def _print_scores(results: list[ModelResult]):
     names = {(score.task, score.metric): None for result in results if result.tasks for score in result.tasks.scores}
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in ("task", "metric", *(escape(result.name) for result in results)):
-        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right", overflow="fold")
-    for task, metric in names:
-        scores = [_find_score(result, task, metric) for result in results]
-        table.add_row(escape(task), metric, *scores)
-    console.print(table)
+    headings = ["task", "metric", *(result.name for result in results)]
+    rows = [[task, metric, *(_find_score(result, task, metric) for result in results)] for task, metric in names]
+    console.print(make_table(headings, rows, text_columns=2, folded=range(len(headings))))
 
 
 def _find_score(result: ModelResult, task: str, metric: str) -> str:

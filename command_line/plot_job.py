@@ -4,10 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from evaluation.run_log import RunLog
 from evaluation.run_plots import (
@@ -24,6 +21,7 @@ from evaluation.run_plots import (
 from training.files import written_whole
 
 from .errors import CommandError
+from .tables import make_table
 
 
 # The columns of the table, for a terminal of 80 characters.
@@ -141,12 +139,7 @@ def _pictures(steps: list[int] | None) -> list[Picture]:
 
 
 def _print_table(runs: list[RunLog]):
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=bool(index), overflow="fold")
-    for run in runs:
-        table.add_row(*map(escape, table_row(run)))
-    console.print(table)
+    console.print(make_table(HEADINGS, map(table_row, runs), folded={0}))
     console.print(
         "entropies: of the last record, the mean of all heads; collapsed: below 5 % of what uniform attention has, "
         "overloaded: from 3/4 of it on",

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
 from transformers.utils import logging
 
@@ -48,6 +46,7 @@ from .convert_job import convert
 from .errors import CommandError
 from .measurement import MeasuredText, describe_config, measure_model, read_text
 from .progress import progress_display, stage
+from .tables import make_table
 
 
 # The architectures, and what each sets beside its notation: the paper's initial temperature, and its weight of the
@@ -363,12 +362,8 @@ def _load_back(name: str, title: str, output: Path):
 
 
 def _print_table(results: list[ModelResult]):
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
-    for row in comparison_rows(results):
-        table.add_row(*(escape(cell.replace(" from ", "\n  from ")) for cell in row))
-    console.print(table)
+    rows = [[cell.replace(" from ", "\n  from ") for cell in row] for row in comparison_rows(results)]
+    console.print(make_table(HEADINGS, rows, text_columns=2))
     console.print(escape(conditions_text(results)), style="dim")
 
 

@@ -101,6 +101,9 @@ def test_two_models_side_by_side(finished, models, text):
         assert (output / "pictures" / f"{name}.png").stat().st_size > 10_000
     assert gpt2.heads.heads.entropy.maximum == pytest.approx(math.lgamma(65) / 64)
     assert "report" in process.stdout
+    # The text is tokenised, and tokens are counted, once for models of one vocabulary.
+    assert "gpt2: counting tokens" in process.stdout
+    assert "ereg: counting tokens" not in process.stdout
 
 
 def test_what_is_measured_is_kept_and_not_measured_again(finished, models):
@@ -122,6 +125,18 @@ def test_what_is_measured_is_kept_and_not_measured_again(finished, models):
     assert "stride 40 then, 63 now" in other.stderr
     assert "--overwrite" in other.stderr
     assert load_results(path) == after
+
+
+def test_an_overwritten_evaluation_goes_on_under_its_own_settings(models, text, tmp_path, run_here):
+    words = (models / "gpt2", "--text", text, "--max-tokens", 200, "--head-tokens", 0, "--output", tmp_path / "out")
+    assert run_here(*words).returncode == 0
+    replaced = run_here(*words, "--stride", 9, "--overwrite")
+    assert replaced.returncode == 0, replaced.stderr
+    again = run_here(*words, "--stride", 9)
+    assert again.returncode == 0, again.stderr
+    (result,) = load_results(tmp_path / "out" / "results.json")
+    assert result.likelihood.likelihood.windows.stride == 9
+    assert "stride 9 then, 63 now" in run_here(*words).stderr
 
 
 def test_documents_alone_with_their_beginning(models, tmp_path):

@@ -1,0 +1,33 @@
+"""The tokenizer of a model that a command was given."""
+
+from transformers import PreTrainedTokenizerFast
+
+from training.errors import CorpusError
+from training.tokenizer import load_tokenizer
+
+from .errors import CommandError
+
+
+def load_model_tokenizer(place: str | None, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    Loads the tokenizer that a model's tokens are of.
+
+    Args:
+        place (`str`, *optional*): Where it is, as `--tokenizer` says; with the model, if not given.
+        source (`str`): Where the model is.
+        vocab_size (`int`): Tokens that the model knows.
+
+    Raises:
+        `CommandError`: If there is none, or it has more tokens than the model.
+    """
+    place = place or source
+    try:
+        tokenizer = load_tokenizer(place)
+    except CorpusError as error:
+        raise CommandError(f"{error} Say where the tokenizer of {source} is with --tokenizer.") from error
+    if len(tokenizer) > vocab_size:
+        raise CommandError(
+            f"The tokenizer of {place} has {len(tokenizer):,} tokens, and {source} {vocab_size:,}: they do not belong "
+            "together. Give the model's own with --tokenizer."
+        )
+    return tokenizer
