@@ -6,8 +6,6 @@ python -m evaluation.benchmarks.evaluation --redraw   the page anew from the rec
 """
 
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -22,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 from transformers.utils import logging
 
-from evaluation.benchmarks._memory import peak_mebibytes
+from evaluation.benchmarks._memory import peak_mebibytes, mebibytes_of
 from evaluation.benchmarks._turns import Timing, compare, format_ratio
 from evaluation.conditions import list_settings
 from evaluation.entropy_diagnostics import diagnose_heads
@@ -146,8 +144,7 @@ def make_blocks(sizes: dict, length: int, count: int) -> Dataset:
 
 def measure_memory(length: int) -> float:
     """Peak resident memory in MiB of the diagnostics of one sequence beside the model, in a fresh process."""
-    command = [sys.executable, "-m", "evaluation.benchmarks.evaluation", "--memory-of", str(length)]
-    mebibytes = float(subprocess.check_output(command, text=True, cwd=ROOT))
+    mebibytes = mebibytes_of(__file__, "--memory-of", str(length))
     console.print(f"memory, T={length}: {mebibytes:.0f} MiB")
     return mebibytes
 
