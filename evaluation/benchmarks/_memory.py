@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+ROOT = Path(__file__).resolve().parents[2]
 # glibc gives tensors back to the system as they are freed, so that resident memory is what is in use.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
 
 
-def mebibytes_of(file: str, *arguments: str) -> float:
-    """The number of MiB that a script prints, run in a fresh process in which memory is counted exactly."""
-    return float(subprocess.check_output([sys.executable, file, *arguments], text=True, env={**os.environ, **EXACT}))
+def mebibytes_of(benchmark: str, *arguments: str) -> float:
+    """The MiB that a benchmark prints when given the arguments, in a fresh process that counts memory exactly."""
+    command = [sys.executable, "-m", f"evaluation.benchmarks.{benchmark}", *arguments]
+    return float(subprocess.check_output(command, text=True, cwd=ROOT, env={**os.environ, **EXACT}))
 
 
 def peak_mebibytes(run: Callable[[], None]) -> float:

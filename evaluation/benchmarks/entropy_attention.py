@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from evaluation.benchmarks._memory import peak_mebibytes, mebibytes_of
+from evaluation.benchmarks._memory import mebibytes_of, peak_mebibytes
 from evaluation.benchmarks._turns import Timing, compare, format_ratio
 from evaluation.conditions import list_settings
 from evaluation.records import RECORD as CONFIG
@@ -178,7 +178,7 @@ class BusyCore:
 
 def measure_memory(name: str, length: int) -> Memory:
     """Peak resident memory that forward and backward take beside the inputs, in a fresh process."""
-    mebibytes = mebibytes_of(__file__, "--memory-of", name, "--length", str(length))
+    mebibytes = mebibytes_of("entropy_attention", "--memory-of", name, "--length", str(length))
     console.print(f"memory, T={length}: {mebibytes:.0f} MiB for {name}")
     return Memory(name, length, mebibytes)
 

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 from transformers.utils import logging
 
-from evaluation.benchmarks._memory import peak_mebibytes, mebibytes_of
+from evaluation.benchmarks._memory import mebibytes_of, peak_mebibytes
 from evaluation.benchmarks._turns import Timing, compare, format_ratio
 from evaluation.conditions import list_settings
 from evaluation.entropy_diagnostics import diagnose_heads
@@ -144,7 +144,7 @@ def make_blocks(sizes: dict, length: int, count: int) -> Dataset:
 
 def measure_memory(length: int) -> float:
     """Peak resident memory in MiB of the diagnostics of one sequence beside the model, in a fresh process."""
-    mebibytes = mebibytes_of(__file__, "--memory-of", str(length))
+    mebibytes = mebibytes_of("evaluation", "--memory-of", str(length))
     console.print(f"memory, T={length}: {mebibytes:.0f} MiB")
     return mebibytes
 
