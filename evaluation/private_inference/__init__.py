@@ -1,0 +1,1 @@
+"""Evaluation of EntropyGPT models."""

@@ -1,0 +1,393 @@
+"""
+The model as a sequence of steps that both parties run: what each computes, from which variables, into which.
+
+A step is a function of tensors, written once for JAX (from which the engine's code is compiled) and for numpy (which
+emulates the ring). One step is one operation of one layer, so that its traffic can be measured apart; equal steps of
+different layers are compiled once. The weights are inputs, never constants: constants are public.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from conversion.folding import fold
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+
+from .arithmetic import Arithmetic
+from .errors import PrivateInferenceError
+from .settings import PrivateSettings
+
+
+# Scores that are masked: small enough to vanish, and within reach of the exponential's approximation.
+MASKED_SCORE = -64.0
+# GELU(x) = ReLU(x) - p(min(|x|, bound)): the polynomial that is nearest in the maximum norm (0.002), zero at the bound.
+GELU_BOUND = 3.3
+GELU_POLYNOMIAL = (-9.54589327e-05, 5.30387676e-01, -5.31746960e-01, 1.79648175e-01, -2.03679331e-02)
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+LEAKY_RELU_SLOPE = 0.01
+ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
+
+# The inputs and outputs of the whole.
+TOKENS, EMBEDDINGS, LOGITS, TOKEN = "tokens", "hidden", "logits", "token"
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    One operation of one layer.
+
+    Args:
+        operation (`str`): Such as "exponential"; what costs are summed by.
+        layer (`int`, *optional*): `None` around the blocks.
+        function (`Callable`): Of an [`Arithmetic`] and of tensors; hashable, and equal for equal steps.
+        inputs, outputs (`tuple[str]`): Variables.
+    """
+
+    operation: str
+    layer: int | None
+    function: Callable
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """
+    The tokens that a pass is given.
+
+    Args:
+        start (`int`): Tokens before, whose keys and values are kept.
+        length (`int`): Tokens.
+        answers (`int`): Of so many last tokens the logits are wanted.
+    """
+
+    start: int
+    length: int
+    answers: int = 1
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+def check_config(config: EntropyGPTConfig):
+    """
+    Raises:
+        `PrivateInferenceError`: If the program does not know an operation of the architecture.
+    """
+    if config.activation_function not in ACTIVATIONS and len(config.pruned_ffn_layers) < config.n_layer:
+        raise PrivateInferenceError(
+            f"activation_function={config.activation_function!r} has no private form; there are those of "
+            f"{', '.join(ACTIVATIONS)}. Convert the model to one of them (entropy-gpt convert)."
+        )
+
+
+def prepare_weights(model: EntropyGPTForCausalLM) -> tuple[EntropyGPTConfig, dict[str, np.ndarray]]:
+    """
+    Everything that weights can take over: what [`fold`] folds, the scale of the scores, and the gains and biases of
+    LayerNorms.
+
+    Returns:
+        `tuple`: The config of the program, and its weights by name in float32.
+
+    Raises:
+        `PrivateInferenceError`: If the program does not know an operation of the architecture.
+        `ConversionError`: As [`fold`].
+    """
+    check_config(model.config)
+    folded = fold(copy.deepcopy(model).double())
+    config, weights = folded.config, {}
+    body = folded.transformer
+    weights["wte"], weights["wpe"] = body.wte.weight, body.wpe.weight
+    for layer, block in enumerate(body.h):
+        name = f"h.{layer}."
+        matrix, bias = _absorb_gain(block.ln_1, block.attn.c_attn.weight, block.attn.c_attn.bias)
+        matrix[:, : config.n_embd] *= block.attn.scaling
+        bias[: config.n_embd] *= block.attn.scaling
+        weights[name + "qkv.weight"], weights[name + "qkv.bias"] = matrix, bias
+        if block.attn.temperature is not None:
+            weights[name + "inverse_temperature"] = (-block.attn.temperature.log_temperature).exp()
+        weights[name + "output.weight"] = block.attn.c_proj.weight
+        weights[name + "output.bias"] = block.attn.c_proj.bias
+        if block.mlp is None:
+            continue
+        if config.ffn_type == "fused":
+            linear = block.mlp.c_fused
+            matrix, bias = _absorb_gain(block.ln_2, linear.weight, linear.bias)
+            weights[name + "ffn.weight"], weights[name + "ffn.bias"] = matrix, bias
+        else:
+            matrix, bias = _absorb_gain(block.ln_2, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+            weights[name + "ffn_in.weight"], weights[name + "ffn_in.bias"] = matrix, bias
+            weights[name + "ffn.weight"] = block.mlp.c_proj.weight
+            weights[name + "ffn.bias"] = block.mlp.c_proj.bias
+            if config.activation_function == "learnable_leaky_relu":
+                weights[name + "slope"] = block.mlp.act.negative_slope
+        if block.residual_scaling is not None:
+            # Where LayerNorms read the stream, beta stays; alpha is part of the FFN all the same.
+            weights[name + "beta"] = block.residual_scaling.ffn_beta
+            for part in ("ffn.weight", "ffn.bias"):
+                weights[name + part] = weights[name + part] / block.residual_scaling.ffn_alpha
+    head_bias = folded.lm_head.bias
+    head_bias = head_bias if head_bias is not None else folded.lm_head.weight.new_zeros(config.vocab_size)
+    matrix, bias = _absorb_gain(body.ln_f, folded.lm_head.weight.mT, head_bias)
+    weights["head.weight"], weights["head.bias"] = matrix, bias
+    return config, {name: weight.detach().float().numpy().copy() for name, weight in weights.items()}
+
+
+def _absorb_gain(norm, matrix, bias):
+    """A copy of the linear map that takes over the gain and the bias of a LayerNorm before it."""
+    if not hasattr(norm, "weight"):
+        return matrix.detach().clone(), bias.detach().clone()
+    return norm.weight[:, None].detach() * matrix.detach(), (norm.bias @ matrix + bias).detach()
+
+
+def build_steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> list[Step]:
+    """
+    The program for some tokens: from "tokens" (one-hot rows) or "hidden" (embeddings) to "logits" or "token". The keys
+    and values of each layer stay in variables, for the tokens that follow.
+
+    Args:
+        config ([`EntropyGPTConfig`]): That of [`prepare_weights`].
+        settings ([`PrivateSettings`]): The form of each operation.
+        span ([`Span`]): The tokens.
+
+    Raises:
+        `PrivateInferenceError`: If the model has no so many positions, or an operation no private form.
+    """
+    check_config(config)
+    if not span.length >= 1 or span.end > config.n_positions:
+        raise PrivateInferenceError(
+            f"{span.end} tokens are not possible: this model has n_positions={config.n_positions}. Shorten the prompt "
+            "or generate less."
+        )
+    return list(_steps(config, settings, span))
+
+
+def _steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> Iterator[Step]:
+    if settings.embedding == "one_hot":
+        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (EMBEDDINGS,))
+    for layer in range(config.n_layer):
+        # What the last block finds out about the tokens before the answers, nobody asks for.
+        queries = span.answers if layer == config.n_layer - 1 else span.length
+        yield from _attention(config, settings, span, queries, layer)
+        if layer not in config.pruned_ffn_layers:
+            yield from _ffn(config, settings, layer)
+    if config.final_normalization == "layernorm":
+        yield Step("norm", None, partial(normalize, epsilon=config.layer_norm_epsilon), ("hidden",), ("hidden",))
+    yield Step("head", None, linear, ("hidden", "head.weight", "head.bias"), (LOGITS,))
+    if settings.answer == "token":
+        yield Step("argmax", None, choose, (LOGITS,), (TOKEN,))
+
+
+def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
+    name = f"h.{layer}."
+    read, norm = _norm(config, layer)
+    yield from norm
+    split = partial(split_heads, heads=config.n_head, queries=queries)
+    # Inputs come in this order: hidden states, map, kept keys and values, temperatures.
+    kept = (name + "keys", name + "values") if span.start else ()
+    temperatures = (name + "inverse_temperature",) if config.attention_temperature == "position" else ()
+    split = partial(split, kept=bool(kept), start=span.end - queries if temperatures else None)
+    outputs = ("queries", name + "keys", name + "values")
+    inputs = (read, name + "qkv.weight", name + "qkv.bias", *kept, *temperatures)
+    yield Step("query, key, value", layer, split, inputs, outputs)
+    yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
+    if settings.softmax == "stock":
+        yield Step("softmax", layer, stock_softmax, ("scores",), ("weights",))
+        yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
+    else:
+        yield Step("maximum", layer, subtract_maximum, ("scores",), ("visible",))
+        yield Step("exponential", layer, exponentiate, ("visible",), ("visible",))
+        weigh = partial(weigh_visible, queries=queries)
+        yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))
+        yield Step("division", layer, divide_and_merge, ("attended", "sums"), ("attended",))
+    inputs = ("attended", name + "output.weight", name + "output.bias", "hidden")
+    yield Step("output", layer, add_linear, inputs, ("hidden",))
+
+
+def _norm(config, layer: int) -> tuple[str, list[Step]]:
+    """Where a sublayer reads the residual stream, and the step that writes there."""
+    if config.normalization != "layernorm":
+        return "hidden", []
+    function = partial(normalize, epsilon=config.layer_norm_epsilon)
+    return "normalized", [Step("norm", layer, function, ("hidden",), ("normalized",))]
+
+
+def _ffn(config, settings, layer: int) -> Iterator[Step]:
+    name = f"h.{layer}."
+    read, norm = _norm(config, layer)
+    yield from norm
+    if config.ffn_type == "mlp":
+        yield Step("FFN", layer, linear, (read, name + "ffn_in.weight", name + "ffn_in.bias"), ("inner",))
+        read, activation = "inner", config.activation_function
+        if activation == "learnable_leaky_relu":
+            yield Step("activation", layer, learnable_leaky_relu, ("inner", name + "slope"), ("inner",))
+        elif activation not in ("identity", "linear"):
+            yield Step("activation", layer, _activation(activation, settings.gelu), ("inner",), ("inner",))
+    inputs = (read, name + "ffn.weight", name + "ffn.bias", "hidden")
+    if config.ffn_residual_scaling:
+        yield Step("FFN", layer, add_linear_to_scaled, (*inputs, name + "beta"), ("hidden",))
+    else:
+        yield Step("FFN", layer, add_linear, inputs, ("hidden",))
+
+
+def _activation(name: str, gelu: str) -> Callable:
+    if name in ("relu", "leaky_relu"):
+        return relu if name == "relu" else leaky_relu
+    return {"piecewise": piecewise_gelu, "tanh": tanh_gelu, "erf": erf_gelu}[gelu]
+
+
+def embed(ops: Arithmetic, tokens, table, positions, span: Span):
+    """Rows `(length, vocabulary)` of one 1 each to embeddings `(length, width)`."""
+    return ops.matmul(tokens, table) + positions[span.start : span.end]
+
+
+def normalize(ops: Arithmetic, hidden, epsilon: float):
+    """LayerNorm without gain and bias."""
+    width = hidden.shape[-1]
+    centered = hidden - ops.scale(hidden.sum(axis=-1, keepdims=True), 1 / width)
+    variance = ops.scale(ops.square(centered).sum(axis=-1, keepdims=True), 1 / width)
+    return ops.multiply(centered, ops.reciprocal_root(variance + epsilon))
+
+
+def linear(ops: Arithmetic, hidden, weight, bias):
+    return ops.matmul(hidden, weight) + bias
+
+
+def add_linear(ops: Arithmetic, hidden, weight, bias, residual):
+    """The last rows of the residual stream, as many as there are, with a linear map of others added."""
+    return residual[-hidden.shape[0] :] + ops.matmul(hidden, weight) + bias
+
+
+def add_linear_to_scaled(ops: Arithmetic, hidden, weight, bias, residual, beta):
+    return ops.multiply(residual, beta) + ops.matmul(hidden, weight) + bias
+
+
+def split_heads(ops: Arithmetic, hidden, weight, bias, *more, heads: int, queries: int, kept: bool, start: int | None):
+    """
+    Queries of the last rows `(heads, queries, head size)`, and keys and values of all `(heads, keys, head size)`, those
+    kept from before in front.
+    """
+    width = weight.shape[0]
+    if queries == hidden.shape[0]:
+        mapped = linear(ops, hidden, weight, bias)
+        query, key_value = mapped[:, :width], mapped[:, width:]
+    else:
+        query = linear(ops, hidden[-queries:], weight[:, :width], bias[:width])
+        key_value = linear(ops, hidden, weight[:, width:], bias[width:])
+    query, key, value = (
+        part.reshape(part.shape[0], heads, -1).swapaxes(0, 1)
+        for part in (query, key_value[:, :width], key_value[:, width:])
+    )
+    if start is not None:
+        query = ops.multiply(query, more[-1][:, start : start + queries, None])
+    if kept:
+        key = ops.xp.concatenate([more[0], key], axis=1)
+        value = ops.xp.concatenate([more[1], value], axis=1)
+    return query, key, value
+
+
+def score(ops: Arithmetic, query, key):
+    return ops.matmul(query, key.swapaxes(1, 2))
+
+
+def stock_softmax(ops: Arithmetic, scores):
+    """As `jax.nn.softmax` of masked scores: a division of every number."""
+    masked = ops.xp.where(_visible(*scores.shape[1:]), scores, MASKED_SCORE)
+    exponentials = ops.exp(masked - ops.largest(masked))
+    exponentials = ops.xp.where(_visible(*scores.shape[1:]), exponentials, 0.0)
+    return ops.divide(exponentials, exponentials.sum(axis=-1, keepdims=True))
+
+
+def weigh_and_merge(ops: Arithmetic, weights, value):
+    return _merge(ops.matmul(weights, value))
+
+
+def subtract_maximum(ops: Arithmetic, scores):
+    """Scores less the largest visible one of their row, the visible ones in one row a head: `(heads, visible)`."""
+    heads, queries, keys = scores.shape
+    visible = _visible(queries, keys)
+    scores = scores - ops.largest(ops.xp.where(visible, scores, MASKED_SCORE))
+    return scores.reshape(heads, queries * keys)[:, np.flatnonzero(visible)]
+
+
+def exponentiate(ops: Arithmetic, visible):
+    return ops.exp(visible)
+
+
+def weigh_visible(ops: Arithmetic, visible, value, queries: int):
+    """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
+    heads, keys = visible.shape[0], value.shape[1]
+    mask = _visible(queries, keys).reshape(-1)
+    # The place of each score among the visible ones, or behind them, where a 0 is.
+    places = np.where(mask, np.cumsum(mask) - 1, mask.sum())
+    zero = ops.xp.zeros((heads, 1), visible.dtype)
+    exponentials = ops.xp.concatenate([visible, zero], axis=1)[:, places].reshape(heads, queries, keys)
+    return ops.matmul(exponentials, value), exponentials.sum(axis=-1, keepdims=True)
+
+
+def divide_and_merge(ops: Arithmetic, attended, sums):
+    return _merge(ops.multiply(attended, ops.reciprocal(sums)))
+
+
+def relu(ops: Arithmetic, inner):
+    return ops.positive_part(inner)
+
+
+def leaky_relu(ops: Arithmetic, inner):
+    return ops.scale(inner, LEAKY_RELU_SLOPE) + ops.scale(ops.positive_part(inner), 1 - LEAKY_RELU_SLOPE)
+
+
+def learnable_leaky_relu(ops: Arithmetic, inner, slope):
+    positive = ops.positive_part(inner)
+    return positive + ops.multiply(inner - positive, slope)
+
+
+def piecewise_gelu(ops: Arithmetic, inner):
+    """Two comparisons and two squares; within 0.002 of GELU."""
+    c0, c1, c2, c3, c4 = GELU_POLYNOMIAL
+    positive = ops.positive_part(inner)
+    size = ops.at_most(positive + positive - inner, GELU_BOUND)
+    squared = ops.square(size)
+    half = c3 / (2 * c4)
+    fourth = ops.square(squared + ops.scale(size, half))
+    polynomial = ops.scale(fourth, c4) + ops.scale(squared, c2 - c4 * half**2) + ops.scale(size, c1) + c0
+    return positive - polynomial
+
+
+def tanh_gelu(ops: Arithmetic, inner):
+    cubed = ops.multiply(ops.square(inner), inner)
+    bounded = ops.tanh(ops.scale(inner + ops.scale(cubed, 0.044715), (2 / np.pi) ** 0.5))
+    return ops.multiply(ops.scale(inner, 0.5), 1.0 + bounded)
+
+
+def erf_gelu(ops: Arithmetic, inner):
+    return ops.multiply(ops.scale(inner, 0.5), 1.0 + ops.erf(ops.scale(inner, 0.5**0.5)))
+
+
+def choose(ops: Arithmetic, logits):
+    return ops.index_of_largest(logits)
+
+
+def _visible(queries: int, keys: int) -> np.ndarray:
+    """Which keys each of the last queries may attend to; public."""
+    return np.tri(queries, keys, keys - queries, dtype=bool)
+
+
+def _merge(attended):
+    """`(heads, queries, head size)` to `(queries, width)`."""
+    heads, queries, size = attended.shape
+    return attended.swapaxes(0, 1).reshape(queries, heads * size)
+
+
+def run_steps(steps: list[Step], ops: Arithmetic, variables: dict) -> dict:
+    """Runs a program in the clear, on JAX's or numpy's arrays; returns all variables."""
+    variables = dict(variables)
+    for step in steps:
+        results = step.function(ops, *(variables[name] for name in step.inputs))
+        results = results if isinstance(results, tuple) else (results,)
+        variables.update(zip(step.outputs, results, strict=True))
+    return variables
