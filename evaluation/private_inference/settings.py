@@ -34,10 +34,11 @@ class PrivateSettings:
             arithmetic in one process).
         fraction_bits (`int`): Bits of a number behind the point, of 64.
         softmax (`str`):
-            "efficient" (the visible half of the scores alone, one reciprocal a row, after the product with the
-            values) or "stock" (as `jax.nn.softmax` of masked scores).
+            "efficient" (the visible half of the scores alone, a polynomial for the exponential, one reciprocal a row
+            after the product with the values) or "stock" (as `jax.nn.softmax` of masked scores).
         gelu (`str`): "piecewise" (ReLU less an even polynomial), "tanh" or "erf".
-        exponential_squarings (`int`): n of exp(x) = (1 + x / 2^n)^(2^n), right for x from -2^(n + 1) to 0.
+        exponential_squarings (`int`):
+            Of the stock softmax: n of exp(x) = (1 + x / 2^n)^(2^n), right for x from -2^(n + 1) to 0.
         reciprocal_iterations (`int`): Of Goldschmidt's method.
         embedding (`str`):
             "one_hot" (a product of the client's one-hot rows with the server's table: neither learns anything) or
