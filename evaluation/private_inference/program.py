@@ -24,7 +24,7 @@ from .settings import PrivateSettings
 # Scores that are masked: small enough to vanish, and within reach of the exponential's approximation.
 MASKED_SCORE = -64.0
 # exp(x) from x = -12 to 0, by four squares of sums: with z = max(x + 12, 0) and t = EXP_SLOPE z + EXP_SHIFT, each
-# square is of the one before with a multiple of t and a constant added. Fitted to the smallest largest error; less what
+# square is of the one before with a multiple of t and a constant added. Fitted to the least largest error; less what
 # it is at z = 0, so that what lies below is 0, within 5e-5. (1 + x / 256)^256 errs by 1e-3, with eight squares.
 EXP_BOUND = 12.0
 EXP_SLOPE, EXP_SHIFT = 0.08885410345780102, -0.23263475793379196
@@ -155,6 +155,29 @@ def _absorb_gain(norm, matrix, bias):
     if not hasattr(norm, "weight"):
         return matrix.detach().clone(), bias.detach().clone()
     return norm.weight[:, None].detach() * matrix.detach(), (norm.bias @ matrix + bias).detach()
+
+
+def weight_shapes(config: EntropyGPTConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what [`prepare_weights`] makes, from its config alone: all that a client knows of them."""
+    width, inner, vocabulary = config.n_embd, config.inner_size, config.vocab_size
+    shapes = {"wte": (vocabulary, width), "wpe": (config.n_positions, width)}
+    for layer in range(config.n_layer):
+        maps = {"qkv": (width, 3 * width), "output": (width, width)}
+        if layer not in config.pruned_ffn_layers:
+            if config.ffn_type == "mlp":
+                maps["ffn_in"] = (width, inner)
+            maps["ffn"] = (inner if config.ffn_type == "mlp" else width, width)
+        for name, shape in maps.items():
+            shapes |= {f"h.{layer}.{name}.weight": shape, f"h.{layer}.{name}.bias": shape[1:]}
+        if config.attention_temperature == "position":
+            shapes[f"h.{layer}.inverse_temperature"] = (config.n_head, config.n_positions)
+        if layer in config.pruned_ffn_layers:
+            continue
+        if config.ffn_type == "mlp" and config.activation_function == "learnable_leaky_relu":
+            shapes[f"h.{layer}.slope"] = (1,)
+        if config.ffn_residual_scaling:
+            shapes[f"h.{layer}.beta"] = (1,)
+    return shapes | {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
 
 
 def build_steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> list[Step]:

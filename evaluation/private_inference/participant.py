@@ -1,0 +1,133 @@
+"""One party's side of an inference on the engine, over any link: in a thread beside the others, or in its own process."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from modeling_entropy_gpt import EntropyGPTConfig
+
+from .arithmetic import Arithmetic
+from .cost import StepCost
+from .engine import SERVER, CompiledStep, EngineLog, Party, compile_steps
+from .program import EMBEDDINGS, LOGITS, TOKEN, TOKENS, Span, Step, build_steps, weight_shapes
+from .settings import PARTIES, PrivateSettings
+
+
+SET_UP = "set-up"
+
+
+def client_rank(settings: PrivateSettings) -> int:
+    """The client's; a third party, and the only one of "ref2k", has nothing of its own or everything."""
+    return min(1, PARTIES[settings.protocol] - 1)
+
+
+def input_shape(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> tuple[str, tuple[int, int]]:
+    """The client's input: its variable and its shape."""
+    if settings.embedding == "one_hot":
+        return TOKENS, (span.length, config.vocab_size)
+    return EMBEDDINGS, (span.length, config.n_embd)
+
+
+def answer_name(settings: PrivateSettings) -> str:
+    return LOGITS if settings.answer == "logits" else TOKEN
+
+
+def compile_pass(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> list[CompiledStep]:
+    """
+    The engine's code of the program for some tokens, from what is public alone.
+
+    Raises:
+        `PrivateInferenceError`: As [`build_steps`].
+    """
+    shapes = weight_shapes(config)
+    name, shape = input_shape(config, settings, span)
+    shapes[name] = shape
+    for layer in range(config.n_layer if span.start else 0):
+        kept = (config.n_head, span.start, config.n_embd // config.n_head)
+        shapes |= {f"h.{layer}.keys": kept, f"h.{layer}.values": kept}
+    return compile_steps(build_steps(config, settings, span), shapes, settings)
+
+
+def encode_tokens(tokens: list[int], vocabulary: int) -> np.ndarray:
+    """One-hot rows."""
+    return np.eye(vocabulary, dtype=np.float32)[tokens]
+
+
+class Participant:
+    """
+    One party of an inference.
+
+    Args:
+        link: SPU's link.
+        config ([`EntropyGPTConfig`]): That of [`prepare_weights`], public.
+        settings ([`PrivateSettings`]): Public.
+        weights (`dict`, *optional*): The server's alone.
+        log ([`EngineLog`], *optional*): As for [`Party`].
+    """
+
+    def __init__(
+        self,
+        link,
+        config: EntropyGPTConfig,
+        settings: PrivateSettings,
+        weights: dict[str, np.ndarray] | None,
+        log: EngineLog | None = None,
+    ):
+        self.config, self.settings = config, settings
+        self.party = Party(link, settings, log)
+        self.is_client = link.rank == client_rank(settings)
+        for name, shape in weight_shapes(config).items():
+            if link.rank == SERVER:
+                self.party.set_own(name, weights[name])
+            else:
+                self.party.set_foreign(name, shape, SERVER)
+
+    def set_up(self) -> list[StepCost]:
+        """What is paid once a connection: keys and oblivious transfers, brought forward by a program of every kind."""
+        value = np.full((2, 2), 0.5, np.float32)
+        client = client_rank(self.settings)
+        for name, owner in (("server's", SERVER), ("client's", client)):
+            if self.party.link.rank == owner:
+                self.party.set_own(name, value)
+            else:
+                self.party.set_foreign(name, value.shape, owner)
+        step = Step(SET_UP, None, _touch_everything, ("server's", "client's"), ("touched",))
+        (compiled,) = compile_steps([step], {"server's": value.shape, "client's": value.shape}, self.settings)
+        cost = self.party.run(compiled)
+        self.party.forget("touched")
+        return [cost]
+
+    def infer(
+        self,
+        program: list[CompiledStep],
+        span: Span,
+        value: np.ndarray | None,
+        on_step: Callable[[StepCost], None] = lambda cost: None,
+    ) -> list[StepCost]:
+        """
+        Runs a program together with the other parties; each has its share of the answer then.
+
+        Args:
+            program (`list[CompiledStep]`): Of [`compile_pass`].
+            span ([`Span`]): The tokens.
+            value (`np.ndarray`, *optional*): The client's input; `None` at the others.
+            on_step (`Callable`): Called with what each step took.
+        """
+        name, shape = input_shape(self.config, self.settings, span)
+        if self.is_client:
+            self.party.set_own(name, value)
+        else:
+            self.party.set_foreign(name, shape, client_rank(self.settings))
+        costs = []
+        for step in program:
+            costs.append(self.party.run(step))
+            on_step(costs[-1])
+        return costs
+
+
+def _touch_everything(ops: Arithmetic, server, client):
+    both = server + client
+    total = ops.matmul(both, both) + ops.matmul(both, server) + ops.matmul(client, server)
+    total = total + ops.multiply(both, both) + ops.multiply(both, server) + ops.square(both) + ops.scale(both, 0.3)
+    total = total + ops.positive_part(both) + ops.largest(both) + ops.reciprocal(both) + ops.reciprocal_root(both)
+    return total
