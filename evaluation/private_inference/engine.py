@@ -162,7 +162,7 @@ class _Hashable:
         return hash(self._key)
 
 
-def program_digest(compiled: list[CompiledStep], settings: PrivateSettings) -> str:
+def compiled_digest(compiled: list[CompiledStep], settings: PrivateSettings) -> str:
     """A hash of all that both parties have to have in common: code, order, variables, settings, versions."""
     digest = hashlib.sha256(json.dumps([asdict(settings), engine_versions()], sort_keys=True).encode())
     for entry in compiled:

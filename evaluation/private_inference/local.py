@@ -1,4 +1,4 @@
-"""All parties in one process: the secure protocols for measuring, and the same arithmetic without them for checking."""
+"""All parties in one process: the protocols for measuring, and the same arithmetic without them for checking."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""One party's side of an inference on the engine, over any link: in a thread beside the others, or in its own process."""
+"""One party's side of an inference on the engine, over any link."""
 
 from collections.abc import Callable
 
