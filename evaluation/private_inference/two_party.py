@@ -1,0 +1,453 @@
+"""
+A server that holds weights and a client that holds a prompt, in two processes on two machines.
+
+The client connects to the server's one port and learns the terms: architecture, settings, tokenizer's hash. Both then
+compile the same program from these public facts, each in a process of its own (`party_process.py`), compare its hash,
+and run it; all that the engines send goes through connections the client opens (`tunnel.py`), under TLS.
+"""
+
+import contextlib
+import json
+import queue
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from safetensors.numpy import save_file
+
+from modeling_entropy_gpt import EntropyGPTConfig
+
+from .channel import Channel, Listener, TLSFiles, connect
+from .cost import StepCost
+from .engine import CLIENT, SERVER, engine_versions
+from .errors import PrivateInferenceError
+from .party_process import Job
+from .program import Span, build_steps, weight_shapes
+from .settings import PrivateSettings
+from .tunnel import ClientTunnel, ServerTunnel
+
+
+PROTOCOL_VERSION = 1
+HANDSHAKE_SECONDS = 30
+# What the last messages of an inference may take.
+FAREWELL_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a server offers; its weights are its own, the rest is public."""
+
+    config: EntropyGPTConfig
+    weights: dict[str, np.ndarray]
+    settings: PrivateSettings
+    tokenizer_hash: str
+    logit_bound: float
+
+    def terms(self) -> dict:
+        """What a client is told."""
+        return {
+            "version": PROTOCOL_VERSION,
+            "versions": engine_versions(),
+            "config": json.loads(self.config.to_json_string(use_diff=False)),
+            "settings": asdict(self.settings),
+            "tokenizer": self.tokenizer_hash,
+            "logit_bound": self.logit_bound,
+        }
+
+
+@dataclass
+class Answer:
+    """What the client learned, and what it cost by its count."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)
+    set_up: list[StepCost] = field(default_factory=list)
+    steps: list[StepCost] = field(default_factory=list)
+    repeats: int = 0
+    config: EntropyGPTConfig | None = None
+    settings: PrivateSettings | None = None
+
+
+class Events(queue.Queue):
+    """What happens to a party: lines of its process, messages of the peer, and what breaks."""
+
+    def expect(self, seconds: float, *kinds: str) -> dict:
+        """
+        The next event, which has to be of a kind.
+
+        Raises:
+            `PrivateInferenceError`: If something broke, another event came, or none came in time.
+        """
+        try:
+            event = self.get(timeout=seconds)
+        except queue.Empty:
+            raise PrivateInferenceError(
+                f"nothing was heard for {seconds:.0f} seconds, from the engine or from the peer: it hangs, or needs "
+                "more time (--timeout)."
+            ) from None
+        if isinstance(event, Exception):
+            raise event
+        if event["event"] not in kinds:
+            raise PrivateInferenceError(f"the peer or the engine said {event['event']!r} in the wrong place.")
+        return event
+
+
+class EngineProcess:
+    """The process of one party's engine; its events go to the queue."""
+
+    def __init__(self, job: Job, events: Events):
+        self._stderr = tempfile.TemporaryFile()
+        command = [sys.executable, "-m", "evaluation.private_inference.party_process"]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        self._events = events
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._say(TypeAdapter(Job).dump_json(job).decode())
+
+    def start(self, own_port: int, peer_port: int):
+        self._say(json.dumps({"own_port": own_port, "peer_port": peer_port}))
+
+    def close(self):
+        self._process.kill()
+        self._process.wait()
+        self._stderr.close()
+
+    def _say(self, line: str):
+        with contextlib.suppress(BrokenPipeError):  # its end is told as an event
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def _listen(self):
+        for line in self._process.stdout:
+            event = json.loads(line)
+            if event["event"] == "error":
+                self._events.put(PrivateInferenceError(f"this side's engine: {event['reason']}"))
+                return
+            self._events.put(event)
+            if event["event"] == "done":
+                return
+        status = self._process.wait()
+        self._events.put(PrivateInferenceError(f"this side's engine ended with status {status}: {self._last_words()}"))
+
+    def _last_words(self) -> str:
+        self._stderr.seek(0)
+        lines = [line for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1][:300] if lines else "it left no message"
+
+
+def listen_to_peer(channel: Channel, events: Events, seconds: float) -> threading.Thread:
+    """Puts the peer's messages into the queue until its last one, or until it is gone."""
+
+    def listen():
+        try:
+            while True:
+                message = channel.receive(seconds, ("program", "done"))
+                events.put({**message, "event": f"peer's {message['kind']}"})
+                if message["kind"] == "done":
+                    return
+        except PrivateInferenceError as error:
+            events.put(error)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    return thread
+
+
+def free_port() -> int:
+    """A port of the loopback for an engine, which takes none that is open already."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """
+    Answers one client after another; others are told that it is busy.
+
+    Args:
+        model ([`Model`]): What it offers.
+        host (`str`), port (`int`): Where it listens.
+        tls ([`TLSFiles`], *optional*): Without them, whoever is between could listen or change what is sent.
+        timeout_seconds (`int`): For which nothing may happen in an inference.
+        longest (`int`): New tokens that a client may ask for.
+        report (`Callable`): Told in a line what happens.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        host: str,
+        port: int,
+        tls: TLSFiles | None,
+        timeout_seconds: int = 600,
+        longest: int = 256,
+        report: Callable[[str], None] = print,
+    ):
+        self.model, self.timeout_seconds, self.longest, self.report = model, timeout_seconds, longest, report
+        self.listener = Listener(host, port, tls)
+        self.address = self.listener.address
+        self._busy = threading.Lock()
+        self._tunnel: ServerTunnel | None = None
+
+    def serve_forever(self):
+        """Until it is closed."""
+        while True:
+            try:
+                connection = self.listener.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
+
+    def close(self):
+        self.listener.close()
+
+    def _greet(self, connection: socket.socket):
+        try:
+            channel = self.listener.welcome(connection)
+        except PrivateInferenceError as error:
+            self.report(f"a connection was refused: {error}")
+            return
+        try:
+            first = channel.receive(HANDSHAKE_SECONDS, ("hello", "stream"))
+            if first["kind"] == "stream":
+                self._attach(channel, first)
+                return
+            self._serve(channel, first)
+        except PrivateInferenceError as error:
+            self.report(f"an inference ended early: {error}")
+            with contextlib.suppress(PrivateInferenceError):
+                channel.send({"kind": "refusal", "reason": str(error)})
+            channel.close()
+
+    def _attach(self, channel: Channel, message: dict):
+        tunnel, token = self._tunnel, message.get("session")
+        known = tunnel is not None and isinstance(token, str)
+        if not known or not secrets.compare_digest(token.encode(), tunnel.session_token.encode()):
+            raise PrivateInferenceError("a stream belongs to no inference.")
+        tunnel.attach(channel, message.get("direction"))
+
+    def _serve(self, channel: Channel, hello: dict):
+        if hello.get("version") != PROTOCOL_VERSION:
+            raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
+        channel.send({"kind": "terms", **self.model.terms()})
+        request = channel.receive(HANDSHAKE_SECONDS, ("request",))
+        length, new_tokens, answers = (self._number(request, name) for name in ("length", "new_tokens", "answers"))
+        if new_tokens > self.longest:
+            raise PrivateInferenceError(f"{new_tokens} new tokens are asked for; {self.longest} is the most here.")
+        check_request(self.model.config, self.model.settings, length, new_tokens, answers)
+        if not self._busy.acquire(blocking=False):
+            raise PrivateInferenceError("the server is busy with another client: try again later.")
+        try:
+            self._infer(channel, length, new_tokens, answers)
+        finally:
+            self._busy.release()
+
+    @staticmethod
+    def _number(request: dict, name: str) -> int:
+        value = request.get(name)
+        if type(value) is not int or value < 1:
+            raise PrivateInferenceError(f"{name}={value!r} is no positive number.")
+        return value
+
+    def _infer(self, channel: Channel, length: int, new_tokens: int, answers: int):
+        self.report(f"a client asks for {new_tokens} token(s) after {length}")
+        token, own_port = secrets.token_hex(32), free_port()
+        self._tunnel = ServerTunnel(token, own_port)
+        try:
+            with tempfile.TemporaryDirectory(prefix="entropy-gpt-server-") as folder:
+                weights = Path(folder) / "weights.safetensors"
+                save_file(self.model.weights, weights)
+                job = Job(
+                    rank=SERVER,
+                    config=self.model.terms()["config"],
+                    settings=self.model.settings,
+                    prompt_length=length,
+                    new_tokens=new_tokens,
+                    answers=answers,
+                    timeout_seconds=self.timeout_seconds,
+                    logit_bound=self.model.logit_bound,
+                    weights=weights,
+                )
+                channel.send({"kind": "accepted", "session": token})
+                answer = run_party(job, channel, self._tunnel, own_port, lambda event: None)
+            total = sum(cost.total_bytes for cost in answer.steps) / 1e6
+            self.report(f"answered; {total:.1f} MB went over the link")
+        finally:
+            self._tunnel.close()
+            self._tunnel = None
+            channel.close()
+
+
+def check_request(config: EntropyGPTConfig, settings: PrivateSettings, length: int, new_tokens: int, answers: int):
+    """
+    Raises:
+        `PrivateInferenceError`: If the model can't answer so much.
+    """
+    build_steps(config, settings, Span(0, length + new_tokens - 1))
+    if answers > length or (answers > 1 and new_tokens > 1):
+        raise PrivateInferenceError(f"answers={answers} positions are not possible with {length} tokens and more.")
+
+
+def run_party(job: Job, channel: Channel, tunnel, own_port: int, on_event: Callable[[dict], None]) -> Answer:
+    """
+    One party's part of an inference, from the comparison of programs to the farewell.
+
+    Raises:
+        `PrivateInferenceError`: If the programs differ, the engine fails, or the peer ends, hangs or breaks rules.
+    """
+    events, answer = Events(), Answer()
+    tunnel.on_failure = lambda reason: events.put(PrivateInferenceError(reason))
+    process = EngineProcess(job, events)
+    try:
+        listen_to_peer(channel, events, job.timeout_seconds)
+        digests = {}
+        while len(digests) < 2:
+            event = events.expect(job.timeout_seconds, "program", "peer's program")
+            digests[event["event"]] = event.get("digest")
+            if event["event"] == "program":
+                channel.send({"kind": "program", "digest": event["digest"]})
+                on_event(event)
+        if digests["program"] != digests["peer's program"]:
+            raise PrivateInferenceError(
+                "the two sides made different programs of the same terms: install the same versions "
+                f"(here {engine_versions()})."
+            )
+        process.start(own_port, tunnel.local_port)
+        peer_done = False
+        while True:
+            event = events.expect(job.timeout_seconds, "set-up", "step", "token", "repeat", "done", "peer's done")
+            if event["event"] == "peer's done":
+                peer_done = True
+                continue
+            _note(answer, event)
+            on_event(event)
+            if event["event"] == "done":
+                break
+        channel.send({"kind": "done"})
+        if not peer_done:
+            events.expect(FAREWELL_SECONDS, "peer's done")
+        return answer
+    finally:
+        process.close()
+
+
+def _note(answer: Answer, event: dict):
+    if event["event"] == "token":
+        answer.tokens.append(event["token"])
+    elif event["event"] == "repeat":
+        answer.repeats += 1
+    elif "cost" in event:
+        (answer.set_up if event["event"] == "set-up" else answer.steps).append(StepCost(**event["cost"]))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a client is told, checked."""
+
+    config: EntropyGPTConfig
+    settings: PrivateSettings
+    tokenizer_hash: str
+    logit_bound: float
+
+
+class Client:
+    """
+    One connection to a server: first its terms, then one question.
+
+    Args:
+        host (`str`), port (`int`): The server.
+        tls ([`TLSFiles`], *optional*): As the server's.
+        timeout_seconds (`int`): For which nothing may happen.
+
+    Raises:
+        `PrivateInferenceError`: If there is no server, or it breaks rules.
+    """
+
+    def __init__(self, host: str, port: int, tls: TLSFiles | None, timeout_seconds: int = 600):
+        self._connect = lambda: connect(host, port, tls)
+        self.timeout_seconds = timeout_seconds
+        self.channel = self._connect()
+        self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+        self.terms = self._read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
+
+    @staticmethod
+    def _read_terms(message: dict) -> Terms:
+        if message.get("version") != PROTOCOL_VERSION or message.get("versions") != engine_versions():
+            raise PrivateInferenceError(
+                f"the server runs {message.get('versions')}, and this side {engine_versions()}: install the same."
+            )
+        try:
+            settings = TypeAdapter(PrivateSettings).validate_python(message.get("settings"))
+            bound = TypeAdapter(float).validate_python(message.get("logit_bound"))
+            config = EntropyGPTConfig.from_dict(message["config"])
+            weight_shapes(config)
+        except (ValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PrivateInferenceError(f"the server's terms are broken: {str(error).splitlines()[0]}") from error
+        return Terms(config, settings, str(message.get("tokenizer")), bound)
+
+    def ask(
+        self,
+        prompt: list[int],
+        new_tokens: int = 1,
+        answers: int = 1,
+        on_event: Callable[[dict], None] = lambda event: None,
+    ) -> Answer:
+        """
+        Args:
+            prompt (`list[int]`): Tokens; they stay here.
+            new_tokens (`int`): Of the answer; public.
+            answers (`int`): Of so many last positions of the prompt the logits are wanted.
+            on_event (`Callable`): Told what happens, for progress.
+
+        Raises:
+            `PrivateInferenceError`: As [`run_party`], and if the model can't answer so much.
+        """
+        terms = self.terms
+        check_request(terms.config, terms.settings, len(prompt), new_tokens, answers)
+        request = {"length": len(prompt), "new_tokens": new_tokens, "answers": answers}
+        self.channel.send({"kind": "request", **request})
+        session = self.channel.receive(HANDSHAKE_SECONDS, ("accepted",)).get("session")
+        own_port = free_port()
+        tunnel = ClientTunnel(self._connect, str(session), own_port)
+        try:
+            with tempfile.TemporaryDirectory(prefix="entropy-gpt-client-") as folder:
+                job = Job(
+                    rank=CLIENT,
+                    config=json.loads(terms.config.to_json_string(use_diff=False)),
+                    settings=terms.settings,
+                    prompt_length=len(prompt),
+                    new_tokens=new_tokens,
+                    answers=answers,
+                    timeout_seconds=self.timeout_seconds,
+                    logit_bound=terms.logit_bound,
+                    prompt=prompt,
+                    logits=Path(folder),
+                )
+                answer = run_party(job, self.channel, tunnel, own_port, on_event)
+                answer.logits = [np.load(path) for path in sorted(Path(folder).glob("*.npy"), key=_index)]
+        finally:
+            tunnel.close()
+            self.channel.close()
+        answer.config, answer.settings = terms.config, terms.settings
+        return answer
+
+    def close(self):
+        self.channel.close()
+
+
+def _index(path: Path) -> int:
+    return int(path.stem)
