@@ -20,7 +20,7 @@ from training.sources import Source, open_source
 
 from .errors import CommandError
 from .measurement import MeasuredText
-from .model_tokenizer import load_model_tokenizer
+from .model_tokenizer import hash_vocabulary, load_model_tokenizer
 
 
 LONGEST_BLOCK = 1024
@@ -77,9 +77,7 @@ class Candidate:
     @functools.cached_property
     def vocabulary(self) -> str:
         """The same for models whose tokens are the same."""
-        tokenizer = self.tokenizer
-        parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id)
-        return hashlib.sha256(repr((*parts, self.config.vocab_size)).encode()).hexdigest()
+        return hash_vocabulary(self.tokenizer, self.config.vocab_size)
 
 
 def check_options(job: Job):

@@ -12,6 +12,7 @@ from .convert import convert
 from .errors import CommandError
 from .evaluate import evaluate
 from .plot import plot
+from .private import private
 from .quickstart import quickstart
 from .report import report
 from .train import train
@@ -31,6 +32,7 @@ app.command()(convert)
 app.command()(evaluate)
 app.command()(plot)
 app.command()(report)
+app.add_typer(private, name="private")
 
 
 def print_version(wanted: bool):

@@ -1,5 +1,7 @@
 """The tokenizer of a model that a command was given."""
 
+import hashlib
+
 from transformers import PreTrainedTokenizerFast
 
 from training.errors import CorpusError
@@ -31,3 +33,9 @@ def load_model_tokenizer(place: str | None, source: str, vocab_size: int) -> Pre
             "together. Give the model's own with --tokenizer."
         )
     return tokenizer
+
+
+def hash_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> str:
+    """The same for tokenizers and models whose tokens are the same."""
+    parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return hashlib.sha256(repr((*parts, vocab_size)).encode()).hexdigest()

@@ -12,6 +12,10 @@ class Arithmetic:
     def __init__(self, xp):
         self.xp = xp
 
+    def public(self, constant: float):
+        """A number to add: where numbers are encoded, so is this."""
+        return constant
+
     def matmul(self, left, right):
         return self.xp.matmul(left, right)
 

@@ -69,7 +69,7 @@ def runtime_config(settings: PrivateSettings):
     assert RING_BITS == 64
     config = libspu.RuntimeConfig(protocols[settings.protocol], libspu.FieldType.FM64, settings.fraction_bits)
     config.fxp_exp_mode = libspu.RuntimeConfig.ExpMode.EXP_TAYLOR
-    config.fxp_exp_iters = settings.exponential_squarings if settings.softmax == "stock" else SQUARE_BY_EXP
+    config.fxp_exp_iters = settings.exponential_squarings if settings.softmax != "efficient" else SQUARE_BY_EXP
     config.fxp_div_goldschmidt_iters = settings.reciprocal_iterations
     # What one party owns stays with it, and products with it cost half.
     config.experimental_enable_colocated_optimization = True
@@ -103,7 +103,7 @@ def compile_steps(
         shapes (`dict`): Of the variables that are there before the first.
         settings ([`PrivateSettings`]): As the runtime's.
     """
-    arithmetic = Arithmetic if settings.softmax == "stock" else EngineArithmetic
+    arithmetic = EngineArithmetic if settings.softmax == "efficient" else Arithmetic
     shapes, compiled = dict(shapes), []
     for step in steps:
         given = tuple(shapes[name] for name in step.inputs)

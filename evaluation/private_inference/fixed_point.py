@@ -71,6 +71,9 @@ class FixedPointArithmetic(Arithmetic):
         self._count_overflows(np.abs(last_bits) > bound)
         return np.clip(last_bits, -bound, bound) / self._one
 
+    def public(self, constant: float):
+        return self.encode(constant)
+
     def matmul(self, left, right):
         return self._truncate(np.matmul(self._fit(left), self._fit(right)))
 
@@ -173,8 +176,8 @@ class FixedPointArithmetic(Arithmetic):
         )
 
     def _fit(self, tensor):
-        """A sum as the ring holds it; public summands lose what is behind the last bit."""
-        return self._wrap(np.floor(np.asarray(tensor, np.float64) * self._one) / self._one, RING_BITS)
+        """A sum as the ring holds it."""
+        return self._wrap(tensor, RING_BITS)
 
     def _truncate(self, product):
         """A product of two numbers, which has twice the bits behind the point."""
@@ -262,7 +265,7 @@ def _inputs(weights: dict[str, np.ndarray], settings: PrivateSettings, tokens: n
     """What the client gives."""
     if settings.embedding == "client_table":
         return {EMBEDDINGS: weights["wte"][tokens] + weights["wpe"][: len(tokens)]}
-    return {TOKENS: np.eye(len(weights["wte"]), dtype=np.float32)[tokens]}
+    return {TOKENS: (np.asarray(tokens)[:, None] == np.arange(len(weights["wte"]))).astype(np.float32)}
 
 
 @dataclass(config=RECORD)
@@ -326,23 +329,24 @@ class RangeReport:
         return found
 
     @property
-    def recommended_fraction_bits(self) -> int:
-        """The settings' own where they will do; else as many as precision asks for, or the most that fit."""
+    def recommended_fraction_bits(self) -> int | None:
+        """The settings' own where they will do; else as many as precision asks for, or the most that fit, or none."""
         wanted = max([self.fraction_bits, *(_precise_bits(tensor) for tensor in self.tensors)])
         if self.rounding_error > TOLERATED_ERROR and not self._has_garbage:
             wanted = max(wanted, self.fraction_bits + math.ceil(math.log2(self.rounding_error / TOLERATED_ERROR)))
-        return min(wanted, max(filter(self._fits, FRACTION_BITS), default=FRACTION_BITS[0]))
+        fitting = list(filter(self._fits, FRACTION_BITS))
+        return next((bits for bits in fitting if bits >= wanted), fitting[-1] if fitting else None)
 
     @property
     def recommended_squarings(self) -> int:
         """
-        As many as weigh the error of the approximation, 0.27 / 2^n, against that of the last bit, 2^n of them; more
-        where scores are so far apart that the approximation would not hold.
+        Of the stock and the tuned softmax: as many as weigh the error of the approximation, 0.27 / 2^n, against that
+        of the last bit, 2^n of them; more where scores are so far apart that the approximation would not hold.
         """
-        bits = self.recommended_fraction_bits
+        bits = self.recommended_fraction_bits or self.fraction_bits
         balanced = (bits - 1) // 2
         lowest = min((tensor.least for tensor in self.tensors if tensor.role == "exponent"), default=0.0)
-        return next(n for n in range(balanced, RING_BITS) if lowest * SPARE >= lowest_exponent(n, bits))
+        return next((n for n in range(balanced, RING_BITS) if lowest * SPARE >= lowest_exponent(n, bits)), RING_BITS)
 
     @property
     def _has_garbage(self) -> bool:
@@ -399,7 +403,7 @@ class RangeReport:
 
     def _advice(self) -> str:
         bits = self.recommended_fraction_bits
-        if bits != self.fraction_bits and self._fits(bits):
+        if bits not in (None, self.fraction_bits):
             return f"fraction_bits={bits}"
         return "another model: no number of fraction bits leaves room for all of this one's"
 
@@ -430,7 +434,7 @@ def _small(tensor: TensorRange) -> float:
 
 def _precise_bits(tensor: TensorRange) -> int:
     """The fraction bits that leave a tensor its precision."""
-    if tensor.role not in ("weight", "radicand") or not _small(tensor) > 0:
+    if tensor.role not in ("weight", "radicand") or not 0 < _small(tensor) < math.inf:
         return 0
     return math.ceil(-math.log2(COARSEST * _small(tensor)))
 

@@ -50,7 +50,7 @@ def compile_pass(config: EntropyGPTConfig, settings: PrivateSettings, span: Span
 
 def encode_tokens(tokens: list[int], vocabulary: int) -> np.ndarray:
     """One-hot rows."""
-    return np.eye(vocabulary, dtype=np.float32)[tokens]
+    return (np.asarray(tokens)[:, None] == np.arange(vocabulary)).astype(np.float32)
 
 
 class Participant:
@@ -129,5 +129,4 @@ def _touch_everything(ops: Arithmetic, server, client):
     both = server + client
     total = ops.matmul(both, both) + ops.matmul(both, server) + ops.matmul(client, server)
     total = total + ops.multiply(both, both) + ops.multiply(both, server) + ops.square(both) + ops.scale(both, 0.3)
-    total = total + ops.positive_part(both) + ops.largest(both) + ops.reciprocal(both) + ops.reciprocal_root(both)
-    return total
+    return total + ops.positive_part(both) + ops.largest(both) + ops.reciprocal(both) + ops.reciprocal_root(both)

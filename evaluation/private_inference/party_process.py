@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -181,6 +182,12 @@ def make_link(rank: int, own_port: int, peer_port: int, timeout_seconds: int):
     return libspu.link.create_brpc(description, rank)
 
 
+def _end_with_parent():
+    """Nobody else would end an engine whose command was killed."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 def main():
     # What libraries print must not be taken for an event.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -194,6 +201,7 @@ def main():
         process = PartyProcess(job, tell)
         tell({"event": "program", "digest": process.digest(), "steps": sum(map(len, process.programs))})
         word = json.loads(sys.stdin.readline())
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         process.start(word["own_port"], word["peer_port"])
     except Exception as error:
         tell({"event": "error", "reason": f"{type(error).__name__}: {error}"})

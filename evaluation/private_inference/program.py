@@ -21,8 +21,8 @@ from .errors import PrivateInferenceError
 from .settings import PrivateSettings
 
 
-# Scores that are masked: small enough to vanish, and within reach of the exponential's approximation.
-MASKED_SCORE = -64.0
+# Below any score, in the search for the largest of a row: it is compared, and nothing else.
+MASKED_SCORE = -(2.0**20)
 # exp(x) from x = -12 to 0, by four squares of sums: with z = max(x + 12, 0) and t = EXP_SLOPE z + EXP_SHIFT, each
 # square is of the one before with a multiple of t and a constant added. Fitted to the least largest error; less what
 # it is at z = 0, so that what lies below is 0, within 5e-5. (1 + x / 256)^256 errs by 1e-3, with eight squares.
@@ -231,8 +231,9 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
     inputs = (read, name + "qkv.weight", name + "qkv.bias", *kept, *temperatures)
     yield Step("query, key, value", layer, split, inputs, outputs)
     yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
-    if settings.softmax == "stock":
-        yield Step("softmax", layer, stock_softmax, ("scores",), ("weights",))
+    if settings.softmax != "efficient":
+        whole = partial(whole_softmax, per_row=settings.softmax == "tuned")
+        yield Step("softmax", layer, whole, ("scores",), ("weights",))
         yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
     else:
         yield Step("maximum", layer, subtract_maximum, ("scores",), ("visible",))
@@ -286,7 +287,7 @@ def normalize(ops: Arithmetic, hidden, epsilon: float):
     width = hidden.shape[-1]
     centered = hidden - ops.scale(hidden.sum(axis=-1, keepdims=True), 1 / width)
     variance = ops.scale(ops.square(centered).sum(axis=-1, keepdims=True), 1 / width)
-    return ops.multiply(centered, ops.reciprocal_root(variance + epsilon))
+    return ops.multiply(centered, ops.reciprocal_root(variance + ops.public(epsilon)))
 
 
 def linear(ops: Arithmetic, hidden, weight, bias):
@@ -330,12 +331,14 @@ def score(ops: Arithmetic, query, key):
     return ops.matmul(query, key.swapaxes(1, 2))
 
 
-def stock_softmax(ops: Arithmetic, scores):
-    """As `jax.nn.softmax` of masked scores: a division of every number."""
-    masked = ops.xp.where(_visible(*scores.shape[1:]), scores, MASKED_SCORE)
-    exponentials = ops.exp(masked - ops.largest(masked))
-    exponentials = ops.xp.where(_visible(*scores.shape[1:]), exponentials, 0.0)
-    return ops.divide(exponentials, exponentials.sum(axis=-1, keepdims=True))
+def whole_softmax(ops: Arithmetic, scores, per_row: bool):
+    """As `jax.nn.softmax` of masked scores, with a division of every number or with one reciprocal for each row."""
+    visible = _visible(*scores.shape[1:])
+    largest = ops.largest(ops.xp.where(visible, scores, MASKED_SCORE))
+    exponentials = ops.exp(ops.xp.where(visible, scores - largest, 0.0))
+    exponentials = ops.xp.where(visible, exponentials, 0.0)
+    sums = exponentials.sum(axis=-1, keepdims=True)
+    return ops.multiply(exponentials, ops.reciprocal(sums)) if per_row else ops.divide(exponentials, sums)
 
 
 def weigh_and_merge(ops: Arithmetic, weights, value):
@@ -352,11 +355,11 @@ def subtract_maximum(ops: Arithmetic, scores):
 
 def exponentiate(ops: Arithmetic, visible):
     """exp of numbers that are not positive, within 5e-5: one comparison and four squares; 0 below -12."""
-    shifted = ops.scale(ops.positive_part(visible + EXP_BOUND), EXP_SLOPE) + EXP_SHIFT
+    shifted = ops.scale(ops.positive_part(visible + EXP_BOUND), EXP_SLOPE) + ops.public(EXP_SHIFT)
     power = ops.square(shifted)
     for slope, constant in EXP_SQUARES:
-        power = ops.square(power + (ops.scale(shifted, slope) if slope else 0.0) + constant)
-    return power - EXP_FLOOR
+        power = ops.square(power + (ops.scale(shifted, slope) if slope else 0.0) + ops.public(constant))
+    return power - ops.public(EXP_FLOOR)
 
 
 def weigh_visible(ops: Arithmetic, visible, value, queries: int):
@@ -391,9 +394,9 @@ def piecewise_gelu(ops: Arithmetic, inner):
     """Two comparisons and two squares; within 0.0025 of GELU."""
     positive = ops.positive_part(inner)
     size = ops.at_most(positive + positive - inner, GELU_BOUND)
-    shifted = ops.scale(size, GELU_SLOPE) + GELU_SHIFT
-    fourth = ops.square(ops.square(shifted) + GELU_SQUARE)
-    return positive + fourth + ops.scale(shifted, GELU_LINEAR) + GELU_CONSTANT
+    shifted = ops.scale(size, GELU_SLOPE) + ops.public(GELU_SHIFT)
+    fourth = ops.square(ops.square(shifted) + ops.public(GELU_SQUARE))
+    return positive + fourth + ops.scale(shifted, GELU_LINEAR) + ops.public(GELU_CONSTANT)
 
 
 def tanh_gelu(ops: Arithmetic, inner):

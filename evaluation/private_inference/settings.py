@@ -35,10 +35,12 @@ class PrivateSettings:
         fraction_bits (`int`): Bits of a number behind the point, of 64.
         softmax (`str`):
             "efficient" (the visible half of the scores alone, a polynomial for the exponential, one reciprocal a row
-            after the product with the values) or "stock" (as `jax.nn.softmax` of masked scores).
+            after the product with the values), "stock" (as `jax.nn.softmax` of masked scores: a division of every
+            number) or "tuned" (the same with one reciprocal a row, as careful users of the engine write it).
         gelu (`str`): "piecewise" (ReLU less an even polynomial), "tanh" or "erf".
         exponential_squarings (`int`):
-            Of the stock softmax: n of exp(x) = (1 + x / 2^n)^(2^n), right for x from -2^(n + 1) to 0.
+            Of the other softmaxes: n of exp(x) = (1 + x / 2^n)^(2^n), of use for x from a little above -2^(n + 1)
+            to 0.
         reciprocal_iterations (`int`): Of Goldschmidt's method.
         embedding (`str`):
             "one_hot" (a product of the client's one-hot rows with the server's table: neither learns anything) or
@@ -48,7 +50,7 @@ class PrivateSettings:
 
     protocol: Protocol = "cheetah"
     fraction_bits: int = 18
-    softmax: Literal["efficient", "stock"] = "efficient"
+    softmax: Literal["efficient", "stock", "tuned"] = "efficient"
     gelu: Literal["piecewise", "tanh", "erf"] = "piecewise"
     exponential_squarings: int = 8
     reciprocal_iterations: int = 2

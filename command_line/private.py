@@ -1,0 +1,148 @@
+"""`entropy-gpt private`: two parties compute an answer, of whom one keeps its weights and the other its prompt."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+private = typer.Typer(
+    help="Answer a secret prompt with secret weights: two-party inference, checked and measured.",
+    no_args_is_help=True,
+)
+
+
+class TwoPartyProtocol(StrEnum):
+    cheetah = "cheetah"
+    semi2k = "semi2k"
+
+
+class Embedding(StrEnum):
+    one_hot = "one_hot"
+    client_table = "client_table"
+
+
+class Learned(StrEnum):
+    logits = "logits"
+    token = "token"
+
+
+Certificate = Annotated[Path | None, typer.Option("--cert", help="This side's certificate, in PEM.")]
+Key = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
+Authority = Annotated[Path | None, typer.Option("--ca", help="Certificates of those who may sign the other side's.")]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", help="Plain TCP beyond this machine's loopback; only where the network is trusted."),
+]
+Timeout = Annotated[int, typer.Option(min=1, help="Seconds for which nothing may happen before a side gives up.")]
+NewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Tokens of the answer; their number is public.")
+]
+TokenizerPlace = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")]
+ProtocolOption = Annotated[
+    TwoPartyProtocol,
+    typer.Option(
+        help="cheetah: neither side can learn more from what it receives. semi2k: the server deals the random numbers "
+        "that protect the prompt, so it could read it: for measuring alone."
+    ),
+]
+EmbeddingOption = Annotated[
+    Embedding,
+    typer.Option(
+        help="one_hot: neither side learns anything, for a product with the whole vocabulary. client_table: the "
+        "client is given the embeddings, which are weights of the model."
+    ),
+]
+AnswerOption = Annotated[
+    Learned,
+    typer.Option(
+        help="What the client learns of each new token: its logits, or by a secure comparison the token alone. Logits "
+        "tell more of the weights, the more is asked."
+    ),
+]
+
+
+@private.command()
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An EntropyGPT or GPT-2: a folder, or on the Hub.")],
+    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:9000",
+    certificate: Certificate = None,
+    key: Key = None,
+    authority: Authority = None,
+    insecure: Insecure = False,
+    protocol: ProtocolOption = TwoPartyProtocol.cheetah,
+    embedding: EmbeddingOption = Embedding.one_hot,
+    answer: AnswerOption = Learned.logits,
+    tokenizer: TokenizerPlace = None,
+    longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens that a client may ask for.")] = 256,
+    timeout: Timeout = 600,
+):
+    """
+    Hold the weights, and answer one client after another.
+
+    The client learns the answer, and what is public: architecture, sizes, settings, a hash of the tokenizer, and a
+    bound of the logits. The server learns how long the prompt and the answer are. Both are taken to follow the
+    protocol (semi-honest); docs/private_inference.md says what is not protected.
+
+    Example: entropy-gpt private serve runs/proposal/model --listen 0.0.0.0:9000 --cert s.pem --key s.key --ca ca.pem
+    """
+    from .private_job import serve as run
+
+    run(
+        model,
+        listen,
+        (certificate, key, authority),
+        insecure,
+        {"protocol": protocol.value, "embedding": embedding.value, "answer": answer.value},
+        tokenizer,
+        longest,
+        timeout,
+    )
+
+
+@private.command()
+def ask(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the model is to go on from; it stays here.")],
+    connect: Annotated[str, typer.Option(help="HOST:PORT of the server.")],
+    tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
+    certificate: Certificate = None,
+    key: Key = None,
+    authority: Authority = None,
+    insecure: Insecure = False,
+    new_tokens: NewTokens = 1,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the costs go, as JSON.")] = None,
+    timeout: Timeout = 600,
+):
+    """
+    Hold the prompt, and ask a server to go on from it, most likely token by most likely token.
+
+    Example: entropy-gpt private ask "def main(" --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key
+    --ca ca.pem
+    """
+    from .private_job import ask as run
+
+    run(prompt, connect, tokenizer, (certificate, key, authority), insecure, new_tokens, output, timeout)
+
+
+@private.command()
+def demo(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An EntropyGPT or GPT-2: a folder, or on the Hub.")],
+    prompt: Annotated[str, typer.Option(help="What the model is to go on from.")] = "def main(",
+    new_tokens: NewTokens = 1,
+    protocol: ProtocolOption = TwoPartyProtocol.cheetah,
+    embedding: EmbeddingOption = Embedding.one_hot,
+    answer: AnswerOption = Learned.logits,
+    tokenizer: TokenizerPlace = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the costs go, as JSON.")] = None,
+    timeout: Timeout = 600,
+):
+    """
+    Start a server and a client on this machine, and compare their answer with the model's own in the clear.
+
+    Example: entropy-gpt private demo quickstart_output/models/proposal --max-new-tokens 3
+    """
+    from .private_job import demo as run
+
+    settings = {"protocol": protocol.value, "embedding": embedding.value, "answer": answer.value}
+    run(model, prompt, new_tokens, settings, tokenizer, output, timeout)

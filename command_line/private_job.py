@@ -1,0 +1,301 @@
+"""Serves, asks and demonstrates private inference."""
+
+import select
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerFast
+
+from conversion.errors import ConversionError
+from conversion.gpt2_checkpoint import load_language_model
+from evaluation.private_inference.channel import TLSFiles, check_plain_allowed, parse_address
+from evaluation.private_inference.cost import (
+    LAN,
+    TABLE_COLUMNS,
+    WAN,
+    InferenceCost,
+    by_operation,
+    project,
+    set_up_by_operation,
+    table_rows,
+)
+from evaluation.private_inference.engine import check_engine, engine_versions
+from evaluation.private_inference.errors import PrivateInferenceError
+from evaluation.private_inference.fixed_point import audit
+from evaluation.private_inference.program import prepare_weights
+from evaluation.private_inference.settings import TRUST, PrivateSettings
+from evaluation.private_inference.two_party import Answer, Client, Model, Server
+from evaluation.results import git_revision, machine_name
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+from training.files import written_whole
+
+from .errors import CommandError
+from .model_tokenizer import hash_vocabulary, load_model_tokenizer
+from .tables import make_table
+
+
+# What the audit and the bound of the logits look at: random tokens, so that they tell nothing of anybody's text.
+AUDITED_SEQUENCES, AUDITED_TOKENS = 4, 64
+# Logits so many times as large as any seen are taken for an overflow.
+LOGIT_MARGIN = 4
+LISTENING = "listening on "
+SERVER_START_SECONDS = 300
+TLSOptions = tuple[Path | None, Path | None, Path | None]
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model that is served, as it is and as a program."""
+
+    model: EntropyGPTForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    program: Model
+
+
+def serve(
+    source: str,
+    listen: str,
+    tls: TLSOptions,
+    insecure: bool,
+    settings: dict,
+    tokenizer: str | None,
+    longest: int,
+    timeout: int,
+):
+    """
+    Serves until it is interrupted.
+
+    Raises:
+        `CommandError`: If the model, the address or the certificates can't be used, or the engine is missing.
+    """
+    try:
+        check_engine()
+        (host, port), files = _network(listen, tls, insecure)
+        offer = _prepare(source, tokenizer, PrivateSettings(**settings))
+        server = Server(offer.program, host, port, files, timeout, longest, _print_line)
+    except (PrivateInferenceError, ConversionError) as error:
+        raise CommandError(str(error)) from error
+    host, port = server.address
+    _print_line(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
+    _print_line(f"{offer.program.settings.protocol}: {TRUST[offer.program.settings.protocol]}")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        _print_line("stopped")
+    finally:
+        server.close()
+
+
+def ask(
+    prompt: str,
+    address: str,
+    tokenizer: str,
+    tls: TLSOptions,
+    insecure: bool,
+    new_tokens: int,
+    output: Path | None,
+    timeout: int,
+):
+    """
+    Asks a server, and shows its answer and what it cost.
+
+    Raises:
+        `CommandError`: If there is no answer.
+    """
+    try:
+        check_engine()
+        (host, port), files = _network(address, tls, insecure)
+        client = Client(host, port, files, timeout)
+        config = client.terms.config
+        words = load_model_tokenizer(tokenizer, tokenizer, config.vocab_size)
+        answer, cost = _ask(client, words, prompt, new_tokens, config.notation, f"TCP to {host}")
+    except PrivateInferenceError as error:
+        raise CommandError(str(error)) from error
+    _print_answer(words, prompt, answer)
+    _print_costs(cost)
+    _save(cost, output)
+
+
+def demo(
+    source: str,
+    prompt: str,
+    new_tokens: int,
+    settings: dict,
+    tokenizer: str | None,
+    output: Path | None,
+    timeout: int,
+):
+    """
+    Serves and asks on this machine, and compares with the model in the clear.
+
+    Raises:
+        `CommandError`: If there is no answer, or it is another than in the clear.
+    """
+    try:
+        check_engine()
+        offer = _prepare(source, tokenizer, PrivateSettings(**settings))
+    except (PrivateInferenceError, ConversionError) as error:
+        raise CommandError(str(error)) from error
+    words = offer.tokenizer
+    process, port = _start_server(source, settings, tokenizer, new_tokens, timeout)
+    try:
+        client = Client("127.0.0.1", port, None, timeout)
+        notation = offer.model.config.notation
+        answer, cost = _ask(client, words, prompt, new_tokens, notation, "loopback, two processes")
+    except PrivateInferenceError as error:
+        raise CommandError(str(error)) from error
+    finally:
+        process.kill()
+        process.wait()
+    _print_answer(words, prompt, answer)
+    _print_agreement(offer.model, words(prompt)["input_ids"], answer)
+    _print_costs(cost)
+    _save(cost, output)
+
+
+def _network(address: str, tls: TLSOptions, insecure: bool) -> tuple[tuple[str, int], TLSFiles | None]:
+    host, port = parse_address(address)
+    given = [path for path in tls if path is not None]
+    if given and len(given) < len(tls):
+        raise PrivateInferenceError("TLS needs all three of --cert, --key and --ca.")
+    if given:
+        return (host, port), TLSFiles(*tls)
+    check_plain_allowed(host, insecure)
+    return (host, port), None
+
+
+def _prepare(source: str, tokenizer: str | None, settings: PrivateSettings) -> Offer:
+    """Loads a model and looks at whether its numbers fit the ring."""
+    with console.status("looking at the model"):
+        model = load_language_model(source).eval()
+        words = load_model_tokenizer(tokenizer, source, model.config.vocab_size)
+        config, weights = prepare_weights(model)
+        rng = np.random.default_rng(0)
+        shape = (AUDITED_SEQUENCES, min(AUDITED_TOKENS, config.n_positions))
+        tokens = rng.integers(0, config.vocab_size, shape)
+        report = audit(config, weights, settings, tokens)
+        if report.problems:
+            raise PrivateInferenceError(f"{source} does not fit the ring: {report.problems[0]}")
+        with torch.no_grad():
+            largest = model(torch.from_numpy(tokens), use_cache=False).logits.abs().max().item()
+    bound = 2.0 ** np.ceil(np.log2(LOGIT_MARGIN * largest))
+    hash_ = hash_vocabulary(words, config.vocab_size)
+    return Offer(model, words, Model(config, weights, settings, hash_, float(bound)))
+
+
+def _ask(
+    client: Client, words: PreTrainedTokenizerFast, prompt: str, new_tokens: int, notation: str, network: str
+) -> tuple[Answer, InferenceCost]:
+    terms = client.terms
+    if hash_vocabulary(words, terms.config.vocab_size) != terms.tokenizer_hash:
+        client.close()
+        raise PrivateInferenceError(
+            "the tokenizer is not the server's: its tokens would mean something else. Give the server's with "
+            "--tokenizer."
+        )
+    tokens = words(prompt)["input_ids"]
+    if not tokens:
+        client.close()
+        raise PrivateInferenceError("the prompt is empty: give some text.")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    started = time.perf_counter()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("both sides compile the program", total=None)
+
+        def show(event: dict):
+            if event["event"] == "program":
+                progress.update(task, description="meeting the other side", total=event["steps"])
+            elif event["event"] == "step":
+                place = "" if event["cost"]["layer"] is None else f"layer {event['cost']['layer']}, "
+                progress.update(task, description=place + event["cost"]["operation"], advance=1)
+
+        answer = client.ask(tokens, new_tokens, on_event=show)
+    seconds = time.perf_counter() - started
+    console.print(f"{seconds:.1f} s in all, with compiling and set-up")
+    config = terms.config
+    return answer, InferenceCost(
+        notation=notation,
+        n_layer=config.n_layer,
+        n_embd=config.n_embd,
+        n_head=config.n_head,
+        vocab_size=config.vocab_size,
+        context=len(tokens),
+        answers=new_tokens,
+        settings=terms.settings,
+        network=network,
+        set_up=answer.set_up,
+        steps=answer.steps,
+        seconds=sum(step.seconds for step in answer.steps),
+        versions=engine_versions(),
+        git_revision=git_revision(),
+        machine=machine_name(torch.device("cpu")),
+    )
+
+
+def _start_server(
+    source: str, settings: dict, tokenizer: str | None, longest: int, timeout: int
+) -> tuple[subprocess.Popen, int]:
+    """A server on a free port, in a process of its own."""
+    command = [sys.executable, "-c", "import command_line.main as m, sys; sys.exit(m.main())", "private", "serve"]
+    command += [source, "--listen", "127.0.0.1:0", "--max-new-tokens", str(longest), "--timeout", str(timeout)]
+    for name, value in {**settings, **({"tokenizer": tokenizer} if tokenizer else {})}.items():
+        command += [f"--{name}", value]
+    root = Path(__file__).resolve().parent.parent
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+    with console.status("starting the server"):
+        ready, _, _ = select.select([process.stdout], [], [], SERVER_START_SECONDS)
+        line = process.stdout.readline() if ready else ""
+    if not line.startswith(LISTENING):
+        process.kill()
+        process.wait()
+        raise CommandError(f"the server did not start within {SERVER_START_SECONDS} seconds: {line.strip()}")
+    return process, int(line.rpartition(":")[2])
+
+
+def _print_answer(words: PreTrainedTokenizerFast, prompt: str, answer: Answer):
+    console.print(f"\n[dim]{escape(prompt)}[/dim][bold]{escape(words.decode(answer.tokens))}[/bold]\n")
+    if answer.repeats:
+        console.print(f"{answer.repeats} answer(s) were out of range and computed anew.")
+
+
+@torch.no_grad()
+def _print_agreement(model: EntropyGPTForCausalLM, prompt: list[int], answer: Answer):
+    sequence = torch.tensor([prompt + answer.tokens])
+    logits = model(sequence, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    clear = logits.argmax(dim=-1).tolist()
+    agreeing = sum(ours == theirs for ours, theirs in zip(clear, answer.tokens, strict=True))
+    error = ""
+    if answer.logits:
+        largest = np.abs(np.concatenate(answer.logits) - logits.numpy()).max()
+        error = f"; logits differ by {largest:.4f} at most, of up to {logits.abs().max():.1f}"
+    console.print(f"in the clear, {agreeing} of {len(clear)} tokens are the same{error}")
+    if agreeing < len(clear):
+        raise CommandError(f"the private answer {answer.tokens} is not that in the clear, {clear}.")
+
+
+def _print_costs(cost: InferenceCost):
+    console.print(make_table(("operation", *TABLE_COLUMNS), table_rows(by_operation(cost))))
+    console.print(make_table(("once a connection", *TABLE_COLUMNS), table_rows(set_up_by_operation(cost))[-1:]))
+    for network in (LAN, WAN):
+        console.print(f"on a {network.name}: about {project(cost, network):,.0f} s (at most; see docs)")
+
+
+def _save(cost: InferenceCost, output: Path | None):
+    if output is not None:
+        with written_whole(output) as path:
+            cost.save(path)
+        console.print(f"costs: {output}", soft_wrap=True)
+
+
+def _print_line(line: str):
+    print(line, flush=True)

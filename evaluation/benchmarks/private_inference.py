@@ -1,0 +1,366 @@
+"""What private inference takes: blocks of GPT-2 small between two processes, softmax, decoding, and agreement.
+
+python -m evaluation.benchmarks.private_inference --models DIR --models DIR    measures all (about 20 minutes)
+python -m evaluation.benchmarks.private_inference --quick                      small blocks alone, nothing written
+python -m evaluation.benchmarks.private_inference --redraw                     the page anew from the record
+"""
+
+import statistics
+import threading
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+import typer
+from pydantic.dataclasses import dataclass
+from rich.console import Console
+
+from conversion.gpt2_checkpoint import load_language_model
+from evaluation.conditions import list_settings
+from evaluation.private_inference.cost import LAN, WAN, InferenceCost, StepCost, project
+from evaluation.private_inference.cost_plots import draw_costs
+from evaluation.private_inference.engine import EngineLog, engine_versions
+from evaluation.private_inference.local import infer_locally
+from evaluation.private_inference.program import prepare_weights
+from evaluation.private_inference.settings import PrivateSettings
+from evaluation.private_inference.two_party import Answer, Client, Model, Server
+from evaluation.records import RECORD as CONFIG
+from evaluation.records import StoredRecord
+from evaluation.results import git_revision, machine_name
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "model_cards" / "results" / "private_inference.json"
+PAGE = ROOT / "docs" / "private_costs.md"
+PICTURE = ROOT / "docs" / "private_costs.png"
+
+TODAY = "SM+LN+G, as it is run today"
+TODAY_SETTINGS = PrivateSettings(softmax="tuned", gelu="tanh")
+PROPOSAL = "EReg(SM(t)+ScFuFFN)"
+BLOCKS = ("SM+LN+G", "SM+LN+R", "SM+ScFuFFN", PROPOSAL)
+LENGTH, WIDTH, QUICK_LENGTH, QUICK_WIDTH, HEAD_SIZE = 128, 768, 32, 192, 64
+# The paper's table 2, in GB and in minutes: GPT-2 small, T=128.
+PAPER_RATIO_BYTES, PAPER_RATIO_TIME = 25.32 / 6.43, 8.21 / 4.76
+SOFTMAX_LENGTHS, SOFTMAX_WIDTH = (64, 128), 192
+SOFTMAX_STEPS = ("softmax", "maximum", "exponential", "division")
+# Of a block measured alone the vocabulary is of no account.
+VOCABULARY = 64
+SEQUENCE, RUNS = 32, 25
+LOGIT_BOUND = 2.0**20
+TIMEOUT_SECONDS = 1200
+
+console = Console()
+
+
+@dataclass(config=CONFIG)
+class Softmax:
+    """
+    The engine's own softmax beside ours, on the scores of one layer.
+
+    Args:
+        length (`int`): Tokens.
+        stock_bytes, bytes (`int`): Of both parties.
+        stock_error, error (`float`): Of the logits, at most.
+    """
+
+    length: int
+    stock_bytes: int
+    bytes: int
+    stock_error: float
+    error: float
+
+
+@dataclass(config=CONFIG)
+class Agreement:
+    """
+    A trained model's private answers beside those in the clear.
+
+    Args:
+        name (`str`): Architecture.
+        runs (`int`): Sequences, of which the first was the first of a process.
+        positions (`int`): Of all sequences.
+        agreeing (`int`): At which the most likely token is the same.
+        largest_error (`float`): Of a logit.
+        largest_logit (`float`): In the clear, in magnitude.
+        perplexity, private_perplexity (`float`): Of the same tokens.
+        out_of_range (`int`): Runs whose logits were beyond twice the largest in the clear.
+    """
+
+    name: str
+    runs: int
+    positions: int
+    agreeing: int
+    largest_error: float
+    largest_logit: float
+    perplexity: float
+    private_perplexity: float
+    out_of_range: int
+
+
+@dataclass(config=CONFIG)
+class Record(StoredRecord):
+    """
+    All that was measured, and where.
+
+    Args:
+        blocks (`dict[str, InferenceCost]`): One block of each architecture, between two processes.
+        decoding (`InferenceCost`): One block for one more token, keys and values kept.
+        softmax (`list[Softmax]`): In threads.
+        agreement (`list[Agreement]`): In threads.
+        git_revision (`str`, *optional*): Of this project.
+    """
+
+    KIND: ClassVar[str] = "the benchmark of private inference"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    blocks: dict[str, InferenceCost]
+    decoding: InferenceCost
+    softmax: list[Softmax]
+    agreement: list[Agreement]
+    git_revision: str | None
+
+
+def make_model(notation: str, length: int, width: int, layers: int = 1) -> EntropyGPTForCausalLM:
+    """Random weights, with embeddings so far apart that attention is not uniform."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": layers, "n_embd": width, "n_head": width // HEAD_SIZE, "n_positions": length}
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+    model = EntropyGPTForCausalLM(EntropyGPTConfig.from_notation(notation, **sizes, **tokens)).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight *= 20
+    return model
+
+
+def ask(model: EntropyGPTForCausalLM, settings: PrivateSettings, length: int, answers: int, new_tokens: int) -> Answer:
+    """A random prompt, answered between two processes over the loopback."""
+    config, weights = prepare_weights(model)
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
+    offer = Model(config, weights, settings, "", LOGIT_BOUND)
+    server = Server(offer, "127.0.0.1", 0, None, TIMEOUT_SECONDS, report=lambda line: None)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        return Client(*server.address, None, TIMEOUT_SECONDS).ask(prompt, new_tokens, answers)
+    finally:
+        server.close()
+
+
+def block_cost(model: EntropyGPTForCausalLM, answer: Answer, steps: list[StepCost], context: int) -> InferenceCost:
+    """The first block of what was asked."""
+    config = model.config
+    steps = [step for step in steps if step.layer == 0]
+    return InferenceCost(
+        notation=config.notation,
+        n_layer=1,
+        n_embd=config.n_embd,
+        n_head=config.n_head,
+        vocab_size=config.vocab_size,
+        context=context,
+        answers=context,
+        settings=answer.settings,
+        network="loopback, two processes",
+        set_up=answer.set_up,
+        steps=steps,
+        seconds=sum(step.seconds for step in steps),
+        versions=engine_versions(),
+        git_revision=git_revision(),
+        machine=machine_name(torch.device("cpu")),
+    )
+
+
+def measure_block(name: str, notation: str, settings: PrivateSettings, length: int, width: int) -> InferenceCost:
+    model = make_model(notation, length, width)
+    answer = ask(model, settings, length, length, 1)
+    cost = block_cost(model, answer, answer.steps, length)
+    console.print(f"{name}: {cost.total_bytes / 1e6:.1f} MB, {cost.messages:,} messages, {cost.seconds:.1f} s")
+    return cost
+
+
+def measure_decoding(length: int, width: int) -> InferenceCost:
+    """What a block takes for the last of the positions, after all the others."""
+    model = make_model("SM+ScFuFFN", length, width, layers=2)  # the first of two: the last one computes less
+    answer = ask(model, PrivateSettings(), length - 1, 1, 2)
+    second = answer.steps[len(answer.steps) // 2 :]
+    cost = block_cost(model, answer, second, length)
+    console.print(f"decoding: {cost.total_bytes / 1e6:.1f} MB, {cost.seconds:.1f} s")
+    return cost
+
+
+def measure_softmax(length: int, log: EngineLog) -> Softmax:
+    model = make_model("SM", length, SOFTMAX_WIDTH)
+    config, weights = prepare_weights(model)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, length)
+    with torch.no_grad():
+        clear = model(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    totals, errors = {}, {}
+    for form in ("stock", "efficient"):
+        run = infer_locally(config, weights, PrivateSettings(softmax=form), [tokens.tolist()], length, log)
+        totals[form] = sum(step.total_bytes for step in run.steps[0] if step.operation in SOFTMAX_STEPS)
+        errors[form] = float(np.abs(run.answers[0] - clear).max())
+    result = Softmax(length, totals["stock"], totals["efficient"], errors["stock"], errors["efficient"])
+    console.print(f"softmax, T={length}: {result.stock_bytes / result.bytes:.2f} times fewer bytes than stock")
+    return result
+
+
+def measure_agreement(folder: Path, log: EngineLog, runs: int) -> Agreement:
+    """Sequences of the held-out text that the model was not trained on, as far as its tokenizer reaches."""
+    from training.corpus import load_standard_library
+    from training.tokenizer import load_tokenizer
+
+    model = load_language_model(folder).eval()
+    tokenizer = load_tokenizer(str(folder))
+    text = "".join(document.text for document in load_standard_library().validation)
+    tokens = np.array(tokenizer(text[: 100 * runs * SEQUENCE])["input_ids"])
+    prompts = tokens[: runs * SEQUENCE].reshape(runs, SEQUENCE)
+    config, weights = prepare_weights(model)
+    run = infer_locally(config, weights, PrivateSettings(), prompts.tolist(), SEQUENCE, log)
+    private = torch.from_numpy(np.stack(run.answers).astype(np.float32))
+    with torch.no_grad():
+        clear = model(torch.from_numpy(prompts)).logits
+    largest = clear.abs().max().item()
+    result = Agreement(
+        name=model.config.notation,
+        runs=runs,
+        positions=prompts.size,
+        agreeing=int((private.argmax(-1) == clear.argmax(-1)).sum()),
+        largest_error=(private - clear).abs().max().item(),
+        largest_logit=largest,
+        perplexity=_perplexity(clear, prompts),
+        private_perplexity=_perplexity(private, prompts),
+        out_of_range=int((private.abs().amax(dim=(1, 2)) > 2 * largest).sum()),
+    )
+    console.print(result)
+    return result
+
+
+def _perplexity(logits: torch.Tensor, tokens: np.ndarray) -> float:
+    targets = torch.from_numpy(tokens)[:, 1:].reshape(-1)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), targets).exp().item()
+
+
+def page(record: Record) -> str:
+    """The page of the documentation that shows the record."""
+    today, proposal = record.blocks[TODAY], record.blocks[PROPOSAL]
+    rows = "\n".join(_block_row(name, cost, today) for name, cost in record.blocks.items())
+    like, ours = record.blocks["SM+LN+G"], proposal.total_bytes
+    softmax = "\n".join(
+        f"| {entry.length} | {entry.stock_bytes / 1e6:.1f} | {entry.bytes / 1e6:.1f} | "
+        f"{entry.stock_bytes / entry.bytes:.2f} | {entry.stock_error:.4f} | {entry.error:.4f} |"
+        for entry in record.softmax
+    )
+    agreement = "\n".join(
+        f"| {entry.name} | {entry.runs} | {entry.agreeing} of {entry.positions} "
+        f"({entry.agreeing / entry.positions:.2%}) | {entry.largest_error:.4f} | {entry.largest_logit:.1f} | "
+        f"{entry.perplexity:.3f} | {entry.private_perplexity:.3f} "
+        f"({entry.private_perplexity / entry.perplexity - 1:+.3%}) | {entry.out_of_range} |"
+        for entry in record.agreement
+    )
+    fused = record.blocks["SM+ScFuFFN"].total_bytes
+    set_up = statistics.median(cost.set_up_bytes for cost in record.blocks.values()) / 1e6
+    return f"""# What private inference takes
+
+Generated by `python -m evaluation.benchmarks.private_inference --models ...`; the figures are in
+`{RECORD.relative_to(ROOT).as_posix()}`. MB are 10^6 bytes, sent by both parties together.
+
+## A block of GPT-2 small
+
+One block at T={today.context}, width {today.n_embd}, {today.n_head} heads, with random weights, between two
+processes over TCP on one machine's loopback, under {today.settings.protocol} with {today.settings.fraction_bits}
+fractional bits. The set-up of a connection, {set_up:.0f} MB, is apart. Projections are upper bounds: the seconds
+measured here and those of bytes and messages on a network of 1 Gbps and 1 ms (LAN) or 100 Mbps and 80 ms (WAN).
+
+| block | MB | times fewer | messages | s | times faster | LAN, s | WAN, s | times faster |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+{rows}
+
+"{TODAY}" is GELU by tanh and a softmax of all scores with one reciprocal a row; the others have the economies of
+`program.py`: the visible half of the scores alone, a polynomial exponential of four squares, division after the
+product with the values, GELU by ReLU and two squares. Against that block the proposal sends
+**{today.total_bytes / ours:.2f} times fewer bytes**; with the same economies on both sides,
+**{like.total_bytes / ours:.2f} times fewer**. The paper has {PAPER_RATIO_BYTES:.2f} for the whole model, and
+{PAPER_RATIO_TIME:.2f} in time. Temperatures of each position, which the proposal has and SM+ScFuFFN has not, are a
+product with private numbers; those of a head would be folded away.
+
+![Where the bytes of a block go]({PICTURE.name})
+
+A block for one more token at T={record.decoding.context}, keys and values kept (SM+ScFuFFN):
+{record.decoding.total_bytes / 1e6:.1f} MB and {record.decoding.seconds:.1f} s,
+1/{fused / record.decoding.total_bytes:.1f} of computing all positions anew.
+
+## Softmax
+
+The steps from scores to weights of one layer of {SOFTMAX_WIDTH // HEAD_SIZE} heads: `jax.nn.softmax` of masked scores, as
+the engine computes it, beside ours. The errors are those of the model's logits.
+
+| T | stock, MB | ours, MB | times fewer | stock, error | ours, error |
+| ---: | ---: | ---: | ---: | ---: | ---: |
+{softmax}
+
+## Agreement
+
+Trained models on held-out text in sequences of {SEQUENCE} tokens, one after another over one connection (threads of
+one process, the same protocol). Out of range is what a client would refuse and have computed anew.
+
+| model | runs | same token | largest error | largest logit | perplexity | private | out of range |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+{agreement}
+
+Measured with {list_settings(today.versions)}; commit {record.git_revision or "unknown"}; {today.machine}.
+"""
+
+
+def _block_row(name: str, cost: InferenceCost, today: InferenceCost) -> str:
+    wide, wide_today = project(cost, WAN), project(today, WAN)
+    cells = [
+        name,
+        f"{cost.total_bytes / 1e6:.1f}",
+        f"{today.total_bytes / cost.total_bytes:.2f}",
+        f"{cost.messages:,}",
+        f"{cost.seconds:.1f}",
+        f"{today.seconds / cost.seconds:.2f}",
+        f"{project(cost, LAN):.0f}",
+        f"{wide:.0f}",
+        f"{wide_today / wide:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def write(record: Record):
+    PAGE.write_text(page(record), encoding="utf-8")
+    draw_costs(record.blocks, PICTURE)
+
+
+def main(
+    models: Annotated[list[Path] | None, typer.Option(help="Trained models, for the agreement.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small blocks; writes nothing.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Sequences of each model.")] = RUNS,
+    redraw: Annotated[bool, typer.Option(help="Measure nothing; the page anew from the record.")] = False,
+):
+    """Measure what private inference takes."""
+    if redraw:
+        write(Record.load(RECORD))
+        return
+    revision, log = git_revision(), EngineLog()
+    length, width = (QUICK_LENGTH, QUICK_WIDTH) if quick else (LENGTH, WIDTH)
+    agreement = [measure_agreement(folder, log, runs) for folder in models or []]
+    softmax = [measure_softmax(each, log) for each in (() if quick else SOFTMAX_LENGTHS)]
+    blocks = {TODAY: measure_block(TODAY, "SM+LN+G", TODAY_SETTINGS, length, width)}
+    for notation in BLOCKS:
+        blocks[notation] = measure_block(notation, notation, PrivateSettings(), length, width)
+    record = Record(
+        blocks=blocks,
+        decoding=measure_decoding(length, width),
+        softmax=softmax,
+        agreement=agreement,
+        git_revision=revision,
+    )
+    if quick:
+        return
+    record.save(RECORD)
+    write(record)
+    console.print(f"written: {RECORD}, {PAGE}, {PICTURE}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,353 @@
+"""The ring in numpy: what its arithmetic rounds and loses, what an audit finds, and that the engine agrees."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluation.private_inference import program
+from evaluation.private_inference.errors import PrivateInferenceError
+from evaluation.private_inference.fixed_point import (
+    ERF_BOUND,
+    FixedPointArithmetic,
+    audit,
+    emulate,
+    exact_logits,
+    largest_radicand,
+    lowest_exponent,
+)
+from evaluation.private_inference.program import prepare_weights
+from evaluation.private_inference.settings import PrivateSettings
+from tests.architectures import ARCHITECTURES, make_model, make_tokens
+
+
+EXACT_ERRORS = {"ref2k": (-0.5, 0.5), "semi2k": (-1, 1), "aby3": (-1, 1), "cheetah": (-2, 1)}
+FLOATS = st.floats(-500, 500, width=32)
+BITS = st.integers(12, 20)
+
+
+def arithmetic(fraction_bits: int = 18, protocol: str = "ref2k", **fields) -> FixedPointArithmetic:
+    return FixedPointArithmetic(PrivateSettings(protocol=protocol, fraction_bits=fraction_bits, **fields))
+
+
+def spread(low: float, high: float, count: int = 4000) -> np.ndarray:
+    """Numbers of every order of magnitude."""
+    return np.exp(np.linspace(math.log(low), math.log(high), count))
+
+
+def prepared(notation: str = "SM+LN+G", seed: int = 0, **fields):
+    torch.manual_seed(seed)
+    return prepare_weights(make_model(notation, **fields))
+
+
+def sequences(*lengths: int) -> list[np.ndarray]:
+    return [make_tokens(1, length)[0].numpy() for length in lengths]
+
+
+def scaled(weights: dict, name: str, factor: float) -> dict:
+    return {**weights, name: weights[name] * np.float32(factor)}
+
+
+@given(FLOATS, BITS)
+def test_encoding_cuts_off_what_is_behind_the_last_bit(number, bits):
+    encoded = arithmetic(bits).encode(number)
+    assert abs(encoded) <= abs(number) < abs(encoded) + 2.0**-bits
+    assert encoded * 2**bits % 1 == 0
+    assert arithmetic(bits).encode(encoded) == encoded
+
+
+@given(FLOATS, FLOATS, BITS, st.sampled_from(sorted(EXACT_ERRORS)))
+@settings(deadline=None)
+def test_products_err_by_the_last_bit(left, right, bits, protocol):
+    ops = arithmetic(bits, protocol)
+    left, right = ops.encode(np.full(100, left)), ops.encode(np.full(100, right))
+    low, high = EXACT_ERRORS[protocol]
+    for product in (ops.multiply(left, right), ops.matmul(left[:, None], right[None])[0]):
+        assert np.all(product * 2**bits % 1 == 0)
+        assert low <= np.min((product - left[0] * right[0]) * 2**bits)
+        assert np.max((product - left[0] * right[0]) * 2**bits) <= high
+
+
+def test_a_sum_of_products_is_rounded_once():
+    ops = arithmetic(12)
+    numbers = ops.encode(np.random.default_rng(0).normal(size=(2, 500)))
+    assert ops.matmul(*numbers) == pytest.approx(numbers[0] @ numbers[1], abs=2**-13)
+
+
+@pytest.mark.parametrize(("protocol", "bias"), [("ref2k", 0), ("semi2k", 0), ("aby3", 0), ("cheetah", -0.5)])
+def test_bias_of_the_last_bit(protocol, bias):
+    ops = arithmetic(18, protocol)
+    numbers = ops.encode(np.random.default_rng(0).normal(size=100_000))
+    assert ((ops.scale(numbers, 0.7) - numbers * ops.encode(0.7)) * 2**18).mean() == pytest.approx(bias, abs=0.01)
+
+
+@pytest.mark.parametrize("squarings", range(4, 10))
+@pytest.mark.parametrize("bits", [14, 18, 21])
+def test_exponential_over_its_range(bits, squarings):
+    numbers = np.linspace(lowest_exponent(squarings, bits), 0, 5000)
+    errors = arithmetic(bits, exponential_squarings=squarings).exp(numbers) - np.exp(numbers)
+    assert np.abs(errors).max() < 0.28 / 2**squarings + 2.0 ** (squarings - bits)
+
+
+def test_exponential_beyond_its_range():
+    lowest = -(2.0**7)
+    at_end, below = arithmetic(exponential_squarings=6).exp(np.array([lowest, lowest - 16]))
+    assert at_end == 1
+    assert below > 1000
+    assert lowest < lowest_exponent(6, 18)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+@pytest.mark.parametrize("bits", [12, 15, 18, 22])
+def test_reciprocal_over_its_range(bits, iterations):
+    ops = arithmetic(bits, reciprocal_iterations=iterations)
+    # With many fraction bits, the reciprocal of the smallest numbers does not fit into the ring.
+    numbers = ops.encode(spread(max(2.0 ** (1 - bits), 2.0 ** (2 * bits - 60)), 2.0**bits * 0.99))
+    relative = 0.0858 ** (2**iterations)
+    for sign in (-1, 1):
+        found = ops.reciprocal(sign * numbers)
+        assert np.all(np.abs(found * sign - 1 / numbers) < (relative + 6 * 2.0**-bits) / numbers + 2.0**-bits)
+    found = ops.divide(np.full_like(numbers, 3), numbers)
+    assert np.all(np.abs(found - 3 / numbers) < 3 * (relative + 7 * 2.0**-bits) / numbers + 2.0**-bits)
+
+
+def test_there_is_no_reciprocal_of_0_and_of_large_numbers():
+    assert arithmetic().reciprocal(np.array([0.0, 2.0**18])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("bits", [12, 13, 18, 21])
+def test_reciprocal_root_over_its_range(bits):
+    ops = arithmetic(bits)
+    numbers = ops.encode(spread(2.0 ** (2 - bits), largest_radicand(bits) * 0.99))
+    assert ops.reciprocal_root(np.array([largest_radicand(bits)])) == 0
+    errors = np.abs(ops.reciprocal_root(numbers) * np.sqrt(numbers) - 1)
+    # The polynomial errs by 2e-4; its coefficients multiply the last bit, and the power of 2 has half the bits.
+    assert np.all(errors < 4e-4 + 100 * 2.0**-bits + 2.0 ** (1 - bits // 2) + np.sqrt(numbers) * 2.0**-bits)
+
+
+def test_tanh_and_erf_over_their_range():
+    ops = arithmetic()
+    numbers = np.linspace(-50, 50, 20001)
+    assert np.abs(ops.tanh(numbers) - np.tanh(numbers)).max() < 0.02
+    exact = np.vectorize(math.erf)(numbers)
+    assert np.abs(ops.erf(numbers) - exact).max() < 1e-3
+    assert np.all(np.abs(ops.erf(numbers[np.abs(numbers) > ERF_BOUND])) == 1)
+
+
+@pytest.mark.parametrize("bits", [12, 18])
+def test_the_ring_wraps_around(bits):
+    ops = arithmetic(bits)
+    largest = 2.0 ** (31 - bits)
+    assert ops.square(np.array([largest * 0.7])) == pytest.approx(largest**2 * 0.49)
+    assert ops.overflows == 0
+    assert ops.square(np.array([largest * 1.5])) == pytest.approx(largest**2 * (2.25 - 4))
+    assert ops.overflows == 1
+    ops.encode(2.0 ** (63 - bits))
+    assert ops.overflows == 2
+
+
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+@pytest.mark.parametrize("softmax", ["efficient", "stock"])
+def test_exact_logits_are_the_models_own(notation, softmax):
+    torch.manual_seed(0)
+    model, (tokens,) = make_model(notation), sequences(17)
+    found = exact_logits(*prepare_weights(model), PrivateSettings(softmax=softmax), tokens, answers=17)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)[None]).logits[0].numpy()
+    assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("embedding", ["one_hot", "client_table"])
+@pytest.mark.parametrize("answer", ["logits", "token"])
+def test_emulated_logits_are_near_the_models_own(embedding, answer):
+    config, weights = prepared("SM+R")
+    (tokens,) = sequences(17)
+    chosen = PrivateSettings(embedding=embedding, answer=answer)
+    found, exact = (compute(config, weights, chosen, tokens, answers=5) for compute in (emulate, exact_logits))
+    assert found.shape == (5, config.vocab_size)
+    assert 0 < np.abs(found - exact).max() < 0.02
+    assert np.abs(emulate(config, weights, chosen, tokens, seed=1) - exact[-1:]).max() < 0.02
+
+
+@pytest.mark.parametrize("softmax", ["efficient", "stock", "tuned"])
+def test_a_model_that_fits(softmax):
+    config, weights = prepared()
+    report = audit(config, weights, PrivateSettings(softmax=softmax), sequences(17, 9))
+    assert report.problems == []
+    assert (report.recommended_fraction_bits, report.recommended_squarings) == (18, 8)
+    assert (report.positions, report.agreement) == (26, 1)
+    assert 0 < report.typical_error < report.largest_error < 0.06
+    assert report.rounding_error < 0.02
+    ranges = {(tensor.name, tensor.role): tensor for tensor in report.tensors}
+    assert ranges["wte", "weight"].most == weights["wte"].max()
+    assert ranges["norm", "radicand"].least > 0
+    assert ranges["layer 1, division" if softmax == "efficient" else "layer 1, softmax", "divisor"].least > 0.99
+    assert ranges["head", "value"].size > 1
+
+
+def test_an_overflow_is_named():
+    config, weights = prepared("SM+R")
+    report = audit(config, scaled(weights, "h.1.ffn.weight", 2e4), PrivateSettings(), sequences(17))
+    assert "layer 2, scores: " in report.problems[0]
+    assert "(product) does not fit with 18 fraction bits, where 6.7e+07 is the limit" in report.problems[0]
+    assert not any(line.startswith(("layer 0", "layer 1")) for line in report.problems)
+
+
+def test_fewer_fraction_bits_where_they_make_room():
+    config, weights = prepared("SM+R")
+    weights = scaled(weights, "head.weight", 5e6)
+    report = audit(config, weights, PrivateSettings(), sequences(17))
+    (problem,) = report.problems
+    assert problem.startswith("head: ")
+    bits = report.recommended_fraction_bits
+    assert 12 <= bits < 18
+    assert f"use fraction_bits={bits}" in problem
+    fitting = audit(config, weights, PrivateSettings(fraction_bits=bits), sequences(17))
+    assert not any("does not fit" in line for line in fitting.problems)
+
+
+def test_more_fraction_bits_where_a_root_needs_them():
+    config, weights = prepared("SM+LN+R")
+    report = audit(config, scaled(weights, "wte", 100), PrivateSettings(fraction_bits=12), sequences(17))
+    problem = report.problems[0]
+    assert problem.startswith("layer 0, norm: ")
+    assert "(radicand) does not fit with 12 fraction bits, where 2e+03 is the limit" in problem
+    assert f"use fraction_bits={report.recommended_fraction_bits}" in problem
+    assert 12 < report.recommended_fraction_bits < 18
+
+
+def test_a_model_that_no_settings_fit():
+    config, weights = prepared("SM+LN+G")
+    report = audit(config, scaled(weights, "h.1.ffn.weight", 1e8), PrivateSettings(), sequences(17))
+    assert report.recommended_fraction_bits is None
+    assert "use another model" in report.problems[0]
+    too_large = audit(config, scaled(weights, "h.0.qkv.weight", 1e14), PrivateSettings(), sequences(3))
+    assert too_large.problems[0].startswith("h.0.qkv.weight: ")
+
+
+def test_more_fraction_bits_where_precision_is_lost():
+    config, weights = prepared()
+    report = audit(config, scaled(weights, "h.2.output.weight", 1e-4), PrivateSettings(), sequences(17))
+    (problem,) = report.problems
+    assert problem.startswith("h.2.output.weight: numbers of about")
+    assert f"use fraction_bits={report.recommended_fraction_bits}" in problem
+    assert report.recommended_fraction_bits > 18
+    (problem,) = audit(config, weights, PrivateSettings(fraction_bits=11), sequences(17)).problems
+    assert problem.startswith("logits: rounding makes errors of ")
+    assert "use fraction_bits=1" in problem
+
+
+def test_more_squarings_for_scores_that_are_far_apart():
+    config, weights = prepared()
+    weights = scaled(weights, "h.1.qkv.weight", 8)
+    report = audit(config, weights, PrivateSettings(softmax="stock", exponential_squarings=6), sequences(17))
+    problems = [line for line in report.problems if "exp(" in line]
+    assert [line.split(":")[0] for line in problems] == ["layer 1, softmax"]
+    assert "is out of reach of 6 squarings" in problems[0]
+    assert f"use exponential_squarings={report.recommended_squarings}" in problems[0]
+    assert report.recommended_squarings > 8
+
+
+def test_an_audit_without_tokens():
+    with pytest.raises(PrivateInferenceError, match="an audit needs a sequence"):
+        audit(*prepared(), PrivateSettings(), [])
+
+
+OPERATIONS = {
+    "multiply": lambda ops, x, y: ops.multiply(x, y),
+    "matmul": lambda ops, x, y: ops.matmul(x.reshape(20, 50), y.reshape(50, 20)),
+    "scale": lambda ops, x, y: ops.scale(x, 0.044715),
+    "square": lambda ops, x, y: ops.square(y),
+    "exp": lambda ops, x, y: ops.exp(y - ops.positive_part(y) - ops.positive_part(y)),
+    "reciprocal": lambda ops, x, y: ops.reciprocal(x),
+    "divide": lambda ops, x, y: ops.divide(y, x),
+    "reciprocal root": lambda ops, x, y: ops.reciprocal_root(ops.positive_part(x)),
+    "at most": lambda ops, x, y: ops.at_most(x, 0.3),
+    "tanh": lambda ops, x, y: ops.tanh(x),
+    "erf": lambda ops, x, y: ops.erf(x),
+    "GELU by tanh": lambda ops, x, y: program.tanh_gelu(ops, y),
+    "GELU by erf": lambda ops, x, y: program.erf_gelu(ops, y),
+    "LayerNorm": lambda ops, x, y: program.normalize(ops, y.reshape(20, 50), 1e-5),
+}
+
+
+def every_operation(ops, x, y):
+    return tuple(operation(ops, x, y) for operation in OPERATIONS.values())
+
+
+def on_the_engine(chosen: PrivateSettings, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    """Every operation, without a protocol."""
+    libspu = pytest.importorskip("spu").libspu
+    from evaluation.private_inference.engine import Party, compile_steps
+
+    description = libspu.link.Desc()
+    description.add_party("alone", "thread")
+    party = Party(libspu.link.create_mem(description, 0), chosen)
+    step = program.Step("a step", None, every_operation, ("x", "y"), tuple(OPERATIONS))
+    (compiled,) = compile_steps([step], {"x": x.shape, "y": y.shape}, chosen)
+    party.set_own("x", x)
+    party.set_own("y", y)
+    party.run(compiled)
+    return [party.reconstruct([party.share(name)]) for name in OPERATIONS]
+
+
+@pytest.mark.private
+@pytest.mark.parametrize("bits", [13, 18, 21])
+@pytest.mark.parametrize("softmax", ["stock", "efficient"])
+def test_operations_are_the_engines_to_the_last_bit(softmax, bits):
+    random = np.random.default_rng(bits)
+    x, y = random.normal(size=(2, 1000)).astype(np.float32) * 3
+    x *= np.exp(random.uniform(-6, 9, 1000)).astype(np.float32)
+    # With the efficient softmax, the engine's exponential has one squaring.
+    chosen = PrivateSettings("ref2k", bits, softmax, exponential_squarings=8 if softmax == "stock" else 1)
+    ops = FixedPointArithmetic(chosen)
+    found = every_operation(ops, ops.encode(x), ops.encode(y))
+    for name, mine, engines in zip(OPERATIONS, found, on_the_engine(chosen, x, y), strict=True):
+        assert np.array_equal(np.float32(mine), engines), name
+
+
+@pytest.mark.private
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_emulated_logits_are_the_engines(notation):
+    assert_the_engine_agrees(*prepared(notation), PrivateSettings(protocol="ref2k"))
+
+
+@pytest.mark.private
+@pytest.mark.parametrize("bits", [12, 15, 20])
+@pytest.mark.parametrize(
+    ("notation", "fields"),
+    [
+        ("SM+LN+G", {"gelu": "tanh", "embedding": "client_table"}),
+        ("SM+LN+G", {"gelu": "erf", "softmax": "stock", "exponential_squarings": 6}),
+        ("SM+R", {}),
+        ("SM+R", {"softmax": "tuned", "exponential_squarings": 4, "reciprocal_iterations": 3}),
+    ],
+)
+def test_emulated_logits_are_the_engines_with_other_settings(notation, fields, bits):
+    chosen = PrivateSettings(protocol="ref2k", fraction_bits=bits, **fields)
+    assert_the_engine_agrees(*prepared(notation, seed=bits), chosen)
+
+
+@pytest.mark.private
+@pytest.mark.parametrize("protocol", ["cheetah", "semi2k", "aby3"])
+@pytest.mark.parametrize("softmax", ["efficient", "stock"])
+def test_the_chance_of_protocols_is_as_large_as_it_is_said_to_be(protocol, softmax):
+    config, weights = prepared("SM+LN+G", n_layer=1)
+    assert_the_engine_agrees(config, weights, PrivateSettings(protocol, 15, softmax, exponential_squarings=6))
+
+
+def assert_the_engine_agrees(config, weights: dict, chosen: PrivateSettings):
+    pytest.importorskip("spu")
+    from evaluation.private_inference.local import infer_locally
+
+    (tokens,) = sequences(12)
+    (engines,) = infer_locally(config, weights, chosen, [tokens.tolist()], answers=12).answers
+    emulated, exact = (compute(config, weights, chosen, tokens, answers=12) for compute in (emulate, exact_logits))
+    errors, emulated_errors = engines - exact, emulated - exact
+    if chosen.protocol == "ref2k":
+        assert np.array_equal(np.float32(emulated), engines)
+    for size in (lambda tensor: np.abs(tensor).max(), lambda tensor: np.sqrt(np.square(tensor).mean())):
+        assert size(errors) / 3 < size(emulated_errors) < size(errors) * 3

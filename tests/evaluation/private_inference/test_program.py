@@ -1,0 +1,137 @@
+"""The model as a program: the same logits as torch's in every architecture, whole and token by token."""
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.private_inference.arithmetic import Arithmetic
+from evaluation.private_inference.errors import PrivateInferenceError
+from evaluation.private_inference.program import (
+    LOGITS,
+    TOKENS,
+    Span,
+    build_steps,
+    exponentiate,
+    piecewise_gelu,
+    prepare_weights,
+    run_steps,
+    weight_shapes,
+)
+from evaluation.private_inference.settings import PrivateSettings
+from tests.architectures import ARCHITECTURES, make_config, make_model
+
+
+LENGTH = 12
+EXACT = PrivateSettings(softmax="stock", gelu="tanh")
+
+
+def clear_logits(model, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)[None]).logits[0].numpy()
+
+
+def run(model, settings: PrivateSettings, tokens: np.ndarray, span: Span, kept: dict | None = None, xp=np) -> dict:
+    config, weights = prepare_weights(model)
+    rows = np.eye(config.vocab_size, dtype=np.float32)[tokens]
+    return run_steps(build_steps(config, settings, span), Arithmetic(xp), {**weights, **(kept or {}), TOKENS: rows})
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(2, 101, LENGTH)
+
+
+@pytest.mark.parametrize("softmax", ["stock", "tuned"])
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_logits_are_the_models_own(notation, softmax, tokens):
+    model = make_model(notation)
+    settings = PrivateSettings(softmax=softmax, gelu="tanh")
+    logits = run(model, settings, tokens, Span(0, LENGTH, LENGTH))[LOGITS]
+    assert np.abs(logits - clear_logits(model, tokens)).max() < 2e-4
+
+
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_the_cheap_forms_stay_near(notation, tokens):
+    model = make_model(notation)
+    logits = run(model, PrivateSettings(), tokens, Span(0, LENGTH, LENGTH))[LOGITS]
+    clear = clear_logits(model, tokens)
+    assert np.abs(logits - clear).max() < 0.01 * np.abs(clear).max()
+
+
+@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)", "SM+LN+LeakyR+FFNi[0]"])
+def test_jax_computes_the_same_as_numpy(notation, tokens):
+    jnp = pytest.importorskip("jax.numpy")
+    model = make_model(notation)
+    for settings in (EXACT, PrivateSettings()):
+        ours = run(model, settings, tokens, Span(0, LENGTH, LENGTH))[LOGITS]
+        theirs = run(model, settings, tokens, Span(0, LENGTH, LENGTH), xp=jnp)[LOGITS]
+        assert np.abs(ours - np.asarray(theirs)).max() < 1e-3
+
+
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_one_position_and_one_token_more_are_as_the_whole(notation, tokens):
+    model = make_model(notation)
+    clear = clear_logits(model, tokens)
+    last = run(model, EXACT, tokens, Span(0, LENGTH))[LOGITS]
+    assert last.shape == (1, 101)
+    assert np.abs(last - clear[-1:]).max() < 2e-4
+    kept = run(model, EXACT, tokens[:8], Span(0, 8))
+    for position in range(8, LENGTH):
+        kept = run(model, EXACT, tokens[position : position + 1], Span(position, 1), kept)
+        assert np.abs(kept[LOGITS] - clear[position : position + 1]).max() < 2e-4
+
+
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_a_client_knows_the_shapes_of_weights_from_the_config(notation):
+    config, weights = prepare_weights(make_model(notation))
+    assert {name: weight.shape for name, weight in weights.items()} == weight_shapes(config)
+
+
+def test_the_model_is_left_as_it_is(tokens):
+    model = make_model("SM+LN+G")
+    before = clear_logits(model, tokens)
+    prepare_weights(model)
+    assert np.array_equal(before, clear_logits(model, tokens))
+
+
+def test_exponential_and_gelu_are_as_near_as_they_say():
+    ops = Arithmetic(np)
+    below = np.linspace(-12, 0, 100_001)
+    assert np.abs(exponentiate(ops, below) - np.exp(below)).max() < 5e-5
+    assert np.abs(exponentiate(ops, np.linspace(-1e4, -12, 1000))).max() < 1e-9
+    numbers = torch.linspace(-30, 30, 100_001, dtype=torch.double)
+    for approximate in ("none", "tanh"):
+        gelu = torch.nn.functional.gelu(numbers, approximate=approximate).numpy()
+        assert np.abs(piecewise_gelu(ops, numbers.numpy()) - gelu).max() < 2.5e-3
+
+
+@pytest.mark.parametrize("softmax", ["efficient", "stock", "tuned"])
+def test_scores_that_are_low_everywhere_do_not_lose_attention(softmax, tokens):
+    model = make_model("SM+LN+R")
+    with torch.no_grad():  # a row's scores all move together with its query's share of the keys' common part
+        for block in model.transformer.h:
+            block.attn.c_attn.bias[: model.config.n_embd] = -20.0
+            block.attn.c_attn.bias[model.config.n_embd : 2 * model.config.n_embd] = 20.0
+    logits = run(model, PrivateSettings(softmax=softmax), tokens, Span(0, LENGTH, LENGTH))[LOGITS]
+    clear = clear_logits(model, tokens)
+    assert np.abs(logits - clear).max() < 0.01 * np.abs(clear).max()
+
+
+def test_what_has_no_private_form_is_refused():
+    config = make_config("SM+LN+G")
+    config.activation_function = "silu"
+    with pytest.raises(PrivateInferenceError, match=r"activation_function='silu'.*gelu_new.*identity"):
+        build_steps(config, PrivateSettings(), Span(0, 4))
+    with pytest.raises(PrivateInferenceError, match="65 tokens are not possible.*n_positions=64"):
+        build_steps(make_config("SM"), PrivateSettings(), Span(60, 5))
+
+
+def test_no_weight_is_a_constant_of_the_program():
+    """What a step closes over would be public: equal architectures with other weights have equal steps."""
+    first, second = (prepare_weights(make_model("EReg(SM(t)+ScFuFFN)"))[0] for _ in range(2))
+    steps = [build_steps(config, PrivateSettings(), Span(0, LENGTH)) for config in (first, second)]
+    for ours, theirs in zip(*steps, strict=True):
+        assert (ours.inputs, ours.outputs) == (theirs.inputs, theirs.outputs)
+        for step in (ours, theirs):
+            keywords = getattr(step.function, "keywords", {})
+            assert all(isinstance(value, int | float | Span | None) for value in keywords.values())
