@@ -1,14 +1,20 @@
-"""Small messages between a client and a server: JSON with a length in front, over TLS with certificates on both sides."""
+"""Small messages between a client and a server: JSON after its length, over TLS with certificates on both sides."""
 
 import contextlib
+import errno
 import ipaddress
 import json
 import re
+import select
 import socket
 import ssl
 import struct
+import threading
+import time
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .errors import PrivateInferenceError
@@ -95,7 +101,12 @@ def check_plain_allowed(host: str, insecure: bool):
 
 
 class Channel:
-    """A connection that carries messages: JSON objects with a "kind"."""
+    """
+    A connection that carries messages: JSON objects with a "kind".
+
+    One thread may send while another receives: the socket never blocks, and a lock keeps the two from being inside of
+    one TLS connection at once, which OpenSSL forbids.
+    """
 
     def __init__(self, connection: socket.socket):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -103,7 +114,9 @@ class Channel:
         for option, value in KEEPALIVE.items():
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        connection.setblocking(False)
         self.connection = connection
+        self._lock, self._send_lock = threading.Lock(), threading.Lock()
 
     def send(self, message: dict):
         """
@@ -113,8 +126,11 @@ class Channel:
         content = json.dumps(message, allow_nan=False).encode()
         if len(content) > MAX_MESSAGE_BYTES:
             raise PrivateInferenceError(f"a message of {len(content):,} bytes is more than {MAX_MESSAGE_BYTES:,}.")
+        waiting = memoryview(LENGTH.pack(len(content)) + content)
         try:
-            self.connection.sendall(LENGTH.pack(len(content)) + content)
+            with self._send_lock:
+                while waiting:
+                    waiting = waiting[self._try(partial(self.connection.send, waiting), select.POLLOUT) :]
         except OSError as error:
             raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
 
@@ -123,23 +139,22 @@ class Channel:
         The next message.
 
         Args:
-            seconds (`float`, *optional*): To wait at most.
+            seconds (`float`, *optional*): To wait at most for all of it.
             kinds (`tuple[str]`): What may come.
 
         Raises:
             `PrivateInferenceError`: If the peer is gone, silent for so long, refuses, or breaks the rules.
         """
         try:
-            self.connection.settimeout(seconds)
-            (length,) = LENGTH.unpack(self._read(LENGTH.size))
+            limit = None if seconds is None else time.monotonic() + seconds
+            (length,) = LENGTH.unpack(self._read(LENGTH.size, limit))
             if length > MAX_MESSAGE_BYTES:
                 raise PrivateInferenceError(
                     f"the peer announces a message of {length:,} bytes: it speaks another way."
                 )
-            content = self._read(length)
-            self.connection.settimeout(None)
+            content = self._read(length, limit)
         except TimeoutError as error:
-            raise PrivateInferenceError(f"the peer said nothing for {seconds:.0f} seconds.") from error
+            raise PrivateInferenceError(f"the peer sent no whole message for {seconds:g} seconds.") from error
         except OSError as error:
             raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
         message = _parse(content)
@@ -152,18 +167,54 @@ class Channel:
         return message
 
     def close(self):
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-        self.connection.close()
+        shut_down(self.connection)
+        with self._lock:
+            self.connection.close()
 
-    def _read(self, size: int) -> bytes:
+    def _try(self, action: Callable, event: int, limit: float | None = None):
+        """Until it does not block."""
+        while True:
+            with self._lock, contextlib.suppress(BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return action()
+            left = None if limit is None else limit - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError
+            wait({self.connection: event}, left)
+
+    def _read(self, size: int, limit: float | None) -> bytes:
         content = bytearray()
         while len(content) < size:
-            part = self.connection.recv(min(size - len(content), 2**16))
+            left = min(size - len(content), 2**16)
+            part = self._try(partial(self.connection.recv, left), select.POLLIN, limit)
             if not part:
                 raise PrivateInferenceError("the peer closed the connection.")
             content += part
         return bytes(content)
+
+
+def wait(needs: dict[socket.socket, int], seconds: float | None = None):
+    """
+    Until one of some sockets can be read or written, as `select.poll` names it.
+
+    Raises:
+        `OSError`: If one was closed meanwhile.
+    """
+    poll = select.poll()
+    for connection, events in needs.items():
+        try:
+            poll.register(connection, events)
+        except ValueError as error:
+            raise OSError(errno.EBADF, "the connection was closed here") from error
+    poll.poll(None if seconds is None else seconds * 1000)
+
+
+def shut_down(connection: socket.socket):
+    """
+    Ends what goes on in a connection, in whichever thread. Not by `SSLSocket.shutdown`: that takes the encryption away
+    first, and a thread in the midst of sending could send plain text.
+    """
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _parse(content: bytes) -> dict:
@@ -191,7 +242,11 @@ def _clean(text: object) -> str:
     return visible[:MAX_REASON_CHARACTERS]
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | UnicodeError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    if isinstance(error, UnicodeError):
+        return "the name is no host's"
     return error.reason if isinstance(error, ssl.SSLError) and error.reason else (error.strerror or str(error))
 
 
@@ -212,7 +267,7 @@ class Listener:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._socket = socket.create_server((host, port), family=family)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise PrivateInferenceError(f"{host}:{port} can't be listened on: {_reason(error)}.") from error
         self.address = self._socket.getsockname()[:2]
 
@@ -230,6 +285,7 @@ class Listener:
         return Channel(_secure(connection, self._context, None))
 
     def close(self):
+        shut_down(self._socket)  # wakes who accepts
         self._socket.close()
 
 
@@ -241,7 +297,7 @@ def connect(host: str, port: int, tls: TLSFiles | None) -> Channel:
     context = tls.context(server=False) if tls else None
     try:
         connection = socket.create_connection((host, port), timeout=HANDSHAKE_SECONDS)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise PrivateInferenceError(f"no server at {host}:{port}: {_reason(error)}.") from error
     return Channel(_secure(connection, context, host))
 
