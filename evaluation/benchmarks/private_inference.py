@@ -290,8 +290,8 @@ A block for one more token at T={record.decoding.context}, keys and values kept 
 
 ## Softmax
 
-The steps from scores to weights of one layer of {SOFTMAX_WIDTH // HEAD_SIZE} heads: `jax.nn.softmax` of masked scores, as
-the engine computes it, beside ours. The errors are those of the model's logits.
+The steps from scores to weights of one layer of {SOFTMAX_WIDTH // HEAD_SIZE} heads: `jax.nn.softmax` of masked scores,
+as the engine computes it, beside ours. The errors are those of the model's logits.
 
 | T | stock, MB | ours, MB | times fewer | stock, error | ours, error |
 | ---: | ---: | ---: | ---: | ---: | ---: |

@@ -1,4 +1,4 @@
-"""What a private inference costs: bytes, messages and seconds of each operation, and what other networks make of it."""
+"""What a private inference costs: bytes, messages and seconds by operation, and what other networks make of it."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -259,7 +259,7 @@ def _quantity(text: str, units: dict[str, float]) -> float | None:
 
 def project(cost: InferenceCost, network: Network) -> float:
     """
-    Seconds that the inference would take on a network: as many as on the loopback, and those for bytes and round trips.
+    Seconds that the inference would take on a network: as many as on the loopback, and those of bytes and round trips.
     An upper bound, as [`InferenceCost.rounds`] is one and nothing is computed while messages travel.
     """
     transfer = cost.total_bytes * 8 / network.bits_per_second

@@ -1,7 +1,7 @@
 """
 The process that holds one party's engine, apart from the command: a program that the engine can't run ends a process.
 
-Its standard input gives a job, and then the word to start; on its standard output it tells events, each a line of JSON.
+Its standard input gives a job, and then the word to start; on its standard output it tells events, as lines of JSON.
 It knows nothing of the network: the peer is a port on this machine, behind which `tunnel.py` is.
 """
 

@@ -104,7 +104,7 @@ class EngineProcess:
     """The process of one party's engine; its events go to the queue."""
 
     def __init__(self, job: Job, events: Events):
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         command = [sys.executable, "-m", "evaluation.private_inference.party_process"]
         self._process = subprocess.Popen(
             command,
@@ -235,7 +235,7 @@ class Server:
 
     def _attach(self, channel: Channel, message: dict):
         tunnel, token = self._tunnel, message.get("session")
-        known = tunnel is not None and isinstance(token, str)
+        known = tunnel is not None and isinstance(token, str) and token.isascii()
         if not known or not secrets.compare_digest(token.encode(), tunnel.session_token.encode()):
             raise PrivateInferenceError("a stream belongs to no inference.")
         tunnel.attach(channel, message.get("direction"))

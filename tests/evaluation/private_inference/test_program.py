@@ -122,7 +122,7 @@ def test_what_has_no_private_form_is_refused():
     config.activation_function = "silu"
     with pytest.raises(PrivateInferenceError, match=r"activation_function='silu'.*gelu_new.*identity"):
         build_steps(config, PrivateSettings(), Span(0, 4))
-    with pytest.raises(PrivateInferenceError, match="65 tokens are not possible.*n_positions=64"):
+    with pytest.raises(PrivateInferenceError, match=r"65 tokens are not possible.*n_positions=64"):
         build_steps(make_config("SM"), PrivateSettings(), Span(60, 5))
 
 

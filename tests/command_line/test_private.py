@@ -1,0 +1,151 @@
+"""`entropy-gpt private` as processes of its own: a demonstration, a server with its client, and both misused."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation.private_inference.cost import InferenceCost
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from training.tokenizer import train_tokenizer
+
+
+COMMAND = Path(sys.executable).with_name("entropy-gpt")
+PROMPT = "def main("
+SIZES = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def run(*arguments, **options):
+    command = [COMMAND, "private", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+
+
+def save_model(folder: Path, text: str, notation: str = "SM+ScFuFFN", **fields) -> Path:
+    tokenizer = train_tokenizer([text], 300)
+    torch.manual_seed(0)
+    config = EntropyGPTConfig.from_notation(notation, vocab_size=len(tokenizer), **SIZES)
+    model = EntropyGPTForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= fields.get("factor", 5)
+    model.config.activation_function = fields.get("activation", model.config.activation_function)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, text):
+    source = "\n".join(path.read_text() for path in text.iterdir())
+    return save_model(tmp_path_factory.mktemp("model"), source)
+
+
+@pytest.fixture(scope="module")
+def address(model):
+    """Of a server that is running."""
+    pytest.importorskip("spu")
+    command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0", "--max-new-tokens", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        line = server.stdout.readline().strip()
+        assert line.startswith("listening on ")
+        yield line.removeprefix("listening on ")
+        server.kill()
+
+
+def complaint(result) -> str:
+    """The one line that a failed command leaves."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("entropy-gpt: ")
+    return line
+
+
+def test_without_the_engine_it_says_what_to_install(model):
+    code = "import sys; sys.modules['spu'] = None; from command_line.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "private", "demo", model]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "pip install 'entropy-gpt[private]'" in complaint(result)
+
+
+class TestMisuse:
+    @pytest.fixture(autouse=True)
+    def _engine(self):
+        pytest.importorskip("spu")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--listen", "nowhere"], "'nowhere' is no address: write HOST:PORT"),
+            (["--listen", "127.0.0.1:99999"], "is no address"),
+            (["--listen", "0.0.0.0:0"], "without TLS only this machine's loopback"),
+            (["--listen", "127.0.0.1:0", "--cert", "missing.pem"], "TLS needs all three of --cert, --key and --ca"),
+        ],
+    )
+    def test_of_addresses_and_certificates(self, model, arguments, message):
+        assert message in complaint(run("serve", model, *arguments))
+
+    def test_a_port_in_use(self, model):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            line = complaint(run("serve", model, "--listen", address))
+        assert address in line
+        assert "in use" in line
+
+    def test_no_server_and_no_model(self, model, tmp_path):
+        assert "no server at 127.0.0.1:1" in complaint(
+            run("ask", PROMPT, "--connect", "127.0.0.1:1", "--tokenizer", model)
+        )
+        complaint(run("demo", tmp_path))
+
+    def test_an_activation_without_a_private_form(self, tmp_path, text):
+        source = "\n".join(path.read_text() for path in text.iterdir())
+        folder = save_model(tmp_path, source, "SM+LN+G", activation="silu")
+        assert "activation_function='silu' has no private form" in complaint(run("demo", folder))
+
+    def test_weights_out_of_range(self, tmp_path, text):
+        source = "\n".join(path.read_text() for path in text.iterdir())
+        folder = save_model(tmp_path, source, factor=1e5)
+        assert "does not fit the ring" in complaint(run("demo", folder))
+
+
+@pytest.mark.private
+class TestTwoProcesses:
+    @pytest.fixture(autouse=True)
+    def _engine(self):
+        pytest.importorskip("spu")
+
+    def test_the_demonstration_agrees_and_records_its_cost(self, model, tmp_path):
+        output = tmp_path / "cost.json"
+        result = run("demo", model, "--max-new-tokens", 2, "--output", output)
+        assert result.returncode == 0, result.stderr
+        assert "in the clear, 2 of 2 tokens are the same" in result.stdout
+        cost = InferenceCost.load(output)
+        assert cost.total_bytes > 0
+        assert cost.set_up_bytes > 0
+        assert cost.network == "loopback, two processes"
+        assert {step.operation for step in cost.steps} >= {"embedding", "exponential", "head"}
+
+    def test_one_client_after_another(self, model, address):
+        first, second = (run("ask", PROMPT, "--connect", address, "--tokenizer", model) for _ in range(2))
+        assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+        assert PROMPT in first.stdout
+
+    @pytest.mark.parametrize(
+        ("prompt", "options", "message"),
+        [
+            ("x " * 100, [], "tokens are not possible: this model has n_positions=32"),
+            ("", [], "the prompt is empty"),
+            (PROMPT, ["--max-new-tokens", "3"], "3 new tokens are asked for; 2 is the most here"),
+        ],
+    )
+    def test_what_the_model_can_not_answer(self, model, address, prompt, options, message):
+        line = complaint(run("ask", prompt, "--connect", address, "--tokenizer", model, *options))
+        assert message in line
+
+    def test_another_tokenizer(self, address, tmp_path):
+        other = save_model(tmp_path, "some other text, of which other tokens are made " * 50)
+        line = complaint(run("ask", PROMPT, "--connect", address, "--tokenizer", other))
+        assert "the tokenizer is not the server's" in line
