@@ -22,11 +22,12 @@ def quickstart(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and data order.")] = 0,
 ):
     """
-    Train, convert, compare, save and reload small models.
+    Train, convert, compare, save and reload small models, and run two under secure computation.
 
     Trains GPT-2 and two architectures for private inference on real text, converts the GPT-2 to the second of them,
     and compares all four: perplexity, entropy of attention heads, seconds. Each is saved as a folder ready for the Hub
-    and loaded back in a fresh process. Takes about 5 minutes on two cores; if interrupted, the same command goes on.
+    and loaded back in a fresh process. At last two of them answer a prompt under secure computation, between two
+    processes. Takes about 7 minutes on two cores; if interrupted, the same command goes on.
 
     Example: entropy-gpt quickstart --corpus ~/my_project/src --steps 500 --output my_run
     """

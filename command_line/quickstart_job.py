@@ -45,6 +45,7 @@ from .convert_inputs import Job, Text, spread
 from .convert_job import convert
 from .errors import CommandError
 from .measurement import MeasuredText, describe_config, measure_model, read_text
+from .private_stage import answer_privately
 from .progress import progress_display, stage
 from .tables import make_table
 
@@ -63,6 +64,8 @@ ARCHITECTURES = {
 # What the first of them is converted to, and healed for this part of the steps.
 TARGET = "EReg(SM(t)+ScFuFFN)"
 HEALING_SHARE = 1 / 4
+# Those that answer under secure computation: what people run, and the paper's proposal.
+PRIVATE = ("SM+LN+G", "EReg(SM(t)+ScFuFFN)")
 CONVERTED = "converted"  # the name of its folder
 SIZES = {"n_layer": 4, "n_embd": 128, "n_head": 4}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -139,6 +142,7 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
     _print_table(results)
     for name, result in zip(names, results, strict=True):
         _load_back(name, result.title, output)
+    answer_privately({title: output / "models" / slug(title) for title in PRIVATE}, PROMPT, output)
     _print_where(output)
 
 
@@ -369,6 +373,6 @@ def _print_table(results: list[ModelResult]):
 
 def _print_where(output: Path):
     console.print(f"models, ready for the Hub: {output / 'models'}")
-    console.print(f"pictures of headwise entropy: {output / 'pictures'}")
+    console.print(f"pictures of headwise entropy, and of where private bytes go: {output / 'pictures'}")
     console.print(f"the cost of each step of the conversion: {output / 'conversion' / 'conversion_report.md'}")
     console.print(f"all numbers: {output / 'results.json'}")

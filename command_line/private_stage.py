@@ -1,0 +1,66 @@
+"""The last stage of the quickstart: two of its models answer the same prompt under secure computation."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from evaluation.private_inference.cost import InferenceCost, by_operation
+from evaluation.private_inference.cost_plots import draw_costs
+from evaluation.private_inference.engine import check_engine
+from evaluation.private_inference.errors import PrivateInferenceError
+from training.files import written_whole
+
+from .errors import CommandError
+from .private_job import demonstrate
+from .tables import make_table
+
+
+NEW_TOKENS = 2
+
+console = Console()
+
+
+def answer_privately(models: dict[str, Path], prompt: str, output: Path):
+    """
+    Has each model answer between two processes, checks the answer, and shows where the bytes go. What was computed in
+    an earlier run is there still.
+
+    Args:
+        models (`dict[str, Path]`): Folders, by how the models are called; the first is what others are compared with.
+        prompt (`str`): The same for all.
+        output (`Path`): The quickstart's folder.
+
+    Raises:
+        `CommandError`: If an answer is not the one in the clear.
+    """
+    try:
+        check_engine()
+    except PrivateInferenceError as error:
+        console.print(f"no private answers: {error}", soft_wrap=True)
+        return
+    costs = {title: _cost(folder, prompt, output) for title, folder in models.items()}
+    with written_whole(output / "pictures" / "private_costs.png") as path:
+        draw_costs(costs, path)
+    operations = list(dict.fromkeys(part.name for cost in costs.values() for part in by_operation(cost)))
+    parts = [{part.name: part.total_bytes for part in by_operation(cost)} for cost in costs.values()]
+    rows = [(name, *(f"{part.get(name, 0) / 1e6:.2f}" for part in parts)) for name in operations]
+    rows.append(("all", *(f"{cost.total_bytes / 1e6:.2f}" for cost in costs.values())))
+    rows.append(("seconds", *(f"{cost.seconds:.1f}" for cost in costs.values())))
+    console.print(make_table(("MB sent by both parties", *costs), rows))
+    console.print(
+        f"private answers of {NEW_TOKENS} tokens, checked against the clear; the set-up of a connection, "
+        f"{next(iter(costs.values())).set_up_bytes / 1e6:.0f} MB, is apart",
+        style="dim",
+    )
+
+
+def _cost(folder: Path, prompt: str, output: Path) -> InferenceCost:
+    place = output / "private" / f"{folder.name}.json"
+    if not place.exists():
+        cost = demonstrate(str(folder), prompt, NEW_TOKENS)
+        with written_whole(place) as path:
+            cost.save(path)
+    try:
+        return InferenceCost.load(place)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
