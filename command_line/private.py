@@ -146,3 +146,34 @@ def demo(
 
     settings = {"protocol": protocol.value, "embedding": embedding.value, "answer": answer.value}
     run(model, prompt, new_tokens, settings, tokenizer, output, timeout)
+
+
+@private.command()
+def cost(
+    notations: Annotated[
+        list[str], typer.Argument(metavar="NOTATION...", help="Architectures, such as 'SM+LN+G' and 'SM+ScFuFFN'.")
+    ],
+    n_layer: Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")] = 12,
+    n_embd: Annotated[int, typer.Option("--n-embd", min=1, help="Width.")] = 768,
+    n_head: Annotated[
+        int | None, typer.Option("--n-head", min=1, help="Heads; of 64 numbers each if not given.")
+    ] = None,
+    length: Annotated[int, typer.Option("--seq", min=1, help="Tokens of the prompt.")] = 128,
+    vocab_size: Annotated[int, typer.Option("--vocab-size", min=2, help="Tokens of the vocabulary.")] = 50257,
+    kept: Annotated[int, typer.Option(min=0, help="Tokens before, whose keys and values are kept.")] = 0,
+    all_positions: Annotated[
+        bool, typer.Option("--all-positions", help="Logits of every position, not of the last one alone.")
+    ] = False,
+    embedding: EmbeddingOption = Embedding.one_hot,
+):
+    """
+    Tell what a private inference would send, from the architecture alone: no weights, and no engine.
+
+    Prices of Cheetah's parts were measured once; docs/private_inference.md says how near they come.
+
+    Example: entropy-gpt private cost SM+LN+G SM+LN+R 'EReg(SM(t)+ScFuFFN)' --seq 256
+    """
+    from .private_cost_job import run
+
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "vocab_size": vocab_size}
+    run(notations, sizes, kept, length, all_positions, embedding.value)

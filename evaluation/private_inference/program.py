@@ -328,7 +328,14 @@ def split_heads(ops: Arithmetic, hidden, weight, bias, *more, heads: int, querie
 
 
 def score(ops: Arithmetic, query, key):
-    return ops.matmul(query, key.swapaxes(1, 2))
+    """Scores `(heads, queries, keys)`. Those of one query are one product: a product has a price of its own."""
+    heads, queries, size = query.shape
+    if queries > 1:
+        return ops.matmul(query, key.swapaxes(1, 2))
+    # Row h holds the query of head h in the columns of head h.
+    spread = ops.xp.where(np.eye(heads, dtype=bool)[:, :, None], query.swapaxes(0, 1), 0.0)
+    stacked = key.swapaxes(1, 2).reshape(heads * size, -1)
+    return ops.matmul(spread.reshape(heads, heads * size), stacked)[:, None]
 
 
 def whole_softmax(ops: Arithmetic, scores, per_row: bool):
@@ -342,7 +349,18 @@ def whole_softmax(ops: Arithmetic, scores, per_row: bool):
 
 
 def weigh_and_merge(ops: Arithmetic, weights, value):
-    return _merge(ops.matmul(weights, value))
+    return _merge(weigh(ops, weights, value))
+
+
+def weigh(ops: Arithmetic, weights, value):
+    """Sums of values `(heads, queries, head size)`, for one query in one product."""
+    heads, queries, keys = weights.shape
+    if queries > 1:
+        return ops.matmul(weights, value)
+    size = value.shape[-1]
+    all_values = value.swapaxes(0, 1).reshape(keys, heads * size)
+    every_pair = ops.matmul(weights[:, 0], all_values).reshape(heads, heads, size)
+    return every_pair[np.arange(heads), np.arange(heads)][:, None]
 
 
 def subtract_maximum(ops: Arithmetic, scores):
@@ -370,7 +388,7 @@ def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     places = np.where(mask, np.cumsum(mask) - 1, mask.sum())
     zero = ops.xp.zeros((heads, 1), visible.dtype)
     exponentials = ops.xp.concatenate([visible, zero], axis=1)[:, places].reshape(heads, queries, keys)
-    return ops.matmul(exponentials, value), exponentials.sum(axis=-1, keepdims=True)
+    return weigh(ops, exponentials, value), exponentials.sum(axis=-1, keepdims=True)
 
 
 def divide_and_merge(ops: Arithmetic, attended, sums):
