@@ -111,6 +111,7 @@ def ask(
     authority: Authority = None,
     insecure: Insecure = False,
     new_tokens: NewTokens = 1,
+    protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the costs go, as JSON.")] = None,
     timeout: Timeout = 600,
 ):
@@ -122,7 +123,17 @@ def ask(
     """
     from .private_job import ask as run
 
-    run(prompt, connect, tokenizer, (certificate, key, authority), insecure, new_tokens, output, timeout)
+    run(
+        prompt,
+        connect,
+        tokenizer,
+        (certificate, key, authority),
+        insecure,
+        new_tokens,
+        protocol.value,
+        output,
+        timeout,
+    )
 
 
 @private.command()

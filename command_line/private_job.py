@@ -106,6 +106,7 @@ def ask(
     tls: TLSOptions,
     insecure: bool,
     new_tokens: int,
+    protocol: str,
     output: Path | None,
     timeout: int,
 ):
@@ -118,7 +119,7 @@ def ask(
     try:
         check_engine()
         (host, port), files = _network(address, tls, insecure)
-        client = Client(host, port, files, timeout)
+        client = Client(host, port, files, timeout, protocol)
         config = client.terms.config
         words = load_model_tokenizer(tokenizer, tokenizer, config.vocab_size)
         answer, cost = _ask(client, words, prompt, new_tokens, config.notation, f"TCP to {host}")
@@ -172,7 +173,7 @@ def demonstrate(
     words = offer.tokenizer
     process, port = _start_server(source, settings, tokenizer, new_tokens, timeout)
     try:
-        client = Client("127.0.0.1", port, None, timeout)
+        client = Client("127.0.0.1", port, None, timeout, offer.program.settings.protocol)
         notation = offer.model.config.notation
         answer, cost = _ask(client, words, prompt, new_tokens, notation, "loopback, two processes")
     except PrivateInferenceError as error:

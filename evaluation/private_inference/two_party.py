@@ -31,7 +31,7 @@ from .engine import CLIENT, SERVER, engine_versions
 from .errors import PrivateInferenceError
 from .party_process import Job
 from .program import Span, build_steps, weight_shapes
-from .settings import PrivateSettings
+from .settings import TRUST, PrivateSettings
 from .tunnel import ClientTunnel, ServerTunnel
 
 
@@ -372,17 +372,27 @@ class Client:
         host (`str`), port (`int`): The server.
         tls ([`TLSFiles`], *optional*): As the server's.
         timeout_seconds (`int`): For which nothing may happen.
+        protocol (`str`): What the client agrees to; a server's word alone must not choose one that protects less.
 
     Raises:
-        `PrivateInferenceError`: If there is no server, or it breaks rules.
+        `PrivateInferenceError`: If there is no server, it breaks rules, or offers another protocol.
     """
 
-    def __init__(self, host: str, port: int, tls: TLSFiles | None, timeout_seconds: int = 600):
+    def __init__(
+        self, host: str, port: int, tls: TLSFiles | None, timeout_seconds: int = 600, protocol: str = "cheetah"
+    ):
         self._connect = lambda: connect(host, port, tls)
         self.timeout_seconds = timeout_seconds
         self.channel = self._connect()
         self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
         self.terms = self._read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
+        offered = self.terms.settings.protocol
+        if offered != protocol:
+            self.channel.close()
+            raise PrivateInferenceError(
+                f"the server offers the protocol {offered}, and {protocol} is asked for: {offered} means "
+                f"{TRUST[offered]}. Ask for it with --protocol, if that will do."
+            )
 
     @staticmethod
     def _read_terms(message: dict) -> Terms:

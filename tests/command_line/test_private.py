@@ -138,6 +138,7 @@ class TestTwoProcesses:
         [
             ("x " * 100, [], "tokens are not possible: this model has n_positions=32"),
             ("", [], "the prompt is empty"),
+            (PROMPT, ["--protocol", "semi2k"], "the server offers the protocol cheetah, and semi2k is asked for"),
             (PROMPT, ["--max-new-tokens", "3"], "3 new tokens are asked for; 2 is the most here"),
         ],
     )
