@@ -37,6 +37,7 @@ from tests.architectures import ARCHITECTURES, make_config, make_model
 
 
 LENGTH = 11
+SPAN = Span(0, LENGTH)
 
 
 def counting() -> CountingArithmetic:
@@ -45,10 +46,6 @@ def counting() -> CountingArithmetic:
 
 def total(config, length: int = LENGTH, answers: int = 1, private: PrivateSettings | None = None) -> float:
     return sum(step.total_bytes for step in predict(config, private or PrivateSettings(), Span(0, length, answers)))
-
-
-def folded(notation: str):
-    return prepare_weights(make_model(notation))[0]
 
 
 # Measured on SPU 0.9.5: ciphertexts that went either way.
@@ -115,9 +112,15 @@ def test_small_products_take_from_the_stock_and_large_ones_do_not():
 def test_every_step_of_every_architecture_has_a_price(notation, private):
     config = make_config(notation)
     predicted = predict(config, private, Span(0, LENGTH, 3))
-    steps = build_steps(config, private, Span(0, LENGTH, 3))
+    steps = build_steps(prepare_weights(make_model(notation))[0], private, Span(0, LENGTH, 3))
     assert [(step.operation, step.layer) for step in predicted] == [(step.operation, step.layer) for step in steps]
     assert all(step.total_bytes > 0 for step in predicted)
+
+
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_folding_needs_no_weights(notation):
+    folded, _ = prepare_weights(make_model(notation))
+    assert predict(make_config(notation), PrivateSettings(), SPAN) == predict(folded, PrivateSettings(), SPAN)
 
 
 def test_equal_layers_cost_the_same_but_for_the_stock():
@@ -130,7 +133,7 @@ def test_equal_layers_cost_the_same_but_for_the_stock():
 
 
 def test_fewer_operations_send_less():
-    totals = [total(folded(notation)) for notation in ("SM+ScFuFFN", "SM+R", "SM+LN+R", "SM+LN+G")]
+    totals = [total(make_config(notation)) for notation in ("SM+ScFuFFN", "SM+R", "SM+LN+R", "SM+LN+G")]
     assert totals == sorted(totals)
     config = make_config("SM+LN+G")
     assert total(config) < total(config, private=PrivateSettings(softmax="tuned"))
