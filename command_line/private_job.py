@@ -1,14 +1,15 @@
 """Serves, asks and demonstrates private inference."""
 
+import dataclasses
 import select
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -33,6 +34,7 @@ from evaluation.private_inference.fixed_point import audit
 from evaluation.private_inference.program import prepare_weights
 from evaluation.private_inference.settings import TRUST, PrivateSettings
 from evaluation.private_inference.two_party import Answer, Client, Model, Server
+from evaluation.records import RECORD, StoredRecord
 from evaluation.results import git_revision, machine_name
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from training.files import written_whole
@@ -56,7 +58,28 @@ TLSOptions = tuple[Path | None, Path | None, Path | None]
 console = Console()
 
 
-@dataclass(frozen=True)
+@dataclass(config=RECORD)
+class PrivateAnswer(StoredRecord):
+    """
+    What a client learned, and what it took.
+
+    Args:
+        text (`str`): After the prompt.
+        agreement (`str`): How it compares with the model in the clear, in words; empty where there is none.
+        seconds (`float`): By the clock, with compiling and set-up.
+        cost ([`InferenceCost`]): By the client's count.
+    """
+
+    KIND = "a private answer"
+    SCHEMA_VERSION = 1
+
+    text: str
+    agreement: str
+    seconds: float
+    cost: InferenceCost
+
+
+@dataclasses.dataclass(frozen=True)
 class Offer:
     """A model that is served, as it is and as a program."""
 
@@ -122,12 +145,12 @@ def ask(
         client = Client(host, port, files, timeout, protocol)
         config = client.terms.config
         words = load_model_tokenizer(tokenizer, tokenizer, config.vocab_size)
-        answer, cost = _ask(client, words, prompt, new_tokens, config.notation, f"TCP to {host}")
+        _, found = _ask(client, words, prompt, new_tokens, config.notation, f"TCP to {host}")
     except PrivateInferenceError as error:
         raise CommandError(str(error)) from error
-    _print_answer(words, prompt, answer)
-    _print_costs(cost)
-    _save(cost, output)
+    print_answer(prompt, found)
+    _print_costs(found)
+    _save(found.cost, output)
 
 
 def demo(
@@ -145,9 +168,10 @@ def demo(
     Raises:
         `CommandError`: As [`demonstrate`].
     """
-    cost = demonstrate(source, prompt, new_tokens, settings, tokenizer, timeout)
-    _print_costs(cost)
-    _save(cost, output)
+    found = demonstrate(source, prompt, new_tokens, settings, tokenizer, timeout)
+    print_answer(prompt, found)
+    _print_costs(found)
+    _save(found.cost, output)
 
 
 def demonstrate(
@@ -157,9 +181,9 @@ def demonstrate(
     settings: dict | None = None,
     tokenizer: str | None = None,
     timeout: int = DEFAULT_TIMEOUT,
-) -> InferenceCost:
+) -> PrivateAnswer:
     """
-    A server and a client on this machine, whose answer is shown and compared with the model's in the clear.
+    A server and a client on this machine, whose answer is compared with the model's in the clear.
 
     Raises:
         `CommandError`: If there is no answer, or it is another than in the clear.
@@ -175,15 +199,14 @@ def demonstrate(
     try:
         client = Client("127.0.0.1", port, None, timeout, offer.program.settings.protocol)
         notation = offer.model.config.notation
-        answer, cost = _ask(client, words, prompt, new_tokens, notation, "loopback, two processes")
+        answer, found = _ask(client, words, prompt, new_tokens, notation, "loopback, two processes")
     except PrivateInferenceError as error:
         raise CommandError(str(error)) from error
     finally:
         process.kill()
         process.wait()
-    _print_answer(words, prompt, answer)
-    _print_agreement(offer.model, words(prompt)["input_ids"], answer)
-    return cost
+    found.agreement = _compare(offer.model, words(prompt)["input_ids"], answer)
+    return found
 
 
 def _network(address: str, tls: TLSOptions, insecure: bool) -> tuple[tuple[str, int], TLSFiles | None]:
@@ -218,7 +241,7 @@ def _prepare(source: str, tokenizer: str | None, settings: PrivateSettings) -> O
 
 def _ask(
     client: Client, words: PreTrainedTokenizerFast, prompt: str, new_tokens: int, notation: str, network: str
-) -> tuple[Answer, InferenceCost]:
+) -> tuple[Answer, PrivateAnswer]:
     terms = client.terms
     if hash_vocabulary(words, terms.config.vocab_size) != terms.tokenizer_hash:
         client.close()
@@ -244,9 +267,10 @@ def _ask(
 
         answer = client.ask(tokens, new_tokens, on_event=show)
     seconds = time.perf_counter() - started
-    console.print(f"{seconds:.1f} s in all, with compiling and set-up")
+    if answer.repeats:
+        console.print(f"{answer.repeats} answer(s) were out of range and computed anew.")
     config = terms.config
-    return answer, InferenceCost(
+    cost = InferenceCost(
         notation=notation,
         n_layer=config.n_layer,
         n_embd=config.n_embd,
@@ -263,6 +287,7 @@ def _ask(
         git_revision=git_revision(),
         machine=machine_name(torch.device("cpu")),
     )
+    return answer, PrivateAnswer(text=words.decode(answer.tokens), agreement="", seconds=seconds, cost=cost)
 
 
 def _start_server(
@@ -285,14 +310,15 @@ def _start_server(
     return process, int(line.rpartition(":")[2])
 
 
-def _print_answer(words: PreTrainedTokenizerFast, prompt: str, answer: Answer):
-    console.print(f"\n[dim]{escape(prompt)}[/dim][bold]{escape(words.decode(answer.tokens))}[/bold]\n")
-    if answer.repeats:
-        console.print(f"{answer.repeats} answer(s) were out of range and computed anew.")
+def print_answer(prompt: str, found: PrivateAnswer):
+    """The prompt with what follows, and how that compares with the clear."""
+    console.print(f"\n[dim]{escape(prompt)}[/dim][bold]{escape(found.text)}[/bold]", highlight=False)
+    if found.agreement:
+        console.print(found.agreement, soft_wrap=True)
 
 
 @torch.no_grad()
-def _print_agreement(model: EntropyGPTForCausalLM, prompt: list[int], answer: Answer):
+def _compare(model: EntropyGPTForCausalLM, prompt: list[int], answer: Answer) -> str:
     """The same tokens; or, where two are as likely but for the error of the logits, one of the two."""
     sequence = torch.tensor([prompt + answer.tokens])
     logits = model(sequence, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -306,12 +332,14 @@ def _print_agreement(model: EntropyGPTForCausalLM, prompt: list[int], answer: An
         found = f"; logits differ by {found_error:.4f} at most, of up to {largest:.1f}"
         if found_error > error:
             raise CommandError(f"the private logits are not those in the clear{found}; {error:.2f} is tolerated.")
-    console.print(f"in the clear, {behind.count(0)} of {len(behind)} tokens are the same{found}")
     if max(behind) > 2 * error:
         raise CommandError(f"the private answer {answer.tokens} is not that in the clear.")
+    return f"in the clear, {behind.count(0)} of {len(behind)} tokens are the same{found}"
 
 
-def _print_costs(cost: InferenceCost):
+def _print_costs(found: PrivateAnswer):
+    cost = found.cost
+    console.print(f"{found.seconds:.1f} s in all, with compiling and set-up")
     console.print(make_table(("operation", *TABLE_COLUMNS), table_rows(by_operation(cost))))
     console.print(make_table(("once a connection", *TABLE_COLUMNS), table_rows(set_up_by_operation(cost))[-1:]))
     for network in (LAN, WAN):

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
-from evaluation.private_inference.cost import InferenceCost, by_operation
+from evaluation.private_inference.cost import by_operation
 from evaluation.private_inference.cost_plots import draw_costs
 from evaluation.private_inference.engine import check_engine
 from evaluation.private_inference.errors import PrivateInferenceError
 from training.files import written_whole
 
 from .errors import CommandError
-from .private_job import demonstrate
+from .private_job import PrivateAnswer, demonstrate, print_answer
 from .tables import make_table
 
 
@@ -38,7 +39,11 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path):
     except PrivateInferenceError as error:
         console.print(f"no private answers: {error}", soft_wrap=True)
         return
-    costs = {title: _cost(folder, prompt, output) for title, folder in models.items()}
+    answers = {title: _answer(folder, prompt, output) for title, folder in models.items()}
+    costs = {title: answer.cost for title, answer in answers.items()}
+    for title, answer in answers.items():
+        console.print(f"\n[bold]{escape(title)}[/bold], between two processes that keep prompt and weights secret:")
+        print_answer(prompt, answer)
     with written_whole(output / "pictures" / "private_costs.png") as path:
         draw_costs(costs, path)
     operations = list(dict.fromkeys(part.name for cost in costs.values() for part in by_operation(cost)))
@@ -54,13 +59,13 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path):
     )
 
 
-def _cost(folder: Path, prompt: str, output: Path) -> InferenceCost:
+def _answer(folder: Path, prompt: str, output: Path) -> PrivateAnswer:
     place = output / "private" / f"{folder.name}.json"
     if not place.exists():
-        cost = demonstrate(str(folder), prompt, NEW_TOKENS)
+        answer = demonstrate(str(folder), prompt, NEW_TOKENS)
         with written_whole(place) as path:
-            cost.save(path)
+            answer.save(path)
     try:
-        return InferenceCost.load(place)
+        return PrivateAnswer.load(place)
     except ValueError as error:
         raise CommandError(str(error)) from error

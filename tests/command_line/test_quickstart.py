@@ -1,5 +1,6 @@
 """The quickstart from end to end, as a process of its own on a tiny corpus: whole, interrupted, and misused."""
 
+import importlib.util
 import math
 import shutil
 import signal
@@ -60,6 +61,11 @@ def test_everything_is_there(finished):
         for name in ("config.json", "model.safetensors", "modeling_entropy_gpt.py", "tokenizer.json", "README.md"):
             assert (folder / name).exists()
     assert "fresh process" in process.stdout
+    if importlib.util.find_spec("spu") is None:
+        assert "no private answers" in process.stdout
+    else:
+        assert process.stdout.count("tokens are the same") == 2
+        assert (output / "pictures" / "private_costs.png").stat().st_size > 5000
     assert str(output / "models") in process.stdout.replace("\n", "")
     assert not list(output.rglob("checkpoint-*"))
     assert not list(output.rglob(".unfinished-*"))
