@@ -159,10 +159,10 @@ class Channel:
             raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
         message = _parse(content)
         if message["kind"] == "refusal":
-            raise PrivateInferenceError(f"the peer refuses: {_clean(message.get('reason'))}")
+            raise PrivateInferenceError(f"the peer refuses: {clean(message.get('reason'))}")
         if message["kind"] not in kinds:
             raise PrivateInferenceError(
-                f"the peer says {_clean(message['kind'])!r} where {' or '.join(kinds)} belongs."
+                f"the peer says {clean(message['kind'])!r} where {' or '.join(kinds)} belongs."
             )
         return message
 
@@ -230,13 +230,13 @@ def _parse(content: bytes) -> dict:
     try:
         message = json.loads(content.decode(), object_pairs_hook=pairs, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise PrivateInferenceError(f"the peer sends no proper message: {_clean(str(error))}") from error
+        raise PrivateInferenceError(f"the peer sends no proper message: {clean(str(error))}") from error
     if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
         raise PrivateInferenceError("the peer sends no proper message: it has no kind.")
     return message
 
 
-def _clean(text: object) -> str:
+def clean(text: object) -> str:
     """What a peer wrote, without what could drive a terminal."""
     visible = "".join(letter for letter in str(text) if unicodedata.category(letter)[0] != "C")
     return visible[:MAX_REASON_CHARACTERS]

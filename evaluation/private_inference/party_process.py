@@ -89,6 +89,7 @@ class PartyProcess:
         job, weights = self.job, None
         if job.rank == SERVER:
             weights = load_file(job.weights)
+            job.weights.unlink()  # nothing is left of it if this process is killed
         self.link = make_link(job.rank, own_port, peer_port, job.timeout_seconds)
         self.participant = Participant(self.link, self.config, job.settings, weights, self.log)
         self._share_table(weights)

@@ -8,6 +8,8 @@ and run it; all that the engines send goes through connections the client opens 
 
 import contextlib
 import json
+import math
+import os
 import queue
 import secrets
 import socket
@@ -15,17 +17,19 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import TypeAdapter, ValidationError
 from safetensors.numpy import save_file
 
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .channel import Channel, Listener, TLSFiles, connect
+from .channel import Channel, Listener, TLSFiles, clean, connect
 from .cost import StepCost
 from .engine import CLIENT, SERVER, engine_versions
 from .errors import PrivateInferenceError
@@ -39,6 +43,12 @@ PROTOCOL_VERSION = 1
 HANDSHAKE_SECONDS = 30
 # What the last messages of an inference may take.
 FAREWELL_SECONDS = 30
+# The largest model that a client believes in: its memory is not the server's to fill.
+LARGEST = {"n_layer": 1024, "n_head": 1024, "n_embd": 2**16, "n_inner": 2**18, "n_positions": 2**20, "vocab_size": 2**22}
+# For which a client is let wait for the one before, whose engine is about to end.
+PARTING_SECONDS = 5
+# Connections at once about which nothing is known yet, with those of clients; more wait to be accepted.
+MAX_GREETINGS = 64
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,8 @@ class EngineProcess:
 
     def __init__(self, job: Job, events: Events):
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
+        # For what it leaves behind when it is killed.
+        self._folder = tempfile.TemporaryDirectory(prefix="entropy-gpt-engine-", ignore_cleanup_errors=True)
         command = [sys.executable, "-m", "evaluation.private_inference.party_process"]
         self._process = subprocess.Popen(
             command,
@@ -113,9 +125,11 @@ class EngineProcess:
             stderr=self._stderr,
             text=True,
             cwd=Path(__file__).resolve().parents[2],
+            env=os.environ | {"TMPDIR": self._folder.name},
         )
         self._events = events
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self._say(TypeAdapter(Job).dump_json(job).decode())
 
     def start(self, own_port: int, peer_port: int):
@@ -124,7 +138,12 @@ class EngineProcess:
     def close(self):
         self._process.kill()
         self._process.wait()
+        self._listener.join()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
         self._stderr.close()
+        self._folder.cleanup()
 
     def _say(self, line: str):
         with contextlib.suppress(BrokenPipeError):  # its end is told as an event
@@ -133,6 +152,8 @@ class EngineProcess:
 
     def _listen(self):
         for line in self._process.stdout:
+            if not line.endswith("\n"):  # it was killed while it wrote
+                break
             event = json.loads(line)
             if event["event"] == "error":
                 self._events.put(PrivateInferenceError(f"this side's engine: {event['reason']}"))
@@ -149,13 +170,16 @@ class EngineProcess:
         return lines[-1][:300] if lines else "it left no message"
 
 
-def listen_to_peer(channel: Channel, events: Events, seconds: float) -> threading.Thread:
-    """Puts the peer's messages into the queue until its last one, or until it is gone."""
+def listen_to_peer(channel: Channel, events: Events) -> threading.Thread:
+    """
+    Puts the peer's messages into the queue until its last one, or until it is gone. While the engines work it has
+    nothing to say, however long that takes: a peer that hangs shows in the engine's events.
+    """
 
     def listen():
         try:
             while True:
-                message = channel.receive(seconds, ("program", "done"))
+                message = channel.receive(None, ("program", "done"))
                 events.put({**message, "event": f"peer's {message['kind']}"})
                 if message["kind"] == "done":
                     return
@@ -201,37 +225,51 @@ class Server:
         self.listener = Listener(host, port, tls)
         self.address = self.listener.address
         self._busy = threading.Lock()
+        self._greetings = threading.Semaphore(MAX_GREETINGS)
+        self._closed = False
         self._tunnel: ServerTunnel | None = None
 
     def serve_forever(self):
         """Until it is closed."""
         while True:
+            self._greetings.acquire()
             try:
                 connection = self.listener.accept()
-            except OSError:  # closed
-                return
+            except OSError as error:
+                self._greetings.release()
+                if self._closed:
+                    return
+                self.report(f"no connection can be accepted now: {error.strerror}")
+                time.sleep(1)
+                continue
             threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
 
     def close(self):
+        self._closed = True
         self.listener.close()
 
     def _greet(self, connection: socket.socket):
         try:
-            channel = self.listener.welcome(connection)
-        except PrivateInferenceError as error:
+            self._hear(self.listener.welcome(connection))
+        except (PrivateInferenceError, OSError) as error:
             self.report(f"a connection was refused: {error}")
-            return
+        finally:
+            self._greetings.release()
+
+    def _hear(self, channel: Channel):
         try:
             first = channel.receive(HANDSHAKE_SECONDS, ("hello", "stream"))
             if first["kind"] == "stream":
                 self._attach(channel, first)
                 return
             self._serve(channel, first)
-        except PrivateInferenceError as error:
+        except (PrivateInferenceError, OSError) as error:
             self.report(f"an inference ended early: {error}")
+            # What this machine lacks is not the client's business.
+            reason = str(error) if isinstance(error, PrivateInferenceError) else "the server failed."
             with contextlib.suppress(PrivateInferenceError):
-                channel.send({"kind": "refusal", "reason": str(error)})
-            channel.close()
+                channel.send({"kind": "refusal", "reason": reason})
+        channel.close()
 
     def _attach(self, channel: Channel, message: dict):
         tunnel, token = self._tunnel, message.get("session")
@@ -249,7 +287,7 @@ class Server:
         if new_tokens > self.longest:
             raise PrivateInferenceError(f"{new_tokens} new tokens are asked for; {self.longest} is the most here.")
         check_request(self.model.config, self.model.settings, length, new_tokens, answers)
-        if not self._busy.acquire(blocking=False):
+        if not self._busy.acquire(timeout=PARTING_SECONDS):
             raise PrivateInferenceError("the server is busy with another client: try again later.")
         try:
             self._infer(channel, length, new_tokens, answers)
@@ -260,7 +298,7 @@ class Server:
     def _number(request: dict, name: str) -> int:
         value = request.get(name)
         if type(value) is not int or value < 1:
-            raise PrivateInferenceError(f"{name}={value!r} is no positive number.")
+            raise PrivateInferenceError(f"{name}={clean(repr(value))} is no positive number.")
         return value
 
     def _infer(self, channel: Channel, length: int, new_tokens: int, answers: int):
@@ -289,7 +327,6 @@ class Server:
         finally:
             self._tunnel.close()
             self._tunnel = None
-            channel.close()
 
 
 def check_request(config: EntropyGPTConfig, settings: PrivateSettings, length: int, new_tokens: int, answers: int):
@@ -313,7 +350,7 @@ def run_party(job: Job, channel: Channel, tunnel, own_port: int, on_event: Calla
     tunnel.on_failure = lambda reason: events.put(PrivateInferenceError(reason))
     process = EngineProcess(job, events)
     try:
-        listen_to_peer(channel, events, job.timeout_seconds)
+        listen_to_peer(channel, events)
         digests = {}
         while len(digests) < 2:
             event = events.expect(job.timeout_seconds, "program", "peer's program")
@@ -384,8 +421,12 @@ class Client:
         self._connect = lambda: connect(host, port, tls)
         self.timeout_seconds = timeout_seconds
         self.channel = self._connect()
-        self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
-        self.terms = self._read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
+        try:
+            self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+            self.terms = self._read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
+        except PrivateInferenceError:
+            self.channel.close()
+            raise
         offered = self.terms.settings.protocol
         if offered != protocol:
             self.channel.close()
@@ -398,15 +439,21 @@ class Client:
     def _read_terms(message: dict) -> Terms:
         if message.get("version") != PROTOCOL_VERSION or message.get("versions") != engine_versions():
             raise PrivateInferenceError(
-                f"the server runs {message.get('versions')}, and this side {engine_versions()}: install the same."
+                f"the server runs {clean(message.get('versions'))}, and this side {engine_versions()}: install the "
+                "same."
             )
         try:
             settings = TypeAdapter(PrivateSettings).validate_python(message.get("settings"))
             bound = TypeAdapter(float).validate_python(message.get("logit_bound"))
             config = EntropyGPTConfig.from_dict(message["config"])
+            for name, most in LARGEST.items():
+                if (getattr(config, name) or 0) > most:
+                    raise ValueError(f"{name} is more than {most}")
             weight_shapes(config)
-        except (ValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PrivateInferenceError(f"the server's terms are broken: {str(error).splitlines()[0]}") from error
+        except (ValidationError, StrictDataclassError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PrivateInferenceError(f"the server's terms are broken: {clean(error)}") from error
+        if not 0 < bound < math.inf:
+            raise PrivateInferenceError(f"the server's terms are broken: logit_bound={bound} bounds nothing.")
         return Terms(config, settings, str(message.get("tokenizer")), bound)
 
     def ask(

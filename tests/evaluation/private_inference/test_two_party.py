@@ -1,0 +1,381 @@
+"""A server and a client with engines of their own: the right answer, nothing else to be seen, and ways to fail."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import trustme
+
+from tests.architectures import make_model
+from tests.evaluation.private_inference.test_channel import tls_files
+
+
+pytest.importorskip("spu")
+
+from evaluation.private_inference.channel import Channel, TLSFiles, connect
+from evaluation.private_inference.engine import CLIENT, SERVER
+from evaluation.private_inference.errors import PrivateInferenceError
+from evaluation.private_inference.participant import Participant, encode_tokens
+from evaluation.private_inference.program import TOKENS, prepare_weights
+from evaluation.private_inference.settings import PrivateSettings
+from evaluation.private_inference.two_party import PROTOCOL_VERSION, Client, Model, Server
+
+
+pytestmark = pytest.mark.private
+ROOT = Path(__file__).resolve().parents[3]
+PROMPT = [17, 93, 5, 64]
+SECONDS = 60
+SCALE = 2**18
+
+
+def make_offer(notation: str = "SM") -> tuple[Model, list[int]]:
+    """A tiny model as a server offers it, and what it generates in the clear after the prompt."""
+    torch.manual_seed(0)
+    model = make_model(notation, n_layer=1)
+    tokens = torch.tensor([PROMPT])
+    with torch.no_grad():
+        for _ in range(2):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return Model(*prepare_weights(model), PrivateSettings(), "hash", 1e3), tokens[0, len(PROMPT) :].tolist()
+
+
+@dataclass
+class Served:
+    """A server that runs in this process, and what it said."""
+
+    server: Server
+    expected: list[int]
+    lines: list[str] = field(default_factory=list)
+
+    def said(self, words: str, seconds: float) -> bool:
+        return eventually(lambda: any(words in line for line in self.lines), seconds)
+
+
+@contextlib.contextmanager
+def serving(model: Model, expected: list[int], tls: TLSFiles | None = None) -> Iterator[Served]:
+    lines: list[str] = []
+    server = Server(model, "127.0.0.1", 0, tls, SECONDS, longest=8, report=lines.append)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Served(server, expected, lines)
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def softmax_only() -> Iterator[Served]:
+    with serving(*make_offer()) as served:
+        yield served
+
+
+@pytest.fixture
+def served(softmax_only) -> Served:
+    """Free again after whatever another test did to it."""
+    assert eventually(lambda: not softmax_only.server._busy.locked(), 30)
+    softmax_only.lines.clear()
+    return softmax_only
+
+
+def eventually(holds: Callable[[], object], seconds: float) -> bool:
+    limit = time.monotonic() + seconds
+    while not holds() and time.monotonic() < limit:
+        time.sleep(0.05)
+    return bool(holds())
+
+
+def ask(served: Served, new_tokens: int = 2, **options) -> list[int]:
+    return Client(*served.server.address, None, SECONDS).ask(PROMPT, new_tokens, **options).tokens
+
+
+def greet(served: Served, **request) -> Channel:
+    """A client that speaks for itself, up to its request."""
+    channel = connect(*served.server.address, None)
+    channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+    channel.receive(30, ("terms",))
+    channel.send({"kind": "request", "length": 4, "new_tokens": 1, "answers": 1, **request})
+    return channel
+
+
+def run_here(function: Callable, *arguments) -> subprocess.Popen:
+    """A function of this file in a process of its own, which leads a group."""
+    code = f"from {__name__} import {function.__name__} as run; run(*{arguments!r})"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def serve_until_killed():
+    with serving(*make_offer()) as served:
+        print(served.server.address[1], flush=True)
+        signal.pause()
+
+
+def ask_aloud(port: int):
+    Client("127.0.0.1", port, None, SECONDS).ask(PROMPT, 2, on_event=lambda event: print(event["event"], flush=True))
+
+
+def wait_for_line(process: subprocess.Popen, word: str):
+    assert any(line.strip() == word for line in process.stdout)
+
+
+def test_layernorms_and_gelu_under_tls(tmp_path):
+    authority = trustme.CA()
+    ours, theirs = (tls_files(tmp_path, name, authority, "127.0.0.1") for name in ("server", "client"))
+    with serving(*make_offer("SM+LN+G"), ours) as served:
+        answer = Client(*served.server.address, theirs, SECONDS).ask(PROMPT, 2)
+    assert answer.tokens == served.expected
+    assert len(answer.logits) == 2
+    assert sum(cost.total_bytes for cost in answer.steps) > 0
+
+
+def test_a_request_that_is_none_is_refused_and_the_next_client_is_served(served):
+    absurd = [
+        *({"length": value} for value in (0, -1, 65, True, "4", 4.0, None, [4], 10**30)),
+        *({"new_tokens": value} for value in (0, 9, True, "1", 62)),
+        *({"answers": value} for value in (0, 5, False, "1")),
+        {"new_tokens": 2, "answers": 2},
+    ]
+    for request in absurd:
+        with contextlib.closing(greet(served, **request)) as channel:
+            with pytest.raises(PrivateInferenceError, match="the peer refuses") as refused:
+                channel.receive(10, ("accepted",))
+            assert len(str(refused.value)) < 600
+    for content in (b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\2{}", b"\xff" * 100, b"\0\0\0\0"):
+        with socket.create_connection(served.server.address, timeout=10) as raw:
+            raw.sendall(content)
+            with contextlib.suppress(ConnectionResetError):
+                assert b"refusal" in raw.recv(1000)
+    assert ask(served) == served.expected
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"logit_bound": bound} for bound in ("nan", 0, -1.0, "inf", None)),
+        *({"config": {"n_embd": value}} for value in ("x", -1, None)),
+        {"config": None},
+        {"settings": {"protocol": "none"}},
+        {"versions": "\x1b[31m" * 1000},
+    ],
+)
+def test_a_client_refuses_broken_terms_in_one_line(changed):
+    terms = {"kind": "terms", **make_offer()[0].terms(), **changed}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            with contextlib.closing(Channel(listener.accept()[0])) as channel:
+                channel.receive(10, ("hello",))
+                channel.send(terms)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(PrivateInferenceError, match=r"terms are broken|the server runs") as refused:
+            Client(*listener.getsockname(), None, SECONDS)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 700
+
+
+def test_a_busy_server_says_so_and_another_program_is_no_match(served):
+    with contextlib.closing(greet(served)) as first, contextlib.closing(greet(served)) as second:
+        refusals = []
+        for channel in (first, second):
+            try:
+                channel.receive(10, ("accepted",))
+                accepted = channel
+            except PrivateInferenceError as error:
+                refusals.append(str(error))
+        (refusal,) = refusals
+        assert "busy with another client" in refusal
+        accepted.send({"kind": "program", "digest": "another"})
+        accepted.receive(30, ("program",))
+        with pytest.raises(PrivateInferenceError, match="different programs"):
+            accepted.receive(10, ("done",))
+    assert served.said("different programs", 5)
+
+
+def test_a_client_that_is_killed_leaves_the_server_ready(served):
+    client = run_here(ask_aloud, served.server.address[1])
+    wait_for_line(client, "step")
+    os.killpg(client.pid, signal.SIGKILL)
+    client.communicate()
+    assert served.said("ended early", 10)
+    assert len([line for line in served.lines if "ended early" in line]) == 1
+    assert eventually(lambda: not served.server._busy.locked(), 5)
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_a_server_that_is_killed_ends_the_client_and_its_own_engine():
+    before = set(Path("/tmp").glob("entropy-gpt-client-*"))
+    server = run_here(serve_until_killed)
+    port = int(server.stdout.readline())
+    engines: list[psutil.Process] = []
+
+    def kill(event: dict):
+        if event["event"] == "step" and not engines:
+            engines.extend(psutil.Process(server.pid).children(recursive=True))
+            server.kill()
+
+    with pytest.raises(PrivateInferenceError) as failure:
+        Client("127.0.0.1", port, None, SECONDS).ask(PROMPT, 2, on_event=kill)
+    assert "\n" not in str(failure.value)
+    assert "peer" in str(failure.value) or "broke off" in str(failure.value)
+    server.communicate()
+    assert engines
+    assert eventually(lambda: not any(engine.is_running() for engine in engines), 10)
+    assert not psutil.Process().children(recursive=True)
+    assert set(Path("/tmp").glob("entropy-gpt-client-*")) <= before
+
+
+def test_an_answer_out_of_range_is_repeated_and_then_refused(served):
+    model, expected = served.server.model, []
+    events: list[str] = []
+    with serving(replace(model, logit_bound=1e-6), expected) as doubtful:
+        with pytest.raises(PrivateInferenceError, match="out of range 3 times"):
+            ask(doubtful, 1, on_event=lambda event: events.append(event["event"]))
+        assert doubtful.said("out of range 3 times", 10)
+    assert events.count("repeat") == 3
+    assert "token" not in events
+
+
+class Recorder:
+    """A relay between a client and a server that keeps what goes by, each direction apart."""
+
+    def __init__(self, target: tuple[str, int]):
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self._listener.getsockname()
+        self.to_server: list[bytearray] = []
+        self.to_client: list[bytearray] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                far = socket.create_connection(self._target)
+                for source, sink, kept in ((near, far, self.to_server), (far, near, self.to_client)):
+                    kept.append(bytearray())
+                    threading.Thread(target=self._relay, args=(source, sink, kept[-1]), daemon=True).start()
+
+    @staticmethod
+    def _relay(source: socket.socket, sink: socket.socket, kept: bytearray):
+        with contextlib.suppress(OSError):
+            while part := source.recv(2**16):
+                kept += part
+                sink.sendall(part)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self):
+        self._listener.close()
+
+    def recordings(self) -> tuple[bytes, bytes]:
+        return b"".join(self.to_server), b"".join(self.to_client)
+
+
+def encodings(values: np.ndarray) -> list[bytes]:
+    ring = np.round(values.astype(np.float64) * SCALE).astype("<i8")
+    return [values.astype("<f4").tobytes(), values.astype("<f8").tobytes(), ring.tobytes()]
+
+
+def windows(values: np.ndarray) -> Iterator[bytes]:
+    """Runs of neighbouring numbers as they could be sent, row by row or column by column; not of few values."""
+    for flat in (values.ravel(), values.T.ravel()):
+        size = 8 if flat.size >= 64 else 4
+        for begin in range(0, flat.size - size + 1, size):
+            run = flat[begin : begin + size]
+            if len(np.unique(np.round(run * SCALE))) == size and abs(run[0]) > 1 / SCALE:
+                yield from encodings(run)
+
+
+def found(needles: list[bytes], recording: bytes) -> bool:
+    """Whether any of the needles is in the recording, at whatever offset."""
+    by_start: dict[int, list[bytes]] = {}
+    for needle in needles:
+        by_start.setdefault(int.from_bytes(needle[:8], "little"), []).append(needle)
+    starts = np.array(sorted(by_start), np.uint64)
+    for offset in range(8):
+        words = np.frombuffer(recording, "<u8", (len(recording) - offset) // 8, offset)
+        places = np.searchsorted(starts, words).clip(max=len(starts) - 1)
+        for place in np.flatnonzero(starts[places] == words):
+            begin = offset + 8 * int(place)
+            if any(recording.startswith(needle, begin) for needle in by_start[int(words[place])]):
+                return True
+    return False
+
+
+def test_what_goes_over_the_wire_shows_neither_prompt_nor_weights(served):
+    weights = served.server.model.weights
+    runs = []
+    for _ in range(2):
+        recorder = Recorder(served.server.address)
+        with contextlib.closing(recorder):
+            assert Client(*recorder.address, None, SECONDS).ask(PROMPT, 1).tokens == served.expected[:1]
+        runs.append(recorder.recordings())
+
+    embeddings = weights["wte"][PROMPT], weights["wte"][PROMPT] + weights["wpe"][: len(PROMPT)]
+    needles = [needle for values in (*weights.values(), *embeddings) for needle in windows(values)]
+    rows = [needle for row in encode_tokens(PROMPT, 101) for needle in encodings(row)]
+    texts = [json.dumps(PROMPT).encode(), json.dumps(PROMPT, separators=(",", ":")).encode()]
+    # What is looked for would be found.
+    assert len(needles) > 1000
+    for sent in (encodings(weights["h.0.qkv.weight"]), encodings(weights["head.bias"]), encodings(embeddings[1])):
+        assert all(found(needles, b"odd" + content) for content in sent)
+
+    for recording in runs[0]:
+        assert len(recording) > 10**5
+        assert not found(needles, recording)
+        assert not any(row in recording for row in rows)
+        assert not any(text in recording for text in texts)
+
+    # The same question twice looks different, but for headers and paddings.
+    for first, second in zip(*runs, strict=True):
+        samples = [first[begin : begin + 32] for begin in range(0, len(first) - 32, len(first) // 300)]
+        telling = [sample for sample in samples if len(set(sample)) > 24]
+        assert len(telling) > 50
+        assert sum(sample in second for sample in telling) < 0.05 * len(telling)
+
+
+def test_a_partys_placeholders_hold_nothing():
+    from spu import libspu
+
+    model, _ = make_offer()
+    description = libspu.link.Desc()
+    for name in ("server", "client"):
+        description.add_party(name, name)
+    parties: list[Participant | None] = [None, None]
+
+    def join(rank: int):
+        link = libspu.link.create_mem(description, rank)
+        parties[rank] = Participant(link, model.config, model.settings, model.weights if rank == SERVER else None)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in (SERVER, CLIENT)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    one_hot = encode_tokens(PROMPT, 101)
+    parties[CLIENT].party.set_own(TOKENS, one_hot)
+    parties[SERVER].party.set_foreign(TOKENS, one_hot.shape, CLIENT)
+
+    def content(rank: int, name: str) -> bytes:
+        size = 8 * int(np.prod(one_hot.shape if name == TOKENS else model.weights[name].shape))
+        (chunk,) = parties[rank].party.share(name).share_chunks
+        assert size < len(chunk) < size + 20
+        return chunk[-size:]
+
+    for name, weight in model.weights.items():
+        assert not any(content(CLIENT, name)), name
+        assert any(content(SERVER, name)) == bool(np.any(weight)), name
+    assert not any(content(SERVER, TOKENS))
+    assert any(content(CLIENT, TOKENS))
