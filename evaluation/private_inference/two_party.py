@@ -44,7 +44,14 @@ HANDSHAKE_SECONDS = 30
 # What the last messages of an inference may take.
 FAREWELL_SECONDS = 30
 # The largest model that a client believes in: its memory is not the server's to fill.
-LARGEST = {"n_layer": 1024, "n_head": 1024, "n_embd": 2**16, "n_inner": 2**18, "n_positions": 2**20, "vocab_size": 2**22}
+LARGEST = {
+    "n_layer": 1024,
+    "n_head": 1024,
+    "n_embd": 2**16,
+    "n_inner": 2**18,
+    "n_positions": 2**20,
+    "vocab_size": 2**22,
+}
 # For which a client is let wait for the one before, whose engine is about to end.
 PARTING_SECONDS = 5
 # Connections at once about which nothing is known yet, with those of clients; more wait to be accepted.
