@@ -44,6 +44,9 @@ def counting() -> CountingArithmetic:
     return CountingArithmetic(PrivateSettings(), Stock())
 
 
+BATCH_BYTES = 1.2e6
+
+
 def total(config, length: int = LENGTH, answers: int = 1, private: PrivateSettings | None = None) -> float:
     return sum(step.total_bytes for step in predict(config, private or PrivateSettings(), Span(0, length, answers)))
 
@@ -192,6 +195,6 @@ def test_the_engine_sends_what_was_predicted(notation, log):
     config, weights = prepare_weights(make_model(notation, n_layer=1))
     prompts = [list(range(start, start + LENGTH)) for start in (2, 30)]
     run = infer_locally(config, weights, PrivateSettings(), prompts, LENGTH, log)
-    # The second prompt finds what is made in stock as the first one left it: one batch more or less.
+    # What is made in stock is found as it was left: one batch more or less, which is much of so small a run.
     measured = np.mean([sum(step.total_bytes for step in steps) for steps in run.steps])
-    assert total(config, LENGTH, LENGTH) == pytest.approx(measured, rel=0.1)
+    assert total(config, LENGTH, LENGTH) == pytest.approx(measured, rel=0.1, abs=BATCH_BYTES)
