@@ -97,8 +97,9 @@ class PartyProcess:
             self.tell({"event": "set-up", "cost": asdict(cost)})
         for index, (span, program) in enumerate(zip(spans(job), self.programs, strict=True)):
             self._answer(index, span, program)
-        self.link.stop_link()
+        # Before the link is taken down, which may wait for the peer: this process is ended when the peer is done too.
         self.tell({"event": "done"})
+        self.link.stop_link()
 
     def _answer(self, index: int, span: Span, program):
         for _ in range(REPEATS):

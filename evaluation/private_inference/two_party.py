@@ -42,7 +42,7 @@ from .tunnel import ClientTunnel, ServerTunnel
 PROTOCOL_VERSION = 1
 HANDSHAKE_SECONDS = 30
 # What the last messages of an inference may take.
-FAREWELL_SECONDS = 30
+FAREWELL_SECONDS = 60
 # The largest model that a client believes in: its memory is not the server's to fill.
 LARGEST = {
     "n_layer": 1024,

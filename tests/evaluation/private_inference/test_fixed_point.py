@@ -349,5 +349,8 @@ def assert_the_engine_agrees(config, weights: dict, chosen: PrivateSettings):
     errors, emulated_errors = engines - exact, emulated - exact
     if chosen.protocol == "ref2k":
         assert np.array_equal(np.float32(emulated), engines)
-    for size in (lambda tensor: np.abs(tensor).max(), lambda tensor: np.sqrt(np.square(tensor).mean())):
-        assert size(errors) / 3 < size(emulated_errors) < size(errors) * 3
+    # One number in a thousand decides about the largest, so chance moves it further than the typical one.
+    largest = (lambda tensor: np.abs(tensor).max(), 3 if chosen.protocol == "ref2k" else 8)
+    typical = (lambda tensor: np.sqrt(np.square(tensor).mean()), 3)
+    for size, factor in (largest, typical):
+        assert size(errors) / factor < size(emulated_errors) < size(errors) * factor
