@@ -1,9 +1,9 @@
 """Serves, asks and demonstrates private inference."""
 
-import dataclasses
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,14 +28,14 @@ from evaluation.private_inference.cost import (
     set_up_by_operation,
     table_rows,
 )
-from evaluation.private_inference.engine import check_engine, engine_versions
+from evaluation.private_inference.engine import check_engine
 from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.fixed_point import audit
 from evaluation.private_inference.program import prepare_weights
+from evaluation.private_inference.range_audit import audit
+from evaluation.private_inference.session import Answer
 from evaluation.private_inference.settings import TRUST, PrivateSettings
-from evaluation.private_inference.two_party import Answer, Client, Model, Server
+from evaluation.private_inference.two_party import Client, Model, Server
 from evaluation.records import RECORD, StoredRecord
-from evaluation.results import git_revision, machine_name
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from training.files import written_whole
 
@@ -79,15 +79,6 @@ class PrivateAnswer(StoredRecord):
     cost: InferenceCost
 
 
-@dataclasses.dataclass(frozen=True)
-class Offer:
-    """A model that is served, as it is and as a program."""
-
-    model: EntropyGPTForCausalLM
-    tokenizer: PreTrainedTokenizerFast
-    program: Model
-
-
 def serve(
     source: str,
     listen: str,
@@ -107,13 +98,13 @@ def serve(
     try:
         check_engine()
         (host, port), files = _network(listen, tls, insecure)
-        offer = _prepare(source, tokenizer, PrivateSettings(**settings))
-        server = Server(offer.program, host, port, files, timeout, longest, _print_line)
+        offer = _offer(source, tokenizer, PrivateSettings(**settings))
+        server = Server(offer, host, port, files, timeout, longest, _print_line)
     except (PrivateInferenceError, ConversionError) as error:
         raise CommandError(str(error)) from error
     host, port = server.address
     _print_line(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
-    _print_line(f"{offer.program.settings.protocol}: {TRUST[offer.program.settings.protocol]}")
+    _print_line(f"{offer.settings.protocol}: {TRUST[offer.settings.protocol]}")
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -191,21 +182,20 @@ def demonstrate(
     settings = settings or {}
     try:
         check_engine()
-        offer = _prepare(source, tokenizer, PrivateSettings(**settings))
+        model, words = _load(source, tokenizer)
     except (PrivateInferenceError, ConversionError) as error:
         raise CommandError(str(error)) from error
-    words = offer.tokenizer
     process, port = _start_server(source, settings, tokenizer, new_tokens, timeout)
     try:
-        client = Client("127.0.0.1", port, None, timeout, offer.program.settings.protocol)
-        notation = offer.model.config.notation
+        client = Client("127.0.0.1", port, None, timeout, PrivateSettings(**settings).protocol)
+        notation = model.config.notation
         answer, found = _ask(client, words, prompt, new_tokens, notation, "loopback, two processes")
     except PrivateInferenceError as error:
         raise CommandError(str(error)) from error
     finally:
         process.kill()
         process.wait()
-    found.agreement = _compare(offer.model, words(prompt)["input_ids"], answer)
+    found.agreement = _compare(model, words(prompt)["input_ids"], answer)
     return found
 
 
@@ -220,11 +210,16 @@ def _network(address: str, tls: TLSOptions, insecure: bool) -> tuple[tuple[str, 
     return (host, port), None
 
 
-def _prepare(source: str, tokenizer: str | None, settings: PrivateSettings) -> Offer:
-    """Loads a model and looks at whether its numbers fit the ring."""
-    with console.status("looking at the model"):
+def _load(source: str, tokenizer: str | None) -> tuple[EntropyGPTForCausalLM, PreTrainedTokenizerFast]:
+    with console.status("loading the model"):
         model = load_language_model(source).eval()
-        words = load_model_tokenizer(tokenizer, source, model.config.vocab_size)
+        return model, load_model_tokenizer(tokenizer, source, model.config.vocab_size)
+
+
+def _offer(source: str, tokenizer: str | None, settings: PrivateSettings) -> Model:
+    """A model as it is served, if its numbers fit the ring."""
+    model, words = _load(source, tokenizer)
+    with console.status("looking at its numbers"):
         config, weights = prepare_weights(model)
         rng = np.random.default_rng(0)
         shape = (AUDITED_SEQUENCES, min(AUDITED_TOKENS, config.n_positions))
@@ -235,8 +230,7 @@ def _prepare(source: str, tokenizer: str | None, settings: PrivateSettings) -> O
         with torch.no_grad():
             largest = model(torch.from_numpy(tokens), use_cache=False).logits.abs().max().item()
     bound = 2.0 ** np.ceil(np.log2(LOGIT_MARGIN * largest))
-    hash_ = hash_vocabulary(words, config.vocab_size)
-    return Offer(model, words, Model(config, weights, settings, hash_, float(bound)))
+    return Model(config, weights, settings, hash_vocabulary(words, config.vocab_size), float(bound))
 
 
 def _ask(
@@ -269,24 +263,7 @@ def _ask(
     seconds = time.perf_counter() - started
     if answer.repeats:
         console.print(f"{answer.repeats} answer(s) were out of range and computed anew.")
-    config = terms.config
-    cost = InferenceCost(
-        notation=notation,
-        n_layer=config.n_layer,
-        n_embd=config.n_embd,
-        n_head=config.n_head,
-        vocab_size=config.vocab_size,
-        context=len(tokens),
-        answers=new_tokens,
-        settings=terms.settings,
-        network=network,
-        set_up=answer.set_up,
-        steps=answer.steps,
-        seconds=sum(step.seconds for step in answer.steps),
-        versions=engine_versions(),
-        git_revision=git_revision(),
-        machine=machine_name(torch.device("cpu")),
-    )
+    cost = answer.cost(terms, notation, len(tokens), new_tokens, network)
     return answer, PrivateAnswer(text=words.decode(answer.tokens), agreement="", seconds=seconds, cost=cost)
 
 
@@ -299,14 +276,16 @@ def _start_server(
     for name, value in {**settings, **({"tokenizer": tokenizer} if tokenizer else {})}.items():
         command += [f"--{name}", value]
     root = Path(__file__).resolve().parent.parent
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
-    with console.status("starting the server"):
+    with tempfile.TemporaryFile("w+") as complaints, console.status("starting the server"):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, cwd=root)
         ready, _, _ = select.select([process.stdout], [], [], SERVER_START_SECONDS)
         line = process.stdout.readline() if ready else ""
-    if not line.startswith(LISTENING):
-        process.kill()
-        process.wait()
-        raise CommandError(f"the server did not start within {SERVER_START_SECONDS} seconds: {line.strip()}")
+        if not line.startswith(LISTENING):
+            process.kill()
+            process.wait()
+            complaints.seek(0)
+            reason = complaints.read().strip().rpartition("\n")[2].removeprefix("entropy-gpt: ")
+            raise CommandError(reason or f"the server did not start within {SERVER_START_SECONDS} seconds.")
     return process, int(line.rpartition(":")[2])
 
 

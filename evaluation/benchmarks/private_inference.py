@@ -7,6 +7,7 @@ python -m evaluation.benchmarks.private_inference --redraw                     t
 
 import statistics
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -20,14 +21,14 @@ from conversion.gpt2_checkpoint import load_language_model
 from evaluation.conditions import list_settings
 from evaluation.private_inference.cost import LAN, WAN, InferenceCost, StepCost, project
 from evaluation.private_inference.cost_plots import draw_costs
-from evaluation.private_inference.engine import EngineLog, engine_versions
+from evaluation.private_inference.engine import EngineLog
 from evaluation.private_inference.local import infer_locally
 from evaluation.private_inference.program import prepare_weights
 from evaluation.private_inference.settings import PrivateSettings
-from evaluation.private_inference.two_party import Answer, Client, Model, Server
+from evaluation.private_inference.two_party import Client, Model, Server
 from evaluation.records import RECORD as CONFIG
 from evaluation.records import StoredRecord
-from evaluation.results import git_revision, machine_name
+from evaluation.results import git_revision
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 
@@ -133,46 +134,32 @@ def make_model(notation: str, length: int, width: int, layers: int = 1) -> Entro
     return model
 
 
-def ask(model: EntropyGPTForCausalLM, settings: PrivateSettings, length: int, answers: int, new_tokens: int) -> Answer:
-    """A random prompt, answered between two processes over the loopback."""
+def ask(model: EntropyGPTForCausalLM, settings: PrivateSettings, length: int, new_tokens: int) -> InferenceCost:
+    """A random prompt, answered between two processes over the loopback: of one new token, all positions' logits."""
     config, weights = prepare_weights(model)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
     offer = Model(config, weights, settings, "", LOGIT_BOUND)
     server = Server(offer, "127.0.0.1", 0, None, TIMEOUT_SECONDS, report=lambda line: None)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        return Client(*server.address, None, TIMEOUT_SECONDS).ask(prompt, new_tokens, answers)
+        client = Client(*server.address, None, TIMEOUT_SECONDS)
+        answers = length if new_tokens == 1 else 1
+        answer = client.ask(prompt, new_tokens, answers)
+        return answer.cost(client.terms, model.config.notation, length, answers, "loopback, two processes")
     finally:
         server.close()
 
 
-def block_cost(model: EntropyGPTForCausalLM, answer: Answer, steps: list[StepCost], context: int) -> InferenceCost:
+def block_cost(cost: InferenceCost, steps: list[StepCost], context: int) -> InferenceCost:
     """The first block of what was asked."""
-    config = model.config
     steps = [step for step in steps if step.layer == 0]
-    return InferenceCost(
-        notation=config.notation,
-        n_layer=1,
-        n_embd=config.n_embd,
-        n_head=config.n_head,
-        vocab_size=config.vocab_size,
-        context=context,
-        answers=context,
-        settings=answer.settings,
-        network="loopback, two processes",
-        set_up=answer.set_up,
-        steps=steps,
-        seconds=sum(step.seconds for step in steps),
-        versions=engine_versions(),
-        git_revision=git_revision(),
-        machine=machine_name(torch.device("cpu")),
-    )
+    seconds = sum(step.seconds for step in steps)
+    return replace(cost, n_layer=1, context=context, answers=context, steps=steps, seconds=seconds)
 
 
 def measure_block(name: str, notation: str, settings: PrivateSettings, length: int, width: int) -> InferenceCost:
-    model = make_model(notation, length, width)
-    answer = ask(model, settings, length, length, 1)
-    cost = block_cost(model, answer, answer.steps, length)
+    whole = ask(make_model(notation, length, width), settings, length, 1)
+    cost = block_cost(whole, whole.steps, length)
     console.print(f"{name}: {cost.total_bytes / 1e6:.1f} MB, {cost.messages:,} messages, {cost.seconds:.1f} s")
     return cost
 
@@ -180,9 +167,8 @@ def measure_block(name: str, notation: str, settings: PrivateSettings, length: i
 def measure_decoding(length: int, width: int) -> InferenceCost:
     """What a block takes for the last of the positions, after all the others."""
     model = make_model("SM+ScFuFFN", length, width, layers=2)  # the first of two: the last one computes less
-    answer = ask(model, PrivateSettings(), length - 1, 1, 2)
-    second = answer.steps[len(answer.steps) // 2 :]
-    cost = block_cost(model, answer, second, length)
+    whole = ask(model, PrivateSettings(), length - 1, 2)
+    cost = block_cost(whole, whole.steps[len(whole.steps) // 2 :], length)
     console.print(f"decoding: {cost.total_bytes / 1e6:.1f} MB, {cost.seconds:.1f} s")
     return cost
 

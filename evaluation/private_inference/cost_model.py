@@ -3,39 +3,31 @@ Bytes of a private inference from the configuration alone: no weights, no engine
 
 What Cheetah sends follows from shapes: so many ciphertexts for each product, so many bits of oblivious transfer for
 each comparison. [`CountingArithmetic`] runs the program on shapes and counts these parts as the engine would need
-them; what each of them takes was measured (`prices.json`; `python -m evaluation.private_inference.cost_model --fit`
-measures anew).
+them; what each of them takes was measured (`prices.json`; `price_fitting.py` measures anew).
 """
 
-import argparse
 import copy
 import functools
 import math
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-import torch
 from pydantic.dataclasses import dataclass
 
 from conversion.folding import fold
 from evaluation.records import RECORD, StoredRecord
-from evaluation.results import git_revision, machine_name
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .arithmetic import Arithmetic
-from .cost import MEGA, StepCost
-from .engine import SQUARE_BY_EXP_FROM, EngineLog, Party, check_engine, compile_steps, engine_versions
+from .engine import CLIENT, SERVER
 from .errors import PrivateInferenceError
-from .participant import input_shape
+from .participant import input_shape, kept_shapes
 from .program import Span, Step, build_steps, weight_shapes
 from .settings import PrivateSettings
 
 
 PRICES = Path(__file__).parent / "prices.json"
-SERVER, CLIENT = 0, 1
 
 # What bytes are counted in. Ciphertexts of products of matrices: those that one party sends, and the answers, of which
 # one may be full or hold no more than some coefficients.
@@ -58,8 +50,6 @@ CIPHERTEXT_PRICE, ROTATION_PRICE, PRODUCT_PRICE = 1000.0, 1.0, 0.1
 # Products within the engine's own forms: of shares, and squares.
 RECIPROCAL_PRODUCTS, RECIPROCAL_PRODUCTS_A_STEP, ROOT_PRODUCTS, TANH_PRODUCTS, ERF_PRODUCTS = 3, 2, 5, 8, 8
 RECIPROCAL_SQUARES, TANH_SQUARES, ERF_SQUARES = 1, 1, 3
-# Messages of a step in which oblivious transfers are made in stock, which none of the others comes near.
-STOCKING_MESSAGES = 1000
 
 
 @dataclass(config=RECORD)
@@ -198,8 +188,7 @@ class CountingArithmetic(Arithmetic):
         return self._truncated(tensor.shape) if _owner(tensor) is None else make_shape(tensor.shape, tensor.owner)
 
     def square(self, tensor):
-        by_exp = self.settings.softmax == "efficient" and tensor.size >= SQUARE_BY_EXP_FROM
-        if _owner(tensor) is None and by_exp:
+        if _owner(tensor) is None and self.settings.squares_by_exp(tensor.size):
             # As `EngineArithmetic` writes it.
             self.counts[HALVED] += tensor.size
             self._square(tensor.size)
@@ -349,9 +338,7 @@ def count_steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span)
     variables = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
     name, shape = input_shape(config, settings, span)
     variables[name] = make_shape(shape, CLIENT)
-    for layer in range(config.n_layer if span.start else 0):
-        kept = (config.n_head, span.start, config.n_embd // config.n_head)
-        variables |= {f"h.{layer}.keys": make_shape(kept), f"h.{layer}.values": make_shape(kept)}
+    variables |= {name: make_shape(shape) for name, shape in kept_shapes(config, span).items()}
     stock = Stock()
     return [(step, _count(step, variables, settings, stock)) for step in build_steps(config, settings, span)]
 
@@ -382,7 +369,7 @@ def predict(
     """
     prices = prices or load_prices()
     return [
-        PredictedStep(step.operation, step.layer, _price(counts, prices.bytes))
+        PredictedStep(step.operation, step.layer, price_of(counts, prices.bytes))
         for step, counts in count_steps(config, settings, span)
     ]
 
@@ -393,157 +380,5 @@ def load_prices() -> Prices:
     return Prices.load(PRICES)
 
 
-def _price(counts: Counts, prices: dict[str, float]) -> float:
+def price_of(counts: Counts, prices: dict[str, float]) -> float:
     return sum(prices[part] * count for part, count in counts.items())
-
-
-def fit(samples: list[Sample]) -> dict[str, float]:
-    """
-    The prices that explain measured bytes with the least squares of relative errors.
-
-    Raises:
-        `ValueError`: If the samples leave a price open.
-    """
-    parts = sorted({part for sample in samples for part in sample.counts})
-    weights = np.array([1 / sample.measured_bytes for sample in samples])
-    counts = np.array([[sample.counts.get(part, 0) for part in parts] for sample in samples]) * weights[:, None]
-    scales = np.abs(counts).max(axis=0)
-    solution, _, rank, _ = np.linalg.lstsq(counts / scales, np.ones(len(samples)), rcond=None)
-    if rank < len(parts):
-        raise ValueError(f"{len(samples)} samples do not tell {len(parts)} prices apart: measure more shapes.")
-    return dict(zip(parts, (solution / scales).tolist(), strict=True))
-
-
-# A case of the fit: a name, a function of an arithmetic and of tensors, and the tensors' shapes and owners.
-Case = tuple[str, Callable, list[tuple[tuple[int, ...], int | None]]]
-
-
-def fitting_cases() -> list[Case]:
-    """Operations alone, at shapes of which each price shows somewhere."""
-    return [
-        *(
-            _product_case(*sizes, None, SERVER)
-            for sizes in ((32, 192, 192), (48, 768, 96), (1, 768, 768), (5, 100, 3))
-        ),
-        *(_product_case(*sizes, CLIENT, SERVER) for sizes in ((16, 101, 48), (24, 1024, 192))),
-        *(_product_case(*sizes, None, None) for sizes in ((12, 12, 12), (32, 64, 32), (64, 64, 64), (1, 64, 64))),
-        *(_case(lambda ops, a, b: ops.multiply(a, b), n, None, None) for n in (100, 1000, 4000, 8192, 16384, 65536)),
-        *(_case(lambda ops, a, b: ops.multiply(a, b), n, None, SERVER) for n in (100, 8192, 30000)),
-        *(_case(lambda ops, a: ops.square(a), n, None) for n in (100, 8192, 30000)),
-        *(_case(lambda ops, a: ops.scale(a, 0.3), n, None) for n in (1000, 20000, 60000)),
-        *(_case(lambda ops, a: ops.positive_part(a), n, None) for n in (1000, 20000, 60000)),
-        *(_case(lambda ops, a: ops.reciprocal(a), n, None) for n in (32, 1000, 4000)),
-        *(_case(lambda ops, a: ops.reciprocal_root(a), n, None) for n in (32, 1000, 4000)),
-        *(_case(lambda ops, a: ops.tanh(a), n, None) for n in (1000, 20000)),
-        *(_case(lambda ops, a: ops.erf(a), n, None) for n in (1000, 20000)),
-        *(_case(lambda ops, a: ops.index_of_largest(a), n, None) for n in (500, 2000)),
-    ]
-
-
-def _product_case(rows: int, inner: int, columns: int, left: int | None, right: int | None) -> Case:
-    name = f"product {rows}x{inner}x{columns}, owners {left} and {right}"
-    return name, lambda ops, a, b: ops.matmul(a, b), [((rows, inner), left), ((inner, columns), right)]
-
-
-def _case(function: Callable, numbers: int, *owners: int | None) -> Case:
-    shape = (1, numbers)
-    code = function.__code__
-    return f"{code.co_names[0]} of {numbers}, owners {owners}", function, [(shape, owner) for owner in owners]
-
-
-def measure_samples(cases: list[Case], settings: PrivateSettings, log: EngineLog) -> list[Sample]:
-    """Runs cases between two threads, each twice in one connection: what the second time takes is no set-up."""
-    check_engine()
-    stock = Stock()
-    stock.triples = 0
-    programs = [_case_program(case, settings) for case in cases]
-    costs = _run_pair(programs, settings, log)
-    samples = []
-    for (name, function, tensors), repeated in zip(cases, costs, strict=True):
-        for _ in repeated:
-            arithmetic = CountingArithmetic(settings, stock)
-            function(arithmetic, *(make_shape(shape, owner) for shape, owner in tensors))
-        cost = repeated[-1]
-        if max(cost.sent_messages, cost.received_messages) < STOCKING_MESSAGES:
-            samples.append(Sample(name, dict(arithmetic.counts), cost.total_bytes))
-    return samples
-
-
-def _case_program(case: Case, settings: PrivateSettings) -> tuple[dict, list]:
-    """The variables that the parties set, and the compiled steps: shares are sums of one of each party."""
-    name, function, tensors = case
-    variables, steps = {}, []
-    for index, (shape, owner) in enumerate(tensors):
-        tensor = f"{name} {index}"
-        if owner is not None:
-            variables[tensor] = (shape, owner)
-            continue
-        parts = (f"{tensor} of the server", f"{tensor} of the client")
-        variables |= {parts[SERVER]: (shape, SERVER), parts[CLIENT]: (shape, CLIENT)}
-        steps.append(Step("share", None, _add, parts, (tensor,)))
-    inputs = tuple(f"{name} {index}" for index in range(len(tensors)))
-    steps.append(Step(name, None, function, inputs, ("result",)))
-    return variables, compile_steps(steps, {part: shape for part, (shape, _) in variables.items()}, settings)
-
-
-def _add(ops: Arithmetic, left, right):
-    return left + right
-
-
-def _run_pair(
-    programs: Iterable[tuple[dict, list]], settings: PrivateSettings, log: EngineLog
-) -> list[list[StepCost]]:
-    """What the last step of each program took, the first and the second time."""
-    from spu import libspu
-
-    description = libspu.link.Desc()
-    description.recv_timeout_ms = 600_000
-    for rank in (SERVER, CLIENT):
-        description.add_party(f"party{rank}", f"thread{rank}")
-    costs: list[list[StepCost]] = []
-
-    def take_part(rank: int):
-        party = Party(libspu.link.create_mem(description, rank), settings, log if rank == SERVER else None)
-        for variables, steps in programs:
-            for name, (shape, owner) in variables.items():
-                if owner == rank:
-                    party.set_own(name, np.full(shape, 0.6, np.float32))
-                else:
-                    party.set_foreign(name, shape, owner)
-            taken = [[party.run(step) for step in steps][-1] for _ in range(2)]
-            if rank == SERVER:
-                costs.append(taken)
-
-    threads = [threading.Thread(target=take_part, args=(rank,)) for rank in (SERVER, CLIENT)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return costs
-
-
-def measure_prices(log: EngineLog) -> Prices:
-    """Measures all cases and fits the prices."""
-    settings = PrivateSettings()
-    samples = measure_samples(fitting_cases(), settings, log)
-    found = fit(samples)
-    for sample in samples:
-        sample.fitted_bytes = _price(sample.counts, found)
-    return Prices(found, samples, settings, engine_versions(), git_revision(), machine_name(torch.device("cpu")))
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Measures what the parts of a private inference send.")
-    parser.add_argument("--fit", action="store_true", required=True, help=f"measure, and replace {PRICES.name}")
-    parser.parse_args()
-    prices = measure_prices(EngineLog())
-    prices.save(PRICES)
-    for sample in prices.samples:
-        error = sample.fitted_bytes / sample.measured_bytes - 1
-        print(f"{sample.name:60} {sample.measured_bytes / MEGA:10.3f} MB {error:+8.2%}")
-    for part, price in prices.bytes.items():
-        print(f"{part:40} {price:14,.2f} bytes")
-
-
-if __name__ == "__main__":
-    main()

@@ -17,14 +17,12 @@ from .arithmetic import Arithmetic
 from .cost import StepCost
 from .errors import PrivateInferenceError
 from .program import Step
-from .settings import RING_BITS, PrivateSettings
+from .settings import PrivateSettings
 
 
 # With one squaring the engine's exp(x) is (1 + x / 2)^2: the way to its square, at 0.65 of a product's traffic, to
 # which no operation of JAX leads.
 SQUARE_BY_EXP = 1
-# It takes a whole batch of ciphertexts; products of fewer numbers share one.
-SQUARE_BY_EXP_FROM = 4096
 # The client is of rank 1 wherever there are two.
 SERVER, CLIENT = 0, 1
 LOG_TRIES, LOG_WAIT_S = 500, 0.01
@@ -68,7 +66,6 @@ def runtime_config(settings: PrivateSettings):
         "aby3": libspu.ProtocolKind.ABY3,
         "ref2k": libspu.ProtocolKind.REF2K,
     }
-    assert RING_BITS == 64
     config = libspu.RuntimeConfig(protocols[settings.protocol], libspu.FieldType.FM64, settings.fraction_bits)
     config.fxp_exp_mode = libspu.RuntimeConfig.ExpMode.EXP_TAYLOR
     config.fxp_exp_iters = settings.exponential_squarings if settings.softmax != "efficient" else SQUARE_BY_EXP
@@ -79,21 +76,24 @@ def runtime_config(settings: PrivateSettings):
 
 
 class EngineArithmetic(Arithmetic):
-    """As the engine is best told what to do, where its exponential has one squaring."""
+    """As the engine is best told what to do."""
+
+    def __init__(self, xp, settings: PrivateSettings):
+        super().__init__(xp)
+        self._settings = settings
 
     def square(self, tensor):
-        if tensor.size < SQUARE_BY_EXP_FROM:
-            return tensor * tensor
-        return self.xp.exp(tensor + tensor - 2.0)
+        if self._settings.squares_by_exp(tensor.size):
+            return self.xp.exp(tensor + tensor - 2.0)
+        return super().square(tensor)
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A step with the engine's code for it and the shapes of its outputs."""
+    """A step with the engine's code for it."""
 
     step: Step
     executable: object
-    shapes: dict[str, tuple[int, ...]]
 
 
 def compile_steps(
@@ -107,26 +107,21 @@ def compile_steps(
         shapes (`dict`): Of the variables that are there before the first.
         settings ([`PrivateSettings`]): As the runtime's.
     """
-    arithmetic = EngineArithmetic if settings.softmax == "efficient" else Arithmetic
+    from spu import libspu
+
     shapes, compiled = dict(shapes), []
     for step in steps:
         given = tuple(shapes[name] for name in step.inputs)
-        code, results = _compile(_Hashable(step.function), given, arithmetic)
-        found = dict(zip(step.outputs, results, strict=True))
-        shapes.update(found)
-        compiled.append(CompiledStep(step, _bind(step, code), found))
+        code, results = _compile(_Hashable(step.function), given, settings)
+        shapes.update(zip(step.outputs, results, strict=True))
+        executable = libspu.Executable(step.operation, list(step.inputs), list(step.outputs), code)
+        compiled.append(CompiledStep(step, executable))
     return compiled
-
-
-def _bind(step: Step, code: bytes):
-    from spu import libspu
-
-    return libspu.Executable(step.operation, list(step.inputs), list(step.outputs), code)
 
 
 @functools.lru_cache(maxsize=512)
 def _compile(
-    function: "_Hashable", shapes: tuple[tuple[int, ...], ...], arithmetic: type[Arithmetic]
+    function: "_Hashable", shapes: tuple[tuple[int, ...], ...], settings: PrivateSettings
 ) -> tuple[bytes, list[tuple[int, ...]]]:
     import jax.numpy as jnp
     from jax import ShapeDtypeStruct
@@ -134,7 +129,7 @@ def _compile(
     from spu.utils import frontend
 
     def program(*tensors):
-        return function.function(arithmetic(jnp), *tensors)
+        return function.function(EngineArithmetic(jnp, settings), *tensors)
 
     executable, outputs = frontend.compile(
         frontend.Kind.JAX,
@@ -193,18 +188,13 @@ class EngineLog:
 
     def next_totals(self) -> tuple[int, ...]:
         """Bytes sent, bytes received, messages sent, messages received, of the run that just ended."""
-        totals = None
         for _ in range(LOG_TRIES):
             self._rest += self._file.read()
             *lines, self._rest = self._rest.split("\n")
-            found = [match for line in lines if (match := LINK_TOTALS.search(line))]
-            if found:
-                totals = tuple(map(int, found[-1].groups()))
-                break
+            if found := [match for line in lines if (match := LINK_TOTALS.search(line))]:
+                return tuple(map(int, found[-1].groups()))
             time.sleep(LOG_WAIT_S)
-        if totals is None:
-            raise PrivateInferenceError("the engine's log lacks the traffic of a step: its version is not known here.")
-        return totals
+        raise PrivateInferenceError("the engine's log lacks the traffic of a step: its version is not known here.")
 
 
 class Party:

@@ -1,8 +1,8 @@
 """All parties in one process: the protocols for measuring, and the same arithmetic without them for checking."""
 
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,8 @@ import numpy as np
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .cost import StepCost
-from .engine import EngineLog, check_engine
-from .participant import Participant, answer_name, compile_pass, encode_tokens
+from .engine import SERVER, EngineLog, check_engine
+from .participant import Participant, answer_name, client_input, compile_pass
 from .program import Span
 from .settings import PARTIES, PrivateSettings
 
@@ -42,7 +42,6 @@ def infer_locally(
     prompts: Sequence[Sequence[int]],
     answers: int = 1,
     log: EngineLog | None = None,
-    on_step: Callable[[StepCost], None] = lambda cost: None,
 ) -> LocalRun:
     """
     Runs all parties as threads: the set-up once, then one prompt after another.
@@ -52,60 +51,62 @@ def infer_locally(
         settings ([`PrivateSettings`]): Any protocol.
         prompts (`Sequence[Sequence[int]]`): Tokens, as many in each.
         answers (`int`): Of so many last positions the logits are wanted.
-        log ([`EngineLog`], *optional*): Without it, costs have no bytes.
-        on_step (`Callable`): Called with what each step took, by the server's count.
+        log ([`EngineLog`], *optional*): Of the server's counts; without it, costs have no bytes.
 
     Raises:
         `PrivateInferenceError`: If the engine is not installed, or the prompts are too long.
     """
     check_engine()
-    from spu import libspu
-
     span = Span(0, len(prompts[0]), answers)
     program = compile_pass(config, settings, span)
+
+    def take_part(link) -> tuple:
+        participant = Participant(link, config, settings, weights, log if link.rank == SERVER else None)
+        return participant, participant.set_up(), [_answer(participant, program, span, p, weights) for p in prompts]
+
+    parties = run_parties(settings, take_part)
+    participant, set_up, ours = parties[SERVER]
+    shares = zip(*([share for share, _, _ in answered] for _, _, answered in parties), strict=True)
+    return LocalRun(
+        answers=[participant.party.reconstruct(list(parts)) for parts in shares],
+        set_up=set_up,
+        steps=[steps for _, steps, _ in ours],
+        seconds=[seconds for _, _, seconds in ours],
+    )
+
+
+def _answer(participant: Participant, program, span: Span, tokens, weights) -> tuple:
+    """One party's share of the answer to a prompt, what each step took, and the seconds."""
+    settings = participant.settings
+    value = client_input(participant.config, settings, span, tokens, weights) if participant.is_client else None
+    started = time.perf_counter()
+    steps = participant.infer(program, span, value)
+    return participant.party.share(answer_name(settings)), steps, time.perf_counter() - started
+
+
+def run_parties(settings: PrivateSettings, take_part: Callable) -> list:
+    """
+    Runs each party of a protocol in a thread.
+
+    Args:
+        settings ([`PrivateSettings`]): Of which the protocol says how many they are.
+        take_part (`Callable`): Called with a party's link to the others.
+
+    Returns:
+        `list`: What it returned, by rank.
+
+    Raises:
+        What it raised.
+    """
+    from spu import libspu
+
+    ranks = range(PARTIES[settings.protocol])
     description = libspu.link.Desc()
     description.recv_timeout_ms = TIMEOUT_MS
-    ranks = range(PARTIES[settings.protocol])
     for rank in ranks:
         description.add_party(f"party{rank}", f"thread{rank}")
-    parties, errors = {}, []
-
-    def take_part(rank: int):
-        try:
-            link = libspu.link.create_mem(description, rank)
-            participant = Participant(link, config, settings, weights, log if rank == 0 else None)
-            parties[rank] = _run(participant, program, span, prompts, weights, on_step if rank == 0 else _ignore)
-        except BaseException as error:
-            errors.append(error)
-            raise
-
-    threads = [threading.Thread(target=take_part, args=(rank,)) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    participant, set_up, steps, seconds, _ = parties[0]
-    shares = zip(*(parties[rank][4] for rank in ranks), strict=True)
-    return LocalRun([participant.party.reconstruct(list(parts)) for parts in shares], set_up, steps, seconds)
-
-
-def _run(participant: Participant, program, span: Span, prompts, weights, on_step) -> tuple:
-    settings, config = participant.settings, participant.config
-    set_up, steps, seconds, shares = participant.set_up(), [], [], []
-    for tokens in prompts:
-        value = None
-        if participant.is_client:
-            value = encode_tokens(list(tokens), config.vocab_size)
-            if settings.embedding == "client_table":
-                value = weights["wte"][list(tokens)] + weights["wpe"][: len(tokens)]
-        started = time.perf_counter()
-        steps.append(participant.infer(program, span, value, on_step))
-        seconds.append(time.perf_counter() - started)
-        shares.append(participant.party.share(answer_name(settings)))
-    return participant, set_up, steps, seconds, shares
-
-
-def _ignore(cost: StepCost):
-    pass
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        parties = [
+            pool.submit(lambda rank=rank: take_part(libspu.link.create_mem(description, rank))) for rank in ranks
+        ]
+        return [party.result() for party in parties]

@@ -1,6 +1,6 @@
 """One party's side of an inference on the engine, over any link."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,6 +28,13 @@ def input_shape(config: EntropyGPTConfig, settings: PrivateSettings, span: Span)
     return EMBEDDINGS, (span.length, config.n_embd)
 
 
+def kept_shapes(config: EntropyGPTConfig, span: Span) -> dict[str, tuple[int, int, int]]:
+    """Of the keys and values that a pass finds."""
+    shape = (config.n_head, span.start, config.n_embd // config.n_head)
+    layers = range(config.n_layer if span.start else 0)
+    return {f"h.{layer}.{name}": shape for layer in layers for name in ("keys", "values")}
+
+
 def answer_name(settings: PrivateSettings) -> str:
     return LOGITS if settings.answer == "logits" else TOKEN
 
@@ -42,15 +49,29 @@ def compile_pass(config: EntropyGPTConfig, settings: PrivateSettings, span: Span
     shapes = weight_shapes(config)
     name, shape = input_shape(config, settings, span)
     shapes[name] = shape
-    for layer in range(config.n_layer if span.start else 0):
-        kept = (config.n_head, span.start, config.n_embd // config.n_head)
-        shapes |= {f"h.{layer}.keys": kept, f"h.{layer}.values": kept}
-    return compile_steps(build_steps(config, settings, span), shapes, settings)
+    return compile_steps(build_steps(config, settings, span), shapes | kept_shapes(config, span), settings)
 
 
-def encode_tokens(tokens: list[int], vocabulary: int) -> np.ndarray:
+def encode_tokens(tokens: Sequence[int], vocabulary: int) -> np.ndarray:
     """One-hot rows."""
     return (np.asarray(tokens)[:, None] == np.arange(vocabulary)).astype(np.float32)
+
+
+def client_input(
+    config: EntropyGPTConfig, settings: PrivateSettings, span: Span, tokens: Sequence[int], tables: dict
+) -> np.ndarray:
+    """
+    What the client gives.
+
+    Args:
+        config ([`EntropyGPTConfig`]), settings ([`PrivateSettings`]): Of the program.
+        span ([`Span`]): Where the tokens stand.
+        tokens (`Sequence[int]`): As many.
+        tables (`dict`): With "client_table", the embeddings "wte" and "wpe".
+    """
+    if settings.embedding == "one_hot":
+        return encode_tokens(tokens, config.vocab_size)
+    return tables["wte"][np.asarray(tokens)] + tables["wpe"][span.start : span.end]
 
 
 class Participant:

@@ -7,6 +7,7 @@ It knows nothing of the network: the peer is a port on this machine, behind whic
 
 import base64
 import json
+import math
 import os
 import sys
 import threading
@@ -23,8 +24,8 @@ from modeling_entropy_gpt import EntropyGPTConfig
 
 from .engine import CLIENT, SERVER, EngineLog, compiled_digest
 from .errors import PrivateInferenceError
-from .participant import Participant, answer_name, compile_pass, encode_tokens
-from .program import Span
+from .participant import Participant, answer_name, client_input, compile_pass
+from .program import Span, weight_shapes
 from .settings import PrivateSettings
 
 
@@ -79,7 +80,7 @@ class PartyProcess:
         self.config = EntropyGPTConfig.from_dict(job.config)
         self.log = EngineLog()
         self.programs = [compile_pass(self.config, job.settings, span) for span in spans(job)]
-        self.table, self.chosen = None, []
+        self.tables, self.chosen = {}, []
 
     def digest(self) -> str:
         return compiled_digest([step for program in self.programs for step in program], self.job.settings)
@@ -92,7 +93,7 @@ class PartyProcess:
             job.weights.unlink()  # nothing is left of it if this process is killed
         self.link = make_link(job.rank, own_port, peer_port, job.timeout_seconds)
         self.participant = Participant(self.link, self.config, job.settings, weights, self.log)
-        self._share_table(weights)
+        self._share_tables(weights)
         for cost in self.participant.set_up():
             self.tell({"event": "set-up", "cost": asdict(cost)})
         for index, (span, program) in enumerate(zip(spans(job), self.programs, strict=True)):
@@ -118,9 +119,7 @@ class PartyProcess:
 
     def _input(self, span: Span) -> np.ndarray:
         tokens = [*self.job.prompt, *self.chosen][span.start : span.end]
-        if self.table is None:
-            return encode_tokens(tokens, self.config.vocab_size)
-        return self.table["wte"][tokens] + self.table["wpe"][span.start : span.end]
+        return client_input(self.config, self.job.settings, span, tokens, self.tables)
 
     def _exchange(self, index: int) -> bool:
         """The server's share to the client, and the client's word whether the answer can be right."""
@@ -153,15 +152,13 @@ class PartyProcess:
         self.chosen.append(token)
         self.tell({"event": "token", "token": token})
 
-    def _share_table(self, weights: dict | None):
+    def _share_tables(self, weights: dict | None):
         """With "client_table", the client gets the embeddings."""
         if self.job.settings.embedding != "client_table":
             return
-        self.table = {}
+        shapes = weight_shapes(self.config)
         for name in ("wte", "wpe"):
-            shape = (self.config.vocab_size if name == "wte" else self.config.n_positions, self.config.n_embd)
-            size = int(np.prod(shape)) * 4
-            parts = range(0, size, TABLE_PART_BYTES)
+            parts = range(0, math.prod(shapes[name]) * np.dtype(np.float32).itemsize, TABLE_PART_BYTES)
             if self.job.rank == SERVER:
                 content = np.ascontiguousarray(weights[name], np.float32).tobytes()
                 for begin in parts:
@@ -169,7 +166,7 @@ class PartyProcess:
                     self.link.send(CLIENT, base64.b64encode(part).decode())
             else:
                 content = b"".join(base64.b64decode(self.link.recv(SERVER)) for _ in parts)
-                self.table[name] = np.frombuffer(content, np.float32).reshape(shape)
+                self.tables[name] = np.frombuffer(content, np.float32).reshape(shapes[name])
 
 
 def make_link(rank: int, own_port: int, peer_port: int, timeout_seconds: int):

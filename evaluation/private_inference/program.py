@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from torch import nn
 
 from conversion.folding import fold
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
@@ -152,7 +153,7 @@ def prepare_weights(model: EntropyGPTForCausalLM) -> tuple[EntropyGPTConfig, dic
 
 def _absorb_gain(norm, matrix, bias):
     """A copy of the linear map that takes over the gain and the bias of a LayerNorm before it."""
-    if not hasattr(norm, "weight"):
+    if isinstance(norm, nn.Identity):
         return matrix.detach().clone(), bias.detach().clone()
     return norm.weight[:, None].detach() * matrix.detach(), (norm.bias @ matrix + bias).detach()
 

@@ -9,17 +9,13 @@ and run it; all that the engines send goes through connections the client opens 
 import contextlib
 import json
 import math
-import os
-import queue
 import secrets
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +26,17 @@ from safetensors.numpy import save_file
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .channel import Channel, Listener, TLSFiles, clean, connect
-from .cost import StepCost
 from .engine import CLIENT, SERVER, engine_versions
 from .errors import PrivateInferenceError
 from .party_process import Job
-from .program import Span, build_steps, weight_shapes
+from .program import weight_shapes
+from .session import Answer, Terms, check_request, free_port, run_party
 from .settings import TRUST, PrivateSettings
 from .tunnel import ClientTunnel, ServerTunnel
 
 
 PROTOCOL_VERSION = 1
 HANDSHAKE_SECONDS = 30
-# What the last messages of an inference may take.
-FAREWELL_SECONDS = 60
 # The largest model that a client believes in: its memory is not the server's to fill.
 LARGEST = {
     "n_layer": 1024,
@@ -78,131 +72,6 @@ class Model:
             "tokenizer": self.tokenizer_hash,
             "logit_bound": self.logit_bound,
         }
-
-
-@dataclass
-class Answer:
-    """What the client learned, and what it cost by its count."""
-
-    tokens: list[int] = field(default_factory=list)
-    logits: list[np.ndarray] = field(default_factory=list)
-    set_up: list[StepCost] = field(default_factory=list)
-    steps: list[StepCost] = field(default_factory=list)
-    repeats: int = 0
-    config: EntropyGPTConfig | None = None
-    settings: PrivateSettings | None = None
-
-
-class Events(queue.Queue):
-    """What happens to a party: lines of its process, messages of the peer, and what breaks."""
-
-    def expect(self, seconds: float, *kinds: str) -> dict:
-        """
-        The next event, which has to be of a kind.
-
-        Raises:
-            `PrivateInferenceError`: If something broke, another event came, or none came in time.
-        """
-        try:
-            event = self.get(timeout=seconds)
-        except queue.Empty:
-            raise PrivateInferenceError(
-                f"nothing was heard for {seconds:.0f} seconds, from the engine or from the peer: it hangs, or needs "
-                "more time (--timeout)."
-            ) from None
-        if isinstance(event, Exception):
-            raise event
-        if event["event"] not in kinds:
-            raise PrivateInferenceError(f"the peer or the engine said {event['event']!r} in the wrong place.")
-        return event
-
-
-class EngineProcess:
-    """The process of one party's engine; its events go to the queue."""
-
-    def __init__(self, job: Job, events: Events):
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
-        # For what it leaves behind when it is killed.
-        self._folder = tempfile.TemporaryDirectory(prefix="entropy-gpt-engine-", ignore_cleanup_errors=True)
-        command = [sys.executable, "-m", "evaluation.private_inference.party_process"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            cwd=Path(__file__).resolve().parents[2],
-            env=os.environ | {"TMPDIR": self._folder.name},
-        )
-        self._events = events
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-        self._say(TypeAdapter(Job).dump_json(job).decode())
-
-    def start(self, own_port: int, peer_port: int):
-        self._say(json.dumps({"own_port": own_port, "peer_port": peer_port}))
-
-    def close(self):
-        self._process.kill()
-        self._process.wait()
-        self._listener.join()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        self._stderr.close()
-        self._folder.cleanup()
-
-    def _say(self, line: str):
-        with contextlib.suppress(BrokenPipeError):  # its end is told as an event
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-
-    def _listen(self):
-        for line in self._process.stdout:
-            if not line.endswith("\n"):  # it was killed while it wrote
-                break
-            event = json.loads(line)
-            if event["event"] == "error":
-                self._events.put(PrivateInferenceError(f"this side's engine: {event['reason']}"))
-                return
-            self._events.put(event)
-            if event["event"] == "done":
-                return
-        status = self._process.wait()
-        self._events.put(PrivateInferenceError(f"this side's engine ended with status {status}: {self._last_words()}"))
-
-    def _last_words(self) -> str:
-        self._stderr.seek(0)
-        lines = [line for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1][:300] if lines else "it left no message"
-
-
-def listen_to_peer(channel: Channel, events: Events) -> threading.Thread:
-    """
-    Puts the peer's messages into the queue until its last one, or until it is gone. While the engines work it has
-    nothing to say, however long that takes: a peer that hangs shows in the engine's events.
-    """
-
-    def listen():
-        try:
-            while True:
-                message = channel.receive(None, ("program", "done"))
-                events.put({**message, "event": f"peer's {message['kind']}"})
-                if message["kind"] == "done":
-                    return
-        except PrivateInferenceError as error:
-            events.put(error)
-
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    return thread
-
-
-def free_port() -> int:
-    """A port of the loopback for an engine, which takes none that is open already."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:
@@ -336,78 +205,6 @@ class Server:
             self._tunnel = None
 
 
-def check_request(config: EntropyGPTConfig, settings: PrivateSettings, length: int, new_tokens: int, answers: int):
-    """
-    Raises:
-        `PrivateInferenceError`: If the model can't answer so much.
-    """
-    build_steps(config, settings, Span(0, length + new_tokens - 1))
-    if answers > length or (answers > 1 and new_tokens > 1):
-        raise PrivateInferenceError(f"answers={answers} positions are not possible with {length} tokens and more.")
-
-
-def run_party(job: Job, channel: Channel, tunnel, own_port: int, on_event: Callable[[dict], None]) -> Answer:
-    """
-    One party's part of an inference, from the comparison of programs to the farewell.
-
-    Raises:
-        `PrivateInferenceError`: If the programs differ, the engine fails, or the peer ends, hangs or breaks rules.
-    """
-    events, answer = Events(), Answer()
-    tunnel.on_failure = lambda reason: events.put(PrivateInferenceError(reason))
-    process = EngineProcess(job, events)
-    try:
-        listen_to_peer(channel, events)
-        digests = {}
-        while len(digests) < 2:
-            event = events.expect(job.timeout_seconds, "program", "peer's program")
-            digests[event["event"]] = event.get("digest")
-            if event["event"] == "program":
-                channel.send({"kind": "program", "digest": event["digest"]})
-                on_event(event)
-        if digests["program"] != digests["peer's program"]:
-            raise PrivateInferenceError(
-                "the two sides made different programs of the same terms: install the same versions "
-                f"(here {engine_versions()})."
-            )
-        process.start(own_port, tunnel.local_port)
-        peer_done = False
-        while True:
-            event = events.expect(job.timeout_seconds, "set-up", "step", "token", "repeat", "done", "peer's done")
-            if event["event"] == "peer's done":
-                peer_done = True
-                continue
-            _note(answer, event)
-            on_event(event)
-            if event["event"] == "done":
-                break
-        channel.send({"kind": "done"})
-        if not peer_done:
-            events.expect(FAREWELL_SECONDS, "peer's done")
-        return answer
-    finally:
-        process.close()
-
-
-def _note(answer: Answer, event: dict):
-    if event["event"] == "token":
-        answer.tokens.append(event["token"])
-    elif event["event"] == "repeat":
-        answer.repeats += 1
-    elif "cost" in event:
-        (answer.set_up if event["event"] == "set-up" else answer.steps).append(StepCost(**event["cost"]))
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a client is told, checked."""
-
-    config: EntropyGPTConfig
-    settings: PrivateSettings
-    tokenizer_hash: str
-    logit_bound: float
-
-
 class Client:
     """
     One connection to a server: first its terms, then one question.
@@ -506,7 +303,6 @@ class Client:
         finally:
             tunnel.close()
             self.channel.close()
-        answer.config, answer.settings = terms.config, terms.settings
         return answer
 
     def close(self):
