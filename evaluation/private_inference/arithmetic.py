@@ -1,4 +1,11 @@
-"""The operations that a private program consists of, as JAX sees them; `fixed_point.py` computes them in the ring."""
+"""The operations that a private program consists of, and the forms in which the engine computes them most cheaply."""
+
+from .settings import PrivateSettings
+
+
+# Numbers of one ciphertext, and of the two halves into which the engine cuts longer tensors.
+SLOTS = 8192
+HALVES = 2 * SLOTS
 
 
 class Arithmetic:
@@ -22,12 +29,16 @@ class Arithmetic:
     def multiply(self, left, right):
         return left * right
 
-    def scale(self, tensor, constant: float):
-        """The product with a public number."""
+    def scale(self, tensor, constant):
+        """The product with a public number, or with a row of them."""
         return tensor * constant
 
     def square(self, tensor):
         return self.xp.square(tensor)
+
+    def scale_all(self, tensor, factor):
+        """The product with one number `(1,)` that one party owns."""
+        return self.multiply(tensor, factor)
 
     def exp(self, tensor):
         return self.xp.exp(tensor)
@@ -53,6 +64,9 @@ class Arithmetic:
         """The largest of each row, as a row of one."""
         return self.xp.max(tensor, axis=-1, keepdims=True)
 
+    def larger(self, left, right):
+        return self.xp.maximum(left, right)
+
     def positive_part(self, tensor):
         return self.xp.maximum(tensor, 0.0)
 
@@ -61,3 +75,41 @@ class Arithmetic:
 
     def index_of_largest(self, tensor):
         return self.xp.argmax(tensor, axis=-1)
+
+
+class CheapArithmetic(Arithmetic):
+    """
+    The forms that send least under Cheetah, where the softmax of the settings is "efficient".
+
+    Args:
+        xp: `jax.numpy` or `numpy`.
+        settings ([`PrivateSettings`]): The form of each operation.
+    """
+
+    def __init__(self, xp, settings: PrivateSettings):
+        super().__init__(xp)
+        self.settings = settings
+
+    def square(self, tensor):
+        """Long tensors in whole halves, and the rest apart, where it would take two more ciphertexts."""
+        if not self.settings.squares_by_exp(tensor.size):
+            return self.square_by_product(tensor)
+        rest = tensor.size % HALVES
+        if tensor.size < HALVES or not 0 < rest <= SLOTS:
+            return self.square_by_exp(tensor)
+        flat = tensor.reshape(-1)
+        parts = [self.square_by_exp(flat[:-rest]), self.square(flat[-rest:])]
+        return self.xp.concatenate(parts).reshape(tensor.shape)
+
+    def square_by_product(self, tensor):
+        return super().square(tensor)
+
+    def square_by_exp(self, tensor):
+        """By the engine's exponential, which has one squaring then: (1 + x / 2)^2."""
+        return self.exp(tensor + tensor - 2.0)
+
+    def scale_all(self, tensor, factor):
+        """A product with a matrix of one number takes a quarter of the bytes of as many products of numbers."""
+        if self.settings.softmax != "efficient":
+            return super().scale_all(tensor, factor)
+        return self.matmul(tensor.reshape(-1, 1), factor.reshape(1, 1)).reshape(tensor.shape)

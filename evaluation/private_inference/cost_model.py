@@ -19,7 +19,7 @@ from conversion.folding import fold
 from evaluation.records import RECORD, StoredRecord
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .arithmetic import Arithmetic
+from .arithmetic import HALVES, SLOTS, CheapArithmetic
 from .engine import CLIENT, SERVER
 from .errors import PrivateInferenceError
 from .participant import input_shape, kept_shapes
@@ -41,9 +41,8 @@ RECIPROCALS, ROOTS, TANHS, ERFS = "reciprocals", "reciprocal roots", "hyperbolic
 # A part, or what it takes to multiply so many shares, which depends on what was multiplied before.
 Counts = dict[str, float]
 
-SLOTS = 8192
 # Products of shares below this use triples that were made in stock, from a batch of products of owned factors.
-DIRECT_FROM = 2 * SLOTS
+DIRECT_FROM = HALVES
 TRIPLES = SLOTS // 2
 # The engine's own estimate of what is cheap, by which it cuts matrices: a ciphertext, in units of its computations.
 CIPHERTEXT_PRICE, ROTATION_PRICE, PRODUCT_PRICE = 1000.0, 1.0, 0.1
@@ -150,7 +149,7 @@ class Stock:
         return batches
 
 
-class CountingArithmetic(Arithmetic):
+class CountingArithmetic(CheapArithmetic):
     """
     What each operation sends under Cheetah, in parts that have a price; results are zeros.
 
@@ -160,8 +159,8 @@ class CountingArithmetic(Arithmetic):
     """
 
     def __init__(self, settings: PrivateSettings, stock: Stock):
-        super().__init__(np)
-        self.settings, self.stock, self.counts = settings, stock, Counter()
+        super().__init__(np, settings)
+        self.stock, self.counts = stock, Counter()
 
     def matmul(self, left, right):
         shape = (*left.shape[:-1], right.shape[-1])
@@ -184,16 +183,17 @@ class CountingArithmetic(Arithmetic):
             self.counts[OWNED_BATCHES] += math.ceil(math.prod(shape) / SLOTS)
         return self._truncated(shape)
 
-    def scale(self, tensor, constant: float):
-        return self._truncated(tensor.shape) if _owner(tensor) is None else make_shape(tensor.shape, tensor.owner)
+    def scale(self, tensor, constant):
+        shape = np.broadcast_shapes(tensor.shape, np.shape(constant))
+        return self._truncated(shape) if _owner(tensor) is None else make_shape(shape, tensor.owner)
 
-    def square(self, tensor):
-        if _owner(tensor) is None and self.settings.squares_by_exp(tensor.size):
-            # As `EngineArithmetic` writes it.
-            self.counts[HALVED] += tensor.size
-            self._square(tensor.size)
-            return self._truncated(tensor.shape)
+    def square_by_product(self, tensor):
         return self.multiply(tensor, tensor)
+
+    def square_by_exp(self, tensor):
+        self.counts[HALVED] += tensor.size
+        self._square(tensor.size)
+        return self._truncated(tensor.shape)
 
     def exp(self, tensor):
         for _ in range(self.settings.exponential_squarings):
@@ -223,6 +223,9 @@ class CountingArithmetic(Arithmetic):
         rows = tensor.size // tensor.shape[-1]
         self.counts[COMPARED] += tensor.size - rows
         return make_shape((*tensor.shape[:-1], 1))
+
+    def larger(self, left, right):
+        return self.positive_part(left)
 
     def positive_part(self, tensor):
         self.counts[COMPARED] += tensor.size

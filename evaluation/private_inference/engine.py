@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .arithmetic import Arithmetic
+from .arithmetic import CheapArithmetic
 from .cost import StepCost
 from .errors import PrivateInferenceError
 from .program import Step
@@ -75,19 +75,6 @@ def runtime_config(settings: PrivateSettings):
     return config
 
 
-class EngineArithmetic(Arithmetic):
-    """As the engine is best told what to do."""
-
-    def __init__(self, xp, settings: PrivateSettings):
-        super().__init__(xp)
-        self._settings = settings
-
-    def square(self, tensor):
-        if self._settings.squares_by_exp(tensor.size):
-            return self.xp.exp(tensor + tensor - 2.0)
-        return super().square(tensor)
-
-
 @dataclass(frozen=True)
 class CompiledStep:
     """A step with the engine's code for it."""
@@ -129,7 +116,7 @@ def _compile(
     from spu.utils import frontend
 
     def program(*tensors):
-        return function.function(EngineArithmetic(jnp, settings), *tensors)
+        return function.function(CheapArithmetic(jnp, settings), *tensors)
 
     executable, outputs = frontend.compile(
         frontend.Kind.JAX,

@@ -7,7 +7,7 @@ import numpy as np
 
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .arithmetic import Arithmetic
+from .arithmetic import Arithmetic, CheapArithmetic
 from .participant import client_input, input_shape
 from .program import LOGITS, TANH_GELUS, Span, build_steps, run_steps
 from .settings import RING_BITS, PrivateSettings
@@ -32,7 +32,7 @@ ERF_POLYNOMIAL = (1.0, 0.278393, 0.230389, 0.000972, 0.078108)
 FINE_BITS, FINE_ITERATIONS = 30, 3
 
 
-class FixedPointArithmetic(Arithmetic):
+class FixedPointArithmetic(CheapArithmetic):
     """
     The engine's arithmetic. Tensors are float64 and multiples of 2^-fraction_bits, exact up to 2^53 of them; what does
     not fit into the ring wraps around, as it does there. With "ref2k" the numbers are the engine's; with the other
@@ -47,8 +47,8 @@ class FixedPointArithmetic(Arithmetic):
     """
 
     def __init__(self, settings: PrivateSettings, seed: int = 0):
-        super().__init__(np)
-        self.settings, self.overflows = settings, 0
+        super().__init__(np, settings)
+        self.overflows = 0
         self._one = 2.0**settings.fraction_bits
         self._random = np.random.default_rng(seed)
 
@@ -68,14 +68,15 @@ class FixedPointArithmetic(Arithmetic):
     def multiply(self, left, right):
         return self._truncate(self._fit(left) * self._fit(right))
 
-    def scale(self, tensor, constant: float):
+    def scale(self, tensor, constant):
         return self.multiply(tensor, self.encode(constant))
 
-    def square(self, tensor):
-        """Of many numbers by way of an exponential of one squaring, whose division by 2 errs too."""
-        if self.settings.squares_by_exp(tensor.size):
-            return self._exp(tensor + tensor - 2.0, 1)
-        return self._square(tensor)
+    def square_by_product(self, tensor):
+        return self.multiply(tensor, tensor)
+
+    def square_by_exp(self, tensor):
+        """Its division by 2 errs too."""
+        return self._exp(tensor + tensor - 2.0, 1)
 
     def exp(self, tensor):
         return self._exp(tensor, self.settings.exponential_squarings)
@@ -107,7 +108,7 @@ class FixedPointArithmetic(Arithmetic):
 
     def tanh(self, tensor):
         bounded = self.scale(np.clip(self._fit(tensor), -TANH_BOUND, TANH_BOUND), 1 / TANH_BOUND)
-        step = 4.0 * self._square(bounded) - 2.0
+        step = 4.0 * self.square_by_product(bounded) - 2.0
         terms = [bounded, self.multiply(bounded, step - 1.0)]
         while len(terms) < len(TANH_SERIES):
             terms.append(self.multiply(step, terms[-1]) - terms[-2])
@@ -117,20 +118,18 @@ class FixedPointArithmetic(Arithmetic):
         tensor = self._fit(tensor)
         size = np.abs(tensor)
         near = size < ERF_BOUND
-        complement = self.reciprocal(self._square(self._square(self._polynomial(near * size, ERF_POLYNOMIAL))))
+        root = self.square_by_product(self._polynomial(near * size, ERF_POLYNOMIAL))
+        complement = self.reciprocal(self.square_by_product(root))
         return np.where(tensor < 0, -1.0, 1.0) * np.where(near, 1.0 - complement, 1.0)
 
     def at_most(self, tensor, bound: float):
         return np.minimum(tensor, self.encode(bound))
 
-    def _square(self, tensor):
-        return self.multiply(tensor, tensor)
-
     def _exp(self, tensor, squarings: int):
         """(1 + x / 2^n)^(2^n)."""
         power = 1.0 + self._round(self._fit(tensor) / 2.0**squarings)
         for _ in range(squarings):
-            power = self._square(power)
+            power = self.square_by_product(power)
         return power
 
     def _normalized_reciprocal(self, size):
@@ -144,7 +143,7 @@ class FixedPointArithmetic(Arithmetic):
         if self.settings.fraction_bits >= FINE_BITS:
             iterations = max(iterations, FINE_ITERATIONS)
         for iteration in range(iterations):
-            error = self._square(error) if iteration else error
+            error = self.square_by_product(error) if iteration else error
             result = self.multiply(result, 1.0 + error)
         return result, factor
 
@@ -158,7 +157,7 @@ class FixedPointArithmetic(Arithmetic):
         powers = [np.ones_like(tensor), tensor]
         for degree in range(2, len(coefficients)):
             half = powers[degree // 2]
-            powers.append(self.multiply(powers[degree - 1], tensor) if degree % 2 else self._square(half))
+            powers.append(self.multiply(powers[degree - 1], tensor) if degree % 2 else self.square_by_product(half))
         return self._truncate(
             sum(self.encode(factor) * power for factor, power in zip(coefficients, powers, strict=True))
         )

@@ -278,7 +278,7 @@ class _ObservedArithmetic(Float64Arithmetic):
     def multiply(self, left, right):
         return self.observe(super().multiply(left, right), "product")
 
-    def scale(self, tensor, constant: float):
+    def scale(self, tensor, constant):
         return self.observe(super().scale(tensor, constant), "product")
 
     def square(self, tensor):

@@ -182,7 +182,8 @@ def test_a_model_that_fits(softmax):
     ranges = {(tensor.name, tensor.role): tensor for tensor in report.tensors}
     assert ranges["wte", "weight"].most == weights["wte"].max()
     assert ranges["norm", "radicand"].least > 0
-    assert ranges["layer 1, division" if softmax == "efficient" else "layer 1, softmax", "divisor"].least > 0.99
+    if softmax != "efficient":
+        assert ranges["layer 1, softmax", "divisor"].least > 0.99
     assert ranges["head", "value"].size > 1
 
 

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from evaluation.private_inference.arithmetic import Arithmetic
 from evaluation.private_inference.errors import PrivateInferenceError
@@ -14,7 +16,9 @@ from evaluation.private_inference.program import (
     exponentiate,
     piecewise_gelu,
     prepare_weights,
+    reciprocal_up_to,
     run_steps,
+    subtract_maximum,
     weight_shapes,
 )
 from evaluation.private_inference.settings import PrivateSettings
@@ -30,10 +34,10 @@ def clear_logits(model, tokens: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(tokens)[None]).logits[0].numpy()
 
 
-def run(model, settings: PrivateSettings, tokens: np.ndarray, span: Span, kept: dict | None = None, xp=np) -> dict:
+def run(model, private: PrivateSettings, tokens: np.ndarray, span: Span, kept: dict | None = None, xp=np) -> dict:
     config, weights = prepare_weights(model)
     rows = np.eye(config.vocab_size, dtype=np.float32)[tokens]
-    return run_steps(build_steps(config, settings, span), Arithmetic(xp), {**weights, **(kept or {}), TOKENS: rows})
+    return run_steps(build_steps(config, private, span), Arithmetic(xp), {**weights, **(kept or {}), TOKENS: rows})
 
 
 @pytest.fixture
@@ -45,8 +49,8 @@ def tokens() -> np.ndarray:
 @pytest.mark.parametrize("notation", ARCHITECTURES)
 def test_logits_are_the_models_own(notation, softmax, tokens):
     model = make_model(notation)
-    settings = PrivateSettings(softmax=softmax, gelu="tanh")
-    logits = run(model, settings, tokens, Span(0, LENGTH, LENGTH))[LOGITS]
+    private = PrivateSettings(softmax=softmax, gelu="tanh")
+    logits = run(model, private, tokens, Span(0, LENGTH, LENGTH))[LOGITS]
     assert np.abs(logits - clear_logits(model, tokens)).max() < 2e-4
 
 
@@ -62,9 +66,9 @@ def test_the_cheap_forms_stay_near(notation, tokens):
 def test_jax_computes_the_same_as_numpy(notation, tokens):
     jnp = pytest.importorskip("jax.numpy")
     model = make_model(notation)
-    for settings in (EXACT, PrivateSettings()):
-        ours = run(model, settings, tokens, Span(0, LENGTH, LENGTH))[LOGITS]
-        theirs = run(model, settings, tokens, Span(0, LENGTH, LENGTH), xp=jnp)[LOGITS]
+    for private in (EXACT, PrivateSettings()):
+        ours = run(model, private, tokens, Span(0, LENGTH, LENGTH))[LOGITS]
+        theirs = run(model, private, tokens, Span(0, LENGTH, LENGTH), xp=jnp)[LOGITS]
         assert np.abs(ours - np.asarray(theirs)).max() < 1e-3
 
 
@@ -103,6 +107,23 @@ def test_exponential_and_gelu_are_as_near_as_they_say():
     for approximate in ("none", "tanh"):
         gelu = torch.nn.functional.gelu(numbers, approximate=approximate).numpy()
         assert np.abs(piecewise_gelu(ops, numbers.numpy()) - gelu).max() < 2.5e-3
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 128, 1000])
+def test_reciprocals_of_sums_are_exact_to_the_fifth_digit(most):
+    sums = np.linspace(1, most, 10_001)[:, None]
+    assert np.abs(reciprocal_up_to(Arithmetic(np), sums, most) * sums - 1).max() < 2e-5
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=40)
+def test_the_largest_visible_score_is_taken_off(data):
+    heads, queries = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    keys = queries + data.draw(st.integers(0, 5))
+    scores = np.random.default_rng(0).normal(size=(heads, queries, keys))
+    visible = np.tri(queries, keys, keys - queries, dtype=bool)
+    largest = np.where(visible, scores, -np.inf).max(axis=-1, keepdims=True)
+    assert np.array_equal(subtract_maximum(Arithmetic(np), scores), (scores - largest)[:, visible])
 
 
 @pytest.mark.parametrize("softmax", ["efficient", "stock", "tuned"])
