@@ -188,11 +188,19 @@ def log() -> EngineLog:
 
 
 @pytest.mark.private
-@pytest.mark.parametrize("notation", ["SM+LN+G", "SM+R", "SM+ScFuFFN", "EReg(SM(t)+ScFuFFNi1)"])
-def test_the_engine_sends_what_was_predicted(notation, log):
-    config, weights = prepare_weights(make_model(notation, n_layer=2))
+@pytest.mark.parametrize(
+    ("notation", "private", "layers"),
+    [
+        ("SM+LN+G", PrivateSettings(), 2),
+        ("SM+LN+G", PrivateSettings(softmax="stock", gelu="tanh"), 1),
+        ("SM+R", PrivateSettings(), 2),
+        ("EReg(SM(t)+ScFuFFNi1)", PrivateSettings(), 2),
+    ],
+)
+def test_the_engine_sends_what_was_predicted(notation, private, layers, log):
+    config, weights = prepare_weights(make_model(notation, n_layer=layers))
     prompts = [list(range(start, start + MEASURED_LENGTH)) for start in (2, 30)]
-    run = infer_locally(config, weights, PrivateSettings(), prompts, MEASURED_LENGTH, log)
+    run = infer_locally(config, weights, private, prompts, MEASURED_LENGTH, log)
     # What is made in stock is found as it was left: one batch more or less, which would be much of a smaller run.
     measured = np.mean([sum(step.total_bytes for step in steps) for steps in run.steps])
-    assert total(config, MEASURED_LENGTH, MEASURED_LENGTH) == pytest.approx(measured, rel=0.1)
+    assert total(config, MEASURED_LENGTH, MEASURED_LENGTH, private) == pytest.approx(measured, rel=0.1)
