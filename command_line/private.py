@@ -188,3 +188,44 @@ def cost(
 
     sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "vocab_size": vocab_size}
     run(notations, sizes, kept, length, all_positions, embedding.value)
+
+
+@private.command()
+def benchmark(
+    notations: Annotated[
+        list[str] | None, typer.Argument(metavar="NOTATION...", help="Architectures, in place of the paper's four.")
+    ] = None,
+    n_layer: Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")] = 12,
+    n_embd: Annotated[int, typer.Option("--n-embd", min=1, help="Width.")] = 768,
+    n_head: Annotated[
+        int | None, typer.Option("--n-head", min=1, help="Heads; of 64 numbers each if not given.")
+    ] = None,
+    length: Annotated[int, typer.Option("--seq", min=1, help="Tokens of the prompt.")] = 128,
+    vocab_size: Annotated[int, typer.Option("--vocab-size", min=2, help="Tokens of the vocabulary.")] = 50257,
+    networks: Annotated[
+        list[str] | None,
+        typer.Option("--network", help="Beside LAN and WAN: a bandwidth and a round trip, such as 300Mbps,20ms."),
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--full", help="Run the cheapest architecture whole too, to prove the sum.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for what is measured, the table and the picture.")
+    ] = Path("private_benchmark_output"),
+    timeout: Timeout = 1200,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be measured and the MB predicted; measure nothing.")
+    ] = False,
+):
+    """
+    Measure the paper's table on this machine: what each architecture takes between two processes.
+
+    One block of each kind, the last block, the embedding and the head are measured, and added up. All is compared with
+    SM+LN+G as it is run today. The same command goes on after an interruption.
+
+    Example: entropy-gpt private benchmark --full --network 300Mbps,20ms -o runs/private
+    """
+    from .private_benchmark_job import run
+
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "vocab_size": vocab_size}
+    run(notations, sizes, length, networks or [], whole, output, timeout, dry_run)

@@ -5,10 +5,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from evaluation.private_inference.cost import by_operation
+from evaluation.private_inference.cost import as_private_cost, by_operation
 from evaluation.private_inference.cost_plots import draw_costs
 from evaluation.private_inference.engine import check_engine
 from evaluation.private_inference.errors import PrivateInferenceError
+from evaluation.results import PrivateCost
 from training.files import written_whole
 
 from .errors import CommandError
@@ -59,12 +60,35 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path):
     )
 
 
+def private_costs(name: str, output: Path) -> list[PrivateCost]:
+    """
+    What the private answer of a model cost, in this run or an earlier one; nothing where there is none.
+
+    Args:
+        name (`str`): Of the model's folder.
+        output (`Path`): The quickstart's folder.
+
+    Raises:
+        `CommandError`: If the answer's file is broken.
+    """
+    place = _place(name, output)
+    return [as_private_cost(_load(place).cost)] if place.exists() else []
+
+
 def _answer(folder: Path, prompt: str, output: Path) -> PrivateAnswer:
-    place = output / "private" / f"{folder.name}.json"
+    place = _place(folder.name, output)
     if not place.exists():
         answer = demonstrate(str(folder), prompt, NEW_TOKENS)
         with written_whole(place) as path:
             answer.save(path)
+    return _load(place)
+
+
+def _place(name: str, output: Path) -> Path:
+    return output / "private" / f"{name}.json"
+
+
+def _load(place: Path) -> PrivateAnswer:
     try:
         return PrivateAnswer.load(place)
     except ValueError as error:

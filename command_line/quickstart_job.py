@@ -1,9 +1,9 @@
 """The stages of the quickstart. Each leaves its result whole in the output folder, and is skipped if it is there."""
 
+import dataclasses
 import functools
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ from .convert_inputs import Job, Text, spread
 from .convert_job import convert
 from .errors import CommandError
 from .measurement import MeasuredText, describe_config, measure_model, read_text
-from .private_stage import answer_privately
+from .private_stage import answer_privately, private_costs
 from .progress import progress_display, stage
 from .tables import make_table
 
@@ -94,7 +94,7 @@ HEADINGS = (
 console = Console()
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Data:
     """The text as a model sees it."""
 
@@ -139,10 +139,12 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
     except ValueError as error:
         raise CommandError(f"{error} Delete the folder that it lies in, and run again.") from error
     _draw(results, output)
+    _save_all(results, output)
     _print_table(results)
     for name, result in zip(names, results, strict=True):
         _load_back(name, result.title, output)
     answer_privately({title: output / "models" / slug(title) for title in PRIVATE}, PROMPT, output)
+    _save_all(results, output)
     _print_where(output)
 
 
@@ -343,6 +345,11 @@ def _draw(results: list[ModelResult], output: Path):
             plot_headwise_entropy(result, path)
     with written_whole(output / "pictures" / "entropy_comparison.png") as path:
         plot_comparison(results, path)
+
+
+def _save_all(results: list[ModelResult], output: Path):
+    """With what private answers cost, as far as there are any."""
+    results = [dataclasses.replace(result, costs=private_costs(result.name, output)) for result in results]
     with written_whole(output / "results.json") as path:
         save_results(results, path)
 

@@ -1,7 +1,15 @@
 """Models that were trained and measured alike, side by side: rows, a Markdown table, and all its conditions."""
 
-from .conditions import describe_origin, describe_windows, list_settings
-from .results import ModelResult
+from .conditions import (
+    describe_difference,
+    describe_origin,
+    describe_windows,
+    list_facts,
+    list_settings,
+    traffic_facts,
+)
+from .measures import main_costs
+from .results import ModelResult, PrivateCost
 
 
 COLUMNS = (
@@ -14,6 +22,8 @@ COLUMNS = (
     "overloaded heads",
     "training (s)",
 )
+COST_COLUMN = "private answer (MB)"
+MEGA = 1e6
 
 
 def comparison_rows(results: list[ModelResult]) -> list[tuple[str, ...]]:
@@ -41,14 +51,22 @@ def comparison_rows(results: list[ModelResult]) -> list[tuple[str, ...]]:
 
 def comparison_markdown(results: list[ModelResult]) -> str:
     """
-    The comparison as a Markdown table, followed by the conditions.
+    The comparison as a Markdown table, with a column for private answers if there are any, followed by the conditions.
 
     Raises:
         `ValueError`: If the results were not measured under the same conditions, or some are missing.
     """
     rows = [COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *comparison_rows(results)]
+    costs = main_costs(results)
+    if any(costs):
+        column = [COST_COLUMN, "---:", *map(_megabytes, costs)]
+        rows = [(*row, cell) for row, cell in zip(rows, column, strict=True)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\n{conditions_text(results)}\n"
+
+
+def _megabytes(cost: PrivateCost | None) -> str:
+    return "–" if cost is None else f"{cost.total_bytes / MEGA:,.1f}"
 
 
 def conditions_text(results: list[ModelResult]) -> str:
@@ -83,9 +101,18 @@ def conditions_text(results: list[ModelResult]) -> str:
         f"({list_settings(shared)}; seed {conditions.seed}, {conditions.dtype}). {alone}Evaluated on "
         f"{likelihood.tokens:,} tokens of text kept out of training, in {describe_windows(likelihood.windows)}. "
         f"Entropies: of {heads.rows:,} rows of each head. Overloaded: a mean entropy of at least 3/4 of "
-        f"{heads.entropy.maximum:.2f} nats, which uniform attention has. Versions: "
+        f"{heads.entropy.maximum:.2f} nats, which uniform attention has. {_private_conditions(results)}Versions: "
         f"{describe_origin(conditions.versions, conditions.git_revision, conditions.machine)}."
     )
+
+
+def _private_conditions(results: list[ModelResult]) -> str:
+    """What private answers depend on, in a sentence; nothing where there are none."""
+    cost = next(filter(None, main_costs(results)), None)
+    if cost is None:
+        return ""
+    told = list_facts(traffic_facts(cost))
+    return f"Private answers: sent by all parties, without the set-up of their connection ({told}). "
 
 
 def _check_complete(results: list[ModelResult]):
@@ -120,3 +147,15 @@ def _check_comparable(results: list[ModelResult]):
                     f"{result.title} and {first.title} can't be compared: their {name} differ, {value} and "
                     f"{expected}. Measure them in one run."
                 )
+    _check_comparable_costs(results)
+
+
+def _check_comparable_costs(results: list[ModelResult]):
+    measured = [(result, cost) for result, cost in zip(results, main_costs(results), strict=True) if cost is not None]
+    for result, cost in measured:
+        first, expected = measured[0]
+        if difference := describe_difference(traffic_facts(cost), traffic_facts(expected)):
+            raise ValueError(
+                f"{result.title} and {first.title} can't be compared: their private answers differ ({difference}). "
+                "Measure them in one run."
+            )

@@ -92,6 +92,7 @@ def traffic_facts(cost: PrivateCost) -> Facts:
     return {
         "protocol": cost.protocol,
         "prompt": f"{cost.context:,} tokens",
+        "answer": f"{cost.answers:,} token" + "s" * (cost.answers != 1),
         "versions": list_settings(cost.versions) or "unknown",
     }
 

@@ -189,7 +189,10 @@ def traffic_measure(results: list[ModelResult]) -> Measure:
 
 
 def main_costs(results: list[ModelResult]) -> list[PrivateCost | None]:
-    """One private inference of each model: of the protocol, prompt and network that most models were measured with."""
+    """
+    One private inference of each model: of the protocol, prompt, answer and network that most models were measured
+    with.
+    """
     counts = Counter(setting for result in results for setting in {_setting(cost): None for cost in result.costs})
     most_common = max(counts, key=counts.get, default=None)
     return [
@@ -284,5 +287,5 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _setting(cost: PrivateCost) -> tuple[str, int, str]:
-    return cost.protocol, cost.context, cost.network
+def _setting(cost: PrivateCost) -> tuple[str, int, int, str]:
+    return cost.protocol, cost.context, cost.answers, cost.network

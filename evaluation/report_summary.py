@@ -116,7 +116,7 @@ def _traffic(results: list[ModelResult]) -> str:
     low, high = _ends(measure, results)
     unit = f" {measure.unit}"
     facts = measure.reference
-    under = f"({facts['protocol']}, a prompt of {facts['prompt']})"
+    under = f"({facts['protocol']}, {facts['answer']} after a prompt of {facts['prompt']})"
     if len(measure.comparable) == 1:
         return f"Private inference of {low.names} sends {low.shown}{unit} {under}."
     if low.value == high.value:

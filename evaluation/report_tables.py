@@ -147,7 +147,8 @@ def cost_table(results: list[ModelResult]) -> Table | None:
         columns=[
             MODEL,
             Column("protocol", is_text=True),
-            Column("tokens"),
+            Column("prompt", "Tokens"),
+            Column("answer", "Tokens"),
             Column(f"sent ({letter}B)"),
             Column("rounds"),
             Column("seconds"),
@@ -159,6 +160,7 @@ def cost_table(results: list[ModelResult]) -> Table | None:
                 _heading(result),
                 Cell(cost.protocol),
                 Cell(f"{cost.context:,}"),
+                Cell(f"{cost.answers:,}"),
                 Cell(format_number(cost.total_bytes / scale)),
                 Cell(f"{cost.rounds:,}"),
                 Cell(format_number(cost.seconds)),
@@ -167,7 +169,10 @@ def cost_table(results: list[ModelResult]) -> Table | None:
             ]
             for result, cost in costs
         ],
-        remarks={"Sent": "By all parties together.", "Rounds": "Times that a party has to wait for another."},
+        remarks={
+            "Sent": "By all parties together, without the set-up of their connection.",
+            "Rounds": "Times that a party has to wait for another, at most.",
+        },
     )
 
 

@@ -180,8 +180,9 @@ class PrivateCost:
     Args:
         protocol (`str`): Such as "cheetah".
         context (`int`): Tokens of the prompt.
-        total_bytes (`int`): Sent by all parties together.
-        rounds (`int`): Times that a party has to wait for another.
+        answers (`int`): Tokens that were answered, or positions whose logits were.
+        total_bytes (`int`): Sent by all parties together, without the set-up of their connection.
+        rounds (`int`): Times that a party has to wait for another, at most.
         seconds (`float`): On the machine and network below.
         network (`str`): Such as "loopback".
         versions (`dict[str, str]`): Of the packages that compute.
@@ -191,6 +192,7 @@ class PrivateCost:
 
     protocol: str
     context: int
+    answers: int
     total_bytes: int
     rounds: int
     seconds: float

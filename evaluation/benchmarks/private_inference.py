@@ -1,12 +1,11 @@
-"""What private inference takes: blocks of GPT-2 small between two processes, softmax, decoding, and agreement.
+"""What private inference takes: GPT-2 small in blocks and whole, softmax, decoding, and agreement.
 
-python -m evaluation.benchmarks.private_inference --models DIR --models DIR    measures all (about 20 minutes)
-python -m evaluation.benchmarks.private_inference --quick                      small blocks alone, nothing written
-python -m evaluation.benchmarks.private_inference --redraw                     the page anew from the record
+python -m evaluation.benchmarks.private_inference --models DIR --models DIR --full    measures all
+python -m evaluation.benchmarks.private_inference --quick             small blocks alone, nothing written
+python -m evaluation.benchmarks.private_inference --redraw            the page anew from the record
 """
 
 import statistics
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -23,13 +22,25 @@ from evaluation.private_inference.cost import LAN, WAN, InferenceCost, StepCost,
 from evaluation.private_inference.cost_plots import draw_costs
 from evaluation.private_inference.engine import EngineLog
 from evaluation.private_inference.local import infer_locally
+from evaluation.private_inference.measured_inference import Inference, make_config, make_random_model
+from evaluation.private_inference.paper_table import (
+    BLOCK_VOCABULARY,
+    NOTATIONS,
+    PAPER_BASELINE,
+    TODAY,
+    PaperTable,
+    add_up_all,
+    find_cheapest,
+    list_rows,
+    table_markdown,
+    take_blocks,
+    take_ends,
+)
 from evaluation.private_inference.program import prepare_weights
 from evaluation.private_inference.settings import PrivateSettings
-from evaluation.private_inference.two_party import Client, Model, Server
 from evaluation.records import RECORD as CONFIG
 from evaluation.records import StoredRecord
 from evaluation.results import git_revision
-from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,20 +48,13 @@ RECORD = ROOT / "model_cards" / "results" / "private_inference.json"
 PAGE = ROOT / "docs" / "private_costs.md"
 PICTURE = ROOT / "docs" / "private_costs.png"
 
-TODAY = "SM+LN+G, as it is run today"
-TODAY_SETTINGS = PrivateSettings(softmax="tuned", gelu="tanh")
-PROPOSAL = "EReg(SM(t)+ScFuFFN)"
-BLOCKS = ("SM+LN+G", "SM+LN+R", "SM+ScFuFFN", PROPOSAL)
-LENGTH, WIDTH, QUICK_LENGTH, QUICK_WIDTH, HEAD_SIZE = 128, 768, 32, 192, 64
-# The paper's table 2, in GB and in minutes: GPT-2 small, T=128.
-PAPER_RATIO_BYTES, PAPER_RATIO_TIME = 25.32 / 6.43, 8.21 / 4.76
+PROPOSAL, FUSED = "EReg(SM(t)+ScFuFFN)", "SM+ScFuFFN"
+LENGTH, QUICK_LENGTH, HEAD_SIZE = 128, 32, 64
+SIZES = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
+QUICK_SIZES = {"n_layer": 2, "n_embd": 192, "n_head": 3, "vocab_size": BLOCK_VOCABULARY}
 SOFTMAX_LENGTHS, SOFTMAX_WIDTH = (64, 128), 192
 SOFTMAX_STEPS = ("softmax", "maximum", "exponential", "division")
-# Of a block measured alone the vocabulary is of no account.
-VOCABULARY = 64
 SEQUENCE, RUNS = 32, 25
-LOGIT_BOUND = 2.0**20
-TIMEOUT_SECONDS = 1200
 
 console = Console()
 
@@ -106,8 +110,10 @@ class Record(StoredRecord):
     All that was measured, and where.
 
     Args:
-        blocks (`dict[str, InferenceCost]`): One block of each architecture, between two processes.
-        decoding (`InferenceCost`): One block for one more token, keys and values kept.
+        blocks (`dict[str, InferenceCost]`): Of each architecture a full block and the last one, between two processes.
+        ends ([`InferenceCost`]): The embedding and the head, between two processes.
+        whole ([`InferenceCost`], *optional*): A whole run of one architecture, between two processes.
+        decoding ([`InferenceCost`]): A full block for one more token, keys and values kept.
         softmax (`list[Softmax]`): In threads.
         agreement (`list[Agreement]`): In threads.
         git_revision (`str`, *optional*): Of this project.
@@ -117,64 +123,38 @@ class Record(StoredRecord):
     SCHEMA_VERSION: ClassVar[int] = 1
 
     blocks: dict[str, InferenceCost]
+    ends: InferenceCost
+    whole: InferenceCost | None
     decoding: InferenceCost
     softmax: list[Softmax]
     agreement: list[Agreement]
     git_revision: str | None
 
 
-def make_model(notation: str, length: int, width: int, layers: int = 1) -> EntropyGPTForCausalLM:
-    """Random weights, with embeddings so far apart that attention is not uniform."""
-    torch.manual_seed(0)
-    sizes = {"n_layer": layers, "n_embd": width, "n_head": width // HEAD_SIZE, "n_positions": length}
-    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
-    model = EntropyGPTForCausalLM(EntropyGPTConfig.from_notation(notation, **sizes, **tokens)).eval()
-    with torch.no_grad():
-        model.transformer.wte.weight *= 20
-    return model
-
-
-def ask(model: EntropyGPTForCausalLM, settings: PrivateSettings, length: int, new_tokens: int) -> InferenceCost:
-    """A random prompt, answered between two processes over the loopback: of one new token, all positions' logits."""
-    config, weights = prepare_weights(model)
-    prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
-    offer = Model(config, weights, settings, "", LOGIT_BOUND)
-    server = Server(offer, "127.0.0.1", 0, None, TIMEOUT_SECONDS, report=lambda line: None)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        client = Client(*server.address, None, TIMEOUT_SECONDS)
-        answers = length if new_tokens == 1 else 1
-        answer = client.ask(prompt, new_tokens, answers)
-        return answer.cost(client.terms, model.config.notation, length, answers, "loopback, two processes")
-    finally:
-        server.close()
-
-
-def block_cost(cost: InferenceCost, steps: list[StepCost], context: int) -> InferenceCost:
-    """The first block of what was asked."""
-    steps = [step for step in steps if step.layer == 0]
-    seconds = sum(step.seconds for step in steps)
-    return replace(cost, n_layer=1, context=context, answers=context, steps=steps, seconds=seconds)
-
-
-def measure_block(name: str, notation: str, settings: PrivateSettings, length: int, width: int) -> InferenceCost:
-    whole = ask(make_model(notation, length, width), settings, length, 1)
-    cost = block_cost(whole, whole.steps, length)
-    console.print(f"{name}: {cost.total_bytes / 1e6:.1f} MB, {cost.messages:,} messages, {cost.seconds:.1f} s")
+def measure(inference: Inference) -> InferenceCost:
+    cost = inference.measure()
+    console.print(f"{inference.title}: {cost.total_bytes / 1e6:.1f} MB, {cost.seconds:.1f} s")
     return cost
 
 
-def measure_decoding(length: int, width: int) -> InferenceCost:
+def full_block(cost: InferenceCost, steps: list[StepCost]) -> InferenceCost:
+    """The first of two blocks: the last one computes less."""
+    steps = [step for step in steps if step.layer == 0]
+    return replace(cost, n_layer=1, steps=steps, seconds=sum(step.seconds for step in steps))
+
+
+def measure_decoding(rows: list[Inference]) -> InferenceCost:
     """What a block takes for the last of the positions, after all the others."""
-    model = make_model("SM+ScFuFFN", length, width, layers=2)  # the first of two: the last one computes less
-    whole = ask(model, PrivateSettings(), length - 1, 2)
-    cost = block_cost(whole, whole.steps[len(whole.steps) // 2 :], length)
+    (row,) = (row for row in rows if row.title == FUSED)
+    whole = replace(take_blocks(row), context=row.context - 1).measure(new_tokens=2)
+    cost = replace(full_block(whole, whole.steps[len(whole.steps) // 2 :]), context=row.context)
     console.print(f"decoding: {cost.total_bytes / 1e6:.1f} MB, {cost.seconds:.1f} s")
     return cost
 
 
 def measure_softmax(length: int, log: EngineLog) -> Softmax:
-    model = make_model("SM", length, SOFTMAX_WIDTH)
+    sizes = {"n_layer": 1, "n_embd": SOFTMAX_WIDTH, "n_head": SOFTMAX_WIDTH // HEAD_SIZE}
+    model = make_random_model(make_config("SM", length, vocab_size=BLOCK_VOCABULARY, **sizes))
     config, weights = prepare_weights(model)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, length)
     with torch.no_grad():
@@ -225,11 +205,19 @@ def _perplexity(logits: torch.Tensor, tokens: np.ndarray) -> float:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), targets).exp().item()
 
 
+def sum_up(record: Record) -> PaperTable:
+    """The paper's table out of the record."""
+    rows = list_rows(NOTATIONS, LENGTH, **SIZES)
+    return PaperTable(add_up_all(rows, record.blocks, record.ends), record.ends, record.whole)
+
+
 def page(record: Record) -> str:
     """The page of the documentation that shows the record."""
-    today, proposal = record.blocks[TODAY], record.blocks[PROPOSAL]
-    rows = "\n".join(_block_row(name, cost, today) for name, cost in record.blocks.items())
-    like, ours = record.blocks["SM+LN+G"], proposal.total_bytes
+    blocks = {title: full_block(cost, cost.steps) for title, cost in record.blocks.items()}
+    today, alike, fused, proposal = (blocks[title] for title in (TODAY, PAPER_BASELINE, FUSED, PROPOSAL))
+    rows = "\n".join(_block_row(title, cost, today) for title, cost in blocks.items())
+    table = sum_up(record)
+    notes = "\n\n".join(table.notes)
     softmax = "\n".join(
         f"| {entry.length} | {entry.stock_bytes / 1e6:.1f} | {entry.bytes / 1e6:.1f} | "
         f"{entry.stock_bytes / entry.bytes:.2f} | {entry.stock_error:.4f} | {entry.error:.4f} |"
@@ -242,19 +230,19 @@ def page(record: Record) -> str:
         f"({entry.private_perplexity / entry.perplexity - 1:+.3%}) | {entry.out_of_range} |"
         for entry in record.agreement
     )
-    fused = record.blocks["SM+ScFuFFN"].total_bytes
-    set_up = statistics.median(cost.set_up_bytes for cost in record.blocks.values()) / 1e6
+    set_up = statistics.median(cost.set_up_bytes for cost in blocks.values()) / 1e6
     return f"""# What private inference takes
 
-Generated by `python -m evaluation.benchmarks.private_inference --models ...`; the figures are in
+Generated by `python -m evaluation.benchmarks.private_inference --models ... --full`; the figures are in
 `{RECORD.relative_to(ROOT).as_posix()}`. MB are 10^6 bytes, sent by both parties together.
 
 ## A block of GPT-2 small
 
 One block at T={today.context}, width {today.n_embd}, {today.n_head} heads, with random weights, between two
 processes over TCP on one machine's loopback, under {today.settings.protocol} with {today.settings.fraction_bits}
-fractional bits. The set-up of a connection, {set_up:.0f} MB, is apart. Projections are upper bounds: the seconds
-measured here and those of bytes and messages on a network of 1 Gbps and 1 ms (LAN) or 100 Mbps and 80 ms (WAN).
+fractional bits; the first of two, as the last block computes less. The set-up of a connection, {set_up:.0f} MB, is
+apart. Projections are upper bounds: the seconds measured here and those of bytes and messages on a network of 1 Gbps
+and 1 ms (LAN) or 100 Mbps and 80 ms (WAN).
 
 | block | MB | times fewer | messages | s | times faster | LAN, s | WAN, s | times faster |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -263,16 +251,21 @@ measured here and those of bytes and messages on a network of 1 Gbps and 1 ms (L
 "{TODAY}" is GELU by tanh and a softmax of all scores with one reciprocal a row; the others have the economies of
 `program.py`: the visible half of the scores alone, a polynomial exponential of four squares, division after the
 product with the values, GELU by ReLU and two squares. Against that block the proposal sends
-**{today.total_bytes / ours:.2f} times fewer bytes**; with the same economies on both sides,
-**{like.total_bytes / ours:.2f} times fewer**. The paper has {PAPER_RATIO_BYTES:.2f} for the whole model, and
-{PAPER_RATIO_TIME:.2f} in time. Temperatures of each position, which the proposal has and SM+ScFuFFN has not, are a
-product with private numbers; those of a head would be folded away.
+**{today.total_bytes / proposal.total_bytes:.2f} times fewer bytes**; with the same economies on both sides,
+**{alike.total_bytes / proposal.total_bytes:.2f} times fewer**. Temperatures of each position, which the proposal has
+and {FUSED} has not, are a product with private numbers; those of a head would be folded away.
 
 ![Where the bytes of a block go]({PICTURE.name})
 
-A block for one more token at T={record.decoding.context}, keys and values kept (SM+ScFuFFN):
+A block for one more token at T={record.decoding.context}, keys and values kept ({FUSED}):
 {record.decoding.total_bytes / 1e6:.1f} MB and {record.decoding.seconds:.1f} s,
-1/{fused / record.decoding.total_bytes:.1f} of computing all positions anew.
+1/{fused.total_bytes / record.decoding.total_bytes:.1f} of computing all positions anew.
+
+## GPT-2 small, whole
+
+{table_markdown(table)}
+
+{notes}
 
 ## Softmax
 
@@ -314,13 +307,14 @@ def _block_row(name: str, cost: InferenceCost, today: InferenceCost) -> str:
 
 def write(record: Record):
     PAGE.write_text(page(record), encoding="utf-8")
-    draw_costs(record.blocks, PICTURE)
+    draw_costs({title: full_block(cost, cost.steps) for title, cost in record.blocks.items()}, PICTURE)
 
 
 def main(
     models: Annotated[list[Path] | None, typer.Option(help="Trained models, for the agreement.")] = None,
     quick: Annotated[bool, typer.Option(help="Small blocks; writes nothing.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="Sequences of each model.")] = RUNS,
+    whole: Annotated[bool, typer.Option("--full", help="Run the cheapest architecture whole too.")] = False,
     redraw: Annotated[bool, typer.Option(help="Measure nothing; the page anew from the record.")] = False,
 ):
     """Measure what private inference takes."""
@@ -328,15 +322,17 @@ def main(
         write(Record.load(RECORD))
         return
     revision, log = git_revision(), EngineLog()
-    length, width = (QUICK_LENGTH, QUICK_WIDTH) if quick else (LENGTH, WIDTH)
+    rows = list_rows(NOTATIONS, QUICK_LENGTH, **QUICK_SIZES) if quick else list_rows(NOTATIONS, LENGTH, **SIZES)
     agreement = [measure_agreement(folder, log, runs) for folder in models or []]
     softmax = [measure_softmax(each, log) for each in (() if quick else SOFTMAX_LENGTHS)]
-    blocks = {TODAY: measure_block(TODAY, "SM+LN+G", TODAY_SETTINGS, length, width)}
-    for notation in BLOCKS:
-        blocks[notation] = measure_block(notation, notation, PrivateSettings(), length, width)
+    blocks = {row.title: measure(take_blocks(row)) for row in rows}
+    ends = measure(take_ends(rows[0]))
+    totals = {title: total.total_bytes for title, total in add_up_all(rows, blocks, ends).items()}
     record = Record(
         blocks=blocks,
-        decoding=measure_decoding(length, width),
+        ends=ends,
+        whole=measure(find_cheapest(rows, totals)) if whole else None,
+        decoding=measure_decoding(rows),
         softmax=softmax,
         agreement=agreement,
         git_revision=revision,

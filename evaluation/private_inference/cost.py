@@ -271,6 +271,7 @@ def as_private_cost(cost: InferenceCost) -> PrivateCost:
     return PrivateCost(
         protocol=cost.settings.protocol,
         context=cost.context,
+        answers=cost.answers,
         total_bytes=cost.total_bytes,
         rounds=cost.rounds,
         seconds=cost.seconds,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command_line.quickstart_job import ARCHITECTURES, CONVERTED, TARGET, slug
+from command_line.quickstart_job import ARCHITECTURES, CONVERTED, PRIVATE, TARGET, slug
 from evaluation.conversion_report import ConversionReport
 from evaluation.results import load_results
 
@@ -63,8 +63,14 @@ def test_everything_is_there(finished):
     assert "fresh process" in process.stdout
     if importlib.util.find_spec("spu") is None:
         assert "no private answers" in process.stdout
+        assert not any(result.costs for result in results)
     else:
         assert process.stdout.count("tokens are the same") == 2
+        costs = {result.name: result.costs for result in results if result.costs}
+        assert list(costs) == list(map(slug, PRIVATE))
+        for (cost,) in costs.values():
+            assert (cost.protocol, cost.answers, cost.network) == ("cheetah", 2, "loopback, two processes")
+            assert f"{cost.total_bytes / 1e6:.2f}" in process.stdout
         assert (output / "pictures" / "private_costs.png").stat().st_size > 5000
     assert str(output / "models") in process.stdout.replace("\n", "")
     assert not list(output.rglob("checkpoint-*"))
@@ -74,9 +80,11 @@ def test_everything_is_there(finished):
 def test_a_second_run_shows_the_same_without_training_anew(finished, text):
     output, process = finished
     before = {path: path.stat().st_mtime_ns for path in (output / "models").rglob("*")}
+    results = load_results(output / "results.json")
     again = run(text, output)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in (output / "models").rglob("*")} == before
+    assert load_results(output / "results.json") == results
     assert "training SM+LN+G" not in again.stdout
     shown, shown_again = (
         [line for line in text[text.index("architecture") :].splitlines() if line.strip()]

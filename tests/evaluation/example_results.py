@@ -125,6 +125,7 @@ def example_cost(gigabytes=25.32, minutes=8.21, **changes):
     plain = {
         "protocol": "cheetah",
         "context": 128,
+        "answers": 1,
         "total_bytes": round(gigabytes * 1e9),
         "rounds": round(1200 + 90 * gigabytes),
         "seconds": minutes * 60,

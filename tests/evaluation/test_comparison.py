@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 from evaluation.comparison import COLUMNS, comparison_markdown, comparison_rows, conditions_text
 from evaluation.model_card import model_card
 from evaluation.readme import QUICKSTART_RESULTS, README, update_readme
-from evaluation.results import load_results
+from evaluation.results import load_results, save_results
 from tests.evaluation.example_results import (
+    example_cost,
     example_heads,
     example_likelihood,
     example_result,
@@ -46,6 +47,22 @@ def test_the_table_has_every_number(result):
     )
     assert len(row) == len(COLUMNS)
     assert comparison_markdown([result]).splitlines()[2] == f"| {' | '.join(row)} |"
+
+
+def test_private_answers_have_a_column_where_there_are_any(result):
+    answered = dataclasses.replace(result, costs=[example_cost(0.0125, context=8, answers=2)])
+    head, _, *rows = comparison_markdown([result, answered]).splitlines()[:4]
+    assert head == f"| {' | '.join(COLUMNS)} | private answer (MB) |"
+    assert [row.split(" | ")[-1] for row in rows] == ["– |", "12.5 |"]
+    told = "protocol: cheetah; prompt: 8 tokens; answer: 2 tokens; versions: spu 0.9.5"
+    assert f"without the set-up of their connection ({told}). Versions: " in conditions_text([result, answered])
+    assert "rivate" not in comparison_markdown([result])
+
+
+def test_private_answers_of_unlike_conditions_are_refused(result):
+    results = [dataclasses.replace(result, costs=[example_cost(answers=answers)]) for answers in (1, 2)]
+    with pytest.raises(ValueError, match=r"private answers differ \(answer: 2 tokens, not 1 token\)"):
+        comparison_markdown([result, *results])
 
 
 def test_a_converted_model_is_shown_as_one_beside_those_from_scratch(result):
@@ -111,6 +128,15 @@ def test_the_readme_shows_the_committed_results(tmp_path):
     shutil.copy(README, copied)
     update_readme(copied)
     assert copied.read_text() == README.read_text(), "run: python -m evaluation.readme"
+
+
+def test_the_readme_shows_private_answers(result, tmp_path):
+    save_results([dataclasses.replace(result, costs=[example_cost()]), result], tmp_path / "results.json")
+    shutil.copy(README, tmp_path / "README.md")
+    update_readme(tmp_path / "README.md", tmp_path / "results.json")
+    text = (tmp_path / "README.md").read_text()
+    assert "| training (s) | private answer (MB) |" in text
+    assert "| 25,320.0 |" in text
 
 
 def test_a_readme_without_a_place_for_the_table_is_refused(tmp_path):

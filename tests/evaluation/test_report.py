@@ -158,10 +158,20 @@ def test_scores_have_their_standard_errors():
 
 
 def test_every_private_inference_is_listed():
-    results = [example_result("a", costs=[example_cost(1), example_cost(2, protocol="other")]), example_result("b")]
-    assert [(row[0].text, row[1].text, row[3].text) for row in cost_table(results).rows] == [
-        *(("a", "cheetah", "1.000"), ("a", "other", "2.000")),
+    costs = [example_cost(1), example_cost(2, protocol="other", context=8, answers=2)]
+    table = cost_table([example_result("a", costs=costs), example_result("b")])
+    assert [[cell.text for cell in row[:5]] for row in table.rows] == [
+        ["a", "cheetah", "128", "1", "1.000"],
+        ["a", "other", "8", "2", "2.000"],
     ]
+
+
+def test_answers_of_unlike_lengths_are_not_compared():
+    costs = {"first": example_cost(3), "second": example_cost(2), "longer": example_cost(1, answers=2)}
+    table = comparison_table([example_result(name, costs=[cost]) for name, cost in costs.items()])
+    assert cells(table, "second", "sent (GB)").is_best
+    assert not cells(table, "longer", "sent (GB)").is_best
+    assert table.notes[cells(table, "longer", "sent (GB)").note] == "answer: 2 tokens, not 1 token"
 
 
 def test_the_summary_tells_the_numbers():

@@ -1,0 +1,189 @@
+"""One model asked in four ways that answer alike: in the clear, emulated, in one process, and between two."""
+
+import contextlib
+import copy
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+
+from .cost import InferenceCost
+from .engine import EngineLog, check_engine
+from .errors import PrivateInferenceError
+from .fixed_point import emulate
+from .local import infer_locally
+from .program import prepare_weights
+from .session import Answer, Terms, check_request
+from .settings import PARTIES, RING_BITS, PrivateSettings
+from .two_party import Client, Model, Server
+
+
+PLAINTEXT, EMULATED, IN_PROCESS, TWO_PARTY = MODES = ("plaintext", "emulated", "in_process", "two_party")
+# Those that the engine computes, and what connects its parties.
+NETWORKS = {IN_PROCESS: "threads of one process", TWO_PARTY: "loopback, two processes"}
+# No logit is beyond it: answers are shown as they are in every mode, and none is computed twice.
+LOGIT_BOUND = 2.0**RING_BITS
+TIMEOUT_SECONDS = 1200
+# What a server may take to tell why it ended: its client may know of the end before.
+SILENCE_SECONDS = 2
+
+
+@dataclass(frozen=True)
+class InferenceResult:
+    """
+    What a model says to some prompts.
+
+    Args:
+        mode (`str`): One of `MODES`.
+        answers (`list[np.ndarray]`): Of each prompt, logits `(answers, vocabulary)` in float32.
+        seconds (`float`): By the clock for all prompts, with compiling and set-up.
+        costs (`list[InferenceCost]`, *optional*):
+            Of each prompt; `None` where nothing is sent. Prompts of one length that follow one another share their
+            set-up in one process, and have each their own between two.
+    """
+
+    mode: str
+    answers: list[np.ndarray]
+    seconds: float
+    costs: list[InferenceCost] | None
+
+
+class PrivateModel:
+    """
+    A model as it is now, with the settings of its private inference; what becomes of the model later is not seen.
+
+    Args:
+        model ([`EntropyGPTForCausalLM`]): Such as [`load_language_model`] loads, a GPT-2 too.
+        settings ([`PrivateSettings`], *optional*): The defaults without.
+
+    Raises:
+        `PrivateInferenceError`: If an operation of the model has no private form, or the answers are tokens alone.
+        `ConversionError`: As [`prepare_weights`].
+    """
+
+    def __init__(self, model: EntropyGPTForCausalLM, settings: PrivateSettings | None = None):
+        self.settings = settings or PrivateSettings()
+        if self.settings.answer != "logits":
+            raise PrivateInferenceError(f"answer={self.settings.answer!r} can't be compared: use answer='logits'.")
+        self.config, self.weights = prepare_weights(model)
+        self._model = copy.deepcopy(model).float().eval()
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those of `MODES` that the protocol has."""
+        return tuple(mode for mode in MODES if mode != TWO_PARTY or PARTIES[self.settings.protocol] == 2)
+
+    def infer(self, prompts: Sequence[Sequence[int]], mode: str, answers: int = 1) -> InferenceResult:
+        """
+        Args:
+            prompts (`Sequence[Sequence[int]]`): Tokens of each.
+            mode (`str`):
+                "plaintext" (the model itself), "emulated" (the ring in numpy), "in_process" (all parties of the
+                protocol as threads; the engine's log of this process is taken over) or "two_party" (a server and a
+                client on the loopback, whose engines are processes of their own).
+            answers (`int`): Of so many last positions the logits are wanted.
+
+        Raises:
+            `PrivateInferenceError`: If the protocol has no such mode, the model can't answer so much, the engine is
+                not installed, or it fails.
+        """
+        prompts = [[int(token) for token in prompt] for prompt in prompts]
+        self._check(prompts, mode, answers)
+        ask = {
+            PLAINTEXT: self._compute,
+            EMULATED: self._emulate,
+            IN_PROCESS: self._ask_threads,
+            TWO_PARTY: self._ask_processes,
+        }
+        started = time.perf_counter()
+        found = list(ask[mode](prompts, answers))
+        seconds, costs = time.perf_counter() - started, None
+        if mode in NETWORKS:
+            terms, notation = Terms(self.config, self.settings, "", LOGIT_BOUND), self._model.config.notation
+            costs = [
+                answer.cost(terms, notation, len(prompt), answers, NETWORKS[mode])
+                for prompt, answer in zip(prompts, found, strict=True)
+            ]
+        return InferenceResult(mode, [answer.logits[0].astype(np.float32) for answer in found], seconds, costs)
+
+    def _check(self, prompts: list[list[int]], mode: str, answers: int):
+        if mode not in self.modes:
+            raise PrivateInferenceError(
+                f"mode={mode!r} is not possible with the protocol {self.settings.protocol}, which has "
+                f"{', '.join(self.modes)}."
+            )
+        if answers < 1:
+            raise PrivateInferenceError(f"answers={answers} is no positive number.")
+        for prompt in prompts:
+            check_request(self.config, self.settings, len(prompt), 1, answers)
+            if unknown := [token for token in prompt if not 0 <= token < self.config.vocab_size]:
+                raise PrivateInferenceError(
+                    f"token {unknown[0]} is not one of the model's, which go from 0 to {self.config.vocab_size - 1}."
+                )
+        if mode in NETWORKS:
+            check_engine()
+
+    @torch.no_grad()
+    def _compute(self, prompts: list[list[int]], answers: int) -> Iterator[Answer]:
+        for prompt in prompts:
+            logits = self._model(torch.tensor([prompt]), use_cache=False).logits[0, -answers:]
+            yield Answer(logits=[logits.numpy()])
+
+    def _emulate(self, prompts: list[list[int]], answers: int) -> Iterator[Answer]:
+        for seed, prompt in enumerate(prompts):
+            yield Answer(logits=[emulate(self.config, self.weights, self.settings, prompt, answers, seed)])
+
+    def _ask_threads(self, prompts: list[list[int]], answers: int) -> Iterator[Answer]:
+        log = EngineLog()
+        for _, alike in itertools.groupby(prompts, key=len):
+            run = infer_locally(self.config, self.weights, self.settings, list(alike), answers, log)
+            for logits, steps in zip(run.answers, run.steps, strict=True):
+                yield Answer(logits=[logits], set_up=run.set_up, steps=steps)
+
+    def _ask_processes(self, prompts: list[list[int]], answers: int) -> Iterator[Answer]:
+        with serve_on_loopback(Model(self.config, self.weights, self.settings, "", LOGIT_BOUND)) as address:
+            for prompt in prompts:
+                client = Client(*address, None, TIMEOUT_SECONDS, self.settings.protocol)
+                yield client.ask(prompt, answers=answers)
+
+
+@contextlib.contextmanager
+def serve_on_loopback(model: Model, timeout_seconds: int = TIMEOUT_SECONDS) -> Iterator[tuple[str, int]]:
+    """
+    A server in a thread of this process, for as long as the context lasts.
+
+    Args:
+        model ([`Model`]): What it offers.
+        timeout_seconds (`int`): For which nothing may happen in an inference.
+
+    Returns:
+        `tuple[str, int]`: Its address.
+
+    Raises:
+        `PrivateInferenceError`: What is raised within, with the server's last word.
+    """
+    said: queue.Queue[str] = queue.Queue()
+    server = Server(model, "127.0.0.1", 0, None, timeout_seconds, report=said.put)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.address
+    except PrivateInferenceError as error:
+        raise PrivateInferenceError(f"{error} The server: {_last_word(said)}") from error
+    finally:
+        server.close()
+
+
+def _last_word(said: queue.Queue) -> str:
+    """The last line, once there comes no other."""
+    word = "nothing"
+    with contextlib.suppress(queue.Empty):
+        while True:
+            word = said.get(timeout=SILENCE_SECONDS)
+    return word
