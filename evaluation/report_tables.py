@@ -329,7 +329,10 @@ def _comparison_remarks(results: list[ModelResult]) -> dict[str, str]:
     )
     costs = [cost for cost in main_costs(results) if cost is not None]
     if costs:
-        remarks[COSTS] = f"{_list_common(costs, duration_facts)}. Sent: by all parties together."
+        remarks[COSTS] = (
+            f"{_list_common(costs, duration_facts)}. Sent: by all parties together, without the set-up of their "
+            "connection."
+        )
     parts = {
         PREDICTION: {_origin(result.likelihood.conditions) for result in predicted},
         HEADS: {_origin(result.heads.conditions) for result in with_heads},

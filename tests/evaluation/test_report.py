@@ -326,7 +326,7 @@ costs = st.builds(
 @st.composite
 def model_results(draw):
     return example_result(
-        draw(st.text(max_size=20).filter(lambda name: name.isprintable())),
+        draw(st.text(max_size=20).filter(lambda name: name.isprintable() and "None" not in name)),
         draw(st.sampled_from(["SM+LN+G", "SM", "EReg(SM(t)+ScFuFFN)"])),
         training=draw(st.none() | st.builds(example_training, converted_from=st.sampled_from([None, "SM+LN+G"]))),
         likelihood=draw(st.none() | likelihoods()),
