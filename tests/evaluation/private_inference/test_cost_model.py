@@ -108,6 +108,23 @@ def test_small_products_take_from_the_stock_and_large_ones_do_not():
     assert large.counts == {SHARED_BATCHES: 2, TRUNCATED: 16384}
 
 
+def test_long_squares_fill_their_ciphertexts():
+    whole, more, much_more = (counting() for _ in range(3))
+    for ops, numbers in ((whole, 16384), (more, 16384 + 100), (much_more, 16384 + 9000)):
+        assert ops.square(make_shape((numbers,))).shape == (numbers,)
+    assert (whole.counts[OWNED_BATCHES], whole.counts[OPENED]) == (2, 0)
+    assert (more.counts[OWNED_BATCHES], more.counts[OPENED]) == (2, 100)
+    assert (much_more.counts[OWNED_BATCHES], much_more.counts[OPENED]) == (4, 0)
+
+
+def test_the_largest_of_visible_scores_takes_no_comparison_more():
+    config = make_config("SM", n_layer=2)
+    first = next(
+        counts for step, counts in count_steps(config, PrivateSettings(), SPAN) if step.operation == "maximum"
+    )
+    assert first[COMPARED] == config.n_head * LENGTH * (LENGTH - 1) // 2
+
+
 @pytest.mark.parametrize("notation", ARCHITECTURES)
 @pytest.mark.parametrize("private", [PrivateSettings(answer="token"), PrivateSettings(softmax="stock", gelu="tanh")])
 def test_every_step_of_every_architecture_has_a_price(notation, private):

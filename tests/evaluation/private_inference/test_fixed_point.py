@@ -260,6 +260,11 @@ OPERATIONS = {
     "matmul": lambda ops, x, y: ops.matmul(x.reshape(20, 50), y.reshape(50, 20)),
     "scale": lambda ops, x, y: ops.scale(x, 0.044715),
     "square": lambda ops, x, y: ops.square(y),
+    # Of so many numbers in whole ciphertexts, and the rest apart.
+    "long square": lambda ops, x, y: ops.square(ops.xp.concatenate([y] * 17)),
+    "product with one number": lambda ops, x, y: ops.scale_all(x, y[:1]),
+    "larger": lambda ops, x, y: ops.larger(x, y),
+    "reciprocal of a sum": lambda ops, x, y: program.reciprocal_up_to(ops, sums(ops, y), 99),
     "exp": lambda ops, x, y: ops.exp(y - ops.positive_part(y) - ops.positive_part(y)),
     "reciprocal": lambda ops, x, y: ops.reciprocal(x),
     "divide": lambda ops, x, y: ops.divide(y, x),
@@ -271,6 +276,11 @@ OPERATIONS = {
     "GELU by erf": lambda ops, x, y: program.erf_gelu(ops, y),
     "LayerNorm": lambda ops, x, y: program.normalize(ops, y.reshape(20, 50), 1e-5),
 }
+
+
+def sums(ops, y):
+    """A column of numbers from 1 to 99."""
+    return ops.at_most(ops.multiply(y, y), 98.0)[:, None] + 1.0
 
 
 def every_operation(ops, x, y):
