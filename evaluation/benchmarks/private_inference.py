@@ -1,12 +1,14 @@
 """What private inference takes: GPT-2 small in blocks and whole, softmax, decoding, and agreement.
 
-python -m evaluation.benchmarks.private_inference --models DIR --models DIR --full    measures all
-python -m evaluation.benchmarks.private_inference --quick             small blocks alone, nothing written
-python -m evaluation.benchmarks.private_inference --redraw            the page anew from the record
+python -m evaluation.benchmarks.private_inference --models DIR --models DIR --full    measures all, or what is left
+python -m evaluation.benchmarks.private_inference --quick                             small blocks, nothing written
+python -m evaluation.benchmarks.private_inference --redraw                            the page anew from the record
 """
 
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -39,14 +41,17 @@ from evaluation.private_inference.paper_table import (
 from evaluation.private_inference.program import prepare_weights
 from evaluation.private_inference.settings import PrivateSettings
 from evaluation.records import RECORD as CONFIG
-from evaluation.records import StoredRecord
+from evaluation.records import StoredRecord, load_record, save_record
 from evaluation.results import git_revision
+from training.files import written_whole
 
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "model_cards" / "results" / "private_inference.json"
 PAGE = ROOT / "docs" / "private_costs.md"
 PICTURE = ROOT / "docs" / "private_costs.png"
+# Parts of a record that is not whole yet.
+PARTS = ROOT / "runs" / "private_inference"
 
 PROPOSAL, FUSED = "EReg(SM(t)+ScFuFFN)", "SM+ScFuFFN"
 LENGTH, QUICK_LENGTH, HEAD_SIZE = 128, 32, 64
@@ -54,7 +59,7 @@ SIZES = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
 QUICK_SIZES = {"n_layer": 2, "n_embd": 192, "n_head": 3, "vocab_size": BLOCK_VOCABULARY}
 SOFTMAX_LENGTHS, SOFTMAX_WIDTH = (64, 128), 192
 SOFTMAX_STEPS = ("softmax", "maximum", "exponential", "division")
-SEQUENCE, RUNS = 32, 25
+SEQUENCE, RUNS = 16, 25
 
 console = Console()
 
@@ -321,27 +326,54 @@ def main(
     if redraw:
         write(Record.load(RECORD))
         return
-    revision, log = git_revision(), EngineLog()
-    rows = list_rows(NOTATIONS, QUICK_LENGTH, **QUICK_SIZES) if quick else list_rows(NOTATIONS, LENGTH, **SIZES)
-    agreement = [measure_agreement(folder, log, runs) for folder in models or []]
-    softmax = [measure_softmax(each, log) for each in (() if quick else SOFTMAX_LENGTHS)]
-    blocks = {row.title: measure(take_blocks(row)) for row in rows}
-    ends = measure(take_ends(rows[0]))
-    totals = {title: total.total_bytes for title, total in add_up_all(rows, blocks, ends).items()}
-    record = Record(
-        blocks=blocks,
-        ends=ends,
-        whole=measure(find_cheapest(rows, totals)) if whole else None,
-        decoding=measure_decoding(rows),
-        softmax=softmax,
-        agreement=agreement,
-        git_revision=revision,
-    )
     if quick:
+        for row in list_rows(NOTATIONS, QUICK_LENGTH, **QUICK_SIZES):
+            measure(take_blocks(row))
         return
+    record = measure_all(models or [], runs, whole)
     record.save(RECORD)
     write(record)
     console.print(f"written: {RECORD}, {PAGE}, {PICTURE}")
+
+
+def measure_all(models: list[Path], runs: int, whole: bool) -> Record:
+    """
+    Part after part; those that an interrupted run of the same revision has measured are taken from there.
+
+    Raises:
+        `ValueError`: If the working tree has changes, so that no revision says what was measured.
+    """
+    revision, log = git_revision(), EngineLog()
+    if revision is None or revision.endswith("+changes"):
+        raise ValueError(f"revision {revision}: commit first, so that the record can name what was measured.")
+    keep = partial(measure_once, PARTS / revision)
+    rows = list_rows(NOTATIONS, LENGTH, **SIZES)
+    blocks = {row.title: keep(row.title, InferenceCost, lambda row=row: measure(take_blocks(row))) for row in rows}
+    ends = keep("ends", InferenceCost, lambda: measure(take_ends(rows[0])))
+    totals = {title: total.total_bytes for title, total in add_up_all(rows, blocks, ends).items()}
+    cheapest = find_cheapest(rows, totals)
+    return Record(
+        blocks=blocks,
+        ends=ends,
+        whole=keep("whole", InferenceCost, lambda: measure(cheapest)) if whole else None,
+        decoding=keep("decoding", InferenceCost, lambda: measure_decoding(rows)),
+        softmax=[keep(f"softmax {each}", Softmax, partial(measure_softmax, each, log)) for each in SOFTMAX_LENGTHS],
+        agreement=[
+            keep(f"{folder.name}, {runs} runs", Agreement, partial(measure_agreement, folder, log, runs))
+            for folder in models
+        ],
+        git_revision=revision,
+    )
+
+
+def measure_once(folder: Path, name: str, type_: type, measure: Callable):
+    """A part of the record: what is in the folder, or else what is measured now and put there."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        result = measure()
+        with written_whole(path) as place:
+            save_record(result, type_, name, Record.SCHEMA_VERSION, place)
+    return load_record(type_, name, Record.SCHEMA_VERSION, path)
 
 
 if __name__ == "__main__":
