@@ -171,7 +171,7 @@ def cost_table(results: list[ModelResult]) -> Table | None:
         ],
         remarks={
             "Sent": "By all parties together, without the set-up of their connection.",
-            "Rounds": "Times that a party has to wait for another, at most.",
+            "Rounds": "About how often a message has to travel there and back.",
         },
     )
 

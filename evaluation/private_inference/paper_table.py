@@ -177,8 +177,8 @@ class PaperTable:
             "MB are 10^6 bytes, sent by both parties together, for the logits of one token after "
             f"{self.baseline.context}; the set-up of a connection, {set_up:.0f} MB, is apart. A model is the sum of "
             "its blocks, of which one of each kind and the last one were measured, of the norm before the head, the "
-            "embedding and the head. Seconds on a network are upper bounds: those measured, and those that bytes and "
-            "messages take there."
+            "embedding and the head. Seconds on a network are estimates: those measured, and those that bytes and "
+            "round trips take there."
         )
 
     def _describe_ends(self) -> str:
