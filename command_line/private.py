@@ -39,6 +39,13 @@ Timeout = Annotated[int, typer.Option(min=1, help="Seconds for which nothing may
 NewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Tokens of the answer; their number is public.")
 ]
+Networks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--network",
+        help="What to tell seconds for, in place of LAN and WAN: a bandwidth and a round trip, such as 300Mbps,20ms.",
+    ),
+]
 TokenizerPlace = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")]
 ProtocolOption = Annotated[
     TwoPartyProtocol,
@@ -112,6 +119,7 @@ def ask(
     insecure: Insecure = False,
     new_tokens: NewTokens = 1,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
+    networks: Networks = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the costs go, as JSON.")] = None,
     timeout: Timeout = 600,
 ):
@@ -133,6 +141,7 @@ def ask(
         protocol.value,
         output,
         timeout,
+        networks or [],
     )
 
 
@@ -145,6 +154,7 @@ def demo(
     embedding: EmbeddingOption = Embedding.one_hot,
     answer: AnswerOption = Learned.logits,
     tokenizer: TokenizerPlace = None,
+    networks: Networks = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the costs go, as JSON.")] = None,
     timeout: Timeout = 600,
 ):
@@ -156,7 +166,7 @@ def demo(
     from .private_job import demo as run
 
     settings = {"protocol": protocol.value, "embedding": embedding.value, "answer": answer.value}
-    run(model, prompt, new_tokens, settings, tokenizer, output, timeout)
+    run(model, prompt, new_tokens, settings, tokenizer, output, timeout, networks or [])
 
 
 @private.command()

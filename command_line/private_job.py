@@ -23,7 +23,9 @@ from evaluation.private_inference.cost import (
     TABLE_COLUMNS,
     WAN,
     InferenceCost,
+    Network,
     by_operation,
+    parse_network,
     project,
     set_up_by_operation,
     table_rows,
@@ -123,13 +125,15 @@ def ask(
     protocol: str,
     output: Path | None,
     timeout: int,
+    networks: list[str],
 ):
     """
     Asks a server, and shows its answer and what it cost.
 
     Raises:
-        `CommandError`: If there is no answer.
+        `CommandError`: If there is no answer, or a network is not known.
     """
+    shown = _read_networks(networks)
     try:
         check_engine()
         (host, port), files = _network(address, tls, insecure)
@@ -140,7 +144,7 @@ def ask(
     except PrivateInferenceError as error:
         raise CommandError(str(error)) from error
     print_answer(prompt, found)
-    _print_costs(found)
+    _print_costs(found, shown)
     _save(found.cost, output)
 
 
@@ -152,16 +156,18 @@ def demo(
     tokenizer: str | None,
     output: Path | None,
     timeout: int,
+    networks: list[str],
 ):
     """
     Serves and asks on this machine, and compares with the model in the clear.
 
     Raises:
-        `CommandError`: As [`demonstrate`].
+        `CommandError`: As [`demonstrate`], or if a network is not known.
     """
+    shown = _read_networks(networks)
     found = demonstrate(source, prompt, new_tokens, settings, tokenizer, timeout)
     print_answer(prompt, found)
-    _print_costs(found)
+    _print_costs(found, shown)
     _save(found.cost, output)
 
 
@@ -197,6 +203,14 @@ def demonstrate(
         process.wait()
     found.agreement = _compare(model, words(prompt)["input_ids"], answer)
     return found
+
+
+def _read_networks(texts: list[str]) -> list[Network]:
+    """Those that are named, or LAN and WAN."""
+    try:
+        return [parse_network(text) for text in texts] or [LAN, WAN]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _network(address: str, tls: TLSOptions, insecure: bool) -> tuple[tuple[str, int], TLSFiles | None]:
@@ -316,13 +330,13 @@ def _compare(model: EntropyGPTForCausalLM, prompt: list[int], answer: Answer) ->
     return f"in the clear, {behind.count(0)} of {len(behind)} tokens are the same{found}"
 
 
-def _print_costs(found: PrivateAnswer):
+def _print_costs(found: PrivateAnswer, networks: list[Network]):
     cost = found.cost
     console.print(f"{found.seconds:.1f} s in all, with compiling and set-up")
     console.print(make_table(("operation", *TABLE_COLUMNS), table_rows(by_operation(cost))))
     console.print(make_table(("once a connection", *TABLE_COLUMNS), table_rows(set_up_by_operation(cost))[-1:]))
-    for network in (LAN, WAN):
-        console.print(f"on a {network.name}: about {project(cost, network):,.0f} s (at most; see docs)")
+    for network in networks:
+        console.print(f"on {network.name}: about {project(cost, network):,.0f} s", highlight=False)
 
 
 def _save(cost: InferenceCost, output: Path | None):

@@ -26,6 +26,8 @@ TO_SERVER, TO_CLIENT = "to_server", "to_client"
 BUFFER_BYTES = 2**18
 # For which an engine is waited for that does not listen yet, and a connection in reserve.
 PATIENCE_SECONDS = 60
+# That a client may make for an inference. Each engine makes one to the other, and a few more if that fails.
+MAX_STREAMS = 16
 FRAME = struct.Struct(">I")
 BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -168,6 +170,7 @@ class ServerTunnel(Tunnel):
 
     def __init__(self, session_token: str, engine_port: int):
         self._reserve: queue.Queue[Channel | None] = queue.Queue()
+        self._streams_left = MAX_STREAMS
         super().__init__(session_token, engine_port)
 
     def attach(self, channel: Channel, direction: object):
@@ -175,11 +178,14 @@ class ServerTunnel(Tunnel):
         Takes over a connection that the client made for a stream.
 
         Raises:
-            `PrivateInferenceError`: If it has no such direction, or the tunnel was closed.
+            `PrivateInferenceError`: If it has no such direction, there were too many, or the tunnel was closed.
         """
         with self._lock:
             if self._closed:
                 raise PrivateInferenceError("a stream belongs to no inference.")
+            if not self._streams_left:
+                raise PrivateInferenceError(f"an inference needs no more than {MAX_STREAMS} streams.")
+            self._streams_left -= 1
             if direction == TO_CLIENT:
                 self._reserve.put(channel)
                 return

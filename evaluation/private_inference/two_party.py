@@ -14,7 +14,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,6 +102,8 @@ class Server:
         self.address = self.listener.address
         self._busy = threading.Lock()
         self._greetings = threading.Semaphore(MAX_GREETINGS)
+        self._lock = threading.Lock()
+        self._channels: set[Channel] = set()
         self._closed = False
         self._tunnel: ServerTunnel | None = None
 
@@ -121,16 +123,38 @@ class Server:
             threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
 
     def close(self):
-        self._closed = True
+        """Ends all that goes on, and waits until an inference has left nothing behind."""
+        with self._lock:
+            self._closed = True
+            channels = list(self._channels)
         self.listener.close()
+        for channel in channels:
+            channel.close()
+        if self._busy.acquire(timeout=PARTING_SECONDS):
+            self._busy.release()
 
     def _greet(self, connection: socket.socket):
         try:
-            self._hear(self.listener.welcome(connection))
+            channel = self.listener.welcome(connection)
+            with self._heard(channel):
+                self._hear(channel)
         except (PrivateInferenceError, OSError) as error:
             self.report(f"a connection was refused: {error}")
         finally:
             self._greetings.release()
+
+    @contextlib.contextmanager
+    def _heard(self, channel: Channel) -> Iterator[None]:
+        """Within, [`Server.close`] closes the channel."""
+        with self._lock:
+            self._channels.add(channel)
+            if self._closed:
+                channel.close()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._channels.discard(channel)
 
     def _hear(self, channel: Channel):
         try:
@@ -277,32 +301,35 @@ class Client:
         Raises:
             `PrivateInferenceError`: As [`run_party`], and if the model can't answer so much.
         """
-        terms = self.terms
-        check_request(terms.config, terms.settings, len(prompt), new_tokens, answers)
-        request = {"length": len(prompt), "new_tokens": new_tokens, "answers": answers}
-        self.channel.send({"kind": "request", **request})
-        session = self.channel.receive(HANDSHAKE_SECONDS, ("accepted",)).get("session")
+        with contextlib.closing(self):
+            check_request(self.terms.config, self.terms.settings, len(prompt), new_tokens, answers)
+            request = {"length": len(prompt), "new_tokens": new_tokens, "answers": answers}
+            self.channel.send({"kind": "request", **request})
+            session = self.channel.receive(HANDSHAKE_SECONDS, ("accepted",)).get("session")
+            return self._infer(str(session), prompt, new_tokens, answers, on_event)
+
+    def _infer(
+        self, session: str, prompt: list[int], new_tokens: int, answers: int, on_event: Callable[[dict], None]
+    ) -> Answer:
         own_port = free_port()
-        tunnel = ClientTunnel(self._connect, str(session), own_port)
-        try:
-            with tempfile.TemporaryDirectory(prefix="entropy-gpt-client-") as folder:
-                job = Job(
-                    rank=CLIENT,
-                    config=json.loads(terms.config.to_json_string(use_diff=False)),
-                    settings=terms.settings,
-                    prompt_length=len(prompt),
-                    new_tokens=new_tokens,
-                    answers=answers,
-                    timeout_seconds=self.timeout_seconds,
-                    logit_bound=terms.logit_bound,
-                    prompt=prompt,
-                    logits=Path(folder),
-                )
-                answer = run_party(job, self.channel, tunnel, own_port, on_event)
-                answer.logits = [np.load(path) for path in sorted(Path(folder).glob("*.npy"), key=_index)]
-        finally:
-            tunnel.close()
-            self.channel.close()
+        with (
+            contextlib.closing(ClientTunnel(self._connect, session, own_port)) as tunnel,
+            tempfile.TemporaryDirectory(prefix="entropy-gpt-client-") as folder,
+        ):
+            job = Job(
+                rank=CLIENT,
+                config=json.loads(self.terms.config.to_json_string(use_diff=False)),
+                settings=self.terms.settings,
+                prompt_length=len(prompt),
+                new_tokens=new_tokens,
+                answers=answers,
+                timeout_seconds=self.timeout_seconds,
+                logit_bound=self.terms.logit_bound,
+                prompt=prompt,
+                logits=Path(folder),
+            )
+            answer = run_party(job, self.channel, tunnel, own_port, on_event)
+            answer.logits = [np.load(path) for path in sorted(Path(folder).glob("*.npy"), key=_index)]
         return answer
 
     def close(self):

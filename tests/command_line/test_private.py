@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line.main import main
 from evaluation.private_inference.cost import InferenceCost
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.tokenizer import train_tokenizer
@@ -75,6 +76,20 @@ class TestMisuse:
     def _engine(self):
         pytest.importorskip("spu")
 
+    @pytest.fixture
+    def complaint(self, monkeypatch, capsys):
+        """The one line that a command in this process leaves when it fails."""
+
+        def run_here(*arguments) -> str:
+            monkeypatch.setattr(sys, "argv", ["entropy-gpt", "private", *map(str, arguments)])
+            capsys.readouterr()
+            assert main() == 1
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert line.startswith("entropy-gpt: ")
+            return line
+
+        return run_here
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -84,31 +99,36 @@ class TestMisuse:
             (["--listen", "127.0.0.1:0", "--cert", "missing.pem"], "TLS needs all three of --cert, --key and --ca"),
         ],
     )
-    def test_of_addresses_and_certificates(self, model, arguments, message):
-        assert message in complaint(run("serve", model, *arguments))
+    def test_of_addresses_and_certificates(self, model, arguments, message, complaint):
+        assert message in complaint("serve", model, *arguments)
 
-    def test_a_port_in_use(self, model):
+    def test_a_port_in_use(self, model, complaint):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             address = f"127.0.0.1:{taken.getsockname()[1]}"
-            line = complaint(run("serve", model, "--listen", address))
+            line = complaint("serve", model, "--listen", address)
         assert address in line
         assert "in use" in line
 
-    def test_no_server_and_no_model(self, model, tmp_path):
-        assert "no server at 127.0.0.1:1" in complaint(
-            run("ask", PROMPT, "--connect", "127.0.0.1:1", "--tokenizer", model)
-        )
-        complaint(run("demo", tmp_path))
+    def test_no_server_and_no_model(self, model, tmp_path, complaint):
+        assert "no server at 127.0.0.1:1" in complaint("ask", PROMPT, "--connect", "127.0.0.1:1", "--tokenizer", model)
+        complaint("demo", tmp_path)
 
-    def test_an_activation_without_a_private_form(self, tmp_path, text):
+    @pytest.mark.parametrize(
+        "command", [["demo", "nowhere"], ["ask", PROMPT, "--connect", "127.0.0.1:1", "--tokenizer", "nowhere"]]
+    )
+    def test_a_network_that_is_none(self, command, complaint):
+        line = complaint(*command, "--network", "LAN", "--network", "100Mbps")
+        assert "network '100Mbps' is not known: give LAN (1Gbps,1ms)" in line
+
+    def test_an_activation_without_a_private_form(self, tmp_path, text, complaint):
         source = "\n".join(path.read_text() for path in text.iterdir())
         folder = save_model(tmp_path, source, "SM+LN+G", activation="silu")
-        assert "activation_function='silu' has no private form" in complaint(run("demo", folder))
+        assert "activation_function='silu' has no private form" in complaint("demo", folder)
 
-    def test_weights_out_of_range(self, tmp_path, text):
+    def test_weights_out_of_range(self, tmp_path, text, complaint):
         source = "\n".join(path.read_text() for path in text.iterdir())
         folder = save_model(tmp_path, source, factor=1e5)
-        assert "does not fit the ring" in complaint(run("demo", folder))
+        assert "does not fit the ring" in complaint("serve", folder, "--listen", "127.0.0.1:0")
 
 
 @pytest.mark.private
@@ -119,9 +139,12 @@ class TestTwoProcesses:
 
     def test_the_demonstration_agrees_and_records_its_cost(self, model, tmp_path):
         output = tmp_path / "cost.json"
-        result = run("demo", model, "--max-new-tokens", 2, "--output", output)
+        networks = ("--network", "300Mbps,20ms", "--network", "lan")
+        result = run("demo", model, "--max-new-tokens", 2, "--output", output, *networks)
         assert result.returncode == 0, result.stderr
         assert "in the clear, 2 of 2 tokens are the same" in result.stdout
+        shown = [line.partition(": about ")[0] for line in result.stdout.splitlines() if ": about " in line]
+        assert shown == ["on 300Mbps,20ms", "on LAN"]
         cost = InferenceCost.load(output)
         assert cost.total_bytes > 0
         assert cost.set_up_bytes > 0

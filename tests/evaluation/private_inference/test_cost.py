@@ -69,8 +69,25 @@ def test_totals_leave_the_set_up_out():
     assert cost.total_bytes == 8_000_000
     assert cost.set_up_bytes == 23_000_000
     assert cost.messages == 2 + 3 + 20 + 21 + 2 + 2 + 18 + 17
-    assert cost.rounds == 2 + 20 + 2 + 17
+    assert [step.pairs for step in cost.steps] == [2, 20, 2, 17, 0]
+    assert cost.rounds == round(0.6 * 41)
     assert [part.name for part in set_up_by_operation(cost)] == ["set-up"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "sent", "received", "pairs"),
+    [
+        ("embedding", 933, 2214, 3),
+        ("query, key, value", 932, 932, 2),
+        ("FFN", 3, 1284, 3),
+        ("activation", 1381, 100, 100),
+        ("activation", 3 * 1281 + 98, 4 * 1281 + 98, 98),
+        ("softmax", 166, 166, 166),
+        ("argmax", 990, 990, 990),
+    ],
+)
+def test_transfers_in_stock_are_no_round_trips(operation, sent, received, pairs):
+    assert StepCost(operation, 0, 10**6, 10**6, sent, received, 1.0).pairs == pairs
 
 
 def test_of_three_parties_one_counts_for_all():
@@ -133,8 +150,8 @@ def test_whatever_is_written_is_a_network_or_an_error_in_a_line(text):
 def test_networks_add_bytes_and_round_trips():
     cost = example_cost(STEPS)
     assert project(cost, Network("none", 1e30, 0)) == pytest.approx(6.5)
-    assert project(cost, LAN) == pytest.approx(6.5 + 0.064 + 0.041)
-    assert project(cost, WAN) == pytest.approx(6.5 + 0.64 + 3.28)
+    assert project(cost, LAN) == pytest.approx(6.5 + 0.064 + 0.025)
+    assert project(cost, WAN) == pytest.approx(6.5 + 0.64 + 2.0)
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
@@ -146,7 +163,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 def test_what_results_tell():
     told = as_private_cost(example_cost(STEPS))
     assert (told.protocol, told.context, told.answers) == ("cheetah", 12, 1)
-    assert (told.total_bytes, told.rounds) == (8_000_000, 41)
+    assert (told.total_bytes, told.rounds) == (8_000_000, 25)
     assert (told.seconds, told.network) == (6.5, "threads of one process")
 
 

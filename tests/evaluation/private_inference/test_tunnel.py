@@ -17,7 +17,7 @@ import trustme
 
 from evaluation.private_inference.channel import Channel, Listener, TLSFiles, connect
 from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.tunnel import ClientTunnel, ServerTunnel
+from evaluation.private_inference.tunnel import MAX_STREAMS, TO_CLIENT, ClientTunnel, ServerTunnel
 from tests.evaluation.private_inference.test_channel import tls_files
 
 
@@ -182,7 +182,7 @@ def test_many_connections_at_once_from_both_sides(link):
             return read_all(asking) == content
 
     with ThreadPoolExecutor(10) as pool:
-        assert all(pool.map(ask, range(20)))
+        assert all(pool.map(ask, range(MAX_STREAMS - 2)))
 
 
 def test_an_engine_that_listens_late_is_waited_for(files):
@@ -223,6 +223,18 @@ def test_a_direction_that_there_is_not_is_refused(link):
         for direction in (None, "sideways", 1, ["to_server"]):
             with pytest.raises(PrivateInferenceError, match="direction"):
                 link.server.attach(Channel(raw.dup()), direction)
+
+
+def test_more_streams_than_an_inference_needs_are_refused():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as raw,
+        contextlib.closing(ServerTunnel(TOKEN, 1)) as tunnel,
+    ):
+        for _ in range(MAX_STREAMS):
+            tunnel.attach(Channel(raw.dup()), TO_CLIENT)
+        with pytest.raises(PrivateInferenceError, match=f"no more than {MAX_STREAMS} streams"):
+            tunnel.attach(Channel(raw.dup()), TO_CLIENT)
 
 
 @pytest.mark.parametrize("side", ["client", "server"])

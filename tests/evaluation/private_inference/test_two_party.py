@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class Served:
 
     server: Server
     expected: list[int]
+    thread: threading.Thread
     lines: list[str] = field(default_factory=list)
 
     def said(self, words: str, seconds: float) -> bool:
@@ -65,11 +67,14 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(model: Model, expected: list[int], tls: TLSFiles | None = None) -> Iterator[Served]:
+def serving(
+    model: Model, expected: list[int], tls: TLSFiles | None = None, host: str = "127.0.0.1"
+) -> Iterator[Served]:
     lines: list[str] = []
-    server = Server(model, "127.0.0.1", 0, tls, SECONDS, longest=8, report=lines.append)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Served(server, expected, lines)
+    server = Server(model, host, 0, tls, SECONDS, longest=8, report=lines.append)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield Served(server, expected, thread, lines)
     server.close()
 
 
@@ -107,16 +112,16 @@ def greet(served: Served, **request) -> Channel:
     return channel
 
 
-def run_here(function: Callable, *arguments) -> subprocess.Popen:
-    """A function of this file in a process of its own, which leads a group."""
-    code = f"from {__name__} import {function.__name__} as run; run(*{arguments!r})"
+def run_here(function: Callable, *arguments, before: tuple[str, ...] = ()) -> subprocess.Popen:
+    """A function of a test in a process of its own, which leads a group; behind the words of another command."""
+    code = f"from {function.__module__} import {function.__name__} as run; run(*{arguments!r})"
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [*before, sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
-def serve_until_killed():
-    with serving(*make_offer()) as served:
+def serve_until_killed(host: str = "127.0.0.1"):
+    with serving(*make_offer(), host=host) as served:
         print(served.server.address[1], flush=True)
         signal.pause()
 
@@ -236,6 +241,58 @@ def test_a_server_that_is_killed_ends_the_client_and_its_own_engine():
     assert set(Path("/tmp").glob("entropy-gpt-client-*")) <= before
 
 
+def test_closing_the_server_ends_the_inference():
+    with serving(*make_offer()) as served, ThreadPoolExecutor(1) as pool:
+        compiled = threading.Event()
+        asked = pool.submit(ask, served, 1, on_event=lambda event: compiled.set())
+        assert compiled.wait(SECONDS)
+        start = time.monotonic()
+        served.server.close()
+        served.thread.join(1)
+        assert not served.thread.is_alive()
+        assert not served.server._busy.locked()
+        with pytest.raises(PrivateInferenceError, match=r"peer|broke off"):
+            asked.result()
+        assert time.monotonic() - start < 5
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_closing_the_server_ends_a_connection_that_says_nothing():
+    with serving(*make_offer()) as served, contextlib.closing(connect(*served.server.address, None)) as channel:
+        channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+        channel.receive(10, ("terms",))
+        served.server.close()
+        with pytest.raises(PrivateInferenceError, match="the peer"):
+            channel.receive(1, ("accepted",))
+
+
+def test_a_stream_of_another_session_is_refused(served):
+    def try_stream(session: object):
+        with contextlib.closing(connect(*served.server.address, None)) as channel:
+            channel.send({"kind": "stream", "session": session, "direction": "to_server"})
+            with pytest.raises(PrivateInferenceError, match="refuses: a stream belongs to no inference"):
+                channel.receive(10, ("open",))
+
+    try_stream("")
+    with contextlib.closing(greet(served)) as asking:
+        session = asking.receive(10, ("accepted",))["session"]
+        for wrong in ("", session[:-1], session[::-1], session + "0", "é" * 64, None, 1, [session], {}):
+            try_stream(wrong)
+    assert eventually(lambda: not served.server._busy.locked(), 10)
+    try_stream(session)
+
+
+def test_a_client_that_is_refused_closes_its_connection(served):
+    for prompt, new_tokens, reason in (
+        (PROMPT, 100, "n_positions=64"),
+        (PROMPT, 9, "the peer refuses: 9 new tokens are asked for; 8 is the most here"),
+    ):
+        client = Client(*served.server.address, None, SECONDS)
+        with pytest.raises(PrivateInferenceError, match=reason):
+            client.ask(prompt, new_tokens)
+        assert client.channel.connection.fileno() == -1
+
+
 def test_an_answer_out_of_range_is_repeated_and_then_refused(served):
     model, expected = served.server.model, []
     events: list[str] = []
@@ -247,37 +304,52 @@ def test_an_answer_out_of_range_is_repeated_and_then_refused(served):
     assert "token" not in events
 
 
-class Recorder:
-    """A relay between a client and a server that keeps what goes by, each direction apart."""
+class Proxy:
+    """What a client connects to in place of a server; [`Proxy.carry`] hands on what goes in one direction."""
 
     def __init__(self, target: tuple[str, int]):
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = self._listener.getsockname()
-        self.to_server: list[bytearray] = []
-        self.to_client: list[bytearray] = []
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def carry(self, source: socket.socket, sink: socket.socket, to_server: bool):
+        """All of one direction of a connection, up to its end."""
+        raise NotImplementedError
+
+    def close(self):
+        self._listener.close()
 
     def _accept(self):
         with contextlib.suppress(OSError):
             while True:
                 near = self._listener.accept()[0]
                 far = socket.create_connection(self._target)
-                for source, sink, kept in ((near, far, self.to_server), (far, near, self.to_client)):
-                    kept.append(bytearray())
-                    threading.Thread(target=self._relay, args=(source, sink, kept[-1]), daemon=True).start()
+                for source, sink in ((near, far), (far, near)):
+                    sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    threading.Thread(target=self._carry, args=(source, sink, sink is far), daemon=True).start()
 
-    @staticmethod
-    def _relay(source: socket.socket, sink: socket.socket, kept: bytearray):
+    def _carry(self, source: socket.socket, sink: socket.socket, to_server: bool):
         with contextlib.suppress(OSError):
-            while part := source.recv(2**16):
-                kept += part
-                sink.sendall(part)
+            self.carry(source, sink, to_server)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 
-    def close(self):
-        self._listener.close()
+
+class Recorder(Proxy):
+    """Keeps what goes by."""
+
+    def __init__(self, target: tuple[str, int]):
+        self.to_server: list[bytearray] = []
+        self.to_client: list[bytearray] = []
+        super().__init__(target)
+
+    def carry(self, source: socket.socket, sink: socket.socket, to_server: bool):
+        kept = bytearray()
+        (self.to_server if to_server else self.to_client).append(kept)
+        while part := source.recv(2**16):
+            kept += part
+            sink.sendall(part)
 
     def recordings(self) -> tuple[bytes, bytes]:
         return b"".join(self.to_server), b"".join(self.to_client)

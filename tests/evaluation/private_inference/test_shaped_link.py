@@ -1,0 +1,180 @@
+"""Projections to other networks, held against inferences over links with a rate and a delay."""
+
+import contextlib
+import math
+import os
+import queue
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("spu")
+
+from evaluation.private_inference.cost import InferenceCost, Network, parse_network, project
+from evaluation.private_inference.two_party import Client
+from tests.evaluation.private_inference.test_two_party import (
+    PROMPT,
+    SECONDS,
+    Proxy,
+    Served,
+    make_offer,
+    run_here,
+    serve_until_killed,
+    serving,
+)
+
+
+pytestmark = pytest.mark.private
+LOOPBACK = Network("loopback", math.inf, 0.0)
+SERVER_ADDRESS, CLIENT_ADDRESS = "192.0.2.1", "192.0.2.2"
+DEVICE = "shaped"
+# Of a projection: what is measured lies between.
+LEAST, MOST = 0.7, 1.3
+
+
+class SlowProxy(Proxy):
+    """
+    A proxy that can be as slow as a network: what goes in one direction leaves at its rate, and arrives half a round
+    trip later.
+    """
+
+    PART_BYTES = 2**14
+
+    def __init__(self, target: tuple[str, int]):
+        self.network = LOOPBACK
+        self._lock = threading.Lock()
+        self._free = {True: 0.0, False: 0.0}
+        super().__init__(target)
+
+    def carry(self, source: socket.socket, sink: socket.socket, to_server: bool):
+        under_way: queue.Queue[tuple[float, bytes]] = queue.Queue()
+        delivery = threading.Thread(target=self._deliver, args=(under_way, sink), daemon=True)
+        delivery.start()
+        ended = False
+        while not ended:
+            part = source.recv(self.PART_BYTES)
+            left = self._leave(len(part), to_server)
+            under_way.put((left + self.network.round_trip_seconds / 2, part))
+            sleep_until(left)
+            ended = not part
+        delivery.join()
+
+    def _leave(self, size: int, to_server: bool) -> float:
+        """When so many bytes have left, behind all that go the same way."""
+        with self._lock:
+            begin = max(self._free[to_server], time.monotonic())
+            self._free[to_server] = begin + size * 8 / self.network.bits_per_second
+            return self._free[to_server]
+
+    @staticmethod
+    def _deliver(under_way: queue.Queue, sink: socket.socket):
+        with contextlib.suppress(OSError):
+            while True:
+                arrival, part = under_way.get()
+                sleep_until(arrival)
+                if not part:
+                    return
+                sink.sendall(part)
+
+
+def sleep_until(moment: float):
+    time.sleep(max(0.0, moment - time.monotonic()))
+
+
+def measure(host: str, port: int, on_event: Callable[[dict], None] = lambda event: None) -> InferenceCost:
+    client = Client(host, port, None, SECONDS)
+    answer = client.ask(PROMPT, on_event=on_event)
+    return answer.cost(client.terms, "SM", len(PROMPT), 1, f"TCP to {host}")
+
+
+def measure_and_save(host: str, port: int, path: str):
+    measure(host, port).save(Path(path))
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving(*make_offer()) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def loopback(served) -> InferenceCost:
+    return measure(*served.server.address)
+
+
+def check_projection(loopback: InferenceCost, network: Network, measured: InferenceCost):
+    projected = project(loopback, network)
+    share = projected / measured.seconds
+    print(f"\n{network.name}: {projected:.2f} s projected, {measured.seconds:.2f} s measured, {share:.2f} of it")
+    fuller = max(sum(step.sent_bytes for step in measured.steps), sum(step.received_bytes for step in measured.steps))
+    assert measured.seconds > fuller * 8 / network.bits_per_second
+    assert LEAST * projected < measured.seconds < MOST * projected
+
+
+@pytest.mark.parametrize("name", ["10Mbps,1ms", "500Mbps,50ms"])
+def test_through_a_slow_proxy(name, served, loopback):
+    network = parse_network(name)
+    with contextlib.closing(SlowProxy(served.server.address)) as proxy:
+
+        def slow_down(event: dict):
+            if event["event"] == "set-up":
+                proxy.network = network
+
+        check_projection(loopback, network, measure(*proxy.address, on_event=slow_down))
+
+
+def configure(*command: str):
+    """Runs a command on networks; where that is not permitted, there is nothing to test."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"{' '.join(command)}: {result.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def joined_namespaces(network: Network) -> Iterator[tuple[str, str]]:
+    """The server's and the client's network namespace, between which there is a network."""
+    names = [f"entropy-gpt-{os.getpid()}-{side}" for side in ("server", "client")]
+    delay = f"{network.round_trip_seconds / 2 * 1e6:.0f}us"
+    shape = ("netem", "delay", delay, "rate", f"{network.bits_per_second:.0f}bit", "limit", "10000")
+    try:
+        for name in names:
+            configure("ip", "netns", "add", name)
+        pair = ("type", "veth", "peer", "name", DEVICE, "netns", names[1])
+        configure("ip", "-n", names[0], "link", "add", DEVICE, *pair)
+        for name, address in zip(names, (SERVER_ADDRESS, CLIENT_ADDRESS), strict=True):
+            configure("ip", "-n", name, "address", "add", f"{address}/24", "dev", DEVICE)
+            for device in ("lo", DEVICE):
+                configure("ip", "-n", name, "link", "set", device, "up")
+            configure("tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root", *shape)
+        yield tuple(names)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@contextlib.contextmanager
+def running(function: Callable, *arguments, namespace: str) -> Iterator[subprocess.Popen]:
+    """A function of a test in a process of its own, to which a namespace is all of the network."""
+    with run_here(function, *arguments, before=("ip", "netns", "exec", namespace)) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.skipif(not (shutil.which("ip") and shutil.which("tc")), reason="needs ip and tc, of iproute2")
+def test_between_network_namespaces(loopback, tmp_path):
+    network = parse_network("50Mbps,20ms")
+    with (
+        joined_namespaces(network) as (server_side, client_side),
+        running(serve_until_killed, SERVER_ADDRESS, namespace=server_side) as server,
+    ):
+        arguments = SERVER_ADDRESS, int(server.stdout.readline()), str(tmp_path / "cost.json")
+        with running(measure_and_save, *arguments, namespace=client_side) as client:
+            assert client.wait(3 * SECONDS) == 0
+    check_projection(loopback, network, InferenceCost.load(tmp_path / "cost.json"))
