@@ -26,7 +26,7 @@ TO_SERVER, TO_CLIENT = "to_server", "to_client"
 BUFFER_BYTES = 2**18
 # For which an engine is waited for that does not listen yet, and a connection in reserve.
 PATIENCE_SECONDS = 60
-# That a client may make for an inference. Each engine makes one to the other, and a few more if that fails.
+# Streams that a client may open for an inference. Each engine needs one to the other, and one more is in reserve.
 MAX_STREAMS = 16
 FRAME = struct.Struct(">I")
 BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .channel import Channel, Listener, TLSFiles, clean, connect
+from .channel import Channel, Listener, TLSFiles, clean, connect, shut_down
 from .engine import CLIENT, SERVER, engine_versions
 from .errors import PrivateInferenceError
 from .party_process import Job
@@ -123,13 +123,13 @@ class Server:
             threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
 
     def close(self):
-        """Ends all that goes on, and waits until an inference has left nothing behind."""
+        """Ends all that goes on, and waits a little until nothing is left of an inference."""
         with self._lock:
             self._closed = True
             channels = list(self._channels)
         self.listener.close()
         for channel in channels:
-            channel.close()
+            shut_down(channel.connection)
         if self._busy.acquire(timeout=PARTING_SECONDS):
             self._busy.release()
 
@@ -145,11 +145,11 @@ class Server:
 
     @contextlib.contextmanager
     def _heard(self, channel: Channel) -> Iterator[None]:
-        """Within, [`Server.close`] closes the channel."""
+        """Within, [`Server.close`] ends the connection."""
         with self._lock:
             self._channels.add(channel)
             if self._closed:
-                channel.close()
+                shut_down(channel.connection)
         try:
             yield
         finally:
@@ -164,7 +164,8 @@ class Server:
                 return
             self._serve(channel, first)
         except (PrivateInferenceError, OSError) as error:
-            self.report(f"an inference ended early: {error}")
+            if not self._closed:
+                self.report(f"an inference ended early: {error}")
             # What this machine lacks is not the client's business.
             reason = str(error) if isinstance(error, PrivateInferenceError) else "the server failed."
             with contextlib.suppress(PrivateInferenceError):

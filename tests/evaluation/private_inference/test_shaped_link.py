@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,14 +89,18 @@ def sleep_until(moment: float):
     time.sleep(max(0.0, moment - time.monotonic()))
 
 
-def measure(host: str, port: int, on_event: Callable[[dict], None] = lambda event: None) -> InferenceCost:
+def measure(host: str, port: int, on_event: Callable[[dict], None] = lambda event: None) -> list[InferenceCost]:
+    """Of the first token of an answer, and of the second."""
     client = Client(host, port, None, SECONDS)
-    answer = client.ask(PROMPT, on_event=on_event)
-    return answer.cost(client.terms, "SM", len(PROMPT), 1, f"TCP to {host}")
+    answer = client.ask(PROMPT, 2, on_event=on_event)
+    half = len(answer.steps) // 2
+    tokens = (replace(answer, steps=steps) for steps in (answer.steps[:half], answer.steps[half:]))
+    return [token.cost(client.terms, "SM", len(PROMPT), 1, f"TCP to {host}") for token in tokens]
 
 
-def measure_and_save(host: str, port: int, path: str):
-    measure(host, port).save(Path(path))
+def measure_and_save(host: str, port: int, folder: str):
+    for index, cost in enumerate(measure(host, port)):
+        cost.save(Path(folder) / f"{index}.json")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +110,7 @@ def served() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def loopback(served) -> InferenceCost:
+def loopback(served) -> list[InferenceCost]:
     return measure(*served.server.address)
 
 
@@ -118,16 +123,18 @@ def check_projection(loopback: InferenceCost, network: Network, measured: Infere
     assert LEAST * projected < measured.seconds < MOST * projected
 
 
-@pytest.mark.parametrize("name", ["10Mbps,1ms", "500Mbps,50ms"])
-def test_through_a_slow_proxy(name, served, loopback):
-    network = parse_network(name)
+def test_through_a_slow_proxy(served, loopback):
+    networks = [parse_network(text) for text in ("10Mbps,1ms", "500Mbps,50ms")]
+    waiting = iter([*networks, LOOPBACK])
     with contextlib.closing(SlowProxy(served.server.address)) as proxy:
 
-        def slow_down(event: dict):
-            if event["event"] == "set-up":
-                proxy.network = network
+        def change_network(event: dict):
+            if event["event"] in ("set-up", "token"):
+                proxy.network = next(waiting)
 
-        check_projection(loopback, network, measure(*proxy.address, on_event=slow_down))
+        measured = measure(*proxy.address, on_event=change_network)
+    for costs in zip(loopback, networks, measured, strict=True):
+        check_projection(*costs)
 
 
 def configure(*command: str):
@@ -174,7 +181,8 @@ def test_between_network_namespaces(loopback, tmp_path):
         joined_namespaces(network) as (server_side, client_side),
         running(serve_until_killed, SERVER_ADDRESS, namespace=server_side) as server,
     ):
-        arguments = SERVER_ADDRESS, int(server.stdout.readline()), str(tmp_path / "cost.json")
+        arguments = SERVER_ADDRESS, int(server.stdout.readline()), str(tmp_path)
         with running(measure_and_save, *arguments, namespace=client_side) as client:
             assert client.wait(3 * SECONDS) == 0
-    check_projection(loopback, network, InferenceCost.load(tmp_path / "cost.json"))
+    for index, cost in enumerate(loopback):
+        check_projection(cost, network, InferenceCost.load(tmp_path / f"{index}.json"))
