@@ -7,7 +7,7 @@ SOURCES := modeling_entropy_gpt conversion training evaluation command_line test
 
 .PHONY: quickstart results runs test style bench clean
 
-quickstart: $(INSTALLED)  ## Trains, converts, compares, draws, saves and reloads small models (about 5 minutes).
+quickstart: $(INSTALLED)  ## Trains, converts, compares, draws, saves and reloads small models, and runs two privately.
 	$(BIN)/entropy-gpt quickstart $(ARGS)
 
 results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in the README.

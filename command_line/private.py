@@ -46,6 +46,11 @@ Networks = Annotated[
         help="What to tell seconds for, in place of LAN and WAN: a bandwidth and a round trip, such as 300Mbps,20ms.",
     ),
 ]
+Layers = Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")]
+Width = Annotated[int, typer.Option("--n-embd", min=1, help="Width.")]
+Heads = Annotated[int | None, typer.Option("--n-head", min=1, help="Heads; of 64 numbers each if not given.")]
+Length = Annotated[int, typer.Option("--seq", min=1, help="Tokens of the prompt.")]
+Vocabulary = Annotated[int, typer.Option("--vocab-size", min=2, help="Tokens of the vocabulary.")]
 TokenizerPlace = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")]
 ProtocolOption = Annotated[
     TwoPartyProtocol,
@@ -174,13 +179,11 @@ def cost(
     notations: Annotated[
         list[str], typer.Argument(metavar="NOTATION...", help="Architectures, such as 'SM+LN+G' and 'SM+ScFuFFN'.")
     ],
-    n_layer: Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")] = 12,
-    n_embd: Annotated[int, typer.Option("--n-embd", min=1, help="Width.")] = 768,
-    n_head: Annotated[
-        int | None, typer.Option("--n-head", min=1, help="Heads; of 64 numbers each if not given.")
-    ] = None,
-    length: Annotated[int, typer.Option("--seq", min=1, help="Tokens of the prompt.")] = 128,
-    vocab_size: Annotated[int, typer.Option("--vocab-size", min=2, help="Tokens of the vocabulary.")] = 50257,
+    n_layer: Layers = 12,
+    n_embd: Width = 768,
+    n_head: Heads = None,
+    length: Length = 128,
+    vocab_size: Vocabulary = 50257,
     kept: Annotated[int, typer.Option(min=0, help="Tokens before, whose keys and values are kept.")] = 0,
     all_positions: Annotated[
         bool, typer.Option("--all-positions", help="Logits of every position, not of the last one alone.")
@@ -205,13 +208,11 @@ def benchmark(
     notations: Annotated[
         list[str] | None, typer.Argument(metavar="NOTATION...", help="Architectures, in place of the paper's four.")
     ] = None,
-    n_layer: Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")] = 12,
-    n_embd: Annotated[int, typer.Option("--n-embd", min=1, help="Width.")] = 768,
-    n_head: Annotated[
-        int | None, typer.Option("--n-head", min=1, help="Heads; of 64 numbers each if not given.")
-    ] = None,
-    length: Annotated[int, typer.Option("--seq", min=1, help="Tokens of the prompt.")] = 128,
-    vocab_size: Annotated[int, typer.Option("--vocab-size", min=2, help="Tokens of the vocabulary.")] = 50257,
+    n_layer: Layers = 12,
+    n_embd: Width = 768,
+    n_head: Heads = None,
+    length: Length = 128,
+    vocab_size: Vocabulary = 50257,
     networks: Annotated[
         list[str] | None,
         typer.Option("--network", help="Beside LAN and WAN: a bandwidth and a round trip, such as 300Mbps,20ms."),

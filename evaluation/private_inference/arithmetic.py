@@ -6,6 +6,9 @@ from .settings import PrivateSettings
 # Numbers of one ciphertext, and of the two halves into which the engine cuts longer tensors.
 SLOTS = 8192
 HALVES = 2 * SLOTS
+# From so many numbers on the engine's square is cheaper by way of its exponential: that takes a whole batch of
+# ciphertexts, of which products of fewer numbers share one.
+SQUARE_BY_EXP_FROM = 4096
 
 
 class Arithmetic:
@@ -89,10 +92,11 @@ class CheapArithmetic(Arithmetic):
     def __init__(self, xp, settings: PrivateSettings):
         super().__init__(xp)
         self.settings = settings
+        self._is_cheap = settings.softmax == "efficient"
 
     def square(self, tensor):
         """Long tensors in whole halves, and the rest apart, where it would take two more ciphertexts."""
-        if not self.settings.squares_by_exp(tensor.size):
+        if not self._is_cheap or tensor.size < SQUARE_BY_EXP_FROM:
             return self.square_by_product(tensor)
         rest = tensor.size % HALVES
         if tensor.size < HALVES or not 0 < rest <= SLOTS:
@@ -110,6 +114,6 @@ class CheapArithmetic(Arithmetic):
 
     def scale_all(self, tensor, factor):
         """A product with a matrix of one number takes a quarter of the bytes of as many products of numbers."""
-        if self.settings.softmax != "efficient":
+        if not self._is_cheap:
             return super().scale_all(tensor, factor)
         return self.matmul(tensor.reshape(-1, 1), factor.reshape(1, 1)).reshape(tensor.shape)

@@ -18,9 +18,6 @@ TRUST = {
     "aby3": "three semi-honest parties of which no two work together",
     "ref2k": "no protection at all: one process computes with the same numbers as the protocols do",
 }
-# From so many numbers on the engine's square is cheaper by way of its exponential: that takes a whole batch of
-# ciphertexts, of which products of fewer numbers share one.
-SQUARE_BY_EXP_FROM = 4096
 # The ring of 64 bits that all protocols compute in.
 RING_BITS = 64
 
@@ -59,7 +56,3 @@ class PrivateSettings:
     reciprocal_iterations: int = 2
     embedding: Literal["one_hot", "client_table"] = "one_hot"
     answer: Literal["logits", "token"] = "logits"
-
-    def squares_by_exp(self, numbers: int) -> bool:
-        """Whether the engine squares so many numbers by way of its exponential, which then has one squaring."""
-        return self.softmax == "efficient" and numbers >= SQUARE_BY_EXP_FROM
