@@ -22,8 +22,7 @@ from conversion.gpt2_checkpoint import load_language_model
 from evaluation.conditions import list_settings
 from evaluation.private_inference.cost import LAN, WAN, InferenceCost, StepCost, project
 from evaluation.private_inference.cost_plots import draw_costs
-from evaluation.private_inference.engine import EngineLog
-from evaluation.private_inference.local import infer_locally
+from evaluation.private_inference.inference import IN_PROCESS, PLAINTEXT, PrivateModel
 from evaluation.private_inference.measured_inference import Inference, make_config, make_random_model
 from evaluation.private_inference.paper_table import (
     BLOCK_VOCABULARY,
@@ -38,7 +37,6 @@ from evaluation.private_inference.paper_table import (
     take_blocks,
     take_ends,
 )
-from evaluation.private_inference.program import prepare_weights
 from evaluation.private_inference.settings import PrivateSettings
 from evaluation.records import RECORD as CONFIG
 from evaluation.records import StoredRecord, load_record, save_record
@@ -157,24 +155,22 @@ def measure_decoding(rows: list[Inference]) -> InferenceCost:
     return cost
 
 
-def measure_softmax(length: int, log: EngineLog) -> Softmax:
+def measure_softmax(length: int) -> Softmax:
     sizes = {"n_layer": 1, "n_embd": SOFTMAX_WIDTH, "n_head": SOFTMAX_WIDTH // HEAD_SIZE}
     model = make_random_model(make_config("SM", length, vocab_size=BLOCK_VOCABULARY, **sizes))
-    config, weights = prepare_weights(model)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, length)
-    with torch.no_grad():
-        clear = model(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    prompts = np.random.default_rng(0).integers(0, BLOCK_VOCABULARY, (1, length))
+    (clear,) = PrivateModel(model).infer(prompts, PLAINTEXT, length).answers
     totals, errors = {}, {}
     for form in ("stock", "efficient"):
-        run = infer_locally(config, weights, PrivateSettings(softmax=form), [tokens.tolist()], length, log)
-        totals[form] = sum(step.total_bytes for step in run.steps[0] if step.operation in SOFTMAX_STEPS)
-        errors[form] = float(np.abs(run.answers[0] - clear).max())
+        result = PrivateModel(model, PrivateSettings(softmax=form)).infer(prompts, IN_PROCESS, length)
+        totals[form] = sum(step.total_bytes for step in result.costs[0].steps if step.operation in SOFTMAX_STEPS)
+        errors[form] = float(np.abs(result.answers[0] - clear).max())
     result = Softmax(length, totals["stock"], totals["efficient"], errors["stock"], errors["efficient"])
     console.print(f"softmax, T={length}: {result.stock_bytes / result.bytes:.2f} times fewer bytes than stock")
     return result
 
 
-def measure_agreement(folder: Path, log: EngineLog, runs: int) -> Agreement:
+def measure_agreement(folder: Path, runs: int) -> Agreement:
     """Sequences of the held-out text that the model was not trained on, as far as its tokenizer reaches."""
     from training.corpus import load_standard_library
     from training.tokenizer import load_tokenizer
@@ -184,11 +180,10 @@ def measure_agreement(folder: Path, log: EngineLog, runs: int) -> Agreement:
     text = "".join(document.text for document in load_standard_library().validation)
     tokens = np.array(tokenizer(text[: 100 * runs * SEQUENCE])["input_ids"])
     prompts = tokens[: runs * SEQUENCE].reshape(runs, SEQUENCE)
-    config, weights = prepare_weights(model)
-    run = infer_locally(config, weights, PrivateSettings(), prompts.tolist(), SEQUENCE, log)
-    private = torch.from_numpy(np.stack(run.answers).astype(np.float32))
-    with torch.no_grad():
-        clear = model(torch.from_numpy(prompts)).logits
+    asked = PrivateModel(model)
+    clear, private = (
+        torch.from_numpy(np.stack(asked.infer(prompts, mode, SEQUENCE).answers)) for mode in (PLAINTEXT, IN_PROCESS)
+    )
     largest = clear.abs().max().item()
     result = Agreement(
         name=model.config.notation,
@@ -343,7 +338,7 @@ def measure_all(models: list[Path], runs: int, whole: bool) -> Record:
     Raises:
         `ValueError`: If the working tree has changes, so that no revision says what was measured.
     """
-    revision, log = git_revision(), EngineLog()
+    revision = git_revision()
     if revision is None or revision.endswith("+changes"):
         raise ValueError(f"revision {revision}: commit first, so that the record can name what was measured.")
     keep = partial(measure_once, PARTS / revision)
@@ -357,9 +352,9 @@ def measure_all(models: list[Path], runs: int, whole: bool) -> Record:
         ends=ends,
         whole=keep("whole", InferenceCost, lambda: measure(cheapest)) if whole else None,
         decoding=keep("decoding", InferenceCost, lambda: measure_decoding(rows)),
-        softmax=[keep(f"softmax {each}", Softmax, partial(measure_softmax, each, log)) for each in SOFTMAX_LENGTHS],
+        softmax=[keep(f"softmax {each}", Softmax, partial(measure_softmax, each)) for each in SOFTMAX_LENGTHS],
         agreement=[
-            keep(f"{folder.name}, {runs} runs", Agreement, partial(measure_agreement, folder, log, runs))
+            keep(f"{folder.name}, {runs} runs", Agreement, partial(measure_agreement, folder, runs))
             for folder in models
         ],
         git_revision=revision,
