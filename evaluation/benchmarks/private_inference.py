@@ -249,7 +249,7 @@ apart. Seconds on other networks are estimates: those measured here, and those t
 {rows}
 
 "{TODAY}" is GELU by tanh and a softmax of all scores with one reciprocal a row; the others have the economies of
-`program.py`: the visible half of the scores alone, a polynomial exponential of four squares, division after the
+`program.py`: the visible half of the scores alone, a polynomial exponential of three squares, division after the
 product with the values, GELU by ReLU and two squares. Against that block the proposal sends
 **{today.total_bytes / proposal.total_bytes:.2f} times fewer bytes**; with the same economies on both sides,
 **{alike.total_bytes / proposal.total_bytes:.2f} times fewer**. Temperatures of each position, which the proposal has

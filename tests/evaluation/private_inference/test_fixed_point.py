@@ -166,8 +166,8 @@ def test_emulated_logits_are_near_the_models_own(embedding, answer):
     chosen = PrivateSettings(embedding=embedding, answer=answer)
     found, exact = (compute(config, weights, chosen, tokens, answers=5) for compute in (emulate, exact_logits))
     assert found.shape == (5, config.vocab_size)
-    assert 0 < np.abs(found - exact).max() < 0.02
-    assert np.abs(emulate(config, weights, chosen, tokens, seed=1) - exact[-1:]).max() < 0.02
+    assert 0 < np.abs(found - exact).max() < 0.1
+    assert np.abs(emulate(config, weights, chosen, tokens, seed=1) - exact[-1:]).max() < 0.1
 
 
 @pytest.mark.parametrize("softmax", ["efficient", "stock", "tuned"])

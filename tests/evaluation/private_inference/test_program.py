@@ -101,8 +101,8 @@ def test_the_model_is_left_as_it_is(tokens):
 def test_exponential_and_gelu_are_as_near_as_they_say():
     ops = Arithmetic(np)
     below = np.linspace(-12, 0, 100_001)
-    assert np.abs(exponentiate(ops, below) - np.exp(below)).max() < 5e-5
-    assert np.abs(exponentiate(ops, np.linspace(-1e4, -12, 1000))).max() < 1e-9
+    assert np.abs(exponentiate(ops, below) - np.exp(below)).max() < 1e-3
+    assert np.abs(exponentiate(ops, np.linspace(-1e4, -9, 1000))).max() < 1e-9
     numbers = torch.linspace(-30, 30, 100_001, dtype=torch.double)
     for approximate in ("none", "tanh"):
         gelu = torch.nn.functional.gelu(numbers, approximate=approximate).numpy()
