@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,8 +31,19 @@ from evaluation.conversion_report import (
     step_rows,
 )
 from evaluation.operation_counts import count_operations
+from evaluation.perplexity import Windows
 from evaluation.plots import plot_healing
-from evaluation.results import Conditions, git_revision, machine_name, peak_memory, recorded_versions
+from evaluation.results import (
+    RESULTS,
+    Conditions,
+    ModelResult,
+    TrainingResult,
+    git_revision,
+    machine_name,
+    peak_memory,
+    recorded_versions,
+    save_results,
+)
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.errors import CorpusError
 from training.files import delete, written_whole
@@ -49,6 +61,7 @@ from .convert_inputs import (
 )
 from .errors import CommandError
 from .healing_stage import heal
+from .measurement import describe_model
 from .progress import progress_display, stage
 from .tables import make_table
 
@@ -263,12 +276,28 @@ def _save(job: Job, model: EntropyGPTForCausalLM, tokenizer: PreTrainedTokenizer
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         report.save(folder / f"{REPORT}.json")
+        save_results([_describe(job, model, report)], folder / RESULTS)
         (folder / f"{REPORT}.md").write_text(report_markdown(report), encoding="utf-8")
         if report.healing is not None:
             plot_healing(report, folder / PICTURE)
     delete(job.output)
     whole.replace(job.output)
     delete(job.work)
+
+
+def _describe(job: Job, model: EntropyGPTForCausalLM, report: ConversionReport) -> ModelResult:
+    """What is known of the model before anybody evaluates it."""
+    conditions, healing = report.conditions, report.healing
+    training = TrainingResult(
+        steps=healing.steps if healing else 0,
+        tokens=healing.tokens if healing else 0,
+        seconds=healing.seconds if healing else 0.0,
+        hyperparameters=healing.settings if healing else {},
+        converted_from=report.source_notation,
+        text=f"{conditions.corpus} ({conditions.corpus_revision})",
+    )
+    windows = Windows(conditions.context - 1, conditions.context - 1, separate=False, bos=False)
+    return replace(describe_model(model, job.output.name, windows), training=training)
 
 
 def _show_plan(original: EntropyGPTForCausalLM, target: EntropyGPTConfig, plan: Plan, job: Job):

@@ -19,7 +19,7 @@ from training.errors import CorpusError
 from training.sources import Source, open_source
 
 from .errors import CommandError
-from .measurement import MeasuredText
+from .measurement import KEPT_APART, MeasuredText
 from .model_tokenizer import hash_vocabulary, load_model_tokenizer
 
 
@@ -154,6 +154,11 @@ def short_names(sources: Iterable[str]) -> list[str]:
     return names
 
 
+def default_context(n_positions: int) -> int:
+    """The last position of a model that was trained on blocks of its own length has never predicted anything."""
+    return max(1, min(n_positions, LONGEST_BLOCK) - 1)
+
+
 def find_windows(job: Job, candidates: list[Candidate]) -> Windows:
     """
     The windows for all models.
@@ -162,8 +167,7 @@ def find_windows(job: Job, candidates: list[Candidate]) -> Windows:
         `CommandError`: If a model can't see so much, or tokens would be left out.
     """
     most = min(candidate.config.n_positions for candidate in candidates)
-    # The last position of a model that was trained on blocks of its own length has never predicted anything.
-    context = max(1, min(most, LONGEST_BLOCK) - 1) if job.context is None else job.context
+    context = default_context(most) if job.context is None else job.context
     windows = Windows(context, context if job.stride is None else job.stride, job.separate, job.bos)
     for candidate in candidates:
         try:
@@ -212,7 +216,7 @@ def tokenize_text(source: Source, candidate: Candidate, windows: Windows, job: J
         ]
     except (ValueError, CorpusError) as error:
         raise CommandError(f"{source.name}: {error}") from error
-    part = ", the part kept apart" if job.evaluates_a_part else ""
+    part = KEPT_APART if job.evaluates_a_part else ""
     beginning = "" if job.max_tokens is None else f", at most {job.max_tokens:,} tokens"
     text = MeasuredText(
         f"{source.name}{part}{beginning}",

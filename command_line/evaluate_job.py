@@ -16,7 +16,7 @@ from evaluation.conditions import describe_windows
 from evaluation.errors import TaskError
 from evaluation.head_plots import plot_comparison, plot_head_diagnostics
 from evaluation.perplexity import Windows
-from evaluation.results import ModelResult, load_results, save_results
+from evaluation.results import RESULTS, ModelResult, load_results, save_results
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from training.files import delete, is_finished, written_whole
 from training.sources import Source
@@ -38,7 +38,7 @@ from .progress import progress_display, stage
 from .tables import make_table
 
 
-SETTINGS, RESULTS, PICTURES = "settings.json", "results.json", "pictures"
+SETTINGS, PICTURES = "settings.json", "pictures"
 # The columns of the table, for a terminal of 80 characters.
 HEADINGS = (
     "model",

@@ -8,11 +8,14 @@ from typing import Annotated
 
 import typer
 
+from .card import card
 from .convert import convert
+from .doctor import doctor
 from .errors import CommandError
 from .evaluate import evaluate
 from .plot import plot
 from .private import private
+from .push import push
 from .quickstart import quickstart
 from .report import report
 from .train import train
@@ -32,6 +35,9 @@ app.command()(convert)
 app.command()(evaluate)
 app.command()(plot)
 app.command()(report)
+app.command()(doctor)
+app.command()(card)
+app.command()(push)
 app.add_typer(private, name="private")
 
 

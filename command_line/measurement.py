@@ -32,6 +32,8 @@ from .progress import stage
 
 
 SIZES = ("n_layer", "n_embd", "n_head")
+# Behind the name of a text of which a part was kept for validation.
+KEPT_APART = ", the part kept apart"
 # Tokens of a forward pass; speed and memory alone depend on it.
 BATCH_TOKENS = 4096
 # Tokens whose rows of attention are looked at, if nobody says otherwise.

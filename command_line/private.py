@@ -160,7 +160,13 @@ def demo(
     answer: AnswerOption = Learned.logits,
     tokenizer: TokenizerPlace = None,
     networks: Networks = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the costs go, as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the costs go, step by step, as JSON.")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Where the sum of the costs goes, as a result that report, card and push read."),
+    ] = None,
     timeout: Timeout = 600,
 ):
     """
@@ -171,7 +177,7 @@ def demo(
     from .private_job import demo as run
 
     settings = {"protocol": protocol.value, "embedding": embedding.value, "answer": answer.value}
-    run(model, prompt, new_tokens, settings, tokenizer, output, timeout, networks or [])
+    run(model, prompt, new_tokens, settings, tokenizer, output, results, timeout, networks or [])
 
 
 @private.command()

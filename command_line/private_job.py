@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
+from evaluation.conditions import describe_check
+from evaluation.perplexity import Windows
 from evaluation.private_inference.channel import TLSFiles, check_plain_allowed, parse_address
 from evaluation.private_inference.cost import (
     LAN,
@@ -24,6 +27,7 @@ from evaluation.private_inference.cost import (
     WAN,
     InferenceCost,
     Network,
+    as_private_cost,
     by_operation,
     parse_network,
     project,
@@ -38,10 +42,13 @@ from evaluation.private_inference.session import Answer
 from evaluation.private_inference.settings import TRUST, PrivateSettings
 from evaluation.private_inference.two_party import Client, Model, Server
 from evaluation.records import RECORD, StoredRecord
+from evaluation.results import AnswerCheck, ModelResult, save_results
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from training.files import written_whole
 
 from .errors import CommandError
+from .evaluate_inputs import default_context, short_names
+from .measurement import describe_model
 from .model_tokenizer import hash_vocabulary, load_model_tokenizer
 from .tables import make_table
 
@@ -67,16 +74,16 @@ class PrivateAnswer(StoredRecord):
 
     Args:
         text (`str`): After the prompt.
-        agreement (`str`): How it compares with the model in the clear, in words; empty where there is none.
+        check ([`AnswerCheck`], *optional*): How it compares with the model in the clear, where there is one.
         seconds (`float`): By the clock, with compiling and set-up.
         cost ([`InferenceCost`]): By the client's count.
     """
 
     KIND = "a private answer"
-    SCHEMA_VERSION = 1
+    SCHEMA_VERSION = 2
 
     text: str
-    agreement: str
+    check: AnswerCheck | None
     seconds: float
     cost: InferenceCost
 
@@ -155,6 +162,7 @@ def demo(
     settings: dict,
     tokenizer: str | None,
     output: Path | None,
+    results: Path | None,
     timeout: int,
     networks: list[str],
 ):
@@ -169,6 +177,10 @@ def demo(
     print_answer(prompt, found)
     _print_costs(found, shown)
     _save(found.cost, output)
+    if results is not None:
+        with written_whole(results) as path:
+            save_results([_as_result(source, found)], path)
+        console.print(f"result: {results}", soft_wrap=True)
 
 
 def demonstrate(
@@ -201,8 +213,16 @@ def demonstrate(
     finally:
         process.kill()
         process.wait()
-    found.agreement = _compare(model, words(prompt)["input_ids"], answer)
+    found.check = _compare(model, words(prompt)["input_ids"], answer)
     return found
+
+
+def _as_result(source: str, found: PrivateAnswer) -> ModelResult:
+    """Named and described as `entropy-gpt evaluate` does, so that both become one in a report."""
+    model = load_language_model(source)
+    context = default_context(model.config.n_positions)
+    result = describe_model(model, *short_names([source]), Windows(context, context, separate=False, bos=False))
+    return replace(result, costs=[as_private_cost(found.cost, found.check)])
 
 
 def _read_networks(texts: list[str]) -> list[Network]:
@@ -278,7 +298,7 @@ def _ask(
     if answer.repeats:
         console.print(f"{answer.repeats} answer(s) were out of range and computed anew.")
     cost = answer.cost(terms, notation, len(tokens), new_tokens, network)
-    return answer, PrivateAnswer(text=words.decode(answer.tokens), agreement="", seconds=seconds, cost=cost)
+    return answer, PrivateAnswer(text=words.decode(answer.tokens), check=None, seconds=seconds, cost=cost)
 
 
 def _start_server(
@@ -286,8 +306,9 @@ def _start_server(
 ) -> tuple[subprocess.Popen, int]:
     """A server on a free port, in a process of its own."""
     command = [sys.executable, "-c", "import command_line.main as m, sys; sys.exit(m.main())", "private", "serve"]
-    command += [source, "--listen", "127.0.0.1:0", "--max-new-tokens", str(longest), "--timeout", str(timeout)]
-    for name, value in {**settings, **({"tokenizer": tokenizer} if tokenizer else {})}.items():
+    command += [_from_anywhere(source), "--listen", "127.0.0.1:0"]
+    command += ["--max-new-tokens", str(longest), "--timeout", str(timeout)]
+    for name, value in {**settings, **({"tokenizer": _from_anywhere(tokenizer)} if tokenizer else {})}.items():
         command += [f"--{name}", value]
     root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryFile("w+") as complaints, console.status("starting the server"):
@@ -303,15 +324,20 @@ def _start_server(
     return process, int(line.rpartition(":")[2])
 
 
+def _from_anywhere(place: str) -> str:
+    """The path of a folder, which is found from another working folder too; a repository's name as it is."""
+    return str(Path(place).resolve()) if Path(place).exists() else place
+
+
 def print_answer(prompt: str, found: PrivateAnswer):
     """The prompt with what follows, and how that compares with the clear."""
     console.print(f"\n[dim]{escape(prompt)}[/dim][bold]{escape(found.text)}[/bold]", highlight=False)
-    if found.agreement:
-        console.print(found.agreement, soft_wrap=True)
+    if found.check:
+        console.print(f"in the clear, {describe_check(found.check)}", soft_wrap=True)
 
 
 @torch.no_grad()
-def _compare(model: EntropyGPTForCausalLM, prompt: list[int], answer: Answer) -> str:
+def _compare(model: EntropyGPTForCausalLM, prompt: list[int], answer: Answer) -> AnswerCheck:
     """The same tokens; or, where two are as likely but for the error of the logits, one of the two."""
     sequence = torch.tensor([prompt + answer.tokens])
     logits = model(sequence, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -319,15 +345,16 @@ def _compare(model: EntropyGPTForCausalLM, prompt: list[int], answer: Answer) ->
     behind = (logits.amax(dim=-1) - chosen).tolist()
     largest = logits.abs().max().item()
     error = TOLERATED_ERROR + TOLERATED_SHARE * largest
-    found = ""
+    check = AnswerCheck(len(behind), behind.count(0), largest)
     if answer.logits:
-        found_error = np.abs(np.concatenate(answer.logits) - logits.numpy()).max().item()
-        found = f"; logits differ by {found_error:.4f} at most, of up to {largest:.1f}"
-        if found_error > error:
-            raise CommandError(f"the private logits are not those in the clear{found}; {error:.2f} is tolerated.")
+        check.largest_error = np.abs(np.concatenate(answer.logits) - logits.numpy()).max().item()
+        if check.largest_error > error:
+            raise CommandError(
+                f"the private logits are not those in the clear: {describe_check(check)}; {error:.2f} is tolerated."
+            )
     if max(behind) > 2 * error:
         raise CommandError(f"the private answer {answer.tokens} is not that in the clear.")
-    return f"in the clear, {behind.count(0)} of {len(behind)} tokens are the same{found}"
+    return check
 
 
 def _print_costs(found: PrivateAnswer, networks: list[Network]):

@@ -72,7 +72,10 @@ def private_costs(name: str, output: Path) -> list[PrivateCost]:
         `CommandError`: If the answer's file is broken.
     """
     place = _place(name, output)
-    return [as_private_cost(_load(place).cost)] if place.exists() else []
+    if not place.exists():
+        return []
+    answer = _load(place)
+    return [as_private_cost(answer.cost, answer.check)]
 
 
 def _answer(folder: Path, prompt: str, output: Path) -> PrivateAnswer:

@@ -22,6 +22,7 @@ from evaluation.head_plots import plot_comparison, plot_headwise_entropy
 from evaluation.model_card import model_card
 from evaluation.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
 from evaluation.results import (
+    RESULTS,
     ModelResult,
     TrainingResult,
     git_revision,
@@ -44,7 +45,7 @@ from training.trainer import EntropyTrainer
 from .convert_inputs import Job, Text, spread
 from .convert_job import convert
 from .errors import CommandError
-from .measurement import MeasuredText, describe_config, measure_model, read_text
+from .measurement import KEPT_APART, MeasuredText, describe_config, measure_model, read_text
 from .private_stage import answer_privately, private_costs
 from .progress import progress_display, stage
 from .tables import make_table
@@ -107,7 +108,7 @@ class Data:
     def measured(self) -> MeasuredText:
         """All that is kept for validation."""
         texts = (document.text for document in self.corpus.validation)
-        return read_text(self.corpus.name, self.corpus.revision, texts, self.tokenizer, CONTEXT)
+        return read_text(self.corpus.name + KEPT_APART, self.corpus.revision, texts, self.tokenizer, CONTEXT)
 
 
 def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
@@ -135,7 +136,7 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
             _convert_and_save(data, steps, seed, output, progress)
     names = [*map(slug, ARCHITECTURES), CONVERTED]
     try:
-        results = [result for name in names for result in load_results(output / "models" / name / "results.json")]
+        results = [result for name in names for result in load_results(output / "models" / name / RESULTS)]
     except ValueError as error:
         raise CommandError(f"{error} Delete the folder that it lies in, and run again.") from error
     _draw(results, output)
@@ -223,7 +224,7 @@ def _train_and_save(notation: str, data: Data, steps: int, seed: int, output: Pa
     set_seed(seed)
     model = EntropyGPTForCausalLM(_make_config(notation, data.tokenizer))
     seconds = _train(model, data, steps, seed, checkpoints, progress)
-    training = _describe_training(model, steps, seconds)
+    training = _describe_training(model, data, steps, seconds)
     result = measure_model(model, slug(notation), data.measured, training, seed, progress)
     _save(model, result, data, output)
     delete(checkpoints)
@@ -260,7 +261,7 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
     except ConversionError as error:
         raise CommandError(str(error)) from error
     model = load_language_model(job.output)
-    training = _describe_training(model, heal_steps, report.healing.seconds)
+    training = _describe_training(model, data, heal_steps, report.healing.seconds)
     training.converted_from = report.source_notation
     training.hyperparameters.update({name: report.healing.settings[name] for name in ("kl_weight", "schedule")})
     training.hyperparameters["entropy_threshold_init"] = "each head's measured entropy"
@@ -276,8 +277,8 @@ def _save(model: EntropyGPTForCausalLM, result: ModelResult, data: Data, output:
     with written_whole(output / "models" / result.name) as folder:
         model.save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
-        save_results([result], folder / "results.json")
-        (folder / "README.md").write_text(model_card(result), encoding="utf-8")
+        save_results([result], folder / RESULTS)
+        model_card(result).save(folder / "README.md")
 
 
 def _make_config(notation: str, tokenizer: PreTrainedTokenizerFast) -> EntropyGPTConfig:
@@ -324,7 +325,7 @@ def _train(
     return find_callback(trainer, Stopwatch).seconds
 
 
-def _describe_training(model: EntropyGPTForCausalLM, steps: int, seconds: float) -> TrainingResult:
+def _describe_training(model: EntropyGPTForCausalLM, data: Data, steps: int, seconds: float) -> TrainingResult:
     return TrainingResult(
         steps=steps,
         tokens=steps * BATCH_SIZE * CONTEXT,
@@ -335,6 +336,7 @@ def _describe_training(model: EntropyGPTForCausalLM, steps: int, seconds: float)
             "batch_size": BATCH_SIZE,
             **describe_config(model.config),
         },
+        text=f"{data.corpus.name} ({data.corpus.revision})",
     )
 
 
@@ -350,7 +352,7 @@ def _draw(results: list[ModelResult], output: Path):
 def _save_all(results: list[ModelResult], output: Path):
     """With what private answers cost, as far as there are any."""
     results = [dataclasses.replace(result, costs=private_costs(result.name, output)) for result in results]
-    with written_whole(output / "results.json") as path:
+    with written_whole(output / RESULTS) as path:
         save_results(results, path)
 
 

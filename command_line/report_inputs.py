@@ -3,13 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from evaluation.results import ModelResult, load_results
+from evaluation.results import RESULTS, ModelResult, load_results
 from evaluation.run_log import LOG_NAME, RunLog
 
 from .errors import CommandError
-
-
-RESULTS = "results.json"
 
 
 def read_inputs(paths: list[Path]) -> tuple[list[ModelResult], list[RunLog]]:

@@ -18,6 +18,7 @@ from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
 from evaluation.model_card import model_card
 from evaluation.results import (
+    RESULTS,
     TrainingResult,
     git_revision,
     load_results,
@@ -40,7 +41,7 @@ from . import plot_job
 from .convert_inputs import Job, Text, spread
 from .convert_job import convert
 from .errors import CommandError
-from .measurement import describe_config, measure_model, read_text
+from .measurement import KEPT_APART, describe_config, measure_model, read_text
 from .progress import Stage, progress_display, stage
 from .train_folder import ADAPTER, MODEL, check_architecture, check_folder, check_text, take_folder
 from .train_inputs import Start, find_start, fit_vocabulary, make_model
@@ -48,7 +49,6 @@ from .train_inputs import Start, find_start, fit_vocabulary, make_model
 
 # Sequences of validation text on which the heads are measured in the course of training.
 MOST_PROBED = 8
-RESULTS = "results.json"
 # What a result tells of how its model was trained.
 TOLD = ("learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps")
 
@@ -95,7 +95,7 @@ def run(source: str, settings: list[str], dry_run: bool):
         if not (folder := Path(recipe.training.output_dir, MODEL)).exists():
             with progress_display(console) as progress:
                 trainer, data = _train(recipe, start, checkpoint, progress)
-                _finish(trainer, data, recipe, progress)
+                _finish(trainer, start, data, recipe, progress)
             if recipe.training.should_save and (reason := trainer.guard.diverged) is not None:
                 _tell_divergence(start.config.notation, trainer, reason, console)
         if recipe.training.should_save:
@@ -225,7 +225,7 @@ def _convert(recipe: Recipe, start: Start, data: PreparedData, progress: Progres
     return load_language_model(output)
 
 
-def _finish(trainer: EntropyTrainer, data: PreparedData, recipe: Recipe, progress: Progress):
+def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: Recipe, progress: Progress):
     """Leaves the trained model, measured, in the run's folder; nothing of a run that diverged."""
     output = Path(recipe.training.output_dir)
     unfinished = output / f"{UNFINISHED}{MODEL}"
@@ -254,13 +254,27 @@ def _finish(trainer: EntropyTrainer, data: PreparedData, recipe: Recipe, progres
             "batch_size": batch_size,
             **describe_config(model.config),
         },
+        text=f"{data.name} ({data.revision})",
+        converted_from=start.source.config.notation if start.converts else None,
+        started_from=_name_start(recipe),
     )
     most_tokens = recipe.data.validation_tokens
-    text = read_text(data.name, data.revision, data.validation_texts, data.tokenizer, data.context, most_tokens)
+    text = read_text(
+        data.name + KEPT_APART, data.revision, data.validation_texts, data.tokenizer, data.context, most_tokens
+    )
     result = measure_model(model, output.name, text, training, recipe.training.seed, progress)
     save_results([result], unfinished / RESULTS)
-    (unfinished / "README.md").write_text(model_card(result), encoding="utf-8")
+    model_card(result).save(unfinished / "README.md")
     unfinished.replace(output / MODEL)
+
+
+def _name_start(recipe: Recipe) -> str | None:
+    """What the run went on from, without the place of a folder here."""
+    source = recipe.model.model_name_or_path
+    if source is None or not Path(source).exists():
+        return source
+    path = Path(source).resolve()
+    return f"{path.parent.name}/{path.name}"
 
 
 def _tell_divergence(notation: str, trainer: EntropyTrainer, reason: str, console: Console):

@@ -96,7 +96,7 @@ def conditions_text(results: list[ModelResult]) -> str:
             )
     origin = "Trained from scratch" if training.converted_from is None else "Converted and healed"
     return (
-        f"{origin} on {conditions.corpus} ({conditions.corpus_revision}) for {training.steps:,} "
+        f"{origin} on {training.text or f'{conditions.corpus} ({conditions.corpus_revision})'} for {training.steps:,} "
         f"steps, {training.tokens:,} tokens of a vocabulary of {conditions.vocab_size:,} "
         f"({list_settings(shared)}; seed {conditions.seed}, {conditions.dtype}). {alone}Evaluated on "
         f"{likelihood.tokens:,} tokens of text kept out of training, in {describe_windows(likelihood.windows)}. "

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from .perplexity import Windows
-from .results import Conditions, ModelResult, PrivateCost, TaskResult, TaskScore
+from .results import AnswerCheck, Conditions, ModelResult, PrivateCost, TaskResult, TaskScore
 
 
 # A commit is told from any other by so many of its letters.
@@ -31,6 +31,16 @@ def describe_origin(versions: dict[str, str], revision: str | None, machine: str
     """What computed a number: packages, commit of this project, and machine."""
     commit, changes, _ = (revision or "unknown").partition("+changes")
     return f"{list_settings(versions)}; commit {commit[:SHORT_COMMIT]}{changes}; {machine}"
+
+
+def describe_check(check: AnswerCheck) -> str:
+    """How a private answer compares with the clear."""
+    error = (
+        ""
+        if check.largest_error is None
+        else f"; logits differ by {check.largest_error:.4f} at most, of up to {check.largest_logit:.1f}"
+    )
+    return f"{check.same} of {check.answers} tokens are the same{error}"
 
 
 def text_facts(result: ModelResult) -> Facts:

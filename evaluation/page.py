@@ -191,20 +191,20 @@ def page_markdown(page: Page, folder: str) -> str:
         page ([`Page`]): The page.
         folder (`str`): Where its pictures lie, under their `file_name`, as part of an address.
     """
-    environment = _environment(finalize=_escape_markdown)
-    environment.filters["shapes"] = lambda text: _raise_shapes(_escape_markdown(text))
+    environment = _environment(finalize=escape_markdown)
+    environment.filters["shapes"] = lambda text: _raise_shapes(escape_markdown(text))
     return environment.get_template("page.md").render(page=page, folder=Markup(folder))
+
+
+def escape_markdown(value: object) -> str:
+    """Text that shows as it is; `Markup` is left alone."""
+    return value if isinstance(value, Markup) else MARKDOWN_SIGNS.sub(r"\\\g<0>", " ".join(str(value).split()))
 
 
 def _environment(**options) -> Environment:
     return Environment(
         loader=PackageLoader("evaluation"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
     )
-
-
-def _escape_markdown(value: object) -> str:
-    """Text that shows as it is; `Markup` is left alone."""
-    return value if isinstance(value, Markup) else MARKDOWN_SIGNS.sub(r"\\\g<0>", " ".join(str(value).split()))
 
 
 def _raise_shapes(escaped: str) -> Markup:

@@ -43,7 +43,7 @@ def save_reference(input_ids: torch.Tensor, logits: torch.Tensor, path: Path):
     save_file({"input_ids": input_ids.contiguous(), "logits": logits.contiguous()}, path)
 
 
-def load_in_fresh_process(folder: Path, reference: Path, prompt: str) -> RemoteLoading:
+def load_in_fresh_process(folder: Path, reference: Path, prompt: str, subfolder: str = "") -> RemoteLoading:
     """
     Loads a causal language model and its tokenizer in a new process that can't import this project.
 
@@ -51,6 +51,7 @@ def load_in_fresh_process(folder: Path, reference: Path, prompt: str) -> RemoteL
         folder (`Path`): The saved model.
         reference (`Path`): What [`save_reference`] wrote for it.
         prompt (`str`): The beginning of a line.
+        subfolder (`str`, *optional*): Where in the folder the weights are; code and tokenizer are not.
 
     Raises:
         `RemoteLoadingError`: If the other process fails.
@@ -58,7 +59,7 @@ def load_in_fresh_process(folder: Path, reference: Path, prompt: str) -> RemoteL
     with tempfile.TemporaryDirectory() as cache:
         answer = Path(cache) / "answer.json"
         process = subprocess.run(
-            [sys.executable, "-I", __file__, folder.resolve(), reference.resolve(), prompt, answer],
+            [sys.executable, "-I", __file__, folder.resolve(), reference.resolve(), prompt, subfolder, answer],
             cwd=cache,
             env={**os.environ, "HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
             capture_output=True,
@@ -75,10 +76,10 @@ class _ProjectBlocker(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"{fullname} must not be needed: only the files in the model's folder are there")
 
 
-def _answer(folder: str, reference: str, prompt: str) -> RemoteLoading:
+def _answer(folder: str, reference: str, prompt: str, subfolder: str) -> RemoteLoading:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, subfolder=subfolder, trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = load_file(reference)
     with torch.no_grad():
@@ -93,5 +94,5 @@ def _answer(folder: str, reference: str, prompt: str) -> RemoteLoading:
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, _ProjectBlocker())
-    folder, reference, prompt, answer = sys.argv[1:]
-    Path(answer).write_text(json.dumps(vars(_answer(folder, reference, prompt))), encoding="utf-8")
+    *arguments, answer = sys.argv[1:]
+    Path(answer).write_text(json.dumps(vars(_answer(*arguments))), encoding="utf-8")

@@ -39,14 +39,6 @@ from .results import Conditions, ModelResult, PrivateCost, TaskResult
 
 
 MODEL = Column("model", is_text=True)
-SIZES = {
-    "parameters": "parameters",
-    "layers": "n_layer",
-    "heads": "n_head",
-    "width": "n_embd",
-    "positions": "n_positions",
-    "vocabulary": "vocab_size",
-}
 
 
 class Notes:
@@ -183,14 +175,14 @@ def model_table(results: list[ModelResult]) -> Table:
         columns=[
             MODEL,
             Column("final norm", is_text=True),
-            *map(Column, SIZES),
+            *map(Column, results[0].architecture.sizes),
             Column("hash of the weights", is_text=True),
         ],
         rows=[
             [
                 _heading(result),
                 Cell(result.architecture.final_normalization),
-                *(Cell(f"{getattr(result.architecture, size):,}") for size in SIZES.values()),
+                *(Cell(f"{size:,}") for size in result.architecture.sizes.values()),
                 Cell(result.weights),
             ]
             for result in results

@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import field
+from dataclasses import field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from .perplexity import Likelihood
 from .records import RECORD, load_record, save_record
 
 
+# What files of results are called.
+RESULTS = "results.json"
 KIND, SCHEMA_VERSION = "results of models", 2
 RECORDED_VERSIONS = ("entropy-gpt", "torch", "transformers", "datasets", "tokenizers")
 
@@ -75,6 +77,18 @@ class Architecture:
     n_positions: int
     vocab_size: int
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What is counted, by the words for it."""
+        return {
+            "parameters": self.parameters,
+            "layers": self.n_layer,
+            "heads": self.n_head,
+            "width": self.n_embd,
+            "positions": self.n_positions,
+            "vocabulary": self.vocab_size,
+        }
+
 
 @dataclass(config=RECORD)
 class TrainingResult:
@@ -87,6 +101,8 @@ class TrainingResult:
         seconds (`float`): Duration, with the evaluations in its course.
         hyperparameters (`dict`): What training was told.
         converted_from (`str`, *optional*): Notation of the trained model that this one was converted from.
+        text (`str`, *optional*): What it was trained on, with its revision.
+        started_from (`str`, *optional*): Name of the trained model that this training went on from.
     """
 
     steps: int
@@ -94,6 +110,8 @@ class TrainingResult:
     seconds: float
     hyperparameters: dict
     converted_from: str | None = None
+    text: str | None = None
+    started_from: str | None = None
 
 
 @dataclass(config=RECORD)
@@ -173,6 +191,24 @@ class TaskResult:
 
 
 @dataclass(config=RECORD)
+class AnswerCheck:
+    """
+    How a private answer compares with the model's own in the clear.
+
+    Args:
+        answers (`int`): Tokens answered.
+        same (`int`): Those that are the most likely ones in the clear too.
+        largest_logit (`float`): In the clear, by its absolute value.
+        largest_error (`float`, *optional*): Of the logits; where the client learns tokens alone, there is none.
+    """
+
+    answers: int
+    same: int
+    largest_logit: float
+    largest_error: float | None = None
+
+
+@dataclass(config=RECORD)
 class PrivateCost:
     """
     What one private inference cost, measured between real parties.
@@ -188,6 +224,7 @@ class PrivateCost:
         versions (`dict[str, str]`): Of the packages that compute.
         git_revision (`str`, *optional*): Of this project.
         machine (`str`): Processor and number of threads.
+        check ([`AnswerCheck`], *optional*): How the answer compares with the clear.
     """
 
     protocol: str
@@ -200,6 +237,7 @@ class PrivateCost:
     versions: dict[str, str]
     git_revision: str | None
     machine: str
+    check: AnswerCheck | None = None
 
 
 @dataclass(config=RECORD)
@@ -250,6 +288,28 @@ def load_results(path: Path) -> list[ModelResult]:
         `ValueError`: If the file is of another kind or schema, or broken.
     """
     return load_record(list[ModelResult], KIND, SCHEMA_VERSION, path)
+
+
+def find_results(results: list[ModelResult], weights: str) -> ModelResult | None:
+    """
+    All that records tell of one model, whatever they call it: of each part the first, and every cost.
+
+    Args:
+        results (`list[ModelResult]`): Of any models.
+        weights (`str`): The model's, as by [`hash_weights`].
+
+    Returns:
+        [`ModelResult`]: `None` if no record is of these weights.
+    """
+    own = [result for result in results if result.weights == weights]
+    if not own:
+        return None
+    parts = {
+        name: next((part for result in own if (part := getattr(result, name)) is not None), None)
+        for name in ("training", "likelihood", "heads", "tasks")
+    }
+    costs = [cost for result in own for cost in result.costs]
+    return replace(own[0], **parts, costs=[cost for index, cost in enumerate(costs) if cost not in costs[:index]])
 
 
 def recorded_versions(*others: str) -> dict[str, str]:

@@ -14,7 +14,11 @@ from transformers.utils.versions import require_version
 from .notation import format_notation, parse_notation
 
 
-require_version("transformers>=5.23,<6", "EntropyGPT is written for it: pip install 'transformers>=5.23,<6'")
+TRANSFORMERS = "transformers>=5.23,<6"
+require_version(TRANSFORMERS, f"EntropyGPT is written for it: pip install '{TRANSFORMERS}'")
+
+# Higher whenever a configuration may say what the code before does not know.
+CODE_VERSION = 1
 
 OWN_ACTIVATIONS = ("identity", "leaky_relu", "learnable_leaky_relu")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")
@@ -105,6 +109,7 @@ class EntropyGPTConfig(PreTrainedConfig):
             row's, summed over the batch (the paper's public code, and the scale its lambda is meant for).
         detect_divergence (`bool`, *optional*, defaults to `False`):
             Whether training stops at the first non-finite value with an error that names the layer.
+        code_version (`int`, *optional*): Of the code that the configuration was written for.
 
     Raises:
         `StrictDataclassError`: If a value has the wrong type, is not allowed, or does not go with another.
@@ -175,6 +180,7 @@ class EntropyGPTConfig(PreTrainedConfig):
     entropy_maximum: Literal["context", "causal"] = "context"
     entropy_penalty: Literal["head_mean", "row_mean", "row_sum"] = "row_sum"
     detect_divergence: bool = False
+    code_version: int = CODE_VERSION
 
     def __post_init__(self, **kwargs):
         self._reject_misspelt_fields(kwargs)
@@ -191,9 +197,10 @@ class EntropyGPTConfig(PreTrainedConfig):
         hands it on.
 
         Raises:
-            `ValueError`: If a keyword is a near miss of a field.
+            `ValueError`: If a keyword is a near miss of a field, or the file was written by newer code.
             `StrictDataclassError`: If a value is not allowed, or does not go with the rest.
         """
+        _check_code_version(config_dict.get("code_version", CODE_VERSION))  # before values that only it knows
         cls._reject_misspelt_fields(kwargs)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
@@ -237,6 +244,7 @@ class EntropyGPTConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation: ranges, and rules between fields."""
         super().validate_architecture()
+        _check_code_version(self.code_version)
         self._check_numbers()
         self._check_sizes()
         self._check_ffn()
@@ -320,6 +328,15 @@ class EntropyGPTConfig(PreTrainedConfig):
         for name in kwargs.keys() - INHERITED_FIELDS - {*own_names}:
             if hint := _did_you_mean(name, own_names):
                 raise ValueError(f"{name!r} is no field of {cls.__name__}{hint}")
+
+
+def _check_code_version(version: int):
+    if version > CODE_VERSION:
+        raise ValueError(
+            f"code_version={version}: the model was saved by a newer EntropyGPT than this code, which is of version "
+            f"{CODE_VERSION}. Upgrade entropy-gpt; where it is not installed, trust_remote_code=True runs the model's "
+            "own code."
+        )
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

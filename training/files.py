@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-UNFINISHED = ".unfinished-"
+# The HF Trainer, which may send a run's folder to the Hub, leaves out what begins with an underscore.
+UNFINISHED = "_unfinished-"
 
 
 @contextmanager

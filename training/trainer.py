@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -255,6 +256,9 @@ class EntropyTrainer(Trainer):
             )
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
+            if self.args.should_save:
+                for path in (folder / name).glob("*.py"):  # the `Trainer` would send weights without their code
+                    shutil.copy(path, self.args.output_dir)
             super()._push_from_checkpoint(str(folder / name))
 
     def _get_output_dir(self, trial) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pydantic.dataclasses import dataclass
 
 from evaluation.records import RECORD, StoredRecord
-from evaluation.results import PrivateCost
+from evaluation.results import AnswerCheck, PrivateCost
 
 from .settings import PARTIES, PrivateSettings
 
@@ -285,8 +285,8 @@ def project(cost: InferenceCost, network: Network) -> float:
     return cost.seconds + transfer + cost.rounds * network.round_trip_seconds
 
 
-def as_private_cost(cost: InferenceCost) -> PrivateCost:
-    """What the results of a model tell of the inference."""
+def as_private_cost(cost: InferenceCost, check: AnswerCheck | None = None) -> PrivateCost:
+    """What the results of a model tell of the inference, and of how its answer compares with the clear."""
     return PrivateCost(
         protocol=cost.settings.protocol,
         context=cost.context,
@@ -298,4 +298,5 @@ def as_private_cost(cost: InferenceCost) -> PrivateCost:
         versions=cost.versions,
         git_revision=cost.git_revision,
         machine=cost.machine,
+        check=check,
     )

@@ -3,13 +3,16 @@
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from command_line.main import main
+from conversion.gpt2_checkpoint import load_language_model
 from evaluation.private_inference.cost import InferenceCost
+from evaluation.results import hash_weights, load_results
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.tokenizer import train_tokenizer
 
@@ -56,39 +59,41 @@ def address(model):
         server.kill()
 
 
-def complaint(result) -> str:
-    """The one line that a failed command leaves."""
-    assert result.returncode == 1, result.stdout + result.stderr
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("entropy-gpt: ")
-    return line
+@pytest.fixture
+def run_here(monkeypatch, capsys) -> Callable:
+    """Runs a command in this process; returns its exit status, and what it printed and complained."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["entropy-gpt", "private", *map(str, arguments)])
+        capsys.readouterr()
+        return main(), *capsys.readouterr()
+
+    return run
 
 
-def test_without_the_engine_it_says_what_to_install(model):
-    code = "import sys; sys.modules['spu'] = None; from command_line.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "private", "demo", model]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert "pip install 'entropy-gpt[private]'" in complaint(result)
+@pytest.fixture
+def complaint(run_here) -> Callable:
+    """The one line that a command leaves when it fails."""
+
+    def run(*arguments) -> str:
+        status, _, error = run_here(*arguments)
+        assert status == 1
+        (line,) = error.strip().splitlines()
+        assert line.startswith("entropy-gpt: ")
+        return line
+
+    return run
+
+
+def test_without_the_engine_it_says_what_to_install(model, complaint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "spu", None)
+    assert "pip install 'entropy-gpt[private]'" in complaint("demo", model)
 
 
 class TestMisuse:
     @pytest.fixture(autouse=True)
     def _engine(self):
         pytest.importorskip("spu")
-
-    @pytest.fixture
-    def complaint(self, monkeypatch, capsys):
-        """The one line that a command in this process leaves when it fails."""
-
-        def run_here(*arguments) -> str:
-            monkeypatch.setattr(sys, "argv", ["entropy-gpt", "private", *map(str, arguments)])
-            capsys.readouterr()
-            assert main() == 1
-            (line,) = capsys.readouterr().err.strip().splitlines()
-            assert line.startswith("entropy-gpt: ")
-            return line
-
-        return run_here
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -138,9 +143,9 @@ class TestTwoProcesses:
         pytest.importorskip("spu")
 
     def test_the_demonstration_agrees_and_records_its_cost(self, model, tmp_path):
-        output = tmp_path / "cost.json"
-        networks = ("--network", "300Mbps,20ms", "--network", "lan")
-        result = run("demo", model, "--max-new-tokens", 2, "--output", output, *networks)
+        output, results = tmp_path / "cost.json", tmp_path / "results.json"
+        options = ("--network", "300Mbps,20ms", "--network", "lan", "--results", results)
+        result = run("demo", model, "--max-new-tokens", 2, "--output", output, *options)
         assert result.returncode == 0, result.stderr
         assert "in the clear, 2 of 2 tokens are the same" in result.stdout
         shown = [line.partition(": about ")[0] for line in result.stdout.splitlines() if ": about " in line]
@@ -150,11 +155,18 @@ class TestTwoProcesses:
         assert cost.set_up_bytes > 0
         assert cost.network == "loopback, two processes"
         assert {step.operation for step in cost.steps} >= {"embedding", "exponential", "head"}
+        (told,) = load_results(results)
+        assert told.weights == hash_weights(load_language_model(model))
+        assert [(each.total_bytes, each.answers, each.check.same) for each in told.costs] == [(cost.total_bytes, 2, 2)]
+        assert told.costs[0].check.largest_error < 0.01
 
-    def test_one_client_after_another(self, model, address):
-        first, second = (run("ask", PROMPT, "--connect", address, "--tokenizer", model) for _ in range(2))
-        assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    def test_one_client_after_another(self, model, address, run_here):
+        arguments = ("ask", PROMPT, "--connect", address, "--tokenizer", model)
+        first = run(*arguments)
+        status, answer, error = run_here(*arguments)
+        assert (first.returncode, status) == (0, 0), first.stderr + error
         assert PROMPT in first.stdout
+        assert PROMPT in answer
 
     @pytest.mark.parametrize(
         ("prompt", "options", "message"),
@@ -165,11 +177,10 @@ class TestTwoProcesses:
             (PROMPT, ["--max-new-tokens", "3"], "3 new tokens are asked for; 2 is the most here"),
         ],
     )
-    def test_what_the_model_can_not_answer(self, model, address, prompt, options, message):
-        line = complaint(run("ask", prompt, "--connect", address, "--tokenizer", model, *options))
-        assert message in line
+    def test_what_the_model_can_not_answer(self, model, address, prompt, options, message, complaint):
+        assert message in complaint("ask", prompt, "--connect", address, "--tokenizer", model, *options)
 
-    def test_another_tokenizer(self, address, tmp_path):
+    def test_another_tokenizer(self, address, tmp_path, complaint):
         other = save_model(tmp_path, "some other text, of which other tokens are made " * 50)
-        line = complaint(run("ask", PROMPT, "--connect", address, "--tokenizer", other))
+        line = complaint("ask", PROMPT, "--connect", address, "--tokenizer", other)
         assert "the tokenizer is not the server's" in line

@@ -67,6 +67,7 @@ def test_everything_is_there(finished):
     else:
         assert process.stdout.count("tokens are the same") == 2
         costs = {result.name: result.costs for result in results if result.costs}
+        assert all(cost.check.same == cost.check.answers for each in costs.values() for cost in each)
         assert list(costs) == list(map(slug, PRIVATE))
         for (cost,) in costs.values():
             assert (cost.protocol, cost.answers, cost.network) == ("cheetah", 2, "loopback, two processes")
@@ -74,7 +75,7 @@ def test_everything_is_there(finished):
         assert (output / "pictures" / "private_costs.png").stat().st_size > 5000
     assert str(output / "models") in process.stdout.replace("\n", "")
     assert not list(output.rglob("checkpoint-*"))
-    assert not list(output.rglob(".unfinished-*"))
+    assert not list(output.rglob("_unfinished-*"))
 
 
 def test_a_second_run_shows_the_same_without_training_anew(finished, text):
@@ -166,7 +167,7 @@ def test_a_folder_that_holds_nothing_whole_counts_as_empty(tmp_path):
     """A process killed at the very beginning leaves such a one; here the corpus is what is refused."""
     (tmp_path / "corpus.txt").write_text("x = 1\n")
     (tmp_path / "output").mkdir()
-    (tmp_path / "output" / ".unfinished-settings.json").write_text("{")
+    (tmp_path / "output" / "_unfinished-settings.json").write_text("{")
     process = run(tmp_path / "corpus.txt", tmp_path / "output")
     assert "too short" in process.stderr
 

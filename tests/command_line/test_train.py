@@ -166,8 +166,8 @@ def test_killed_again_and_again_it_ends_at_the_same_weights_and_log(run, finishe
 
 def test_killed_after_its_last_step_it_takes_no_more(run, finished):
     shutil.copytree(run.folder / "run", run.folder / "last")
-    (run.folder / "last" / "model").rename(run.folder / "last" / ".unfinished-model")
-    (run.folder / "last" / ".unfinished-model" / "stale.txt").write_text("from before")
+    (run.folder / "last" / "model").rename(run.folder / "last" / "_unfinished-model")
+    (run.folder / "last" / "_unfinished-model" / "stale.txt").write_text("from before")
     resumed = run(output="last")
     assert resumed.returncode == 0, resumed.stderr
     assert_same(run.weights("last"), run.weights())

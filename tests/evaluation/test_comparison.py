@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-from huggingface_hub import ModelCard
 
 from evaluation.comparison import COLUMNS, comparison_markdown, comparison_rows, conditions_text
 from evaluation.model_card import model_card
@@ -72,7 +71,7 @@ def test_a_converted_model_is_shown_as_one_beside_those_from_scratch(result):
     assert "for 10 steps, 10,240 tokens" in text
     assert "from SM+LN+G: fitted step by step, then healed for 3 steps, 3,072 tokens" in text
     assert "Converted and healed on " in conditions_text([converted])
-    assert "# EntropyGPT EReg(SM(t)+ScFuFFN) from SM+LN+G" in model_card(converted)
+    assert "# EntropyGPT EReg(SM(t)+ScFuFFN) from SM+LN+G" in model_card(converted).text
     # From scratch, unlike amounts of training are not comparable.
     converted.training.converted_from = None
     with pytest.raises(ValueError, match="training steps differ, 3 and 10"):
@@ -114,13 +113,6 @@ def test_parts_that_are_missing_are_named(result):
         conditions_text([result, dataclasses.replace(result, training=None, heads=None)])
     with pytest.raises(ValueError, match="no models"):
         comparison_rows([])
-
-
-def test_the_card_is_valid_and_tells_the_conditions(result):
-    card = ModelCard(model_card(result))
-    assert card.data.library_name == "transformers"
-    for words in ("trust_remote_code=True", "sha256:69801485bf096206", "65,024 tokens", "a machine", "nothing secret"):
-        assert words in card.text
 
 
 def test_the_readme_shows_the_committed_results(tmp_path):

@@ -15,11 +15,11 @@ from datasets import Dataset
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from evaluation import remote_loading
 from evaluation.lm_eval_tasks import local_data
 from evaluation.task_scores import LOCAL_TASKS, TASK_FOLDER, TaskError, check_tasks, score_tasks
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES
+from tests.strangers import run_stranger
 
 from . import lm_eval_of_strangers
 from .task_files import (
@@ -343,11 +343,10 @@ def test_lm_eval_scores_all_architectures_without_this_project(tokenizer, task_d
     for folder, notation in folders.items():
         make_model_with(tokenizer, notation).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    script, answer = lm_eval_of_strangers.__file__, tmp_path / "answer.json"
-    arguments = [remote_loading.__file__, TASK_FOLDER, task_data, ",".join(tasks), answer, *folders]
-    process = subprocess.run([sys.executable, "-I", script, *arguments], **fresh_process(tmp_path))
-    assert process.returncode == 0, process.stderr
-    strangers = json.loads(answer.read_text(encoding="utf-8"))
+    words = [TASK_FOLDER, task_data, ",".join(tasks), *folders]
+    environment = fresh_process(tmp_path)["env"]
+    output = run_stranger(tmp_path, environment, lm_eval_of_strangers.__file__, *words)
+    strangers = json.loads(output.splitlines()[-1])
     for folder, notation in folders.items():
         model = EntropyGPTForCausalLM.from_pretrained(folder)
         ours = score_tasks(model, AutoTokenizer.from_pretrained(folder), tasks, task_data)

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from pydantic import ValidationError
 
-from evaluation.results import git_revision, load_results, save_results
-from tests.evaluation.example_results import example_result, example_results
+from evaluation.results import find_results, git_revision, load_results, save_results
+from tests.evaluation.example_results import example_cost, example_likelihood, example_result, example_results
 
 
 def test_results_are_read_back_as_they_were_written(tmp_path):
@@ -59,3 +59,20 @@ def test_the_revision_of_a_tree_of_another_owner_is_told(monkeypatch):
     assert git_revision() == expected
     monkeypatch.setenv("PATH", "")
     assert git_revision() is None
+
+
+def test_what_records_tell_of_one_model_is_put_together():
+    one, other, *_ = example_results(tasks=False)
+    renamed = dataclasses.replace(one, name="elsewhere", likelihood=None, heads=None, training=None, costs=[])
+    cheaper = dataclasses.replace(renamed, costs=[example_cost(1.0), *one.costs])
+    trained = dataclasses.replace(renamed, training=one.training)
+    parts = [dataclasses.replace(one, training=None), other, cheaper, trained]
+    assert find_results(parts, one.weights) == dataclasses.replace(one, costs=[*one.costs, example_cost(1.0)])
+    assert find_results([renamed], one.weights) == renamed
+    assert find_results([other], one.weights) is None
+
+
+def test_the_first_record_of_a_part_counts():
+    one = example_results()[0]
+    again = dataclasses.replace(one, likelihood=example_likelihood(99.0))
+    assert find_results([again, one], one.weights).likelihood == again.likelihood

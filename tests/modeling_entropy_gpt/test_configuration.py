@@ -1,5 +1,6 @@
 """The configuration: GPT-2 by default, and every mistake named with its remedy."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from modeling_entropy_gpt.configuration_entropy_gpt import CODE_VERSION
 from tests.architectures import ARCHITECTURES, make_config
 
 
@@ -123,3 +125,15 @@ def test_a_broken_combination_is_not_saved(tmp_path):
     with pytest.raises((StrictDataclassError, ValueError), match="identity"):
         config.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_configuration_of_newer_code_says_so_first(tmp_path):
+    """It may have values that this code does not know, which would be complained of otherwise."""
+    EntropyGPTConfig(code_version=CODE_VERSION).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    newer = json.loads(path.read_text()) | {"code_version": CODE_VERSION + 1, "normalization": "unheard-of"}
+    path.write_text(json.dumps(newer))
+    with pytest.raises(ValueError, match=rf"code_version={CODE_VERSION + 1}: .* newer EntropyGPT"):
+        AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match="newer EntropyGPT"):
+        EntropyGPTConfig(code_version=CODE_VERSION + 1)

@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from modeling_entropy_gpt import (
     EntropyGPTModel,
 )
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
+from tests.strangers import do
 from training.tokenizer import train_tokenizer
 
 
@@ -198,29 +198,7 @@ def test_a_fresh_process_notices_other_weights(saved):
 def test_every_head_loads_in_a_fresh_process_from_any_folder(tmp_path):
     """A causal model's folder serves every auto class: one process, all of them."""
     make_model("EReg(SM(t)+ScFuFFN)").save_pretrained(tmp_path / "model")
-    code = """
-import importlib.abc, sys, transformers
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "modeling_entropy_gpt":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocker())
-config = transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
-print(config.notation)
-for name in sys.argv[2:]:
-    model = getattr(transformers, name).from_pretrained(sys.argv[1], trust_remote_code=True)
-    print(name, type(model).__name__, type(model).__module__.startswith("transformers_modules."))
-"""
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", code, tmp_path / "model", *AUTO_CLASSES],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    notation, *lines = process.stdout.splitlines()
-    assert notation == "EReg(SM(t)+ScFuFFN)"
-    assert lines == [f"{name} {model_class.__name__} True" for name, model_class in AUTO_CLASSES.items()]
+    answer = do("load_heads", tmp_path, environment, model=tmp_path / "model", names=[*AUTO_CLASSES])
+    loaded = {name: [model_class.__name__, True] for name, model_class in AUTO_CLASSES.items()}
+    assert answer == {"notation": "EReg(SM(t)+ScFuFFN)", **loaded}

@@ -31,7 +31,7 @@ def test_a_folder_appears_at_the_end_and_leftovers_of_a_killed_process_go(tmp_pa
         (path / "part").write_text("half")
         raise OSError("disk")
     assert not list(tmp_path.iterdir())
-    leftover = tmp_path / ".unfinished-folder"
+    leftover = tmp_path / "_unfinished-folder"
     leftover.mkdir()
     (leftover / "old").write_text("old")
     with written_whole(target) as path:

@@ -234,7 +234,7 @@ def test_blocks_are_found_again(kind, counted, tmp_path, text_folder):
     assert (again.revision, again.training_documents) == (first.revision, first.training_documents)
     prepare(dataset, data_cache=str(tmp_path / "kept"), validation_tokens=CONTEXT)
     assert len(counted) == 2
-    assert not list((tmp_path / "kept").glob(".unfinished-*"))
+    assert not list((tmp_path / "kept").glob("_unfinished-*"))
 
 
 @pytest.mark.parametrize(

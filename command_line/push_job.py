@@ -1,0 +1,315 @@
+"""Puts a model's folder together for the Hub, checks it, and sends it."""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    constants,
+    get_token,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import logging as hub_logging
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from conversion.errors import ConversionError
+from conversion.folding import fold
+from conversion.gpt2_checkpoint import load_language_model
+from evaluation.head_plots import plot_headwise_entropy
+from evaluation.model_card import model_card
+from evaluation.publication import CARD, PICTURE, PublicationError, assemble, check
+from evaluation.results import RESULTS, ModelResult, find_results, hash_weights, load_results
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+from training.files import written_whole
+
+from .errors import CommandError
+from .measurement import describe_model
+from .model_tokenizer import load_model_tokenizer
+from .tables import make_table
+
+
+# What an earlier push may have left that this one does not replace: weights in other shards, code, a folded model.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", "folded/*"]
+ATTEMPTS = 3
+# After these, nothing can have been done. Whether a pull request was, nobody knows after others; the same commit is
+# not made twice.
+NOT_CONNECTED = (httpx2.ConnectError, httpx2.ConnectTimeout, OfflineModeIsEnabled)
+WAIT_SECONDS = 2
+Answer = TypeVar("Answer")
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    Where a model goes.
+
+    Args:
+        repository (`str`): Such as "my-name/my-model".
+        private (`bool`): Whether a new repository is seen by its owner alone.
+        revision (`str`, *optional*): The branch.
+        create_pr (`bool`): Whether the commit is proposed as a pull request.
+        message (`str`, *optional*): Of the commit.
+    """
+
+    repository: str
+    private: bool
+    revision: str | None
+    create_pr: bool
+    message: str | None
+
+
+def run(
+    source: Path,
+    target: Target,
+    results: list[Path],
+    licence: str | None,
+    folded: str | None,
+    shard_size: str,
+    dry_run: bool,
+):
+    """
+    Sends a model, if it passes all checks.
+
+    Args:
+        source (`Path`): Its folder.
+        target ([`Target`]): Where it goes.
+        results (`list[Path]`): Files and folders with results, beside those in its folder.
+        licence (`str`, *optional*): Of its weights.
+        folded (`str`, *optional*): "beside" or "instead": whether it is sent folded too, or alone.
+        shard_size (`str`): The most that a file of weights holds.
+        dry_run (`bool`): Whether all is done but sending.
+
+    Raises:
+        `CommandError`: If something is missing or wrong, or the Hub refuses or does not answer. Nothing was sent then.
+    """
+    _be_quiet()
+    try:
+        validate_repo_id(target.repository)
+    except HFValidationError as error:
+        raise CommandError(f"{target.repository!r} can't be the name of a repository: {error}") from error
+    api = HfApi()
+    if not dry_run:
+        target = _find_repository(api, target, _log_in(api))
+    model, tokenizer, result = _read(source, results)
+    before = None
+    if folded == "instead":
+        before, model = result, fold(model)
+        result = _as_folded(result, model)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "model")
+        try:
+            with console.status("putting it together"):
+                assemble(
+                    model,
+                    tokenizer,
+                    result,
+                    folder,
+                    licence,
+                    target.repository,
+                    shard_size,
+                    with_folded=folded == "beside",
+                    folded_from=before and before.title,
+                )
+            with console.status("loading it in a fresh process"):
+                check(folder, model)
+        except PublicationError as error:
+            raise CommandError(str(error)) from error
+        except ValueError as error:
+            raise CommandError(f"{source}: {error}") from error
+        _show_files(folder)
+        if dry_run:
+            console.print("It loads in a fresh process with the same logits. Nothing was sent.")
+            return
+        console.print(f"sending it to {target.repository}", highlight=False)
+        commit = _send(api, folder, target, result)
+    console.print(f"sent: {commit.pr_url or commit.commit_url}", soft_wrap=True, highlight=False)
+
+
+def write_card(folder: Path, results: list[Path], licence: str | None):
+    """
+    Writes the card of a model's folder, and the picture that it shows.
+
+    Raises:
+        `CommandError`: If the model or its results can't be read, or lack what a card tells.
+    """
+    _be_quiet()
+    _, _, result = _read(folder, results)
+    try:
+        card = model_card(result, licence, picture=PICTURE)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    with written_whole(folder / PICTURE) as path:
+        plot_headwise_entropy(result, path)
+    with written_whole(folder / CARD) as path:
+        card.save(path)
+    console.print(f"card: {folder / CARD}", soft_wrap=True)
+
+
+def _be_quiet():
+    """What goes wrong is told in one line; bars of what is sent are for those who look."""
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def _read(folder: Path, places: list[Path]) -> tuple[EntropyGPTForCausalLM, PreTrainedTokenizerFast, ModelResult]:
+    if not folder.is_dir():
+        raise CommandError(f"There is no folder {folder}. Give that of a trained model.")
+    try:
+        with console.status("loading the model"):
+            model = load_language_model(folder).eval()
+    except ConversionError as error:
+        raise CommandError(str(error)) from error
+    tokenizer = load_model_tokenizer(None, str(folder), model.config.vocab_size)
+    return model, tokenizer, _find_results(folder, places, hash_weights(model))
+
+
+def _find_results(folder: Path, places: list[Path], weights: str) -> ModelResult:
+    files = [place / RESULTS if place.is_dir() else place for place in places]
+    if (own := folder / RESULTS).exists():
+        files.append(own)
+    try:
+        result = find_results([result for file in files for result in load_results(file)], weights)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if result is None:
+        looked = f"{', '.join(map(str, files))} tell of other weights" if files else f"{folder} has no {RESULTS}"
+        raise CommandError(
+            f"Nothing is known of the model in {folder}, and its card tells what was measured: {looked}. Run "
+            f"entropy-gpt evaluate {folder} -o evaluation_output, and give --results evaluation_output."
+        )
+    return result
+
+
+def _log_in(api: HfApi) -> dict:
+    """Whom the token belongs to, as the Hub tells it."""
+    if constants.HF_HUB_OFFLINE:
+        raise CommandError("HF_HUB_OFFLINE is set, so nothing can be sent: unset it, or try --dry-run.")
+    if get_token() is None:
+        raise CommandError("There is no token for the Hub: run hf auth login, or set HF_TOKEN. --dry-run needs none.")
+    return _ask_hub(api.whoami)
+
+
+def _find_repository(api: HfApi, target: Target, user: dict) -> Target:
+    """The target by its full name; refused now, if the Hub would refuse it once all is put together."""
+    namespace, _, name = target.repository.rpartition("/")
+    namespace = namespace or user["name"]
+    target = replace(target, repository=f"{namespace}/{name}")
+    known = _ask_hub(_look_up, api, target.repository)
+    if known is not None:
+        if target.private and not known.private:
+            raise CommandError(
+                f"{target.repository} is there already, and public: --private is for new ones. Leave it out, or give "
+                "another name."
+            )
+    elif target.create_pr:
+        raise CommandError(f"There is no such repository as {target.repository}, to which --create-pr could propose.")
+    elif namespace not in (user["name"], *(group["name"] for group in user.get("orgs", []))):
+        raise CommandError(
+            f'The namespace "{namespace}" is neither {user["name"]}, whose token this is, nor a group of theirs: give '
+            "a repository of your own."
+        )
+    return target
+
+
+def _look_up(api: HfApi, repository: str) -> ModelInfo | None:
+    try:
+        return api.model_info(repository)
+    except RepositoryNotFoundError:
+        return None
+
+
+def _send(api: HfApi, folder: Path, target: Target, result: ModelResult) -> CommitInfo:
+    if not target.create_pr:
+        _ask_hub(api.create_repo, target.repository, private=target.private, exist_ok=True)
+        if target.revision is not None:
+            _ask_hub(api.create_branch, target.repository, branch=target.revision, exist_ok=True)
+    message = target.message or f"EntropyGPT {result.title}"
+    return _ask_hub(_commit, api, folder, target, message, create_pr=target.create_pr)
+
+
+def _commit(api: HfApi, folder: Path, target: Target, message: str, create_pr: bool) -> CommitInfo:
+    """One commit, whatever the sizes: `upload_folder` may make several, of which some arrive and others do not."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    there = api.list_repo_files(target.repository, revision=target.revision)
+    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in REPLACED)]
+    operations = [CommitOperationDelete(name) for name in stale]
+    operations += [CommitOperationAdd(name, path) for name, path in files.items()]
+    return api.create_commit(
+        target.repository, operations, commit_message=message, revision=target.revision, create_pr=create_pr
+    )
+
+
+def _ask_hub(question: Callable[..., Answer], *args, **kwargs) -> Answer:
+    """Asks again where the Hub or the way to it fails; what it refuses becomes one line."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return question(*args, **kwargs)
+        except (httpx2.TransportError, OfflineModeIsEnabled) as error:
+            failure, reason = error, f"{constants.ENDPOINT} can't be reached: {error or type(error).__name__}"
+            if kwargs.get("create_pr") and not isinstance(error, NOT_CONNECTED):
+                raise CommandError(
+                    f"The connection was lost before {constants.ENDPOINT} answered: look there whether the pull "
+                    "request was made before you try again."
+                ) from error
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500:
+                raise CommandError(_explain(error)) from error
+            failure, reason = error, f"{constants.ENDPOINT} failed with status {error.response.status_code}"
+        except ValueError as error:  # what the Hub says to a card that it can't read
+            raise CommandError(f"The Hub refuses: {error}") from error
+        if attempt < ATTEMPTS:
+            time.sleep(WAIT_SECONDS * attempt)
+    raise CommandError(f"{reason}, {ATTEMPTS} times. No commit was made; the same command tries again.") from failure
+
+
+def _explain(error: HfHubHTTPError) -> str:
+    match error:
+        case RevisionNotFoundError():
+            return "The Hub has no such revision of the repository: give a branch that is there, or none."
+        case RepositoryNotFoundError():
+            return "The Hub knows no such repository, or this token may not see it: check its name."
+    said = error.server_message or str(error).splitlines()[0]
+    match error.response.status_code:
+        case 401:
+            return f"The Hub does not accept this token ({said}): run hf auth login, or set another HF_TOKEN."
+        case 403:
+            return f"This token may not write there ({said}): give a repository of your own, or --create-pr."
+    return f"The Hub refuses ({error.response.status_code}): {said}"
+
+
+def _as_folded(result: ModelResult, folded: EntropyGPTForCausalLM) -> ModelResult:
+    """What was measured holds for the folded model too, which has another architecture and other weights."""
+    described = describe_model(folded, result.name, result.likelihood.likelihood.windows)
+    return replace(
+        result, weights=described.weights, architecture=described.architecture, operations=described.operations
+    )
+
+
+def _show_files(folder: Path):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    rows = [(path.relative_to(folder).as_posix(), f"{path.stat().st_size / 1e6:,.3f}") for path in files]
+    console.print(make_table(("file", "MB"), rows))
