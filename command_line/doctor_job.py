@@ -33,7 +33,9 @@ PROJECT = "entropy-gpt"
 CORE = "core"
 EXTRAS = (Part.train, Part.eval, Part.private)
 # What a process may take, on a slow disk of which nothing is in memory.
-IMPORT_SECONDS, HUB_SECONDS, ENGINE_SECONDS = 120, 10, 120
+IMPORT_SECONDS, HUB_SECONDS, ENGINE_SECONDS = 120, 30, 120
+# For which the Hub may be silent.
+ANSWER_SECONDS = 5
 # Of the instructions of a processor, as Linux names them, those that torch makes use of.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
 # How far private logits may be from those in the clear, of which the largest are some units.
@@ -367,7 +369,8 @@ def ask_hub() -> Iterator[dict]:
     if offline:
         return
     # Without the token, which an error could show.
-    yield {"status": get_session().get(f"{constants.ENDPOINT}/api/whoami-v2").status_code}
+    response = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", timeout=ANSWER_SECONDS)
+    yield {"status": response.status_code}
     if not has_token:
         return
     try:

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 # What a command may not need to tell that it is missing.
 EXTRA_MODULES = ("datasets", "peft", "accelerate", "evaluate", "jinja2", "lm_eval", "matplotlib", "spu", "jax")
 INSTALL_EVAL = 'pip install "entropy-gpt[eval]"'
-SECONDS = 20
+SECONDS = 60
 
 
 def run(*arguments, environment: dict[str, str]) -> subprocess.CompletedProcess:
@@ -202,7 +202,7 @@ class TestPackages:
             ("import os; os.kill(os.getpid(), 11)", "it crashed (SIGSEGV)"),
             ("import os; os._exit(0)", "it ended Python"),
             ("import os; os._exit(3)", "it ended with status 3"),
-            ("import time; time.sleep(60)", "not done after 2 s"),
+            ("import time; time.sleep(60)", "not done after 4 s"),
         ],
     )
     def test_broken_on_import(self, code, message, project, tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ class TestPackages:
         install(tmp_path, "before", "1.0", "print('[1]')")
         install(tmp_path, "broken", "1.0", code)
         install(tmp_path, "behind", "1.0", "import os; os.write(1, b'{}\\n')")
-        monkeypatch.setattr(doctor_job, "IMPORT_SECONDS", 2 if "sleep" in code else SECONDS)
+        monkeypatch.setattr(doctor_job, "IMPORT_SECONDS", 4 if "sleep" in code else SECONDS)
         section = look_at_packages("eval")
         assert marks(section) == {"before": Mark.ok, "broken": Mark.failed, "behind": Mark.ok}
         assert found(section, "broken") == f"1.0 (>=1), can't be imported: {message}"
@@ -241,13 +241,13 @@ class TestHub:
     def ask(self, hub, tmp_path, monkeypatch) -> Callable:
         """What is found in an environment of which this Hub is a part."""
 
-        def look(seconds: float = SECONDS, **options) -> dict[str, Section]:
+        def look(**options) -> dict[str, Section]:
             environment = hub.environment(tmp_path, **options)
             for name in {*os.environ} - {*environment}:
                 monkeypatch.delenv(name)
             for name, value in environment.items():
                 monkeypatch.setenv(name, value)
-            sections = {section.title: section for section in look_at_hub(in_process(ask_hub, seconds=seconds))}
+            sections = {section.title: section for section in look_at_hub(in_process(ask_hub, seconds=SECONDS))}
             shown = str(sections)
             assert not any(token in shown for token in (TOKEN, WRONG_TOKEN))
             return sections
@@ -288,7 +288,9 @@ class TestHub:
     def test_silence(self, ask):
         with socket.create_server(("127.0.0.1", 0)) as server:
             endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-            assert found(ask(3, HF_ENDPOINT=endpoint)["hub"], endpoint) == "not reached: not done after 3 s"
+            section = ask(HF_ENDPOINT=endpoint)["hub"]
+        assert section.mark is Mark.missing
+        assert "Timeout" in found(section, endpoint)
 
     def test_out_of_order(self, ask, hub):
         hub.fail("GET /api/whoami", 503, times=9)
