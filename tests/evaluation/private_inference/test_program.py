@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation.private_inference import program
 from evaluation.private_inference.arithmetic import Arithmetic
 from evaluation.private_inference.errors import PrivateInferenceError
 from evaluation.private_inference.program import (
@@ -52,6 +53,15 @@ def test_logits_are_the_models_own(notation, softmax, tokens):
     private = PrivateSettings(softmax=softmax, gelu="tanh")
     logits = run(model, private, tokens, Span(0, LENGTH, LENGTH))[LOGITS]
     assert np.abs(logits - clear_logits(model, tokens)).max() < 2e-4
+
+
+@pytest.mark.parametrize("rows", [1, 34, 100])
+def test_embedding_in_parts_changes_nothing(rows, tokens, monkeypatch):
+    model = make_model("SM+ScFuFFN")
+    span = Span(0, LENGTH, LENGTH)
+    whole = run(model, PrivateSettings(), tokens, span)[LOGITS]
+    monkeypatch.setattr(program, "MOST_EMBEDDED", rows)
+    assert np.array_equal(run(model, PrivateSettings(), tokens, span)[LOGITS], whole)
 
 
 @pytest.mark.parametrize("notation", ARCHITECTURES)
