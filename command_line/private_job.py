@@ -27,7 +27,6 @@ from evaluation.private_inference.cost import (
     WAN,
     InferenceCost,
     Network,
-    as_private_cost,
     by_operation,
     parse_network,
     project,
@@ -36,11 +35,12 @@ from evaluation.private_inference.cost import (
 )
 from evaluation.private_inference.engine import check_engine
 from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.program import prepare_weights
+from evaluation.private_inference.published_cost import as_private_cost
 from evaluation.private_inference.range_audit import audit
 from evaluation.private_inference.session import Answer
 from evaluation.private_inference.settings import TRUST, PrivateSettings
 from evaluation.private_inference.two_party import Client, Model, Server
+from evaluation.private_inference.weights import prepare_weights
 from evaluation.records import RECORD, StoredRecord
 from evaluation.results import AnswerCheck, ModelResult, save_results
 from modeling_entropy_gpt import EntropyGPTForCausalLM

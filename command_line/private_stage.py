@@ -5,10 +5,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from evaluation.private_inference.cost import as_private_cost, by_operation
+from evaluation.private_inference.cost import by_operation
 from evaluation.private_inference.cost_plots import draw_costs
 from evaluation.private_inference.engine import check_engine
 from evaluation.private_inference.errors import PrivateInferenceError
+from evaluation.private_inference.published_cost import as_private_cost
 from evaluation.results import PrivateCost
 from training.files import written_whole
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from pydantic.dataclasses import dataclass
 
 from evaluation.records import RECORD, StoredRecord
-from evaluation.results import AnswerCheck, PrivateCost
 
 from .settings import PARTIES, PrivateSettings
 
@@ -283,20 +282,3 @@ def project(cost: InferenceCost, network: Network) -> float:
     """
     transfer = cost.total_bytes * 8 / network.bits_per_second
     return cost.seconds + transfer + cost.rounds * network.round_trip_seconds
-
-
-def as_private_cost(cost: InferenceCost, check: AnswerCheck | None = None) -> PrivateCost:
-    """What the results of a model tell of the inference, and of how its answer compares with the clear."""
-    return PrivateCost(
-        protocol=cost.settings.protocol,
-        context=cost.context,
-        answers=cost.answers,
-        total_bytes=cost.total_bytes,
-        rounds=cost.rounds,
-        seconds=cost.seconds,
-        network=cost.network,
-        versions=cost.versions,
-        git_revision=cost.git_revision,
-        machine=cost.machine,
-        check=check,
-    )

@@ -19,10 +19,10 @@ from .engine import EngineLog, check_engine
 from .errors import PrivateInferenceError
 from .fixed_point import emulate
 from .local import infer_locally
-from .program import prepare_weights
 from .session import Answer, Terms, check_request
 from .settings import PARTIES, RING_BITS, PrivateSettings
 from .two_party import Client, Model, Server
+from .weights import prepare_weights
 
 
 PLAINTEXT, EMULATED, IN_PROCESS, TWO_PARTY = MODES = ("plaintext", "emulated", "in_process", "two_party")

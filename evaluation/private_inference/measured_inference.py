@@ -12,10 +12,11 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from .cost import InferenceCost
 from .cost_model import predict
 from .inference import LOGIT_BOUND, NETWORKS, TIMEOUT_SECONDS, TWO_PARTY, serve_on_loopback
-from .program import Span, check_config, prepare_weights
+from .program import Span, check_config
 from .session import Answer, Terms
 from .settings import PrivateSettings
 from .two_party import Client, Model
+from .weights import prepare_weights
 
 
 # Embeddings so far apart that attention is not uniform.

@@ -4,12 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from modeling_entropy_gpt import EntropyGPTConfig
-
 from .arithmetic import Arithmetic
 from .cost import StepCost
 from .engine import SERVER, CompiledStep, EngineLog, Party, compile_steps
-from .program import EMBEDDINGS, LOGITS, TOKEN, TOKENS, Span, Step, build_steps, weight_shapes
+from .program import EMBEDDINGS, LOGITS, TOKEN, TOKENS, ProgramConfig, Span, Step, build_steps, weight_shapes
 from .settings import PARTIES, PrivateSettings
 
 
@@ -21,14 +19,14 @@ def client_rank(settings: PrivateSettings) -> int:
     return min(1, PARTIES[settings.protocol] - 1)
 
 
-def input_shape(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> tuple[str, tuple[int, int]]:
+def input_shape(config: ProgramConfig, settings: PrivateSettings, span: Span) -> tuple[str, tuple[int, int]]:
     """The client's input: its variable and its shape."""
     if settings.embedding == "one_hot":
         return TOKENS, (span.length, config.vocab_size)
     return EMBEDDINGS, (span.length, config.n_embd)
 
 
-def kept_shapes(config: EntropyGPTConfig, span: Span) -> dict[str, tuple[int, int, int]]:
+def kept_shapes(config: ProgramConfig, span: Span) -> dict[str, tuple[int, int, int]]:
     """Of the keys and values that a pass finds."""
     shape = (config.n_head, span.start, config.n_embd // config.n_head)
     layers = range(config.n_layer if span.start else 0)
@@ -39,7 +37,7 @@ def answer_name(settings: PrivateSettings) -> str:
     return LOGITS if settings.answer == "logits" else TOKEN
 
 
-def compile_pass(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> list[CompiledStep]:
+def compile_pass(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[CompiledStep]:
     """
     The engine's code of the program for some tokens, from what is public alone.
 
@@ -58,13 +56,13 @@ def encode_tokens(tokens: Sequence[int], vocabulary: int) -> np.ndarray:
 
 
 def client_input(
-    config: EntropyGPTConfig, settings: PrivateSettings, span: Span, tokens: Sequence[int], tables: dict
+    config: ProgramConfig, settings: PrivateSettings, span: Span, tokens: Sequence[int], tables: dict
 ) -> np.ndarray:
     """
     What the client gives.
 
     Args:
-        config ([`EntropyGPTConfig`]), settings ([`PrivateSettings`]): Of the program.
+        config ([`ProgramConfig`]), settings ([`PrivateSettings`]): Of the program.
         span ([`Span`]): Where the tokens stand.
         tokens (`Sequence[int]`): As many.
         tables (`dict`): With "client_table", the embeddings "wte" and "wpe".
@@ -80,7 +78,7 @@ class Participant:
 
     Args:
         link: SPU's link.
-        config ([`EntropyGPTConfig`]): That of [`prepare_weights`], public.
+        config ([`ProgramConfig`]): That of [`prepare_weights`], public.
         settings ([`PrivateSettings`]): Public.
         weights (`dict`, *optional*): The server's alone.
         log ([`EngineLog`], *optional*): As for [`Party`].
@@ -89,7 +87,7 @@ class Participant:
     def __init__(
         self,
         link,
-        config: EntropyGPTConfig,
+        config: ProgramConfig,
         settings: PrivateSettings,
         weights: dict[str, np.ndarray] | None,
         log: EngineLog | None = None,

@@ -20,12 +20,11 @@ from pydantic.dataclasses import dataclass
 from safetensors.numpy import load_file
 
 from evaluation.records import RECORD
-from modeling_entropy_gpt import EntropyGPTConfig
 
 from .engine import CLIENT, SERVER, EngineLog, compiled_digest
 from .errors import PrivateInferenceError
 from .participant import Participant, answer_name, client_input, compile_pass
-from .program import Span, weight_shapes
+from .program import ProgramConfig, Span, weight_shapes
 from .settings import PrivateSettings
 
 
@@ -41,7 +40,7 @@ class Job:
 
     Args:
         rank (`int`): 0 the server, 1 the client.
-        config (`dict`): Of the program, public.
+        config ([`ProgramConfig`]): Of the program, public.
         settings ([`PrivateSettings`]): Public.
         prompt_length (`int`): Public.
         new_tokens (`int`): Of the answer, public; of so many positions.
@@ -54,7 +53,7 @@ class Job:
     """
 
     rank: int
-    config: dict
+    config: ProgramConfig
     settings: PrivateSettings
     prompt_length: int
     new_tokens: int
@@ -77,7 +76,7 @@ class PartyProcess:
 
     def __init__(self, job: Job, tell):
         self.job, self.tell = job, tell
-        self.config = EntropyGPTConfig.from_dict(job.config)
+        self.config = job.config
         self.log = EngineLog()
         self.programs = [compile_pass(self.config, job.settings, span) for span in spans(job)]
         self.tables, self.chosen = {}, []

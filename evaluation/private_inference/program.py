@@ -6,17 +6,16 @@ emulates the ring). One step is one operation of one layer, so that its traffic 
 different layers are compiled once. The weights are inputs, never constants: constants are public.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Self
 
 import numpy as np
-from torch import nn
+from pydantic.dataclasses import dataclass as record
 
-from conversion.folding import fold
-from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from evaluation.records import RECORD
 
 from .arithmetic import Arithmetic
 from .errors import PrivateInferenceError
@@ -47,6 +46,34 @@ ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu"
 
 # The inputs and outputs of the whole.
 TOKENS, EMBEDDINGS, LOGITS, TOKEN = "tokens", "hidden", "logits", "token"
+
+
+@record(config=RECORD, frozen=True)
+class ProgramConfig:
+    """
+    What a program depends on of an [`EntropyGPTConfig`], under the same names: numbers and words, which need neither
+    torch nor transformers. What takes a `ProgramConfig` takes the whole configuration too.
+    """
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_positions: int
+    vocab_size: int
+    inner_size: int
+    ffn_type: str
+    ffn_residual_scaling: bool
+    pruned_ffn_layers: list[int]
+    activation_function: str
+    normalization: str
+    final_normalization: str
+    layer_norm_epsilon: float
+    attention_temperature: str
+
+    @classmethod
+    def of(cls, config) -> Self:
+        """Out of the whole configuration."""
+        return cls(**{part.name: getattr(config, part.name) for part in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,7 @@ class Span:
         return self.start + self.length
 
 
-def check_config(config: EntropyGPTConfig):
+def check_config(config: ProgramConfig):
     """
     Raises:
         `PrivateInferenceError`: If the program does not know an operation of the architecture.
@@ -100,66 +127,7 @@ def check_config(config: EntropyGPTConfig):
         )
 
 
-def prepare_weights(model: EntropyGPTForCausalLM) -> tuple[EntropyGPTConfig, dict[str, np.ndarray]]:
-    """
-    Everything that weights can take over: what [`fold`] folds, the scale of the scores, and the gains and biases of
-    LayerNorms.
-
-    Returns:
-        `tuple`: The config of the program, and its weights by name in float32.
-
-    Raises:
-        `PrivateInferenceError`: If the program does not know an operation of the architecture.
-        `ConversionError`: As [`fold`].
-    """
-    check_config(model.config)
-    folded = fold(copy.deepcopy(model).double())
-    config, weights = folded.config, {}
-    body = folded.transformer
-    weights["wte"], weights["wpe"] = body.wte.weight, body.wpe.weight
-    for layer, block in enumerate(body.h):
-        name = f"h.{layer}."
-        matrix, bias = _absorb_gain(block.ln_1, block.attn.c_attn.weight, block.attn.c_attn.bias)
-        matrix[:, : config.n_embd] *= block.attn.scaling
-        bias[: config.n_embd] *= block.attn.scaling
-        weights[name + "qkv.weight"], weights[name + "qkv.bias"] = matrix, bias
-        if block.attn.temperature is not None:
-            weights[name + "inverse_temperature"] = (-block.attn.temperature.log_temperature).exp()
-        weights[name + "output.weight"] = block.attn.c_proj.weight
-        weights[name + "output.bias"] = block.attn.c_proj.bias
-        if block.mlp is None:
-            continue
-        if config.ffn_type == "fused":
-            linear = block.mlp.c_fused
-            matrix, bias = _absorb_gain(block.ln_2, linear.weight, linear.bias)
-            weights[name + "ffn.weight"], weights[name + "ffn.bias"] = matrix, bias
-        else:
-            matrix, bias = _absorb_gain(block.ln_2, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
-            weights[name + "ffn_in.weight"], weights[name + "ffn_in.bias"] = matrix, bias
-            weights[name + "ffn.weight"] = block.mlp.c_proj.weight
-            weights[name + "ffn.bias"] = block.mlp.c_proj.bias
-            if config.activation_function == "learnable_leaky_relu":
-                weights[name + "slope"] = block.mlp.act.negative_slope
-        if block.residual_scaling is not None:
-            # Where LayerNorms read the stream, beta stays; alpha is part of the FFN all the same.
-            weights[name + "beta"] = block.residual_scaling.ffn_beta
-            for part in ("ffn.weight", "ffn.bias"):
-                weights[name + part] = weights[name + part] / block.residual_scaling.ffn_alpha
-    head_bias = folded.lm_head.bias
-    head_bias = head_bias if head_bias is not None else folded.lm_head.weight.new_zeros(config.vocab_size)
-    matrix, bias = _absorb_gain(body.ln_f, folded.lm_head.weight.mT, head_bias)
-    weights["head.weight"], weights["head.bias"] = matrix, bias
-    return config, {name: weight.detach().float().numpy().copy() for name, weight in weights.items()}
-
-
-def _absorb_gain(norm, matrix, bias):
-    """A copy of the linear map that takes over the gain and the bias of a LayerNorm before it."""
-    if isinstance(norm, nn.Identity):
-        return matrix.detach().clone(), bias.detach().clone()
-    return norm.weight[:, None].detach() * matrix.detach(), (norm.bias @ matrix + bias).detach()
-
-
-def weight_shapes(config: EntropyGPTConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what [`prepare_weights`] makes, from its config alone: all that a client knows of them."""
     width, inner, vocabulary = config.n_embd, config.inner_size, config.vocab_size
     shapes = {"wte": (vocabulary, width), "wpe": (config.n_positions, width)}
@@ -182,13 +150,13 @@ def weight_shapes(config: EntropyGPTConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
 
 
-def build_steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> list[Step]:
+def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[Step]:
     """
     The program for some tokens: from "tokens" (one-hot rows) or "hidden" (embeddings) to "logits" or "token". The keys
     and values of each layer stay in variables, for the tokens that follow.
 
     Args:
-        config ([`EntropyGPTConfig`]): That of [`prepare_weights`].
+        config ([`ProgramConfig`]): That of [`prepare_weights`].
         settings ([`PrivateSettings`]): The form of each operation.
         span ([`Span`]): The tokens.
 
@@ -204,7 +172,7 @@ def build_steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span)
     return list(_steps(config, settings, span))
 
 
-def _steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> Iterator[Step]:
+def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iterator[Step]:
     if settings.embedding == "one_hot":
         yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (EMBEDDINGS,))
     for layer in range(config.n_layer):

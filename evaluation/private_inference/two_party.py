@@ -29,7 +29,7 @@ from .channel import Channel, Listener, TLSFiles, clean, connect, shut_down
 from .engine import CLIENT, SERVER, engine_versions
 from .errors import PrivateInferenceError
 from .party_process import Job
-from .program import weight_shapes
+from .program import ProgramConfig, weight_shapes
 from .session import Answer, Terms, check_request, free_port, run_party
 from .settings import TRUST, PrivateSettings
 from .tunnel import ClientTunnel, ServerTunnel
@@ -166,11 +166,15 @@ class Server:
         except (PrivateInferenceError, OSError) as error:
             if not self._closed:
                 self.report(f"an inference ended early: {error}")
-            # What this machine lacks is not the client's business.
-            reason = str(error) if isinstance(error, PrivateInferenceError) else "the server failed."
-            with contextlib.suppress(PrivateInferenceError):
-                channel.send({"kind": "refusal", "reason": reason})
+            self._refuse(channel, error)
         channel.close()
+
+    @staticmethod
+    def _refuse(channel: Channel, error: Exception):
+        # What this machine lacks is not the client's business.
+        reason = str(error) if isinstance(error, PrivateInferenceError) else "the server failed."
+        with contextlib.suppress(PrivateInferenceError):
+            channel.send({"kind": "refusal", "reason": reason})
 
     def _attach(self, channel: Channel, message: dict):
         tunnel, token = self._tunnel, message.get("session")
@@ -212,7 +216,7 @@ class Server:
                 save_file(self.model.weights, weights)
                 job = Job(
                     rank=SERVER,
-                    config=self.model.terms()["config"],
+                    config=ProgramConfig.of(self.model.config),
                     settings=self.model.settings,
                     prompt_length=length,
                     new_tokens=new_tokens,
@@ -225,6 +229,9 @@ class Server:
                 answer = run_party(job, channel, self._tunnel, own_port, lambda event: None)
             total = sum(cost.total_bytes for cost in answer.steps) / 1e6
             self.report(f"answered; {total:.1f} MB went over the link")
+        except (PrivateInferenceError, OSError) as error:
+            self._refuse(channel, error)  # before the streams end, which the client would take for the reason
+            raise
         finally:
             self._tunnel.close()
             self._tunnel = None
@@ -319,7 +326,7 @@ class Client:
         ):
             job = Job(
                 rank=CLIENT,
-                config=json.loads(self.terms.config.to_json_string(use_diff=False)),
+                config=ProgramConfig.of(self.terms.config),
                 settings=self.terms.settings,
                 prompt_length=len(prompt),
                 new_tokens=new_tokens,

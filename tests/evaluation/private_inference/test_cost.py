@@ -12,7 +12,6 @@ from evaluation.private_inference.cost import (
     InferenceCost,
     Network,
     StepCost,
-    as_private_cost,
     by_layer,
     by_operation,
     parse_network,
@@ -21,6 +20,7 @@ from evaluation.private_inference.cost import (
     table_rows,
 )
 from evaluation.private_inference.cost_plots import OPERATION_COLORS, draw_costs
+from evaluation.private_inference.published_cost import as_private_cost
 from evaluation.private_inference.settings import PrivateSettings
 
 

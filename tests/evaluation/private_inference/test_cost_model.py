@@ -29,8 +29,9 @@ from evaluation.private_inference.engine import CLIENT, SERVER, EngineLog
 from evaluation.private_inference.errors import PrivateInferenceError
 from evaluation.private_inference.local import infer_locally
 from evaluation.private_inference.price_fitting import fit
-from evaluation.private_inference.program import Span, build_steps, prepare_weights
+from evaluation.private_inference.program import Span, build_steps
 from evaluation.private_inference.settings import PrivateSettings
+from evaluation.private_inference.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_config, make_model
 
 

@@ -16,9 +16,9 @@ from evaluation.private_inference.fixed_point import (
     emulate,
     exact_logits,
 )
-from evaluation.private_inference.program import prepare_weights
 from evaluation.private_inference.range_audit import audit, largest_radicand, lowest_exponent
 from evaluation.private_inference.settings import PrivateSettings
+from evaluation.private_inference.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
 
 

@@ -12,8 +12,9 @@ pytest.importorskip("spu")
 from evaluation.private_inference.engine import EngineLog, compiled_digest
 from evaluation.private_inference.local import infer_locally
 from evaluation.private_inference.participant import compile_pass
-from evaluation.private_inference.program import Span, prepare_weights
+from evaluation.private_inference.program import Span
 from evaluation.private_inference.settings import PrivateSettings
+from evaluation.private_inference.weights import prepare_weights
 
 
 pytestmark = pytest.mark.private

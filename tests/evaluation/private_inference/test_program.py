@@ -16,13 +16,13 @@ from evaluation.private_inference.program import (
     build_steps,
     exponentiate,
     piecewise_gelu,
-    prepare_weights,
     reciprocal_up_to,
     run_steps,
     subtract_maximum,
     weight_shapes,
 )
 from evaluation.private_inference.settings import PrivateSettings
+from evaluation.private_inference.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_config, make_model
 
 

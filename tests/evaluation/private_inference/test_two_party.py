@@ -30,9 +30,10 @@ from evaluation.private_inference.channel import Channel, TLSFiles, connect
 from evaluation.private_inference.engine import CLIENT, SERVER
 from evaluation.private_inference.errors import PrivateInferenceError
 from evaluation.private_inference.participant import Participant, encode_tokens
-from evaluation.private_inference.program import TOKENS, prepare_weights
+from evaluation.private_inference.program import TOKENS
 from evaluation.private_inference.settings import PrivateSettings
 from evaluation.private_inference.two_party import PROTOCOL_VERSION, Client, Model, Server
+from evaluation.private_inference.weights import prepare_weights
 
 
 pytestmark = pytest.mark.private
@@ -132,6 +133,12 @@ def ask_aloud(port: int):
 
 def wait_for_line(process: subprocess.Popen, word: str):
     assert any(line.strip() == word for line in process.stdout)
+
+
+def test_an_engines_process_needs_neither_torch_nor_transformers():
+    code = "import sys, evaluation.private_inference.party_process; print(*sys.modules)"
+    imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "datasets"} & {*imported.stdout.split()}
 
 
 def test_layernorms_and_gelu_under_tls(tmp_path):
