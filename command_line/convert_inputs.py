@@ -145,6 +145,14 @@ def check_output(job: Job):
         raise CommandError(f"--overwrite would delete {foreign[0]}, which no conversion wrote: move it elsewhere.")
 
 
+def name_source(source: str) -> str:
+    """What a source is called elsewhere: without the place of a folder here."""
+    if not Path(source).exists():
+        return source
+    path = Path(source).resolve()
+    return f"{path.parent.name}/{path.name}"
+
+
 def find_target(config: EntropyGPTConfig, job: Job) -> EntropyGPTConfig:
     """
     The configuration that the model is to have. Where FFNs are pruned by damage, those named stand for as many others.

@@ -57,6 +57,7 @@ from .convert_inputs import (
     check_options,
     check_output,
     find_target,
+    name_source,
     read_text,
 )
 from .errors import CommandError
@@ -295,6 +296,7 @@ def _describe(job: Job, model: EntropyGPTForCausalLM, report: ConversionReport) 
         hyperparameters=healing.settings if healing else {},
         converted_from=report.source_notation,
         text=f"{conditions.corpus} ({conditions.corpus_revision})",
+        started_from=name_source(job.source),
     )
     windows = Windows(conditions.context - 1, conditions.context - 1, separate=False, bos=False)
     return replace(describe_model(model, job.output.name, windows), training=training)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conversion.gpt2_checkpoint import load_language_model
 from evaluation.perplexity import Windows, check_windows
+from evaluation.results import hash_weights
 from evaluation.tokenized_text import count_tokens, tokenize
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.arguments import STANDARD_LIBRARY, DataArguments
@@ -72,6 +73,7 @@ class Candidate:
     name: str
     source: str
     config: EntropyGPTConfig
+    weights: str  # their hash, before --dtype makes others of them
     tokenizer: PreTrainedTokenizerFast
 
     @functools.cached_property
@@ -137,8 +139,9 @@ def find_candidates(job: Job) -> Iterator[Candidate]:
     if twice := [place for index, place in enumerate(places) if place in places[:index]]:
         raise CommandError(f"{twice[0]} is given twice. Give each model once.")
     for source, name in zip(job.models, short_names(job.models), strict=True):
-        config = load_language_model(source).config
-        yield Candidate(name, source, config, load_model_tokenizer(job.tokenizer, source, config.vocab_size))
+        model = load_language_model(source)
+        tokenizer = load_model_tokenizer(job.tokenizer, source, model.config.vocab_size)
+        yield Candidate(name, source, model.config, hash_weights(model), tokenizer)
 
 
 def short_names(sources: Iterable[str]) -> list[str]:

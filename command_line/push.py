@@ -62,8 +62,9 @@ def push(
     Send a trained model to the Hub, with its code, its tokenizer, and a card made from its results.
 
     Before anything is sent, the folder has to load in a fresh process without this package and give the same logits;
-    its card has to be readable; and nothing in it may be private, such as tokens and paths of this machine. All goes
-    in one commit: a push that fails leaves the repository as it was.
+    its card has to be readable; and it is searched for what is private, such as tokens and paths of this machine. All
+    goes in one commit, or nothing does; a repository or branch that was made for it may stay, empty. Files of an
+    earlier push that this one does not have are deleted, the card is replaced, and what else lies there stays.
 
     The Hub is the one HF_ENDPOINT names, the token that of `hf auth login` or HF_TOKEN.
 

@@ -1,11 +1,11 @@
 """Puts a model's folder together for the Hub, checks it, and sends it."""
 
+import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelCard,
     ModelInfo,
     constants,
     get_token,
@@ -36,9 +37,10 @@ from conversion.errors import ConversionError
 from conversion.folding import fold
 from conversion.gpt2_checkpoint import load_language_model
 from evaluation.head_plots import plot_headwise_entropy
-from evaluation.model_card import model_card
-from evaluation.publication import CARD, PICTURE, PublicationError, assemble, check
-from evaluation.results import RESULTS, ModelResult, find_results, hash_weights, load_results
+from evaluation.model_card import list_missing, model_card
+from evaluation.perplexity import Windows
+from evaluation.publication import CARD, PICTURE, PublicationError, assemble, check, check_folding, is_published
+from evaluation.results import RESULTS, ModelResult, find_results, load_results
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from training.files import written_whole
 
@@ -48,11 +50,11 @@ from .model_tokenizer import load_model_tokenizer
 from .tables import make_table
 
 
-# What an earlier push may have left that this one does not replace: weights in other shards, code, a folded model.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", "folded/*"]
+# A file of every EntropyGPT that was saved.
+CODE = "modeling_entropy_gpt.py"
 ATTEMPTS = 3
-# After these, nothing can have been done. Whether a pull request was, nobody knows after others; the same commit is
-# not made twice.
+# After these, nothing can have been done. After others nobody knows; the same commit is not made twice, but the same
+# pull request would be.
 NOT_CONNECTED = (httpx2.ConnectError, httpx2.ConnectTimeout, OfflineModeIsEnabled)
 WAIT_SECONDS = 2
 Answer = TypeVar("Answer")
@@ -115,8 +117,8 @@ def run(
     model, tokenizer, result = _read(source, results)
     before = None
     if folded == "instead":
-        before, model = result, fold(model)
-        result = _as_folded(result, model)
+        before = result
+        model, result = _fold(model, result)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         try:
@@ -156,10 +158,12 @@ def write_card(folder: Path, results: list[Path], licence: str | None):
     """
     _be_quiet()
     _, _, result = _read(folder, results)
-    try:
-        card = model_card(result, licence, picture=PICTURE)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    if not (folder / CODE).exists():
+        raise CommandError(
+            f"{folder} holds a GPT-2 without the code that a card tells of: entropy-gpt push makes an EntropyGPT of "
+            "it, with a card."
+        )
+    card = model_card(result, licence, picture=PICTURE)
     with written_whole(folder / PICTURE) as path:
         plot_headwise_entropy(result, path)
     with written_whole(folder / CARD) as path:
@@ -184,24 +188,28 @@ def _read(folder: Path, places: list[Path]) -> tuple[EntropyGPTForCausalLM, PreT
     except ConversionError as error:
         raise CommandError(str(error)) from error
     tokenizer = load_model_tokenizer(None, str(folder), model.config.vocab_size)
-    return model, tokenizer, _find_results(folder, places, hash_weights(model))
+    return model, tokenizer, _find_results(folder, places, model)
 
 
-def _find_results(folder: Path, places: list[Path], weights: str) -> ModelResult:
+def _find_results(folder: Path, places: list[Path], model: EntropyGPTForCausalLM) -> ModelResult:
+    known = describe_model(model, folder.name, Windows(1, 1, separate=False, bos=False))
     files = [place / RESULTS if place.is_dir() else place for place in places]
     if (own := folder / RESULTS).exists():
         files.append(own)
     try:
-        result = find_results([result for file in files for result in load_results(file)], weights)
+        result = find_results([result for file in files for result in load_results(file)], known)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if result is None:
+    if result is not None and not (missing := list_missing(result)):
+        return result
+    if result is not None:
+        looked = f"{' and '.join(missing)} are missing in {', '.join(map(str, files))}"
+    else:
         looked = f"{', '.join(map(str, files))} tell of other weights" if files else f"{folder} has no {RESULTS}"
-        raise CommandError(
-            f"Nothing is known of the model in {folder}, and its card tells what was measured: {looked}. Run "
-            f"entropy-gpt evaluate {folder} -o evaluation_output, and give --results evaluation_output."
-        )
-    return result
+    raise CommandError(
+        f"The card of {folder} tells what was measured, and {looked}. Run entropy-gpt evaluate {folder} -o "
+        "evaluation_output, and give --results evaluation_output."
+    )
 
 
 def _log_in(api: HfApi) -> dict:
@@ -210,7 +218,10 @@ def _log_in(api: HfApi) -> dict:
         raise CommandError("HF_HUB_OFFLINE is set, so nothing can be sent: unset it, or try --dry-run.")
     if get_token() is None:
         raise CommandError("There is no token for the Hub: run hf auth login, or set HF_TOKEN. --dry-run needs none.")
-    return _ask_hub(api.whoami)
+    user = _ask_hub(api.whoami)
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise CommandError("The token may read and not write: make one on the Hub that may, and set HF_TOKEN to it.")
+    return user
 
 
 def _find_repository(api: HfApi, target: Target, user: dict) -> Target:
@@ -243,8 +254,10 @@ def _look_up(api: HfApi, repository: str) -> ModelInfo | None:
 
 
 def _send(api: HfApi, folder: Path, target: Target, result: ModelResult) -> CommitInfo:
+    _ask_hub(ModelCard.load(folder / CARD).validate)
     if not target.create_pr:
-        _ask_hub(api.create_repo, target.repository, private=target.private, exist_ok=True)
+        # None: as the namespace's owner has it by default.
+        _ask_hub(api.create_repo, target.repository, private=target.private or None, exist_ok=True)
         if target.revision is not None:
             _ask_hub(api.create_branch, target.repository, branch=target.revision, exist_ok=True)
     message = target.message or f"EntropyGPT {result.title}"
@@ -255,7 +268,7 @@ def _commit(api: HfApi, folder: Path, target: Target, message: str, create_pr: b
     """One commit, whatever the sizes: `upload_folder` may make several, of which some arrive and others do not."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     there = api.list_repo_files(target.repository, revision=target.revision)
-    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in REPLACED)]
+    stale = [name for name in there if name not in files and is_published(name)]
     operations = [CommitOperationDelete(name) for name in stale]
     operations += [CommitOperationAdd(name, path) for name, path in files.items()]
     return api.create_commit(
@@ -268,22 +281,25 @@ def _ask_hub(question: Callable[..., Answer], *args, **kwargs) -> Answer:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return question(*args, **kwargs)
-        except (httpx2.TransportError, OfflineModeIsEnabled) as error:
+        except (httpx2.TransportError, OfflineModeIsEnabled, ConnectionError) as error:
             failure, reason = error, f"{constants.ENDPOINT} can't be reached: {error or type(error).__name__}"
-            if kwargs.get("create_pr") and not isinstance(error, NOT_CONNECTED):
-                raise CommandError(
-                    f"The connection was lost before {constants.ENDPOINT} answered: look there whether the pull "
-                    "request was made before you try again."
-                ) from error
         except HfHubHTTPError as error:
             if error.response.status_code < 500:
                 raise CommandError(_explain(error)) from error
             failure, reason = error, f"{constants.ENDPOINT} failed with status {error.response.status_code}"
-        except ValueError as error:  # what the Hub says to a card that it can't read
+        except json.JSONDecodeError as error:  # of a gateway before it
+            failure, reason = error, f"{constants.ENDPOINT} did not answer as the Hub does"
+        except (ValueError, RuntimeError) as error:  # a card that can't be read; an upload that is given up
             raise CommandError(f"The Hub refuses: {error}") from error
+        if kwargs.get("create_pr") and not isinstance(failure, NOT_CONNECTED):
+            raise CommandError(
+                f"{reason}: look there whether the pull request was made before you try again."
+            ) from failure
         if attempt < ATTEMPTS:
             time.sleep(WAIT_SECONDS * attempt)
-    raise CommandError(f"{reason}, {ATTEMPTS} times. No commit was made; the same command tries again.") from failure
+    raise CommandError(
+        f"{reason}, {ATTEMPTS} times. The same command can be repeated: what has arrived is not sent again."
+    ) from failure
 
 
 def _explain(error: HfHubHTTPError) -> str:
@@ -297,14 +313,19 @@ def _explain(error: HfHubHTTPError) -> str:
         case 401:
             return f"The Hub does not accept this token ({said}): run hf auth login, or set another HF_TOKEN."
         case 403:
-            return f"This token may not write there ({said}): give a repository of your own, or --create-pr."
+            return f"This token may not do that ({said}): take one that may write, or --create-pr for what is others'."
     return f"The Hub refuses ({error.response.status_code}): {said}"
 
 
-def _as_folded(result: ModelResult, folded: EntropyGPTForCausalLM) -> ModelResult:
+def _fold(model: EntropyGPTForCausalLM, result: ModelResult) -> tuple[EntropyGPTForCausalLM, ModelResult]:
     """What was measured holds for the folded model too, which has another architecture and other weights."""
+    try:
+        folded = fold(model)
+        check_folding(model, folded)
+    except (ConversionError, PublicationError) as error:
+        raise CommandError(str(error)) from error
     described = describe_model(folded, result.name, result.likelihood.likelihood.windows)
-    return replace(
+    return folded, replace(
         result, weights=described.weights, architecture=described.architecture, operations=described.operations
     )
 

@@ -38,7 +38,7 @@ from training.recipe import ARGUMENT_FIELDS, CONFIG_FIELDS, RECIPES, Recipe, Rec
 from training.trainer import EntropyTrainer
 
 from . import plot_job
-from .convert_inputs import Job, Text, spread
+from .convert_inputs import Job, Text, name_source, spread
 from .convert_job import convert
 from .errors import CommandError
 from .measurement import KEPT_APART, describe_config, measure_model, read_text
@@ -256,7 +256,7 @@ def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: R
         },
         text=f"{data.name} ({data.revision})",
         converted_from=start.source.config.notation if start.converts else None,
-        started_from=_name_start(recipe),
+        started_from=recipe.model.model_name_or_path and name_source(recipe.model.model_name_or_path),
     )
     most_tokens = recipe.data.validation_tokens
     text = read_text(
@@ -266,15 +266,6 @@ def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: R
     save_results([result], unfinished / RESULTS)
     model_card(result).save(unfinished / "README.md")
     unfinished.replace(output / MODEL)
-
-
-def _name_start(recipe: Recipe) -> str | None:
-    """What the run went on from, without the place of a folder here."""
-    source = recipe.model.model_name_or_path
-    if source is None or not Path(source).exists():
-        return source
-    path = Path(source).resolve()
-    return f"{path.parent.name}/{path.name}"
 
 
 def _tell_divergence(notation: str, trainer: EntropyTrainer, reason: str, console: Console):

@@ -81,7 +81,7 @@ def model_card(
     Raises:
         `ValueError`: If it was not measured how it predicts and what its heads do.
     """
-    if missing := [name for name in ("likelihood", "heads") if getattr(result, name) is None]:
+    if missing := list_missing(result):
         raise ValueError(
             f"{result.name}: {' and '.join(missing)} are not in its results, and a card tells them. Measure them with "
             "entropy-gpt evaluate."
@@ -116,6 +116,11 @@ def model_card(
     )
 
 
+def list_missing(result: ModelResult) -> list[str]:
+    """What a card tells and the result lacks."""
+    return [name for name in ("likelihood", "heads") if getattr(result, name) is None]
+
+
 def describe_architecture(architecture: Architecture) -> str:
     """An architecture in words."""
     config = EntropyGPTConfig.from_notation(architecture.notation, n_layer=architecture.n_layer)
@@ -137,11 +142,12 @@ def describe_training(training: TrainingResult | None) -> str:
     """How a model was trained, as far as it is on record."""
     if training is None:
         return "This is not on record."
+    source = "" if training.started_from is None else f" ({training.started_from})"
     came = "From scratch" if training.started_from is None else f"Going on from {training.started_from}"
     if training.converted_from is not None:
-        came = f"Converted from a trained {training.converted_from}, and healed"
-    if not training.steps:
-        return f"Converted from a trained {training.converted_from}, and not trained since."
+        if not training.steps:
+            return f"Converted from a trained {training.converted_from}{source}, and not trained since."
+        came = f"Converted from a trained {training.converted_from}{source}, and healed"
     text = "" if training.text is None else f", on {training.text}"
     return (
         f"{came}{text}: {training.steps:,} steps, {training.tokens:,} tokens, {training.seconds:,.0f} seconds "

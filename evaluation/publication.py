@@ -43,6 +43,9 @@ SECRETS = {
 PATHS = {"a path of somebody's home": r"(?<![\w.])(/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.-]+"}
 CHECKED_TOKENS = 64
 LARGEST_DIFFERENCE = 1e-5
+# Of the largest logit, by the rounding of weights that were multiplied with others.
+LARGEST_FOLDED_SHARE = {torch.float64: 1e-10, torch.float32: 1e-4}
+HALF_PRECISION_SHARE = 0.05
 
 
 class PublicationError(ValueError):
@@ -102,7 +105,14 @@ def check(folder: Path, model: EntropyGPTForCausalLM):
     check_card(folder / CARD)
     check_loading(folder, model)
     if (folder / FOLDED).exists():
-        check_loading(folder, fold(model), FOLDED)
+        folded = fold(model)
+        check_folding(model, folded)
+        check_loading(folder, folded, FOLDED)
+
+
+def is_published(name: str) -> bool:
+    """Whether a file of this name, with its folder, is one of a published model."""
+    return any(fnmatchcase(name, pattern) for pattern in PUBLIC)
 
 
 def find_private(folder: Path) -> Iterator[str]:
@@ -110,7 +120,7 @@ def find_private(folder: Path) -> Iterator[str]:
     here = {str(place) for place in (Path.home(), Path.cwd(), Path(tempfile.gettempdir())) if len(place.parts) > 2}
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder).as_posix()
-        if not any(fnmatchcase(name, pattern) for pattern in PUBLIC):
+        if not is_published(name):
             yield f"{name} is no file of a published model"
         elif path.suffix not in BINARY:
             text = path.read_text(encoding="utf-8")
@@ -139,6 +149,23 @@ def check_card(path: Path):
 
 
 @torch.no_grad()
+def check_folding(model: EntropyGPTForCausalLM, folded: EntropyGPTForCausalLM):
+    """
+    Makes sure that a folded model computes what the model does, but for rounding.
+
+    Raises:
+        `PublicationError`: If not.
+    """
+    tokens = _draw_tokens(model)
+    logits, found = (each.eval()(tokens, use_cache=False).logits.double() for each in (model, folded))
+    share = (logits - found).abs().max() / logits.abs().max()
+    if not share <= LARGEST_FOLDED_SHARE.get(model.dtype, HALF_PRECISION_SHARE):  # NaN neither
+        raise PublicationError(
+            f"The folded model's logits differ by {share:.1e} of the largest: send the model alone."
+        )
+
+
+@torch.no_grad()
 def check_loading(folder: Path, model: EntropyGPTForCausalLM, subfolder: str = ""):
     """
     Makes sure that a process with nothing but the folder computes the same logits.
@@ -146,10 +173,7 @@ def check_loading(folder: Path, model: EntropyGPTForCausalLM, subfolder: str = "
     Raises:
         `PublicationError`: If not.
     """
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-    length = min(CHECKED_TOKENS, config.n_positions)
-    tokens = torch.randint(config.vocab_size, (2, length), generator=generator)
+    tokens = _draw_tokens(model)
     with tempfile.TemporaryDirectory() as temporary:
         reference = Path(temporary) / "reference.safetensors"
         save_reference(tokens, model.eval()(tokens, use_cache=False).logits, reference)
@@ -162,6 +186,12 @@ def check_loading(folder: Path, model: EntropyGPTForCausalLM, subfolder: str = "
             f"A fresh process computes other logits with {subfolder or 'the model'}: they differ by "
             f"{loaded.max_difference:.2e}, and {LARGEST_DIFFERENCE:.0e} is allowed."
         )
+
+
+def _draw_tokens(model: EntropyGPTForCausalLM) -> torch.Tensor:
+    """Two sequences, the same each time."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (2, min(CHECKED_TOKENS, config.n_positions)), generator=generator)
 
 
 def _shorten(secret: str) -> str:

@@ -61,6 +61,7 @@ def load_in_fresh_process(folder: Path, reference: Path, prompt: str, subfolder:
         process = subprocess.run(
             [sys.executable, "-I", __file__, folder.resolve(), reference.resolve(), prompt, subfolder, answer],
             cwd=cache,
+            stdin=subprocess.DEVNULL,
             env={**os.environ, "HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
             capture_output=True,
             text=True,
@@ -80,15 +81,17 @@ def _answer(folder: str, reference: str, prompt: str, subfolder: str) -> RemoteL
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, subfolder=subfolder, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     expected = load_file(reference)
     with torch.no_grad():
         logits = model(expected["input_ids"]).logits
     inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=32, do_sample=False, stop_strings="\n", tokenizer=tokenizer)
+    room = model.config.n_positions - inputs["input_ids"].shape[1]
+    new_tokens = {"max_new_tokens": min(32, max(1, room)), "do_sample": False}
+    output = model.generate(**inputs, **new_tokens, stop_strings="\n", tokenizer=tokenizer)
     return RemoteLoading(
         max_difference=(logits - expected["logits"]).abs().max().item(),
-        completion=tokenizer.decode(output[0], skip_special_tokens=True).splitlines()[0],
+        completion=tokenizer.decode(output[0], skip_special_tokens=True).partition("\n")[0],
     )
 
 

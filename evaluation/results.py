@@ -290,18 +290,19 @@ def load_results(path: Path) -> list[ModelResult]:
     return load_record(list[ModelResult], KIND, SCHEMA_VERSION, path)
 
 
-def find_results(results: list[ModelResult], weights: str) -> ModelResult | None:
+def find_results(results: list[ModelResult], model: ModelResult) -> ModelResult | None:
     """
     All that records tell of one model, whatever they call it: of each part the first, and every cost.
 
     Args:
         results (`list[ModelResult]`): Of any models.
-        weights (`str`): The model's, as by [`hash_weights`].
+        model ([`ModelResult`]): What is known of it without them: its weights and its architecture.
 
     Returns:
-        [`ModelResult`]: `None` if no record is of these weights.
+        [`ModelResult`]: `None` if no record is of this model.
     """
-    own = [result for result in results if result.weights == weights]
+    known = (model.weights, model.architecture)
+    own = [result for result in results if (result.weights, result.architecture) == known]
     if not own:
         return None
     parts = {
@@ -318,9 +319,10 @@ def recorded_versions(*others: str) -> dict[str, str]:
 
 
 def hash_weights(model: PreTrainedModel) -> str:
-    """A hash of a model's parameters: of names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
+    """A hash of a model's parameters and of buffers that are saved with them: of names, shapes, types and values."""
+    digest, saved = hashlib.sha256(), model.state_dict().keys()
+    buffers = [(name, tensor) for name, tensor in model.named_buffers() if name in saved]
+    for name, tensor in sorted([*model.named_parameters(), *buffers]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()[:16]}"

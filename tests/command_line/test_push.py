@@ -294,7 +294,8 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, command, model, re
 def test_a_pull_request_whose_answer_is_lost_is_not_made_twice(hub, command, model, repository, tmp_path):
     put_earlier(hub, repository, tmp_path / "earlier")
     hub.drop("POST .*/(commit|discussions)", is_late=True)
-    command("push", model, repository, "--create-pr")
+    complaint = command("push", model, repository, "--create-pr").complaint
+    assert "whether the pull request was made" in complaint
     assert hub.repositories[repository].pull_requests == 1
 
 

@@ -120,6 +120,8 @@ def test_names_can_not_break_the_card(result):
             "Converted from a trained SM+LN+G, and healed: 3",
         ),
         (TrainingResult(3, 30, 1.5, {}, started_from="a/b", text="mine"), "Going on from a/b, on mine: 3 steps"),
+        (TrainingResult(3, 30, 1.5, {}, "SM", "t", "a/b"), "Converted from a trained SM (a/b), and healed, on t: 3"),
+        (TrainingResult(0, 0, 0.0, {}, "SM+LN+G"), "Converted from a trained SM+LN+G, and not trained since."),
     ],
 )
 def test_training_that_went_on_is_not_called_from_scratch(training, words):

@@ -5,7 +5,10 @@ import dataclasses
 import pytest
 from pydantic import ValidationError
 
-from evaluation.results import find_results, git_revision, load_results, save_results
+from conversion.calibration import calibrate
+from conversion.simplification import make_norms_static
+from evaluation.results import find_results, git_revision, hash_weights, load_results, save_results
+from tests.architectures import make_model, make_tokens
 from tests.evaluation.example_results import example_cost, example_likelihood, example_result, example_results
 
 
@@ -67,12 +70,26 @@ def test_what_records_tell_of_one_model_is_put_together():
     cheaper = dataclasses.replace(renamed, costs=[example_cost(1.0), *one.costs])
     trained = dataclasses.replace(renamed, training=one.training)
     parts = [dataclasses.replace(one, training=None), other, cheaper, trained]
-    assert find_results(parts, one.weights) == dataclasses.replace(one, costs=[*one.costs, example_cost(1.0)])
-    assert find_results([renamed], one.weights) == renamed
-    assert find_results([other], one.weights) is None
+    assert find_results(parts, one) == dataclasses.replace(one, costs=[*one.costs, example_cost(1.0)])
+    assert find_results([renamed], one) == renamed
+    assert find_results([other], one) is None
 
 
 def test_the_first_record_of_a_part_counts():
     one = example_results()[0]
     again = dataclasses.replace(one, likelihood=example_likelihood(99.0))
-    assert find_results([again, one], one.weights).likelihood == again.likelihood
+    assert find_results([again, one], one).likelihood == again.likelihood
+
+
+def test_a_model_and_its_static_twin_are_two():
+    """All their parameters are the same; the twin's norms divide by constants beside them."""
+    model = make_model("SM+LN+G")
+    batches = [make_tokens(8, 32) for _ in range(6)]
+    twin, other = (make_norms_static(model, calibrate(model, part)) for part in (batches, batches[:4]))
+    assert len({hash_weights(each) for each in (model, twin, other)}) == 3
+
+
+def test_records_of_another_architecture_are_not_the_models():
+    one = example_results()[0]
+    other = dataclasses.replace(one, architecture=dataclasses.replace(one.architecture, notation="SM+LN+R"))
+    assert find_results([other], one) is None
