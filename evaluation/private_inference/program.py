@@ -365,11 +365,15 @@ def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
 
 def exponentiate(ops: Arithmetic, visible):
     """exp of numbers that are not positive, within 1e-3: one comparison and three squares; 0 below -9."""
-    shifted = ops.scale(ops.positive_part(visible + EXP_BOUND), EXP_SLOPE)
-    square = ops.square(shifted)
-    fourth = ops.square(square + ops.scale(shifted, EXP_THIRD))
-    power = fourth + ops.scale(square, EXP_SECOND) + ops.scale(shifted, EXP_FIRST) + ops.public(EXP_CONSTANT)
-    return ops.square(power) + ops.scale(shifted, EXP_LINEAR) - ops.public(EXP_CONSTANT**2)
+    above = ops.positive_part(visible + EXP_BOUND)
+
+    def multiple(factor: float):
+        return ops.scale(above, EXP_SLOPE * factor)  # in one: compilers make one of two in a row
+
+    square = ops.square(multiple(1.0))
+    fourth = ops.square(square + multiple(EXP_THIRD))
+    power = fourth + ops.scale(square, EXP_SECOND) + multiple(EXP_FIRST) + ops.public(EXP_CONSTANT)
+    return ops.square(power) + multiple(EXP_LINEAR) - ops.public(EXP_CONSTANT**2)
 
 
 def weigh_visible(ops: Arithmetic, visible, value, queries: int):

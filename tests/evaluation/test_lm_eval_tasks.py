@@ -299,7 +299,7 @@ def test_neither_tasks_nor_data_depend_on_the_working_directory(tmp_path, monkey
 
 
 def test_wheel_holds_the_tasks(tmp_path):
-    packages = ("modeling_entropy_gpt", "conversion", "training", "evaluation", "command_line")
+    packages = ("modeling_entropy_gpt", "conversion", "training", "evaluation", "command_line", "model_cards")
     for package in packages:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -313,7 +313,9 @@ def test_wheel_holds_the_tasks(tmp_path):
         if path.is_file() and path.parent.name != "__pycache__"
     }
     with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if name.startswith("evaluation/lm_eval_tasks/")}
+        names = archive.namelist()
+    held = {name for name in names if name.startswith("evaluation/lm_eval_tasks/")}
+    assert [name for name in names if name.startswith("model_cards/")] == ["model_cards/template.md.jinja"]
     assert held == wanted
     assert len(wanted) > len(PARADIGMS)
 
