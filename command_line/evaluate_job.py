@@ -164,7 +164,7 @@ def _measure_all(
     prepared: dict[str, Prepared] = {}  # by vocabulary
     for candidate in candidates:
         model = load_model(candidate.source, job)
-        result = dataclasses.replace(describe_model(model, candidate.name, windows), weights=candidate.weights)
+        result = describe_model(model, candidate.name, windows, candidate.weights)
         known = [one for one in earlier if (one.name, one.weights) == (result.name, result.weights)]
         if not known:
             if candidate.vocabulary not in prepared:

@@ -117,12 +117,17 @@ def measure_model(
     return result
 
 
-def describe_model(model: EntropyGPTForCausalLM, name: str, windows: Windows) -> ModelResult:
-    """What a model is, and what a forward pass over a window takes; nothing measured yet."""
+def describe_model(
+    model: EntropyGPTForCausalLM, name: str, windows: Windows, weights: str | None = None
+) -> ModelResult:
+    """
+    What a model is, and what a forward pass over a window takes; nothing measured yet. The hash of its weights is
+    given where they are known by that of another dtype.
+    """
     config = model.config
     return ModelResult(
         name=name,
-        weights=hash_weights(model),
+        weights=weights or hash_weights(model),
         architecture=Architecture(
             notation=config.notation,
             final_normalization=config.final_normalization,

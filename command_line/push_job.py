@@ -116,9 +116,10 @@ def run(
         target = _find_repository(api, target, _log_in(api))
     model, tokenizer, result = _read(source, results)
     before = None
+    folded_model = None if folded is None else _fold(model)
     if folded == "instead":
-        before = result
-        model, result = _fold(model, result)
+        before, result = result, _as_folded(result, folded_model)
+        model, folded_model = folded_model, None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         try:
@@ -131,11 +132,11 @@ def run(
                     licence,
                     target.repository,
                     shard_size,
-                    with_folded=folded == "beside",
+                    folded=folded_model,
                     folded_from=before and before.title,
                 )
             with console.status("loading it in a fresh process"):
-                check(folder, model)
+                check(folder, model, folded_model)
         except PublicationError as error:
             raise CommandError(str(error)) from error
         except ValueError as error:
@@ -317,15 +318,19 @@ def _explain(error: HfHubHTTPError) -> str:
     return f"The Hub refuses ({error.response.status_code}): {said}"
 
 
-def _fold(model: EntropyGPTForCausalLM, result: ModelResult) -> tuple[EntropyGPTForCausalLM, ModelResult]:
-    """What was measured holds for the folded model too, which has another architecture and other weights."""
+def _fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
     try:
         folded = fold(model)
         check_folding(model, folded)
     except (ConversionError, PublicationError) as error:
         raise CommandError(str(error)) from error
+    return folded
+
+
+def _as_folded(result: ModelResult, folded: EntropyGPTForCausalLM) -> ModelResult:
+    """What was measured holds for the folded model too, which has another architecture and other weights."""
     described = describe_model(folded, result.name, result.likelihood.likelihood.windows)
-    return folded, replace(
+    return replace(
         result, weights=described.weights, architecture=described.architecture, operations=described.operations
     )
 

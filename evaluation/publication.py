@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 from yaml import YAMLError
 
-from conversion.folding import fold
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .head_plots import plot_headwise_entropy
@@ -60,7 +59,7 @@ def assemble(
     licence: str | None = None,
     repository: str | None = None,
     shard_size: str = "5GB",
-    with_folded: bool = False,
+    folded: EntropyGPTForCausalLM | None = None,
     folded_from: str | None = None,
 ):
     """
@@ -74,17 +73,17 @@ def assemble(
         licence (`str`, *optional*): Of the weights.
         repository (`str`, *optional*): Where the folder will be found.
         shard_size (`str`): The most that a file of weights may hold, such as "5GB".
-        with_folded (`bool`): Whether a folder in it holds the model folded for inference.
+        folded ([`EntropyGPTForCausalLM`], *optional*): The model folded for inference, for a folder in it.
         folded_from (`str`, *optional*): Title of the model that this is the folded one of.
 
     Raises:
         `ValueError`: If the results lack what a card tells.
     """
-    card = model_card(result, licence, repository, PICTURE, FOLDED if with_folded else None, folded_from)
+    card = model_card(result, licence, repository, PICTURE, None if folded is None else FOLDED, folded_from)
     model.save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
-    if with_folded:
-        fold(model).save_pretrained(folder / FOLDED, max_shard_size=shard_size)
+    if folded is not None:
+        folded.save_pretrained(folder / FOLDED, max_shard_size=shard_size)
         for path in (folder / FOLDED).glob("*.py"):  # loading takes the code from the folder around it
             path.unlink()
     save_results([result], folder / RESULTS)
@@ -92,7 +91,7 @@ def assemble(
     card.save(folder / CARD)
 
 
-def check(folder: Path, model: EntropyGPTForCausalLM):
+def check(folder: Path, model: EntropyGPTForCausalLM, folded: EntropyGPTForCausalLM | None = None):
     """
     Makes sure that a folder can be published: nothing in it should stay here, its card can be read, and a process
     that has nothing but the folder computes the same logits with it, with its folded model too.
@@ -104,9 +103,7 @@ def check(folder: Path, model: EntropyGPTForCausalLM):
         raise PublicationError(f"{complaint}. Nothing was sent.")
     check_card(folder / CARD)
     check_loading(folder, model)
-    if (folder / FOLDED).exists():
-        folded = fold(model)
-        check_folding(model, folded)
+    if folded is not None:
         check_loading(folder, folded, FOLDED)
 
 

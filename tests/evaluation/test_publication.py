@@ -46,7 +46,7 @@ def result():
 @pytest.fixture(scope="module")
 def assembled(model, tokenizer, result, tmp_path_factory):
     folder = tmp_path_factory.mktemp("assembled") / "model"
-    assemble(model, tokenizer, result, folder, "mit", "somebody/mine", "20KB", with_folded=True)
+    assemble(model, tokenizer, result, folder, "mit", "somebody/mine", "20KB", folded=fold(model))
     return folder
 
 
@@ -70,7 +70,7 @@ def test_the_folder_is_whole_and_passes(folder, model, result):
         assert words in card
     config = json.loads((folder / "config.json").read_text())
     assert {"AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"} <= config["auto_map"].keys()
-    check(folder, model)
+    check(folder, model, fold(model))
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def test_another_folded_model_is_noticed(folder, model):
     for path in (folder / FOLDED).glob("*.py"):
         path.unlink()
     with pytest.raises(PublicationError, match="computes other logits with folded"):
-        check(folder, model)
+        check(folder, model, fold(model))
 
 
 def test_other_weights_are_noticed(folder, model):
@@ -100,7 +100,7 @@ def test_code_that_needs_this_project_is_noticed(folder, model):
     with (folder / "layers.py").open("a") as file:
         file.write("\nfrom modeling_entropy_gpt import layers\n")
     with pytest.raises(PublicationError, match="does not load without this project"):
-        check(folder, model)
+        check(folder, model, fold(model))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_cards_that_the_hub_would_not_read_are_noticed(tmp_path, content):
 
 def test_half_precision_survives(tokenizer, result, tmp_path):
     model = make_model("SM+ScFuFFN", vocab_size=len(tokenizer)).to(torch.bfloat16)
-    assemble(model, tokenizer, result, tmp_path, with_folded=True)
-    check(tmp_path, model)
+    assemble(model, tokenizer, result, tmp_path, folded=fold(model))
+    check(tmp_path, model, fold(model))
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
