@@ -5,16 +5,19 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SOURCES := modeling_entropy_gpt conversion training evaluation command_line tests
 
-.PHONY: quickstart results runs test style bench clean
+.PHONY: quickstart results runs study test style bench clean
 
 quickstart: $(INSTALLED)  ## Trains, converts, compares, draws, saves and reloads small models, and runs two privately.
 	$(BIN)/entropy-gpt quickstart $(ARGS)
 
-results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in the README.
+results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in the README; keeps two of its models.
 	rm -rf quickstart_output
 	$(BIN)/entropy-gpt quickstart
 	cp quickstart_output/results.json model_cards/results/quickstart.json
 	cp quickstart_output/pictures/entropy_comparison.png model_cards/results/quickstart_entropy.png
+	for model in sm-ln-g converted; do \
+		cp quickstart_output/models/$$model/*.json quickstart_output/models/$$model/*.safetensors \
+			model_cards/models/$$model/ || exit 1; done
 	$(BIN)/python -m evaluation.readme
 
 runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectures, for docs/training.md.
@@ -26,6 +29,11 @@ runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectu
 		mkdir -p model_cards/results/runs/$$run && cp runs/$$run/training_log.jsonl model_cards/results/runs/$$run/ || exit 1; done
 	$(BIN)/entropy-gpt plot model_cards/results/runs/sm-ln-g model_cards/results/runs/sm-scfuffn \
 		model_cards/results/runs/ereg-smt-scfuffn --output docs/training
+
+study: $(INSTALLED)  ## Runs the study, or what is missing of it (four hours), and shows what it finds in docs/study.md.
+	$(BIN)/entropy-gpt study $(ARGS)
+	cp runs/study/study.json model_cards/results/study.json
+	$(BIN)/python -m evaluation.study.page
 
 test: $(INSTALLED)  ## Runs the default test suite, offline.
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -41,6 +41,10 @@ def convert(
         bool,
         typer.Option("--prune-by-damage", help="Prune as many FFNs as --to says, but those that are missed least."),
     ] = False,
+    naive: Annotated[
+        bool,
+        typer.Option("--naive", help="Copy weights and fit none of them: what fitting is worth, with healing too."),
+    ] = False,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence (default: up to 1024).")] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the steps are fitted to.")] = 65536,
     evaluation_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the cost is measured on.")] = 16384,
@@ -94,6 +98,7 @@ def convert(
             tokenizer=tokenizer,
             fields=read_fields(settings or [], final_norm),
             prune_by_damage=prune_by_damage,
+            naive=naive,
             context=context,
             calibration_tokens=calibration_tokens,
             evaluation_tokens=evaluation_tokens,

@@ -41,6 +41,7 @@ class Job:
     tokenizer: str | None = None
     fields: dict = field(default_factory=dict)
     prune_by_damage: bool = False
+    naive: bool = False
     context: int | None = None
     calibration_tokens: int = 65536
     evaluation_tokens: int = 16384
@@ -118,6 +119,8 @@ def check_options(job: Job):
         if getattr(job, name) != defaults[name] and not getattr(job, other):
             option, needed = (f"--{word.replace('_', '-')}" for word in (name, other))
             raise CommandError(f"{option} does nothing without {needed}: give that too, or leave it out.")
+    if job.naive and job.prune_by_damage:
+        raise CommandError("--prune-by-damage fits what --naive does not: leave out one of them.")
     if job.heal_steps and (devices := torch.cuda.device_count()) > 1:
         raise CommandError(f"Healing takes one device, and there are {devices}: set CUDA_VISIBLE_DEVICES=0.")
 

@@ -141,7 +141,7 @@ def _convert(
     records: list[StepRecord] = []
     model = original
     for step in plan.simplifications:
-        model = _take(step, model, calibrator, measure, records)
+        model = _take(step, model, calibrator, measure, records, job.naive)
     model = set_training_fields(model, target)
     healing = None
     if job.heal_steps:
@@ -149,7 +149,7 @@ def _convert(
         divergence, *_ = measure(model, "healing")
         records.append(_record(f"healed, {job.heal_steps:,} steps", model, [divergence], healing.seconds))
     for step in plan.finish:
-        model = _take(step, model, calibrator, measure, records)
+        model = _take(step, model, calibrator, measure, records, job.naive)
 
     report = ConversionReport(
         source=job.source,
@@ -233,12 +233,25 @@ class _Calibrator:
         return Calibration.load(path)
 
 
-def _take(step: Step, model: EntropyGPTForCausalLM, calibrator: _Calibrator, measure: _Measurement, records: list):
+def _take(
+    step: Step,
+    model: EntropyGPTForCausalLM,
+    calibrator: _Calibrator,
+    measure: _Measurement,
+    records: list,
+    naive: bool,
+):
+    """A step, beside its naive version; or what is fitted otherwise in its naive version alone."""
     started = time.perf_counter()
-    calibration = calibrator(model, step.hidden_activation) if step.calibrated else None
-    simpler = step.apply(model, calibration)
+    alone = naive and step.calibrated and step.naive is not None
+    if alone:
+        simpler = step.naive(model)
+    else:
+        calibration = calibrator(model, step.hidden_activation) if step.calibrated else None
+        simpler = step.apply(model, calibration)
     seconds = time.perf_counter() - started
-    divergences = measure(simpler, step.title, *([] if step.naive is None else [step.naive(model)]))
+    others = [] if alone or step.naive is None else [step.naive(model)]
+    divergences = measure(simpler, step.title, *others)
     records.append(_record(step.title, simpler, divergences, seconds))
     return simpler
 

@@ -18,6 +18,7 @@ from .private import private
 from .push import push
 from .quickstart import quickstart
 from .report import report
+from .study import study
 from .train import train
 
 
@@ -35,6 +36,7 @@ app.command()(convert)
 app.command()(evaluate)
 app.command()(plot)
 app.command()(report)
+app.command()(study)
 app.command()(doctor)
 app.command()(card)
 app.command()(push)

@@ -54,6 +54,9 @@ def push(
     shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="The most that one file of weights holds.")
     ] = "5GB",
+    timeout: Annotated[
+        int, typer.Option(min=1, help="Seconds for which the Hub may be silent before it is asked again.")
+    ] = 60,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Put all together and check it, and send nothing. Needs no token.")
     ] = False,
@@ -79,5 +82,6 @@ def push(
         licence,
         folded and folded.value,
         shard_size,
+        timeout,
         dry_run,
     )

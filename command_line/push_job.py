@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, get_session, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
@@ -89,6 +89,7 @@ def run(
     licence: str | None,
     folded: str | None,
     shard_size: str,
+    timeout: int,
     dry_run: bool,
 ):
     """
@@ -101,6 +102,7 @@ def run(
         licence (`str`, *optional*): Of its weights.
         folded (`str`, *optional*): "beside" or "instead": whether it is sent folded too, or alone.
         shard_size (`str`): The most that a file of weights holds.
+        timeout (`int`): Seconds for which the Hub may be silent.
         dry_run (`bool`): Whether all is done but sending.
 
     Raises:
@@ -112,6 +114,7 @@ def run(
     except HFValidationError as error:
         raise CommandError(f"{target.repository!r} can't be the name of a repository: {error}") from error
     api = HfApi()
+    get_session().timeout = timeout  # of its own it waits for ever
     if not dry_run:
         target = _find_repository(api, target, _log_in(api))
     model, tokenizer, result = _read(source, results)

@@ -12,8 +12,26 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART_RESULTS = ROOT / "model_cards" / "results" / "quickstart.json"
 README = ROOT / "README.md"
 CARDS = ROOT / "model_cards"
-BEGIN, END = "<!-- quickstart results: begin -->\n", "<!-- quickstart results: end -->"
-README_BLOCK = re.compile(f"(?<={BEGIN}).*?(?={END})", re.DOTALL)
+QUICKSTART_BLOCK = "quickstart results"
+
+
+def find_block(text: str, name: str) -> re.Match | None:
+    """What stands between the two comments that enclose a generated part."""
+    return re.search(f"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", text, re.DOTALL)
+
+
+def replace_block(readme: Path, name: str, content: str):
+    """
+    Replaces a generated part of the README.
+
+    Raises:
+        `ValueError`: If the README lacks the two comments that enclose it.
+    """
+    text = readme.read_text(encoding="utf-8")
+    block = find_block(text, name)
+    if block is None:
+        raise ValueError(f"{readme} has no place for it: a line <!-- {name}: begin -->, and after it one with end.")
+    readme.write_text(f"{text[: block.start()]}\n{content}\n{text[block.end() :]}", encoding="utf-8")
 
 
 def update_readme(readme: Path = README, results: Path = QUICKSTART_RESULTS):
@@ -21,13 +39,9 @@ def update_readme(readme: Path = README, results: Path = QUICKSTART_RESULTS):
     Replaces the table in the README by one of the committed results.
 
     Raises:
-        `ValueError`: If the README lacks the two comments that enclose the table, or the results can't be shown.
+        `ValueError`: If the README has no place for it, or the results can't be shown.
     """
-    text = readme.read_text(encoding="utf-8")
-    if not README_BLOCK.search(text):
-        raise ValueError(f"{readme} has no place for the table: a line {BEGIN.strip()}, and after it {END}.")
-    table = comparison_markdown(load_results(results))
-    readme.write_text(README_BLOCK.sub(lambda _: f"\n{table}\n", text), encoding="utf-8")
+    replace_block(readme, QUICKSTART_BLOCK, comparison_markdown(load_results(results)))
 
 
 def write_cards(folder: Path = CARDS, results: Path = QUICKSTART_RESULTS):

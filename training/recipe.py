@@ -68,7 +68,7 @@ def read_recipe(source: str, overrides: list[str]) -> Recipe:
         `RecipeError`: If there is no such recipe, it is no flat YAML, or a setting is unknown or impossible.
     """
     path = find_recipe(source)
-    settings = _read_yaml(path) | dict(map(_read_override, overrides))
+    settings = read_yaml(path) | dict(map(_read_override, overrides))
     settings = {"output_dir": str(Path("runs", path.stem)), **settings}
     _refuse_unknown(settings)
     config_fields = {name: value for name, value in settings.items() if name not in ARGUMENT_FIELDS}
@@ -130,7 +130,13 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """
+    Named settings of a YAML file, read safely.
+
+    Raises:
+        `RecipeError`: If it is no YAML, a name stands twice, or it holds something else.
+    """
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:

@@ -1,0 +1,271 @@
+"""One run of the study, in a process of its own: `python -m command_line.study_run STUDY NAME`."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerFast
+
+from conversion.errors import ConversionError
+from conversion.gpt2_checkpoint import load_language_model
+from evaluation.conversion_report import ConversionReport
+from evaluation.model_card import model_card
+from evaluation.private_inference.errors import PrivateInferenceError
+from evaluation.private_inference.inference import EMULATED, PLAINTEXT, TWO_PARTY, PrivateModel
+from evaluation.private_inference.published_cost import as_private_cost
+from evaluation.results import RESULTS, AnswerCheck, load_results, save_results
+from evaluation.run_log import RunLog
+from evaluation.study.records import CONVERTED, TRAINED, PrivateAgreement, StudyRun
+from training.arguments import STANDARD_LIBRARY
+from training.checkpoints import list_checkpoints
+from training.corpus import Corpus, Document, load_corpus, load_standard_library
+from training.errors import CorpusError
+from training.files import delete, written_whole
+
+from . import convert_job, train_job
+from .convert_inputs import REPORT, Job
+from .errors import CommandError
+from .measurement import KEPT_APART, MeasuredText, measure_heads, measure_text, read_text
+from .progress import progress_display
+from .study_protocol import DATASET, Run
+from .train_folder import MODEL
+
+
+PLAN, RESULT, TOKENIZER, RUNS = "plan.json", "result.json", "tokenizer", "runs"
+# Folders of a run, with what trained or converted it.
+TRAINING, CONVERSION = "training", "conversion"
+VALIDATION_TOKENS = "validation_tokens"
+NOT_TESTED_ON = frozenset({"test", "tests", "testing"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a run of a study lies."""
+
+    study: Path
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return self.study / RUNS / self.name
+
+    @property
+    def result(self) -> Path:
+        return self.folder / RESULT
+
+    @property
+    def model(self) -> Path | None:
+        """Its model, if it has one."""
+        places = (self.folder / TRAINING / MODEL, self.folder / CONVERSION)
+        return next((place for place in places if (place / "config.json").exists()), None)
+
+
+def write_plan(place: Place, run: Run, test: dict[str, dict[str, Any]]):
+    """Leaves what [`perform`] is to do."""
+    with written_whole(place.folder / PLAN) as path:
+        path.write_text(json.dumps({"run": dataclasses.asdict(run), "test": test}, indent=1) + "\n", encoding="utf-8")
+
+
+def perform(place: Place):
+    """
+    Does what the plan says, from where an earlier attempt ended, and leaves the result.
+
+    Raises:
+        `CommandError`: If it can't be done.
+    """
+    plan = json.loads((place.folder / PLAN).read_text(encoding="utf-8"))
+    run = Run(**plan["run"])
+    act = {TRAINED: _train, CONVERTED: _convert}.get(run.kind, _answer)
+    result = act(place, run)
+    if run.kind in (TRAINED, CONVERTED) and result.diverged is None:
+        with progress_display(Console()) as progress:
+            _measure(place, run, plan["test"], result, progress)
+    with written_whole(place.result) as path:
+        result.save(path)
+
+
+def _train(place: Place, run: Run) -> StudyRun:
+    output = place.folder / TRAINING
+    settings = {
+        **run.settings,
+        "tokenizer": str(place.study / TOKENIZER),
+        "data_cache": str(place.study / "data"),
+        "output_dir": str(output),
+    }
+    recipe = place.folder / "recipe.yaml"  # JSON is YAML
+    recipe.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    train_job.run(str(recipe), [], dry_run=False)
+    log = RunLog.load(output)
+    events = [f"step {event.step:,}: {event.text} ({event.action})" for event in log.divergences]
+    events += [f"step {alarm.step:,}, layer {alarm.layer}: {alarm.text}" for alarm in log.alarms]
+    told = {
+        "name": run.name,
+        "kind": run.kind,
+        "settings": run.settings,
+        "source": None,
+        "notation": log.description.notation,
+        "parameters": log.description.parameters,
+        "events": events,
+    }
+    for checkpoint in list_checkpoints(output):
+        delete(checkpoint)
+    if place.model is None:
+        tokens = log.last_step * log.description.tokens_per_step
+        return StudyRun(**told, tokens=tokens, diverged=log.divergences[-1].text)
+    training = load_results(place.model / RESULTS)[0].training
+    return StudyRun(**told, tokens=training.tokens, seconds_per_step=training.seconds / training.steps)
+
+
+def _convert(place: Place, run: Run) -> StudyRun:
+    source = Place(place.study, run.source).model
+    if place.model is None:
+        settings = {name: value for name, value in run.settings.items() if name not in (DATASET, VALIDATION_TOKENS)}
+        dataset = run.settings[DATASET]
+        text = None if dataset == STANDARD_LIBRARY else Path(dataset)
+        job = Job(source=str(source), output=place.folder / CONVERSION, text=text, **settings)
+        convert_job.run(job, dry_run=False)
+    report, (result,) = ConversionReport.load(place.model / f"{REPORT}.json"), load_results(place.model / RESULTS)
+    healing = report.healing
+    return StudyRun(
+        name=run.name,
+        kind=run.kind,
+        settings=run.settings,
+        source=run.source,
+        notation=result.architecture.notation,
+        parameters=result.architecture.parameters,
+        tokens=healing.tokens if healing else 0,
+        seconds_per_step=healing.seconds / healing.steps if healing else None,
+        events=[f"step {step:,.0f}: {text}" for step, text in (healing.events if healing else [])],
+    )
+
+
+def _answer(place: Place, run: Run) -> StudyRun:
+    model = load_language_model(Place(place.study, run.source).model).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place.study / TOKENIZER)
+    length, sequences = run.settings["length"], run.settings["sequences"]
+    text = "".join(document.text for document in load_text(run.settings[DATASET]).validation)
+    tokens = np.array(tokenizer(text)["input_ids"])
+    starts = np.linspace(0, len(tokens) - length, sequences).astype(int)
+    prompts = [tokens[start : start + length].tolist() for start in starts]
+    private = PrivateModel(model)
+    clear, ring = (
+        torch.from_numpy(np.stack(private.infer(prompts, mode, length).answers)) for mode in (PLAINTEXT, EMULATED)
+    )
+    answered = private.infer(prompts[:1], TWO_PARTY)
+    expected, found = clear[0, -1], torch.from_numpy(answered.answers[0][-1])
+    check = AnswerCheck(
+        answers=1,
+        same=int(found.argmax() == expected.argmax()),
+        largest_logit=expected.abs().max().item(),
+        largest_error=(found - expected).abs().max().item(),
+    )
+    return StudyRun(
+        name=run.name,
+        kind=run.kind,
+        settings=run.settings,
+        source=run.source,
+        notation=model.config.notation,
+        parameters=model.num_parameters(),
+        private=PrivateAgreement(
+            cost=as_private_cost(answered.costs[0], check),
+            positions=ring[..., 0].numel(),
+            agreeing=int((ring.argmax(-1) == clear.argmax(-1)).sum()),
+            largest_error=(ring - clear).abs().max().item(),
+            largest_logit=clear.abs().max().item(),
+            perplexity=_perplexity(clear, prompts),
+            private_perplexity=_perplexity(ring, prompts),
+        ),
+    )
+
+
+def _perplexity(logits: torch.Tensor, prompts: list[list[int]]) -> float:
+    targets = torch.tensor(prompts)[:, 1:].reshape(-1)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), targets).exp().item()
+
+
+def _measure(place: Place, run: Run, test: dict[str, dict], result: StudyRun, progress: Progress):
+    """Adds what the model is worth, and what its heads do, as far as its training has not measured it."""
+    model = load_language_model(place.model).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place.study / TOKENIZER)
+    context, seed = model.config.n_positions, run.settings["seed"]
+    (known,) = load_results(place.model / RESULTS)
+    result.validation, heads = known.likelihood, known.heads
+    if result.validation is None or heads is None:
+        corpus = load_text(run.settings[DATASET])
+        texts = (document.text for document in corpus.validation)
+        most_tokens = run.settings[VALIDATION_TOKENS]
+        text = read_text(corpus.name + KEPT_APART, corpus.revision, texts, tokenizer, context, most_tokens)
+        result.validation = measure_text(model, text, progress, result.notation, seed=seed)
+        heads = measure_heads(model, text, progress, result.notation, seed=seed)
+    result.heads = heads.heads.entropy
+    tests = {}
+    for package, told in test.items():
+        text = _measured_text(read_package(package, **told), tokenizer, context)
+        tests[package] = measure_text(model, text, progress, package, seed=seed)
+    result.test = tests
+    described = dataclasses.replace(known, name=run.name, likelihood=result.validation, heads=heads)
+    with written_whole(place.model / RESULTS) as path:
+        save_results([described], path)
+    model_card(described).save(place.model / "README.md")
+
+
+def _measured_text(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: int) -> MeasuredText:
+    texts = (document.text for document in corpus.training)
+    return read_text(corpus.name, corpus.revision, texts, tokenizer, context)
+
+
+def load_text(dataset: str) -> Corpus:
+    """
+    What a study trains and validates on.
+
+    Raises:
+        `CorpusError`: If it can't be read.
+    """
+    return load_standard_library() if dataset == STANDARD_LIBRARY else load_corpus(Path(dataset))
+
+
+def read_package(package: str, release: str, characters: int) -> Corpus:
+    """
+    The code of an installed package, without its tests: of its files, in an order that depends on their names' hashes,
+    as many as hold so many characters.
+
+    Args:
+        package (`str`): Its name.
+        release (`str`): The version that it has to have.
+        characters (`int`): Of the files together, no more than these; all in `training`.
+
+    Raises:
+        `CommandError`: If it is not installed, or in another version.
+    """
+    spec = importlib.util.find_spec(package)
+    installed = version(package) if spec is not None else "nothing"
+    if installed != release:
+        raise CommandError(f"The study tests on {package} {release}, and {installed} is installed: pip install it.")
+    corpus = load_corpus(Path(spec.origin).parent, validation_share=0)
+    chosen: list[Document] = []
+    for document in sorted(corpus.training, key=_hash_of_name):
+        if not NOT_TESTED_ON & {*Path(document.name).parts} and document.length <= characters:
+            chosen.append(document)
+            characters -= document.length
+    revision = f"{package} {release}, {len(chosen)} files of {corpus.revision}"
+    return dataclasses.replace(corpus, revision=revision, training=tuple(chosen))
+
+
+def _hash_of_name(document: Document) -> str:
+    return hashlib.sha256(document.name.encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    try:
+        perform(Place(Path(sys.argv[1]), sys.argv[2]))
+    except (CommandError, CorpusError, ConversionError, PrivateInferenceError) as error:
+        sys.exit(f"entropy-gpt: {error}")

@@ -1,0 +1,139 @@
+"""The study's pictures, out of its record alone."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from evaluation.comparison_plots import PLAIN_NUMBERS, plot_tradeoff
+from evaluation.perplexity import perplexity_of
+from evaluation.plots import DOTS_PER_INCH, add_entropy_scale, draw_heat_map, wrap
+from evaluation.run_plots import RUN_COLORS
+
+from .records import Study, StudyRun
+from .tables import BASELINE, PROPOSAL, UNREGULARIZED, alike, by_notation, gpt2_bytes, mean_nats, spread_of
+
+
+PANEL = (3.4, 3.2)
+# Of the scratch and the converted models in the curves.
+SCRATCH_COLOR, OWN_COLOR, ALL_COLOR, BASELINE_COLOR = RUN_COLORS[0], RUN_COLORS[1], RUN_COLORS[2], "#4a5158"
+
+
+def plot_pareto(study: Study, path: Path):
+    """Test perplexity against what a private inference of GPT-2 small sends, of all that was trained."""
+    names, costs, perplexities = [], [], []
+    groups = ("ladder", "others_with_norm", "others", "static_weights", "conversion", "conversion_targets")
+    runs = [run for group in groups for run in study.group(group) if run.diverged is None]
+    longest = max((run.settings["heal_steps"] for run in runs if run.source), default=0)
+    kept = [run for run in runs if run.source is None or run.settings["heal_steps"] == longest]
+    for members in _by_title(kept).values():
+        names.append(_title(members[0]))
+        costs.append(gpt2_bytes(members[0].notation) / 1e9)
+        perplexities.append(perplexity_of(mean_nats(members)))
+    plot_tradeoff(names, costs, perplexities, "private inference of GPT-2 small, T=128 (GB, predicted)", path)
+
+
+def plot_conversion(study: Study, path: Path):
+    """Test perplexity against tokens: trained from scratch, and converted, without and with the teacher's tokens."""
+    figure = Figure(figsize=(7.4, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.add_subplot(xlabel="tokens (millions)", ylabel=f"test perplexity of {PROPOSAL}")
+    ladder = by_notation(study.group("ladder"))
+    scratch = [ladder[PROPOSAL], *alike(study.group("scratch"), "max_steps")]
+    converted = alike(study.group("conversion"), "heal_steps")
+    teacher = ladder[BASELINE][0].tokens
+    for runs, offset, label, color in (
+        (scratch, 0, "trained from scratch", SCRATCH_COLOR),
+        (converted, 0, "converted: its own tokens", OWN_COLOR),
+        (converted, teacher, "converted: with its teacher's tokens", ALL_COLOR),
+    ):
+        if runs:
+            _draw_curve(axes, runs, offset, label, color)
+    axes.axhline(perplexity_of(mean_nats(ladder[BASELINE])), color=BASELINE_COLOR, ls=":", label=f"{BASELINE}")
+    crossing = find_crossing(scratch, converted)
+    if crossing is not None:
+        tokens, nats = crossing
+        axes.plot(tokens / 1e6, perplexity_of(nats), "x", color="black", ms=9, mew=2, zorder=5)
+        axes.annotate(
+            f"as good as from scratch\nafter {tokens / 1e6:.2f} M own tokens",
+            (tokens / 1e6, perplexity_of(nats)),
+            textcoords="offset points",
+            xytext=(12, 10),
+            fontsize=9,
+        )
+    axes.legend()
+    axes.grid(alpha=0.25)
+    figure.savefig(path, format="png")
+
+
+def find_crossing(scratch: Sequence[Sequence[StudyRun]], converted: Sequence[Sequence[StudyRun]]):
+    """
+    Where a converted model is as good as the shortest training from scratch, between two amounts of healing.
+
+    Returns:
+        `tuple[float, float]`: Its own tokens, and nats of a test token; `None` if it is on one side all the time.
+    """
+    goal = mean_nats(scratch[0])
+    points = [(runs[0].tokens, mean_nats(runs)) for runs in converted]
+    for (tokens, nats), (more, less) in itertools.pairwise(points):
+        if nats > goal >= less:
+            return tokens + (nats - goal) / (nats - less) * (more - tokens), goal
+    return None
+
+
+def plot_heads(study: Study, path: Path):
+    """Mean entropy of every head of the main architectures, of the first seed each."""
+    firsts = [runs[0] for runs in by_notation(study.group("ladder")).values() if runs[0].heads is not None]
+    figure = Figure(figsize=(PANEL[0] * len(firsts) + 1, PANEL[1]), dpi=DOTS_PER_INCH, layout="constrained")
+    panels = figure.subplots(1, len(firsts), squeeze=False)[0]
+    maximum = firsts[0].heads.maximum
+    for axes, run in zip(panels, firsts, strict=True):
+        image = draw_heat_map(axes, run.heads.nats, 0, maximum)
+        title = f"{run.notation}\n{run.heads.overloaded_share:.0%} of heads overloaded"
+        axes.set_title("\n".join(wrap(line, PANEL[0], 9) for line in title.split("\n")), fontsize=9)
+    add_entropy_scale(figure, list(panels), image, maximum)
+    figure.savefig(path, format="png")
+
+
+def plot_tolerance(study: Study, path: Path):
+    """Test perplexity and mean entropy against the tolerance of the penalty, beside the model without a penalty."""
+    runs = sorted(study.group("tolerance"), key=lambda run: run.settings["entropy_tolerance"])
+    without = by_notation(study.group("ladder"))[UNREGULARIZED]
+    figure = Figure(figsize=(8.4, 3.6), dpi=DOTS_PER_INCH, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    tolerances = [run.settings["entropy_tolerance"] for run in runs]
+    left.plot(tolerances, [perplexity_of(run.test_nats) for run in runs], "o-", color=RUN_COLORS[0])
+    right.plot(tolerances, [run.heads.mean for run in runs], "o-", color=RUN_COLORS[0], label="with the penalty")
+    left.axhline(perplexity_of(without[0].test_nats), color=BASELINE_COLOR, ls=":")
+    right.axhline(
+        statistics.fmean(run.heads.mean for run in without[:1]), color=BASELINE_COLOR, ls=":", label=UNREGULARIZED
+    )
+    left.set(xlabel="tolerance", ylabel="test perplexity")
+    right.set(xlabel="tolerance", ylabel="mean entropy (nats)")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+    figure.savefig(path, format="png")
+
+
+def _draw_curve(axes, groups: Sequence[Sequence[StudyRun]], offset: int, label: str, color: str):
+    points = sorted((runs[0].tokens + offset, mean_nats(runs), spread_of(runs)) for runs in groups)
+    tokens, nats, spreads = map(np.array, zip(*points, strict=True))
+    errors = np.exp(nats) * np.where(np.isnan(spreads), 0, spreads)
+    axes.errorbar(tokens / 1e6, np.exp(nats), errors, marker="o", capsize=3, label=label, color=color)
+    axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
+
+
+def _title(run: StudyRun) -> str:
+    return run.notation if run.source is None else f"{run.notation} from {BASELINE}"
+
+
+def _by_title(runs: Sequence[StudyRun]) -> dict[str, list[StudyRun]]:
+    found: dict[str, list[StudyRun]] = {}
+    for run in runs:
+        if math.isfinite(run.test_nats):
+            found.setdefault(_title(run), []).append(run)
+    return found

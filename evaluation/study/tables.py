@@ -1,0 +1,305 @@
+"""The study's tables, in Markdown, out of its record alone."""
+
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+from evaluation.perplexity import perplexity_of
+from evaluation.private_inference.cost_model import predict
+from evaluation.private_inference.measured_inference import make_config
+from evaluation.private_inference.paper_table import PAPER_SIZES
+from evaluation.private_inference.program import Span
+from evaluation.private_inference.settings import PrivateSettings
+
+from .records import Study, StudyRun
+
+
+BASELINE, PROPOSAL = "SM+LN+G", "EReg(SM(t)+ScFuFFN)"
+FUSED, UNREGULARIZED = "SM+ScFuFFN", "SM(t)+ScFuFFN"
+GPT2_VOCABULARY = 50257
+# Perplexities of the paper (tables 2 and 4, CodeParrot, T=128), GPT-2 small.
+PAPER = {
+    "SM+LN+G": 2.69,
+    "SM+LN+R": 2.76,
+    "SM+LN": 3.38,
+    "SM+G": 3.20,
+    "SM+R": 2.94,
+    "SM": math.nan,
+    "SM+ScFFN": 3.50,
+    "SM+ScFuFFN": 3.48,
+    "SM+ScFuFFNi3": None,
+    "SM(t)+ScFuFFN": None,
+    "EReg(SM(t)+ScFuFFN)": 3.21,
+    "SM+WN(QK)": 3.89,
+    "SM+WN(FFN)": 3.64,
+    "SM+WN(QK+FFN)": 3.88,
+    "SM+WN(QKV+FFN)": 3.93,
+    "SM+WN(QKVO+FFN)": 3.98,
+    "SM+SN(QK)": 4.25,
+    "SM+SN(FFN)": 3.63,
+    "SM+SN(QK+FFN)": 4.23,
+    "SM+SN(QKV+FFN)": 4.26,
+    "SM+SN(QKVO+FFN)": 4.34,
+}
+PAPER_GAIN = 0.078  # of the regulariser: 3.48 to 3.21
+
+
+@functools.cache
+def gpt2_bytes(notation: str) -> float:
+    """What a private inference of GPT-2 small takes in this architecture, predicted: T=128, logits of one position."""
+    sizes = {name: size for name, size in PAPER_SIZES.items() if name != "context"}
+    context = PAPER_SIZES["context"]
+    config = make_config(notation, context, vocab_size=GPT2_VOCABULARY, **sizes)
+    return sum(step.total_bytes for step in predict(config, PrivateSettings(), Span(0, context, 1)))
+
+
+def mean_nats(runs: Sequence[StudyRun], text: str = "test") -> float:
+    """
+    Of a token, over the seeds that did not diverge: what geometric means of perplexities are taken from. Infinite if
+    all did.
+    """
+    values = _nats(runs, text)
+    return statistics.fmean(values) if values else math.inf
+
+
+def spread_of(runs: Sequence[StudyRun], text: str = "test") -> float:
+    """The standard deviation over these seeds, in nats; NaN of fewer than two."""
+    values = _nats(runs, text)
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def perplexity_cell(runs: Sequence[StudyRun], text: str = "test") -> str:
+    """Geometric mean over seeds, with the standard deviation; and how many seeds diverged."""
+    nats, spread = mean_nats(runs, text), spread_of(runs, text)
+    diverged = sum(run.diverged is not None for run in runs)
+    if diverged == len(runs):
+        return "diverged"
+    return (
+        f"{perplexity_of(nats):.2f}"
+        + ("" if math.isnan(spread) else f" ± {perplexity_of(nats) * spread:.2f}")
+        + (f" ({diverged} of {len(runs)} diverged)" if diverged else "")
+    )
+
+
+def above(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> float:
+    """By how much the perplexity is above another's, as a share of that."""
+    return math.expm1(mean_nats(runs) - mean_nats(reference))
+
+
+def ladder_table(study: Study) -> str:
+    """The main architectures: quality, heads, price."""
+    ladder = by_notation(study.group("ladder"))
+    private = {run.notation: run.private for run in study.group("private")}
+    rows = []
+    for notation, runs in ladder.items():
+        answered = private.get(notation)
+        trained = [run for run in runs if run.diverged is None]
+        rows.append(
+            (
+                _code(notation),
+                f"{runs[0].settings['learning_rate']:g}",
+                perplexity_cell(runs, "validation"),
+                perplexity_cell(runs),
+                _above_cell(runs, ladder.get(BASELINE, [])),
+                _paper_above(notation),
+                _mean_cell(map(_bits_per_byte, trained), ".3f"),
+                _mean_cell((run.heads.mean for run in trained), ".2f"),
+                _mean_cell((run.heads.overloaded_share for run in trained), ".0%"),
+                _mean_cell((run.seconds_per_step for run in trained), ".2f"),
+                "" if answered is None else f"{answered.cost.total_bytes / 1e6:.1f}",
+                f"{gpt2_bytes(notation) / 1e9:.2f}",
+            )
+        )
+    headings = (
+        *("architecture", "learning rate", "validation ppl", "test ppl", "above GPT-2", "paper"),
+        *("test bits/byte", "entropy, nats", "overloaded", "s/step", "private MB", "GPT-2 small, GB"),
+    )
+    return markdown_table(headings, rows)
+
+
+def order_table(study: Study) -> str:
+    """Each pair of architectures of which the paper has perplexities: is the same one better here?"""
+    runs = {**by_notation([*study.group("others_with_norm"), *study.group("others"), *study.group("static_weights")])}
+    runs.update(by_notation(study.group("ladder")))
+    known = sorted((notation for notation in runs if _is_number(PAPER.get(notation))), key=PAPER.get)
+    rows = []
+    for better, worse in itertools.pairwise(known):
+        difference = mean_nats(runs[worse]) - mean_nats(runs[better])
+        spread = math.hypot(spread_of(runs[better]), spread_of(runs[worse]))
+        rows.append(
+            (
+                f"{_code(better)} before {_code(worse)}",
+                f"{PAPER[worse] / PAPER[better] - 1:+.1%}",
+                f"{math.expm1(difference):+.1%}" if math.isfinite(difference) else "diverged",
+                "" if math.isnan(spread) else f"{spread:.1%}",
+                _verdict(difference, spread),
+            )
+        )
+    return markdown_table(("order in the paper", "paper, ppl", "here, test ppl", "spread", "holds here"), rows)
+
+
+def others_table(study: Study, groups: Sequence[str]) -> str:
+    """Architectures with one seed, beside the baseline."""
+    rows = []
+    for run in (run for group in groups for run in study.group(group)):
+        runs = [*study.group("ladder"), *(other for group in groups for other in study.group(group))]
+        baseline = [other for other in runs if other.notation == BASELINE and _sizes(other) == _sizes(run)]
+        rows.append(
+            (
+                _code(run.notation),
+                "{n_layer} × {n_embd}, {context}".format(**run.settings),
+                perplexity_cell([run]),
+                _above_cell([run], baseline[:1]),
+                _paper_above(run.notation),
+                "" if run.diverged else f"{run.heads.mean:.2f}",
+                "" if run.diverged else f"{run.heads.overloaded_share:.0%}",
+                f"{gpt2_bytes(run.notation) / 1e9:.2f}",
+                run.diverged or "",
+            )
+        )
+    headings = ("architecture", "layers × width, context", "test ppl", "above GPT-2", "paper", "entropy, nats")
+    return markdown_table((*headings, "overloaded", "GPT-2 small, GB", "remark"), rows)
+
+
+def settings_table(study: Study, groups: dict[str, str]) -> str:
+    """Runs of groups that differ in one setting; beside the same architecture as the ladder has it."""
+    rows = [
+        (setting, str(run.settings[setting]), perplexity_cell([run]), f"{run.heads.mean:.2f}", _share(run))
+        for group, setting in groups.items()
+        for run in study.group(group)
+    ]
+    return markdown_table(("setting", "value", "test ppl", "entropy, nats", "overloaded"), rows)
+
+
+def conversion_table(study: Study) -> str:
+    """Converted models by what they are and what they were healed with, beside training from scratch."""
+    ladder = by_notation(study.group("ladder"))
+    rows = [
+        _conversion_row(f"{notation}, from scratch", ladder[notation], 0)
+        for notation in (BASELINE, PROPOSAL)
+        if notation in ladder
+    ]
+    for runs in alike(study.group("scratch"), "max_steps"):
+        rows.append(_conversion_row(f"{runs[0].notation}, from scratch", runs, 0))
+    teacher = ladder[BASELINE][0].tokens
+    for runs in alike([*study.group("conversion"), *study.group("conversion_targets")], "notation", "heal_steps"):
+        rows.append(_conversion_row(f"{runs[0].notation} from {BASELINE}", runs, teacher))
+    return markdown_table(("model", "own tokens", "with the teacher's", "seeds", "test ppl", "validation ppl"), rows)
+
+
+def ways_table(study: Study) -> str:
+    """The same conversion with and without distillation and calibration."""
+    rows = [
+        (
+            f"{run.tokens:,}",
+            "yes" if run.settings["distill"] else "no",
+            "nothing" if run.settings["naive"] else "each step",
+            perplexity_cell([run]),
+        )
+        for run in study.group("conversion_ways")
+    ]
+    return markdown_table(("tokens of healing", "distilled", "fitted to text", "test ppl"), rows)
+
+
+def private_table(study: Study) -> str:
+    """What private answers cost and how they agree."""
+    rows = [
+        (
+            _code(run.notation),
+            f"{run.private.cost.total_bytes / 1e6:.1f}",
+            f"{run.private.cost.rounds:,}",
+            f"{run.private.cost.seconds:.1f}",
+            f"{run.private.agreeing:,} of {run.private.positions:,}",
+            f"{run.private.largest_error:.3f} of {run.private.largest_logit:.1f}",
+            f"{run.private.perplexity:.3f}",
+            f"{run.private.private_perplexity:.3f}",
+        )
+        for run in study.group("private")
+    ]
+    headings = ("architecture", "MB", "rounds", "s", "same token", "largest error", "ppl", "private ppl")
+    return markdown_table(headings, rows)
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first column to the left, numbers to the right."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _nats(runs: Iterable[StudyRun], text: str) -> list[float]:
+    return [getattr(run, f"{text}_nats") for run in runs if run.diverged is None]
+
+
+def _sizes(run: StudyRun) -> tuple[int, int]:
+    return run.settings["n_layer"], run.settings["context"]
+
+
+def _above_cell(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> str:
+    return f"{above(runs, reference):+.1%}" if _nats(runs, "test") and _nats(reference, "test") else ""
+
+
+def _mean_cell(values: Iterable[float], form: str) -> str:
+    values = list(values)
+    return f"{statistics.fmean(values):{form}}" if values else ""
+
+
+def _conversion_row(name: str, runs: Sequence[StudyRun], teacher: int) -> tuple[str, ...]:
+    own = runs[0].tokens
+    return (
+        name,
+        f"{own:,}",
+        f"{own + teacher:,}",
+        str(len(runs)),
+        perplexity_cell(runs),
+        perplexity_cell(runs, "validation"),
+    )
+
+
+def by_notation(runs: Iterable[StudyRun]) -> dict[str, list[StudyRun]]:
+    found: dict[str, list[StudyRun]] = {}
+    for run in runs:
+        found.setdefault(run.notation, []).append(run)
+    return found
+
+
+def alike(runs: Iterable[StudyRun], *names: str) -> list[list[StudyRun]]:
+    """Runs by seeds: those that have these settings in common."""
+    found: dict[tuple, list[StudyRun]] = {}
+    for run in runs:
+        found.setdefault(tuple(run.settings[name] for name in names), []).append(run)
+    return list(found.values())
+
+
+def _paper_above(notation: str) -> str:
+    perplexity = PAPER.get(notation)
+    if perplexity is None:
+        return ""
+    return "diverged" if math.isnan(perplexity) else f"{perplexity / PAPER[BASELINE] - 1:+.1%}"
+
+
+def _is_number(perplexity: float | None) -> bool:
+    return perplexity is not None and not math.isnan(perplexity)
+
+
+def _verdict(difference: float, spread: float) -> str:
+    """Whether the order holds; with a spread that is not known, of one seed alone."""
+    if math.isnan(difference):
+        return "both diverged"
+    if abs(difference) < 2 * spread:
+        return "undecided"
+    return ("one seed: " if math.isnan(spread) else "") + ("yes" if difference > 0 else "no")
+
+
+def _bits_per_byte(run: StudyRun) -> float:
+    parts = [result.likelihood for result in run.test.values()]
+    return sum(part.nats for part in parts) / math.log(2) / sum(part.bytes for part in parts)
+
+
+def _share(run: StudyRun) -> str:
+    return f"{run.heads.overloaded_share:.0%}"
+
+
+def _code(notation: str) -> str:
+    return f"`{notation}`"

@@ -1,0 +1,161 @@
+"""The study as a process of its own: a trial from end to end, interrupted, and misused."""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from command_line.study import PROTOCOL
+from evaluation.study.records import Study, StudyRun
+
+
+COMMAND = Path(sys.executable).with_name("entropy-gpt")
+TINY = """
+dataset: {text}
+vocabulary: 300
+test:
+  {package}: {{release: "{release}", characters: 20000}}
+trained:
+  notation: SM
+  n_layer: 1
+  n_head: 1
+  n_embd: 8
+  context: 16
+  max_steps: {steps}
+  per_device_train_batch_size: 2
+  validation_tokens: 1024
+  learning_rate: {rate}
+  seed: 0
+  entropy_logging_steps: 5
+converted: {{}}
+answered: {{}}
+groups:
+  one:
+    notation: {notation}
+"""
+
+
+def study(*words, **options):
+    return subprocess.run([COMMAND, "study", *map(str, words)], capture_output=True, text=True, **options)
+
+
+def tiny(text: Path, folder: Path, **changes) -> Path:
+    told = {
+        "text": text,
+        "package": "networkx",
+        "release": "3.6.1",
+        "steps": 5,
+        "rate": 1e-3,
+        "notation": "SM",
+    } | changes
+    (folder / "protocol.yaml").write_text(TINY.format(**told))
+    return folder / "protocol.yaml"
+
+
+@pytest.mark.private
+def test_the_trial_of_the_committed_protocol(tmp_path):
+    output = tmp_path / "study"
+    process = study("--protocol", PROTOCOL, "--only", "smoke", "--output", output, "--workers", 2)
+    assert process.returncode == 0, process.stderr + process.stdout
+    assert "10 rows are measured: " in process.stdout
+    found = Study.load(output / "study.json")
+    assert {group: len(names) for group, names in found.groups.items() if group.startswith("smoke")} == {
+        "smoke_training": 4,
+        "smoke_ladder": 2,
+        "smoke_conversion": 2,
+        "smoke_private": 2,
+    }
+    assert not any(group.startswith("smoke") for group in found.missing)
+    trained, converted, private = (found.group(f"smoke_{name}") for name in ("ladder", "conversion", "private"))
+    for run in [*trained, *converted]:
+        assert math.isfinite(run.validation_nats) and math.isfinite(run.test_nats)
+        assert run.validation.conditions.corpus_revision == trained[0].validation.conditions.corpus_revision
+        assert run.validation.likelihood.tokens == trained[0].validation.likelihood.tokens
+        assert set(run.test) == {"networkx", "sympy"}
+        assert len(run.heads.nats) == 2
+    assert [run.source for run in converted] == [trained[0].name] * 2
+    naive = {run.settings["naive"]: run for run in converted}
+    assert naive[True].validation_nats != naive[False].validation_nats
+    for run in private:
+        assert run.private.cost.total_bytes > 1e6
+        assert run.private.cost.check.same == 1
+        assert run.private.agreeing >= 0.9 * run.private.positions
+        assert run.private.private_perplexity == pytest.approx(run.private.perplexity, rel=0.01)
+    assert private[0].private.cost.total_bytes > private[1].private.cost.total_bytes
+    assert not list(output.rglob("checkpoint-*"))
+
+    begun = time.monotonic()
+    again = study("--protocol", PROTOCOL, "--only", "smoke", "--output", output)
+    assert again.returncode == 0 and "10 rows are measured" in again.stdout
+    assert time.monotonic() - begun < 60, "nothing was left to do"
+
+
+def test_an_interrupted_run_goes_on(text, tmp_path):
+    protocol, output = tiny(text, tmp_path, steps=3000), tmp_path / "study"
+    with subprocess.Popen(
+        [COMMAND, "study", "--protocol", protocol, "--output", output, "--workers", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not (checkpoints := list(output.glob("runs/*/training/checkpoint-*"))):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    assert not list(output.glob("runs/*/result.json"))
+    run = checkpoints[0].parents[1].name
+    log = output / "runs" / run / "training" / "training_log.jsonl"
+    assert log.exists()
+    assert study("--protocol", protocol, "--output", output).returncode == 0
+    result = StudyRun.load(output / "runs" / run / "result.json")
+    assert result.tokens == 3000 * 2 * 16
+    steps = [line for line in log.read_text().splitlines() if '"kind": "entropy"' in line]
+    assert len(steps) == 3000 / 5, "no step was done twice"
+
+
+def test_a_run_that_diverges_is_a_result(text, tmp_path):
+    protocol, output = tiny(text, tmp_path, steps=60, rate=1e4), tmp_path / "study"
+    process = study("--protocol", protocol, "--output", output)
+    assert process.returncode == 0, process.stderr
+    assert "diverged" in process.stdout
+    (run,) = Study.load(output / "study.json").runs.values()
+    assert run.diverged
+    assert run.validation is None and run.validation_nats == math.inf
+
+
+def test_a_run_that_fails_is_told_and_tried_again(text, tmp_path):
+    output = tmp_path / "study"
+    process = study("--protocol", tiny(text, tmp_path, release="0.1"), "--output", output)
+    assert process.returncode == 1
+    assert "1 runs failed: " in process.stderr
+    assert "The study tests on networkx 0.1, and 3.6.1 is installed" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert study("--protocol", tiny(text, tmp_path), "--output", output).returncode == 0
+
+
+def test_a_dry_run_writes_nothing(text, tmp_path):
+    process = study("--protocol", tiny(text, tmp_path), "--output", tmp_path / "study", "--dry-run")
+    assert process.returncode == 0
+    assert "1 runs are known and missing, with 5 steps of training. Nothing was" in process.stdout
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--only", "nothing"), "--only nothing: no group's name begins so. There are one."),
+        (("--protocol", "no.yaml"), "--protocol no.yaml can't be read"),
+        (("--workers", "0"), "--workers"),
+    ],
+)
+def test_wrong_usage_is_one_line(text, tmp_path, words, message):
+    process = study("--protocol", tiny(text, tmp_path), "--output", tmp_path / "study", *words, cwd=tmp_path)
+    assert process.returncode in (1, 2)
+    assert message in process.stderr and len(process.stderr.splitlines()) == 1
+    assert not (tmp_path / "study").exists()

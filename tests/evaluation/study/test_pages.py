@@ -1,0 +1,142 @@
+"""The study's tables, pictures and page, of made-up runs and of those that are committed."""
+
+import math
+import shutil
+
+import pytest
+
+from evaluation.readme import README
+from evaluation.study.page import PAGE, RECORD, study_page, write
+from evaluation.study.pictures import find_crossing
+from evaluation.study.records import Study
+from evaluation.study.tables import (
+    conversion_table,
+    gpt2_bytes,
+    ladder_table,
+    order_table,
+    others_table,
+    settings_table,
+    ways_table,
+)
+
+from .example_study import make_run, make_study
+
+
+BASELINE = [make_run("SM+LN+G", nats, seed=seed) for seed, nats in enumerate((3.0, 3.1, 3.2))]
+FUSED = [make_run("SM+ScFuFFN", nats, seed=seed) for seed, nats in enumerate((3.2, 3.3, 3.4))]
+TEMPERED = [make_run("SM(t)+ScFuFFN", nats, seed=seed) for seed, nats in enumerate((3.2, 3.3, 3.4))]
+PROPOSAL = [make_run("EReg(SM(t)+ScFuFFN)", nats, seed=seed) for seed, nats in enumerate((3.1, 3.2, 3.3))]
+LADDER = [*BASELINE, *FUSED, *TEMPERED, *PROPOSAL]
+
+
+def row(table: str, beginning: str) -> list[str]:
+    """The cells of the one row that begins so."""
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {beginning} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_ladder_holds_each_architecture_against_the_baseline():
+    table = ladder_table(make_study(ladder=LADDER))
+    cells = row(table, "`SM+ScFuFFN`")
+    assert cells[2] == f"{math.exp(2.3):.2f} ± {math.exp(2.3) * 0.1:.2f}"
+    assert cells[3] == f"{math.exp(3.3):.2f} ± {math.exp(3.3) * 0.1:.2f}"
+    assert cells[4:6] == [f"{math.exp(0.2) - 1:+.1%}", f"{3.48 / 2.69 - 1:+.1%}"]
+    assert cells[7:9] == ["2.38", "50%"]
+    assert float(row(table, "`SM+LN+G`")[-1]) > 2 * float(cells[-1])
+
+
+def test_seeds_that_diverged_are_told():
+    study = make_study(ladder=[*BASELINE, make_run("SM+ScFuFFN", None), *FUSED[1:]])
+    nats = math.exp(3.35)
+    expected = f"{nats:.2f} ± {nats * math.sqrt(0.005):.2f} (1 of 3 diverged)"
+    assert row(ladder_table(study), "`SM+ScFuFFN`")[3] == expected
+    study = make_study(ladder=BASELINE, others=[make_run("SM", None)])
+    assert row(others_table(study, ["others"]), "`SM`")[2::6] == ["diverged", "the loss is nan"]
+
+
+def test_orders_hold_beyond_the_spread_alone():
+    runs = [*BASELINE, *(make_run("SM+LN+R", nats, seed=seed) for seed, nats in enumerate((3.01, 3.11, 3.21)))]
+    worse = [make_run("SM+R", 3.0), make_run("SM+ScFuFFN", 9.0), make_run("SM+ScFuFFN", 9.1, seed=1)]
+    table = order_table(make_study(ladder=[*runs, *worse[1:]], others=worse[:1]))
+    verdicts = [line.rsplit("|", 2)[1].strip() for line in table.splitlines()[2:]]
+    assert verdicts == ["undecided", "one seed: no", "one seed: yes"]
+
+
+def test_what_a_setting_does_stands_beside_it():
+    runs = [make_run("EReg(SM(t)+ScFuFFN)", 3.0, entropy_tolerance=value) for value in (0.0, 0.2)]
+    cells = row(
+        settings_table(make_study(tolerance=runs), {"tolerance": "entropy_tolerance"}), "entropy_tolerance | 0.2"
+    )
+    assert cells[2] == f"{math.exp(3.0):.2f}"
+
+
+def test_conversions_are_told_with_the_tokens_of_their_teachers():
+    converted = [
+        make_run("EReg(SM(t)+ScFuFFN)", 3.0, run, heal_steps=50, seed=run.settings["seed"]) for run in BASELINE
+    ]
+    longer = [make_run("EReg(SM(t)+ScFuFFN)", 3.1, max_steps=150)]
+    table = conversion_table(make_study(ladder=LADDER, conversion=converted, scratch=longer))
+    cells = row(table, "EReg(SM(t)+ScFuFFN) from SM+LN+G")
+    assert cells[1:4] == [f"{50 * 1024:,}", f"{150 * 1024:,}", "3"]
+    assert f"| EReg(SM(t)+ScFuFFN), from scratch | {150 * 1024:,} | {150 * 1024:,} | 1 |" in table
+
+
+def test_ways_of_conversion_are_told_apart():
+    run = make_run("EReg(SM(t)+ScFuFFN)", 3.0, BASELINE[0], heal_steps=10, distill=True, naive=True)
+    assert row(ways_table(make_study(conversion_ways=[run])), f"{10 * 1024:,}")[1:3] == ["yes", "nothing"]
+
+
+def test_the_crossing_lies_between_two_amounts_of_healing():
+    scratch = [[make_run("EReg(SM(t)+ScFuFFN)", 3.0)]]
+    converted = [
+        [make_run("EReg(SM(t)+ScFuFFN)", nats, BASELINE[0], heal_steps=steps)]
+        for steps, nats in ((10, 3.3), (20, 3.1), (40, 2.9))
+    ]
+    tokens, nats = find_crossing(scratch, converted)
+    assert (tokens / 1024, nats) == (pytest.approx(30), pytest.approx(3.0))
+    assert find_crossing(scratch, converted[:2]) is None
+
+
+def test_prices_fall_with_what_is_left_out():
+    assert gpt2_bytes("SM+LN+G") > gpt2_bytes("SM+LN+R") > gpt2_bytes("EReg(SM(t)+ScFuFFN)") > gpt2_bytes("SM+ScFuFFN")
+
+
+def test_the_page_tells_what_is_missing(tmp_path):
+    study = make_study(ladder=LADDER)
+    study.missing = {"tolerance": 6, "smoke_private": 2}
+    text = study_page(study)
+    assert "Not measured yet, rows of each group: tolerance (6).\n" in text
+    assert "## The main architectures" in text
+    assert "## What the penalty does" not in text
+    with pytest.raises(ValueError, match="--only ladder"):
+        study_page(make_study())
+
+
+def test_everything_is_drawn(tmp_path):
+    converted = [
+        make_run("EReg(SM(t)+ScFuFFN)", nats, BASELINE[0], heal_steps=n) for n, nats in ((10, 3.4), (99, 3.0))
+    ]
+    tolerances = [make_run("EReg(SM(t)+ScFuFFN)", 3.0, entropy_tolerance=value) for value in (0.0, 0.2)]
+    scratch = [make_run("EReg(SM(t)+ScFuFFN)", 3.1, max_steps=150)]
+    others = [make_run("SM+R", 3.2), make_run("SM", None)]
+    study = make_study(ladder=LADDER, conversion=converted, scratch=scratch, tolerance=tolerances, others=others)
+    study.save(tmp_path / "study.json")
+    shutil.copy(README, tmp_path / "README.md")
+    write(tmp_path / "study.json", tmp_path / "study.md", tmp_path / "pictures", tmp_path / "README.md")
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        *("pareto.png", "heads.png", "tolerance.png", "conversion.png")
+    }
+    assert ladder_table(study) in (tmp_path / "README.md").read_text()
+
+
+def test_the_committed_page_shows_the_committed_record(tmp_path):
+    shutil.copy(README, tmp_path / "README.md")
+    write(RECORD, tmp_path / "study.md", tmp_path / "pictures", tmp_path / "README.md")
+    assert (tmp_path / "study.md").read_text() == PAGE.read_text(), "run: python -m evaluation.study.page"
+    assert (tmp_path / "README.md").read_text() == README.read_text(), "run: python -m evaluation.study.page"
+
+
+def test_records_are_read_back_as_they_were_written(tmp_path):
+    study = Study.load(RECORD)
+    study.save(tmp_path / "study.json")
+    assert Study.load(tmp_path / "study.json") == study
