@@ -185,11 +185,10 @@ def _collect(worker: _Worker, output: Path, finished: dict[str, StudyRun], faile
 def _summarize(result: StudyRun) -> str:
     if result.diverged is not None:
         return f"{result.notation} diverged: {result.diverged}"
-    if result.private is not None:
-        private = result.private
-        return f"{result.notation}: {private.cost.total_bytes / 1e6:.1f} MB, {private.cost.seconds:.1f} s, " + (
-            f"{private.agreeing} of {private.positions} tokens agree"
-        )
+    if result.cost is not None:
+        cost, agreement = result.cost, result.agreement
+        agree = f"{agreement.agreeing} of {agreement.positions} tokens agree"
+        return f"{result.notation}: {cost.total_bytes / 1e6:.1f} MB, {cost.seconds:.1f} s, {agree}"
     likelihood = result.validation.likelihood
     return f"{result.notation}: perplexity {likelihood.perplexity:.2f}, mean entropy {result.heads.mean:.2f} nats"
 
@@ -218,11 +217,11 @@ def _save(protocol: Protocol, finished: dict[str, StudyRun], output: Path):
 
 def _save_models(finished: dict[str, StudyRun], output: Path):
     """What is known of the models that answered privately, for their cards."""
-    answered = [run for run in finished.values() if run.private is not None and Place(output, run.source).model]
+    answered = [run for run in finished.values() if run.cost is not None and Place(output, run.source).model]
     models = []
     for run in sorted(answered, key=lambda run: run.source):
         (result,) = load_results(Place(output, run.source).model / RESULTS)
-        models.append(replace(result, costs=[run.private.cost]))
+        models.append(replace(result, costs=[run.cost]))
     with written_whole(output / MODELS) as path:
         save_results(models, path)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerFast
@@ -19,12 +18,13 @@ from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
 from evaluation.conversion_report import ConversionReport
 from evaluation.model_card import model_card
+from evaluation.private_inference.agreement import measure_agreement
 from evaluation.private_inference.errors import PrivateInferenceError
 from evaluation.private_inference.inference import EMULATED, PLAINTEXT, TWO_PARTY, PrivateModel
 from evaluation.private_inference.published_cost import as_private_cost
 from evaluation.results import RESULTS, AnswerCheck, load_results, save_results
 from evaluation.run_log import RunLog
-from evaluation.study.records import CONVERTED, TRAINED, PrivateAgreement, StudyRun
+from evaluation.study.records import CONVERTED, TRAINED, StudyRun
 from training.arguments import STANDARD_LIBRARY
 from training.checkpoints import list_checkpoints
 from training.corpus import Corpus, Document, load_corpus, load_standard_library
@@ -155,18 +155,16 @@ def _answer(place: Place, run: Run) -> StudyRun:
     text = "".join(document.text for document in load_text(run.settings[DATASET]).validation)
     tokens = np.array(tokenizer(text)["input_ids"])
     starts = np.linspace(0, len(tokens) - length, sequences).astype(int)
-    prompts = [tokens[start : start + length].tolist() for start in starts]
+    prompts = np.stack([tokens[start : start + length] for start in starts])
+    agreement = measure_agreement(model, prompts, EMULATED)
     private = PrivateModel(model)
-    clear, ring = (
-        torch.from_numpy(np.stack(private.infer(prompts, mode, length).answers)) for mode in (PLAINTEXT, EMULATED)
-    )
-    answered = private.infer(prompts[:1], TWO_PARTY)
-    expected, found = clear[0, -1], torch.from_numpy(answered.answers[0][-1])
+    (expected,), answered = private.infer(prompts[:1], PLAINTEXT).answers, private.infer(prompts[:1], TWO_PARTY)
+    (found,), (cost,) = answered.answers, answered.costs
     check = AnswerCheck(
         answers=1,
         same=int(found.argmax() == expected.argmax()),
-        largest_logit=expected.abs().max().item(),
-        largest_error=(found - expected).abs().max().item(),
+        largest_logit=float(np.abs(expected).max()),
+        largest_error=float(np.abs(found - expected).max()),
     )
     return StudyRun(
         name=run.name,
@@ -175,21 +173,9 @@ def _answer(place: Place, run: Run) -> StudyRun:
         source=run.source,
         notation=model.config.notation,
         parameters=model.num_parameters(),
-        private=PrivateAgreement(
-            cost=as_private_cost(answered.costs[0], check),
-            positions=ring[..., 0].numel(),
-            agreeing=int((ring.argmax(-1) == clear.argmax(-1)).sum()),
-            largest_error=(ring - clear).abs().max().item(),
-            largest_logit=clear.abs().max().item(),
-            perplexity=_perplexity(clear, prompts),
-            private_perplexity=_perplexity(ring, prompts),
-        ),
+        cost=as_private_cost(cost, check),
+        agreement=agreement,
     )
-
-
-def _perplexity(logits: torch.Tensor, prompts: list[list[int]]) -> float:
-    targets = torch.tensor(prompts)[:, 1:].reshape(-1)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), targets).exp().item()
 
 
 def _measure(place: Place, run: Run, test: dict[str, dict], result: StudyRun, progress: Progress):

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
-import torch
 import typer
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from conversion.gpt2_checkpoint import load_language_model
 from evaluation.conditions import list_settings
+from evaluation.private_inference.agreement import Agreement, measure_agreement
 from evaluation.private_inference.cost import LAN, WAN, InferenceCost, StepCost, project
 from evaluation.private_inference.cost_plots import draw_costs
 from evaluation.private_inference.inference import IN_PROCESS, PLAINTEXT, PrivateModel
@@ -78,33 +78,6 @@ class Softmax:
     bytes: int
     stock_error: float
     error: float
-
-
-@dataclass(config=CONFIG)
-class Agreement:
-    """
-    A trained model's private answers beside those in the clear.
-
-    Args:
-        name (`str`): Architecture.
-        runs (`int`): Sequences, of which the first was the first of a process.
-        positions (`int`): Of all sequences.
-        agreeing (`int`): At which the most likely token is the same.
-        largest_error (`float`): Of a logit.
-        largest_logit (`float`): In the clear, in magnitude.
-        perplexity, private_perplexity (`float`): Of the same tokens.
-        out_of_range (`int`): Runs whose logits were beyond twice the largest in the clear.
-    """
-
-    name: str
-    runs: int
-    positions: int
-    agreeing: int
-    largest_error: float
-    largest_logit: float
-    perplexity: float
-    private_perplexity: float
-    out_of_range: int
 
 
 @dataclass(config=CONFIG)
@@ -172,39 +145,18 @@ def measure_softmax(length: int) -> Softmax:
     return result
 
 
-def measure_agreement(folder: Path, runs: int) -> Agreement:
+def measure_folder(folder: Path, runs: int) -> Agreement:
     """Sequences of the held-out text that the model was not trained on, as far as its tokenizer reaches."""
     from training.corpus import load_standard_library
     from training.tokenizer import load_tokenizer
 
-    model = load_language_model(folder).eval()
     tokenizer = load_tokenizer(str(folder))
     text = "".join(document.text for document in load_standard_library().validation)
     tokens = np.array(tokenizer(text[: 100 * runs * SEQUENCE])["input_ids"])
     prompts = tokens[: runs * SEQUENCE].reshape(runs, SEQUENCE)
-    asked = PrivateModel(model)
-    clear, private = (
-        torch.from_numpy(np.stack(asked.infer(prompts, mode, SEQUENCE).answers)) for mode in (PLAINTEXT, IN_PROCESS)
-    )
-    largest = clear.abs().max().item()
-    result = Agreement(
-        name=model.config.notation,
-        runs=runs,
-        positions=prompts.size,
-        agreeing=int((private.argmax(-1) == clear.argmax(-1)).sum()),
-        largest_error=(private - clear).abs().max().item(),
-        largest_logit=largest,
-        perplexity=_perplexity(clear, prompts),
-        private_perplexity=_perplexity(private, prompts),
-        out_of_range=int((private.abs().amax(dim=(1, 2)) > 2 * largest).sum()),
-    )
+    result = measure_agreement(load_language_model(folder).eval(), prompts, IN_PROCESS)
     console.print(result)
     return result
-
-
-def _perplexity(logits: torch.Tensor, tokens: np.ndarray) -> float:
-    targets = torch.from_numpy(tokens)[:, 1:].reshape(-1)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), targets).exp().item()
 
 
 def sum_up(record: Record) -> PaperTable:
@@ -367,8 +319,7 @@ def measure_all(models: list[Path], runs: int, whole: bool) -> Record:
         decoding=keep("decoding", InferenceCost, lambda: measure_decoding(rows)),
         softmax=[keep(f"softmax {each}", Softmax, partial(measure_softmax, each)) for each in SOFTMAX_LENGTHS],
         agreement=[
-            keep(f"{folder.name}, {runs} runs", Agreement, partial(measure_agreement, folder, runs))
-            for folder in models
+            keep(f"{folder.name}, {runs} runs", Agreement, partial(measure_folder, folder, runs)) for folder in models
         ],
         git_revision=revision,
     )

@@ -40,12 +40,15 @@ PLOTS = {
 }
 
 
-# Groups of the penalty's settings, and the setting that each varies.
-PENALTY_GROUPS = {
+# Groups that vary one setting of the proposal, and which.
+VARIED = {
     "tolerance": "entropy_tolerance",
     "maximum": "entropy_maximum",
     "penalty": "entropy_penalty",
     "penalty_sum": "entropy_penalty",
+    "coefficient": "entropy_coefficient",
+    "threshold_rate": "threshold_lr_multiplier",
+    "temperature_init": "temperature_init",
 }
 
 
@@ -109,9 +112,9 @@ One seed each: a direction and no more.
 
 
 def _penalty(study: Study) -> str:
-    return f"""## What the penalty does
+    return f"""## What the penalty and its settings do
 
-{settings_table(study, PENALTY_GROUPS)}
+{settings_table(study, VARIED)}
 
 ![Test perplexity and entropy against the tolerance](study/tolerance.png)
 """
@@ -154,7 +157,7 @@ the engine's last bit) beside those in the clear.
 SECTIONS = {
     ("ladder",): _main,
     ("others_with_norm", "others", "static_weights"): _others,
-    tuple(PENALTY_GROUPS): _penalty,
+    tuple(VARIED): _penalty,
     ("deeper", "longer"): _larger,
     ("conversion", "scratch"): _conversion,
     ("private",): _private,

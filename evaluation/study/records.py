@@ -7,33 +7,12 @@ from typing import Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from evaluation.entropy_diagnostics import HeadwiseEntropy
+from evaluation.private_inference.agreement import Agreement
 from evaluation.records import RECORD, StoredRecord
 from evaluation.results import LikelihoodResult, PrivateCost
 
 
 TRAINED, CONVERTED, ANSWERED = KINDS = ("trained", "converted", "answered")
-
-
-@dataclass(config=RECORD)
-class PrivateAgreement:
-    """
-    A model under secure computation, beside itself in the clear.
-
-    Args:
-        cost ([`PrivateCost`]): Of one answer between two processes, checked.
-        positions (`int`): Positions of held-out text at which tokens were compared, in the emulated ring.
-        agreeing (`int`): Those at which the most likely token is the same.
-        largest_error, largest_logit (`float`): Of the logits.
-        perplexity, private_perplexity (`float`): In the clear and in the ring.
-    """
-
-    cost: PrivateCost
-    positions: int
-    agreeing: int
-    largest_error: float
-    largest_logit: float
-    perplexity: float
-    private_perplexity: float
 
 
 @dataclass(config=RECORD)
@@ -55,7 +34,8 @@ class StudyRun(StoredRecord):
         validation ([`LikelihoodResult`], *optional*): On documents of the training text that were kept apart.
         test (`dict[str, LikelihoodResult]`): On other text, by its name.
         heads ([`HeadwiseEntropy`], *optional*): Mean entropies on the validation text.
-        private ([`PrivateAgreement`], *optional*): Of runs that answered.
+        cost ([`PrivateCost`], *optional*): Of one answer between two processes, checked; of runs that answered.
+        agreement ([`Agreement`], *optional*): Of answers in the emulated ring with those in the clear; of the same.
     """
 
     KIND: ClassVar[str] = "a run of the study"
@@ -74,7 +54,8 @@ class StudyRun(StoredRecord):
     validation: LikelihoodResult | None = None
     test: dict[str, LikelihoodResult] = field(default_factory=dict)
     heads: HeadwiseEntropy | None = None
-    private: PrivateAgreement | None = None
+    cost: PrivateCost | None = None
+    agreement: Agreement | None = None
 
     @property
     def validation_nats(self) -> float:

@@ -91,10 +91,10 @@ def above(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> float:
 def ladder_table(study: Study) -> str:
     """The main architectures: quality, heads, price."""
     ladder = by_notation(study.group("ladder"))
-    private = {run.notation: run.private for run in study.group("private")}
+    costs = {run.notation: run.cost for run in study.group("private")}
     rows = []
     for notation, runs in ladder.items():
-        answered = private.get(notation)
+        cost = costs.get(notation)
         trained = [run for run in runs if run.diverged is None]
         rows.append(
             (
@@ -108,7 +108,7 @@ def ladder_table(study: Study) -> str:
                 _mean_cell((run.heads.mean for run in trained), ".2f"),
                 _mean_cell((run.heads.overloaded_share for run in trained), ".0%"),
                 _mean_cell((run.seconds_per_step for run in trained), ".2f"),
-                "" if answered is None else f"{answered.cost.total_bytes / 1e6:.1f}",
+                "" if cost is None else f"{cost.total_bytes / 1e6:.1f}",
                 f"{gpt2_bytes(notation) / 1e9:.2f}",
             )
         )
@@ -181,7 +181,7 @@ def conversion_table(study: Study) -> str:
         for notation in (BASELINE, PROPOSAL)
         if notation in ladder
     ]
-    for runs in alike(study.group("scratch"), "max_steps"):
+    for runs in alike([*study.group("scratch"), *study.group("scratch_baseline")], "notation", "max_steps"):
         rows.append(_conversion_row(f"{runs[0].notation}, from scratch", runs, 0))
     teacher = ladder[BASELINE][0].tokens
     for runs in alike([*study.group("conversion"), *study.group("conversion_targets")], "notation", "heal_steps"):
@@ -208,13 +208,13 @@ def private_table(study: Study) -> str:
     rows = [
         (
             _code(run.notation),
-            f"{run.private.cost.total_bytes / 1e6:.1f}",
-            f"{run.private.cost.rounds:,}",
-            f"{run.private.cost.seconds:.1f}",
-            f"{run.private.agreeing:,} of {run.private.positions:,}",
-            f"{run.private.largest_error:.3f} of {run.private.largest_logit:.1f}",
-            f"{run.private.perplexity:.3f}",
-            f"{run.private.private_perplexity:.3f}",
+            f"{run.cost.total_bytes / 1e6:.1f}",
+            f"{run.cost.rounds:,}",
+            f"{run.cost.seconds:.1f}",
+            f"{run.agreement.agreeing:,} of {run.agreement.positions:,}",
+            f"{run.agreement.largest_error:.3f} of {run.agreement.largest_logit:.1f}",
+            f"{run.agreement.perplexity:.3f}",
+            f"{run.agreement.private_perplexity:.3f}",
         )
         for run in study.group("private")
     ]

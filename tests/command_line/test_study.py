@@ -81,11 +81,11 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
     naive = {run.settings["naive"]: run for run in converted}
     assert naive[True].validation_nats != naive[False].validation_nats
     for run in private:
-        assert run.private.cost.total_bytes > 1e6
-        assert run.private.cost.check.same == 1
-        assert run.private.agreeing >= 0.9 * run.private.positions
-        assert run.private.private_perplexity == pytest.approx(run.private.perplexity, rel=0.01)
-    assert private[0].private.cost.total_bytes > private[1].private.cost.total_bytes
+        assert run.cost.total_bytes > 1e6
+        assert run.cost.check.same == 1
+        assert run.agreement.agreeing >= 0.9 * run.agreement.positions
+        assert run.agreement.private_perplexity == pytest.approx(run.agreement.perplexity, rel=0.01)
+    assert private[0].cost.total_bytes > private[1].cost.total_bytes
     assert not list(output.rglob("checkpoint-*"))
 
     begun = time.monotonic()
