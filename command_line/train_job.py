@@ -252,6 +252,7 @@ def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: R
         hyperparameters={
             **{name: recipe.settings[name] for name in TOLD if name in recipe.settings},
             "batch_size": batch_size,
+            **(vars(recipe.lora) if recipe.lora.lora_r else {}),
             **describe_config(model.config),
         },
         text=f"{data.name} ({data.revision})",

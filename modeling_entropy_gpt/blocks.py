@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A block of the model: attention with an optional temperature and entropies, and a full, fused or missing FFN."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention with row entropies in blocks of rows, out of torch's own matrix products: memory linear in the length.
 
 A block holds some rows of some heads, with the keys that these rows may attend to and no others, and is small enough

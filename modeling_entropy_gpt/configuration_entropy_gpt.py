@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EntropyGPT configuration: GPT-2's fields, and one field for each departure from it."""
 
 import difflib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention that also returns the Shannon entropy of each of its rows.
 
 Row i of a head attends with probabilities P_ij = softmax_j(scaling * q_i . k_j); its entropy is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The penalty on attention entropies (arXiv 2501.03489, Algorithm 1), as pure functions of entropies and thresholds.
 
     delta   = entropy - theta * maximum          theta: learnable, one for each head of each layer

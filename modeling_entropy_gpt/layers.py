@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The building blocks in which an EntropyGPT may differ from GPT-2: norms, activations, linear maps and scalars."""
 
 import torch

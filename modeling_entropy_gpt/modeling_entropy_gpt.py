@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PyTorch EntropyGPT: GPT-2 whose non-linearities can be removed, with entropy-guided attention (arXiv 2501.03489)."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper's notation of architectures (arXiv 2501.03489, Table 1), read and written.
 
 A notation names what is left of a GPT-2 block: `SM+LN+G` is GPT-2 itself (softmax, LayerNorm, GELU), and

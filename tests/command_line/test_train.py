@@ -232,6 +232,8 @@ def test_a_trained_model_is_adapted_to_other_text(run, finished, tmp_path):
     tokens = torch.arange(20)[None]
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     torch.testing.assert_close(adapted(tokens).logits, merged.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "lora\\_r 4" in card and "train\\_temperatures False" in card
 
 
 def test_another_architecture_is_converted_first(run, finished):

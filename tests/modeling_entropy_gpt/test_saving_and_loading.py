@@ -143,6 +143,11 @@ def test_the_saved_folder_holds_the_code_and_safetensors_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(PAYLOAD))
+def test_the_payload_tells_its_licence(name):
+    assert (PACKAGE / name).read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
+
+
+@pytest.mark.parametrize("name", sorted(PAYLOAD))
 def test_the_payload_imports_torch_and_transformers_alone(name):
     """And of its own files only by `from .sibling import`, which is what travels with a saved model."""
     for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
