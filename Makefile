@@ -33,6 +33,7 @@ runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectu
 study: $(INSTALLED)  ## Runs the study, or what is missing of it (four hours), and shows what it finds in docs/study.md.
 	$(BIN)/entropy-gpt study $(ARGS)
 	cp runs/study/study.json model_cards/results/study.json
+	cp runs/study/models.json model_cards/results/study_models.json
 	$(BIN)/python -m evaluation.study.page
 
 test: $(INSTALLED)  ## Runs the default test suite, offline.

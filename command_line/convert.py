@@ -43,7 +43,7 @@ def convert(
     ] = False,
     naive: Annotated[
         bool,
-        typer.Option("--naive", help="Copy weights and fit none of them: what fitting is worth, with healing too."),
+        typer.Option("--naive", help="Copy weights; fit no norm and no linear map. To see what fitting is worth."),
     ] = False,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence (default: up to 1024).")] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the steps are fitted to.")] = 65536,

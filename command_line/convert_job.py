@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from conversion.calibration import Calibration, calibrate, fingerprint
 from conversion.divergence import Divergence, Reference
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, NotFiniteError
 from conversion.gpt2_checkpoint import load_language_model
 from conversion.simplification import Plan, Step, measure_pruning_damage, plan_conversion, set_training_fields
 from evaluation.conversion_report import (
@@ -60,7 +60,7 @@ from .convert_inputs import (
     name_source,
     read_text,
 )
-from .errors import CommandError
+from .errors import CommandError, DivergedError
 from .healing_stage import heal
 from .measurement import describe_model
 from .progress import progress_display, stage
@@ -98,6 +98,8 @@ def run(job: Job, dry_run: bool):
             plan = plan_conversion(original.config, target)
             if not dry_run:
                 report = convert(job, original, target, read_text(job, original.config, progress), progress)
+    except NotFiniteError as error:
+        raise DivergedError(str(error)) from error
     except (ConversionError, CorpusError) as error:
         raise CommandError(str(error)) from error
     if dry_run:
@@ -162,6 +164,7 @@ def _convert(
         source_operations=count_operations(original.config, text.context),
         target_operations=count_operations(model.config, text.context),
         pruning_damage={str(layer): kl for layer, kl in damage.items()},
+        naive=job.naive,
         calibration_tokens=text.calibration_tokens,
         steps=records,
         healing=healing,
@@ -213,7 +216,7 @@ class _Measurement:
             found = self.reference.compare([model, *others], line.advance)
             line.say(f"KL {found[0].kl:.4f}, perplexity {format_perplexity(found[0].nats)}")
         if not found[0].is_finite:
-            raise ConversionError(f"After {after}, the model's predictions are not finite: it can't be converted so.")
+            raise NotFiniteError(f"After {after}, the model's predictions are not finite: it can't be converted so.")
         return found
 
 
@@ -243,7 +246,7 @@ def _take(
 ):
     """A step, beside its naive version; or what is fitted otherwise in its naive version alone."""
     started = time.perf_counter()
-    alone = naive and step.calibrated and step.naive is not None
+    alone = _is_naive(step, naive)
     if alone:
         simpler = step.naive(model)
     else:
@@ -254,6 +257,11 @@ def _take(
     divergences = measure(simpler, step.title, *others)
     records.append(_record(step.title, simpler, divergences, seconds))
     return simpler
+
+
+def _is_naive(step: Step, wanted: bool) -> bool:
+    """Where nothing is fitted; thresholds always are, which change no prediction."""
+    return wanted and step.calibrated and step.naive is not None
 
 
 def _record(title: str, model: EntropyGPTForCausalLM, divergences: list[Divergence], seconds: float) -> StepRecord:
@@ -306,7 +314,7 @@ def _describe(job: Job, model: EntropyGPTForCausalLM, report: ConversionReport) 
         steps=healing.steps if healing else 0,
         tokens=healing.tokens if healing else 0,
         seconds=healing.seconds if healing else 0.0,
-        hyperparameters=healing.settings if healing else {},
+        hyperparameters={**(healing.settings if healing else {}), **({"fitted": False} if report.naive else {})},
         converted_from=report.source_notation,
         text=f"{conditions.corpus} ({conditions.corpus_revision})",
         started_from=name_source(job.source),
@@ -323,7 +331,7 @@ def _show_plan(original: EntropyGPTForCausalLM, target: EntropyGPTConfig, plan: 
     for number, step in enumerate(plan.steps, 1):
         if step in plan.finish[:1] and job.heal_steps:
             console.print(f"    healing, {job.heal_steps:,} steps")
-        console.print(f"{number:3d} {step.title} ({'fitted to text' if step.calibrated else 'exact'})")
+        console.print(f"{number:3d} {step.title} ({_describe_step(step, job.naive)})")
     if job.heal_steps and not plan.finish:
         console.print(f"    healing, {job.heal_steps:,} steps")
     table = Table("", "before", "after", box=SIMPLE_HEAD, pad_edge=False)
@@ -335,6 +343,12 @@ def _show_plan(original: EntropyGPTForCausalLM, target: EntropyGPTConfig, plan: 
     console.print(f"of a sequence of {context} tokens. Nothing was written.")
     if job.prune_by_damage:
         console.print("Which FFNs go is decided by how much each is missed; here the deepest stand for them.")
+
+
+def _describe_step(step: Step, naive: bool) -> str:
+    if not step.calibrated:
+        return "exact"
+    return "naive" if _is_naive(step, naive) else "fitted to text"
 
 
 def _print_report(report: ConversionReport, job: Job):

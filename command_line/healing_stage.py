@@ -20,7 +20,7 @@ from training.packing import collate_blocks
 from training.removal_schedule import RemovalSchedule, insert_gates, remove_gates
 
 from .convert_inputs import Job, Text
-from .errors import CommandError
+from .errors import DivergedError
 from .progress import stage
 
 
@@ -52,7 +52,7 @@ def heal(
         progress (`Progress`): Where it shows.
 
     Raises:
-        `CommandError`: If it runs away again and again.
+        `DivergedError`: If it runs away again and again.
     """
     set_seed(job.seed)
     with_gates = job.schedule != "none"
@@ -103,7 +103,7 @@ def heal(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(job.work / "checkpoints"))
     if (reason := trainer.progress.diverged) is not None:
-        raise CommandError(
+        raise DivergedError(
             f"{simplified.config.notation}: healing ran away {MOST_ROLLBACKS + 1} times, and was {reason}. Lower the "
             "learning rate, or give it more steps."
         )

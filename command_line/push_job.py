@@ -19,6 +19,7 @@ from huggingface_hub import (
     ModelInfo,
     constants,
     get_token,
+    set_client_factory,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -114,9 +115,9 @@ def run(
     except HFValidationError as error:
         raise CommandError(f"{target.repository!r} can't be the name of a repository: {error}") from error
     api = HfApi()
-    get_session().timeout = timeout  # of its own it waits for ever
     if not dry_run:
-        target = _find_repository(api, target, _log_in(api))
+        _limit_silence(timeout)
+        target = _find_repository(api, target, _log_in(api), timeout)
     model, tokenizer, result = _read(source, results)
     before = None
     folded_model = None if folded is None else _fold(model)
@@ -228,12 +229,18 @@ def _log_in(api: HfApi) -> dict:
     return user
 
 
-def _find_repository(api: HfApi, target: Target, user: dict) -> Target:
+def _limit_silence(seconds: int):
+    """Of its own, the client waits for ever."""
+    hooks = get_session().event_hooks
+    set_client_factory(lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=seconds))
+
+
+def _find_repository(api: HfApi, target: Target, user: dict, timeout: int) -> Target:
     """The target by its full name; refused now, if the Hub would refuse it once all is put together."""
     namespace, _, name = target.repository.rpartition("/")
     namespace = namespace or user["name"]
     target = replace(target, repository=f"{namespace}/{name}")
-    known = _ask_hub(_look_up, api, target.repository)
+    known = _ask_hub(_look_up, api, target.repository, timeout)
     if known is not None:
         if target.private and not known.private:
             raise CommandError(
@@ -250,9 +257,9 @@ def _find_repository(api: HfApi, target: Target, user: dict) -> Target:
     return target
 
 
-def _look_up(api: HfApi, repository: str) -> ModelInfo | None:
+def _look_up(api: HfApi, repository: str, timeout: int) -> ModelInfo | None:
     try:
-        return api.model_info(repository)
+        return api.model_info(repository, timeout=timeout)
     except RepositoryNotFoundError:
         return None
 

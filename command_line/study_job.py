@@ -1,6 +1,7 @@
 """Runs what the study's protocol asks for, some runs side by side, and keeps what they found."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
@@ -26,7 +28,7 @@ from .study_run import RESULT, RUNS, TOKENIZER, Place, load_text, write_plan
 from .tables import make_table
 
 
-RECORD, MODELS, LOG = "study.json", "models.json", "log.txt"
+RECORD, MODELS, SHARED, LOG = "study.json", "models.json", "shared.json", "log.txt"
 # Seconds between two looks at the processes.
 PAUSE = 0.5
 
@@ -56,25 +58,25 @@ def run(protocol_path: Path, only: str | None, output: Path, workers: int, dry_r
     Raises:
         `CommandError`: If the protocol or the folder can't be used, or a run failed.
     """
+    output = output.resolve()
     protocol = read_protocol(protocol_path)
     rows = protocol.select(only)
+    _check_output(protocol, output)
     finished = _load_finished(output)
     if dry_run:
         _print_plan(rows, finished, output)
         return
-    _prepare(protocol, output)
     failed: dict[str, str] = {}
-    with progress_display(console) as progress, stage(progress, "study") as line:
-        started, done_before = time.monotonic(), None
-        for running in _work(protocol, rows, output, workers, finished, failed):
-            runs = resolve(rows, finished)
-            done = sum(run is not None and run.name in finished for run in runs)
-            if done_before is None:
-                done_before = done
-            line.reach(done, len(rows))
-            line.say(_describe(done, done_before, len(rows), time.monotonic() - started, running))
-    _save(protocol, finished, output)
-    _save_models(finished, output)
+    with _locked(output):
+        _prepare(protocol, output)
+        with progress_display(console) as progress, stage(progress, "study") as line:
+            clock = _Clock(rows, finished)
+            with contextlib.closing(_work(protocol, rows, output, workers, finished, failed)) as work:
+                for running in work:
+                    line.reach(*clock.reached(finished))
+                    line.say("; ".join([clock.describe(finished), *(worker.run.name for worker in running)]))
+        _save(protocol, finished, output)
+        _save_models(finished, output)
     if failed:
         raise CommandError(
             f"{len(failed)} runs failed: {'; '.join(f'{name}: {reason}' for name, reason in failed.items())}. Their "
@@ -84,6 +86,55 @@ def run(protocol_path: Path, only: str | None, output: Path, workers: int, dry_r
     missing = sum(run is None or run.name not in finished for run in runs)
     without = f", {missing} of them not, since what they start from diverged" if missing else ""
     console.print(f"{len(rows)} rows are measured{without}: {output / RECORD}")
+
+
+class _Clock:
+    """How far the study is, by steps of training."""
+
+    def __init__(self, rows: list[Row], finished: dict[str, StudyRun]):
+        self._rows, self._started = rows, time.monotonic()
+        self._before, _ = self.reached(finished)
+
+    def reached(self, finished: dict[str, StudyRun]) -> tuple[int, int]:
+        """Steps that are done, and all: at most so many, as rows that wait for a choice may turn out to be one."""
+        runs = resolve(self._rows, finished)
+        steps = {
+            index if run is None else run.name: row.steps
+            for index, (row, run) in enumerate(zip(self._rows, runs, strict=True))
+        }
+        return sum(count for name, count in steps.items() if name in finished), sum(steps.values())
+
+    def describe(self, finished: dict[str, StudyRun]) -> str:
+        """Rows that are done, and the time left at the pace so far."""
+        runs = resolve(self._rows, finished)
+        text = f"{sum(run is not None and run.name in finished for run in runs)} of {len(runs)} rows"
+        done, total = self.reached(finished)
+        if done > self._before:
+            seconds = (total - done) * (time.monotonic() - self._started) / (done - self._before)
+            text += f", about {timedelta(seconds=round(seconds))} left"
+        return text
+
+
+def _check_output(protocol: Protocol, output: Path):
+    """Refuses a folder whose runs have another text or tokenizer, or were tested on other code."""
+    path = output / SHARED
+    if not path.exists():
+        return
+    earlier, now = json.loads(path.read_text(encoding="utf-8")), protocol.shared
+    if changed := [
+        f"{name} {earlier.get(name)} then, {now[name]} now" for name in now if earlier.get(name) != now[name]
+    ]:
+        raise CommandError(f"{output} holds a study of another kind ({'; '.join(changed)}): give another --output.")
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / "lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise CommandError(f"Another command is at work in {output}: wait, or give another --output.") from error
 
 
 def _load_finished(output: Path) -> dict[str, StudyRun]:
@@ -98,6 +149,8 @@ def _load_finished(output: Path) -> dict[str, StudyRun]:
 
 def _prepare(protocol: Protocol, output: Path):
     """The tokenizer that all runs share."""
+    with written_whole(output / SHARED) as path:
+        path.write_text(json.dumps(protocol.shared, indent=1) + "\n", encoding="utf-8")
     place = output / TOKENIZER
     if place.exists():
         return
@@ -123,7 +176,7 @@ def _work(
         while True:
             names = {worker.run.name for worker in running}
             ready = [run for run in _list_ready(rows, output, finished) if run.name not in {*names, *failed}]
-            while ready and len(running) < workers:
+            while ready and len(running) < workers and _may_start(ready[0], running):
                 running.append(_start(ready.pop(0), protocol, output, workers))
             yield running
             if not running:
@@ -135,9 +188,14 @@ def _work(
                 _save(protocol, finished, output)
     finally:
         for worker in running:
-            worker.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(timeout=30)
+            worker.process.kill()  # whatever it does can be cut off anywhere
+        for worker in running:
+            worker.process.wait()
+
+
+def _may_start(run: Run, running: list[_Worker]) -> bool:
+    """Private answers take several processes and are timed: they are alone."""
+    return not running or ANSWERED not in (run.kind, *(worker.run.kind for worker in running))
 
 
 def _list_ready(rows: list[Row], output: Path, finished: dict[str, StudyRun]) -> list[Run]:
@@ -156,18 +214,21 @@ def _list_ready(rows: list[Row], output: Path, finished: dict[str, StudyRun]) ->
             source = runs[run.source]
             if source.source is None or Place(output, source.source).model is not None:
                 ready[source.name] = source
-    # The longest first, so that the last ones end together; answers last, which take more than one process.
+    # The longest first, so that the last ones end together; answers when all else is done.
     return sorted(ready.values(), key=lambda run: (run.kind == ANSWERED, -run.steps))
 
 
 def _start(run: Run, protocol: Protocol, output: Path, workers: int) -> _Worker:
     place = Place(output, run.name)
     write_plan(place, run, protocol.test)
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, (os.cpu_count() or 1) // (1 if run.kind == ANSWERED else workers))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     with (place.folder / LOG).open("ab") as log:
         command = [sys.executable, "-m", "command_line.study_run", str(output), run.name]
-        return _Worker(run, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+    return _Worker(run, process)
 
 
 def _collect(worker: _Worker, output: Path, finished: dict[str, StudyRun], failed: dict[str, str]):
@@ -191,14 +252,6 @@ def _summarize(result: StudyRun) -> str:
         return f"{result.notation}: {cost.total_bytes / 1e6:.1f} MB, {cost.seconds:.1f} s, {agree}"
     likelihood = result.validation.likelihood
     return f"{result.notation}: perplexity {likelihood.perplexity:.2f}, mean entropy {result.heads.mean:.2f} nats"
-
-
-def _describe(done: int, done_before: int, rows: int, seconds: float, running: list[_Worker]) -> str:
-    text = f"{done} of {rows} rows"
-    if done > done_before:
-        left = timedelta(seconds=round((rows - done) * seconds / (done - done_before)))
-        text += f", about {left} left"
-    return "; ".join([text, *(worker.run.name for worker in running)])
 
 
 def _save(protocol: Protocol, finished: dict[str, StudyRun], output: Path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.study.records import ANSWERED, CONVERTED, KINDS, TRAINED, StudyRun
+from training.arguments import STANDARD_LIBRARY
 from training.recipe import RecipeError, read_yaml
 
 from .errors import CommandError
@@ -66,7 +67,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Of training."""
-        return self.settings.get("max_steps", 0) if self.kind == TRAINED else self.settings.get("heal_steps", 0)
+        return _steps(self.kind, self.settings)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ class Row:
     source: Reference | None = None
 
     @property
+    def steps(self) -> int:
+        """Of training."""
+        return _steps(self.kind, self.settings)
+
+    @property
     def references(self) -> list[Reference]:
         return [reference for reference in (self.best_in, self.source) if reference is not None]
 
@@ -109,6 +115,11 @@ class Protocol:
     vocabulary: int
     test: dict[str, dict[str, Any]]
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all runs of a study have to have in common."""
+        return {"dataset": self.dataset, "vocabulary": self.vocabulary, "test": self.test}
 
     def select(self, only: str | None) -> list[Row]:
         """
@@ -150,6 +161,8 @@ def read_protocol(path: Path) -> Protocol:
     rows: list[Row] = []
     for name in ("test", "groups", *KINDS):
         _check_mapping(content[name], name, path)
+    if content[DATASET] != STANDARD_LIBRARY:
+        content[DATASET] = str(Path(content[DATASET]).expanduser().resolve())
     for group, settings in content["groups"].items():
         rows += _read_group(group, dict(_check_mapping(settings, f"group {group}", path)), content, rows, path)
     return Protocol(f"sha256:{digest}", content["dataset"], content["vocabulary"], content["test"], rows)
@@ -167,6 +180,10 @@ def resolve(rows: list[Row], finished: dict[str, StudyRun]) -> list[Run | None]:
     for row in rows:
         runs.append(_resolve(row, list(zip(rows, runs, strict=False)), finished))
     return runs
+
+
+def _steps(kind: str, settings: dict[str, Any]) -> int:
+    return settings.get({TRAINED: "max_steps", CONVERTED: "heal_steps"}.get(kind, ""), 0)
 
 
 def _resolve(row: Row, before: list[tuple[Row, Run | None]], finished: dict[str, StudyRun]) -> Run | None:

@@ -4,15 +4,18 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
@@ -25,6 +28,7 @@ from evaluation.private_inference.published_cost import as_private_cost
 from evaluation.results import RESULTS, AnswerCheck, load_results, save_results
 from evaluation.run_log import RunLog
 from evaluation.study.records import CONVERTED, TRAINED, StudyRun
+from modeling_entropy_gpt import EntropyGPTForCausalLM
 from training.arguments import STANDARD_LIBRARY
 from training.checkpoints import list_checkpoints
 from training.corpus import Corpus, Document, load_corpus, load_standard_library
@@ -32,8 +36,8 @@ from training.errors import CorpusError
 from training.files import delete, written_whole
 
 from . import convert_job, train_job
-from .convert_inputs import REPORT, Job
-from .errors import CommandError
+from .convert_inputs import REPORT, Job, find_target
+from .errors import CommandError, DivergedError
 from .measurement import KEPT_APART, MeasuredText, measure_heads, measure_text, read_text
 from .progress import progress_display
 from .study_protocol import DATASET, Run
@@ -91,6 +95,8 @@ def perform(place: Place):
             _measure(place, run, plan["test"], result, progress)
     with written_whole(place.result) as path:
         result.save(path)
+    for checkpoint in list_checkpoints(place.folder / TRAINING):
+        delete(checkpoint)
 
 
 def _train(place: Place, run: Run) -> StudyRun:
@@ -116,8 +122,6 @@ def _train(place: Place, run: Run) -> StudyRun:
         "parameters": log.description.parameters,
         "events": events,
     }
-    for checkpoint in list_checkpoints(output):
-        delete(checkpoint)
     if place.model is None:
         tokens = log.last_step * log.description.tokens_per_step
         return StudyRun(**told, tokens=tokens, diverged=log.divergences[-1].text)
@@ -132,7 +136,10 @@ def _convert(place: Place, run: Run) -> StudyRun:
         dataset = run.settings[DATASET]
         text = None if dataset == STANDARD_LIBRARY else Path(dataset)
         job = Job(source=str(source), output=place.folder / CONVERSION, text=text, **settings)
-        convert_job.run(job, dry_run=False)
+        try:
+            convert_job.run(job, dry_run=False)
+        except DivergedError as error:
+            return _describe_divergence(run, job, str(error))
     report, (result,) = ConversionReport.load(place.model / f"{REPORT}.json"), load_results(place.model / RESULTS)
     healing = report.healing
     return StudyRun(
@@ -148,11 +155,18 @@ def _convert(place: Place, run: Run) -> StudyRun:
     )
 
 
+def _describe_divergence(run: Run, job: Job, reason: str) -> StudyRun:
+    target = find_target(AutoConfig.from_pretrained(job.source), job)
+    with torch.device("meta"):
+        parameters = EntropyGPTForCausalLM(target).num_parameters()
+    return StudyRun(run.name, run.kind, run.settings, run.source, target.notation, parameters, diverged=reason)
+
+
 def _answer(place: Place, run: Run) -> StudyRun:
     model = load_language_model(Place(place.study, run.source).model).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(place.study / TOKENIZER)
     length, sequences = run.settings["length"], run.settings["sequences"]
-    text = "".join(document.text for document in load_text(run.settings[DATASET]).validation)
+    text = tokenizer.eos_token.join(document.text for document in load_text(run.settings[DATASET]).validation)
     tokens = np.array(tokenizer(text)["input_ids"])
     starts = np.linspace(0, len(tokens) - length, sequences).astype(int)
     prompts = np.stack([tokens[start : start + length] for start in starts])
@@ -250,7 +264,14 @@ def _hash_of_name(document: Document) -> str:
     return hashlib.sha256(document.name.encode()).hexdigest()
 
 
+def _end_with_parent():
+    """A run whose command was killed would go on beside the one that is started next."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         perform(Place(Path(sys.argv[1]), sys.argv[2]))
     except (CommandError, CorpusError, ConversionError, PrivateInferenceError) as error:

@@ -3,3 +3,7 @@
 
 class ConversionError(ValueError):
     """What was given can't be converted; the message says why and what to do."""
+
+
+class NotFiniteError(ConversionError):
+    """A converted model's predictions are not finite."""

@@ -79,6 +79,7 @@ class ConversionReport(StoredRecord):
         source_operations, target_operations ([`OperationCounts`]): Of one sequence.
         pruning_damage (`dict[str, float]`): KL that pruning each FFN alone would cost, by layer, if it was measured.
         calibration_tokens (`int`): Tokens that the steps were fitted to.
+        naive (`bool`): Whether norms and linear maps were not fitted, but copied.
         steps (`list[StepRecord]`): What was done, in order; healing is a step too.
         healing ([`HealingRecord`], *optional*): How it went.
         seconds (`float`): Of all, measurements included; of the last run alone, if there was an interruption.
@@ -105,6 +106,7 @@ class ConversionReport(StoredRecord):
     seconds: float
     peak_memory_bytes: int
     conditions: Conditions
+    naive: bool = False
 
 
 def step_rows(report: ConversionReport) -> list[tuple[str, ...]]:
@@ -145,6 +147,7 @@ def operation_rows(before: OperationCounts, after: OperationCounts) -> list[tupl
 def report_markdown(report: ConversionReport) -> str:
     """The report as a page; the picture of healing is expected beside it."""
     conditions = report.conditions
+    fitted = "Nothing but thresholds fitted; these to" if report.naive else "Fitted to"
     lines = [
         f"# {report.source_notation} to {report.target_notation}",
         "",
@@ -157,7 +160,7 @@ def report_markdown(report: ConversionReport) -> str:
         "with weights copied and nothing fitted; empty where there is nothing to fit. Seconds: of the step with its "
         "calibration, without the measurement.",
         "",
-        f"Fitted to {report.calibration_tokens:,} tokens of {conditions.corpus} ({conditions.corpus_revision}); "
+        f"{fitted} {report.calibration_tokens:,} tokens of {conditions.corpus} ({conditions.corpus_revision}); "
         f"measured on {conditions.evaluated_tokens:,} tokens of text kept apart from it, in blocks of "
         f"{conditions.context} tokens without overlap. All of it took {report.seconds:.0f} s and "
         f"{report.peak_memory_bytes / 2**30:.2f} GiB at most. Seed {conditions.seed}, {conditions.dtype}. Versions: "

@@ -30,7 +30,7 @@ def replace_block(readme: Path, name: str, content: str):
     text = readme.read_text(encoding="utf-8")
     block = find_block(text, name)
     if block is None:
-        raise ValueError(f"{readme} has no place for it: a line <!-- {name}: begin -->, and after it one with end.")
+        raise ValueError(f"{readme} has no place for the part {name!r}: give it <!-- {name}: begin --> and end.")
     readme.write_text(f"{text[: block.start()]}\n{content}\n{text[block.end() :]}", encoding="utf-8")
 
 

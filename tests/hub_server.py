@@ -9,6 +9,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -99,12 +100,13 @@ class Answer:
 
 @dataclass
 class Failure:
-    """What happens to the next requests of one kind; a `status` of `None` drops the connection."""
+    """What happens to the next requests of one kind; a `status` of `None` drops the connection, after some seconds."""
 
     pattern: str
     status: int | None
     times: float
     is_late: bool
+    seconds: float = 0.0
 
 
 class HubServer:
@@ -184,6 +186,10 @@ class HubServer:
     def drop(self, pattern: str, times: float = 1, is_late: bool = False):
         """Closes the connection of such requests: before they are read, or when what they ask for is done."""
         self._failures.append(Failure(pattern, None, times, is_late))
+
+    def be_silent(self, pattern: str, times: float = 1, seconds: float = 10):
+        """Lets such requests wait, and answers none of them."""
+        self._failures.append(Failure(pattern, None, times, is_late=False, seconds=seconds))
 
     def mend(self):
         """Ends all failures."""
@@ -404,6 +410,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self):
         failure = self.hub.next_failure(f"{self.command} {self.path}")
         if failure and failure.status is None and not failure.is_late:
+            time.sleep(failure.seconds)
             return self._drop()
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if failure and failure.status is not None:

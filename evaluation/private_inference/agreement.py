@@ -17,7 +17,7 @@ class Agreement:
 
     Args:
         name (`str`): Architecture.
-        runs (`int`): Sequences, of which the first was the first of a process.
+        runs (`int`): Sequences.
         positions (`int`): Of all sequences.
         agreeing (`int`): At which the most likely token is the same.
         largest_error (`float`): Of a logit.

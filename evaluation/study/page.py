@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 
 from evaluation.conditions import describe_origin, describe_windows
+from evaluation.model_card import model_card
 from evaluation.readme import README, ROOT, replace_block
+from evaluation.results import load_results
 
 from .pictures import plot_conversion, plot_heads, plot_pareto, plot_tolerance
 from .records import Study
@@ -17,17 +19,20 @@ from .tables import (
     above,
     by_notation,
     conversion_table,
+    error_of,
     ladder_table,
+    larger_table,
     order_table,
     others_table,
     private_table,
     settings_table,
-    spread_of,
     ways_table,
 )
 
 
 RECORD = ROOT / "model_cards" / "results" / "study.json"
+MODELS = ROOT / "model_cards" / "results" / "study_models.json"
+CARDS = ROOT / "model_cards" / "study"
 PAGE = ROOT / "docs" / "study.md"
 PICTURES = ROOT / "docs" / "study"
 README_BLOCK = "study"
@@ -57,18 +62,19 @@ def study_page(study: Study) -> str:
     The page, in Markdown; of what is not measured yet, it says so.
 
     Raises:
-        `ValueError`: If nothing of the main architectures is measured.
+        `ValueError`: If the baseline or the proposal, which all is held against, is not measured.
     """
-    if not study.group("ladder"):
-        raise ValueError("No run of the main architectures is there to show: entropy-gpt study --only ladder.")
+    trained = {run.notation for run in study.group("ladder") if run.diverged is None}
+    if lacking := sorted({BASELINE, PROPOSAL} - trained):
+        raise ValueError(f"{lacking[0]} is not measured, and there is nothing to show without: run --only ladder.")
     missing = ", ".join(
         f"{group} ({count})" for group, count in study.missing.items() if not group.startswith("smoke")
     )
     parts = [
         f"""# The study: quality against private cost
 
-Generated from `model_cards/results/study.json` by `python -m evaluation.study.page`; `make study` measures anew, by
-[the protocol](../evaluation/study/protocol.yaml), which was fixed before the first run.
+Generated from `model_cards/results/study.json` by `python -m evaluation.study.page`; `make study` measures anew, or
+what is missing, by [the protocol](../evaluation/study/protocol.yaml) ({study.protocol}).
 
 {conditions(study)}
 """,
@@ -83,9 +89,11 @@ def _main(study: Study) -> str:
 
 {ladder_table(study)}
 
-Perplexities per token: the mean over seeds, with the standard deviation. "Above GPT-2" is by how much the test
-perplexity is above that of {BASELINE}, here and in the paper (GPT-2 small, 2.1 billion tokens of CodeParrot). Private
-megabytes were measured between two processes, of one answer to 128 tokens; those of GPT-2 small are predicted.
+Perplexities per token: the geometric mean over three seeds, with the standard deviation. The learning rate was chosen
+among three on validation with the first seed; nothing was chosen on the test text. "Above GPT-2" is by how much the
+test perplexity is above that of {BASELINE}, here and in the paper (GPT-2 small, 2.1 billion tokens of CodeParrot).
+Seconds a step: one thread each, while another run had the other core. Private megabytes were measured between two
+processes, of one answer to 128 tokens; those of GPT-2 small are predicted.
 
 ![Test perplexity against private bytes](study/pareto.png)
 
@@ -96,7 +104,7 @@ megabytes were measured between two processes, of one answer to 128 tokens; thos
 ## Does the paper's order hold?
 
 Architectures from best to worst as the paper has them, each with the next. "Undecided" is a difference of less than
-twice the spread over seeds.
+twice its standard error, of three seeds on each side.
 
 {order_table(study)}
 """
@@ -105,33 +113,38 @@ twice the spread over seeds.
 def _others(study: Study) -> str:
     return f"""## Other architectures
 
-One seed each: a direction and no more.
+One seed each: a direction and no more. The price of a pruned model is that of GPT-2 small with the same part of its
+FFNs pruned.
 
 {others_table(study, ("others_with_norm", "others", "static_weights"))}
 """
 
 
 def _penalty(study: Study) -> str:
+    picture = "![Test perplexity and entropy against the tolerance](study/tolerance.png)\n"
     return f"""## What the penalty and its settings do
+
+{PROPOSAL} with one setting changed, one seed each.
 
 {settings_table(study, VARIED)}
 
-![Test perplexity and entropy against the tolerance](study/tolerance.png)
-"""
+{picture if study.group("tolerance") else ""}"""
 
 
 def _larger(study: Study) -> str:
     return f"""## Deeper, and with a longer context
 
-{others_table(study, ("deeper", "longer"))}
+{larger_table(study, ("deeper", "longer"))}
 """
 
 
 def _conversion(study: Study) -> str:
     return f"""## Converting beside training from scratch
 
-Each model was converted from the {BASELINE} of the same seed and healed. The first column of tokens is what it was
-trained or healed with, the second counts its teacher's training too.
+Each model was converted from the {BASELINE} of the same seed and healed, drawn to its predictions. The first column
+of tokens is what it was trained or healed with, the second counts its teacher's training too; what the teacher reads
+again while it is drawn to is in neither. Training from scratch has the best of three learning rates, healing the one
+of the protocol.
 
 {conversion_table(study)}
 
@@ -159,18 +172,21 @@ SECTIONS = {
     ("others_with_norm", "others", "static_weights"): _others,
     tuple(VARIED): _penalty,
     ("deeper", "longer"): _larger,
-    ("conversion", "scratch"): _conversion,
+    ("conversion",): _conversion,
     ("private",): _private,
 }
 
 
 def conditions(study: Study) -> str:
-    """What all runs of the ladder have in common."""
+    """What the runs of the ladder have in common, and where they ran."""
     run = next(run for run in study.group("ladder") if run.diverged is None)
     told, validation = run.settings, run.validation
     measured = validation.conditions
     tests = "; ".join(result.conditions.corpus_revision for result in run.test.values())
-    origin = describe_origin(measured.versions, measured.git_revision, measured.machine)
+    origins = (other.validation.conditions for other in study.runs.values() if other.validation is not None)
+    origin = "; or ".join(
+        dict.fromkeys(describe_origin(each.versions, each.git_revision, each.machine) for each in origins)
+    )
     return (
         f"Models of {told['n_layer']} layers, {told['n_head']} heads and width {told['n_embd']}, with "
         f"{measured.vocab_size:,} tokens in the vocabulary and {told['context']} positions, trained on "
@@ -178,7 +194,7 @@ def conditions(study: Study) -> str:
         f"{told['max_steps']:,} steps of {told['per_device_train_batch_size']} sequences. Validation on "
         f"{validation.likelihood.tokens:,} tokens of documents kept apart; test on other projects' code ({tests}), "
         f"{sum(result.likelihood.tokens for result in run.test.values()):,} tokens; "
-        f"{describe_windows(validation.likelihood.windows)}. Several runs shared the machine. {origin}."
+        f"{describe_windows(validation.likelihood.windows)}. {origin}."
     )
 
 
@@ -187,12 +203,12 @@ def gain_text(study: Study) -> str:
     ladder = by_notation(study.group("ladder"))
     if not {FUSED, UNREGULARIZED, PROPOSAL} <= ladder.keys():
         return ""
-    spread = math.hypot(spread_of(ladder[PROPOSAL]), spread_of(ladder[UNREGULARIZED]))
+    error = math.hypot(error_of(ladder[PROPOSAL]), error_of(ladder[UNREGULARIZED]))
     both, alone = (above(ladder[PROPOSAL], ladder[other]) for other in (FUSED, UNREGULARIZED))
     return (
         f"Temperatures and penalty together change the test perplexity of {FUSED} by {both:+.1%} (the paper: "
-        f"{-PAPER_GAIN:+.1%}); the penalty alone, beside {UNREGULARIZED}, by {alone:+.1%}, with a spread over seeds "
-        f"of {spread:.1%}."
+        f"{-PAPER_GAIN:+.1%}); the penalty alone, beside {UNREGULARIZED}, by {alone:+.1%}, with a standard error of "
+        f"{error:.1%}."
     )
 
 
@@ -209,6 +225,15 @@ def readme_text(study: Study) -> str:
             ),
         )
     )
+
+
+def write_cards(models: Path = MODELS, folder: Path = CARDS):
+    """Writes the card of each model that answered privately, by the name of its run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for card in folder.glob("*.md"):
+        card.unlink()
+    for result in load_results(models):
+        model_card(result).save(folder / f"{result.name}.md")
 
 
 def write(record: Path = RECORD, page: Path = PAGE, pictures: Path = PICTURES, readme: Path = README):
@@ -230,3 +255,4 @@ def write(record: Path = RECORD, page: Path = PAGE, pictures: Path = PICTURES, r
 
 if __name__ == "__main__":
     write()
+    write_cards()

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,18 @@ from evaluation.plots import DOTS_PER_INCH, add_entropy_scale, draw_heat_map, wr
 from evaluation.run_plots import RUN_COLORS
 
 from .records import Study, StudyRun
-from .tables import BASELINE, PROPOSAL, UNREGULARIZED, alike, by_notation, gpt2_bytes, mean_nats, spread_of
+from .tables import (
+    BASELINE,
+    PROPOSAL,
+    UNREGULARIZED,
+    alike,
+    by_notation,
+    gpt2_bytes,
+    gpt2_notation,
+    mean_nats,
+    spread_of,
+    teacher_tokens,
+)
 
 
 PANEL = (3.4, 3.2)
@@ -32,7 +42,7 @@ def plot_pareto(study: Study, path: Path):
     kept = [run for run in runs if run.source is None or run.settings["heal_steps"] == longest]
     for members in _by_title(kept).values():
         names.append(_title(members[0]))
-        costs.append(gpt2_bytes(members[0].notation) / 1e9)
+        costs.append(gpt2_bytes(gpt2_notation(members[0])) / 1e9)
         perplexities.append(perplexity_of(mean_nats(members)))
     plot_tradeoff(names, costs, perplexities, "private inference of GPT-2 small, T=128 (GB, predicted)", path)
 
@@ -42,9 +52,9 @@ def plot_conversion(study: Study, path: Path):
     figure = Figure(figsize=(7.4, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot(xlabel="tokens (millions)", ylabel=f"test perplexity of {PROPOSAL}")
     ladder = by_notation(study.group("ladder"))
-    scratch = [ladder[PROPOSAL], *alike(study.group("scratch"), "max_steps")]
-    converted = alike(study.group("conversion"), "heal_steps")
-    teacher = ladder[BASELINE][0].tokens
+    scratch = alike(_trained([*ladder[PROPOSAL], *study.group("scratch")]), "max_steps")
+    converted = alike(_trained(study.group("conversion")), "heal_steps")
+    teacher = teacher_tokens(study, study.group("conversion"))
     for runs, offset, label, color in (
         (scratch, 0, "trained from scratch", SCRATCH_COLOR),
         (converted, 0, "converted: its own tokens", OWN_COLOR),
@@ -100,17 +110,16 @@ def plot_heads(study: Study, path: Path):
 
 def plot_tolerance(study: Study, path: Path):
     """Test perplexity and mean entropy against the tolerance of the penalty, beside the model without a penalty."""
-    runs = sorted(study.group("tolerance"), key=lambda run: run.settings["entropy_tolerance"])
-    without = by_notation(study.group("ladder"))[UNREGULARIZED]
+    runs = sorted(_trained(study.group("tolerance")), key=lambda run: run.settings["entropy_tolerance"])
+    without = _trained(by_notation(study.group("ladder")).get(UNREGULARIZED, []))[:1]
     figure = Figure(figsize=(8.4, 3.6), dpi=DOTS_PER_INCH, layout="constrained")
     left, right = figure.subplots(1, 2)
     tolerances = [run.settings["entropy_tolerance"] for run in runs]
     left.plot(tolerances, [perplexity_of(run.test_nats) for run in runs], "o-", color=RUN_COLORS[0])
     right.plot(tolerances, [run.heads.mean for run in runs], "o-", color=RUN_COLORS[0], label="with the penalty")
-    left.axhline(perplexity_of(without[0].test_nats), color=BASELINE_COLOR, ls=":")
-    right.axhline(
-        statistics.fmean(run.heads.mean for run in without[:1]), color=BASELINE_COLOR, ls=":", label=UNREGULARIZED
-    )
+    for run in without:
+        left.axhline(perplexity_of(run.test_nats), color=BASELINE_COLOR, ls=":")
+        right.axhline(run.heads.mean, color=BASELINE_COLOR, ls=":", label=UNREGULARIZED)
     left.set(xlabel="tolerance", ylabel="test perplexity")
     right.set(xlabel="tolerance", ylabel="mean entropy (nats)")
     right.legend()
@@ -125,6 +134,10 @@ def _draw_curve(axes, groups: Sequence[Sequence[StudyRun]], offset: int, label: 
     errors = np.exp(nats) * np.where(np.isnan(spreads), 0, spreads)
     axes.errorbar(tokens / 1e6, np.exp(nats), errors, marker="o", capsize=3, label=label, color=color)
     axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
+
+
+def _trained(runs: Sequence[StudyRun]) -> list[StudyRun]:
+    return [run for run in runs if run.diverged is None]
 
 
 def _title(run: StudyRun) -> str:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -43,7 +44,14 @@ PAPER = {
     "SM+SN(QKV+FFN)": 4.26,
     "SM+SN(QKVO+FFN)": 4.34,
 }
+QUALITY_HEADINGS = ("architecture", "test ppl", "above GPT-2", "entropy, nats", "overloaded")
 PAPER_GAIN = 0.078  # of the regulariser: 3.48 to 3.21
+
+
+def gpt2_notation(run: StudyRun) -> str:
+    """The architecture with the 12 layers of GPT-2 small: the same part of the FFNs is pruned."""
+    layers = run.settings.get("n_layer", PAPER_SIZES["n_layer"])
+    return re.sub(r"(?<=FFNi)\d+$", lambda found: str(int(found[0]) * PAPER_SIZES["n_layer"] // layers), run.notation)
 
 
 @functools.cache
@@ -62,6 +70,11 @@ def mean_nats(runs: Sequence[StudyRun], text: str = "test") -> float:
     """
     values = _nats(runs, text)
     return statistics.fmean(values) if values else math.inf
+
+
+def error_of(runs: Sequence[StudyRun], text: str = "test") -> float:
+    """The standard error of the mean over these seeds, in nats; NaN of fewer than two."""
+    return spread_of(runs, text) / math.sqrt(max(1, len(_nats(runs, text))))
 
 
 def spread_of(runs: Sequence[StudyRun], text: str = "test") -> float:
@@ -127,46 +140,52 @@ def order_table(study: Study) -> str:
     rows = []
     for better, worse in itertools.pairwise(known):
         difference = mean_nats(runs[worse]) - mean_nats(runs[better])
-        spread = math.hypot(spread_of(runs[better]), spread_of(runs[worse]))
+        error = math.hypot(error_of(runs[better]), error_of(runs[worse]))
         rows.append(
             (
                 f"{_code(better)} before {_code(worse)}",
                 f"{PAPER[worse] / PAPER[better] - 1:+.1%}",
                 f"{math.expm1(difference):+.1%}" if math.isfinite(difference) else "diverged",
-                "" if math.isnan(spread) else f"{spread:.1%}",
-                _verdict(difference, spread),
+                "" if math.isnan(error) else f"{error:.1%}",
+                _verdict(difference, error),
             )
         )
-    return markdown_table(("order in the paper", "paper, ppl", "here, test ppl", "spread", "holds here"), rows)
+    return markdown_table(("order in the paper", "paper, ppl", "here, test ppl", "standard error", "holds here"), rows)
 
 
 def others_table(study: Study, groups: Sequence[str]) -> str:
-    """Architectures with one seed, beside the baseline."""
-    rows = []
-    for run in (run for group in groups for run in study.group(group)):
-        runs = [*study.group("ladder"), *(other for group in groups for other in study.group(group))]
-        baseline = [other for other in runs if other.notation == BASELINE and _sizes(other) == _sizes(run)]
-        rows.append(
-            (
-                _code(run.notation),
-                "{n_layer} × {n_embd}, {context}".format(**run.settings),
-                perplexity_cell([run]),
-                _above_cell([run], baseline[:1]),
-                _paper_above(run.notation),
-                "" if run.diverged else f"{run.heads.mean:.2f}",
-                "" if run.diverged else f"{run.heads.overloaded_share:.0%}",
-                f"{gpt2_bytes(run.notation) / 1e9:.2f}",
-                run.diverged or "",
-            )
+    """Architectures with one seed, beside the baseline of the ladder."""
+    baseline = [run for run in study.group("ladder") if run.notation == BASELINE]
+    rows = [
+        (
+            *_quality_cells(run, baseline[:1]),
+            _paper_above(run.notation),
+            f"{gpt2_bytes(gpt2_notation(run)) / 1e9:.2f}",
+            run.diverged or "",
         )
-    headings = ("architecture", "layers × width, context", "test ppl", "above GPT-2", "paper", "entropy, nats")
-    return markdown_table((*headings, "overloaded", "GPT-2 small, GB", "remark"), rows)
+        for group in groups
+        for run in study.group(group)
+    ]
+    return markdown_table((*QUALITY_HEADINGS, "paper", "GPT-2 small, GB", "remark"), rows)
+
+
+def larger_table(study: Study, groups: Sequence[str]) -> str:
+    """Models of other sizes, each beside the baseline of its own size."""
+    rows = []
+    for group in groups:
+        runs = study.group(group)
+        baseline = [run for run in runs if run.notation == BASELINE]
+        rows += [
+            (str(run.settings["n_layer"]), str(run.settings["context"]), *_quality_cells(run, baseline))
+            for run in runs
+        ]
+    return markdown_table(("layers", "context", *QUALITY_HEADINGS), rows)
 
 
 def settings_table(study: Study, groups: dict[str, str]) -> str:
     """Runs of groups that differ in one setting; beside the same architecture as the ladder has it."""
     rows = [
-        (setting, str(run.settings[setting]), perplexity_cell([run]), f"{run.heads.mean:.2f}", _share(run))
+        (setting, str(run.settings[setting]), perplexity_cell([run]), *_head_cells(run))
         for group, setting in groups.items()
         for run in study.group(group)
     ]
@@ -183,10 +202,14 @@ def conversion_table(study: Study) -> str:
     ]
     for runs in alike([*study.group("scratch"), *study.group("scratch_baseline")], "notation", "max_steps"):
         rows.append(_conversion_row(f"{runs[0].notation}, from scratch", runs, 0))
-    teacher = ladder[BASELINE][0].tokens
     for runs in alike([*study.group("conversion"), *study.group("conversion_targets")], "notation", "heal_steps"):
-        rows.append(_conversion_row(f"{runs[0].notation} from {BASELINE}", runs, teacher))
+        rows.append(_conversion_row(f"{runs[0].notation} from {BASELINE}", runs, teacher_tokens(study, runs)))
     return markdown_table(("model", "own tokens", "with the teacher's", "seeds", "test ppl", "validation ppl"), rows)
+
+
+def teacher_tokens(study: Study, runs: Sequence[StudyRun]) -> int:
+    """What the models were trained on that these were converted from."""
+    return max(study.runs[run.source].tokens for run in runs)
 
 
 def ways_table(study: Study) -> str:
@@ -232,8 +255,12 @@ def _nats(runs: Iterable[StudyRun], text: str) -> list[float]:
     return [getattr(run, f"{text}_nats") for run in runs if run.diverged is None]
 
 
-def _sizes(run: StudyRun) -> tuple[int, int]:
-    return run.settings["n_layer"], run.settings["context"]
+def _quality_cells(run: StudyRun, baseline: Sequence[StudyRun]) -> tuple[str, ...]:
+    return (_code(run.notation), perplexity_cell([run]), _above_cell([run], baseline), *_head_cells(run))
+
+
+def _head_cells(run: StudyRun) -> tuple[str, str]:
+    return ("", "") if run.heads is None else (f"{run.heads.mean:.2f}", f"{run.heads.overloaded_share:.0%}")
 
 
 def _above_cell(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> str:
@@ -246,7 +273,7 @@ def _mean_cell(values: Iterable[float], form: str) -> str:
 
 
 def _conversion_row(name: str, runs: Sequence[StudyRun], teacher: int) -> tuple[str, ...]:
-    own = runs[0].tokens
+    own = max(run.tokens for run in runs)
     return (
         name,
         f"{own:,}",
@@ -283,22 +310,18 @@ def _is_number(perplexity: float | None) -> bool:
     return perplexity is not None and not math.isnan(perplexity)
 
 
-def _verdict(difference: float, spread: float) -> str:
-    """Whether the order holds; with a spread that is not known, of one seed alone."""
+def _verdict(difference: float, error: float) -> str:
+    """Whether the order holds; with an error that is not known, of one seed alone."""
     if math.isnan(difference):
         return "both diverged"
-    if abs(difference) < 2 * spread:
+    if abs(difference) < 2 * error:
         return "undecided"
-    return ("one seed: " if math.isnan(spread) else "") + ("yes" if difference > 0 else "no")
+    return ("one seed: " if math.isnan(error) else "") + ("yes" if difference > 0 else "no")
 
 
 def _bits_per_byte(run: StudyRun) -> float:
     parts = [result.likelihood for result in run.test.values()]
     return sum(part.nats for part in parts) / math.log(2) / sum(part.bytes for part in parts)
-
-
-def _share(run: StudyRun) -> str:
-    return f"{run.heads.overloaded_share:.0%}"
 
 
 def _code(notation: str) -> str:

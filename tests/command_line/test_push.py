@@ -331,13 +331,11 @@ def test_a_hub_that_is_not_there(model, repository, server, tmp_path):
     assert place in complaint
 
 
-def test_a_hub_that_is_silent(model, repository, server, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        place = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        environment = server.environment(tmp_path, HF_ENDPOINT=place)
-        started = time.monotonic()
-        complaint = run(environment, "push", model, repository, "--timeout", "1").complaint
-    assert "timed out, 3 times" in complaint
+@pytest.mark.parametrize("pattern", ["/api/whoami", "GET /api/models/", "/commit/"])
+def test_a_hub_that_is_silent(pattern, hub, command, model, repository):
+    hub.be_silent(pattern, times=math.inf)
+    started = time.monotonic()
+    assert "timed out, 3 times" in command("push", model, repository, "--timeout", "1").complaint
     assert time.monotonic() - started < 60
 
 

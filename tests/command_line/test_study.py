@@ -1,5 +1,6 @@
 """The study as a process of its own: a trial from end to end, interrupted, and misused."""
 
+import json
 import math
 import signal
 import subprocess
@@ -94,7 +95,8 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
     assert time.monotonic() - begun < 60, "nothing was left to do"
 
 
-def test_an_interrupted_run_goes_on(text, tmp_path):
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_interrupted_run_goes_on(how, status, text, tmp_path):
     protocol, output = tiny(text, tmp_path, steps=3000), tmp_path / "study"
     with subprocess.Popen(
         [COMMAND, "study", "--protocol", protocol, "--output", output, "--workers", "1"],
@@ -106,8 +108,10 @@ def test_an_interrupted_run_goes_on(text, tmp_path):
         while not (checkpoints := list(output.glob("runs/*/training/checkpoint-*"))):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+        second = study("--protocol", protocol, "--output", output)
+        assert second.returncode == 1 and "Another command is at work in" in second.stderr
+        process.send_signal(how)
+        assert process.wait(timeout=60) == status
     assert not list(output.glob("runs/*/result.json"))
     run = checkpoints[0].parents[1].name
     log = output / "runs" / run / "training" / "training_log.jsonl"
@@ -115,8 +119,9 @@ def test_an_interrupted_run_goes_on(text, tmp_path):
     assert study("--protocol", protocol, "--output", output).returncode == 0
     result = StudyRun.load(output / "runs" / run / "result.json")
     assert result.tokens == 3000 * 2 * 16
-    steps = [line for line in log.read_text().splitlines() if '"kind": "entropy"' in line]
-    assert len(steps) == 3000 / 5, "no step was done twice"
+    entries = map(json.loads, log.read_text().splitlines())
+    steps = [entry["step"] for entry in entries if entry["kind"] == "entropy"]
+    assert steps == list(range(0, 3001, 5)), "no step was done twice"
 
 
 def test_a_run_that_diverges_is_a_result(text, tmp_path):
@@ -131,12 +136,29 @@ def test_a_run_that_diverges_is_a_result(text, tmp_path):
 
 def test_a_run_that_fails_is_told_and_tried_again(text, tmp_path):
     output = tmp_path / "study"
-    process = study("--protocol", tiny(text, tmp_path, release="0.1"), "--output", output)
+    output.mkdir()
+    (output / "data").touch()  # where the runs would keep tokenised text
+    process = study("--protocol", tiny(text, tmp_path), "--output", output)
     assert process.returncode == 1
-    assert "1 runs failed: " in process.stderr
-    assert "The study tests on networkx 0.1, and 3.6.1 is installed" in process.stderr
+    assert "1 runs failed: " in process.stderr and "Tokenised data can't be kept in" in process.stderr
     assert "Traceback" not in process.stderr
+    (output / "data").unlink()
     assert study("--protocol", tiny(text, tmp_path), "--output", output).returncode == 0
+
+
+def test_code_of_another_release_is_not_tested_on(text, tmp_path):
+    process = study("--protocol", tiny(text, tmp_path, release="0.1"), "--output", tmp_path / "study")
+    assert process.returncode == 1
+    assert "The study tests on networkx 0.1, and 3.6.1 is installed" in process.stderr
+
+
+def test_a_folder_of_another_study_is_refused(text, tmp_path):
+    output = tmp_path / "study"
+    output.mkdir()
+    (output / "shared.json").write_text(json.dumps({"dataset": str(text.resolve()), "vocabulary": 400, "test": {}}))
+    process = study("--protocol", tiny(text, tmp_path), "--output", output)
+    assert process.returncode == 1
+    assert "holds a study of another kind (vocabulary 400 then, 300 now" in process.stderr
 
 
 def test_a_dry_run_writes_nothing(text, tmp_path):

@@ -133,7 +133,7 @@ def test_the_readme_shows_private_answers(result, tmp_path):
 
 def test_a_readme_without_a_place_for_the_table_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("# Nothing\n")
-    with pytest.raises(ValueError, match="no place for the table"):
+    with pytest.raises(ValueError, match="no place for the part"):
         update_readme(tmp_path / "README.md")
 
 

@@ -20,8 +20,11 @@ def likelihood(nats: float, corpus: str) -> LikelihoodResult:
 
 def make_run(notation: str, nats: float | None, source: StudyRun | None = None, **settings) -> StudyRun:
     """A trained or converted run; without nats, one that diverged."""
-    settings = {"learning_rate": 1e-3, "seed": 0, "context": 128, "n_layer": 6, "n_head": 6, "n_embd": 192} | settings
-    settings = {"dataset": "python-stdlib", "max_steps": 100, "per_device_train_batch_size": 8} | settings
+    settings = {
+        **{"notation": notation, "learning_rate": 1e-3, "seed": 0, "context": 128, "n_layer": 6, "n_head": 6},
+        **{"n_embd": 192, "dataset": "python-stdlib", "max_steps": 100, "per_device_train_batch_size": 8},
+        **settings,
+    }
     name = "-".join(map(str, [notation, nats, *settings.values()]))
     run = StudyRun(name, CONVERTED if source else TRAINED, settings, source and source.name, notation, 10_000)
     run.tokens = 1024 * settings.get("heal_steps", settings["max_steps"])

@@ -1,12 +1,13 @@
 """The study's tables, pictures and page, of made-up runs and of those that are committed."""
 
+import hashlib
 import math
 import shutil
 
 import pytest
 
 from evaluation.readme import README
-from evaluation.study.page import PAGE, RECORD, study_page, write
+from evaluation.study.page import CARDS, MODELS, PAGE, RECORD, study_page, write, write_cards
 from evaluation.study.pictures import find_crossing
 from evaluation.study.records import Study
 from evaluation.study.tables import (
@@ -22,6 +23,7 @@ from evaluation.study.tables import (
 from .example_study import make_run, make_study
 
 
+PROTOCOL = RECORD.parents[2] / "evaluation" / "study" / "protocol.yaml"
 BASELINE = [make_run("SM+LN+G", nats, seed=seed) for seed, nats in enumerate((3.0, 3.1, 3.2))]
 FUSED = [make_run("SM+ScFuFFN", nats, seed=seed) for seed, nats in enumerate((3.2, 3.3, 3.4))]
 TEMPERED = [make_run("SM(t)+ScFuFFN", nats, seed=seed) for seed, nats in enumerate((3.2, 3.3, 3.4))]
@@ -108,8 +110,9 @@ def test_the_page_tells_what_is_missing(tmp_path):
     assert "Not measured yet, rows of each group: tolerance (6).\n" in text
     assert "## The main architectures" in text
     assert "## What the penalty" not in text
-    with pytest.raises(ValueError, match="--only ladder"):
-        study_page(make_study())
+    for lacking in ([], BASELINE, PROPOSAL, [*BASELINE, make_run("EReg(SM(t)+ScFuFFN)", None)]):
+        with pytest.raises(ValueError, match="--only ladder"):
+            study_page(make_study(ladder=lacking))
 
 
 def test_everything_is_drawn(tmp_path):
@@ -117,6 +120,7 @@ def test_everything_is_drawn(tmp_path):
         make_run("EReg(SM(t)+ScFuFFN)", nats, BASELINE[0], heal_steps=n) for n, nats in ((10, 3.4), (99, 3.0))
     ]
     tolerances = [make_run("EReg(SM(t)+ScFuFFN)", 3.0, entropy_tolerance=value) for value in (0.0, 0.2)]
+    tolerances.append(make_run("EReg(SM(t)+ScFuFFN)", None, entropy_tolerance=0.4))
     scratch = [make_run("EReg(SM(t)+ScFuFFN)", 3.1, max_steps=150)]
     others = [make_run("SM+R", 3.2), make_run("SM", None)]
     study = make_study(ladder=LADDER, conversion=converted, scratch=scratch, tolerance=tolerances, others=others)
@@ -134,6 +138,17 @@ def test_the_committed_page_shows_the_committed_record(tmp_path):
     write(RECORD, tmp_path / "study.md", tmp_path / "pictures", tmp_path / "README.md")
     assert (tmp_path / "study.md").read_text() == PAGE.read_text(), "run: python -m evaluation.study.page"
     assert (tmp_path / "README.md").read_text() == README.read_text(), "run: python -m evaluation.study.page"
+
+
+def test_the_committed_cards_show_the_committed_records(tmp_path):
+    write_cards(MODELS, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        path.name: path.read_text() for path in CARDS.iterdir()
+    }, "run: python -m evaluation.study.page"
+
+
+def test_the_committed_record_is_of_the_committed_protocol():
+    assert Study.load(RECORD).protocol == f"sha256:{hashlib.sha256(PROTOCOL.read_bytes()).hexdigest()[:16]}"
 
 
 def test_records_are_read_back_as_they_were_written(tmp_path):
