@@ -73,8 +73,8 @@ def study_page(study: Study) -> str:
     parts = [
         f"""# The study: quality against private cost
 
-Generated from `model_cards/results/study.json` by `python -m evaluation.study.page`; `make study` measures anew, or
-what is missing, by [the protocol](../evaluation/study/protocol.yaml) ({study.protocol}).
+Generated from `model_cards/results/study.json` by `python -m evaluation.study.page`; `entropy-gpt study`
+measures anew, or what is missing, by [the protocol](../evaluation/study/protocol.yaml) ({study.protocol}).
 
 {conditions(study)}
 """,

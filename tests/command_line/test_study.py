@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -95,8 +94,7 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
     assert time.monotonic() - begun < 60, "nothing was left to do"
 
 
-@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_an_interrupted_run_goes_on(how, status, text, tmp_path):
+def test_a_run_that_was_killed_goes_on(text, tmp_path):
     protocol, output = tiny(text, tmp_path, steps=3000), tmp_path / "study"
     with subprocess.Popen(
         [COMMAND, "study", "--protocol", protocol, "--output", output, "--workers", "1"],
@@ -110,8 +108,7 @@ def test_an_interrupted_run_goes_on(how, status, text, tmp_path):
             time.sleep(0.1)
         second = study("--protocol", protocol, "--output", output)
         assert second.returncode == 1 and "Another command is at work in" in second.stderr
-        process.send_signal(how)
-        assert process.wait(timeout=60) == status
+        process.kill()
     assert not list(output.glob("runs/*/result.json"))
     run = checkpoints[0].parents[1].name
     log = output / "runs" / run / "training" / "training_log.jsonl"

@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 
-from evaluation.benchmarks import conversion, entropy_attention, evaluation, training_step
+from evaluation.benchmarks import conversion, entropy_attention, evaluation, private_inference, training_step
 
 
-@pytest.mark.parametrize("benchmark", [conversion, entropy_attention, evaluation, training_step])
+BENCHMARKS = [conversion, entropy_attention, evaluation, private_inference, training_step]
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_the_page_shows_the_committed_record(benchmark):
     record = benchmark.Record.load(benchmark.RECORD)
     assert benchmark.PAGE.read_text() == benchmark.page(record), "run the benchmark with --redraw"
@@ -15,7 +18,7 @@ def test_the_page_shows_the_committed_record(benchmark):
     assert not revision.endswith("+changes")
 
 
-@pytest.mark.parametrize("benchmark", [conversion, entropy_attention, evaluation, training_step])
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_records_are_read_back_as_they_were_written(benchmark, tmp_path):
     record = benchmark.Record.load(benchmark.RECORD)
     record.save(tmp_path / "record.json")
