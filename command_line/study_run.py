@@ -1,12 +1,12 @@
 """One run of the study, in a process of its own: `python -m command_line.study_run STUDY NAME`."""
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
 import os
 import sys
 import threading
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ VALIDATION_TOKENS = "validation_tokens"
 NOT_TESTED_ON = frozenset({"test", "tests", "testing"})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Place:
     """Where a run of a study lies."""
 
@@ -76,7 +76,7 @@ class Place:
 def write_plan(place: Place, run: Run, test: dict[str, dict[str, Any]]):
     """Leaves what [`perform`] is to do."""
     with written_whole(place.folder / PLAN) as path:
-        path.write_text(json.dumps({"run": dataclasses.asdict(run), "test": test}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"run": asdict(run), "test": test}, indent=1) + "\n", encoding="utf-8")
 
 
 def perform(place: Place):
@@ -113,20 +113,13 @@ def _train(place: Place, run: Run) -> StudyRun:
     log = RunLog.load(output)
     events = [f"step {event.step:,}: {event.text} ({event.action})" for event in log.divergences]
     events += [f"step {alarm.step:,}, layer {alarm.layer}: {alarm.text}" for alarm in log.alarms]
-    told = {
-        "name": run.name,
-        "kind": run.kind,
-        "settings": run.settings,
-        "source": None,
-        "notation": log.description.notation,
-        "parameters": log.description.parameters,
-        "events": events,
-    }
+    found = _begin_record(run, log.description.notation, log.description.parameters)
     if place.model is None:
         tokens = log.last_step * log.description.tokens_per_step
-        return StudyRun(**told, tokens=tokens, diverged=log.divergences[-1].text)
+        return replace(found, events=events, tokens=tokens, diverged=log.divergences[-1].text)
     training = load_results(place.model / RESULTS)[0].training
-    return StudyRun(**told, tokens=training.tokens, seconds_per_step=training.seconds / training.steps)
+    seconds = training.seconds / training.steps
+    return replace(found, events=events, tokens=training.tokens, seconds_per_step=seconds)
 
 
 def _convert(place: Place, run: Run) -> StudyRun:
@@ -139,27 +132,17 @@ def _convert(place: Place, run: Run) -> StudyRun:
         try:
             convert_job.run(job, dry_run=False)
         except DivergedError as error:
-            return _describe_divergence(run, job, str(error))
-    report, (result,) = ConversionReport.load(place.model / f"{REPORT}.json"), load_results(place.model / RESULTS)
-    healing = report.healing
-    return StudyRun(
-        name=run.name,
-        kind=run.kind,
-        settings=run.settings,
-        source=run.source,
-        notation=result.architecture.notation,
-        parameters=result.architecture.parameters,
-        tokens=healing.tokens if healing else 0,
-        seconds_per_step=healing.seconds / healing.steps if healing else None,
-        events=[f"step {step:,.0f}: {text}" for step, text in (healing.events if healing else [])],
-    )
-
-
-def _describe_divergence(run: Run, job: Job, reason: str) -> StudyRun:
-    target = find_target(AutoConfig.from_pretrained(job.source), job)
-    with torch.device("meta"):
-        parameters = EntropyGPTForCausalLM(target).num_parameters()
-    return StudyRun(run.name, run.kind, run.settings, run.source, target.notation, parameters, diverged=reason)
+            target = find_target(AutoConfig.from_pretrained(job.source), job)
+            with torch.device("meta"):
+                parameters = EntropyGPTForCausalLM(target).num_parameters()
+            return replace(_begin_record(run, target.notation, parameters), diverged=str(error))
+    (result,) = load_results(place.model / RESULTS)
+    found = _begin_record(run, result.architecture.notation, result.architecture.parameters)
+    healing = ConversionReport.load(place.model / f"{REPORT}.json").healing
+    if healing is None:
+        return found
+    events = [f"step {step:,.0f}: {text}" for step, text in healing.events]
+    return replace(found, events=events, tokens=healing.tokens, seconds_per_step=healing.seconds / healing.steps)
 
 
 def _answer(place: Place, run: Run) -> StudyRun:
@@ -173,23 +156,19 @@ def _answer(place: Place, run: Run) -> StudyRun:
     agreement = measure_agreement(model, prompts, EMULATED)
     private = PrivateModel(model)
     (expected,), answered = private.infer(prompts[:1], PLAINTEXT).answers, private.infer(prompts[:1], TWO_PARTY)
-    (found,), (cost,) = answered.answers, answered.costs
+    (answer,), (cost,) = answered.answers, answered.costs
     check = AnswerCheck(
         answers=1,
-        same=int(found.argmax() == expected.argmax()),
+        same=int(answer.argmax() == expected.argmax()),
         largest_logit=float(np.abs(expected).max()),
-        largest_error=float(np.abs(found - expected).max()),
+        largest_error=float(np.abs(answer - expected).max()),
     )
-    return StudyRun(
-        name=run.name,
-        kind=run.kind,
-        settings=run.settings,
-        source=run.source,
-        notation=model.config.notation,
-        parameters=model.num_parameters(),
-        cost=as_private_cost(cost, check),
-        agreement=agreement,
-    )
+    found = _begin_record(run, model.config.notation, model.num_parameters())
+    return replace(found, cost=as_private_cost(cost, check), agreement=agreement)
+
+
+def _begin_record(run: Run, notation: str, parameters: int) -> StudyRun:
+    return StudyRun(run.name, run.kind, run.settings, run.source, notation, parameters)
 
 
 def _measure(place: Place, run: Run, test: dict[str, dict], result: StudyRun, progress: Progress):
@@ -212,7 +191,7 @@ def _measure(place: Place, run: Run, test: dict[str, dict], result: StudyRun, pr
         text = _measured_text(read_package(package, **told), tokenizer, context)
         tests[package] = measure_text(model, text, progress, package, seed=seed)
     result.test = tests
-    described = dataclasses.replace(known, name=run.name, likelihood=result.validation, heads=heads)
+    described = replace(known, name=run.name, likelihood=result.validation, heads=heads)
     with written_whole(place.model / RESULTS) as path:
         save_results([described], path)
     model_card(described).save(place.model / "README.md")
@@ -257,7 +236,7 @@ def read_package(package: str, release: str, characters: int) -> Corpus:
             chosen.append(document)
             characters -= document.length
     revision = f"{package} {release}, {len(chosen)} files of {corpus.revision}"
-    return dataclasses.replace(corpus, revision=revision, training=tuple(chosen))
+    return replace(corpus, revision=revision, training=tuple(chosen))
 
 
 def _hash_of_name(document: Document) -> str:

@@ -37,6 +37,19 @@ groups:
   one:
     notation: {notation}
 """
+DIVERGING = """
+  trained_wildly:
+    notation: SM+LN+G
+    learning_rate: 1e6
+    max_steps: 60
+  healed_wildly:
+    convert: {group: one, notation: SM+LN+G}
+    notation: SM
+    heal_steps: 60
+    learning_rate: 1e9
+    validation_tokens: 1024
+    seed: 0
+"""
 
 
 def study(*words, **options):
@@ -121,14 +134,21 @@ def test_a_run_that_was_killed_goes_on(text, tmp_path):
     assert steps == list(range(0, 3001, 5)), "no step was done twice"
 
 
-def test_a_run_that_diverges_is_a_result(text, tmp_path):
-    protocol, output = tiny(text, tmp_path, steps=60, rate=1e4), tmp_path / "study"
+def test_what_diverges_is_a_result(text, tmp_path):
+    protocol, output = tiny(text, tmp_path, notation="SM+LN+G"), tmp_path / "study"
+    with protocol.open("a") as file:
+        file.write(DIVERGING)
     process = study("--protocol", protocol, "--output", output)
     assert process.returncode == 0, process.stderr
-    assert "diverged" in process.stdout
-    (run,) = Study.load(output / "study.json").runs.values()
-    assert run.diverged
-    assert run.validation is None and run.validation_nats == math.inf
+    assert process.stdout.count("diverged: ") == 2
+    found = Study.load(output / "study.json")
+    for group, notation in (("trained_wildly", "SM+LN+G"), ("healed_wildly", "SM")):
+        (run,) = found.group(group)
+        assert run.notation == notation and run.diverged
+        assert run.parameters > 1000
+        assert run.validation is None and run.validation_nats == math.inf
+    (run,) = found.group("one")
+    assert run.diverged is None and math.isfinite(run.validation_nats)
 
 
 def test_a_run_that_fails_is_told_and_tried_again(text, tmp_path):
