@@ -70,6 +70,7 @@ ADDED = {
     "lm_eval run": "--limit 2 --device cpu",
     # These take long, and have tests of their own.
     "entropy-gpt private benchmark": "--dry-run",
+    "entropy-gpt study --only": "--dry-run",
     "entropy-gpt doctor": "--help",
 }
 # What a command makes anew.

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from command_line.study import PROTOCOL
 from evaluation.study.records import Study, StudyRun
@@ -31,6 +32,7 @@ trained:
   learning_rate: {rate}
   seed: 0
   entropy_logging_steps: 5
+  save_steps: 50
 converted: {{}}
 answered: {{}}
 groups:
@@ -108,7 +110,7 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
 
 
 def test_a_run_that_was_killed_goes_on(text, tmp_path):
-    protocol, output = tiny(text, tmp_path, steps=3000), tmp_path / "study"
+    protocol, output = tiny(text, tmp_path, steps=300), tmp_path / "study"
     with subprocess.Popen(
         [COMMAND, "study", "--protocol", protocol, "--output", output, "--workers", "1"],
         stdout=subprocess.PIPE,
@@ -119,8 +121,6 @@ def test_a_run_that_was_killed_goes_on(text, tmp_path):
         while not (checkpoints := list(output.glob("runs/*/training/checkpoint-*"))):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.1)
-        second = study("--protocol", protocol, "--output", output)
-        assert second.returncode == 1 and "Another command is at work in" in second.stderr
         process.kill()
     assert not list(output.glob("runs/*/result.json"))
     run = checkpoints[0].parents[1].name
@@ -128,10 +128,17 @@ def test_a_run_that_was_killed_goes_on(text, tmp_path):
     assert log.exists()
     assert study("--protocol", protocol, "--output", output).returncode == 0
     result = StudyRun.load(output / "runs" / run / "result.json")
-    assert result.tokens == 3000 * 2 * 16
+    assert result.tokens == 300 * 2 * 16
     entries = map(json.loads, log.read_text().splitlines())
     steps = [entry["step"] for entry in entries if entry["kind"] == "entropy"]
-    assert steps == list(range(0, 3001, 5)), "no step was done twice"
+    assert steps == list(range(0, 301, 5)), "no step was done twice"
+
+
+def test_two_commands_do_not_share_a_folder(text, tmp_path):
+    with FileLock(tmp_path / "lock"):
+        process = study("--protocol", tiny(text, tmp_path), "--output", tmp_path)
+    assert process.returncode == 1 and "Another command is at work in" in process.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_diverges_is_a_result(text, tmp_path):
