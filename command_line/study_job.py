@@ -170,7 +170,7 @@ def _work(
     finished: dict[str, StudyRun],
     failed: dict[str, str],
 ) -> Iterator[list[_Worker]]:
-    """Starts what can be started, and waits; yields what is running after each look, and fills what is given."""
+    """Starts what can be started, and waits; yields what is running after each change, and fills what is given."""
     running: list[_Worker] = []
     try:
         while True:
@@ -181,7 +181,8 @@ def _work(
             yield running
             if not running:
                 return
-            time.sleep(PAUSE)
+            while all(worker.process.poll() is None for worker in running):
+                time.sleep(PAUSE)
             for worker in [worker for worker in running if worker.process.poll() is not None]:
                 running.remove(worker)
                 _collect(worker, output, finished, failed)

@@ -6,6 +6,7 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from .conditions import list_settings
+from .markdown import markdown_table
 from .operation_counts import OperationCounts
 from .records import RECORD, StoredRecord
 from .results import Conditions
@@ -154,7 +155,7 @@ def report_markdown(report: ConversionReport) -> str:
         f"Source: `{report.source}` (final norm: {report.source_final_normalization}, now "
         f"{report.target_final_normalization}).",
         "",
-        *_table(STEP_COLUMNS, step_rows(report), text_columns=1),
+        markdown_table(STEP_COLUMNS, step_rows(report), text_columns=1),
         "",
         "KL: of the next token's distribution, original to converted. Naive: what the step alone would have given "
         "with weights copied and nothing fitted; empty where there is nothing to fit. Seconds: of the step with its "
@@ -168,7 +169,7 @@ def report_markdown(report: ConversionReport) -> str:
         "",
         f"## Operations of a sequence of {conditions.context} tokens",
         "",
-        *_table(
+        markdown_table(
             ("operation", "before", "after"),
             operation_rows(report.source_operations, report.target_operations),
             text_columns=1,
@@ -191,8 +192,3 @@ def report_markdown(report: ConversionReport) -> str:
             *(f"- step {step}: {event}" for step, event in healing.events),
         ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]], text_columns: int) -> list[str]:
-    rule = ["---"] * text_columns + ["---:"] * (len(columns) - text_columns)
-    return [f"| {' | '.join(row)} |" for row in (columns, rule, *rows)]

@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from conversion.gpt2_checkpoint import load_gpt2, to_gpt2
 from evaluation.conditions import list_settings
 from evaluation.conversion_report import ConversionReport
+from evaluation.markdown import markdown_table
 from evaluation.records import RECORD as CONFIG
 from evaluation.records import StoredRecord
 from evaluation.results import Conditions, git_revision, load_results
@@ -221,7 +222,7 @@ def step_table(record: Record) -> str:
         ratios = [cost.naive_kl / cost.kl for cost in costs if cost.naive_kl is not None]
         worse = (spread(naive, ".3f"), spread(ratios, ".1f")) if naive else ("not finite", "")
         rows.append((step, spread([cost.kl for cost in costs], ".4f"), *worse))
-    return _table(("step", "KL, fitted", "KL, naive", "naive to fitted"), rows)
+    return markdown_table(("step", "KL, fitted", "KL, naive", "naive to fitted"), rows)
 
 
 def healing_table(record: Record) -> str:
@@ -236,7 +237,7 @@ def healing_table(record: Record) -> str:
             share = f"{steps / record.training_steps:.3g}"
             rows.append((kind, f"{steps:,}", share, spread([math.exp(n) for n in nats]), *compared))
     columns = ("trained", "steps", "share of tokens", "perplexity", "nats above from scratch", "seeds not above")
-    return _table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def norm_table(record: Record) -> str:
@@ -247,17 +248,12 @@ def norm_table(record: Record) -> str:
         nats = record.nats(title, steps)
         above = [mine - theirs for mine, theirs in zip(nats, reference, strict=True)]
         rows.append((NORM_FREE, title, spread([math.exp(n) for n in nats]), spread(above, "+.3f")))
-    return _table((f"after {steps:,} steps", "norms removed", "perplexity", "nats above SM+LN+G"), rows)
-
-
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    rule = ["---"] + ["---:"] * (len(columns) - 1)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
+    return markdown_table((f"after {steps:,} steps", "norms removed", "perplexity", "nats above SM+LN+G"), rows)
 
 
 def page(record: Record) -> str:
     """The page of the documentation that shows the record."""
-    imports = _table(
+    imports = markdown_table(
         ("GPT-2, randomly initialised", "parameters", "largest difference of logits", "written back bit for bit"),
         [
             (e.source, f"{e.parameters:,}", f"{e.largest_difference:.1e}", "yes" if e.is_bit_equal else "no")

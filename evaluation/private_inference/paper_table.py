@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evaluation.conditions import describe_origin
+from evaluation.markdown import markdown_table
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .cost import LAN, MEGA, WAN, InferenceCost, Network, StepCost, project
@@ -230,9 +231,7 @@ def _describe_steps(cost: InferenceCost, operation: str) -> str:
 
 def table_markdown(table: PaperTable) -> str:
     """The table itself."""
-    lines = [[heading.replace("\n", " ") for heading in table.headings]]
-    lines += [["---"] + ["---:"] * (len(table.headings) - 1), *table.rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table([heading.replace("\n", " ") for heading in table.headings], table.rows)
 
 
 def page_markdown(table: PaperTable, picture: str) -> str:

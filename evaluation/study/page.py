@@ -22,6 +22,7 @@ from .tables import (
     error_of,
     ladder_table,
     larger_table,
+    list_trained,
     order_table,
     others_table,
     private_table,
@@ -64,7 +65,7 @@ def study_page(study: Study) -> str:
     Raises:
         `ValueError`: If the baseline or the proposal, which all is held against, is not measured.
     """
-    trained = {run.notation for run in study.group("ladder") if run.diverged is None}
+    trained = {run.notation for run in list_trained(study.group("ladder"))}
     if lacking := sorted({BASELINE, PROPOSAL} - trained):
         raise ValueError(f"{lacking[0]} is not measured, and there is nothing to show without: run --only ladder.")
     missing = ", ".join(
@@ -179,7 +180,7 @@ SECTIONS = {
 
 def conditions(study: Study) -> str:
     """What the runs of the ladder have in common, and where they ran."""
-    run = next(run for run in study.group("ladder") if run.diverged is None)
+    run = list_trained(study.group("ladder"))[0]
     told, validation = run.settings, run.validation
     measured = validation.conditions
     tests = "; ".join(result.conditions.corpus_revision for result in run.test.values())

@@ -1,7 +1,6 @@
 """The study's pictures, out of its record alone."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from .tables import (
     by_notation,
     gpt2_bytes,
     gpt2_notation,
+    list_trained,
     mean_nats,
     spread_of,
     teacher_tokens,
@@ -37,11 +37,14 @@ def plot_pareto(study: Study, path: Path):
     """Test perplexity against what a private inference of GPT-2 small sends, of all that was trained."""
     names, costs, perplexities = [], [], []
     groups = ("ladder", "others_with_norm", "others", "static_weights", "conversion", "conversion_targets")
-    runs = [run for group in groups for run in study.group(group) if run.diverged is None]
+    runs = list_trained(run for group in groups for run in study.group(group))
     longest = max((run.settings["heal_steps"] for run in runs if run.source), default=0)
     kept = [run for run in runs if run.source is None or run.settings["heal_steps"] == longest]
-    for members in _by_title(kept).values():
-        names.append(_title(members[0]))
+    by_title: dict[str, list[StudyRun]] = {}
+    for run in kept:
+        by_title.setdefault(_title(run), []).append(run)
+    for title, members in by_title.items():
+        names.append(title)
         costs.append(gpt2_bytes(gpt2_notation(members[0])) / 1e9)
         perplexities.append(perplexity_of(mean_nats(members)))
     plot_tradeoff(names, costs, perplexities, "private inference of GPT-2 small, T=128 (GB, predicted)", path)
@@ -52,8 +55,8 @@ def plot_conversion(study: Study, path: Path):
     figure = Figure(figsize=(7.4, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot(xlabel="tokens (millions)", ylabel=f"test perplexity of {PROPOSAL}")
     ladder = by_notation(study.group("ladder"))
-    scratch = alike(_trained([*ladder[PROPOSAL], *study.group("scratch")]), "max_steps")
-    converted = alike(_trained(study.group("conversion")), "heal_steps")
+    scratch = alike(list_trained([*ladder[PROPOSAL], *study.group("scratch")]), "max_steps")
+    converted = alike(list_trained(study.group("conversion")), "heal_steps")
     teacher = teacher_tokens(study, study.group("conversion"))
     for runs, offset, label, color in (
         (scratch, 0, "trained from scratch", SCRATCH_COLOR),
@@ -110,8 +113,8 @@ def plot_heads(study: Study, path: Path):
 
 def plot_tolerance(study: Study, path: Path):
     """Test perplexity and mean entropy against the tolerance of the penalty, beside the model without a penalty."""
-    runs = sorted(_trained(study.group("tolerance")), key=lambda run: run.settings["entropy_tolerance"])
-    without = _trained(by_notation(study.group("ladder")).get(UNREGULARIZED, []))[:1]
+    runs = sorted(list_trained(study.group("tolerance")), key=lambda run: run.settings["entropy_tolerance"])
+    without = list_trained(by_notation(study.group("ladder")).get(UNREGULARIZED, []))[:1]
     figure = Figure(figsize=(8.4, 3.6), dpi=DOTS_PER_INCH, layout="constrained")
     left, right = figure.subplots(1, 2)
     tolerances = [run.settings["entropy_tolerance"] for run in runs]
@@ -136,17 +139,5 @@ def _draw_curve(axes, groups: Sequence[Sequence[StudyRun]], offset: int, label: 
     axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
 
 
-def _trained(runs: Sequence[StudyRun]) -> list[StudyRun]:
-    return [run for run in runs if run.diverged is None]
-
-
 def _title(run: StudyRun) -> str:
     return run.notation if run.source is None else f"{run.notation} from {BASELINE}"
-
-
-def _by_title(runs: Sequence[StudyRun]) -> dict[str, list[StudyRun]]:
-    found: dict[str, list[StudyRun]] = {}
-    for run in runs:
-        if math.isfinite(run.test_nats):
-            found.setdefault(_title(run), []).append(run)
-    return found

@@ -1,6 +1,5 @@
 """What the study measured: a record for each run, with all that the run was told."""
 
-from collections.abc import Callable
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -94,7 +93,6 @@ class Study(StoredRecord):
     groups: dict[str, list[str]] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
 
-    def group(self, name: str, where: Callable[[StudyRun], bool] = lambda run: True) -> list[StudyRun]:
-        """The finished runs of a group, as far as they fulfil a condition."""
-        runs = [self.runs[run] for run in self.groups.get(name, ()) if run in self.runs]
-        return [run for run in runs if where(run)]
+    def group(self, name: str) -> list[StudyRun]:
+        """The finished runs of a group."""
+        return [self.runs[run] for run in self.groups.get(name, ())]

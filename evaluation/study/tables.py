@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 
+from evaluation.markdown import markdown_table
 from evaluation.perplexity import perplexity_of
 from evaluation.private_inference.cost_model import predict
 from evaluation.private_inference.measured_inference import make_config
@@ -30,8 +31,6 @@ PAPER = {
     "SM": math.nan,
     "SM+ScFFN": 3.50,
     "SM+ScFuFFN": 3.48,
-    "SM+ScFuFFNi3": None,
-    "SM(t)+ScFuFFN": None,
     "EReg(SM(t)+ScFuFFN)": 3.21,
     "SM+WN(QK)": 3.89,
     "SM+WN(FFN)": 3.64,
@@ -86,7 +85,7 @@ def spread_of(runs: Sequence[StudyRun], text: str = "test") -> float:
 def perplexity_cell(runs: Sequence[StudyRun], text: str = "test") -> str:
     """Geometric mean over seeds, with the standard deviation; and how many seeds diverged."""
     nats, spread = mean_nats(runs, text), spread_of(runs, text)
-    diverged = sum(run.diverged is not None for run in runs)
+    diverged = len(runs) - len(list_trained(runs))
     if diverged == len(runs):
         return "diverged"
     return (
@@ -108,7 +107,7 @@ def ladder_table(study: Study) -> str:
     rows = []
     for notation, runs in ladder.items():
         cost = costs.get(notation)
-        trained = [run for run in runs if run.diverged is None]
+        trained = list_trained(runs)
         rows.append(
             (
                 _code(notation),
@@ -134,9 +133,9 @@ def ladder_table(study: Study) -> str:
 
 def order_table(study: Study) -> str:
     """Each pair of architectures of which the paper has perplexities: is the same one better here?"""
-    runs = {**by_notation([*study.group("others_with_norm"), *study.group("others"), *study.group("static_weights")])}
-    runs.update(by_notation(study.group("ladder")))
-    known = sorted((notation for notation in runs if _is_number(PAPER.get(notation))), key=PAPER.get)
+    groups = ("others_with_norm", "others", "static_weights", "ladder")
+    runs = by_notation(run for group in groups for run in study.group(group))
+    known = sorted((notation for notation in runs if not math.isnan(PAPER.get(notation, math.nan))), key=PAPER.get)
     rows = []
     for better, worse in itertools.pairwise(known):
         difference = mean_nats(runs[worse]) - mean_nats(runs[better])
@@ -195,11 +194,7 @@ def settings_table(study: Study, groups: dict[str, str]) -> str:
 def conversion_table(study: Study) -> str:
     """Converted models by what they are and what they were healed with, beside training from scratch."""
     ladder = by_notation(study.group("ladder"))
-    rows = [
-        _conversion_row(f"{notation}, from scratch", ladder[notation], 0)
-        for notation in (BASELINE, PROPOSAL)
-        if notation in ladder
-    ]
+    rows = [_conversion_row(f"{notation}, from scratch", ladder[notation], 0) for notation in (BASELINE, PROPOSAL)]
     for runs in alike([*study.group("scratch"), *study.group("scratch_baseline")], "notation", "max_steps"):
         rows.append(_conversion_row(f"{runs[0].notation}, from scratch", runs, 0))
     for runs in alike([*study.group("conversion"), *study.group("conversion_targets")], "notation", "heal_steps"):
@@ -245,14 +240,8 @@ def private_table(study: Study) -> str:
     return markdown_table(headings, rows)
 
 
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column to the left, numbers to the right."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _nats(runs: Iterable[StudyRun], text: str) -> list[float]:
-    return [getattr(run, f"{text}_nats") for run in runs if run.diverged is None]
+    return [getattr(run, f"{text}_nats") for run in list_trained(runs)]
 
 
 def _quality_cells(run: StudyRun, baseline: Sequence[StudyRun]) -> tuple[str, ...]:
@@ -284,6 +273,11 @@ def _conversion_row(name: str, runs: Sequence[StudyRun], teacher: int) -> tuple[
     )
 
 
+def list_trained(runs: Iterable[StudyRun]) -> list[StudyRun]:
+    """Those that did not diverge."""
+    return [run for run in runs if run.diverged is None]
+
+
 def by_notation(runs: Iterable[StudyRun]) -> dict[str, list[StudyRun]]:
     found: dict[str, list[StudyRun]] = {}
     for run in runs:
@@ -304,10 +298,6 @@ def _paper_above(notation: str) -> str:
     if perplexity is None:
         return ""
     return "diverged" if math.isnan(perplexity) else f"{perplexity / PAPER[BASELINE] - 1:+.1%}"
-
-
-def _is_number(perplexity: float | None) -> bool:
-    return perplexity is not None and not math.isnan(perplexity)
 
 
 def _verdict(difference: float, error: float) -> str:
