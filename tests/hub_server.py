@@ -410,8 +410,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self):
         failure = self.hub.next_failure(f"{self.command} {self.path}")
         if failure and failure.status is None and not failure.is_late:
+            self._drop()  # noted before it waits: whoever gave up and left may be asking for something else by then
             time.sleep(failure.seconds)
-            return self._drop()
+            return
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if failure and failure.status is not None:
             return self._send(_json({"error": "The Hub fails"}, failure.status))
