@@ -410,9 +410,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self):
         failure = self.hub.next_failure(f"{self.command} {self.path}")
         if failure and failure.status is None and not failure.is_late:
-            self._drop()  # noted before it waits: whoever gave up and left may be asking for something else by then
-            time.sleep(failure.seconds)
-            return
+            return self._drop(failure.seconds)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if failure and failure.status is not None:
             return self._send(_json({"error": "The Hub fails"}, failure.status))
@@ -421,8 +419,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
-    def _drop(self):
-        self._record(None)
+    def _drop(self, seconds: float = 0):
+        self._record(None)  # now: whoever asked does not wait so long, and may be asking for something else by then
+        time.sleep(seconds)
         self.close_connection = True
 
     def _send(self, answer: Answer):
