@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SOURCES := modeling_entropy_gpt conversion training evaluation command_line tests
 
-.PHONY: quickstart results runs test style bench clean
+.PHONY: quickstart results runs study test style bench clean
 
 quickstart: $(INSTALLED)  ## Trains, converts, compares, draws, saves and reloads small models, and runs two privately.
 	$(BIN)/entropy-gpt quickstart $(ARGS)
@@ -29,6 +29,12 @@ runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectu
 		mkdir -p model_cards/results/runs/$$run && cp runs/$$run/training_log.jsonl model_cards/results/runs/$$run/ || exit 1; done
 	$(BIN)/entropy-gpt plot model_cards/results/runs/sm-ln-g model_cards/results/runs/sm-scfuffn \
 		model_cards/results/runs/ereg-smt-scfuffn --output docs/training
+
+study: $(INSTALLED)  ## Does what the study lacks in runs/study (hours), and writes its page, its pictures and the README's table.
+	$(BIN)/entropy-gpt study
+	cp runs/study/study.json model_cards/results/study.json
+	cp runs/study/models.json model_cards/results/study_models.json
+	$(BIN)/python -m evaluation.study.page
 
 test: $(INSTALLED)  ## Runs the default test suite, offline.
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

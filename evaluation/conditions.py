@@ -29,8 +29,25 @@ def describe_windows(windows: Windows) -> str:
 
 def describe_origin(versions: dict[str, str], revision: str | None, machine: str) -> str:
     """What computed a number: packages, commit of this project, and machine."""
+    return f"{list_settings(versions)}; commit {shorten(revision)}; {machine}"
+
+
+def describe_origins(all_conditions: Iterable[Conditions]) -> str:
+    """What computed many numbers: each machine and its packages, with the commits."""
+    commits: dict[tuple[str, str], list[str]] = {}
+    for each in all_conditions:
+        known = commits.setdefault((list_settings(each.versions), each.machine), [])
+        if shorten(each.git_revision) not in known:
+            known.append(shorten(each.git_revision))
+    return "; or ".join(
+        f"{versions}; commit {' or '.join(found)}; {machine}" for (versions, machine), found in commits.items()
+    )
+
+
+def shorten(revision: str | None) -> str:
+    """A commit, by its first letters."""
     commit, changes, _ = (revision or "unknown").partition("+changes")
-    return f"{list_settings(versions)}; commit {commit[:SHORT_COMMIT]}{changes}; {machine}"
+    return f"{commit[:SHORT_COMMIT]}{changes}"
 
 
 def describe_check(check: AnswerCheck) -> str:

@@ -20,18 +20,18 @@ def find_block(text: str, name: str) -> re.Match | None:
     return re.search(f"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", text, re.DOTALL)
 
 
-def replace_block(readme: Path, name: str, content: str):
+def replace_block(page: Path, name: str, content: str):
     """
-    Replaces a generated part of the README.
+    Replaces a generated part of the README, or of another page.
 
     Raises:
-        `ValueError`: If the README lacks the two comments that enclose it.
+        `ValueError`: If the page lacks the two comments that enclose it.
     """
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     block = find_block(text, name)
     if block is None:
-        raise ValueError(f"{readme} has no place for the part {name!r}: give it <!-- {name}: begin --> and end.")
-    readme.write_text(f"{text[: block.start()]}\n{content}\n{text[block.end() :]}", encoding="utf-8")
+        raise ValueError(f"{page} has no place for the part {name!r}: give it <!-- {name}: begin --> and end.")
+    page.write_text(f"{text[: block.start()]}\n{content}\n{text[block.end() :]}", encoding="utf-8")
 
 
 def update_readme(readme: Path = README, results: Path = QUICKSTART_RESULTS):

@@ -1,9 +1,9 @@
-"""The study's page, its pictures and the README's table of it: `python -m evaluation.study.page` writes them."""
+"""The study's page, its pictures, its cards and the README's table: `python -m evaluation.study.page` writes them."""
 
 import math
 from pathlib import Path
 
-from evaluation.conditions import describe_origin, describe_windows
+from evaluation.conditions import describe_origins, describe_windows
 from evaluation.model_card import model_card
 from evaluation.readme import README, ROOT, replace_block
 from evaluation.results import load_results
@@ -25,7 +25,9 @@ from .tables import (
     list_trained,
     order_table,
     others_table,
+    parts_table,
     private_table,
+    rates_table,
     settings_table,
     ways_table,
 )
@@ -36,8 +38,9 @@ MODELS = ROOT / "model_cards" / "results" / "study_models.json"
 CARDS = ROOT / "model_cards" / "study"
 PAGE = ROOT / "docs" / "study.md"
 PICTURES = ROOT / "docs" / "study"
-README_BLOCK = "study"
-# Pictures, and the group without which there is nothing to draw.
+# What is generated of the page and of the README stands between comments of this name; the rest is written by hand.
+BLOCK = "study"
+# Pictures, and the group of which more than one run is needed to draw something.
 PLOTS = {
     "pareto": (plot_pareto, "ladder"),
     "heads": (plot_heads, "ladder"),
@@ -60,7 +63,7 @@ VARIED = {
 
 def study_page(study: Study) -> str:
     """
-    The page, in Markdown; of what is not measured yet, it says so.
+    What the page shows, in Markdown; of what is not measured yet, it says so.
 
     Raises:
         `ValueError`: If the baseline or the proposal, which all is held against, is not measured.
@@ -72,15 +75,9 @@ def study_page(study: Study) -> str:
         f"{group} ({count})" for group, count in study.missing.items() if not group.startswith("smoke")
     )
     parts = [
-        f"""# The study: quality against private cost
-
-Generated from `model_cards/results/study.json` by `python -m evaluation.study.page`; `entropy-gpt study`
-measures anew, or what is missing, by [the protocol](../evaluation/study/protocol.yaml) ({study.protocol}).
-
-{conditions(study)}
-""",
+        f"Protocol: {study.protocol}. {conditions(study)}\n",
         f"Not measured yet, rows of each group: {missing}.\n" if missing else "",
-        *(text(study) for groups, text in SECTIONS.items() if any(map(study.group, groups))),
+        *(text(study) for groups, text in SECTIONS.items() if any(len(study.group(group)) > 1 for group in groups)),
     ]
     return "\n".join(filter(None, parts))
 
@@ -91,7 +88,8 @@ def _main(study: Study) -> str:
 {ladder_table(study)}
 
 Perplexities per token: the geometric mean over three seeds, with the standard deviation. The learning rate was chosen
-among three on validation with the first seed; nothing was chosen on the test text. "Above GPT-2" is by how much the
+on validation with the first seed, among [the same values](#learning-rates) for all; nothing was chosen on the test
+text. "Above GPT-2" is by how much the
 test perplexity is above that of {BASELINE}, here and in the paper (GPT-2 small, 2.1 billion tokens of CodeParrot).
 Seconds a step: one thread each, while another run had the other core. Private megabytes were measured between two
 processes, of one answer to 128 tokens; those of GPT-2 small are predicted.
@@ -108,6 +106,26 @@ Architectures from best to worst as the paper has them, each with the next. "Und
 twice its standard error, of three seeds on each side.
 
 {order_table(study)}
+"""
+
+
+def _rates(study: Study) -> str:
+    return f"""## Learning rates
+
+Validation perplexity of the first seed, by which the rate was chosen for each architecture. "Diverged": the guard
+ended the training, since the loss or the gradient ran away.
+
+{rates_table(study)}
+"""
+
+
+def _parts(study: Study) -> str:
+    return f"""## Temperatures and penalty apart
+
+Parts of the proposal alone, and with LayerNorm and GELU; and what becomes of models without the penalty at the
+learning rate that is best with it.
+
+{parts_table(study, ("parts", "stability"))}
 """
 
 
@@ -129,7 +147,7 @@ def _penalty(study: Study) -> str:
 
 {settings_table(study, VARIED)}
 
-{picture if study.group("tolerance") else ""}"""
+{picture if len(study.group("tolerance")) > 1 else ""}"""
 
 
 def _larger(study: Study) -> str:
@@ -144,7 +162,7 @@ def _conversion(study: Study) -> str:
 
 Each model was converted from the {BASELINE} of the same seed and healed, drawn to its predictions. The first column
 of tokens is what it was trained or healed with, the second counts its teacher's training too; what the teacher reads
-again while it is drawn to is in neither. Training from scratch has the best of three learning rates, healing the one
+again while it is drawn to is in neither. Training from scratch has the best of the learning rates, healing the one
 of the protocol.
 
 {conversion_table(study)}
@@ -167,9 +185,11 @@ the engine's last bit) beside those in the clear.
 """
 
 
-# What is shown of which groups.
+# What is shown of which groups, as soon as one of them has two runs to compare.
 SECTIONS = {
     ("ladder",): _main,
+    ("learning_rates",): _rates,
+    ("parts", "stability"): _parts,
     ("others_with_norm", "others", "static_weights"): _others,
     tuple(VARIED): _penalty,
     ("deeper", "longer"): _larger,
@@ -184,10 +204,7 @@ def conditions(study: Study) -> str:
     told, validation = run.settings, run.validation
     measured = validation.conditions
     tests = "; ".join(result.conditions.corpus_revision for result in run.test.values())
-    origins = (other.validation.conditions for other in study.runs.values() if other.validation is not None)
-    origin = "; or ".join(
-        dict.fromkeys(describe_origin(each.versions, each.git_revision, each.machine) for each in origins)
-    )
+    origins = [other.validation.conditions for other in study.runs.values() if other.validation is not None]
     return (
         f"Models of {told['n_layer']} layers, {told['n_head']} heads and width {told['n_embd']}, with "
         f"{measured.vocab_size:,} tokens in the vocabulary and {told['context']} positions, trained on "
@@ -195,7 +212,7 @@ def conditions(study: Study) -> str:
         f"{told['max_steps']:,} steps of {told['per_device_train_batch_size']} sequences. Validation on "
         f"{validation.likelihood.tokens:,} tokens of documents kept apart; test on other projects' code ({tests}), "
         f"{sum(result.likelihood.tokens for result in run.test.values()):,} tokens; "
-        f"{describe_windows(validation.likelihood.windows)}. {origin}."
+        f"{describe_windows(validation.likelihood.windows)}. {describe_origins(origins)}."
     )
 
 
@@ -208,8 +225,8 @@ def gain_text(study: Study) -> str:
     both, alone = (above(ladder[PROPOSAL], ladder[other]) for other in (FUSED, UNREGULARIZED))
     return (
         f"Temperatures and penalty together change the test perplexity of {FUSED} by {both:+.1%} (the paper: "
-        f"{-PAPER_GAIN:+.1%}); the penalty alone, beside {UNREGULARIZED}, by {alone:+.1%}, with a standard error of "
-        f"{error:.1%}."
+        f"{-PAPER_GAIN:+.1%}); the penalty alone, beside {UNREGULARIZED}, by {alone:+.1%}"
+        + ("." if math.isnan(error) else f", with a standard error of {error:.1%}.")
     )
 
 
@@ -239,19 +256,19 @@ def write_cards(models: Path = MODELS, folder: Path = CARDS):
 
 def write(record: Path = RECORD, page: Path = PAGE, pictures: Path = PICTURES, readme: Path = README):
     """
-    Writes page, pictures and the README's part.
+    Draws the pictures, and replaces what is generated of the page and of the README.
 
     Raises:
-        `ValueError`: If the record can't be read or shown, or the README has no place for it.
+        `ValueError`: If the record can't be read or shown, or one of them has no place for it.
     """
     study = Study.load(record)
     text = study_page(study)
     pictures.mkdir(parents=True, exist_ok=True)
     for name, (plot, group) in PLOTS.items():
-        if study.group(group):
+        if len(study.group(group)) > 1:
             plot(study, pictures / f"{name}.png")
-    page.write_text(text, encoding="utf-8")
-    replace_block(readme, README_BLOCK, f"\n{readme_text(study)}\n")
+    replace_block(page, BLOCK, text)
+    replace_block(readme, BLOCK, readme_text(study))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,24 @@ def ladder_table(study: Study) -> str:
     return markdown_table(headings, rows)
 
 
+def rates_table(study: Study) -> str:
+    """Validation perplexity of each architecture at each learning rate: what the rate was chosen by."""
+    by_rate: dict[float, dict[str, StudyRun]] = {}
+    for run in study.group("learning_rates"):
+        by_rate.setdefault(run.settings["learning_rate"], {})[run.notation] = run
+    rows = [
+        (
+            _code(notation),
+            *(
+                perplexity_cell([runs[notation]], "validation") if notation in runs else ""
+                for runs in by_rate.values()
+            ),
+        )
+        for notation in by_notation(study.group("learning_rates"))
+    ]
+    return markdown_table(("architecture", *(f"{rate:g}" for rate in by_rate)), rows)
+
+
 def order_table(study: Study) -> str:
     """Each pair of architectures of which the paper has perplexities: is the same one better here?"""
     groups = ("others_with_norm", "others", "static_weights", "ladder")
@@ -166,6 +184,27 @@ def others_table(study: Study, groups: Sequence[str]) -> str:
         for run in study.group(group)
     ]
     return markdown_table((*QUALITY_HEADINGS, "paper", "GPT-2 small, GB", "remark"), rows)
+
+
+def parts_table(study: Study, groups: Sequence[str]) -> str:
+    """Architectures with one part of the proposal or another, beside the baseline of the ladder."""
+    baseline = by_notation(study.group("ladder"))[BASELINE]
+    rows = []
+    for runs in alike([run for group in groups for run in study.group(group)], "notation", "learning_rate"):
+        heads = [run.heads for run in list_trained(runs)]
+        rows.append(
+            (
+                _code(runs[0].notation),
+                f"{runs[0].settings['learning_rate']:g}",
+                str(len(runs)),
+                perplexity_cell(runs),
+                _above_cell(runs, baseline),
+                _mean_cell((each.mean for each in heads), ".2f"),
+                _mean_cell((each.overloaded_share for each in heads), ".0%"),
+            )
+        )
+    name, *others = QUALITY_HEADINGS
+    return markdown_table((name, "learning rate", "seeds", *others), rows)
 
 
 def larger_table(study: Study, groups: Sequence[str]) -> str:

@@ -7,7 +7,8 @@ import pytest
 from command_line.errors import CommandError
 from command_line.study import PROTOCOL
 from command_line.study_protocol import Run, read_protocol, resolve
-from evaluation.study.records import ANSWERED, CONVERTED, TRAINED
+from evaluation.study.page import RECORD
+from evaluation.study.records import ANSWERED, CONVERTED, TRAINED, Study
 from tests.evaluation.study.example_study import make_run
 
 
@@ -155,3 +156,7 @@ def test_the_committed_protocol_is_what_the_study_says():
         *("smoke_training", "smoke_ladder", "smoke_conversion", "smoke_private")
     }
     assert Path(PROTOCOL).read_text().startswith("# The study")
+
+
+def test_the_committed_record_is_of_the_committed_protocol():
+    assert Study.load(RECORD).protocol == read_protocol(PROTOCOL).hash

@@ -1,18 +1,25 @@
 """The study's tables, pictures and page, of made-up runs and of those that are committed."""
 
+import copy
+import itertools
 import math
+import shutil
 
 import pytest
 
-from evaluation.study.page import study_page, write
+from evaluation.readme import README
+from evaluation.study.page import CARDS, PAGE, PICTURES, RECORD, conditions, study_page, write, write_cards
 from evaluation.study.pictures import find_crossing
 from evaluation.study.records import Study
 from evaluation.study.tables import (
     conversion_table,
     gpt2_bytes,
     ladder_table,
+    list_trained,
     order_table,
     others_table,
+    parts_table,
+    rates_table,
     settings_table,
     ways_table,
 )
@@ -58,6 +65,24 @@ def test_orders_hold_beyond_the_spread_alone():
     table = order_table(make_study(ladder=[*runs, *worse[1:]], others=worse[:1]))
     verdicts = [line.rsplit("|", 2)[1].strip() for line in table.splitlines()[2:]]
     assert verdicts == ["undecided", "one seed: no", "one seed: yes"]
+
+
+def test_rates_are_told_with_those_at_which_models_diverge():
+    runs = [make_run("SM", 3.0, learning_rate=1e-3), make_run("SM", None, learning_rate=2e-3)]
+    table = rates_table(make_study(learning_rates=[*runs, make_run("SM+R", 3.1, learning_rate=2e-3)]))
+    assert table.splitlines()[0] == "| architecture | 0.001 | 0.002 |"
+    assert row(table, "`SM`")[1:] == [f"{math.exp(2.0):.2f}", "diverged"]
+    assert row(table, "`SM+R`")[1:] == ["", f"{math.exp(2.1):.2f}"]
+
+
+def test_parts_are_told_with_the_seeds_that_diverged():
+    seeds = [make_run("SM(t)+LN+G", nats, seed=seed) for seed, nats in enumerate((3.0, None))]
+    table = parts_table(
+        make_study(ladder=LADDER, parts=seeds, stability=[make_run("SM", None)]), ("parts", "stability")
+    )
+    told = row(table, "`SM(t)+LN+G`")
+    assert told[1:5] == ["0.001", "2", f"{math.exp(3.0):.2f} (1 of 2 diverged)", f"{math.exp(-0.1) - 1:+.1%}"]
+    assert row(table, "`SM`")[3:] == ["diverged", "", "", ""]
 
 
 def test_what_a_setting_does_stands_beside_it():
@@ -111,6 +136,14 @@ def test_the_page_tells_what_is_missing(tmp_path):
             study_page(make_study(ladder=lacking))
 
 
+def test_conditions_name_every_commit_once():
+    study = make_study(ladder=LADDER)
+    for run, revision in zip(study.runs.values(), itertools.cycle(("a" * 40, "b" * 40))):
+        run.validation = copy.deepcopy(run.validation)
+        run.validation.conditions.git_revision = revision
+    assert f"torch 2; commit {'a' * 12} or {'b' * 12}; a machine." in conditions(study)
+
+
 def test_everything_is_drawn(tmp_path):
     converted = [
         make_run("EReg(SM(t)+ScFuFFN)", nats, BASELINE[0], heal_steps=n) for n, nats in ((10, 3.4), (99, 3.0))
@@ -121,12 +154,38 @@ def test_everything_is_drawn(tmp_path):
     others = [make_run("SM+R", 3.2), make_run("SM", None)]
     study = make_study(ladder=LADDER, conversion=converted, scratch=scratch, tolerance=tolerances, others=others)
     study.save(tmp_path / "study.json")
-    (tmp_path / "README.md").write_text("<!-- study: begin -->\n<!-- study: end -->\n")
+    for page in ("README.md", "study.md"):
+        (tmp_path / page).write_text("By hand.\n<!-- study: begin -->\n<!-- study: end -->\nBy hand too.\n")
     write(tmp_path / "study.json", tmp_path / "study.md", tmp_path / "pictures", tmp_path / "README.md")
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
         *("pareto.png", "heads.png", "tolerance.png", "conversion.png")
     }
-    assert ladder_table(study) in (tmp_path / "README.md").read_text()
+    for page in ("README.md", "study.md"):
+        text = (tmp_path / page).read_text()
+        assert ladder_table(study) in text
+        assert text.startswith("By hand.\n<!--")
+        assert text.endswith("-->\nBy hand too.\n")
+
+
+def test_the_page_and_the_readme_show_the_committed_record(tmp_path):
+    for page in (PAGE, README):
+        shutil.copy(page, tmp_path)
+    write(RECORD, tmp_path / PAGE.name, tmp_path, tmp_path / README.name)
+    for page in (PAGE, README):
+        assert (tmp_path / page.name).read_text() == page.read_text(), "run: python -m evaluation.study.page"
+    assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in PICTURES.glob("*.png")}
+
+
+def test_the_cards_of_the_study_are_those_of_its_models(tmp_path):
+    write_cards(folder=tmp_path)
+    fresh = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert {path.name: path.read_text() for path in CARDS.iterdir()} == fresh, "run: python -m evaluation.study.page"
+
+
+def test_committed_runs_are_of_commits_without_changes():
+    trained = [run for run in list_trained(Study.load(RECORD).runs.values()) if run.validation]
+    assert len(trained) >= 15
+    assert not any(run.validation.conditions.git_revision.endswith("+changes") for run in trained)
 
 
 def test_records_are_read_back_as_they_were_written(tmp_path):
