@@ -30,8 +30,11 @@ runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectu
 	$(BIN)/entropy-gpt plot model_cards/results/runs/sm-ln-g model_cards/results/runs/sm-scfuffn \
 		model_cards/results/runs/ereg-smt-scfuffn --output docs/training
 
-study: $(INSTALLED)  ## Does what the study lacks in runs/study (hours), and writes its page, its pictures and the README's table.
-	$(BIN)/entropy-gpt study
+study: $(INSTALLED)  ## Does what the study's record lacks (hours), and writes its page, its pictures and the README's table.
+	mkdir -p runs/study
+	cp model_cards/results/study.json runs/study/study.json
+	cp model_cards/results/study_models.json runs/study/models.json
+	$(BIN)/entropy-gpt study $(ARGS)
 	cp runs/study/study.json model_cards/results/study.json
 	cp runs/study/models.json model_cards/results/study_models.json
 	$(BIN)/python -m evaluation.study.page

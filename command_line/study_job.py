@@ -271,13 +271,13 @@ def _save(protocol: Protocol, finished: dict[str, StudyRun], output: Path):
 
 def _save_models(finished: dict[str, StudyRun], output: Path):
     """What is known of the models that answered privately, for their cards."""
-    answered = [run for run in finished.values() if run.cost is not None and Place(output, run.source).model]
-    models = []
-    for run in sorted(answered, key=lambda run: run.source):
-        (result,) = load_results(Place(output, run.source).model / RESULTS)
-        models.append(replace(result, costs=[run.cost]))
+    known = {result.name: result for result in load_results(output / MODELS)} if (output / MODELS).exists() else {}
+    for run in finished.values():
+        if run.cost is not None and (model := Place(output, run.source).model):
+            (result,) = load_results(model / RESULTS)
+            known[run.source] = replace(result, costs=[run.cost])
     with written_whole(output / MODELS) as path:
-        save_results(models, path)
+        save_results([known[name] for name in sorted(known)], path)
 
 
 def _print_plan(rows: list[Row], finished: dict[str, StudyRun], output: Path):

@@ -103,7 +103,7 @@ class Row:
 class Protocol:
     """
     Args:
-        hash (`str`): Of the file.
+        hash (`str`): Of what the file says, whatever its comments.
         dataset (`str`): What all runs are trained and validated on: `python-stdlib`, or a file or folder of text.
         vocabulary (`int`): Tokens of the tokenizer, which all runs share.
         test (`dict[str, dict]`): Installed packages whose code is tested on: their version, and so many characters.
@@ -153,7 +153,7 @@ def read_protocol(path: Path) -> Protocol:
     """
     try:
         content = read_yaml(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     except (RecipeError, OSError) as error:
         raise CommandError(f"--protocol {path} can't be read: {error}") from error
     if unknown := sorted(content.keys() ^ SECTIONS):

@@ -29,25 +29,18 @@ def describe_windows(windows: Windows) -> str:
 
 def describe_origin(versions: dict[str, str], revision: str | None, machine: str) -> str:
     """What computed a number: packages, commit of this project, and machine."""
-    return f"{list_settings(versions)}; commit {shorten(revision)}; {machine}"
+    return f"{list_settings(versions)}; commit {_short_commit(revision)}; {machine}"
 
 
-def describe_origins(all_conditions: Iterable[Conditions]) -> str:
+def describe_origins(measured: Iterable[Conditions | PrivateCost]) -> str:
     """What computed many numbers: each machine and its packages, with the commits."""
-    commits: dict[tuple[str, str], list[str]] = {}
-    for each in all_conditions:
-        known = commits.setdefault((list_settings(each.versions), each.machine), [])
-        if shorten(each.git_revision) not in known:
-            known.append(shorten(each.git_revision))
+    commits: dict[tuple[str, str], dict[str, None]] = {}
+    for each in measured:
+        found = commits.setdefault((list_settings(each.versions), each.machine), {})
+        found[_short_commit(each.git_revision)] = None
     return "; or ".join(
         f"{versions}; commit {' or '.join(found)}; {machine}" for (versions, machine), found in commits.items()
     )
-
-
-def shorten(revision: str | None) -> str:
-    """A commit, by its first letters."""
-    commit, changes, _ = (revision or "unknown").partition("+changes")
-    return f"{commit[:SHORT_COMMIT]}{changes}"
 
 
 def describe_check(check: AnswerCheck) -> str:
@@ -167,6 +160,11 @@ def describe_difference(facts: Facts, reference: Facts) -> str:
     return "; ".join(
         f"{name}: {value}, not {reference[name]}" for name, value in facts.items() if value != reference[name]
     )
+
+
+def _short_commit(revision: str | None) -> str:
+    commit, changes, _ = (revision or "unknown").partition("+changes")
+    return f"{commit[:SHORT_COMMIT]}{changes}"
 
 
 def _text(conditions: Conditions) -> Facts:

@@ -420,7 +420,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
     def _drop(self, seconds: float = 0):
-        self._record(None)  # now: whoever asked does not wait so long, and may be asking for something else by then
+        self._record(None)  # before the wait: whoever asked gives up sooner, and the next test may have begun
         time.sleep(seconds)
         self.close_connection = True
 

@@ -79,7 +79,7 @@ class Study(StoredRecord):
     All finished runs.
 
     Args:
-        protocol (`str`): Hash of the protocol's file.
+        protocol (`str`): Hash of what the protocol says.
         runs (`dict[str, StudyRun]`): By name.
         groups (`dict[str, list[str]]`): Names of the finished runs of each group of the protocol, in its order.
         missing (`dict[str, int]`): Rows of each group that are not measured, where there are any.

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 
+from evaluation.conditions import list_settings
 from evaluation.markdown import markdown_table
 from evaluation.perplexity import perplexity_of
 from evaluation.private_inference.cost_model import predict
@@ -117,8 +118,7 @@ def ladder_table(study: Study) -> str:
                 _above_cell(runs, ladder.get(BASELINE, [])),
                 _paper_above(notation),
                 _mean_cell(map(_bits_per_byte, trained), ".3f"),
-                _mean_cell((run.heads.mean for run in trained), ".2f"),
-                _mean_cell((run.heads.overloaded_share for run in trained), ".0%"),
+                *_head_cells(runs),
                 _mean_cell((run.seconds_per_step for run in trained), ".2f"),
                 "" if cost is None else f"{cost.total_bytes / 1e6:.1f}",
                 f"{gpt2_bytes(notation) / 1e9:.2f}",
@@ -163,7 +163,7 @@ def order_table(study: Study) -> str:
                 f"{_code(better)} before {_code(worse)}",
                 f"{PAPER[worse] / PAPER[better] - 1:+.1%}",
                 f"{math.expm1(difference):+.1%}" if math.isfinite(difference) else "diverged",
-                "" if math.isnan(error) else f"{error:.1%}",
+                "" if math.isnan(error) else f"{math.exp(difference) * error:.1%}",
                 _verdict(difference, error),
             )
         )
@@ -187,24 +187,27 @@ def others_table(study: Study, groups: Sequence[str]) -> str:
 
 
 def parts_table(study: Study, groups: Sequence[str]) -> str:
-    """Architectures with one part of the proposal or another, beside the baseline of the ladder."""
-    baseline = by_notation(study.group("ladder"))[BASELINE]
+    """Architectures with parts of the proposal, beside the baseline of the ladder with the same seeds."""
+    ladder = by_notation(study.group("ladder"))
+    (proposal, *_), baseline = ladder[PROPOSAL], ladder[BASELINE]
     rows = []
-    for runs in alike([run for group in groups for run in study.group(group)], "notation", "learning_rate"):
-        heads = [run.heads for run in list_trained(runs)]
+    for runs in alike([run for group in groups for run in study.group(group)], *(proposal.settings.keys() - {"seed"})):
+        seeds = {run.settings["seed"] for run in runs}
         rows.append(
             (
                 _code(runs[0].notation),
                 f"{runs[0].settings['learning_rate']:g}",
+                _list_changes(runs[0], proposal),
                 str(len(runs)),
                 perplexity_cell(runs),
-                _above_cell(runs, baseline),
-                _mean_cell((each.mean for each in heads), ".2f"),
-                _mean_cell((each.overloaded_share for each in heads), ".0%"),
+                _above_cell(runs, [run for run in baseline if run.settings["seed"] in seeds])
+                if list_trained(runs) == runs
+                else "",
+                *_head_cells(runs),
             )
         )
     name, *others = QUALITY_HEADINGS
-    return markdown_table((name, "learning rate", "seeds", *others), rows)
+    return markdown_table((name, "learning rate", "otherwise", "seeds", *others), rows)
 
 
 def larger_table(study: Study, groups: Sequence[str]) -> str:
@@ -223,7 +226,7 @@ def larger_table(study: Study, groups: Sequence[str]) -> str:
 def settings_table(study: Study, groups: dict[str, str]) -> str:
     """Runs of groups that differ in one setting; beside the same architecture as the ladder has it."""
     rows = [
-        (setting, str(run.settings[setting]), perplexity_cell([run]), *_head_cells(run))
+        (setting, str(run.settings[setting]), perplexity_cell([run]), *_head_cells([run]))
         for group, setting in groups.items()
         for run in study.group(group)
     ]
@@ -284,15 +287,26 @@ def _nats(runs: Iterable[StudyRun], text: str) -> list[float]:
 
 
 def _quality_cells(run: StudyRun, baseline: Sequence[StudyRun]) -> tuple[str, ...]:
-    return (_code(run.notation), perplexity_cell([run]), _above_cell([run], baseline), *_head_cells(run))
+    return (_code(run.notation), perplexity_cell([run]), _above_cell([run], baseline), *_head_cells([run]))
 
 
-def _head_cells(run: StudyRun) -> tuple[str, str]:
-    return ("", "") if run.heads is None else (f"{run.heads.mean:.2f}", f"{run.heads.overloaded_share:.0%}")
+def _head_cells(runs: Iterable[StudyRun]) -> tuple[str, str]:
+    heads = [run.heads for run in list_trained(runs)]
+    return _mean_cell((each.mean for each in heads), ".2f"), _mean_cell(
+        (each.overloaded_share for each in heads), ".0%"
+    )
 
 
 def _above_cell(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> str:
     return f"{above(runs, reference):+.1%}" if _nats(runs, "test") and _nats(reference, "test") else ""
+
+
+def _list_changes(run: StudyRun, other: StudyRun) -> str:
+    """Settings of a run that are not another's, without those that have a column of their own."""
+    own = ("notation", "learning_rate", "seed")
+    return list_settings(
+        {name: value for name, value in run.settings.items() if name not in own and value != other.settings[name]}
+    )
 
 
 def _mean_cell(values: Iterable[float], form: str) -> str:

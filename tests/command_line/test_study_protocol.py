@@ -158,5 +158,14 @@ def test_the_committed_protocol_is_what_the_study_says():
     assert Path(PROTOCOL).read_text().startswith("# The study")
 
 
+def test_the_hash_is_of_what_a_protocol_says(tmp_path):
+    path = tmp_path / "protocol.yaml"
+    hashes = []
+    for text in (SMALL, f"# A comment.\n{SMALL}", SMALL.replace("seed: 0", "seed: 1")):
+        path.write_text(text)
+        hashes.append(read_protocol(path).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_the_committed_record_is_of_the_committed_protocol():
     assert Study.load(RECORD).protocol == read_protocol(PROTOCOL).hash

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from evaluation.readme import README
-from evaluation.study.page import CARDS, PAGE, PICTURES, RECORD, conditions, study_page, write, write_cards
+from evaluation.study.page import CARDS, PAGE, PICTURES, RECORD, conditions, gain_text, study_page, write, write_cards
 from evaluation.study.pictures import find_crossing
 from evaluation.study.records import Study
 from evaluation.study.tables import (
@@ -77,12 +77,11 @@ def test_rates_are_told_with_those_at_which_models_diverge():
 
 def test_parts_are_told_with_the_seeds_that_diverged():
     seeds = [make_run("SM(t)+LN+G", nats, seed=seed) for seed, nats in enumerate((3.0, None))]
-    table = parts_table(
-        make_study(ladder=LADDER, parts=seeds, stability=[make_run("SM", None)]), ("parts", "stability")
-    )
-    told = row(table, "`SM(t)+LN+G`")
-    assert told[1:5] == ["0.001", "2", f"{math.exp(3.0):.2f} (1 of 2 diverged)", f"{math.exp(-0.1) - 1:+.1%}"]
-    assert row(table, "`SM`")[3:] == ["diverged", "", "", ""]
+    single = [make_run("SM", None), make_run("SM+R", 3.1, seed=1, n_layer=7)]
+    table = parts_table(make_study(ladder=LADDER, parts=seeds, stability=single), ("parts", "stability"))
+    assert row(table, "`SM(t)+LN+G`")[1:6] == ["0.001", "", "2", f"{math.exp(3.0):.2f} (1 of 2 diverged)", ""]
+    assert row(table, "`SM`")[4:] == ["diverged", "", "", ""]
+    assert row(table, "`SM+R`")[2:6] == ["n_layer 7", "1", f"{math.exp(3.1):.2f}", "+0.0%"]
 
 
 def test_what_a_setting_does_stands_beside_it():
@@ -124,7 +123,7 @@ def test_prices_fall_with_what_is_left_out():
     assert gpt2_bytes("SM+LN+G") > gpt2_bytes("SM+LN+R") > gpt2_bytes("EReg(SM(t)+ScFuFFN)") > gpt2_bytes("SM+ScFuFFN")
 
 
-def test_the_page_tells_what_is_missing(tmp_path):
+def test_the_page_tells_what_is_missing():
     study = make_study(ladder=LADDER)
     study.missing = {"tolerance": 6, "smoke_private": 2}
     text = study_page(study)
@@ -142,6 +141,19 @@ def test_conditions_name_every_commit_once():
         run.validation = copy.deepcopy(run.validation)
         run.validation.conditions.git_revision = revision
     assert f"torch 2; commit {'a' * 12} or {'b' * 12}; a machine." in conditions(study)
+    run.validation.conditions.machine = "another"
+    assert f" or {'b' * 12}; a machine; or torch 2; commit " in conditions(study)
+    assert conditions(study).endswith("; another.")
+
+
+def test_what_the_penalty_is_worth_is_told_with_its_error():
+    told = gain_text(make_study(ladder=LADDER))
+    assert f"that of SM(t)+ScFuFFN by {math.expm1(-0.1):+.1%}, with a standard error of" in told
+    assert f"of {math.exp(-0.1) * 0.1 * math.sqrt(2 / 3):.1%}." in told
+    one_seed = make_study(ladder=[*BASELINE, *FUSED, *TEMPERED, PROPOSAL[0]])
+    assert gain_text(one_seed).endswith("%.") and "nan" not in gain_text(one_seed)
+    diverged = [make_run(run.notation, None) for run in TEMPERED[:1]]
+    assert gain_text(make_study(ladder=[*BASELINE, *FUSED, *diverged, *PROPOSAL])) == ""
 
 
 def test_everything_is_drawn(tmp_path):
@@ -180,12 +192,14 @@ def test_the_cards_of_the_study_are_those_of_its_models(tmp_path):
     write_cards(folder=tmp_path)
     fresh = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert {path.name: path.read_text() for path in CARDS.iterdir()} == fresh, "run: python -m evaluation.study.page"
+    assert fresh.keys() == {f"{run.source}.md" for run in Study.load(RECORD).group("private")}
 
 
 def test_committed_runs_are_of_commits_without_changes():
-    trained = [run for run in list_trained(Study.load(RECORD).runs.values()) if run.validation]
-    assert len(trained) >= 15
-    assert not any(run.validation.conditions.git_revision.endswith("+changes") for run in trained)
+    measured = list_trained(Study.load(RECORD).runs.values())
+    revisions = [(run.cost or run.validation.conditions).git_revision for run in measured]
+    assert len(revisions) >= 20
+    assert not any(revision.endswith("+changes") for revision in revisions)
 
 
 def test_records_are_read_back_as_they_were_written(tmp_path):
