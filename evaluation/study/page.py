@@ -158,6 +158,7 @@ def _larger(study: Study) -> str:
 
 
 def _conversion(study: Study) -> str:
+    ways = f"What distilling and fitting are worth, one seed, {PROPOSAL}:\n\n{ways_table(study)}\n"
     return f"""## Converting beside training from scratch
 
 Each model was converted from the {BASELINE} of the same seed and healed, drawn to its predictions. The first column
@@ -169,10 +170,7 @@ of the protocol.
 
 ![Test perplexity against tokens](study/conversion.png)
 
-What distilling and fitting are worth, one seed, {PROPOSAL}:
-
-{ways_table(study)}
-"""
+{ways if len(study.group("conversion_ways")) > 1 else ""}"""
 
 
 def _private(study: Study) -> str:
