@@ -172,10 +172,10 @@ def order_table(study: Study) -> str:
 
 def others_table(study: Study, groups: Sequence[str]) -> str:
     """Architectures with one seed, beside the baseline of the ladder."""
-    baseline = [run for run in study.group("ladder") if run.notation == BASELINE]
+    baseline = by_notation(study.group("ladder")).get(BASELINE, [])
     rows = [
         (
-            *_quality_cells(run, baseline[:1]),
+            *_quality_cells(run, baseline),
             _paper_above(run.notation),
             f"{gpt2_bytes(gpt2_notation(run)) / 1e9:.2f}",
             run.diverged or "",
@@ -187,12 +187,11 @@ def others_table(study: Study, groups: Sequence[str]) -> str:
 
 
 def parts_table(study: Study, groups: Sequence[str]) -> str:
-    """Architectures with parts of the proposal, beside the baseline of the ladder with the same seeds."""
+    """Architectures with parts of the proposal, beside the baseline of the ladder."""
     ladder = by_notation(study.group("ladder"))
     (proposal, *_), baseline = ladder[PROPOSAL], ladder[BASELINE]
     rows = []
     for runs in alike([run for group in groups for run in study.group(group)], *(proposal.settings.keys() - {"seed"})):
-        seeds = {run.settings["seed"] for run in runs}
         rows.append(
             (
                 _code(runs[0].notation),
@@ -200,9 +199,7 @@ def parts_table(study: Study, groups: Sequence[str]) -> str:
                 _list_changes(runs[0], proposal),
                 str(len(runs)),
                 perplexity_cell(runs),
-                _above_cell(runs, [run for run in baseline if run.settings["seed"] in seeds])
-                if list_trained(runs) == runs
-                else "",
+                _above_cell(runs, baseline) if list_trained(runs) == runs else "",
                 *_head_cells(runs),
             )
         )
@@ -298,6 +295,9 @@ def _head_cells(runs: Iterable[StudyRun]) -> tuple[str, str]:
 
 
 def _above_cell(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> str:
+    """By how much the perplexity is above that of the reference with the same seeds."""
+    seeds = {run.settings["seed"] for run in runs}
+    reference = [run for run in reference if run.settings["seed"] in seeds]
     return f"{above(runs, reference):+.1%}" if _nats(runs, "test") and _nats(reference, "test") else ""
 
 
