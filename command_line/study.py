@@ -13,8 +13,11 @@ PROTOCOL = Path(__file__).parent.parent / "evaluation" / "study" / "protocol.yam
 def study(
     protocol: Annotated[Path, typer.Option(help="What is trained, converted and asked, with what.")] = PROTOCOL,
     only: Annotated[
-        str | None,
-        typer.Option(metavar="GROUP", help="Groups whose name begins so, and what they depend on. 'smoke': a trial."),
+        list[str] | None,
+        typer.Option(
+            metavar="GROUP",
+            help="Groups whose name begins so, and what they depend on; more than once, of any. 'smoke': a trial.",
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for runs and record.")] = Path("runs/study"),
     workers: Annotated[
@@ -29,8 +32,8 @@ def study(
     and an interrupted one goes on from its last checkpoint: the same command goes on. Each leaves its result in
     OUTPUT/runs/NAME, and all together OUTPUT/study.json.
 
-    Example: entropy-gpt study --only ladder --workers 2
+    Example: entropy-gpt study --only ladder --only scratch --workers 2
     """
     from . import study_job
 
-    study_job.run(protocol, only, output, workers, dry_run)
+    study_job.run(protocol, only or (), output, workers, dry_run)

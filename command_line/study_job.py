@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -44,13 +44,14 @@ class _Worker:
     started: float = field(default_factory=time.monotonic)
 
 
-def run(protocol_path: Path, only: str | None, output: Path, workers: int, dry_run: bool):
+def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dry_run: bool):
     """
     Does the runs that are missing.
 
     Args:
         protocol_path (`Path`): The protocol.
-        only (`str`, *optional*): How the names of the groups wanted begin; what they depend on is done too.
+        only (`Sequence[str]`): How the names of the groups wanted begin, all but the trial if there are none; what
+            they depend on is done too.
         output (`Path`): The study's folder.
         workers (`int`): Runs side by side.
         dry_run (`bool`): Whether to show only what would be done.

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,19 +121,22 @@ class Protocol:
         """What all runs of a study have to have in common."""
         return {"dataset": self.dataset, "vocabulary": self.vocabulary, "test": self.test}
 
-    def select(self, only: str | None) -> list[Row]:
+    def select(self, only: Sequence[str] = ()) -> list[Row]:
         """
-        The rows of the groups whose name begins so, and all that they depend on.
+        The rows of the groups whose name begins with one of these, and all that they depend on.
 
         Raises:
             `CommandError`: If there is no such group.
         """
-        chosen = [row for row in self.rows if row.group.startswith(only or "")]
-        if only is None:
-            chosen = [row for row in chosen if not row.group.startswith("smoke")]
-        if not chosen:
-            groups = ", ".join(dict.fromkeys(row.group for row in self.rows))
-            raise CommandError(f"--only {only}: no group's name begins so. There are {groups}.")
+        groups = dict.fromkeys(row.group for row in self.rows)
+        for beginning in only:
+            if not any(group.startswith(beginning) for group in groups):
+                raise CommandError(f"--only {beginning}: no group's name begins so. There are {', '.join(groups)}.")
+        chosen = [
+            row
+            for row in self.rows
+            if (row.group.startswith(tuple(only)) if only else not row.group.startswith("smoke"))
+        ]
         found: list[Row] = []
         while chosen:
             found += [row for row in chosen if row not in found]

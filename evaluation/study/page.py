@@ -48,7 +48,7 @@ PLOTS = {
     "conversion": (plot_conversion, "conversion"),
 }
 # Groups that tell what each part of the proposal does.
-PARTS = ("parts", "parts_with_norm", "stability", "warmup")
+PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability", "warmup")
 # Groups that vary one setting of the proposal, and which.
 VARIED = {
     "tolerance": "entropy_tolerance",

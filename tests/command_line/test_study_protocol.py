@@ -113,11 +113,13 @@ def test_models_come_from_the_row_of_the_same_seed(protocol):
 
 
 def test_what_a_group_depends_on_is_selected_with_it(protocol):
-    assert {row.group for row in protocol.select("answered")} == {"rates", "ladder", "answered"}
-    rows = [row for row in protocol.select("answered") if row.group == "rates"]
+    assert {row.group for row in protocol.select(["answered"])} == {"rates", "ladder", "answered"}
+    rows = [row for row in protocol.select(["answered"]) if row.group == "rates"]
     assert {row.settings["notation"] for row in rows} == {"SM"}
+    both = {row.group for row in protocol.select(["conv", "answered"])}
+    assert both == {*(row.group for row in protocol.select(["conv"])), "answered"}
     with pytest.raises(CommandError, match="--only conversions: no group's name begins so"):
-        protocol.select("conversions")
+        protocol.select(["ladder", "conversions"])
 
 
 @pytest.mark.parametrize(
@@ -148,11 +150,11 @@ def test_a_protocol_that_is_not_there_is_refused(tmp_path):
 
 def test_the_committed_protocol_is_what_the_study_says():
     protocol = read_protocol(PROTOCOL)
-    everything = protocol.select(None)
+    everything = protocol.select()
     assert not any(row.group.startswith("smoke") for row in everything)
     seeds = {(row.settings["notation"], row.settings["seed"]) for row in everything if row.group == "ladder"}
     assert len(seeds) == 15
-    assert {row.group for row in protocol.select("smoke")} == {
+    assert {row.group for row in protocol.select(["smoke"])} == {
         *("smoke_training", "smoke_ladder", "smoke_conversion", "smoke_private")
     }
     assert Path(PROTOCOL).read_text().startswith("# The study")
