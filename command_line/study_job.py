@@ -76,8 +76,7 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
                 for running in work:
                     line.reach(*clock.reached(finished))
                     line.say("; ".join([clock.describe(finished), *(worker.run.name for worker in running)]))
-        _save(protocol, finished, output)
-        _save_models(finished, output)
+        _save_models(_save(protocol, finished, output), output)
     if failed:
         raise CommandError(
             f"{len(failed)} runs failed: {'; '.join(f'{name}: {reason}' for name, reason in failed.items())}. Their "
@@ -256,7 +255,7 @@ def _summarize(result: StudyRun) -> str:
     return f"{result.notation}: perplexity {likelihood.perplexity:.2f}, mean entropy {result.heads.mean:.2f} nats"
 
 
-def _save(protocol: Protocol, finished: dict[str, StudyRun], output: Path):
+def _save(protocol: Protocol, finished: dict[str, StudyRun], output: Path) -> Study:
     """The record of all finished runs of the protocol, and which groups they are of."""
     study = Study(protocol.hash)
     for row, run in zip(protocol.rows, resolve(protocol.rows, finished), strict=True):
@@ -268,15 +267,18 @@ def _save(protocol: Protocol, finished: dict[str, StudyRun], output: Path):
             study.runs[run.name] = finished[run.name]
     with written_whole(output / RECORD) as path:
         study.save(path)
+    return study
 
 
-def _save_models(finished: dict[str, StudyRun], output: Path):
-    """What is known of the models that answered privately, for their cards."""
-    known = {result.name: result for result in load_results(output / MODELS)} if (output / MODELS).exists() else {}
-    for run in finished.values():
-        if run.cost is not None and (model := Place(output, run.source).model):
+def _save_models(study: Study, output: Path):
+    """What is known of the models that answered privately, here or in a file that was put here, for their cards."""
+    earlier = load_results(output / MODELS) if (output / MODELS).exists() else []
+    answered = {run.source: run.cost for run in study.runs.values() if run.cost is not None}
+    known = {result.name: result for result in earlier if result.name in answered}
+    for source, cost in answered.items():
+        if model := Place(output, source).model:
             (result,) = load_results(model / RESULTS)
-            known[run.source] = replace(result, costs=[run.cost])
+            known[source] = replace(result, costs=[cost])
     with written_whole(output / MODELS) as path:
         save_results([known[name] for name in sorted(known)], path)
 

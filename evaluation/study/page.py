@@ -49,6 +49,8 @@ PLOTS = {
 }
 # Groups that tell what each part of the proposal does.
 PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability", "warmup")
+# Groups that vary how the same conversion is done.
+WAYS = ("conversion_ways", "conversion_rate")
 # Groups that vary one setting of the proposal, and which.
 VARIED = {
     "tolerance": "entropy_tolerance",
@@ -83,15 +85,16 @@ def study_page(study: Study) -> str:
 
 
 def _main(study: Study) -> str:
+    seeds = len(by_notation(study.group("ladder"))[PROPOSAL])
     return f"""## The main architectures
 
 {ladder_table(study)}
 
-Perplexities per token: the geometric mean over three seeds, with the standard deviation. The learning rate was chosen
-on validation with the first seed, among [the same values](#learning-rates) for all; nothing was chosen on the test
-text. "Above GPT-2" is by how much the test perplexity is above that of {BASELINE}, here and in the paper (GPT-2 small,
-2.1 billion tokens of CodeParrot). Overloaded are heads with a mean entropy of at least three quarters of what uniform
-attention has. Seconds a step: one thread each, while another run had the other core. Private megabytes were measured
+Perplexities per token: the geometric mean over {seeds} seeds, with the standard deviation. The learning rate was
+chosen on validation with the first seed, among [the same values](#learning-rates) for all; nothing was chosen on the
+test text. "Above GPT-2" is by how much the test perplexity is above that of {BASELINE}, here and in the paper (GPT-2
+small, 2.1 billion tokens of CodeParrot). Overloaded are heads with a mean entropy of at least three quarters of what
+uniform attention has. Seconds a step are as they came, with other runs beside each. Private megabytes were measured
 between two processes, of one answer to 128 tokens; those of GPT-2 small are predicted.
 
 ![Test perplexity against private bytes](study/pareto.png)
@@ -103,7 +106,7 @@ between two processes, of one answer to 128 tokens; those of GPT-2 small are pre
 ## Does the paper's order hold?
 
 Architectures from best to worst as the paper has them, each with the next. "Undecided" is a difference of less than
-twice its standard error, which is that of three seeds on each side, and tells nothing of other text or other rates.
+twice its standard error, which is that of the seeds on each side, and tells nothing of other text or other rates.
 
 {order_table(study)}
 """
@@ -158,19 +161,20 @@ def _larger(study: Study) -> str:
 
 
 def _conversion(study: Study) -> str:
-    ways = f"What distilling and fitting are worth, one seed, {PROPOSAL}:\n\n{ways_table(study)}\n"
+    (rate,) = {run.settings["learning_rate"] for run in study.group("conversion")}
+    told = f"What distilling, fitting and the learning rate of healing are worth, one seed, {PROPOSAL}:"
+    ways = f"{told}\n\n{ways_table(study, WAYS)}\n"
     return f"""## Converting beside training from scratch
 
 Each model was converted from the {BASELINE} of the same seed and healed, drawn to its predictions. The first column
 of tokens is what it was trained or healed with, the second counts its teacher's training too; what the teacher reads
-again while it is drawn to is in neither. Training from scratch has the best of the learning rates, healing the one
-of the protocol.
+again while it is drawn to is in neither. Training from scratch has the best of the learning rates, healing {rate:g}.
 
 {conversion_table(study)}
 
 ![Test perplexity against tokens](study/conversion.png)
 
-{ways if len(study.group("conversion_ways")) > 1 else ""}"""
+{ways if any(len(study.group(group)) > 1 for group in WAYS) else ""}"""
 
 
 def _private(study: Study) -> str:

@@ -74,7 +74,9 @@ def plot_conversion(study: Study, path: Path):
             f"as good as from scratch\nafter {tokens / 1e6:.2f} M own tokens",
             (tokens / 1e6, perplexity_of(nats)),
             textcoords="offset points",
-            xytext=(12, 10),
+            xytext=(-12, -14),
+            ha="right",
+            va="top",
             fontsize=9,
         )
     axes.legend()

@@ -246,18 +246,22 @@ def teacher_tokens(study: Study, runs: Sequence[StudyRun]) -> int:
     return max(study.runs[run.source].tokens for run in runs)
 
 
-def ways_table(study: Study) -> str:
-    """The same conversion with and without distillation and calibration."""
+def ways_table(study: Study, groups: Sequence[str]) -> str:
+    """The same conversion with and without distillation and calibration, and at other learning rates."""
+    runs = {run.name: run for group in groups for run in study.group(group)}
     rows = [
         (
             f"{run.tokens:,}",
             "yes" if run.settings["distill"] else "no",
             "nothing" if run.settings["naive"] else "each step",
+            f"{run.settings['learning_rate']:g}",
+            perplexity_cell([run], "validation"),
             perplexity_cell([run]),
         )
-        for run in study.group("conversion_ways")
+        for run in sorted(runs.values(), key=lambda run: run.tokens)
     ]
-    return markdown_table(("tokens of healing", "distilled", "fitted to text", "test ppl"), rows)
+    headings = ("tokens of healing", "distilled", "fitted to text", "learning rate", "validation ppl", "test ppl")
+    return markdown_table(headings, rows)
 
 
 def private_table(study: Study) -> str:

@@ -5,12 +5,14 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from command_line.study import PROTOCOL
+from evaluation.results import load_results, save_results
 from evaluation.study.records import Study, StudyRun
 
 
@@ -103,10 +105,14 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
     assert private[0].cost.total_bytes > private[1].cost.total_bytes
     assert not list(output.rglob("checkpoint-*"))
 
+    models = load_results(output / "models.json")
+    assert [model.name for model in models] == sorted(run.source for run in private)
+    save_results([*models, replace(models[0], name="of another protocol")], output / "models.json")
     begun = time.monotonic()
     again = study("--protocol", PROTOCOL, "--only", "smoke", "--output", output)
     assert again.returncode == 0 and "10 rows are measured" in again.stdout
     assert time.monotonic() - begun < 60, "nothing was left to do"
+    assert load_results(output / "models.json") == models
 
 
 def test_a_run_that_was_killed_goes_on(text, tmp_path):

@@ -104,8 +104,18 @@ def test_conversions_are_told_with_the_tokens_of_their_teachers():
 
 
 def test_ways_of_conversion_are_told_apart():
-    run = make_run("EReg(SM(t)+ScFuFFN)", 3.0, BASELINE[0], heal_steps=10, distill=True, naive=True)
-    assert row(ways_table(make_study(conversion_ways=[run])), f"{10 * 1024:,}")[1:3] == ["yes", "nothing"]
+    told = {"heal_steps": 10, "distill": True}
+    runs = [make_run("EReg(SM(t)+ScFuFFN)", 3.0, BASELINE[0], **told, naive=naive) for naive in (True, False)]
+    faster = make_run(
+        "EReg(SM(t)+ScFuFFN)", 2.9, BASELINE[0], **told | {"heal_steps": 5}, naive=False, learning_rate=2e-3
+    )
+    study = make_study(conversion_ways=runs, conversion_rate=[runs[1], faster])
+    lines = ways_table(study, ("conversion_ways", "conversion_rate")).splitlines()[2:]
+    assert [[cell.strip() for cell in line.strip("|").split("|")][:4] for line in lines] == [
+        [f"{5 * 1024:,}", "yes", "each step", "0.002"],
+        [f"{10 * 1024:,}", "yes", "nothing", "0.001"],
+        [f"{10 * 1024:,}", "yes", "each step", "0.001"],
+    ]
 
 
 def test_the_crossing_lies_between_two_amounts_of_healing():
