@@ -49,6 +49,8 @@ PLOTS = {
 }
 # Groups that tell what each part of the proposal does.
 PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability", "warmup")
+# Groups of what answered privately.
+PRIVATE = ("private", "private_with_norm", "private_others")
 # Groups that vary how the same conversion is done.
 WAYS = ("conversion_ways", "conversion_rate")
 # Groups that vary one setting of the proposal, and which.
@@ -183,9 +185,9 @@ def _private(study: Study) -> str:
 One answer to 128 tokens between two processes, and the most likely tokens and the perplexity in the ring (emulated to
 the engine's last bit) beside those in the clear.
 
-{private_table(study)}
+{private_table(study, PRIVATE)}
 
-{describe_origins(run.cost for run in study.group("private"))}.
+{describe_origins(run.cost for group in PRIVATE for run in study.group(group))}.
 """
 
 
@@ -198,7 +200,7 @@ SECTIONS = {
     tuple(VARIED): _penalty,
     ("deeper", "longer"): _larger,
     ("conversion",): _conversion,
-    ("private",): _private,
+    PRIVATE: _private,
 }
 
 

@@ -104,10 +104,8 @@ def above(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> float:
 def ladder_table(study: Study) -> str:
     """The main architectures: quality, heads, price."""
     ladder = by_notation(study.group("ladder"))
-    costs = {run.notation: run.cost for run in study.group("private")}
     rows = []
     for notation, runs in ladder.items():
-        cost = costs.get(notation)
         trained = list_trained(runs)
         rows.append(
             (
@@ -120,7 +118,7 @@ def ladder_table(study: Study) -> str:
                 _mean_cell(map(_bits_per_byte, trained), ".3f"),
                 *_head_cells(runs),
                 _mean_cell((run.seconds_per_step for run in trained), ".2f"),
-                "" if cost is None else f"{cost.total_bytes / 1e6:.1f}",
+                _private_cell(study, runs),
                 f"{gpt2_bytes(notation) / 1e9:.2f}",
             )
         )
@@ -177,13 +175,14 @@ def others_table(study: Study, groups: Sequence[str]) -> str:
         (
             *_quality_cells(run, baseline),
             _paper_above(run.notation),
+            _private_cell(study, [run]),
             f"{gpt2_bytes(gpt2_notation(run)) / 1e9:.2f}",
             run.diverged or "",
         )
         for group in groups
         for run in study.group(group)
     ]
-    return markdown_table((*QUALITY_HEADINGS, "paper", "GPT-2 small, GB", "remark"), rows)
+    return markdown_table((*QUALITY_HEADINGS, "paper", "private MB", "GPT-2 small, GB", "remark"), rows)
 
 
 def parts_table(study: Study, groups: Sequence[str]) -> str:
@@ -264,7 +263,7 @@ def ways_table(study: Study, groups: Sequence[str]) -> str:
     return markdown_table(headings, rows)
 
 
-def private_table(study: Study) -> str:
+def private_table(study: Study, groups: Sequence[str]) -> str:
     """What private answers cost and how they agree."""
     rows = [
         (
@@ -277,7 +276,8 @@ def private_table(study: Study) -> str:
             f"{run.agreement.perplexity:.3f}",
             f"{run.agreement.private_perplexity:.3f}",
         )
-        for run in study.group("private")
+        for group in groups
+        for run in study.group(group)
     ]
     headings = ("architecture", "MB", "rounds", "s", "same token", "largest error", "ppl", "private ppl")
     return markdown_table(headings, rows)
@@ -303,6 +303,13 @@ def _above_cell(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> str:
     seeds = {run.settings["seed"] for run in runs}
     reference = [run for run in reference if run.settings["seed"] in seeds]
     return f"{above(runs, reference):+.1%}" if _nats(runs, "test") and _nats(reference, "test") else ""
+
+
+def _private_cell(study: Study, runs: Sequence[StudyRun]) -> str:
+    """What one of these took for a private answer."""
+    names = {run.name for run in runs}
+    costs = [run.cost for run in study.runs.values() if run.cost is not None and run.source in names]
+    return f"{costs[0].total_bytes / 1e6:.1f}" if costs else ""
 
 
 def _list_changes(run: StudyRun, other: StudyRun) -> str:

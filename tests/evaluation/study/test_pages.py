@@ -8,7 +8,18 @@ import shutil
 import pytest
 
 from evaluation.readme import README
-from evaluation.study.page import CARDS, PAGE, PICTURES, RECORD, conditions, gain_text, study_page, write, write_cards
+from evaluation.study.page import (
+    CARDS,
+    PAGE,
+    PICTURES,
+    PRIVATE,
+    RECORD,
+    conditions,
+    gain_text,
+    study_page,
+    write,
+    write_cards,
+)
 from evaluation.study.pictures import find_crossing
 from evaluation.study.records import Study
 from evaluation.study.tables import (
@@ -23,6 +34,7 @@ from evaluation.study.tables import (
     settings_table,
     ways_table,
 )
+from tests.evaluation.example_results import example_cost
 
 from .example_study import make_run, make_study
 
@@ -56,7 +68,7 @@ def test_seeds_that_diverged_are_told():
     expected = f"{nats:.2f} ± {nats * math.sqrt(0.005):.2f} (1 of 3 diverged)"
     assert row(ladder_table(study), "`SM+ScFuFFN`")[3] == expected
     study = make_study(ladder=BASELINE, others=[make_run("SM", None)])
-    assert row(others_table(study, ["others"]), "`SM`")[1::6] == ["diverged", "the loss is nan"]
+    assert row(others_table(study, ["others"]), "`SM`")[1::7] == ["diverged", "the loss is nan"]
 
 
 def test_orders_hold_beyond_the_spread_alone():
@@ -127,6 +139,13 @@ def test_the_crossing_lies_between_two_amounts_of_healing():
     tokens, nats = find_crossing(scratch, converted)
     assert (tokens / 1024, nats) == (pytest.approx(30), pytest.approx(3.0))
     assert find_crossing(scratch, converted[:2]) is None
+
+
+def test_what_answered_privately_shows_what_it_took():
+    other, answered = make_run("SM+R", 3.2), make_run("SM+R", 3.2, max_steps=1)
+    answered.source, answered.cost = other.name, example_cost(total_bytes=12_340_000)
+    study = make_study(ladder=LADDER, others=[other, make_run("SM", 3.3)], private_others=[answered])
+    assert [row(others_table(study, ["others"]), name)[-3] for name in ("`SM+R`", "`SM`")] == ["12.3", ""]
 
 
 def test_prices_fall_with_what_is_left_out():
@@ -202,7 +221,8 @@ def test_the_cards_of_the_study_are_those_of_its_models(tmp_path):
     write_cards(folder=tmp_path)
     fresh = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert {path.name: path.read_text() for path in CARDS.iterdir()} == fresh, "run: python -m evaluation.study.page"
-    assert fresh.keys() == {f"{run.source}.md" for run in Study.load(RECORD).group("private")}
+    study = Study.load(RECORD)
+    assert fresh.keys() == {f"{run.source}.md" for group in PRIVATE for run in study.group(group)}
 
 
 def test_committed_runs_are_of_commits_without_changes():
