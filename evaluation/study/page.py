@@ -48,7 +48,7 @@ PLOTS = {
     "conversion": (plot_conversion, "conversion"),
 }
 # Groups that tell what each part of the proposal does.
-PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability", "warmup")
+PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability", "causes")
 # Groups of what answered privately.
 PRIVATE = ("private", "private_with_norm", "private_others")
 # Groups that vary how the same conversion is done.
@@ -120,8 +120,21 @@ def _rates(study: Study) -> str:
 Validation perplexity of the first seed, by which the rate was chosen for each architecture. "Diverged": the guard
 ended the training, since the loss or the gradient ran away.
 
-{rates_table(study)}
+{rates_table(study, "learning_rates")}
 """
+
+
+def _warm(study: Study) -> str:
+    share = study.group("warm_rates")[0].settings["warmup_steps"]
+    ladder = f"{ladder_table(study, 'warm_ladder')}\n" if study.group("warm_ladder") else ""
+    return f"""## With a longer warm-up
+
+The same architectures, with the learning rate rising for {share:.0%} of the steps where the paper has 5%,
+and a higher one to choose from. Validation perplexity of the first seed, and what came of the best rate:
+
+{rates_table(study, "warm_rates")}
+
+{ladder}"""
 
 
 def _parts(study: Study) -> str:
@@ -195,6 +208,7 @@ the engine's last bit) beside those in the clear.
 SECTIONS = {
     ("ladder",): _main,
     ("learning_rates",): _rates,
+    ("warm_rates",): _warm,
     PARTS: _parts,
     ("others_with_norm", "others", "static_weights"): _others,
     tuple(VARIED): _penalty,

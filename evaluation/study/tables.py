@@ -21,6 +21,7 @@ from .records import Study, StudyRun
 
 BASELINE, PROPOSAL = "SM+LN+G", "EReg(SM(t)+ScFuFFN)"
 FUSED, UNREGULARIZED = "SM+ScFuFFN", "SM(t)+ScFuFFN"
+LADDER = "ladder"  # the group that all else is held against
 GPT2_VOCABULARY = 50257
 # Perplexities of the paper (tables 2 and 4, CodeParrot, T=128), GPT-2 small.
 PAPER = {
@@ -101,9 +102,9 @@ def above(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> float:
     return math.expm1(mean_nats(runs) - mean_nats(reference))
 
 
-def ladder_table(study: Study) -> str:
+def ladder_table(study: Study, group: str = LADDER) -> str:
     """The main architectures: quality, heads, price."""
-    ladder = by_notation(study.group("ladder"))
+    ladder = by_notation(study.group(group))
     rows = []
     for notation, runs in ladder.items():
         trained = list_trained(runs)
@@ -118,7 +119,7 @@ def ladder_table(study: Study) -> str:
                 _mean_cell(map(_bits_per_byte, trained), ".3f"),
                 *_head_cells(runs),
                 _mean_cell((run.seconds_per_step for run in trained), ".2f"),
-                _private_cell(study, runs),
+                _private_cell(study, notation),
                 f"{gpt2_bytes(notation) / 1e9:.2f}",
             )
         )
@@ -129,10 +130,10 @@ def ladder_table(study: Study) -> str:
     return markdown_table(headings, rows)
 
 
-def rates_table(study: Study) -> str:
+def rates_table(study: Study, group: str) -> str:
     """Validation perplexity of each architecture at each learning rate: what the rate was chosen by."""
     by_rate: dict[float, dict[str, StudyRun]] = {}
-    for run in study.group("learning_rates"):
+    for run in study.group(group):
         by_rate.setdefault(run.settings["learning_rate"], {})[run.notation] = run
     rows = [
         (
@@ -142,14 +143,14 @@ def rates_table(study: Study) -> str:
                 for runs in by_rate.values()
             ),
         )
-        for notation in by_notation(study.group("learning_rates"))
+        for notation in by_notation(study.group(group))
     ]
     return markdown_table(("architecture", *(f"{rate:g}" for rate in by_rate)), rows)
 
 
 def order_table(study: Study) -> str:
     """Each pair of architectures of which the paper has perplexities: is the same one better here?"""
-    groups = ("others_with_norm", "others", "static_weights", "ladder")
+    groups = ("others_with_norm", "others", "static_weights", LADDER)
     runs = by_notation(run for group in groups for run in study.group(group))
     known = sorted((notation for notation in runs if not math.isnan(PAPER.get(notation, math.nan))), key=PAPER.get)
     rows = []
@@ -170,12 +171,12 @@ def order_table(study: Study) -> str:
 
 def others_table(study: Study, groups: Sequence[str]) -> str:
     """Architectures with one seed, beside the baseline of the ladder."""
-    baseline = by_notation(study.group("ladder")).get(BASELINE, [])
+    baseline = by_notation(study.group(LADDER)).get(BASELINE, [])
     rows = [
         (
             *_quality_cells(run, baseline),
             _paper_above(run.notation),
-            _private_cell(study, [run]),
+            _private_cell(study, run.notation),
             f"{gpt2_bytes(gpt2_notation(run)) / 1e9:.2f}",
             run.diverged or "",
         )
@@ -187,7 +188,7 @@ def others_table(study: Study, groups: Sequence[str]) -> str:
 
 def parts_table(study: Study, groups: Sequence[str]) -> str:
     """Architectures with parts of the proposal, beside the baseline of the ladder."""
-    ladder = by_notation(study.group("ladder"))
+    ladder = by_notation(study.group(LADDER))
     (proposal, *_), baseline = ladder[PROPOSAL], ladder[BASELINE]
     rows = []
     for runs in alike([run for group in groups for run in study.group(group)], *(proposal.settings.keys() - {"seed"})):
@@ -231,7 +232,7 @@ def settings_table(study: Study, groups: dict[str, str]) -> str:
 
 def conversion_table(study: Study) -> str:
     """Converted models by what they are and what they were healed with, beside training from scratch."""
-    ladder = by_notation(study.group("ladder"))
+    ladder = by_notation(study.group(LADDER))
     rows = [_conversion_row(f"{notation}, from scratch", ladder[notation], 0) for notation in (BASELINE, PROPOSAL)]
     for runs in alike([*study.group("scratch"), *study.group("scratch_baseline")], "notation", "max_steps"):
         rows.append(_conversion_row(f"{runs[0].notation}, from scratch", runs, 0))
@@ -305,10 +306,9 @@ def _above_cell(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> str:
     return f"{above(runs, reference):+.1%}" if _nats(runs, "test") and _nats(reference, "test") else ""
 
 
-def _private_cell(study: Study, runs: Sequence[StudyRun]) -> str:
-    """What one of these took for a private answer."""
-    names = {run.name for run in runs}
-    costs = [run.cost for run in study.runs.values() if run.cost is not None and run.source in names]
+def _private_cell(study: Study, notation: str) -> str:
+    """What a private answer took, of a model of this architecture."""
+    costs = [run.cost for run in study.runs.values() if run.cost is not None and run.notation == notation]
     return f"{costs[0].total_bytes / 1e6:.1f}" if costs else ""
 
 

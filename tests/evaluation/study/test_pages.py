@@ -81,7 +81,7 @@ def test_orders_hold_beyond_the_spread_alone():
 
 def test_rates_are_told_with_those_at_which_models_diverge():
     runs = [make_run("SM", 3.0, learning_rate=1e-3), make_run("SM", None, learning_rate=2e-3)]
-    table = rates_table(make_study(learning_rates=[*runs, make_run("SM+R", 3.1, learning_rate=2e-3)]))
+    table = rates_table(make_study(rates=[*runs, make_run("SM+R", 3.1, learning_rate=2e-3)]), "rates")
     assert table.splitlines()[0] == "| architecture | 0.001 | 0.002 |"
     assert row(table, "`SM`")[1:] == [f"{math.exp(2.0):.2f}", "diverged"]
     assert row(table, "`SM+R`")[1:] == ["", f"{math.exp(2.1):.2f}"]
