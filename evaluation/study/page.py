@@ -8,14 +8,16 @@ from evaluation.model_card import model_card
 from evaluation.readme import README, ROOT, replace_block
 from evaluation.results import load_results
 
-from .pictures import plot_conversion, plot_heads, plot_pareto, plot_tolerance
+from .pictures import plot_conversion, plot_heads, plot_others, plot_pareto, plot_tolerance
 from .records import Study
 from .tables import (
     BASELINE,
     FUSED,
+    LADDER,
     PAPER_GAIN,
     PROPOSAL,
     UNREGULARIZED,
+    WARM,
     above,
     by_notation,
     conversion_table,
@@ -42,13 +44,16 @@ PICTURES = ROOT / "docs" / "study"
 BLOCK = "study"
 # Pictures, and the group of which more than one run is needed to draw something.
 PLOTS = {
-    "pareto": (plot_pareto, "ladder"),
-    "heads": (plot_heads, "ladder"),
+    "pareto": (plot_pareto, WARM),
+    "others": (plot_others, "others"),
+    "heads": (plot_heads, LADDER),
     "tolerance": (plot_tolerance, "tolerance"),
     "conversion": (plot_conversion, "conversion"),
 }
 # Groups that tell what each part of the proposal does.
-PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability", "causes")
+PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability")
+# Groups of other architectures, with one seed.
+OTHERS = ("others_with_norm", "others", "static_weights")
 # Groups of what answered privately.
 PRIVATE = ("private", "private_with_norm", "private_others")
 # Groups that vary how the same conversion is done.
@@ -72,9 +77,12 @@ def study_page(study: Study) -> str:
     Raises:
         `ValueError`: If the baseline or the proposal, which all is held against, is not measured.
     """
-    trained = {run.notation for run in list_trained(study.group("ladder"))}
-    if lacking := sorted({BASELINE, PROPOSAL} - trained):
-        raise ValueError(f"{lacking[0]} is not measured, and there is nothing to show without: run --only ladder.")
+    for group in (LADDER, WARM):
+        trained = {run.notation for run in list_trained(study.group(group))}
+        if lacking := sorted({BASELINE, PROPOSAL} - trained):
+            raise ValueError(
+                f"{lacking[0]} is not measured, and there is nothing to show without: run --only {group}."
+            )
     missing = ", ".join(
         f"{group} ({count})" for group, count in study.missing.items() if not group.startswith("smoke")
     )
@@ -87,7 +95,7 @@ def study_page(study: Study) -> str:
 
 
 def _main(study: Study) -> str:
-    seeds = len(by_notation(study.group("ladder"))[PROPOSAL])
+    seeds = len(by_notation(study.group(LADDER))[PROPOSAL])
     return f"""## The main architectures
 
 {ladder_table(study)}
@@ -99,9 +107,7 @@ small, 2.1 billion tokens of CodeParrot). Overloaded are heads with a mean entro
 uniform attention has. Seconds a step are as they came, with other runs beside each. Private megabytes were measured
 between two processes, of one answer to 128 tokens; those of GPT-2 small are predicted.
 
-![Test perplexity against private bytes](study/pareto.png)
-
-{gain_text(study)}
+{gain_text(study, LADDER)}
 
 ![Mean entropy of every head](study/heads.png)
 
@@ -110,7 +116,7 @@ between two processes, of one answer to 128 tokens; those of GPT-2 small are pre
 Architectures from best to worst as the paper has them, each with the next. "Undecided" is a difference of less than
 twice its standard error, which is that of the seeds on each side, and tells nothing of other text or other rates.
 
-{order_table(study)}
+{order_table(study, (*OTHERS, LADDER))}
 """
 
 
@@ -125,16 +131,28 @@ ended the training, since the loss or the gradient ran away.
 
 
 def _warm(study: Study) -> str:
+    causes = f"""LayerNorm without an FFN's non-linearity, and the proposal with one:
+
+{parts_table(study, ("causes",), WARM)}
+"""
     share = study.group("warm_rates")[0].settings["warmup_steps"]
-    ladder = f"{ladder_table(study, 'warm_ladder')}\n" if study.group("warm_ladder") else ""
     return f"""## With a longer warm-up
 
-The same architectures, with the learning rate rising for {share:.0%} of the steps where the paper has 5%,
-and a higher one to choose from. Validation perplexity of the first seed, and what came of the best rate:
+The same architectures, with the learning rate rising for {share:.0%} of the steps where the paper has 5%:
+
+{ladder_table(study, WARM)}
+
+![Test perplexity against private bytes](study/pareto.png)
+
+{gain_text(study, WARM)}
+
+{order_table(study, (WARM,))}
+
+Validation perplexity of the first seed, by which the rate was chosen:
 
 {rates_table(study, "warm_rates")}
 
-{ladder}"""
+{causes if study.group("causes") else ""}"""
 
 
 def _parts(study: Study) -> str:
@@ -148,13 +166,15 @@ proposal takes. "Above GPT-2": above {BASELINE} as the ladder has it, with the s
 
 
 def _others(study: Study) -> str:
+    picture = "![Test perplexity against private bytes, of these and of what was converted](study/others.png)\n"
     return f"""## Other architectures
 
 One seed each: a direction and no more. The price of a pruned model is that of GPT-2 small with the same part of its
 FFNs pruned.
 
-{others_table(study, ("others_with_norm", "others", "static_weights"))}
-"""
+{others_table(study, OTHERS)}
+
+{picture if len(study.group("others")) > 1 else ""}"""
 
 
 def _penalty(study: Study) -> str:
@@ -206,11 +226,11 @@ the engine's last bit) beside those in the clear.
 
 # What is shown of which groups, as soon as one of them has two runs to compare.
 SECTIONS = {
-    ("ladder",): _main,
+    (LADDER,): _main,
     ("learning_rates",): _rates,
-    ("warm_rates",): _warm,
+    (WARM,): _warm,
     PARTS: _parts,
-    ("others_with_norm", "others", "static_weights"): _others,
+    OTHERS: _others,
     tuple(VARIED): _penalty,
     ("deeper", "longer"): _larger,
     ("conversion",): _conversion,
@@ -220,7 +240,7 @@ SECTIONS = {
 
 def conditions(study: Study) -> str:
     """What the runs of the ladder have in common, and where they ran."""
-    run = list_trained(study.group("ladder"))[0]
+    run = list_trained(study.group(LADDER))[0]
     told, validation = run.settings, run.validation
     measured = validation.conditions
     tests = "; ".join(result.conditions.corpus_revision for result in run.test.values())
@@ -236,9 +256,9 @@ def conditions(study: Study) -> str:
     )
 
 
-def gain_text(study: Study) -> str:
+def gain_text(study: Study, group: str) -> str:
     """What temperatures and penalty are worth, beside the paper; nothing as long as one of them is not measured."""
-    ladder = by_notation(list_trained(study.group("ladder")))
+    ladder = by_notation(list_trained(study.group(group)))
     if not {FUSED, UNREGULARIZED, PROPOSAL} <= ladder.keys():
         return ""
     both, penalty = (above(ladder[PROPOSAL], ladder[other]) for other in (FUSED, UNREGULARIZED))
@@ -251,14 +271,14 @@ def gain_text(study: Study) -> str:
 
 
 def readme_text(study: Study) -> str:
-    """What the README shows: the main architectures, and what they are worth."""
+    """What the README shows: the main architectures, each at its best, and what they are worth."""
     return "\n\n".join(
         filter(
             None,
             (
-                ladder_table(study),
+                ladder_table(study, WARM),
                 conditions(study),
-                gain_text(study),
+                gain_text(study, WARM),
                 "![Test perplexity against private bytes](docs/study/pareto.png)",
             ),
         )

@@ -15,8 +15,10 @@ from evaluation.run_plots import RUN_COLORS
 from .records import Study, StudyRun
 from .tables import (
     BASELINE,
+    LADDER,
     PROPOSAL,
     UNREGULARIZED,
+    WARM,
     alike,
     by_notation,
     gpt2_bytes,
@@ -34,9 +36,18 @@ SCRATCH_COLOR, OWN_COLOR, ALL_COLOR, BASELINE_COLOR = RUN_COLORS[0], RUN_COLORS[
 
 
 def plot_pareto(study: Study, path: Path):
-    """Test perplexity against what a private inference of GPT-2 small sends, of all that was trained."""
+    """Test perplexity against what a private inference of GPT-2 small sends, of the main architectures."""
+    _plot_tradeoff(study, (WARM,), path)
+
+
+def plot_others(study: Study, path: Path):
+    """The same of all that was trained with the paper's warm-up, and of what was converted."""
+    groups = (LADDER, "others_with_norm", "others", "static_weights", "conversion", "conversion_targets")
+    _plot_tradeoff(study, groups, path)
+
+
+def _plot_tradeoff(study: Study, groups: Sequence[str], path: Path):
     names, costs, perplexities = [], [], []
-    groups = ("ladder", "others_with_norm", "others", "static_weights", "conversion", "conversion_targets")
     runs = list_trained(run for group in groups for run in study.group(group))
     longest = max((run.settings["heal_steps"] for run in runs if run.source), default=0)
     kept = [run for run in runs if run.source is None or run.settings["heal_steps"] == longest]
@@ -54,7 +65,7 @@ def plot_conversion(study: Study, path: Path):
     """Test perplexity against tokens: trained from scratch, and converted, without and with the teacher's tokens."""
     figure = Figure(figsize=(7.4, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot(xlabel="tokens (millions)", ylabel=f"test perplexity of {PROPOSAL}")
-    ladder = by_notation(study.group("ladder"))
+    ladder = by_notation(study.group(LADDER))
     scratch = alike(list_trained([*ladder[PROPOSAL], *study.group("scratch")]), "max_steps")
     converted = alike(list_trained(study.group("conversion")), "heal_steps")
     teacher = teacher_tokens(study, study.group("conversion"))
@@ -101,7 +112,7 @@ def find_crossing(scratch: Sequence[Sequence[StudyRun]], converted: Sequence[Seq
 
 def plot_heads(study: Study, path: Path):
     """Mean entropy of every head of the main architectures, of the first seed each."""
-    firsts = [runs[0] for runs in by_notation(study.group("ladder")).values() if runs[0].heads is not None]
+    firsts = [runs[0] for runs in by_notation(study.group(LADDER)).values() if runs[0].heads is not None]
     figure = Figure(figsize=(PANEL[0] * len(firsts) + 1, PANEL[1]), dpi=DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(1, len(firsts), squeeze=False)[0]
     maximum = firsts[0].heads.maximum
@@ -116,7 +127,7 @@ def plot_heads(study: Study, path: Path):
 def plot_tolerance(study: Study, path: Path):
     """Test perplexity and mean entropy against the tolerance of the penalty, beside the model without a penalty."""
     runs = sorted(list_trained(study.group("tolerance")), key=lambda run: run.settings["entropy_tolerance"])
-    without = list_trained(by_notation(study.group("ladder")).get(UNREGULARIZED, []))[:1]
+    without = list_trained(by_notation(study.group(LADDER)).get(UNREGULARIZED, []))[:1]
     figure = Figure(figsize=(8.4, 3.6), dpi=DOTS_PER_INCH, layout="constrained")
     left, right = figure.subplots(1, 2)
     tolerances = [run.settings["entropy_tolerance"] for run in runs]

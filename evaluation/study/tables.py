@@ -21,7 +21,8 @@ from .records import Study, StudyRun
 
 BASELINE, PROPOSAL = "SM+LN+G", "EReg(SM(t)+ScFuFFN)"
 FUSED, UNREGULARIZED = "SM+ScFuFFN", "SM(t)+ScFuFFN"
-LADDER = "ladder"  # the group that all else is held against
+# Groups of the main architectures: with the paper's warm-up, which most is held against, and with a longer one.
+LADDER, WARM = "ladder", "warm_ladder"
 GPT2_VOCABULARY = 50257
 # Perplexities of the paper (tables 2 and 4, CodeParrot, T=128), GPT-2 small.
 PAPER = {
@@ -148,9 +149,8 @@ def rates_table(study: Study, group: str) -> str:
     return markdown_table(("architecture", *(f"{rate:g}" for rate in by_rate)), rows)
 
 
-def order_table(study: Study) -> str:
+def order_table(study: Study, groups: Sequence[str]) -> str:
     """Each pair of architectures of which the paper has perplexities: is the same one better here?"""
-    groups = ("others_with_norm", "others", "static_weights", LADDER)
     runs = by_notation(run for group in groups for run in study.group(group))
     known = sorted((notation for notation in runs if not math.isnan(PAPER.get(notation, math.nan))), key=PAPER.get)
     rows = []
@@ -186,9 +186,9 @@ def others_table(study: Study, groups: Sequence[str]) -> str:
     return markdown_table((*QUALITY_HEADINGS, "paper", "private MB", "GPT-2 small, GB", "remark"), rows)
 
 
-def parts_table(study: Study, groups: Sequence[str]) -> str:
-    """Architectures with parts of the proposal, beside the baseline of the ladder."""
-    ladder = by_notation(study.group(LADDER))
+def parts_table(study: Study, groups: Sequence[str], reference: str = LADDER) -> str:
+    """Architectures with parts of the proposal, beside the baseline of a ladder."""
+    ladder = by_notation(study.group(reference))
     (proposal, *_), baseline = ladder[PROPOSAL], ladder[BASELINE]
     rows = []
     for runs in alike([run for group in groups for run in study.group(group)], *(proposal.settings.keys() - {"seed"})):

@@ -74,7 +74,7 @@ def test_seeds_that_diverged_are_told():
 def test_orders_hold_beyond_the_spread_alone():
     runs = [*BASELINE, *(make_run("SM+LN+R", nats, seed=seed) for seed, nats in enumerate((3.01, 3.11, 3.21)))]
     worse = [make_run("SM+R", 3.0), make_run("SM+ScFuFFN", 9.0), make_run("SM+ScFuFFN", 9.1, seed=1)]
-    table = order_table(make_study(ladder=[*runs, *worse[1:]], others=worse[:1]))
+    table = order_table(make_study(ladder=[*runs, *worse[1:]], others=worse[:1]), ("others", "ladder"))
     verdicts = [line.rsplit("|", 2)[1].strip() for line in table.splitlines()[2:]]
     assert verdicts == ["undecided", "one seed: no", "one seed: yes"]
 
@@ -153,7 +153,7 @@ def test_prices_fall_with_what_is_left_out():
 
 
 def test_the_page_tells_what_is_missing():
-    study = make_study(ladder=LADDER)
+    study = make_study(ladder=LADDER, warm_ladder=LADDER)
     study.missing = {"tolerance": 6, "smoke_private": 2}
     text = study_page(study)
     assert "Not measured yet, rows of each group: tolerance (6).\n" in text
@@ -161,7 +161,9 @@ def test_the_page_tells_what_is_missing():
     assert "## What the penalty" not in text
     for lacking in ([], BASELINE, PROPOSAL, [*BASELINE, make_run("EReg(SM(t)+ScFuFFN)", None)]):
         with pytest.raises(ValueError, match="--only ladder"):
-            study_page(make_study(ladder=lacking))
+            study_page(make_study(ladder=lacking, warm_ladder=LADDER))
+        with pytest.raises(ValueError, match="--only warm_ladder"):
+            study_page(make_study(ladder=LADDER, warm_ladder=lacking))
 
 
 def test_conditions_name_every_commit_once():
@@ -176,13 +178,13 @@ def test_conditions_name_every_commit_once():
 
 
 def test_what_the_penalty_is_worth_is_told_with_its_error():
-    told = gain_text(make_study(ladder=LADDER))
+    told = gain_text(make_study(warm=LADDER), "warm")
     assert f"that of SM(t)+ScFuFFN by {math.expm1(-0.1):+.1%}, with a standard error of" in told
     assert f"of {math.exp(-0.1) * 0.1 * math.sqrt(2 / 3):.1%}." in told
-    one_seed = make_study(ladder=[*BASELINE, *FUSED, *TEMPERED, PROPOSAL[0]])
-    assert gain_text(one_seed).endswith("%.") and "nan" not in gain_text(one_seed)
+    one_seed = make_study(warm=[*BASELINE, *FUSED, *TEMPERED, PROPOSAL[0]])
+    assert gain_text(one_seed, "warm").endswith("%.") and "nan" not in gain_text(one_seed, "warm")
     diverged = [make_run(run.notation, None) for run in TEMPERED[:1]]
-    assert gain_text(make_study(ladder=[*BASELINE, *FUSED, *diverged, *PROPOSAL])) == ""
+    assert gain_text(make_study(warm=[*BASELINE, *FUSED, *diverged, *PROPOSAL]), "warm") == ""
 
 
 def test_everything_is_drawn(tmp_path):
@@ -194,16 +196,17 @@ def test_everything_is_drawn(tmp_path):
     scratch = [make_run("EReg(SM(t)+ScFuFFN)", 3.1, max_steps=150)]
     others = [make_run("SM+R", 3.2), make_run("SM", None)]
     study = make_study(ladder=LADDER, conversion=converted, scratch=scratch, tolerance=tolerances, others=others)
+    study.groups["warm_ladder"] = study.groups["ladder"][1:]
     study.save(tmp_path / "study.json")
     for page in ("README.md", "study.md"):
         (tmp_path / page).write_text("By hand.\n<!-- study: begin -->\n<!-- study: end -->\nBy hand too.\n")
     write(tmp_path / "study.json", tmp_path / "study.md", tmp_path / "pictures", tmp_path / "README.md")
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
-        *("pareto.png", "heads.png", "tolerance.png", "conversion.png")
+        *("pareto.png", "others.png", "heads.png", "tolerance.png", "conversion.png")
     }
     for page in ("README.md", "study.md"):
         text = (tmp_path / page).read_text()
-        assert ladder_table(study) in text
+        assert ladder_table(study, "warm_ladder") in text
         assert text.startswith("By hand.\n<!--")
         assert text.endswith("-->\nBy hand too.\n")
 
