@@ -135,7 +135,7 @@ def _warm(study: Study) -> str:
 
 {parts_table(study, ("causes",), WARM)}
 """
-    share = study.group("warm_rates")[0].settings["warmup_steps"]
+    share = study.group(WARM)[0].settings["warmup_steps"]
     return f"""## With a longer warm-up
 
 The same architectures, with the learning rate rising for {share:.0%} of the steps where the paper has 5%:

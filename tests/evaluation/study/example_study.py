@@ -22,7 +22,8 @@ def make_run(notation: str, nats: float | None, source: StudyRun | None = None, 
     """A trained or converted run; without nats, one that diverged."""
     settings = {
         **{"notation": notation, "learning_rate": 1e-3, "seed": 0, "context": 128, "n_layer": 6, "n_head": 6},
-        **{"n_embd": 192, "dataset": "python-stdlib", "max_steps": 100, "per_device_train_batch_size": 8},
+        **{"n_embd": 192, "dataset": "python-stdlib", "max_steps": 100, "warmup_steps": 0.2},
+        "per_device_train_batch_size": 8,
         **settings,
     }
     name = "-".join(map(str, [notation, nats, *settings.values()]))
