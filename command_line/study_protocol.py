@@ -132,11 +132,10 @@ class Protocol:
         for beginning in only:
             if not any(group.startswith(beginning) for group in groups):
                 raise CommandError(f"--only {beginning}: no group's name begins so. There are {', '.join(groups)}.")
-        chosen = [
-            row
-            for row in self.rows
-            if (row.group.startswith(tuple(only)) if only else not row.group.startswith("smoke"))
-        ]
+        if only:
+            chosen = [row for row in self.rows if row.group.startswith(tuple(only))]
+        else:
+            chosen = [row for row in self.rows if not row.group.startswith("smoke")]
         found: list[Row] = []
         while chosen:
             found += [row for row in chosen if row not in found]

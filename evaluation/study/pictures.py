@@ -1,6 +1,7 @@
 """The study's pictures, out of its record alone."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from .tables import (
     WARM,
     alike,
     by_notation,
+    error_of,
     gpt2_bytes,
     gpt2_notation,
     list_trained,
     mean_nats,
+    same_seeds,
     spread_of,
     teacher_tokens,
 )
@@ -41,7 +44,7 @@ def plot_pareto(study: Study, path: Path):
 
 
 def plot_others(study: Study, path: Path):
-    """The same of all that was trained with the paper's warm-up, and of what was converted."""
+    """The same of the main architectures with the paper's warm-up, of the others, and of what was converted."""
     groups = (LADDER, "others_with_norm", "others", "static_weights", "conversion", "conversion_targets")
     _plot_tradeoff(study, groups, path)
 
@@ -97,22 +100,25 @@ def plot_conversion(study: Study, path: Path):
 
 def find_crossing(scratch: Sequence[Sequence[StudyRun]], converted: Sequence[Sequence[StudyRun]]):
     """
-    Where a converted model is as good as the shortest training from scratch, between two amounts of healing.
+    Where a converted model is as good as the shortest training from scratch, between two amounts of healing, by the
+    seeds that all three have; where the longer healing ends up better by at least twice the standard error of that.
 
     Returns:
-        `tuple[float, float]`: Its own tokens, and nats of a test token; `None` if it is on one side all the time.
+        `tuple[float, float]`: Its own tokens, and nats of a test token; `None` if there is no such place.
     """
-    goal = mean_nats(scratch[0])
-    points = [(runs[0].tokens, mean_nats(runs)) for runs in converted]
-    for (tokens, nats), (more, less) in itertools.pairwise(points):
-        if nats > goal >= less:
-            return tokens + (nats - goal) / (nats - less) * (more - tokens), goal
+    for fewer, more in itertools.pairwise(converted):
+        seeds = same_seeds(scratch[0], fewer, more)
+        goal, before, after = map(mean_nats, seeds)
+        error = math.hypot(error_of(seeds[0]), error_of(seeds[2]))
+        if before > goal > after + 2 * error:
+            share = (before - goal) / (before - after)
+            return fewer[0].tokens + share * (more[0].tokens - fewer[0].tokens), goal
     return None
 
 
 def plot_heads(study: Study, path: Path):
     """Mean entropy of every head of the main architectures, of the first seed each."""
-    firsts = [runs[0] for runs in by_notation(study.group(LADDER)).values() if runs[0].heads is not None]
+    firsts = [runs[0] for runs in by_notation(study.group(WARM)).values() if runs[0].heads is not None]
     figure = Figure(figsize=(PANEL[0] * len(firsts) + 1, PANEL[1]), dpi=DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(1, len(firsts), squeeze=False)[0]
     maximum = firsts[0].heads.maximum

@@ -23,6 +23,8 @@ BASELINE, PROPOSAL = "SM+LN+G", "EReg(SM(t)+ScFuFFN)"
 FUSED, UNREGULARIZED = "SM+ScFuFFN", "SM(t)+ScFuFFN"
 # Groups of the main architectures: with the paper's warm-up, which most is held against, and with a longer one.
 LADDER, WARM = "ladder", "warm_ladder"
+# Groups of what answered privately.
+PRIVATE = ("private", "private_with_norm", "private_others")
 GPT2_VOCABULARY = 50257
 # Perplexities of the paper (tables 2 and 4, CodeParrot, T=128), GPT-2 small.
 PAPER = {
@@ -99,11 +101,21 @@ def perplexity_cell(runs: Sequence[StudyRun], text: str = "test") -> str:
 
 
 def above(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> float:
-    """By how much the perplexity is above another's, as a share of that."""
-    return math.expm1(mean_nats(runs) - mean_nats(reference))
+    """By how much the perplexity is above another's, as a share of that; NaN if all of one of them diverged."""
+    return (
+        math.expm1(mean_nats(runs) - mean_nats(reference))
+        if _nats(runs, "test") and _nats(reference, "test")
+        else math.nan
+    )
 
 
-def ladder_table(study: Study, group: str = LADDER) -> str:
+def same_seeds(*groups: Sequence[StudyRun]) -> list[list[StudyRun]]:
+    """Of each group, the runs of those seeds that diverged in none of them."""
+    common = set.intersection(*({run.settings["seed"] for run in list_trained(runs)} for runs in groups))
+    return [[run for run in list_trained(runs) if run.settings["seed"] in common] for runs in groups]
+
+
+def ladder_table(study: Study, group: str) -> str:
     """The main architectures: quality, heads, price."""
     ladder = by_notation(study.group(group))
     rows = []
@@ -115,7 +127,7 @@ def ladder_table(study: Study, group: str = LADDER) -> str:
                 f"{runs[0].settings['learning_rate']:g}",
                 perplexity_cell(runs, "validation"),
                 perplexity_cell(runs),
-                _above_cell(runs, ladder.get(BASELINE, [])),
+                _above_cell(runs, ladder[BASELINE]),
                 _paper_above(notation),
                 _mean_cell(map(_bits_per_byte, trained), ".3f"),
                 *_head_cells(runs),
@@ -186,7 +198,7 @@ def others_table(study: Study, groups: Sequence[str]) -> str:
     return markdown_table((*QUALITY_HEADINGS, "paper", "private MB", "GPT-2 small, GB", "remark"), rows)
 
 
-def parts_table(study: Study, groups: Sequence[str], reference: str = LADDER) -> str:
+def parts_table(study: Study, groups: Sequence[str], reference: str) -> str:
     """Architectures with parts of the proposal, beside the baseline of a ladder."""
     ladder = by_notation(study.group(reference))
     (proposal, *_), baseline = ladder[PROPOSAL], ladder[BASELINE]
@@ -199,7 +211,7 @@ def parts_table(study: Study, groups: Sequence[str], reference: str = LADDER) ->
                 _list_changes(runs[0], proposal),
                 str(len(runs)),
                 perplexity_cell(runs),
-                _above_cell(runs, baseline) if list_trained(runs) == runs else "",
+                _above_cell(runs, baseline),
                 *_head_cells(runs),
             )
         )
@@ -236,9 +248,13 @@ def conversion_table(study: Study) -> str:
     rows = [_conversion_row(f"{notation}, from scratch", ladder[notation], 0) for notation in (BASELINE, PROPOSAL)]
     for runs in alike([*study.group("scratch"), *study.group("scratch_baseline")], "notation", "max_steps"):
         rows.append(_conversion_row(f"{runs[0].notation}, from scratch", runs, 0))
-    for runs in alike([*study.group("conversion"), *study.group("conversion_targets")], "notation", "heal_steps"):
+    for runs in alike(
+        [*study.group("conversion"), *study.group("conversion_targets")], "notation", "heal_steps", "learning_rate"
+    ):
         rows.append(_conversion_row(f"{runs[0].notation} from {BASELINE}", runs, teacher_tokens(study, runs)))
-    return markdown_table(("model", "own tokens", "with the teacher's", "seeds", "test ppl", "validation ppl"), rows)
+    return markdown_table(
+        ("model", "learning rate", "own tokens", "with the teacher's", "seeds", "test ppl", "validation ppl"), rows
+    )
 
 
 def teacher_tokens(study: Study, runs: Sequence[StudyRun]) -> int:
@@ -251,20 +267,20 @@ def ways_table(study: Study, groups: Sequence[str]) -> str:
     runs = {run.name: run for group in groups for run in study.group(group)}
     rows = [
         (
-            f"{run.tokens:,}",
+            f"{run.settings['heal_steps']:,}",
             "yes" if run.settings["distill"] else "no",
             "nothing" if run.settings["naive"] else "each step",
             f"{run.settings['learning_rate']:g}",
             perplexity_cell([run], "validation"),
             perplexity_cell([run]),
         )
-        for run in sorted(runs.values(), key=lambda run: run.tokens)
+        for run in sorted(runs.values(), key=lambda run: run.settings["heal_steps"])
     ]
-    headings = ("tokens of healing", "distilled", "fitted to text", "learning rate", "validation ppl", "test ppl")
+    headings = ("steps of healing", "distilled", "fitted to text", "learning rate", "validation ppl", "test ppl")
     return markdown_table(headings, rows)
 
 
-def private_table(study: Study, groups: Sequence[str]) -> str:
+def private_table(study: Study) -> str:
     """What private answers cost and how they agree."""
     rows = [
         (
@@ -277,7 +293,7 @@ def private_table(study: Study, groups: Sequence[str]) -> str:
             f"{run.agreement.perplexity:.3f}",
             f"{run.agreement.private_perplexity:.3f}",
         )
-        for group in groups
+        for group in PRIVATE
         for run in study.group(group)
     ]
     headings = ("architecture", "MB", "rounds", "s", "same token", "largest error", "ppl", "private ppl")
@@ -300,15 +316,16 @@ def _head_cells(runs: Iterable[StudyRun]) -> tuple[str, str]:
 
 
 def _above_cell(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> str:
-    """By how much the perplexity is above that of the reference with the same seeds."""
-    seeds = {run.settings["seed"] for run in runs}
-    reference = [run for run in reference if run.settings["seed"] in seeds]
-    return f"{above(runs, reference):+.1%}" if _nats(runs, "test") and _nats(reference, "test") else ""
+    """By how much the perplexity is above that of the reference with the same seeds; nothing if a seed diverged."""
+    if list_trained(runs) != list(runs):
+        return ""
+    share = above(*same_seeds(runs, reference))
+    return "" if math.isnan(share) else f"{share:+.1%}"
 
 
 def _private_cell(study: Study, notation: str) -> str:
     """What a private answer took, of a model of this architecture."""
-    costs = [run.cost for run in study.runs.values() if run.cost is not None and run.notation == notation]
+    costs = [run.cost for group in PRIVATE for run in study.group(group) if run.notation == notation]
     return f"{costs[0].total_bytes / 1e6:.1f}" if costs else ""
 
 
@@ -329,8 +346,9 @@ def _conversion_row(name: str, runs: Sequence[StudyRun], teacher: int) -> tuple[
     own = max(run.tokens for run in runs)
     return (
         name,
-        f"{own:,}",
-        f"{own + teacher:,}",
+        f"{runs[0].settings['learning_rate']:g}",
+        f"{own:,}" if own else "",
+        f"{own + teacher:,}" if own else "",
         str(len(runs)),
         perplexity_cell(runs),
         perplexity_cell(runs, "validation"),
@@ -366,8 +384,8 @@ def _paper_above(notation: str) -> str:
 
 def _verdict(difference: float, error: float) -> str:
     """Whether the order holds; with an error that is not known, of one seed alone."""
-    if math.isnan(difference):
-        return "both diverged"
+    if not math.isfinite(difference):
+        return "diverged"
     if abs(difference) < 2 * error:
         return "undecided"
     return ("one seed: " if math.isnan(error) else "") + ("yes" if difference > 0 else "no")

@@ -22,16 +22,16 @@ def make_run(notation: str, nats: float | None, source: StudyRun | None = None, 
     """A trained or converted run; without nats, one that diverged."""
     settings = {
         **{"notation": notation, "learning_rate": 1e-3, "seed": 0, "context": 128, "n_layer": 6, "n_head": 6},
-        **{"n_embd": 192, "dataset": "python-stdlib", "max_steps": 100, "warmup_steps": 0.2},
+        **{"n_embd": 192, "dataset": "python-stdlib", "max_steps": 100, "warmup_steps": 0.05},
         "per_device_train_batch_size": 8,
         **settings,
     }
     name = "-".join(map(str, [notation, nats, *settings.values()]))
     run = StudyRun(name, CONVERTED if source else TRAINED, settings, source and source.name, notation, 10_000)
-    run.tokens = 1024 * settings.get("heal_steps", settings["max_steps"])
     if nats is None:
         run.diverged = "the loss is nan"
         return run
+    run.tokens = 1024 * settings.get("heal_steps", settings["max_steps"])
     run.seconds_per_step = 0.5
     run.validation = likelihood(nats - 1, "library, the part kept apart")
     run.test = {"networkx": likelihood(nats - 0.1, "networkx"), "sympy": likelihood(nats + 0.1, "sympy")}
