@@ -141,8 +141,8 @@ twice its standard error, which is that of the seeds on each side, and tells not
 def _ladder(study: Study) -> str:
     return f"""## With the paper's warm-up
 
-{_warm_up(study, LADDER)} This is what the protocol asked for before the first run, and all that follows is trained so
-too.
+{_warm_up(study, LADDER)}
+This is what the protocol asked for before the first run, and all that follows is trained so too.
 
 {ladder_table(study, LADDER)}
 
