@@ -185,7 +185,7 @@ def test_the_page_tells_what_is_missing():
     study.missing = {"tolerance": 6, "smoke_private": 2}
     text = study_page(study)
     assert "3 seeds each, and 20% of the steps to warm up.\n" in text
-    assert "3 seeds each, and 5% of the steps to warm up. This is" in text
+    assert "3 seeds each, and 5% of the steps to warm up.\nThis is" in text
     main, paper = text.split("## With the paper's warm-up")
     assert [row(part, "`SM+LN+G`")[3][:5] for part in (main, paper)] == [
         f"{math.exp(nats):.2f}" for nats in (3.0, 3.1)
