@@ -100,7 +100,7 @@ def plot_conversion(study: Study, path: Path):
 
 def find_crossing(scratch: Sequence[Sequence[StudyRun]], converted: Sequence[Sequence[StudyRun]]):
     """
-    Where a converted model is as good as the shortest training from scratch, between two amounts of healing, by the
+    Where a converted model is as good as the first of those trained from scratch, between two amounts of healing, by the
     seeds that all three have; where the longer healing ends up better by at least twice the standard error of that.
 
     Returns:

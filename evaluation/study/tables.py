@@ -248,10 +248,9 @@ def conversion_table(study: Study) -> str:
     rows = [_conversion_row(f"{notation}, from scratch", ladder[notation], 0) for notation in (BASELINE, PROPOSAL)]
     for runs in alike([*study.group("scratch"), *study.group("scratch_baseline")], "notation", "max_steps"):
         rows.append(_conversion_row(f"{runs[0].notation}, from scratch", runs, 0))
-    for runs in alike(
-        [*study.group("conversion"), *study.group("conversion_targets")], "notation", "heal_steps", "learning_rate"
-    ):
-        rows.append(_conversion_row(f"{runs[0].notation} from {BASELINE}", runs, teacher_tokens(study, runs)))
+    for group in ("conversion", "conversion_targets", "conversion_teacher"):
+        for runs in alike(study.group(group), "notation", "heal_steps"):
+            rows.append(_conversion_row(f"{runs[0].notation} from {BASELINE}", runs, teacher_tokens(study, runs)))
     return markdown_table(
         ("model", "learning rate", "own tokens", "with the teacher's", "seeds", "test ppl", "validation ppl"), rows
     )

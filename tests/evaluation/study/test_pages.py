@@ -120,9 +120,13 @@ def test_conversions_are_told_with_the_tokens_of_their_teachers():
         make_run("EReg(SM(t)+ScFuFFN)", 3.0, run, heal_steps=50, seed=run.settings["seed"]) for run in BASELINE
     ]
     longer = [make_run("EReg(SM(t)+ScFuFFN)", 3.1, max_steps=150)]
-    table = conversion_table(make_study(ladder=LADDER, conversion=converted, scratch=longer))
-    cells = row(table, "EReg(SM(t)+ScFuFFN) from SM+LN+G")
-    assert cells[1:5] == ["0.001", f"{50 * 1024:,}", f"{150 * 1024:,}", "3"]
+    teacher = make_run("SM+LN+G", 2.9, max_steps=200)
+    better = [make_run("EReg(SM(t)+ScFuFFN)", 2.9, teacher, heal_steps=50)]
+    groups = {"conversion": converted, "scratch": longer, "scratch_baseline": [teacher], "conversion_teacher": better}
+    table = conversion_table(make_study(ladder=LADDER, **groups))
+    beginning = "| EReg(SM(t)+ScFuFFN) from SM+LN+G | 0.001 |"
+    assert f"{beginning} {50 * 1024:,} | {150 * 1024:,} | 3 |" in table
+    assert f"{beginning} {50 * 1024:,} | {250 * 1024:,} | 1 |" in table
     assert f"| EReg(SM(t)+ScFuFFN), from scratch | 0.001 | {150 * 1024:,} | {150 * 1024:,} | 1 |" in table
     diverged = make_run("EReg(SM(t)+ScFuFFN)", None, BASELINE[0], heal_steps=50)
     table = conversion_table(make_study(ladder=LADDER, conversion=[diverged]))
