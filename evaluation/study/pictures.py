@@ -100,8 +100,8 @@ def plot_conversion(study: Study, path: Path):
 
 def find_crossing(scratch: Sequence[Sequence[StudyRun]], converted: Sequence[Sequence[StudyRun]]):
     """
-    Where a converted model is as good as the first of those trained from scratch, between two amounts of healing, by the
-    seeds that all three have; where the longer healing ends up better by at least twice the standard error of that.
+    Where a converted model is as good as the first of those trained from scratch, between two amounts of healing, by
+    the seeds that all three have; if the longer healing ends up better by at least twice the standard error of that.
 
     Returns:
         `tuple[float, float]`: Its own tokens, and nats of a test token; `None` if there is no such place.
