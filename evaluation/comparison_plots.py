@@ -196,7 +196,7 @@ def _draw_tradeoff(figure: Figure, names: list[str], points: list[tuple[float, f
         axes.plot(*_columns([points[index] for index in indices]), "o", ms=8, color=color, mec="white", zorder=3)
     axes.margins(x=0.16, y=0.16)
     _scale_perplexities(axes)
-    _number_plainly(axes.xaxis, axes.get_xlim())
+    number_plainly(axes.xaxis, axes.get_xlim())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     right, top = axes.get_xlim()[1], axes.get_ylim()[1]
@@ -261,12 +261,12 @@ def _scale_perplexities(axes: Axes):
     values = values[np.isfinite(values)]
     if len(values) and values.max() >= LOGARITHMIC_FROM * values.min():
         axes.set_yscale("log")
-        _number_plainly(axes.yaxis, axes.get_ylim())
+        number_plainly(axes.yaxis, axes.get_ylim())
     else:
         axes.yaxis.set_major_formatter(PLAIN_NUMBERS)
 
 
-def _number_plainly(axis: Axis, limits: tuple[float, float]):
+def number_plainly(axis: Axis, limits: tuple[float, float]):
     """Plain numbers along a logarithmic axis, the fewer in a decade the more decades there are."""
     decades = math.log10(limits[1] / limits[0])
     subs = (1, 1.5, 2, 3, 5, 7) if decades < 1.5 else (1, 2, 5) if decades < 3 else (1,)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from evaluation.comparison_plots import PLAIN_NUMBERS, plot_tradeoff
+from evaluation.comparison_plots import number_plainly, plot_tradeoff
 from evaluation.perplexity import perplexity_of
 from evaluation.plots import DOTS_PER_INCH, add_entropy_scale, draw_heat_map, wrap
 from evaluation.run_plots import RUN_COLORS
@@ -93,6 +93,9 @@ def plot_conversion(study: Study, path: Path):
             va="top",
             fontsize=9,
         )
+    axes.set(xscale="log", yscale="log")
+    number_plainly(axes.xaxis, axes.get_xlim())
+    number_plainly(axes.yaxis, axes.get_ylim())
     axes.legend()
     axes.grid(alpha=0.25)
     figure.savefig(path, format="png")
@@ -155,7 +158,6 @@ def _draw_curve(axes, groups: Sequence[Sequence[StudyRun]], offset: int, label: 
     tokens, nats, spreads = map(np.array, zip(*points, strict=True))
     errors = np.exp(nats) * np.where(np.isnan(spreads), 0, spreads)
     axes.errorbar(tokens / 1e6, np.exp(nats), errors, marker="o", capsize=3, label=label, color=color)
-    axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
 
 
 def _title(run: StudyRun) -> str:
