@@ -15,6 +15,7 @@ from .tables import (
     BASELINE,
     FUSED,
     LADDER,
+    OTHERS,
     PAPER_GAIN,
     PRIVATE,
     PROPOSAL,
@@ -45,8 +46,6 @@ PAGE = ROOT / "docs" / "study.md"
 PICTURES = ROOT / "docs" / "study"
 # What is generated of the page and of the README stands between comments of this name; the rest is written by hand.
 BLOCK = "study"
-# Groups of other architectures, with one seed.
-OTHERS = ("others_with_norm", "others", "static_weights")
 # Pictures, and the groups of which one has to have more than one run for there to be something to draw.
 PLOTS = {
     "pareto": (plot_pareto, (WARM,)),
@@ -135,7 +134,7 @@ twice its standard error, which is that of the seeds on each side, and tells not
 
 {order_table(study, (WARM,))}
 
-{causes if any(map(study.group, CAUSES)) else ""}"""
+{causes if study.group(*CAUSES) else ""}"""
 
 
 def _ladder(study: Study) -> str:
@@ -224,7 +223,7 @@ the engine's last bit) beside those in the clear.
 
 {private_table(study)}
 
-{describe_origins(run.cost for group in PRIVATE for run in study.group(group))}.
+{describe_origins(run.cost for run in study.group(*PRIVATE))}.
 """
 
 
@@ -297,7 +296,7 @@ def readme_text(study: Study) -> str:
 def write_cards(record: Path = RECORD, models: Path = MODELS, folder: Path = CARDS):
     """Writes the card of each model that answered privately, by the name of its run."""
     study = Study.load(record)
-    answered = {run.source for group in PRIVATE for run in study.group(group)}
+    answered = {run.source for run in study.group(*PRIVATE)}
     folder.mkdir(parents=True, exist_ok=True)
     for card in folder.glob("*.md"):
         card.unlink()

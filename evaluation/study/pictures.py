@@ -17,6 +17,7 @@ from .records import Study, StudyRun
 from .tables import (
     BASELINE,
     LADDER,
+    OTHERS,
     PROPOSAL,
     UNREGULARIZED,
     WARM,
@@ -45,13 +46,12 @@ def plot_pareto(study: Study, path: Path):
 
 def plot_others(study: Study, path: Path):
     """The same of the main architectures with the paper's warm-up, of the others, and of what was converted."""
-    groups = (LADDER, "others_with_norm", "others", "static_weights", "conversion", "conversion_targets")
-    _plot_tradeoff(study, groups, path)
+    _plot_tradeoff(study, (LADDER, *OTHERS, "conversion", "conversion_targets"), path)
 
 
 def _plot_tradeoff(study: Study, groups: Sequence[str], path: Path):
     names, costs, perplexities = [], [], []
-    runs = list_trained(run for group in groups for run in study.group(group))
+    runs = list_trained(study.group(*groups))
     longest = max((run.settings["heal_steps"] for run in runs if run.source), default=0)
     kept = [run for run in runs if run.source is None or run.settings["heal_steps"] == longest]
     by_title: dict[str, list[StudyRun]] = {}

@@ -93,6 +93,6 @@ class Study(StoredRecord):
     groups: dict[str, list[str]] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
 
-    def group(self, name: str) -> list[StudyRun]:
-        """The finished runs of a group."""
-        return [self.runs[run] for run in self.groups.get(name, ())]
+    def group(self, *names: str) -> list[StudyRun]:
+        """The finished runs of a group, or of several, one after the other."""
+        return [self.runs[run] for name in names for run in self.groups.get(name, ())]

@@ -23,7 +23,8 @@ BASELINE, PROPOSAL = "SM+LN+G", "EReg(SM(t)+ScFuFFN)"
 FUSED, UNREGULARIZED = "SM+ScFuFFN", "SM(t)+ScFuFFN"
 # Groups of the main architectures: with the paper's warm-up, which most is held against, and with a longer one.
 LADDER, WARM = "ladder", "warm_ladder"
-# Groups of what answered privately.
+# Groups of other architectures, with one seed, and of what answered privately.
+OTHERS = ("others_with_norm", "others", "static_weights")
 PRIVATE = ("private", "private_with_norm", "private_others")
 GPT2_VOCABULARY = 50257
 # Perplexities of the paper (tables 2 and 4, CodeParrot, T=128), GPT-2 small.
@@ -163,7 +164,7 @@ def rates_table(study: Study, group: str) -> str:
 
 def order_table(study: Study, groups: Sequence[str]) -> str:
     """Each pair of architectures of which the paper has perplexities: is the same one better here?"""
-    runs = by_notation(run for group in groups for run in study.group(group))
+    runs = by_notation(study.group(*groups))
     known = sorted((notation for notation in runs if not math.isnan(PAPER.get(notation, math.nan))), key=PAPER.get)
     rows = []
     for better, worse in itertools.pairwise(known):
@@ -192,8 +193,7 @@ def others_table(study: Study, groups: Sequence[str]) -> str:
             f"{gpt2_bytes(gpt2_notation(run)) / 1e9:.2f}",
             run.diverged or "",
         )
-        for group in groups
-        for run in study.group(group)
+        for run in study.group(*groups)
     ]
     return markdown_table((*QUALITY_HEADINGS, "paper", "private MB", "GPT-2 small, GB", "remark"), rows)
 
@@ -203,7 +203,7 @@ def parts_table(study: Study, groups: Sequence[str], reference: str) -> str:
     ladder = by_notation(study.group(reference))
     (proposal, *_), baseline = ladder[PROPOSAL], ladder[BASELINE]
     rows = []
-    for runs in alike([run for group in groups for run in study.group(group)], *(proposal.settings.keys() - {"seed"})):
+    for runs in alike(study.group(*groups), *(proposal.settings.keys() - {"seed"})):
         rows.append(
             (
                 _code(runs[0].notation),
@@ -246,7 +246,7 @@ def conversion_table(study: Study) -> str:
     """Converted models by what they are and what they were healed with, beside training from scratch."""
     ladder = by_notation(study.group(LADDER))
     rows = [_conversion_row(f"{notation}, from scratch", ladder[notation], 0) for notation in (BASELINE, PROPOSAL)]
-    for runs in alike([*study.group("scratch"), *study.group("scratch_baseline")], "notation", "max_steps"):
+    for runs in alike(study.group("scratch", "scratch_baseline"), "notation", "max_steps"):
         rows.append(_conversion_row(f"{runs[0].notation}, from scratch", runs, 0))
     for group in ("conversion", "conversion_targets", "conversion_teacher"):
         for runs in alike(study.group(group), "notation", "heal_steps"):
@@ -263,7 +263,7 @@ def teacher_tokens(study: Study, runs: Sequence[StudyRun]) -> int:
 
 def ways_table(study: Study, groups: Sequence[str]) -> str:
     """The same conversion with and without distillation and calibration, and at other learning rates."""
-    runs = {run.name: run for group in groups for run in study.group(group)}
+    runs = {run.name: run for run in study.group(*groups)}
     rows = [
         (
             f"{run.settings['heal_steps']:,}",
@@ -292,8 +292,7 @@ def private_table(study: Study) -> str:
             f"{run.agreement.perplexity:.3f}",
             f"{run.agreement.private_perplexity:.3f}",
         )
-        for group in PRIVATE
-        for run in study.group(group)
+        for run in study.group(*PRIVATE)
     ]
     headings = ("architecture", "MB", "rounds", "s", "same token", "largest error", "ppl", "private ppl")
     return markdown_table(headings, rows)
@@ -324,7 +323,7 @@ def _above_cell(runs: Sequence[StudyRun], reference: Sequence[StudyRun]) -> str:
 
 def _private_cell(study: Study, notation: str) -> str:
     """What a private answer took, of a model of this architecture."""
-    costs = [run.cost for group in PRIVATE for run in study.group(group) if run.notation == notation]
+    costs = [run.cost for run in study.group(*PRIVATE) if run.notation == notation]
     return f"{costs[0].total_bytes / 1e6:.1f}" if costs else ""
 
 

@@ -274,7 +274,7 @@ def test_the_cards_of_the_study_are_those_of_its_models(tmp_path):
     fresh = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert {path.name: path.read_text() for path in CARDS.iterdir()} == fresh, "run: python -m evaluation.study.page"
     study = Study.load(RECORD)
-    assert fresh.keys() == {f"{run.source}.md" for group in PRIVATE for run in study.group(group)}
+    assert fresh.keys() == {f"{run.source}.md" for run in study.group(*PRIVATE)}
 
 
 def test_committed_runs_are_of_commits_without_changes():
