@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerFast
 
 from conversion.errors import ConversionError
+from conversion.folding import list_absorbable_ffns
 from conversion.gpt2_checkpoint import load_language_model
 from evaluation.conditions import describe_check
 from evaluation.perplexity import Windows
@@ -255,6 +256,10 @@ def _offer(source: str, tokenizer: str | None, settings: PrivateSettings) -> Mod
     model, words = _load(source, tokenizer)
     with console.status("looking at its numbers"):
         config, weights = prepare_weights(model)
+        if layers := list_absorbable_ffns(config):
+            console.print(
+                f"FFNs of layers {layers} are computed: they stretch or shrink the stream too far to be absorbed."
+            )
         rng = np.random.default_rng(0)
         shape = (AUDITED_SEQUENCES, min(AUDITED_TOKENS, config.n_positions))
         tokens = rng.integers(0, config.vocab_size, shape)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from conversion.folding import fold
+from conversion.folding import fold, list_absorbable_ffns
 from evaluation.records import RECORD, StoredRecord
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
@@ -314,7 +314,10 @@ def _blocks(sizes: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def program_config(config: EntropyGPTConfig) -> EntropyGPTConfig:
-    """The config of [`prepare_weights`] from that of the model: what folding makes of the smallest one of its kind."""
+    """
+    The config of [`prepare_weights`] from that of the model: what folding makes of the smallest one of its kind, and
+    without the FFNs that are absorbed where weights allow it.
+    """
     sizes = {name: getattr(config, name) for name in ("n_embd", "n_inner", "vocab_size", "n_positions")}
     smallest = copy.deepcopy(config)
     for name, size in {"n_embd": config.n_head, "n_inner": None, "vocab_size": 2, "n_positions": 1}.items():
@@ -323,6 +326,7 @@ def program_config(config: EntropyGPTConfig) -> EntropyGPTConfig:
     folded = copy.deepcopy(fold(EntropyGPTForCausalLM(smallest)).config)
     for name, size in sizes.items():
         setattr(folded, name, size)
+    folded.pruned_ffn_layers = sorted([*folded.pruned_ffn_layers, *list_absorbable_ffns(folded)])
     return folded
 
 

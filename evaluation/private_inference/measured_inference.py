@@ -1,7 +1,8 @@
 """Inferences of random models: measured between two processes, and kept with their conditions."""
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .cost import InferenceCost
-from .cost_model import predict
+from .cost import InferenceCost, Network
+from .cost_model import predict, program_config
 from .inference import LOGIT_BOUND, NETWORKS, TIMEOUT_SECONDS, TWO_PARTY, serve_on_loopback
-from .program import Span, check_config
+from .program import Span, build_steps, check_config
 from .session import Answer, Terms
 from .settings import PrivateSettings
+from .slow_link import LOOPBACK, SlowLink
 from .two_party import Client, Model
 from .weights import prepare_weights
 
@@ -74,12 +76,41 @@ class Inference:
         Raises:
             `PrivateInferenceError`: If the engine fails.
         """
+        with self._served(timeout_seconds) as address:
+            return self._ask(address, new_tokens, timeout_seconds, on_event)
+
+    def measure_slowed(self, network: Network, layer: int) -> InferenceCost:
+        """
+        As [`Inference.measure`], and what one layer takes over the loopback slowed to a network.
+
+        Raises:
+            `PrivateInferenceError`: If the engine fails.
+        """
+        steps = build_steps(program_config(self.config), self.settings, Span(0, self.context))
+        slow = iter([*(step.layer == layer for step in steps), False])
+        next(slow)
+        with (
+            self._served(TIMEOUT_SECONDS) as address,
+            contextlib.closing(SlowLink(address)) as link,
+        ):
+
+            def change_network(event: dict):
+                if event["event"] == "step":
+                    link.network = network if next(slow) else LOOPBACK
+
+            cost = self._ask(link.address, 1, TIMEOUT_SECONDS, change_network)
+        return replace(cost, network=f"{cost.network}, layer {layer} slowed to {network.name}")
+
+    def _served(self, timeout_seconds: int) -> contextlib.AbstractContextManager[tuple[str, int]]:
         config, weights = prepare_weights(make_random_model(self.config))
-        prompt = np.random.default_rng(0).integers(0, config.vocab_size, self.context).tolist()
-        offer = Model(config, weights, self.settings, "", LOGIT_BOUND)
-        with serve_on_loopback(offer, timeout_seconds) as address:
-            client = Client(*address, None, timeout_seconds)
-            return self._record(client.ask(prompt, new_tokens, on_event=on_event), new_tokens)
+        return serve_on_loopback(Model(config, weights, self.settings, "", LOGIT_BOUND), timeout_seconds)
+
+    def _ask(
+        self, address: tuple[str, int], new_tokens: int, timeout_seconds: int, on_event: Callable[[dict], None]
+    ) -> InferenceCost:
+        prompt = np.random.default_rng(0).integers(0, self.config.vocab_size, self.context).tolist()
+        answer = Client(*address, None, timeout_seconds).ask(prompt, new_tokens, on_event=on_event)
+        return self._record(answer, new_tokens)
 
     def load_measured(self, path: Path) -> InferenceCost | None:
         """

@@ -1,10 +1,12 @@
 """
 The paper's table of private inference (arXiv 2501.03489, table 2), measured between two processes.
 
-Blocks of one kind cost the same. So a model that has one block of each kind, and one more that is the last, tells what
-all blocks of an architecture take; the embedding and the head are the same for all architectures.
+Blocks of one kind cost the same: those with an FFN, and those without one or with one that is absorbed. So a model
+that has one block of each kind, and one more that is the last, tells what all blocks of an architecture take; the
+embedding and the head are the same for all architectures.
 """
 
+import statistics
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +16,7 @@ from evaluation.markdown import markdown_table
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .cost import LAN, MEGA, WAN, InferenceCost, Network, StepCost, project
+from .cost_model import program_config
 from .measured_inference import Inference, make_config
 from .settings import PrivateSettings
 
@@ -60,6 +63,18 @@ def take_blocks(whole: Inference) -> Inference:
     return replace(whole, config=config)
 
 
+def choose_typical_block(whole: Inference) -> int:
+    """The layer of [`take_blocks`] that stands for most of the model's."""
+    return statistics.mode(_choose_blocks(whole.config)[1])
+
+
+def take_typical_block(whole: Inference, blocks: InferenceCost) -> InferenceCost:
+    """That block, of a measurement of [`take_blocks`]."""
+    typical = choose_typical_block(whole)
+    steps = [step for step in blocks.steps if step.layer == typical]
+    return replace(blocks, n_layer=1, steps=steps, seconds=sum(step.seconds for step in steps))
+
+
 def take_ends(whole: Inference) -> Inference:
     """The embedding and the head, with as little as can be between."""
     sizes = {"n_embd": whole.config.n_embd, "vocab_size": whole.config.vocab_size}
@@ -68,8 +83,12 @@ def take_ends(whole: Inference) -> Inference:
 
 
 def _choose_blocks(config: EntropyGPTConfig) -> tuple[list[bool], list[int]]:
-    """Whether the blocks to measure lack an FFN, and by which of them each block of the model is measured."""
-    *others, last = (layer in config.pruned_ffn_layers for layer in range(config.n_layer))
+    """
+    Whether the blocks to measure lack an FFN, with those that are absorbed, and by which of them each block of the
+    model is measured.
+    """
+    pruned = program_config(config).pruned_ffn_layers
+    *others, last = (layer in pruned for layer in range(config.n_layer))
     kinds = list(dict.fromkeys(others))
     return [*kinds, last], [*map(kinds.index, others), len(kinds)]
 

@@ -24,13 +24,14 @@ from .settings import PrivateSettings
 
 # Below any score, in the search for the largest of a row: it is compared, and nothing else.
 MASKED_SCORE = -(2.0**20)
-# exp(x) - exp(-9) from x = -9 to 0, by three squares: with z = EXP_SLOPE max(x + 9, 0), s = z^2 and
-# q = (s + EXP_THIRD z)^2 + EXP_SECOND s + EXP_FIRST z + EXP_CONSTANT it is q^2 + EXP_LINEAR z - EXP_CONSTANT^2, which
-# is 0 for what lies below. Fitted to the least largest error, 9e-4; a fourth square would make it 5e-5, which trained
-# models do not need: of their most likely tokens 499 in 500 stay the same with three, and perplexity to 1e-4 of it.
-EXP_BOUND = 9.0
-EXP_SLOPE, EXP_THIRD, EXP_SECOND = 0.1408695648235163, -0.5578314270233049, 0.05212854263306441
-EXP_FIRST, EXP_CONSTANT, EXP_LINEAR = -0.20522153986380598, 0.35377574904622394, 0.11730368666864857
+# exp(x) from x = -7.4 to 0, by two comparisons and two squares: with u = max(x + EXP_BENDS[0], 0), v = max(x +
+# EXP_BENDS[1], 0) and q = (EXP_INNER (u, v) + EXP_SHIFT)^2 + EXP_MIDDLE v + EXP_CONSTANT it is q^2 + EXP_OUTER (u, v),
+# less what that is for u = v = 0. Fitted to the least largest error, 6.2e-4, which trained models do not notice: of
+# their most likely tokens 499 in 500 stay the same, and perplexity to 1e-4 of it.
+EXP_BENDS = (7.443062637742506, 2.504870299882945)
+EXP_INNER, EXP_SHIFT = (-0.13665166043822496, 0.4693018508627517), 0.16591457375358323
+EXP_MIDDLE, EXP_CONSTANT = 0.30060851359661667, 0.0029208727842226757
+EXP_OUTER = (0.002757497837690257, 0.09512614424340396)
 # GELU(x) = ReLU(x) - p(u) with u = min(|x|, 3.3) and p the polynomial of degree 4 that is nearest, and 0 at 3.3. With
 # v = GELU_SLOPE u + GELU_SHIFT it is p = -((v^2 + GELU_SQUARE)^2 + GELU_LINEAR v + GELU_CONSTANT).
 GELU_BOUND = 3.3
@@ -192,11 +193,15 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
     name = f"h.{layer}."
     read, norm = _norm(config, layer)
     yield from norm
-    split = partial(split_heads, heads=config.n_head, queries=queries)
     # Inputs come in this order: hidden states, map, kept keys and values, temperatures.
     kept = (name + "keys", name + "values") if span.start else ()
     temperatures = (name + "inverse_temperature",) if config.attention_temperature == "position" else ()
-    split = partial(split, kept=bool(kept), start=span.end - queries if temperatures else None)
+    start = span.end - queries if temperatures else None
+    # Where fewer scores are visible than a query has numbers, the temperatures multiply scores.
+    early = 0
+    if temperatures and settings.softmax == "efficient":
+        early = min(max(config.n_embd // config.n_head - start, 0), queries)
+    split = partial(split_heads, heads=config.n_head, queries=queries, kept=bool(kept), start=start, early=early)
     outputs = ("queries", name + "keys", name + "values")
     inputs = (read, name + "qkv.weight", name + "qkv.bias", *kept, *temperatures)
     yield Step("query, key, value", layer, split, inputs, outputs)
@@ -206,7 +211,9 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
         yield Step("softmax", layer, whole, ("scores",), ("weights",))
         yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
     else:
-        yield Step("maximum", layer, subtract_maximum, ("scores",), ("visible",))
+        subtract = partial(subtract_maximum, start=start, early=early) if early else subtract_maximum
+        inputs = ("scores", *temperatures) if early else ("scores",)
+        yield Step("maximum", layer, subtract, inputs, ("visible",))
         yield Step("exponential", layer, exponentiate, ("visible",), ("visible",))
         weigh = partial(weigh_visible, queries=queries)
         yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))
@@ -280,10 +287,13 @@ def add_linear_to_scaled(ops: Arithmetic, hidden, weight, bias, residual, beta):
     return ops.scale_all(residual, beta) + ops.matmul(hidden, weight) + bias
 
 
-def split_heads(ops: Arithmetic, hidden, weight, bias, *more, heads: int, queries: int, kept: bool, start: int | None):
+def split_heads(
+    ops: Arithmetic, hidden, weight, bias, *more, heads: int, queries: int, kept: bool, start: int | None, early: int
+):
     """
     Queries of the last rows `(heads, queries, head size)`, and keys and values of all `(heads, keys, head size)`,
-    those kept from before in front.
+    those kept from before in front. Where temperatures are given, of positions from `start`, they are in the queries
+    but for `early` first ones.
     """
     width = weight.shape[0]
     if queries == hidden.shape[0]:
@@ -296,8 +306,9 @@ def split_heads(ops: Arithmetic, hidden, weight, bias, *more, heads: int, querie
         part.reshape(part.shape[0], heads, -1).swapaxes(0, 1)
         for part in (query, key_value[:, :width], key_value[:, width:])
     )
-    if start is not None:
-        query = ops.multiply(query, more[-1][:, start : start + queries, None])
+    if start is not None and early < queries:
+        scaled = ops.multiply(query[:, early:], more[-1][:, start + early : start + queries, None])
+        query = ops.xp.concatenate([query[:, :early], scaled], axis=1)
     if kept:
         key = ops.xp.concatenate([more[0], key], axis=1)
         value = ops.xp.concatenate([more[1], value], axis=1)
@@ -340,12 +351,31 @@ def weigh(ops: Arithmetic, weights, value):
     return every_pair[np.arange(heads), np.arange(heads)][:, None]
 
 
-def subtract_maximum(ops: Arithmetic, scores):
-    """Scores less the largest visible one of their row, the visible ones in one row a head: `(heads, visible)`."""
+def subtract_maximum(ops: Arithmetic, scores, inverse_temperature=None, start: int = 0, early: int = 0):
+    """
+    Scores less the largest visible one of their row, the visible ones in one row a head: `(heads, visible)`. Where
+    temperatures are given, of positions from `start`, those of the `early` first rows are applied.
+    """
     heads, queries, keys = scores.shape
     mask = _visible(queries, keys)
     visible = scores.reshape(heads, queries * keys)[:, np.flatnonzero(mask)]
+    if early:
+        count = mask[:early].sum()
+        scaled = _scale_early(ops, visible[:, :count], mask[:early], inverse_temperature[:, start : start + early])
+        visible = ops.xp.concatenate([scaled, visible[:, count:]], axis=1)
     return visible - _largest(ops, visible, mask.sum(axis=1))[:, np.nonzero(mask)[0]]
+
+
+def _scale_early(ops: Arithmetic, visible, mask: np.ndarray, factors):
+    """The scores of rows less the first one of their row, which softmax does not notice, times the row's factor."""
+    rows, columns = np.nonzero(mask)
+    differences = visible - visible[:, np.flatnonzero(columns == 0)[rows]]
+    rest = np.flatnonzero(columns)
+    if not len(rest):
+        return differences
+    scaled = ops.multiply(differences[:, rest], factors[:, rows[rest]])
+    zero = ops.xp.zeros((len(visible), 1), visible.dtype)
+    return ops.xp.concatenate([zero, scaled], axis=1)[:, np.where(columns, np.cumsum(columns > 0), 0)]
 
 
 def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
@@ -364,16 +394,16 @@ def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
 
 
 def exponentiate(ops: Arithmetic, visible):
-    """exp of numbers that are not positive, within 1e-3: one comparison and three squares; 0 below -9."""
-    above = ops.positive_part(visible + EXP_BOUND)
+    """exp of rows of numbers that are not positive, within 7e-4: two comparisons and two squares; 0 below -7.4."""
+    bent = ops.positive_part(ops.xp.concatenate([visible + ops.public(bend) for bend in EXP_BENDS]))
+    first, second = bent[: len(visible)], bent[len(visible) :]
 
-    def multiple(factor: float):
-        return ops.scale(above, EXP_SLOPE * factor)  # in one: compilers make one of two in a row
+    def combine(factors: tuple[float, float]):
+        return ops.scale(first, factors[0]) + ops.scale(second, factors[1])
 
-    square = ops.square(multiple(1.0))
-    fourth = ops.square(square + multiple(EXP_THIRD))
-    power = fourth + ops.scale(square, EXP_SECOND) + multiple(EXP_FIRST) + ops.public(EXP_CONSTANT)
-    return ops.square(power) + multiple(EXP_LINEAR) - ops.public(EXP_CONSTANT**2)
+    square = ops.square(combine(EXP_INNER) + ops.public(EXP_SHIFT))
+    power = ops.square(square + ops.scale(second, EXP_MIDDLE) + ops.public(EXP_CONSTANT))
+    return power + combine(EXP_OUTER) - ops.public((EXP_SHIFT**2 + EXP_CONSTANT) ** 2)
 
 
 def weigh_visible(ops: Arithmetic, visible, value, queries: int):
@@ -393,17 +423,16 @@ def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
 
 def reciprocal_up_to(ops: Arithmetic, sums, most: int):
     """
-    1 / x of columns of numbers from 1 to `most`: chords between powers of 2, with a bend at each, and two steps of
-    Newton's method. Half the bytes of the engine's reciprocal, which has to find the power of 2 first.
+    1 / x of columns of numbers from 1 to `most`, within 2.1e-4 of it: chords between powers of 2, with a bend at each,
+    and one step of third order. Half the bytes of the engine's reciprocal, which has to find the power of 2 first.
     """
     estimate = ops.public(1.5 * CHORD_SCALE) - ops.scale(sums, 0.5 * CHORD_SCALE)
     if most > 2:
         powers = 2.0 ** -np.arange(1, math.ceil(math.log2(most)))
         bends = ops.scale(ops.positive_part(ops.scale(sums, powers) - 1.0), 1.5 * CHORD_SCALE * powers)
         estimate = estimate + bends.sum(axis=-1, keepdims=True)
-    for _ in range(2):
-        estimate = ops.multiply(estimate, 2.0 - ops.multiply(sums, estimate))
-    return estimate
+    error = 1.0 - ops.multiply(sums, estimate)
+    return ops.multiply(estimate, 1.0 + error + ops.square(error))
 
 
 def relu(ops: Arithmetic, inner):

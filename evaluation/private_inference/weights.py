@@ -3,9 +3,10 @@
 import copy
 
 import numpy as np
+import torch
 from torch import nn
 
-from conversion.folding import fold
+from conversion.folding import absorb_linear_ffns, fold
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .program import check_config
@@ -13,8 +14,8 @@ from .program import check_config
 
 def prepare_weights(model: EntropyGPTForCausalLM) -> tuple[EntropyGPTConfig, dict[str, np.ndarray]]:
     """
-    Everything that weights can take over: what [`fold`] folds, the scale of the scores, and the gains and biases of
-    LayerNorms.
+    Everything that weights can take over: what [`fold`] folds, linear FFNs where [`absorb_linear_ffns`] can, the scale
+    of the scores, and the gains and biases of LayerNorms.
 
     Returns:
         `tuple`: The config of the program, and its weights by name in float32.
@@ -25,6 +26,8 @@ def prepare_weights(model: EntropyGPTForCausalLM) -> tuple[EntropyGPTConfig, dic
     """
     check_config(model.config)
     folded = fold(copy.deepcopy(model).double())
+    with torch.no_grad():
+        absorb_linear_ffns(folded)
     config, weights = folded.config, {}
     body = folded.transformer
     weights["wte"], weights["wpe"] = body.wte.weight, body.wpe.weight

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conversion.errors import ConversionError
-from conversion.folding import FOLDS, fold
+from conversion.folding import FOLDS, MOST_STRETCHED, absorb_linear_ffns, fold, list_absorbable_ffns
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D, EntropyGPTStaticLayerNorm
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
@@ -103,6 +103,51 @@ def test_each_fold_keeps_the_function_alone(step):
     left = folded.state_dict()
     assert left.keys() != parameters.keys()
     assert largest_difference(model, folded) < 1e-12
+
+
+@pytest.mark.parametrize("final", ["layernorm", "static", "none"])
+@pytest.mark.parametrize(
+    ("notation", "layers"),
+    [
+        ("EReg(SM(t)+ScFuFFN)", [1, 2, 3]),
+        ("SM(t_h)+ScFFN", [1, 2, 3]),
+        ("SM", [1, 2, 3]),
+        ("SM+StaticLN+ScFuFFN", [1, 2, 3]),
+        ("SM+ScFuFFNi2", [1]),
+        ("SM+ScFuFFNi[0,2]", [3]),
+        ("SM+ScFuFFNi[1,2,3]", []),
+        ("SM+FFNi5", []),
+        ("SM+R", []),
+        ("SM+LN", []),
+    ],
+)
+@torch.no_grad()
+def test_linear_ffns_are_absorbed(notation, layers, final):
+    model = make_asymmetric(notation, n_layer=5, final_normalization=final).double()
+    for block in model.transformer.h:
+        if block.mlp is not None:  # not so far from the residual sum's own part
+            next(block.mlp.parameters()).mul_(0.5)
+    folded = fold(model)
+    assert list_absorbable_ffns(folded.config) == layers
+    pruned = folded.config.pruned_ffn_layers
+    assert 1 <= absorb_linear_ffns(folded) < MOST_STRETCHED
+    assert folded.config.pruned_ffn_layers == sorted(pruned + layers)
+    assert all(folded.transformer.h[layer].mlp is None for layer in layers)
+    assert list_absorbable_ffns(folded.config) == []
+    assert largest_difference(model, folded) < 1e-10
+
+
+@pytest.mark.parametrize("stretch", [0.0, 1e-9, 1 / 300, 300])
+@torch.no_grad()
+def test_ffns_that_stretch_or_shrink_the_stream_far_are_left(stretch):
+    """x + FFN(x) that takes the stream off can't be undone, nor can bases of any scale be told in fixed point."""
+    model = fold(make_model("SM+ScFuFFN", n_layer=3).double())
+    weight = model.transformer.h[1].mlp.c_fused.weight
+    weight.copy_(torch.eye(len(weight)) * (stretch - 1))
+    before = copy.deepcopy(model)
+    assert absorb_linear_ffns(model) > MOST_STRETCHED
+    assert model.config.pruned_ffn_layers == []
+    assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def forget_weight_normalization(model):

@@ -98,7 +98,7 @@ def test_a_model_is_the_sum_of_its_parts(notation, layers):
 
 
 def test_the_last_block_is_taken_for_itself():
-    (_, row) = list_rows(["SM"], CONTEXT, **SIZES)
+    (_, row) = list_rows(["SM+LN"], CONTEXT, **SIZES)
     steps = [StepCost("scores", layer, size, size, 1, 1, 1.0) for layer, size in enumerate((100, 10))]
     ends = [StepCost(operation, None, 1, 1, 1, 1, 1.0) for operation in ("embedding", "norm", "head")]
     total = add_up(row, record(take_blocks(row), [*ends, *steps]), record(take_ends(row), [*ends, *steps]))

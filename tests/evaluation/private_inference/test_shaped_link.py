@@ -1,14 +1,9 @@
 """Projections to other networks, held against inferences over links with a rate and a delay."""
 
 import contextlib
-import math
 import os
-import queue
 import shutil
-import socket
 import subprocess
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +14,11 @@ import pytest
 pytest.importorskip("spu")
 
 from evaluation.private_inference.cost import InferenceCost, Network, parse_network, project
+from evaluation.private_inference.slow_link import LOOPBACK, SlowLink
 from evaluation.private_inference.two_party import Client
 from tests.evaluation.private_inference.test_two_party import (
     PROMPT,
     SECONDS,
-    Proxy,
     Served,
     make_offer,
     run_here,
@@ -33,60 +28,10 @@ from tests.evaluation.private_inference.test_two_party import (
 
 
 pytestmark = pytest.mark.private
-LOOPBACK = Network("loopback", math.inf, 0.0)
 SERVER_ADDRESS, CLIENT_ADDRESS = "192.0.2.1", "192.0.2.2"
 DEVICE = "shaped"
 # Of a projection: what is measured lies between.
 LEAST, MOST = 0.7, 1.3
-
-
-class SlowProxy(Proxy):
-    """
-    A proxy that can be as slow as a network: what goes in one direction leaves at its rate, and arrives half a round
-    trip later.
-    """
-
-    PART_BYTES = 2**14
-
-    def __init__(self, target: tuple[str, int]):
-        self.network = LOOPBACK
-        self._lock = threading.Lock()
-        self._free = {True: 0.0, False: 0.0}
-        super().__init__(target)
-
-    def carry(self, source: socket.socket, sink: socket.socket, to_server: bool):
-        under_way: queue.Queue[tuple[float, bytes]] = queue.Queue()
-        delivery = threading.Thread(target=self._deliver, args=(under_way, sink), daemon=True)
-        delivery.start()
-        ended = False
-        while not ended:
-            part = source.recv(self.PART_BYTES)
-            left = self._leave(len(part), to_server)
-            under_way.put((left + self.network.round_trip_seconds / 2, part))
-            sleep_until(left)
-            ended = not part
-        delivery.join()
-
-    def _leave(self, size: int, to_server: bool) -> float:
-        """When so many bytes have left, behind all that go the same way."""
-        with self._lock:
-            begin = max(self._free[to_server], time.monotonic())
-            self._free[to_server] = begin + size * 8 / self.network.bits_per_second
-            return self._free[to_server]
-
-    @staticmethod
-    def _deliver(under_way: queue.Queue, sink: socket.socket):
-        with contextlib.suppress(OSError):
-            while True:
-                arrival, part = under_way.get()
-                sleep_until(arrival)
-                if not part:
-                    return
-                sink.sendall(part)
-
-
-def sleep_until(moment: float):
-    time.sleep(max(0.0, moment - time.monotonic()))
 
 
 def measure(host: str, port: int, on_event: Callable[[dict], None] = lambda event: None) -> list[InferenceCost]:
@@ -123,16 +68,16 @@ def check_projection(loopback: InferenceCost, network: Network, measured: Infere
     assert LEAST * projected < measured.seconds < MOST * projected
 
 
-def test_through_a_slow_proxy(served, loopback):
+def test_through_a_slow_link(served, loopback):
     networks = [parse_network(text) for text in ("10Mbps,1ms", "500Mbps,50ms")]
     waiting = iter([*networks, LOOPBACK])
-    with contextlib.closing(SlowProxy(served.server.address)) as proxy:
+    with contextlib.closing(SlowLink(served.server.address)) as link:
 
         def change_network(event: dict):
             if event["event"] in ("set-up", "token"):
-                proxy.network = next(waiting)
+                link.network = next(waiting)
 
-        measured = measure(*proxy.address, on_event=change_network)
+        measured = measure(*link.address, on_event=change_network)
     for costs in zip(loopback, networks, measured, strict=True):
         check_projection(*costs)
 
