@@ -237,8 +237,8 @@ def benchmark(
     """
     Measure the paper's table on this machine: what each architecture takes between two processes.
 
-    One block of each kind, the last block, the embedding and the head are measured, and added up. All is compared with
-    SM+LN+G as it is run today. The same command goes on after an interruption.
+    The first and the last block, one of each kind between, the embedding and the head are measured, and added up. All
+    is compared with SM+LN+G as it is run today. The same command goes on after an interruption.
 
     Example: entropy-gpt private benchmark --full --network 300Mbps,20ms -o runs/private
     """

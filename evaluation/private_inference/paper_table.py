@@ -2,8 +2,8 @@
 The paper's table of private inference (arXiv 2501.03489, table 2), measured between two processes.
 
 Blocks of one kind cost the same: those with an FFN, and those without one or with one that is absorbed. So a model
-that has one block of each kind, and one more that is the last, tells what all blocks of an architecture take; the
-embedding and the head are the same for all architectures.
+that has the first block, in which memory is taken for the first time, one of each kind that lies between, and the last
+one, tells what all blocks of an architecture take; the embedding and the head are the same for all architectures.
 """
 
 import statistics
@@ -56,7 +56,7 @@ def list_rows(notations: list[str], context: int, **sizes) -> list[Inference]:
 
 
 def take_blocks(whole: Inference) -> Inference:
-    """A model that has one block of each kind that the whole model has before its last one, and the last one."""
+    """A model that has the first block of the whole model, one of each kind after it, and the last one."""
     pruned, _ = _choose_blocks(whole.config)
     layers = {"n_layer": len(pruned), "pruned_ffn_layers": np.flatnonzero(pruned).tolist()}
     config = EntropyGPTConfig.from_dict(whole.config.to_dict() | layers | {"vocab_size": BLOCK_VOCABULARY})
@@ -87,10 +87,10 @@ def _choose_blocks(config: EntropyGPTConfig) -> tuple[list[bool], list[int]]:
     Whether the blocks to measure lack an FFN, with those that are absorbed, and by which of them each block of the
     model is measured.
     """
-    pruned = program_config(config).pruned_ffn_layers
-    *others, last = (layer in pruned for layer in range(config.n_layer))
-    kinds = list(dict.fromkeys(others))
-    return [*kinds, last], [*map(kinds.index, others), len(kinds)]
+    pruned, last = program_config(config).pruned_ffn_layers, config.n_layer - 1
+    kinds = [(layer == 0, layer == last, layer in pruned) for layer in range(config.n_layer)]
+    chosen = list(dict.fromkeys(kinds))
+    return [lacks for *_, lacks in chosen], [chosen.index(kind) for kind in kinds]
 
 
 def add_up(whole: Inference, blocks: InferenceCost, ends: InferenceCost) -> InferenceCost:
@@ -196,9 +196,9 @@ class PaperTable:
         return (
             "MB are 10^6 bytes, sent by both parties together, for the logits of one token after "
             f"{self.baseline.context}; the set-up of a connection, {set_up:.0f} MB, is apart. A model is the sum of "
-            "its blocks, of which one of each kind and the last one were measured, of the norm before the head, the "
-            "embedding and the head. Seconds on a network are estimates: those measured, and those that bytes and "
-            "round trips take there."
+            "its blocks, of which the first, one of each kind between and the last were measured, of the norm before "
+            "the head, the embedding and the head. Seconds on a network are estimates: those measured, and those that "
+            "bytes and round trips take there."
         )
 
     def _describe_ends(self) -> str:

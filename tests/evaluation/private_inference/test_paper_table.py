@@ -86,7 +86,7 @@ def test_other_models_are_refused(notation, sizes, error, message):
 def test_a_model_is_the_sum_of_its_parts(notation, layers):
     for row in list_rows([notation], CONTEXT, **{**SIZES, "n_layer": layers}):
         blocks = take_blocks(row)
-        assert blocks.config.n_layer <= 3
+        assert blocks.config.n_layer <= 4
         total = add_up(row, predicted(blocks), predicted(take_ends(row)))
         steps = build_steps(program_config(row.config), row.settings, Span(0, CONTEXT))
         assert [(step.operation, step.layer) for step in total.steps] == [(s.operation, s.layer) for s in steps]
@@ -97,13 +97,13 @@ def test_a_model_is_the_sum_of_its_parts(notation, layers):
         assert (total.notation, total.n_layer, total.vocab_size) == (row.title, layers, 300) or row.title == TODAY
 
 
-def test_the_last_block_is_taken_for_itself():
-    (_, row) = list_rows(["SM+LN"], CONTEXT, **SIZES)
-    steps = [StepCost("scores", layer, size, size, 1, 1, 1.0) for layer, size in enumerate((100, 10))]
+def test_the_first_and_the_last_block_are_taken_for_themselves():
+    (_, row) = list_rows(["SM+LN"], CONTEXT, **{**SIZES, "n_layer": 4})
+    steps = [StepCost("scores", layer, size, size, 1, 1, 1.0) for layer, size in enumerate((200, 100, 10))]
     ends = [StepCost(operation, None, 1, 1, 1, 1, 1.0) for operation in ("embedding", "norm", "head")]
     total = add_up(row, record(take_blocks(row), [*ends, *steps]), record(take_ends(row), [*ends, *steps]))
-    assert total.total_bytes == 2 * (1 + 100 + 100 + 10 + 1 + 1)
-    assert total.seconds == 6
+    assert total.total_bytes == 2 * (1 + 200 + 100 + 100 + 10 + 1 + 1)
+    assert total.seconds == 7
 
 
 def test_the_cheapest_is_none_of_today():
