@@ -115,6 +115,8 @@ def serve(
     host, port = server.address
     _print_line(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
     _print_line(f"{offer.settings.protocol}: {TRUST[offer.settings.protocol]}")
+    if layers := list_absorbable_ffns(offer.config):
+        _print_line(f"FFNs of layers {layers} can't be absorbed: they stretch or shrink the stream too far")
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -57,7 +57,7 @@ PROPOSAL, FUSED = "EReg(SM(t)+ScFuFFN)", "SM+ScFuFFN"
 SLOWED = (TODAY, FUSED, PROPOSAL)
 LENGTH, QUICK_LENGTH, HEAD_SIZE = 128, 32, 64
 SIZES = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
-QUICK_SIZES = {"n_layer": 2, "n_embd": 192, "n_head": 3, "vocab_size": BLOCK_VOCABULARY}
+QUICK_SIZES = {"n_layer": 3, "n_embd": 192, "n_head": 3, "vocab_size": BLOCK_VOCABULARY}
 SOFTMAX_LENGTHS, SOFTMAX_WIDTH = (64, 128), 192
 SOFTMAX_STEPS = ("softmax", "maximum", "exponential", "division")
 SEQUENCE, RUNS = 16, 25
@@ -92,8 +92,8 @@ class Record(StoredRecord):
         blocks (`dict[str, InferenceCost]`): Of each architecture its [`take_blocks`], between two processes.
         ends ([`InferenceCost`]): The embedding and the head, between two processes.
         whole ([`InferenceCost`], *optional*): A whole run of one architecture, between two processes.
-        slowed (`dict[str, InferenceCost]`): Blocks of some, of which a full one over the loopback slowed to a WAN.
-        decoding ([`InferenceCost`]): A full block for one more token, keys and values kept.
+        slowed (`dict[str, InferenceCost]`): Of some, the typical block over the loopback slowed to a WAN.
+        decoding ([`InferenceCost`]): The typical block for one more token, keys and values kept.
         softmax (`list[Softmax]`): In threads.
         agreement (`list[Agreement]`): In threads.
         git_revision (`str`, *optional*): Of this project.
@@ -101,7 +101,7 @@ class Record(StoredRecord):
     """
 
     KIND: ClassVar[str] = "the benchmark of private inference"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     blocks: dict[str, InferenceCost]
     ends: InferenceCost
@@ -224,8 +224,8 @@ product with the values, GELU by ReLU and two squares. Against that block the pr
 private numbers; those of a head are folded away, and leave what {FUSED} takes:
 {alike.total_bytes / fused.total_bytes:.2f} times fewer than the same economies with LayerNorm and GELU.
 
-Over a link between the two processes that is slowed to 100 Mbps and 80 ms there and back, measured and not estimated:
-{_compare_slowed(slowed)}.
+Over a link between the two processes that is slowed to 100 Mbps in each direction and 80 ms there and back, measured
+and not estimated: {_compare_slowed(slowed)}. The estimates have both directions share the rate, and are upper bounds.
 
 ![Where the bytes of a block go]({PICTURE.name})
 

@@ -316,7 +316,7 @@ def _blocks(sizes: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
 def program_config(config: EntropyGPTConfig) -> EntropyGPTConfig:
     """
     The config of [`prepare_weights`] from that of the model: what folding makes of the smallest one of its kind, and
-    without the FFNs that are absorbed where weights allow it.
+    without the FFNs that [`absorb_linear_ffns`] absorbs, if the weights are such that it does.
     """
     sizes = {name: getattr(config, name) for name in ("n_embd", "n_inner", "vocab_size", "n_positions")}
     smallest = copy.deepcopy(config)
@@ -366,7 +366,7 @@ def predict(
     The bytes of each step, without the set-up.
 
     Args:
-        config ([`EntropyGPTConfig`]): Any architecture, folded or not.
+        config ([`EntropyGPTConfig`]): Any architecture, folded or not. Linear FFNs count as [`program_config`] has it.
         settings ([`PrivateSettings`]): Of the protocol "cheetah".
         span ([`Span`]): The tokens.
         prices ([`Prices`], *optional*): Those of this package, if none are given.

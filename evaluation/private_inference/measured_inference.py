@@ -81,7 +81,11 @@ class Inference:
 
     def measure_slowed(self, network: Network, layer: int) -> InferenceCost:
         """
-        As [`Inference.measure`], and what one layer takes over the loopback slowed to a network.
+        As [`Inference.measure`], with the loopback slowed to a network while one layer is computed.
+
+        Args:
+            network ([`Network`]): As of [`SlowLink`].
+            layer (`int`): The layer, of a program without the FFNs that are absorbed.
 
         Raises:
             `PrivateInferenceError`: If the engine fails.

@@ -16,8 +16,8 @@ PART_BYTES = 2**14
 
 class SlowLink:
     """
-    What a client connects to in place of a server: what goes in one direction leaves at the network's rate, behind all
-    that goes the same way, and arrives half a round trip later. Each part is under way while others leave.
+    What a client connects to in place of a server. What goes in one direction, over all connections together, leaves
+    at the network's rate and arrives half a round trip later; meanwhile more leaves. Each direction has the rate.
 
     Args:
         target (`tuple[str, int]`): The server's host and port.
@@ -41,26 +41,37 @@ class SlowLink:
         self._listener.close()
 
     def _accept(self):
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                near = self._listener.accept()[0]
-                far = socket.create_connection(self._target)
-                for direction, source, sink in (("there", near, far), ("back", far, near)):
-                    sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    under_way: queue.Queue[tuple[float, bytes]] = queue.Queue()
-                    _start(self._send, direction, source, under_way)
-                    _start(_deliver, under_way, sink)
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            _start(self._carry, near)
 
-    def _send(self, direction: str, source: socket.socket, under_way: queue.Queue):
-        ended = False
-        while not ended:
-            part = b""
-            with contextlib.suppress(OSError):  # broken off: for the other side an end
-                part = source.recv(PART_BYTES)
+    def _carry(self, near: socket.socket):
+        with near, contextlib.suppress(OSError), socket.create_connection(self._target) as far:
+            directions = [
+                threading.Thread(target=self._send, args=(direction, source, sink), daemon=True)
+                for direction, source, sink in (("there", near, far), ("back", far, near))
+            ]
+            for direction in directions:
+                direction.start()
+            for direction in directions:
+                direction.join()
+
+    def _send(self, direction: str, source: socket.socket, sink: socket.socket):
+        """All that comes, up to the end of the direction."""
+        sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        under_way: queue.Queue[tuple[float, bytes]] = queue.Queue()
+        delivery = threading.Thread(target=_deliver, args=(under_way, sink), daemon=True)
+        delivery.start()
+        part = b"-"
+        while part and delivery.is_alive():
+            part = _receive(source)
             left = self._leave(direction, len(part))
             under_way.put((left + self.network.round_trip_seconds / 2, part))
             _sleep_until(left)
-            ended = not part
+        delivery.join()
 
     def _leave(self, direction: str, size: int) -> float:
         """The moment at which so many bytes have left."""
@@ -68,6 +79,14 @@ class SlowLink:
             begin = max(self._free_at[direction], time.monotonic())
             self._free_at[direction] = begin + size * 8 / self.network.bits_per_second
             return self._free_at[direction]
+
+
+def _receive(source: socket.socket) -> bytes:
+    """Some bytes, or none at the end; a connection that breaks off has ended too."""
+    try:
+        return source.recv(PART_BYTES)
+    except OSError:
+        return b""
 
 
 def _deliver(under_way: queue.Queue, sink: socket.socket):

@@ -1,6 +1,7 @@
 """Folding: the same logits, nothing left of what was folded, and no fold without effect."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -137,13 +138,39 @@ def test_linear_ffns_are_absorbed(notation, layers, final):
     assert largest_difference(model, folded) < 1e-10
 
 
-@pytest.mark.parametrize("stretch", [0.0, 1e-9, 1 / 300, 300])
+@pytest.mark.parametrize("stretch", [0.0, 1e-9, 1 / 300, 300, math.nan])
 @torch.no_grad()
 def test_ffns_that_stretch_or_shrink_the_stream_far_are_left(stretch):
     """x + FFN(x) that takes the stream off can't be undone, nor can bases of any scale be told in fixed point."""
     model = fold(make_model("SM+ScFuFFN", n_layer=3).double())
     weight = model.transformer.h[1].mlp.c_fused.weight
     weight.copy_(torch.eye(len(weight)) * (stretch - 1))
+    assert_left(model)
+
+
+@torch.no_grad()
+def test_ffns_that_stretch_the_stream_between_are_left():
+    """In the first and the last basis there is nothing to be seen of it."""
+    model = fold(make_model("SM+ScFuFFN", n_layer=4).double())
+    for layer, stretch in ((1, 1 / 300), (2, 300)):
+        weight = model.transformer.h[layer].mlp.c_fused.weight
+        weight.copy_(torch.eye(len(weight)) * (stretch - 1))
+    assert_left(model)
+
+
+@torch.no_grad()
+def test_scales_that_were_not_folded_are_left():
+    model = make_asymmetric("SM+ScFuFFN", n_layer=4)
+    assert absorb_linear_ffns(model) == 1
+    assert model.config.pruned_ffn_layers == []
+
+
+def test_a_model_that_was_converted_here_can_do_without_ffns():
+    model = EntropyGPTForCausalLM.from_pretrained("model_cards/models/converted")
+    assert absorb_linear_ffns(fold(model.double())) < MOST_STRETCHED / 4
+
+
+def assert_left(model):
     before = copy.deepcopy(model)
     assert absorb_linear_ffns(model) > MOST_STRETCHED
     assert model.config.pruned_ffn_layers == []

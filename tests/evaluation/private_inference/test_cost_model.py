@@ -24,6 +24,7 @@ from evaluation.private_inference.cost_model import (
     load_prices,
     make_shape,
     predict,
+    program_config,
 )
 from evaluation.private_inference.engine import CLIENT, SERVER, EngineLog
 from evaluation.private_inference.errors import PrivateInferenceError
@@ -139,6 +140,7 @@ def test_every_step_of_every_architecture_has_a_price(notation, private):
 @pytest.mark.parametrize("notation", ARCHITECTURES)
 def test_folding_needs_no_weights(notation):
     folded, _ = prepare_weights(make_model(notation))
+    assert folded.pruned_ffn_layers == program_config(make_config(notation)).pruned_ffn_layers
     assert predict(make_config(notation), PrivateSettings(), SPAN) == predict(folded, PrivateSettings(), SPAN)
 
 

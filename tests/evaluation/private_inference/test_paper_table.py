@@ -22,6 +22,7 @@ from evaluation.private_inference.paper_table import (
     table_markdown,
     take_blocks,
     take_ends,
+    take_typical_block,
 )
 from evaluation.private_inference.program import Span, build_steps
 from evaluation.private_inference.session import Answer, Terms
@@ -104,6 +105,19 @@ def test_the_first_and_the_last_block_are_taken_for_themselves():
     total = add_up(row, record(take_blocks(row), [*ends, *steps]), record(take_ends(row), [*ends, *steps]))
     assert total.total_bytes == 2 * (1 + 200 + 100 + 100 + 10 + 1 + 1)
     assert total.seconds == 7
+
+
+@pytest.mark.parametrize(
+    ("notation", "layers", "typical"),
+    [("SM+LN+G", 4, 1), ("SM+ScFuFFN", 5, 1), ("SM+R+FFNi[1]", 6, 2), ("SM", 1, 0)],
+)
+def test_the_typical_block_stands_for_most(notation, layers, typical):
+    (_, row) = list_rows([notation], CONTEXT, **{**SIZES, "n_layer": layers})
+    blocks = take_blocks(row)
+    steps = [StepCost("scores", layer, 1, 0, 1, 1, 1.0) for layer in (None, *range(blocks.config.n_layer))]
+    block = take_typical_block(row, record(blocks, steps))
+    assert [step.layer for step in block.steps] == [typical]
+    assert (block.n_layer, block.seconds) == (1, 1.0)
 
 
 def test_the_cheapest_is_none_of_today():

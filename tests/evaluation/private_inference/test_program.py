@@ -109,6 +109,26 @@ def test_one_position_and_one_token_more_are_as_the_whole(notation, tokens):
         assert np.abs(kept[LOGITS] - clear[position : position + 1]).max() < 2e-4
 
 
+@pytest.mark.parametrize("asked", [1, 5, 11, 12, 15])
+def test_temperatures_go_with_positions(asked):
+    """Of tokens whose keys are kept, too, and where they multiply scores for some rows and queries for others."""
+    model, tokens = make_model("SM(t)+ScFuFFN"), np.random.default_rng(1).integers(2, 101, 20)
+    private = PrivateSettings()
+    clear = clear_logits(model, tokens)
+    kept = run(model, private, tokens[:asked], Span(0, asked, asked))
+    logits = [kept[LOGITS]]
+    for position in range(asked, len(tokens)):
+        kept = run(model, private, tokens[position : position + 1], Span(position, 1), kept)
+        logits.append(kept[LOGITS])
+    assert np.abs(np.concatenate(logits) - clear).max() < 0.01 * np.abs(clear).max()
+    several = run(model, private, tokens[asked:], Span(asked, len(tokens) - asked, 2), kept_before(kept, asked))
+    assert np.abs(several[LOGITS] - clear[-2:]).max() < 0.01 * np.abs(clear).max()
+
+
+def kept_before(kept: dict, position: int) -> dict:
+    return {name: part[:, :position] for name, part in kept.items() if name.endswith((".keys", ".values"))}
+
+
 @pytest.mark.parametrize("notation", ARCHITECTURES)
 def test_a_client_knows_the_shapes_of_weights_from_the_config(notation):
     config, weights = prepare_weights(make_model(notation))

@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("spu")
 
 from evaluation.private_inference.cost import InferenceCost, Network, parse_network, project
+from evaluation.private_inference.measured_inference import Inference, make_config
+from evaluation.private_inference.settings import PrivateSettings
 from evaluation.private_inference.slow_link import LOOPBACK, SlowLink
 from evaluation.private_inference.two_party import Client
 from tests.evaluation.private_inference.test_two_party import (
@@ -80,6 +82,22 @@ def test_through_a_slow_link(served, loopback):
         measured = measure(*link.address, on_event=change_network)
     for costs in zip(loopback, networks, measured, strict=True):
         check_projection(*costs)
+
+
+def test_one_layer_over_a_slow_link():
+    network = parse_network("10Mbps,10ms")
+    config = make_config("SM+ScFuFFN", 8, n_layer=4, n_embd=48, n_head=4, vocab_size=64)
+    inference = Inference("three blocks and the last", config, PrivateSettings(), 8)
+    layer = 2
+    fast, slow = inference.measure(), inference.measure_slowed(network, layer)
+    steps, rest = (
+        [[step for step in cost.steps if (step.layer == layer) == chosen] for cost in (fast, slow)]
+        for chosen in (True, False)
+    )
+    projected = project(replace(fast, steps=steps[0], seconds=sum(step.seconds for step in steps[0])), network)
+    assert LEAST * projected < sum(step.seconds for step in steps[1]) < MOST * projected
+    assert sum(step.seconds for step in rest[1]) < projected
+    assert slow.total_bytes == pytest.approx(fast.total_bytes, rel=0.01)
 
 
 def configure(*command: str):

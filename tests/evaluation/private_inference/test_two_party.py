@@ -311,18 +311,16 @@ def test_an_answer_out_of_range_is_repeated_and_then_refused(served):
     assert "token" not in events
 
 
-class Proxy:
-    """What a client connects to in place of a server; [`Proxy.carry`] hands on what goes in one direction."""
+class Recorder:
+    """What a client connects to in place of a server; keeps what goes by."""
 
     def __init__(self, target: tuple[str, int]):
+        self.to_server: list[bytearray] = []
+        self.to_client: list[bytearray] = []
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = self._listener.getsockname()
         threading.Thread(target=self._accept, daemon=True).start()
-
-    def carry(self, source: socket.socket, sink: socket.socket, to_server: bool):
-        """All of one direction of a connection, up to its end."""
-        raise NotImplementedError
 
     def close(self):
         self._listener.close()
@@ -332,31 +330,19 @@ class Proxy:
             while True:
                 near = self._listener.accept()[0]
                 far = socket.create_connection(self._target)
-                for source, sink in ((near, far), (far, near)):
+                for source, sink, recordings in ((near, far, self.to_server), (far, near, self.to_client)):
                     sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    threading.Thread(target=self._carry, args=(source, sink, sink is far), daemon=True).start()
+                    recordings.append(bytearray())
+                    threading.Thread(target=self._carry, args=(source, sink, recordings[-1]), daemon=True).start()
 
-    def _carry(self, source: socket.socket, sink: socket.socket, to_server: bool):
+    @staticmethod
+    def _carry(source: socket.socket, sink: socket.socket, recording: bytearray):
         with contextlib.suppress(OSError):
-            self.carry(source, sink, to_server)
+            while part := source.recv(2**16):
+                recording += part
+                sink.sendall(part)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
-
-
-class Recorder(Proxy):
-    """Keeps what goes by."""
-
-    def __init__(self, target: tuple[str, int]):
-        self.to_server: list[bytearray] = []
-        self.to_client: list[bytearray] = []
-        super().__init__(target)
-
-    def carry(self, source: socket.socket, sink: socket.socket, to_server: bool):
-        kept = bytearray()
-        (self.to_server if to_server else self.to_client).append(kept)
-        while part := source.recv(2**16):
-            kept += part
-            sink.sendall(part)
 
     def recordings(self) -> tuple[bytes, bytes]:
         return b"".join(self.to_server), b"".join(self.to_client)
