@@ -33,6 +33,7 @@ from evaluation.private_inference.price_fitting import fit
 from evaluation.private_inference.program import Span, build_steps
 from evaluation.private_inference.settings import PrivateSettings
 from evaluation.private_inference.weights import prepare_weights
+from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, make_config, make_model
 
 
@@ -132,14 +133,14 @@ def test_the_largest_of_visible_scores_takes_no_comparison_more():
 def test_every_step_of_every_architecture_has_a_price(notation, private):
     config = make_config(notation)
     predicted = predict(config, private, Span(0, LENGTH, 3))
-    steps = build_steps(prepare_weights(make_model(notation))[0], private, Span(0, LENGTH, 3))
+    steps = build_steps(prepare_weights(EntropyGPTForCausalLM(config))[0], private, Span(0, LENGTH, 3))
     assert [(step.operation, step.layer) for step in predicted] == [(step.operation, step.layer) for step in steps]
     assert all(step.total_bytes > 0 for step in predicted)
 
 
 @pytest.mark.parametrize("notation", ARCHITECTURES)
 def test_folding_needs_no_weights(notation):
-    folded, _ = prepare_weights(make_model(notation))
+    folded, _ = prepare_weights(EntropyGPTForCausalLM(make_config(notation)))
     assert folded.pruned_ffn_layers == program_config(make_config(notation)).pruned_ffn_layers
     assert predict(make_config(notation), PrivateSettings(), SPAN) == predict(folded, PrivateSettings(), SPAN)
 
