@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from .channel import Channel
 from .cost import InferenceCost, StepCost
 from .engine import engine_versions
 from .errors import PrivateInferenceError
-from .party_process import Job
+from .party_process import REPEATS, Job
 from .program import Span, build_steps
 from .settings import PrivateSettings
 from .tunnel import Tunnel
@@ -202,7 +203,7 @@ def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_even
     Raises:
         `PrivateInferenceError`: If the programs differ, the engine fails, or the peer ends, hangs or breaks rules.
     """
-    events, answer = Events(), Answer()
+    events, answer, repeated = Events(), Answer(), Counter()
     tunnel.on_failure = lambda reason: events.put(PrivateInferenceError(reason))
     process = EngineProcess(job, events)
     try:
@@ -227,6 +228,8 @@ def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_even
                 peer_done = True
                 continue
             _note(answer, event)
+            if event["event"] == "repeat":
+                repeated[event["index"]] += 1
             on_event(event)
             if event["event"] == "done":
                 break
@@ -234,6 +237,12 @@ def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_even
         if not peer_done:
             events.expect(FAREWELL_SECONDS, "peer's done")
         return answer
+    except PrivateInferenceError as error:
+        if REPEATS in repeated.values():  # it ends both sides, and the peer's end may be heard of first
+            raise PrivateInferenceError(
+                f"the answer was out of range {REPEATS} times: see the audit of the model."
+            ) from error
+        raise
     finally:
         process.close()
 
