@@ -258,10 +258,6 @@ def _offer(source: str, tokenizer: str | None, settings: PrivateSettings) -> Mod
     model, words = _load(source, tokenizer)
     with console.status("looking at its numbers"):
         config, weights = prepare_weights(model)
-        if layers := list_absorbable_ffns(config):
-            console.print(
-                f"FFNs of layers {layers} are computed: they stretch or shrink the stream too far to be absorbed."
-            )
         rng = np.random.default_rng(0)
         shape = (AUDITED_SEQUENCES, min(AUDITED_TOKENS, config.n_positions))
         tokens = rng.integers(0, config.vocab_size, shape)

@@ -29,6 +29,7 @@ from .settings import PrivateSettings
 
 
 REPEATS = 3
+OUT_OF_RANGE = f"the answer was out of range {REPEATS} times: see the audit of the model."
 ACCEPTED, REPEAT = "accepted", "repeat"
 TABLE_PART_BYTES = 8 * 2**20
 
@@ -111,7 +112,7 @@ class PartyProcess:
             self.tell({"event": "repeat", "index": index})
             span = Span(0, span.end, span.answers)
             program = compile_pass(self.config, self.job.settings, span)
-        raise PrivateInferenceError(f"the answer was out of range {REPEATS} times: see the audit of the model.")
+        raise PrivateInferenceError(OUT_OF_RANGE)
 
     def _tell_step(self, cost):
         self.tell({"event": "step", "cost": asdict(cost)})

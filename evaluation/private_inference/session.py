@@ -25,7 +25,7 @@ from .channel import Channel
 from .cost import InferenceCost, StepCost
 from .engine import engine_versions
 from .errors import PrivateInferenceError
-from .party_process import REPEATS, Job
+from .party_process import OUT_OF_RANGE, REPEATS, Job
 from .program import Span, build_steps
 from .settings import PrivateSettings
 from .tunnel import Tunnel
@@ -239,9 +239,7 @@ def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_even
         return answer
     except PrivateInferenceError as error:
         if REPEATS in repeated.values():  # it ends both sides, and the peer's end may be heard of first
-            raise PrivateInferenceError(
-                f"the answer was out of range {REPEATS} times: see the audit of the model."
-            ) from error
+            raise PrivateInferenceError(OUT_OF_RANGE) from error
         raise
     finally:
         process.close()

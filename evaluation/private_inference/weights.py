@@ -3,7 +3,6 @@
 import copy
 
 import numpy as np
-import torch
 from torch import nn
 
 from conversion.folding import absorb_linear_ffns, fold
@@ -26,8 +25,7 @@ def prepare_weights(model: EntropyGPTForCausalLM) -> tuple[EntropyGPTConfig, dic
     """
     check_config(model.config)
     folded = fold(copy.deepcopy(model).double())
-    with torch.no_grad():
-        absorb_linear_ffns(folded)
+    absorb_linear_ffns(folded)
     config, weights = folded.config, {}
     body = folded.transformer
     weights["wte"], weights["wpe"] = body.wte.weight, body.wpe.weight
