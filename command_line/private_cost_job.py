@@ -19,7 +19,7 @@ console = Console()
 
 def run(notations: list[str], sizes: dict, kept: int, length: int, all_positions: bool, embedding: str):
     """
-    Prints the megabytes of each operation, side by side.
+    Prints the megabytes of each operation and the round trips of all, side by side.
 
     Args:
         notations (`list[str]`): Architectures; the first is what the others are compared with.
@@ -34,12 +34,15 @@ def run(notations: list[str], sizes: dict, kept: int, length: int, all_positions
     """
     settings = PrivateSettings(embedding=embedding)
     span = Span(kept, length, length if all_positions else 1)
-    costs = {notation: _operations(_predict(notation, sizes, settings, span)) for notation in notations}
+    steps = {notation: _predict(notation, sizes, settings, span) for notation in notations}
+    costs = {notation: _operations(predicted) for notation, predicted in steps.items()}
     operations = list(dict.fromkeys(name for cost in costs.values() for name in cost))
     rows = [(name, *(f"{cost.get(name, 0) / 1e6:,.1f}" for cost in costs.values())) for name in operations]
     totals = [sum(cost.values()) for cost in costs.values()]
     rows.append(("all", *(f"{total / 1e6:,.1f}" for total in totals)))
     rows.append(("times fewer", *(f"{totals[0] / total:.2f}" for total in totals)))
+    round_trips = (sum(step.round_trips for step in predicted) for predicted in steps.values())
+    rows.append(("round trips", *(f"{count:,.0f}" for count in round_trips)))
     console.print(make_table(("MB, both\nparties", *(name.replace("+", "+\n") for name in costs)), rows))
     console.print("predicted for the protocol cheetah; the set-up of a connection, 27 MB, is apart", style="dim")
 

@@ -218,7 +218,7 @@ class PrivateCost:
         context (`int`): Tokens of the prompt.
         answers (`int`): Tokens that were answered, or positions whose logits were.
         total_bytes (`int`): Sent by all parties together, without the set-up of their connection.
-        rounds (`int`): About how often a message has to travel there and back.
+        rounds (`int`): How often a message has to travel there and back, as in [`InferenceCost`].
         seconds (`float`): On the machine and network below.
         network (`str`): Such as "loopback".
         versions (`dict[str, str]`): Of the packages that compute.

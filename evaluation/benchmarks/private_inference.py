@@ -101,7 +101,7 @@ class Record(StoredRecord):
     """
 
     KIND: ClassVar[str] = "the benchmark of private inference"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     blocks: dict[str, InferenceCost]
     ends: InferenceCost
@@ -212,7 +212,7 @@ last computes less, and linear FFNs between are absorbed. The set-up of a connec
 Seconds on other networks are estimates: those measured here, and those that bytes and round trips take at 1 Gbps and
 1 ms (LAN) or 100 Mbps and 80 ms (WAN).
 
-| block | MB | times fewer | messages | s | times faster | LAN, s | WAN, s | times faster |
+| block | MB | times fewer | round trips | s | times faster | LAN, s | WAN, s | times faster |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
 
@@ -225,7 +225,8 @@ private numbers; those of a head are folded away, and leave what {FUSED} takes:
 {alike.total_bytes / fused.total_bytes:.2f} times fewer than the same economies with LayerNorm and GELU.
 
 Over a link between the two processes that is slowed to 100 Mbps in each direction and 80 ms there and back, measured
-and not estimated: {_compare_slowed(slowed)}. The estimates have both directions share the rate, and are upper bounds.
+and not estimated: {_compare_slowed(slowed)}. The estimates have both directions share the rate, and nothing computed
+while bytes are under way: they are upper bounds, the more so the more bytes there are.
 
 ![Where the bytes of a block go]({PICTURE.name})
 
@@ -281,7 +282,7 @@ def _block_row(name: str, cost: InferenceCost, today: InferenceCost) -> str:
         name,
         f"{cost.total_bytes / 1e6:.1f}",
         f"{today.total_bytes / cost.total_bytes:.2f}",
-        f"{cost.messages:,}",
+        f"{cost.rounds:,}",
         f"{cost.seconds:.1f}",
         f"{today.seconds / cost.seconds:.2f}",
         f"{project(cost, LAN):.0f}",

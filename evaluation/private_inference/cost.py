@@ -12,15 +12,9 @@ from .settings import PARTIES, PrivateSettings
 
 MEGA = 1e6
 AROUND_BLOCKS = "around the blocks"
-TABLE_COLUMNS = ("MB, all parties", "share", "MB sent", "MB received", "messages", "seconds")
+TABLE_COLUMNS = ("MB, all parties", "share", "MB sent", "MB received", "messages", "round trips", "seconds")
 BANDWIDTH_UNITS = {"kbps": 1e3, "Mbps": 1e6, "Gbps": 1e9}
 LATENCY_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-# A question and its answer take a round trip, two messages that cross on the way take half of one: most of them cross.
-ROUND_TRIPS_A_PAIR = 0.6
-# Messages by which Cheetah makes oblivious transfers in stock, for the first time and each time after.
-FIRST_STOCK_MESSAGES, STOCK_MESSAGES = 930, 1281
-# The one operation that may send as many of its own.
-ARGMAX = "argmax"
 
 
 @dataclass(config=RECORD)
@@ -33,6 +27,10 @@ class StepCost:
         layer (`int`, *optional*): `None` around the blocks.
         sent_bytes, received_bytes (`int`): By this party.
         sent_messages, received_messages (`int`): By this party.
+        round_trips (`float`):
+            How often a message has to travel there and back before the next one can leave. Under Cheetah by the
+            operations, each of which waits for so many, however many messages carry its tensors at once
+            (`counting.py`); elsewhere half of one for a message each way, since these cross.
         seconds (`float`): From its beginning to its end.
     """
 
@@ -42,21 +40,13 @@ class StepCost:
     received_bytes: int
     sent_messages: int
     received_messages: int
+    round_trips: float
     seconds: float
 
     @property
     def total_bytes(self) -> int:
         """All traffic between two parties."""
         return self.sent_bytes + self.received_bytes
-
-    @property
-    def pairs(self) -> int:
-        """
-        Of a message sent and one received: there are no more than of the rarer kind. Without those by which Cheetah
-        makes oblivious transfers in stock, since none of them waits for an answer.
-        """
-        pairs = min(self.sent_messages, self.received_messages)
-        return pairs if self.operation == ARGMAX else pairs % STOCK_MESSAGES % FIRST_STOCK_MESSAGES
 
 
 @dataclass(config=RECORD)
@@ -82,7 +72,7 @@ class InferenceCost(StoredRecord):
     """
 
     KIND = "the cost of a private inference"
-    SCHEMA_VERSION = 1
+    SCHEMA_VERSION = 2
 
     notation: str
     n_layer: int
@@ -120,11 +110,8 @@ class InferenceCost(StoredRecord):
 
     @property
     def rounds(self) -> int:
-        """
-        About how often a message has to travel there and back. The engine tells no more than the messages that a party
-        sent and received, not which of them waits for which.
-        """
-        return round(ROUND_TRIPS_A_PAIR * sum(step.pairs for step in self.steps))
+        """How often a message has to travel there and back, of all steps."""
+        return round(sum(step.round_trips for step in self.steps))
 
     def all_parties(self, counted: int) -> int:
         """Bytes sent by all parties, from those sent and received by one."""
@@ -141,7 +128,7 @@ class CostSum:
         sent_bytes, received_bytes (`int`): By this party.
         total_bytes (`int`): Sent by all parties.
         messages (`int`): Sent or received by this party.
-        seconds (`float`): One after the other.
+        round_trips, seconds (`float`): One after the other.
     """
 
     name: str
@@ -149,6 +136,7 @@ class CostSum:
     received_bytes: int
     total_bytes: int
     messages: int
+    round_trips: float
     seconds: float
 
 
@@ -181,6 +169,7 @@ def _sum(cost: InferenceCost, name: str, steps: list[StepCost]) -> CostSum:
         received_bytes=sum(step.received_bytes for step in steps),
         total_bytes=cost.all_parties(sum(step.total_bytes for step in steps)),
         messages=sum(step.sent_messages + step.received_messages for step in steps),
+        round_trips=sum(step.round_trips for step in steps),
         seconds=sum(step.seconds for step in steps),
     )
 
@@ -203,6 +192,7 @@ def table_rows(sums: list[CostSum], total_name: str = "total") -> list[tuple[str
         received_bytes=sum(part.received_bytes for part in sums),
         total_bytes=sum(part.total_bytes for part in sums),
         messages=sum(part.messages for part in sums),
+        round_trips=sum(part.round_trips for part in sums),
         seconds=sum(part.seconds for part in sums),
     )
     return [_row(part, total.total_bytes) for part in (*sums, total)]
@@ -216,6 +206,7 @@ def _row(part: CostSum, total_bytes: int) -> tuple[str, ...]:
         f"{part.sent_bytes / MEGA:,.2f}",
         f"{part.received_bytes / MEGA:,.2f}",
         f"{part.messages:,}",
+        f"{part.round_trips:,.1f}",
         f"{part.seconds:,.2f}",
     )
 
@@ -274,11 +265,8 @@ def project(cost: InferenceCost, network: Network) -> float:
     Seconds that the inference would take on a network: as many as on the loopback, those that its bytes take, one
     direction after the other, and those of its [`InferenceCost.rounds`].
 
-    An estimate, and with long tensors rather an upper bound. Inferences of tiny models over links with a rate and a
-    delay come near to it, and are mostly a little faster: both directions carry bytes at once, and some is computed
-    meanwhile. Ciphertexts of one long tensor are under way together, and counted as if each was waited for. Highest
-    above the truth is "argmax" of many tokens, whose messages can't be told from those that make oblivious transfers
-    in stock.
+    An estimate: inferences over links with a rate and a delay come near to it, and are mostly a little faster, since
+    both directions carry bytes at once, and some is computed meanwhile.
     """
     transfer = cost.total_bytes * 8 / network.bits_per_second
     return cost.seconds + transfer + cost.rounds * network.round_trip_seconds

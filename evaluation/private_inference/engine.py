@@ -15,6 +15,7 @@ import numpy as np
 
 from .arithmetic import CheapArithmetic
 from .cost import StepCost
+from .counting import Shape, Stock, count_step
 from .errors import PrivateInferenceError
 from .program import Step
 from .settings import PrivateSettings
@@ -77,39 +78,41 @@ def runtime_config(settings: PrivateSettings):
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A step with the engine's code for it."""
+    """
+    Args:
+        step ([`Step`]): The step.
+        executable: The engine's code of it.
+        round_trips (`float`): That it waits for under Cheetah, as counted on its shapes.
+    """
 
     step: Step
     executable: object
+    round_trips: float
 
 
-def compile_steps(
-    steps: Iterable[Step], shapes: dict[str, tuple[int, ...]], settings: PrivateSettings
-) -> list[CompiledStep]:
+def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: PrivateSettings) -> list[CompiledStep]:
     """
     The engine's code of each step; equal steps on equal shapes are compiled once.
 
     Args:
         steps (`Iterable[Step]`): In the order in which they run.
-        shapes (`dict`): Of the variables that are there before the first.
+        variables (`dict[str, Shape]`): Those that are there before the first.
         settings ([`PrivateSettings`]): As the runtime's.
     """
     from spu import libspu
 
-    shapes, compiled = dict(shapes), []
+    variables, stock, compiled = dict(variables), Stock(), []
     for step in steps:
-        given = tuple(shapes[name] for name in step.inputs)
-        code, results = _compile(_Hashable(step.function), given, settings)
-        shapes.update(zip(step.outputs, results, strict=True))
+        given = tuple(variables[name].shape for name in step.inputs)
+        code = _compile(_Hashable(step.function), given, settings)
         executable = libspu.Executable(step.operation, list(step.inputs), list(step.outputs), code)
-        compiled.append(CompiledStep(step, executable))
+        counts = count_step(step, variables, settings, stock)
+        compiled.append(CompiledStep(step, executable, counts.round_trips))
     return compiled
 
 
 @functools.lru_cache(maxsize=512)
-def _compile(
-    function: "_Hashable", shapes: tuple[tuple[int, ...], ...], settings: PrivateSettings
-) -> tuple[bytes, list[tuple[int, ...]]]:
+def _compile(function: "_Hashable", shapes: tuple[tuple[int, ...], ...], settings: PrivateSettings) -> bytes:
     import jax.numpy as jnp
     from jax import ShapeDtypeStruct
     from spu import libspu
@@ -118,7 +121,7 @@ def _compile(
     def program(*tensors):
         return function.function(CheapArithmetic(jnp, settings), *tensors)
 
-    executable, outputs = frontend.compile(
+    executable, _ = frontend.compile(
         frontend.Kind.JAX,
         program,
         [ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
@@ -127,8 +130,7 @@ def _compile(
         [libspu.Visibility.VIS_SECRET] * len(shapes),
         lambda flat: [f"out{index}" for index in range(len(flat))],
     )
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return executable.code, [output.shape for output in outputs]
+    return executable.code
 
 
 class _Hashable:
@@ -199,6 +201,7 @@ class Party:
         from spu import api
 
         self.link, self.log = link, log
+        self._is_cheetah = settings.protocol == "cheetah"
         self.config = runtime_config(settings)
         self.config.enable_pphlo_profile = log is not None
         self.runtime = api.Runtime(link, self.config)
@@ -231,6 +234,7 @@ class Party:
             received_bytes=received,
             sent_messages=messages_sent,
             received_messages=messages_received,
+            round_trips=step.round_trips if self._is_cheetah else min(messages_sent, messages_received) / 2,
             seconds=seconds,
         )
 

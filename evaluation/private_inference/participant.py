@@ -6,6 +6,7 @@ import numpy as np
 
 from .arithmetic import Arithmetic
 from .cost import StepCost
+from .counting import Shape, make_shape
 from .engine import SERVER, CompiledStep, EngineLog, Party, compile_steps
 from .program import EMBEDDINGS, LOGITS, TOKEN, TOKENS, ProgramConfig, Span, Step, build_steps, weight_shapes
 from .settings import PARTIES, PrivateSettings
@@ -33,6 +34,14 @@ def kept_shapes(config: ProgramConfig, span: Span) -> dict[str, tuple[int, int, 
     return {f"h.{layer}.{name}": shape for layer in layers for name in ("keys", "values")}
 
 
+def program_variables(config: ProgramConfig, settings: PrivateSettings, span: Span) -> dict[str, Shape]:
+    """What there is before a pass, and whose it is."""
+    variables = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
+    name, shape = input_shape(config, settings, span)
+    variables[name] = make_shape(shape, client_rank(settings))
+    return variables | {name: make_shape(shape) for name, shape in kept_shapes(config, span).items()}
+
+
 def answer_name(settings: PrivateSettings) -> str:
     return LOGITS if settings.answer == "logits" else TOKEN
 
@@ -44,10 +53,7 @@ def compile_pass(config: ProgramConfig, settings: PrivateSettings, span: Span) -
     Raises:
         `PrivateInferenceError`: As [`build_steps`].
     """
-    shapes = weight_shapes(config)
-    name, shape = input_shape(config, settings, span)
-    shapes[name] = shape
-    return compile_steps(build_steps(config, settings, span), shapes | kept_shapes(config, span), settings)
+    return compile_steps(build_steps(config, settings, span), program_variables(config, settings, span), settings)
 
 
 def encode_tokens(tokens: Sequence[int], vocabulary: int) -> np.ndarray:
@@ -111,7 +117,8 @@ class Participant:
             else:
                 self.party.set_foreign(name, value.shape, owner)
         step = Step(SET_UP, None, _touch_everything, ("server's", "client's"), ("touched",))
-        (compiled,) = compile_steps([step], {"server's": value.shape, "client's": value.shape}, self.settings)
+        variables = {"server's": make_shape(value.shape, SERVER), "client's": make_shape(value.shape, client)}
+        (compiled,) = compile_steps([step], variables, self.settings)
         cost = self.party.run(compiled)
         self.party.forget("touched")
         return [cost]

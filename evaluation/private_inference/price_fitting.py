@@ -14,8 +14,9 @@ from evaluation.results import git_revision, machine_name
 
 from .arithmetic import Arithmetic
 from .cost import MEGA, StepCost
-from .cost_model import PRICES, CountingArithmetic, Prices, Sample, Stock, make_shape, price_of
-from .engine import CLIENT, SERVER, EngineLog, Party, compile_steps, engine_versions
+from .cost_model import PRICES, Prices, Sample, price_of
+from .counting import CountingArithmetic, Shape, Stock, make_shape
+from .engine import CLIENT, SERVER, CompiledStep, EngineLog, Party, compile_steps, engine_versions
 from .local import run_parties
 from .program import Step
 from .settings import PrivateSettings
@@ -81,7 +82,7 @@ def measure_samples(cases: list[Case], settings: PrivateSettings, log: EngineLog
     """Runs cases between two threads, each twice in one connection: what the second time takes is no set-up."""
     stock = Stock()
     stock.triples = 0
-    programs = [_case_program(case, settings) for case in cases]
+    programs = [case_program(case, settings) for case in cases]
     costs = _run_pair(programs, settings, log)
     samples = []
     for (name, function, tensors), repeated in zip(cases, costs, strict=True):
@@ -94,39 +95,46 @@ def measure_samples(cases: list[Case], settings: PrivateSettings, log: EngineLog
     return samples
 
 
-def _case_program(case: Case, settings: PrivateSettings) -> tuple[dict, list]:
+def case_program(case: Case, settings: PrivateSettings) -> tuple[dict[str, Shape], list[CompiledStep]]:
     """The variables that the parties set, and the compiled steps: shares are sums of one of each party."""
     name, function, tensors = case
     variables, steps = {}, []
     for index, (shape, owner) in enumerate(tensors):
         tensor = f"{name} {index}"
         if owner is not None:
-            variables[tensor] = (shape, owner)
+            variables[tensor] = make_shape(shape, owner)
             continue
         parts = (f"{tensor} of the server", f"{tensor} of the client")
-        variables |= {parts[SERVER]: (shape, SERVER), parts[CLIENT]: (shape, CLIENT)}
+        variables |= {part: make_shape(shape, rank) for rank, part in enumerate(parts)}
         steps.append(Step("share", None, _add, parts, (tensor,)))
     inputs = tuple(f"{name} {index}" for index in range(len(tensors)))
     steps.append(Step(name, None, function, inputs, ("result",)))
-    return variables, compile_steps(steps, {part: shape for part, (shape, _) in variables.items()}, settings)
+    return variables, compile_steps(steps, variables, settings)
 
 
 def _add(ops: Arithmetic, left, right):
     return left + right
 
 
-def _run_pair(programs: list[tuple[dict, list]], settings: PrivateSettings, log: EngineLog) -> list[list[StepCost]]:
+def set_case(party: Party, variables: dict[str, Shape]):
+    """Sets the variables of a case, to numbers of no account."""
+    for name, shape in variables.items():
+        if shape.owner == party.link.rank:
+            party.set_own(name, np.full(shape.shape, 0.6, np.float32))
+        else:
+            party.set_foreign(name, shape.shape, shape.owner)
+
+
+def _run_pair(
+    programs: list[tuple[dict[str, Shape], list[CompiledStep]]], settings: PrivateSettings, log: EngineLog
+) -> list[list[StepCost]]:
     """What the last step of each program took, the first and the second time, by the server's count."""
 
     def take_part(link) -> list[list[StepCost]]:
         party = Party(link, settings, log if link.rank == SERVER else None)
         taken = []
         for variables, steps in programs:
-            for name, (shape, owner) in variables.items():
-                if owner == link.rank:
-                    party.set_own(name, np.full(shape, 0.6, np.float32))
-                else:
-                    party.set_foreign(name, shape, owner)
+            set_case(party, variables)
             taken.append([[party.run(step) for step in steps][-1] for _ in range(2)])
         return taken
 

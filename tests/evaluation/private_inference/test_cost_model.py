@@ -1,30 +1,30 @@
-"""Bytes from the configuration alone: counted as the engine counts, and equal to what it sends."""
+"""Bytes and round trips from the configuration alone: counted as the engine counts, and equal to what it sends."""
+
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.private_inference.cost_model import (
+from evaluation.private_inference.cost_model import Sample, count_steps, load_prices, predict, program_config
+from evaluation.private_inference.counting import (
     ANSWERS,
     COEFFICIENTS,
     COMPARED,
+    COMPARISONS,
     INPUTS,
     LONE_ANSWERS,
     OPENED,
     OWNED_BATCHES,
+    PRODUCTS,
     SHARED_BATCHES,
     TRIPLES,
     TRUNCATED,
     CountingArithmetic,
-    Sample,
     Stock,
     count_product,
-    count_steps,
-    load_prices,
     make_shape,
-    predict,
-    program_config,
 )
 from evaluation.private_inference.engine import CLIENT, SERVER, EngineLog
 from evaluation.private_inference.errors import PrivateInferenceError
@@ -125,7 +125,19 @@ def test_the_largest_of_visible_scores_takes_no_comparison_more():
     first = next(
         counts for step, counts in count_steps(config, PrivateSettings(), SPAN) if step.operation == "maximum"
     )
-    assert first[COMPARED] == config.n_head * LENGTH * (LENGTH - 1) // 2
+    assert first.parts[COMPARED] == config.n_head * LENGTH * (LENGTH - 1) // 2
+    assert first.waits[COMPARISONS] == math.ceil(math.log2(LENGTH))
+
+
+def test_longer_tensors_wait_no_longer_and_more_matrices_do():
+    def waits(length: int, heads: int) -> dict[str, float]:
+        config = make_config("SM", n_layer=2, n_embd=48 * heads, n_head=heads, n_positions=length)
+        counted = count_steps(config, PrivateSettings(), Span(0, length))
+        return {step.operation: counts.waits for step, counts in counted if step.layer == 0}
+
+    short, long = waits(33, 4), waits(64, 4)
+    assert all(short[name] == long[name] for name in ("query, key, value", "scores", "maximum", "output"))
+    assert [waits(8, heads)["scores"][PRODUCTS] for heads in (1, 4, 12)] == [1, 7, 23]
 
 
 @pytest.mark.parametrize("notation", ARCHITECTURES)
@@ -135,7 +147,7 @@ def test_every_step_of_every_architecture_has_a_price(notation, private):
     predicted = predict(config, private, Span(0, LENGTH, 3))
     steps = build_steps(prepare_weights(EntropyGPTForCausalLM(config))[0], private, Span(0, LENGTH, 3))
     assert [(step.operation, step.layer) for step in predicted] == [(step.operation, step.layer) for step in steps]
-    assert all(step.total_bytes > 0 for step in predicted)
+    assert all(step.total_bytes > 0 and step.round_trips >= 0.5 for step in predicted)
 
 
 @pytest.mark.parametrize("notation", ARCHITECTURES)
@@ -148,7 +160,7 @@ def test_folding_needs_no_weights(notation):
 def test_equal_layers_cost_the_same_but_for_the_stock():
     counted = count_steps(make_config("SM+R", n_layer=4), PrivateSettings(), Span(0, LENGTH))
     layers = [
-        {step.operation: (counts.get(INPUTS), counts.get(COMPARED)) for step, counts in counted if step.layer == layer}
+        {step.operation: (counts.parts.get(INPUTS), counts.waits) for step, counts in counted if step.layer == layer}
         for layer in range(3)
     ]
     assert layers[0] == layers[1] == layers[2]

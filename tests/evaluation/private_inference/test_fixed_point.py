@@ -290,13 +290,14 @@ def every_operation(ops, x, y):
 def on_the_engine(chosen: PrivateSettings, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
     """Every operation, without a protocol."""
     libspu = pytest.importorskip("spu").libspu
+    from evaluation.private_inference.counting import make_shape
     from evaluation.private_inference.engine import Party, compile_steps
 
     description = libspu.link.Desc()
     description.add_party("alone", "thread")
     party = Party(libspu.link.create_mem(description, 0), chosen)
     step = program.Step("a step", None, every_operation, ("x", "y"), tuple(OPERATIONS))
-    (compiled,) = compile_steps([step], {"x": x.shape, "y": y.shape}, chosen)
+    (compiled,) = compile_steps([step], {"x": make_shape(x.shape), "y": make_shape(y.shape)}, chosen)
     party.set_own("x", x)
     party.set_own("y", y)
     party.run(compiled)

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from evaluation.private_inference.cost import LAN, Network, StepCost
-from evaluation.private_inference.cost_model import OWNED_BATCHES, load_prices, predict, program_config
+from evaluation.private_inference.cost_model import load_prices, predict, program_config
+from evaluation.private_inference.counting import OWNED_BATCHES
 from evaluation.private_inference.errors import PrivateInferenceError
 from evaluation.private_inference.inference import NETWORKS, TWO_PARTY
 from evaluation.private_inference.measured_inference import Inference
@@ -44,7 +45,10 @@ def predicted(inference: Inference):
     steps = predict(inference.config, inference.settings, Span(0, inference.context))
     return record(
         inference,
-        [StepCost(s.operation, s.layer, int(s.total_bytes), 0, 1, 1, s.total_bytes / 1e6) for s in steps],
+        [
+            StepCost(s.operation, s.layer, int(s.total_bytes), 0, 1, 1, s.round_trips, s.total_bytes / 1e6)
+            for s in steps
+        ],
     )
 
 
@@ -100,11 +104,12 @@ def test_a_model_is_the_sum_of_its_parts(notation, layers):
 
 def test_the_first_and_the_last_block_are_taken_for_themselves():
     (_, row) = list_rows(["SM+LN"], CONTEXT, **{**SIZES, "n_layer": 4})
-    steps = [StepCost("scores", layer, size, size, 1, 1, 1.0) for layer, size in enumerate((200, 100, 10))]
-    ends = [StepCost(operation, None, 1, 1, 1, 1, 1.0) for operation in ("embedding", "norm", "head")]
+    steps = [StepCost("scores", layer, size, size, 1, 1, size / 10, 1.0) for layer, size in enumerate((200, 100, 10))]
+    ends = [StepCost(operation, None, 1, 1, 1, 1, 0.5, 1.0) for operation in ("embedding", "norm", "head")]
     total = add_up(row, record(take_blocks(row), [*ends, *steps]), record(take_ends(row), [*ends, *steps]))
     assert total.total_bytes == 2 * (1 + 200 + 100 + 100 + 10 + 1 + 1)
     assert total.seconds == 7
+    assert total.rounds == round(0.5 + 20 + 10 + 10 + 1 + 0.5 + 0.5)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,7 @@ def test_the_first_and_the_last_block_are_taken_for_themselves():
 def test_the_typical_block_stands_for_most(notation, layers, typical):
     (_, row) = list_rows([notation], CONTEXT, **{**SIZES, "n_layer": layers})
     blocks = take_blocks(row)
-    steps = [StepCost("scores", layer, 1, 0, 1, 1, 1.0) for layer in (None, *range(blocks.config.n_layer))]
+    steps = [StepCost("scores", layer, 1, 0, 1, 1, 0.5, 1.0) for layer in (None, *range(blocks.config.n_layer))]
     block = take_typical_block(row, record(blocks, steps))
     assert [step.layer for step in block.steps] == [typical]
     assert (block.n_layer, block.seconds) == (1, 1.0)
@@ -176,7 +181,7 @@ class TestPages:
     def test_a_row_for_each_architecture_beside_the_paper(self):
         sums = {row.title: record(row, []) for row in list_rows(NOTATIONS, 128, **SMALL_GPT2)}
         for size, cost in zip((8, 4, 2, 1, 2), sums.values(), strict=True):
-            cost.steps, cost.seconds = [StepCost("FFN", 0, size * 10**6, 0, 10, 20, size)], float(size)
+            cost.steps, cost.seconds = [StepCost("FFN", 0, size * 10**6, 0, 10, 20, 5.0, size)], float(size)
         network = Network("300Mbps,20ms", 3e8, 0.02)
         table = PaperTable(sums, record(take_ends(list_rows([], 128, **SMALL_GPT2)[0]), []), networks=(LAN, network))
         lines = table_markdown(table).splitlines()
@@ -205,7 +210,7 @@ class TestPages:
     def test_a_whole_run_tells_the_error_of_the_sum(self):
         table = make_table()
         total = table.sums["SM+ScFuFFN"]
-        steps = [StepCost("FFN", 0, round(total.total_bytes / 1.1), 0, 1, 1, 0.0)]
+        steps = [StepCost("FFN", 0, round(total.total_bytes / 1.1), 0, 1, 1, 0.5, 0.0)]
         whole = replace(total, steps=steps, seconds=total.seconds / 0.8)
         (note,) = (note for note in replace(table, whole=whole).notes if note.startswith("A whole run of SM+ScFuFFN"))
         assert "(+10.00%)" in note

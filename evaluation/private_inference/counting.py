@@ -1,0 +1,324 @@
+"""
+What the engine does for a step, counted on shapes: no weights, no engine, no second party.
+
+What Cheetah sends follows from shapes: so many ciphertexts for each product, so many bits of oblivious transfer for
+each comparison. And so does how often it waits: operations come one after the other, and each has round trips of its
+own, however long its tensors are.
+"""
+
+import functools
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arithmetic import HALVES, SLOTS, CheapArithmetic
+from .program import Step
+from .settings import PrivateSettings
+
+
+# What bytes are counted in. Ciphertexts of products of matrices: those that one party sends, and the answers, of which
+# one may be full or hold no more than some coefficients.
+INPUTS, ANSWERS, LONE_ANSWERS, COEFFICIENTS = "input ciphertexts", "answers", "lone answers", "coefficients"
+# Products of numbers, in batches of as many as a ciphertext has slots: of what two parties own each, and of shares.
+OWNED_BATCHES, SHARED_BATCHES, OPENED = "batches of owned factors", "batches of shares", "opened pairs"
+# Numbers that go through oblivious transfer.
+TRUNCATED, HALVED, COMPARED = "truncated numbers", "halved numbers", "compared numbers"
+CHOSEN = "numbers compared with their places"
+RECIPROCALS, ROOTS, TANHS, ERFS = "reciprocals", "reciprocal roots", "hyperbolic tangents", "error functions"
+# What round trips are counted in: operations, of which one waits for the other.
+PRODUCTS, TRUNCATIONS, HALVINGS = "products of matrices", "truncations", "halvings"
+OWNED_FACTORS, SHARED_FACTORS, OPENINGS, SQUARES = "owned factors", "shared factors", "openings", "squares"
+COMPARISONS, CHOICES = "comparisons", "comparisons with places"
+# Of SPU 0.9.5, measured over a link that has nothing but a delay (the tests do it again). What the engine's own forms
+# wait for beside the products and squares within.
+ROUND_TRIPS = {
+    PRODUCTS: 1.0,
+    TRUNCATIONS: 0.5,
+    HALVINGS: 0.5,
+    OWNED_FACTORS: 2.5,
+    SHARED_FACTORS: 4.0,
+    OPENINGS: 0.5,
+    SQUARES: 3.5,
+    COMPARISONS: 10.5,
+    CHOICES: 33.5,
+    RECIPROCALS: 26.5,
+    ROOTS: 19.0,
+    TANHS: 26.5,
+    ERFS: 51.5,
+}
+# So many of a part.
+Counts = dict[str, float]
+
+# Products of shares below this use triples that were made in stock, from a batch of products of owned factors.
+DIRECT_FROM = HALVES
+TRIPLES = SLOTS // 2
+# The engine's own estimate of what is cheap, by which it cuts matrices: a ciphertext, in units of its computations.
+CIPHERTEXT_PRICE, ROTATION_PRICE, PRODUCT_PRICE = 1000.0, 1.0, 0.1
+# Products within the engine's own forms: of shares, and squares.
+RECIPROCAL_PRODUCTS, RECIPROCAL_PRODUCTS_A_STEP, ROOT_PRODUCTS, TANH_PRODUCTS, ERF_PRODUCTS = 3, 2, 5, 8, 8
+RECIPROCAL_SQUARES, TANH_SQUARES, ERF_SQUARES = 1, 1, 3
+
+
+class Shape(np.ndarray):
+    """
+    A tensor of which the shape matters, and who owns it: what is computed of one party's tensors and of public numbers
+    stays with this party, as it does in the engine.
+    """
+
+    owner: int | None = None
+
+    def __array_finalize__(self, source):
+        self.owner = getattr(source, "owner", None)
+
+    def __array_ufunc__(self, function, method, *inputs, **options):
+        owners = {operand.owner for operand in inputs if isinstance(operand, Shape)}
+        plain = [np.asarray(operand) if isinstance(operand, Shape) else operand for operand in inputs]
+        return make_shape(getattr(function, method)(*plain, **options), owners.pop() if len(owners) == 1 else None)
+
+
+def make_shape(tensor: np.ndarray | tuple[int, ...], owner: int | None = None) -> Shape:
+    """A tensor of an owner, or one of zeros that takes no memory."""
+    tensor = np.broadcast_to(np.float32(0), tensor) if isinstance(tensor, tuple) else np.asarray(tensor)
+    shape = tensor.view(Shape)
+    shape.owner = owner
+    return shape
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """
+    What a step consists of.
+
+    Args:
+        parts (`Counts`): What has a price in bytes.
+        waits (`Counts`): What there are `ROUND_TRIPS` of.
+    """
+
+    parts: Counts
+    waits: Counts
+
+    @property
+    def round_trips(self) -> float:
+        """How often a message has to travel there and back before the next one can leave."""
+        return sum(ROUND_TRIPS[part] * count for part, count in self.waits.items())
+
+
+class Stock:
+    """The triples that the engine keeps for small products of shares; the set-up leaves it about full."""
+
+    def __init__(self):
+        self.triples = TRIPLES
+
+    def take(self, numbers: int) -> int:
+        """How many batches have to be made for so many products."""
+        batches = 0
+        if self.triples < numbers:
+            batches = math.ceil(numbers / TRIPLES)
+            self.triples += batches * TRIPLES
+        self.triples -= numbers
+        return batches
+
+
+class CountingArithmetic(CheapArithmetic):
+    """
+    What each operation sends under Cheetah, and what it waits for, in parts that have a price; results are zeros.
+
+    Args:
+        settings ([`PrivateSettings`]): The form of each operation.
+        stock ([`Stock`]): As the steps before left it.
+    """
+
+    def __init__(self, settings: PrivateSettings, stock: Stock):
+        super().__init__(np, settings)
+        self.stock, self.counts, self.waits = stock, Counter(), Counter()
+
+    def matmul(self, left, right):
+        shape = (*left.shape[:-1], right.shape[-1])
+        rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+        matrices = math.prod(left.shape[:-2])
+        # Of two shared factors, each party multiplies its share with both of the other's.
+        times = matrices * (2 if _owner(left) is None and _owner(right) is None else 1)
+        for part, count in count_product(rows, inner, columns).items():
+            self.counts[part] += times * count
+        # Those of a batch come one after the other, with a round trip between.
+        self.waits[PRODUCTS] += 2 * matrices - 1
+        return self._truncated(shape)
+
+    def multiply(self, left, right):
+        shape = np.broadcast_shapes(left.shape, right.shape)
+        owners = (_owner(left), _owner(right))
+        if owners[0] is not None and owners[0] == owners[1]:
+            return make_shape(shape, owners[0])
+        if owners == (None, None):
+            self._multiply_shares(math.prod(shape))
+        else:
+            self.counts[OWNED_BATCHES] += math.ceil(math.prod(shape) / SLOTS)
+            self.waits[OWNED_FACTORS] += 1
+        return self._truncated(shape)
+
+    def scale(self, tensor, constant):
+        shape = np.broadcast_shapes(tensor.shape, np.shape(constant))
+        return self._truncated(shape) if _owner(tensor) is None else make_shape(shape, tensor.owner)
+
+    def square_by_product(self, tensor):
+        return self.multiply(tensor, tensor)
+
+    def square_by_exp(self, tensor):
+        self._halve(tensor.size)
+        self._square(tensor.size)
+        return self._truncated(tensor.shape)
+
+    def exp(self, tensor):
+        self._halve(tensor.size)
+        for _ in range(self.settings.exponential_squarings):
+            self._square(tensor.size)
+            self._truncated(tensor.shape)
+        return make_shape(tensor.shape)
+
+    def reciprocal(self, tensor):
+        products = RECIPROCAL_PRODUCTS + RECIPROCAL_PRODUCTS_A_STEP * self.settings.reciprocal_iterations
+        return self._function(tensor, RECIPROCALS, products, RECIPROCAL_SQUARES)
+
+    def divide(self, tensor, divisor):
+        # A division of every number, whatever the divisor's shape.
+        return self.multiply(tensor, self.reciprocal(make_shape(tensor.shape)))
+
+    def reciprocal_root(self, tensor):
+        return self._function(tensor, ROOTS, ROOT_PRODUCTS, 0)
+
+    def tanh(self, tensor):
+        return self._function(tensor, TANHS, TANH_PRODUCTS, TANH_SQUARES)
+
+    def erf(self, tensor):
+        return self._function(tensor, ERFS, ERF_PRODUCTS, ERF_SQUARES)
+
+    def largest(self, tensor):
+        rows = tensor.size // tensor.shape[-1]
+        self.counts[COMPARED] += tensor.size - rows
+        self.waits[COMPARISONS] += _levels(tensor.shape[-1])
+        return make_shape((*tensor.shape[:-1], 1))
+
+    def larger(self, left, right):
+        return self.positive_part(left)
+
+    def positive_part(self, tensor):
+        self.counts[COMPARED] += tensor.size
+        self.waits[COMPARISONS] += 1
+        return make_shape(tensor.shape)
+
+    def at_most(self, tensor, bound: float):
+        return self.positive_part(tensor)
+
+    def index_of_largest(self, tensor):
+        rows = tensor.size // tensor.shape[-1]
+        self.counts[CHOSEN] += tensor.size - rows
+        self.waits[CHOICES] += _levels(tensor.shape[-1])
+        return make_shape(tensor.shape[:-1])
+
+    def _function(self, tensor, part: str, products: int, squares: int) -> Shape:
+        self.counts[part] += tensor.size
+        self.waits[part] += 1
+        for _ in range(products):
+            self._multiply_shares(tensor.size)
+        for _ in range(squares):
+            self._square(tensor.size)
+        return make_shape(tensor.shape)
+
+    def _multiply_shares(self, numbers: int):
+        if numbers < DIRECT_FROM:
+            made = self.stock.take(numbers)
+            self.counts[OPENED] += numbers
+            self.counts[OWNED_BATCHES] += made
+            self.waits[OPENINGS] += 1
+            self.waits[OWNED_FACTORS] += made > 0
+        else:
+            self.counts[SHARED_BATCHES] += _halves(numbers)
+            self.waits[SHARED_FACTORS] += 1
+
+    def _square(self, numbers: int):
+        self.counts[OWNED_BATCHES] += 1 if numbers <= SLOTS else _halves(numbers)
+        self.waits[SQUARES] += 1
+
+    def _halve(self, numbers: int):
+        self.counts[HALVED] += numbers
+        self.waits[HALVINGS] += 1
+
+    def _truncated(self, shape: tuple[int, ...]) -> Shape:
+        self.counts[TRUNCATED] += math.prod(shape)
+        self.waits[TRUNCATIONS] += 1
+        return make_shape(shape)
+
+
+def _owner(tensor) -> int | None:
+    return getattr(tensor, "owner", None)
+
+
+def _levels(numbers: int) -> int:
+    """Of a search for the largest, by pairs."""
+    return math.ceil(math.log2(numbers))
+
+
+def _halves(numbers: int) -> int:
+    """Batches of two halves, which the engine computes side by side."""
+    half = numbers // 2
+    return math.ceil(half / SLOTS) + math.ceil((numbers - half) / SLOTS)
+
+
+@functools.lru_cache(maxsize=4096)
+def count_product(rows: int, inner: int, columns: int) -> Counts:
+    """Ciphertexts of the product of one party's matrix with the other's."""
+    tile = _choose_tile(rows, inner, columns, packed=True)
+    blocks = _blocks((rows, inner, columns), tile)
+    lone = blocks[0] * blocks[2] == 1
+    if lone:
+        tile = _choose_tile(rows, inner, columns, packed=False)
+        blocks = _blocks((rows, inner, columns), tile)
+    inputs, outputs = blocks[1] * min(blocks[0], blocks[2]), blocks[0] * blocks[2]
+    if lone:
+        return {INPUTS: inputs, LONE_ANSWERS: outputs, COEFFICIENTS: outputs * tile[0] * tile[2]}
+    by_coefficient = tile[1] >= rows * columns
+    return {INPUTS: inputs, ANSWERS: math.ceil(rows * columns / SLOTS if by_coefficient else outputs / tile[1])}
+
+
+def _choose_tile(rows: int, inner: int, columns: int, packed: bool) -> tuple[int, int, int]:
+    """How the engine cuts matrices (`MatMatProtocol::GetSubMatShape`); of equal prices, the last."""
+    best, chosen = math.inf, (1, 1, 1)
+    for height in range(1, min(SLOTS, rows) + 1):
+        depth = 1
+        while depth <= inner and height * depth <= SLOTS:
+            tile = (height, depth, min(columns, SLOTS // height // depth))
+            price = _tile_price((rows, inner, columns), tile, packed)
+            if price <= best:
+                best, chosen = price, tile
+            depth = depth * 2 if packed else depth + 1
+    return chosen
+
+
+def _tile_price(sizes: tuple[int, int, int], tile: tuple[int, int, int], packed: bool) -> float:
+    blocks = _blocks(sizes, tile)
+    ciphertexts = min(blocks[0], blocks[2]) * blocks[1] + math.ceil(blocks[0] * blocks[2] / tile[1])
+    rotations = math.ceil(sizes[0] * sizes[2] / SLOTS) * tile[1] if packed else 0
+    return CIPHERTEXT_PRICE * ciphertexts + ROTATION_PRICE * rotations + PRODUCT_PRICE * math.prod(blocks)
+
+
+def _blocks(sizes: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-size // edge) for size, edge in zip(sizes, tile, strict=True))
+
+
+def count_step(step: Step, variables: dict[str, Shape], settings: PrivateSettings, stock: Stock) -> StepCounts:
+    """
+    What a step consists of.
+
+    Args:
+        step ([`Step`]): Any.
+        variables (`dict[str, Shape]`): Its inputs among them; what it computes is added.
+        settings ([`PrivateSettings`]): The form of each operation.
+        stock ([`Stock`]): As the steps before left it.
+    """
+    arithmetic = CountingArithmetic(settings, stock)
+    results = step.function(arithmetic, *(variables[name] for name in step.inputs))
+    results = results if isinstance(results, tuple) else (results,)
+    variables.update(zip(step.outputs, results, strict=True))
+    return StepCounts(dict(arithmetic.counts), dict(arithmetic.waits))

@@ -1,0 +1,94 @@
+"""What each operation waits for, counted, held against the engine over a link that has nothing but a delay."""
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+
+pytest.importorskip("spu")
+
+from evaluation.private_inference import program
+from evaluation.private_inference.cost import Network
+from evaluation.private_inference.engine import SERVER, Party
+from evaluation.private_inference.party_process import make_link
+from evaluation.private_inference.price_fitting import Case, case_program, set_case
+from evaluation.private_inference.session import free_port
+from evaluation.private_inference.settings import PrivateSettings
+from evaluation.private_inference.slow_link import LOOPBACK, SlowLink
+
+
+pytestmark = pytest.mark.private
+FAR = Network("far", 1e12, 0.1)
+# The first run of an operation may pay for keys.
+NETWORKS = (LOOPBACK, LOOPBACK, FAR)
+SECONDS = 60
+
+
+def shared(name: str, function, *shapes: tuple[int, ...]) -> Case:
+    return name, function, [(shape, None) for shape in shapes]
+
+
+CASES = [
+    ("product with weights", lambda ops, a, b: ops.matmul(a, b), [((16, 32), None), ((32, 16), SERVER)]),
+    shared("products of shares", lambda ops, a, b: ops.matmul(a, b), (5, 16, 32), (5, 32, 16)),
+    ("product of numbers with weights", lambda ops, a, b: ops.multiply(a, b), [((100,), None), ((100,), SERVER)]),
+    shared("small product of numbers", lambda ops, a, b: ops.multiply(a, b), (100,), (100,)),
+    shared("product of numbers", lambda ops, a, b: ops.multiply(a, b), (17000,), (17000,)),
+    shared("scale", lambda ops, a: ops.scale(a, 0.3), (100,)),
+    shared("square", lambda ops, a: ops.square(a), (8192,)),
+    shared("positive part", lambda ops, a: ops.positive_part(a), (100,)),
+    shared("largest", lambda ops, a: ops.largest(a), (3, 6)),
+    shared("index of largest", lambda ops, a: ops.index_of_largest(a), (3, 2)),
+    shared("reciprocal", lambda ops, a: ops.reciprocal(a), (20,)),
+    shared("reciprocal root", lambda ops, a: ops.reciprocal_root(a), (20,)),
+    shared("tanh", lambda ops, a: ops.tanh(a), (20,)),
+    shared("erf", lambda ops, a: ops.erf(a), (20,)),
+    shared("maximum", program.subtract_maximum, (2, 16, 16)),
+    shared("exponential", program.exponentiate, (2, 50)),
+    shared("division", lambda ops, a, sums: program.divide_and_merge(ops, a, sums, 16), (2, 16, 8), (2, 16, 1)),
+]
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, tuple[float, float]]:
+    """Of each case, the round trips that were counted and those that the engine waited for."""
+    settings, barrier = PrivateSettings(), threading.Barrier(2)
+    programs = [case_program(case, settings) for case in CASES]
+    ports = [free_port(), free_port()]
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(contextlib.closing(SlowLink(("127.0.0.1", port)))) for port in ports]
+
+        def take_part(rank: int) -> list[list[float]]:
+            link = make_link(rank, ports[rank], links[1 - rank].address[1], SECONDS)
+            party = Party(link, settings)
+            taken = [run_case(party, variables, steps) for variables, steps in programs]
+            link.stop_link()
+            return taken
+
+        def run_case(party: Party, variables: dict, steps: list) -> list[float]:
+            set_case(party, variables)
+            for step in steps[:-1]:
+                party.run(step)
+            seconds = []
+            for network in NETWORKS:
+                barrier.wait(SECONDS)
+                for link in links:
+                    link.network = network
+                barrier.wait(SECONDS)
+                seconds.append(party.run(steps[-1]).seconds)
+            return seconds
+
+        with ThreadPoolExecutor(2) as pool:
+            taken, _ = pool.map(take_part, range(2))
+    return {
+        case[0]: (steps[-1].round_trips, (far - near) / FAR.round_trip_seconds)
+        for case, (_, steps), (_, near, far) in zip(CASES, programs, taken, strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in CASES])
+def test_an_operation_waits_as_often_as_was_counted(measured, name):
+    counted, waited = measured[name]
+    assert waited == pytest.approx(counted, rel=0.2, abs=0.3)
