@@ -116,7 +116,8 @@ def serve(
     _print_line(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
     _print_line(f"{offer.settings.protocol}: {TRUST[offer.settings.protocol]}")
     if layers := list_absorbable_ffns(offer.config):
-        _print_line(f"FFNs of layers {layers} can't be absorbed: they stretch or shrink the stream too far")
+        names = ", ".join(map(str, layers))
+        _print_line(f"FFNs of layers {names} can't be absorbed: they stretch or shrink the stream too far")
     try:
         server.serve_forever()
     except KeyboardInterrupt:

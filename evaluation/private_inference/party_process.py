@@ -103,15 +103,14 @@ class PartyProcess:
         self.link.stop_link()
 
     def _answer(self, index: int, span: Span, program):
-        for _ in range(REPEATS):
+        for repeat in range(REPEATS):
+            if repeat:  # what is kept of the tokens before may be what is wrong: all anew
+                span = Span(0, span.end, span.answers)
+                program = compile_pass(self.config, self.job.settings, span)
             value = self._input(span) if self.job.rank == CLIENT else None
             self.participant.infer(program, span, value, self._tell_step)
             if self._exchange(index):
                 return
-            # What is kept of the tokens before may be what is wrong: all anew.
-            self.tell({"event": "repeat", "index": index})
-            span = Span(0, span.end, span.answers)
-            program = compile_pass(self.config, self.job.settings, span)
         raise PrivateInferenceError(OUT_OF_RANGE)
 
     def _tell_step(self, cost):
@@ -122,20 +121,30 @@ class PartyProcess:
         return client_input(self.config, self.job.settings, span, tokens, self.tables)
 
     def _exchange(self, index: int) -> bool:
-        """The server's share to the client, and the client's word whether the answer can be right."""
+        """
+        The server's share to the client, and the client's word whether the answer can be right. What the client says
+        it tells first: its server may end upon it.
+        """
         share = self.participant.party.share(answer_name(self.job.settings))
         if self.job.rank == SERVER:
             self.link.send(CLIENT, json.dumps([base64.b64encode(part).decode() for part in share.share_chunks]))
-            return self.link.recv(CLIENT).decode() == ACCEPTED
+            fits = self.link.recv(CLIENT).decode() == ACCEPTED
+            self._tell_repeat(index, fits)
+            return fits
         theirs = type(share)()
         theirs.meta = share.meta  # not the peer's word
         theirs.share_chunks = [base64.b64decode(part) for part in json.loads(self.link.recv(SERVER))]
         answer = self.participant.party.reconstruct([theirs, share])
         fits = self._fits(answer)
+        self._tell_repeat(index, fits)
         self.link.send(SERVER, ACCEPTED if fits else REPEAT)
         if fits:
             self._keep(index, answer)
         return fits
+
+    def _tell_repeat(self, index: int, fits: bool):
+        if not fits:
+            self.tell({"event": "repeat", "index": index})
 
     def _fits(self, answer: np.ndarray) -> bool:
         if self.job.settings.answer == "token":

@@ -30,7 +30,8 @@ def run(*arguments, **options):
 def save_model(folder: Path, text: str, notation: str = "SM+ScFuFFN", **fields) -> Path:
     tokenizer = train_tokenizer([text], 300)
     torch.manual_seed(0)
-    config = EntropyGPTConfig.from_notation(notation, vocab_size=len(tokenizer), **SIZES)
+    sizes = SIZES | {"n_layer": fields.get("n_layer", 1)}
+    config = EntropyGPTConfig.from_notation(notation, vocab_size=len(tokenizer), **sizes)
     model = EntropyGPTForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -159,6 +160,27 @@ class TestTwoProcesses:
         assert told.weights == hash_weights(load_language_model(model))
         assert [(each.total_bytes, each.answers, each.check.same) for each in told.costs] == [(cost.total_bytes, 2, 2)]
         assert told.costs[0].check.largest_error < 0.01
+
+    def test_ffns_that_are_not_absorbed_are_told_once_the_server_listens(self, text, tmp_path):
+        source = "\n".join(path.read_text() for path in text.iterdir())
+        folder = save_model(tmp_path / "model", source, n_layer=4)
+        model = load_language_model(folder)
+        with torch.no_grad():
+            for block in model.transformer.h[1:3]:  # of half of the residual sum next to nothing is left
+                lost = torch.diag(torch.arange(SIZES["n_embd"]) % 2.0)
+                scales = block.residual_scaling
+                block.mlp.c_fused.weight.copy_(-0.99 * scales.ffn_alpha * scales.ffn_beta * lost)
+        model.save_pretrained(folder)
+        command = [COMMAND, "private", "serve", folder, "--listen", "127.0.0.1:0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            first = server.stdout.readline()
+            result = run("demo", folder, "--max-new-tokens", 1)
+            server.kill()
+            rest = server.stdout.read()
+        assert first.startswith("listening on ")
+        assert "FFNs of layers 1, 2 can't be absorbed" in rest
+        assert result.returncode == 0, result.stderr
+        assert "1 of 1 tokens are the same" in result.stdout
 
     def test_one_client_after_another(self, model, address, run_here):
         arguments = ("ask", PROMPT, "--connect", address, "--tokenizer", model)
