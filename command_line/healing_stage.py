@@ -11,7 +11,7 @@ from conversion.calibration import Calibration
 from conversion.simplification import set_training_fields
 from evaluation.conversion_report import HealingRecord
 from modeling_entropy_gpt import EntropyGPTForCausalLM
-from training.arguments import PAPER_HYPERPARAMETERS, WARMUP_SHARE, EntropyTrainingArguments
+from training.arguments import PAPER_HYPERPARAMETERS, PAPER_WARMUP_SHARE, EntropyTrainingArguments
 from training.callbacks import StepObserver, Stopwatch, find_callback
 from training.checkpoints import last_checkpoint
 from training.divergence import MOST_ROLLBACKS
@@ -72,7 +72,7 @@ def heal(
         max_steps=steps,
         per_device_train_batch_size=job.batch_size,
         per_device_eval_batch_size=job.batch_size,
-        warmup_steps=round(WARMUP_SHARE * steps),
+        warmup_steps=round(PAPER_WARMUP_SHARE * steps),
         **hyperparameters,
         seed=job.seed,
         dataloader_drop_last=len(text.training) >= job.batch_size,
@@ -113,7 +113,7 @@ def heal(
         seconds=find_callback(trainer, Stopwatch).seconds,
         settings={
             **hyperparameters,
-            "warmup_share": WARMUP_SHARE,
+            "warmup_share": PAPER_WARMUP_SHARE,
             "batch_size": job.batch_size,
             **{name: getattr(simplified.config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
             "schedule": job.schedule,

@@ -197,7 +197,7 @@ def cost(
     embedding: EmbeddingOption = Embedding.one_hot,
 ):
     """
-    Tell what a private inference would send, from the architecture alone: no weights, and no engine.
+    Tell what a private inference would send and wait for, from the architecture alone: no weights, and no engine.
 
     Prices of Cheetah's parts were measured once; docs/private_inference.md says how near they come.
 

@@ -41,9 +41,9 @@ def run(notations: list[str], sizes: dict, kept: int, length: int, all_positions
     totals = [sum(cost.values()) for cost in costs.values()]
     rows.append(("all", *(f"{total / 1e6:,.1f}" for total in totals)))
     rows.append(("times fewer", *(f"{totals[0] / total:.2f}" for total in totals)))
-    round_trips = (sum(step.round_trips for step in predicted) for predicted in steps.values())
-    rows.append(("round trips", *(f"{count:,.0f}" for count in round_trips)))
     console.print(make_table(("MB, both\nparties", *(name.replace("+", "+\n") for name in costs)), rows))
+    waits = (f"{name} {sum(step.round_trips for step in predicted):,.0f}" for name, predicted in steps.items())
+    console.print(f"round trips: {', '.join(waits)}", highlight=False)
     console.print("predicted for the protocol cheetah; the set-up of a connection, 27 MB, is apart", style="dim")
 
 

@@ -81,7 +81,7 @@ class PrivateAnswer(StoredRecord):
     """
 
     KIND = "a private answer"
-    SCHEMA_VERSION = 2
+    SCHEMA_VERSION = 3
 
     text: str
     check: AnswerCheck | None

@@ -265,7 +265,8 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
     model = load_language_model(job.output)
     training = _describe_training(model, data, heal_steps, report.healing.seconds)
     training.converted_from = report.source_notation
-    training.hyperparameters.update({name: report.healing.settings[name] for name in ("kl_weight", "schedule")})
+    of_healing = ("learning_rate", "warmup_share", "kl_weight", "schedule")
+    training.hyperparameters.update({name: report.healing.settings[name] for name in of_healing})
     training.hyperparameters["entropy_threshold_init"] = "each head's measured entropy"
     result = measure_model(model, CONVERTED, data.measured, training, seed, progress)
     _save(model, result, data, output)

@@ -11,7 +11,7 @@ STANDARD_LIBRARY = "python-stdlib"
 # The recipe of the paper's public code, as far as it does not depend on sizes (arXiv 2501.03489); its polynomial decay
 # of power 1 is the linear one.
 PAPER_HYPERPARAMETERS = {"weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
-WARMUP_SHARE = 0.05
+PAPER_WARMUP_SHARE = 0.05
 
 
 @dataclass

@@ -182,7 +182,8 @@ def measure_seed(seed: int, steps: int) -> tuple[list[StepCost], list[Run], Cond
     def train(kind: str, target: str, share: float, *words):
         heal_steps = max(1, round(share * steps))
         output = folder / f"run-{len(runs)}"
-        report = convert(source, target, output, seed, "--heal-steps", heal_steps, *words)
+        rate = results[f"{TARGET} from SM+LN+G"].training.hyperparameters["learning_rate"]
+        report = convert(source, target, output, seed, "--heal-steps", heal_steps, "--learning-rate", rate, *words)
         runs.append(Run(kind, seed, heal_steps, report.healing.tokens, report.steps[-1].nats))
 
     for share in SHARES:

@@ -225,8 +225,8 @@ private numbers; those of a head are folded away, and leave what {FUSED} takes:
 {alike.total_bytes / fused.total_bytes:.2f} times fewer than the same economies with LayerNorm and GELU.
 
 Over a link between the two processes that is slowed to 100 Mbps in each direction and 80 ms there and back, measured
-and not estimated: {_compare_slowed(slowed)}. The estimates have both directions share the rate, and nothing computed
-while bytes are under way: they are upper bounds, the more so the more bytes there are.
+and not estimated: {_compare_slowed(slowed)}. The estimates are rather too high: they have both directions share the
+rate, and nothing computed while bytes are under way.
 
 ![Where the bytes of a block go]({PICTURE.name})
 
@@ -259,7 +259,8 @@ one process, the same protocol). Out of range is what a client would refuse and 
 {agreement}
 
 Measured with {list_settings(today.versions)}; commit {_commits(record)}; {today.machine}.
-{record.remark or ""}"""
+{record.remark or ""}
+"""
 
 
 def _commits(record: Record) -> str:
@@ -282,7 +283,7 @@ def _block_row(name: str, cost: InferenceCost, today: InferenceCost) -> str:
         name,
         f"{cost.total_bytes / 1e6:.1f}",
         f"{today.total_bytes / cost.total_bytes:.2f}",
-        f"{cost.rounds:,}",
+        f"{cost.round_trips:,.0f}",
         f"{cost.seconds:.1f}",
         f"{today.seconds / cost.seconds:.2f}",
         f"{project(cost, LAN):.0f}",

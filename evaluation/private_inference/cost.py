@@ -1,4 +1,4 @@
-"""What a private inference costs: bytes, messages and seconds by operation, and what other networks make of it."""
+"""What a private inference costs: bytes, round trips and seconds by operation, and what other networks make of it."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -30,7 +30,8 @@ class StepCost:
         round_trips (`float`):
             How often a message has to travel there and back before the next one can leave. Under Cheetah by the
             operations, each of which waits for so many, however many messages carry its tensors at once
-            (`counting.py`); elsewhere half of one for a message each way, since these cross.
+            (`counting.py`), as if there was a full stock of triples before each token; elsewhere half of one for a
+            message each way, since these cross. 0 of a set-up, where they are not known.
         seconds (`float`): From its beginning to its end.
     """
 
@@ -104,14 +105,9 @@ class InferenceCost(StoredRecord):
         return self.all_parties(sum(step.total_bytes for step in self.set_up))
 
     @property
-    def messages(self) -> int:
-        """Sent or received by the party that counted."""
-        return sum(step.sent_messages + step.received_messages for step in self.steps)
-
-    @property
-    def rounds(self) -> int:
-        """How often a message has to travel there and back, of all steps."""
-        return round(sum(step.round_trips for step in self.steps))
+    def round_trips(self) -> float:
+        """Those of all steps, as of [`StepCost`]."""
+        return sum(step.round_trips for step in self.steps)
 
     def all_parties(self, counted: int) -> int:
         """Bytes sent by all parties, from those sent and received by one."""
@@ -206,7 +202,7 @@ def _row(part: CostSum, total_bytes: int) -> tuple[str, ...]:
         f"{part.sent_bytes / MEGA:,.2f}",
         f"{part.received_bytes / MEGA:,.2f}",
         f"{part.messages:,}",
-        f"{part.round_trips:,.1f}",
+        f"{part.round_trips:,.1f}" if part.round_trips else "-",
         f"{part.seconds:,.2f}",
     )
 
@@ -263,10 +259,10 @@ def _quantity(text: str, units: dict[str, float]) -> float | None:
 def project(cost: InferenceCost, network: Network) -> float:
     """
     Seconds that the inference would take on a network: as many as on the loopback, those that its bytes take, one
-    direction after the other, and those of its [`InferenceCost.rounds`].
+    direction after the other, and those of its [`InferenceCost.round_trips`].
 
-    An estimate: inferences over links with a rate and a delay come near to it, and are mostly a little faster, since
-    both directions carry bytes at once, and some is computed meanwhile.
+    An estimate: inferences over links with a rate and a delay come near to it, and are rather faster, since both
+    directions carry bytes at once, and some is computed meanwhile.
     """
     transfer = cost.total_bytes * 8 / network.bits_per_second
-    return cost.seconds + transfer + cost.rounds * network.round_trip_seconds
+    return cost.seconds + transfer + cost.round_trips * network.round_trip_seconds

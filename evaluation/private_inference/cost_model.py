@@ -1,8 +1,8 @@
 """
 Bytes and round trips of a private inference from the configuration alone: no weights, no engine, no second party.
 
-[`CountingArithmetic`] runs the program on shapes and counts its parts as the engine would need them; what each of them
-sends was measured (`prices.json`; `price_fitting.py` measures anew).
+`counting.py` runs the program on shapes and counts its parts as the engine would need them; what each of them sends
+was measured (`prices.json`; `price_fitting.py` measures anew).
 """
 
 import copy

@@ -3,7 +3,8 @@ What the engine does for a step, counted on shapes: no weights, no engine, no se
 
 What Cheetah sends follows from shapes: so many ciphertexts for each product, so many bits of oblivious transfer for
 each comparison. And so does how often it waits: operations come one after the other, and each has round trips of its
-own, however long its tensors are.
+own. These depend on how many matrices there are, and on whether there are few numbers to multiply, for which there are
+triples in stock, but no further on how long tensors are.
 """
 
 import functools
@@ -256,8 +257,8 @@ def _owner(tensor) -> int | None:
 
 
 def _levels(numbers: int) -> int:
-    """Of a search for the largest, by pairs."""
-    return math.ceil(math.log2(numbers))
+    """Of the engine's search for the largest: halves against each other, and then what was left over of odd ones."""
+    return numbers.bit_length() + numbers.bit_count() - 2
 
 
 def _halves(numbers: int) -> int:

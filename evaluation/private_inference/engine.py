@@ -79,6 +79,8 @@ def runtime_config(settings: PrivateSettings):
 @dataclass(frozen=True)
 class CompiledStep:
     """
+    A step with the engine's code for it.
+
     Args:
         step ([`Step`]): The step.
         executable: The engine's code of it.
@@ -194,7 +196,7 @@ class Party:
     Args:
         link: SPU's link to the other parties.
         settings ([`PrivateSettings`]): As the others'.
-        log ([`EngineLog`], *optional*): Where the engine says what it sends; without it costs are 0 but for seconds.
+        log ([`EngineLog`], *optional*): Where the engine says what it sends; without it bytes and messages are 0.
     """
 
     def __init__(self, link, settings: PrivateSettings, log: "EngineLog | None" = None):

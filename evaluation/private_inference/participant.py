@@ -1,6 +1,7 @@
 """One party's side of an inference on the engine, over any link."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -108,7 +109,10 @@ class Participant:
                 self.party.set_foreign(name, shape, SERVER)
 
     def set_up(self) -> list[StepCost]:
-        """What is paid once a connection: keys and oblivious transfers, brought forward by a program of every kind."""
+        """
+        What is paid once a connection: keys and oblivious transfers, brought forward by a program of every kind. Round
+        trips are not known of it: those that are counted are of a program for which all that is there.
+        """
         value = np.full((2, 2), 0.5, np.float32)
         client = client_rank(self.settings)
         for name, owner in (("server's", SERVER), ("client's", client)):
@@ -121,7 +125,7 @@ class Participant:
         (compiled,) = compile_steps([step], variables, self.settings)
         cost = self.party.run(compiled)
         self.party.forget("touched")
-        return [cost]
+        return [replace(cost, round_trips=0.0)]
 
     def infer(
         self,

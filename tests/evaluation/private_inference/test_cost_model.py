@@ -129,7 +129,7 @@ def test_the_largest_of_visible_scores_takes_no_comparison_more():
     assert first.waits[COMPARISONS] == math.ceil(math.log2(LENGTH))
 
 
-def test_longer_tensors_wait_no_longer_and_more_matrices_do():
+def test_longer_matrices_wait_no_longer_and_more_of_them_do():
     def waits(length: int, heads: int) -> dict[str, float]:
         config = make_config("SM", n_layer=2, n_embd=48 * heads, n_head=heads, n_positions=length)
         counted = count_steps(config, PrivateSettings(), Span(0, length))

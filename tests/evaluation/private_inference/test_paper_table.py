@@ -109,7 +109,7 @@ def test_the_first_and_the_last_block_are_taken_for_themselves():
     total = add_up(row, record(take_blocks(row), [*ends, *steps]), record(take_ends(row), [*ends, *steps]))
     assert total.total_bytes == 2 * (1 + 200 + 100 + 100 + 10 + 1 + 1)
     assert total.seconds == 7
-    assert total.rounds == round(0.5 + 20 + 10 + 10 + 1 + 0.5 + 0.5)
+    assert total.round_trips == 0.5 + 20 + 10 + 10 + 1 + 0.5 + 0.5
 
 
 @pytest.mark.parametrize(
