@@ -174,7 +174,8 @@ def _others(study: Study) -> str:
     return f"""## Other architectures
 
 One seed each: a direction and no more. The price of a pruned model is that of GPT-2 small with the same part of its
-FFNs pruned.
+FFNs pruned. Normalised weights (WN, SN) are folded into plain ones, and cost what SM does; the picture leaves them
+out.
 
 {others_table(study, OTHERS)}
 

@@ -24,7 +24,8 @@ FUSED, UNREGULARIZED = "SM+ScFuFFN", "SM(t)+ScFuFFN"
 # Groups of the main architectures: with the paper's warm-up, which most is held against, and with a longer one.
 LADDER, WARM = "ladder", "warm_ladder"
 # Groups of other architectures, with one seed, and of what answered privately.
-OTHERS = ("others_with_norm", "others", "static_weights")
+UNUSUAL = ("others_with_norm", "others")
+OTHERS = (*UNUSUAL, "static_weights")
 PRIVATE = ("private", "private_with_norm", "private_others")
 GPT2_VOCABULARY = 50257
 # Perplexities of the paper (tables 2 and 4, CodeParrot, T=128), GPT-2 small.
