@@ -299,8 +299,8 @@ def _ask(
 
         answer = client.ask(tokens, new_tokens, on_event=show)
     seconds = time.perf_counter() - started
-    if answer.repeats:
-        console.print(f"{answer.repeats} answer(s) were out of range and computed anew.")
+    if repeats := answer.repeats.total():
+        console.print(f"{repeats} answer(s) were out of range and computed anew.")
     cost = answer.cost(terms, notation, len(tokens), new_tokens, network)
     return answer, PrivateAnswer(text=words.decode(answer.tokens), check=None, seconds=seconds, cost=cost)
 

@@ -179,10 +179,11 @@ def measure_seed(seed: int, steps: int) -> tuple[list[StepCost], list[Run], Cond
         costs += [StepCost(step.title, seed, step.kl, step.naive_kl) for step in report.steps]
     runs.append(Run(SOURCE, seed, steps, runs[0].tokens, report.original_nats))
 
+    rate = results[f"{TARGET} from SM+LN+G"].training.hyperparameters["learning_rate"]
+
     def train(kind: str, target: str, share: float, *words):
         heal_steps = max(1, round(share * steps))
         output = folder / f"run-{len(runs)}"
-        rate = results[f"{TARGET} from SM+LN+G"].training.hyperparameters["learning_rate"]
         report = convert(source, target, output, seed, "--heal-steps", heal_steps, "--learning-rate", rate, *words)
         runs.append(Run(kind, seed, heal_steps, report.healing.tokens, report.steps[-1].nats))
 

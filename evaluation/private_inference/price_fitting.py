@@ -105,7 +105,7 @@ def case_program(case: Case, settings: PrivateSettings) -> tuple[dict[str, Shape
             variables[tensor] = make_shape(shape, owner)
             continue
         parts = (f"{tensor} of the server", f"{tensor} of the client")
-        variables |= {part: make_shape(shape, rank) for rank, part in enumerate(parts)}
+        variables |= {parts[rank]: make_shape(shape, rank) for rank in (SERVER, CLIENT)}
         steps.append(Step("share", None, _add, parts, (tensor,)))
     inputs = tuple(f"{name} {index}" for index in range(len(tensors)))
     steps.append(Step(name, None, function, inputs, ("result",)))

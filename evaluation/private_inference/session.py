@@ -47,13 +47,13 @@ class Terms:
 
 @dataclass
 class Answer:
-    """What the client learned, and what it cost by its count."""
+    """What the client learned, what it cost by its count, and how often each token was computed anew."""
 
     tokens: list[int] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
     set_up: list[StepCost] = field(default_factory=list)
     steps: list[StepCost] = field(default_factory=list)
-    repeats: int = 0
+    repeats: Counter[int] = field(default_factory=Counter)
 
     def cost(self, terms: "Terms", notation: str, context: int, answers: int, network: str) -> InferenceCost:
         """The costs with their conditions; arguments as of [`InferenceCost`]."""
@@ -203,7 +203,7 @@ def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_even
     Raises:
         `PrivateInferenceError`: If the programs differ, the engine fails, or the peer ends, hangs or breaks rules.
     """
-    events, answer, repeated = Events(), Answer(), Counter()
+    events, answer = Events(), Answer()
     tunnel.on_failure = lambda reason: events.put(PrivateInferenceError(reason))
     process = EngineProcess(job, events)
     try:
@@ -228,8 +228,6 @@ def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_even
                 peer_done = True
                 continue
             _note(answer, event)
-            if event["event"] == "repeat":
-                repeated[event["index"]] += 1
             on_event(event)
             if event["event"] == "done":
                 break
@@ -238,7 +236,7 @@ def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_even
             events.expect(FAREWELL_SECONDS, "peer's done")
         return answer
     except PrivateInferenceError as error:
-        if REPEATS in repeated.values():  # it ends both sides, and the peer's end may be heard of first
+        if REPEATS in answer.repeats.values():  # it ends both sides, and the peer's end may be heard of first
             raise PrivateInferenceError(OUT_OF_RANGE) from error
         raise
     finally:
@@ -249,6 +247,6 @@ def _note(answer: Answer, event: dict):
     if event["event"] == "token":
         answer.tokens.append(event["token"])
     elif event["event"] == "repeat":
-        answer.repeats += 1
+        answer.repeats[event["index"]] += 1
     elif "cost" in event:
         (answer.set_up if event["event"] == "set-up" else answer.steps).append(StepCost(**event["cost"]))
