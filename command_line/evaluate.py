@@ -13,6 +13,15 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+def _list_tasks(tasks: str | None) -> str | None:
+    if tasks == "list":
+        from .evaluate_job import print_tasks
+
+        print_tasks()
+        raise typer.Exit
+    return tasks
+
+
 def evaluate(
     models: Annotated[
         list[str],
@@ -65,7 +74,13 @@ def evaluate(
         int, typer.Option(min=0, help="Tokens whose attention is looked at, spread over the text; 0: none.")
     ] = 65536,
     tasks: Annotated[
-        str | None, typer.Option(metavar="TASK,...", help="Tasks of lm-eval; 'list' shows those for --task-data.")
+        str | None,
+        typer.Option(
+            metavar="TASK,...",
+            help="Tasks of lm-eval; 'list' shows those for --task-data.",
+            is_eager=True,
+            callback=_list_tasks,
+        ),
     ] = None,
     task_data: Annotated[
         Path | None, typer.Option(help="Folder with BLiMP, LAMBADA, HellaSwag or ARC, for the tasks local_*.")
@@ -95,9 +110,6 @@ def evaluate(
     from . import evaluate_job
     from .evaluate_inputs import Job
 
-    if tasks == "list":
-        evaluate_job.print_tasks()
-        return
     evaluate_job.run(
         Job(
             models=tuple(models),

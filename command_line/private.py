@@ -63,7 +63,7 @@ EmbeddingOption = Annotated[
     Embedding,
     typer.Option(
         help="one_hot: neither side learns anything, for a product with the whole vocabulary. client_table: the "
-        "client is given the embeddings, which are weights of the model."
+        "client is given the embeddings, which are weights of the model, and of its head too where the two are tied."
     ),
 ]
 AnswerOption = Annotated[
@@ -172,7 +172,7 @@ def demo(
     """
     Start a server and a client on this machine, and compare their answer with the model's own in the clear.
 
-    Example: entropy-gpt private demo quickstart_output/models/proposal --max-new-tokens 3
+    Example: entropy-gpt private demo model_cards/models/converted --max-new-tokens 3
     """
     from .private_job import demo as run
 

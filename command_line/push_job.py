@@ -165,8 +165,8 @@ def write_card(folder: Path, results: list[Path], licence: str | None):
     _, _, result = _read(folder, results)
     if not (folder / CODE).exists():
         raise CommandError(
-            f"{folder} holds a GPT-2 without the code that a card tells of: entropy-gpt push makes an EntropyGPT of "
-            "it, with a card."
+            f"{folder} holds weights without the code that a card tells of: entropy-gpt push puts both together, with "
+            "a card."
         )
     card = model_card(result, licence, picture=PICTURE)
     with written_whole(folder / PICTURE) as path:
@@ -212,8 +212,8 @@ def _find_results(folder: Path, places: list[Path], model: EntropyGPTForCausalLM
     else:
         looked = f"{', '.join(map(str, files))} tell of other weights" if files else f"{folder} has no {RESULTS}"
     raise CommandError(
-        f"The card of {folder} tells what was measured, and {looked}. Run entropy-gpt evaluate {folder} -o "
-        "evaluation_output, and give --results evaluation_output."
+        f"The card of {folder} tells what was measured, and {looked}. Run entropy-gpt evaluate {folder} "
+        "--output evaluation_output, and give --results evaluation_output."
     )
 
 

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from functools import cached_property
@@ -269,8 +268,6 @@ class Reader:
         typed = f"{replace(without_comment(command))} {words}".strip()
         if typed.startswith("entropy-gpt private serve"):
             return self._serve_and_ask(*typed.splitlines())
-        if typed.startswith("pip install"):
-            return self._find_extras(typed)
         if typed.startswith("make "):
             return self.shell(f"make -n {typed.removeprefix('make ')}", ROOT)
         if typed.startswith("bash -n"):
@@ -309,13 +306,6 @@ class Reader:
                 return self.shell(ask.replace("ADDRESS", line.removeprefix(LISTENING)))
             finally:
                 server.kill()
-
-    def _find_extras(self, command: str) -> str:
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        name, extras = re.fullmatch(r'pip install "([\w-]+)\[(.*)\]"', command).groups()
-        assert name == project["name"]
-        assert {*extras.split(",")} <= {*project["optional-dependencies"]}
-        return ""
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Evaluate on at most so many tokens: spread evenly over all, or the first ones of a stream, which "
-            "needs it."
+            "needs it. What the trained model is worth is measured on the first ones."
         },
     )
     streaming: bool = field(

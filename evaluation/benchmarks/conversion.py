@@ -41,8 +41,6 @@ COMMAND = Path(sys.executable).with_name("entropy-gpt")
 
 TARGET = "EReg(SM(t)+ScFuFFN)"
 NORM_FREE = "SM+StaticLN+G"
-# As the quickstart trains that target.
-PENALTY = ("--set", "entropy_penalty=head_mean", "--set", "entropy_coefficient=0.16")
 CONTEXT, EVALUATION_TOKENS = 128, 32768
 LARGE_CALIBRATION, LARGE_EVALUATION = 16384, 4096
 SEEDS, STEPS = (0, 1, 2), 1500
@@ -188,7 +186,7 @@ def measure_seed(seed: int, steps: int) -> tuple[list[StepCost], list[Run], Cond
         runs.append(Run(kind, seed, heal_steps, report.healing.tokens, report.steps[-1].nats))
 
     for share in SHARES:
-        train(HEALED, TARGET, share, *PENALTY)
+        train(HEALED, TARGET, share)
     train(FINE_TUNED, "SM+LN+G", FINE_TUNING_SHARE)
     for schedule, title in SCHEDULES.items():
         words = ("--schedule", schedule, "--final-norm", "static", "--residual-scale-weight", 0.1)

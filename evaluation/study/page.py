@@ -54,9 +54,9 @@ PLOTS = {
     "tolerance": (plot_tolerance, ("tolerance",)),
     "conversion": (plot_conversion, ("conversion",)),
 }
-# Groups that tell what each part of the proposal does.
+# Groups that tell what each part of the proposal does; and those that are held against the ladder with its warm-up.
 PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability")
-CAUSES = ("causes_with_norm", "causes")
+CAUSES = ("causes_with_norm", "causes", "threshold_rate_warm")
 # Groups that vary how the same conversion is done.
 WAYS = ("conversion_ways", "conversion_rate")
 # Groups that vary one setting of the proposal, and which.
@@ -101,7 +101,8 @@ def _is_shown(study: Study, groups: Sequence[str]) -> bool:
 
 def _main(study: Study) -> str:
     causes = f"""LayerNorm without an activation in the FFN, and the proposal with FFNs of two layers, without an
-activation and with one. One seed each, at the rate of the ones that they are nearest to.
+activation and with one, and with thresholds that learn ten times as fast. Each at the rate of the one that it is
+nearest to.
 
 {parts_table(study, CAUSES, WARM)}
 """

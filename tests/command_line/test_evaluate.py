@@ -184,7 +184,7 @@ def test_tasks_of_ones_own_data(models, text, tmp_path, run_here):
     }
     assert "lm_eval" in result.tasks.versions
     assert "local_arc_easy" in process.stdout
-    assert "local_blimp" in run_here("any", "--tasks", "list").stdout
+    assert "local_blimp" in run_here("--tasks", "list").stdout
 
 
 def test_a_dry_run_writes_nothing(models, text, tmp_path):

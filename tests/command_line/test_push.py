@@ -395,7 +395,7 @@ def test_a_folder_without_results(hub, command, model, repository, tmp_path):
     folder = copy(model, tmp_path / "model", "results.json")
     complaint = refuse(hub, command, folder, repository)
     assert "results.json" in complaint
-    assert f"entropy-gpt evaluate {folder}" in complaint
+    assert f"entropy-gpt evaluate {folder} --output evaluation_output" in complaint
 
 
 def test_results_of_other_weights(hub, command, model, other_model, repository, tmp_path):

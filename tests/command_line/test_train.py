@@ -361,4 +361,4 @@ def test_recipes_and_settings_are_listed():
     settings = subprocess.run([COMMAND, "train", "--settings"], capture_output=True, text=True)
     assert "temperature_lr_multiplier (default: 1.0): Learning rate of temperatures" in settings.stdout
     assert "per_device_train_batch_size" in settings.stdout
-    assert "entropy_coefficient (default: 1e-05)" in settings.stdout
+    assert "entropy_coefficient (default: 0.16)" in settings.stdout
