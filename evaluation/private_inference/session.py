@@ -97,6 +97,14 @@ class Events(queue.Queue):
             raise PrivateInferenceError(f"the peer or the engine said {event['event']!r} in the wrong place.")
         return event
 
+    def rest(self) -> list[dict]:
+        """What has happened and was not asked for yet, but for what broke."""
+        left = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                left.append(self.get_nowait())
+        return [event for event in left if isinstance(event, dict)]
+
 
 class EngineProcess:
     """The process of one party's engine; its events go to the queue."""
@@ -205,42 +213,53 @@ def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_even
     """
     events, answer = Events(), Answer()
     tunnel.on_failure = lambda reason: events.put(PrivateInferenceError(reason))
-    process = EngineProcess(job, events)
     try:
-        listen_to_peer(channel, events)
-        digests = {}
-        while len(digests) < 2:
-            event = events.expect(job.timeout_seconds, "program", "peer's program")
-            digests[event["event"]] = event.get("digest")
-            if event["event"] == "program":
-                channel.send({"kind": "program", "digest": event["digest"]})
-                on_event(event)
-        if digests["program"] != digests["peer's program"]:
-            raise PrivateInferenceError(
-                "the two sides made different programs of the same terms: install the same versions "
-                f"(here {engine_versions()})."
-            )
-        process.start(own_port, tunnel.local_port)
-        peer_done = False
-        while True:
-            event = events.expect(job.timeout_seconds, "set-up", "step", "token", "repeat", "done", "peer's done")
-            if event["event"] == "peer's done":
-                peer_done = True
-                continue
-            _note(answer, event)
-            on_event(event)
-            if event["event"] == "done":
-                break
-        channel.send({"kind": "done"})
-        if not peer_done:
-            events.expect(FAREWELL_SECONDS, "peer's done")
+        with contextlib.closing(EngineProcess(job, events)) as process:
+            listen_to_peer(channel, events)
+            _compare_programs(job, channel, events, on_event)
+            process.start(own_port, tunnel.local_port)
+            _follow(job, channel, events, answer, on_event)
         return answer
     except PrivateInferenceError as error:
-        if REPEATS in answer.repeats.values():  # it ends both sides, and the peer's end may be heard of first
+        for event in events.rest():  # the peer's end may have been heard of before this side's last repeat
+            if event["event"] == "repeat":
+                _note(answer, event)
+                on_event(event)
+        if REPEATS in answer.repeats.values():
             raise PrivateInferenceError(OUT_OF_RANGE) from error
         raise
-    finally:
-        process.close()
+
+
+def _compare_programs(job: Job, channel: Channel, events: Events, on_event: Callable[[dict], None]):
+    digests = {}
+    while len(digests) < 2:
+        event = events.expect(job.timeout_seconds, "program", "peer's program")
+        digests[event["event"]] = event.get("digest")
+        if event["event"] == "program":
+            channel.send({"kind": "program", "digest": event["digest"]})
+            on_event(event)
+    if digests["program"] != digests["peer's program"]:
+        raise PrivateInferenceError(
+            "the two sides made different programs of the same terms: install the same versions "
+            f"(here {engine_versions()})."
+        )
+
+
+def _follow(job: Job, channel: Channel, events: Events, answer: Answer, on_event: Callable[[dict], None]):
+    """Notes what the engine does until both sides are done."""
+    peer_done = False
+    while True:
+        event = events.expect(job.timeout_seconds, "set-up", "step", "token", "repeat", "done", "peer's done")
+        if event["event"] == "peer's done":
+            peer_done = True
+            continue
+        _note(answer, event)
+        on_event(event)
+        if event["event"] == "done":
+            break
+    channel.send({"kind": "done"})
+    if not peer_done:
+        events.expect(FAREWELL_SECONDS, "peer's done")
 
 
 def _note(answer: Answer, event: dict):
