@@ -37,7 +37,8 @@ class PrivateSettings:
             "efficient" (the visible half of the scores alone, a polynomial for the exponential, one reciprocal a row
             after the product with the values), "stock" (as `jax.nn.softmax` of masked scores: a division of every
             number) or "tuned" (the same with one reciprocal a row, as careful users of the engine write it).
-        gelu (`str`): "piecewise" (ReLU less an even polynomial), "tanh" or "erf".
+        gelu (`str`):
+            "piecewise" (ReLU less an even polynomial, a finer one in models without LayerNorm), "tanh" or "erf".
         exponential_squarings (`int`):
             Of the other softmaxes: n of exp(x) = (1 + x / 2^n)^(2^n), of use for x from a little above -2^(n + 1)
             to 0.

@@ -15,6 +15,7 @@ from evaluation.private_inference.program import (
     Span,
     build_steps,
     exponentiate,
+    fine_gelu,
     piecewise_gelu,
     reciprocal_up_to,
     run_steps,
@@ -148,9 +149,22 @@ def test_exponential_and_gelu_are_as_near_as_they_say():
     assert np.abs(exponentiate(ops, below) - np.exp(below)).max() < 6.3e-4
     assert np.abs(exponentiate(ops, np.linspace(-1e4, -7.45, 1000)[None])).max() < 1e-9
     numbers = torch.linspace(-30, 30, 100_001, dtype=torch.double)
-    for approximate in ("none", "tanh"):
+    for approximate, fine in (("none", 6e-4), ("tanh", 1.2e-4)):
         gelu = torch.nn.functional.gelu(numbers, approximate=approximate).numpy()
         assert np.abs(piecewise_gelu(ops, numbers.numpy()) - gelu).max() < 2.5e-3
+        assert np.abs(fine_gelu(ops, numbers.numpy()) - gelu).max() < fine
+
+
+def test_gelu_is_finer_where_no_norm_scales_its_errors(tokens, monkeypatch):
+    model, private = make_model("SM+G", n_layer=6), PrivateSettings(softmax="stock")
+
+    def error() -> float:
+        logits = run(model, private, tokens, Span(0, LENGTH, LENGTH))[LOGITS]
+        return np.abs(logits - clear_logits(model, tokens)).max()
+
+    fine = error()
+    monkeypatch.setattr(program, "fine_gelu", piecewise_gelu)
+    assert fine < error() / 5
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 128, 1000])
