@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 
-DEFAULT_STEPS = 1500
+DEFAULT_STEPS = 1300
 DEFAULT_OUTPUT = Path("quickstart_output")
 
 
@@ -27,7 +27,7 @@ def quickstart(
     Trains GPT-2 and two architectures for private inference on real text, converts the GPT-2 to the second of them,
     and compares all four: perplexity, entropy of attention heads, seconds. Each is saved as a folder ready for the Hub
     and loaded back in a fresh process. At last two of them answer a prompt under secure computation, between two
-    processes. Takes about 10 minutes on two cores; if interrupted, the same command goes on.
+    processes. Takes about 9 minutes on two cores; if interrupted, the same command goes on.
 
     Example: entropy-gpt quickstart --corpus ~/my_project/src --steps 500 --output my_run
     """

@@ -67,7 +67,8 @@ BATCH_SIZE = 8
 # The paper's recipe, AdamW with linear decay, but for twice its learning rate, four times its warm-up, and thresholds
 # that learn ten times as fast: of what docs/study.md compares, the best for the softmax-only ones, and near to the
 # best for GPT-2.
-HYPERPARAMETERS = {"learning_rate": 2e-3, **PAPER_HYPERPARAMETERS, "threshold_lr_multiplier": 10.0}
+HYPERPARAMETERS = {"learning_rate": 2e-3, **PAPER_HYPERPARAMETERS}
+THRESHOLD_LR_MULTIPLIER = 10.0
 WARMUP_SHARE = 0.2
 CHECKPOINTS = 15
 EVALUATED_BLOCKS = 512
@@ -257,8 +258,8 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
     training.converted_from = report.source_notation
     of_healing = ("learning_rate", "warmup_share", "kl_weight", "schedule")
     training.hyperparameters.update({name: report.healing.settings[name] for name in of_healing})
-    del training.hyperparameters["threshold_lr_multiplier"]  # it has one rate for all
-    training.hyperparameters["entropy_threshold_init"] = "each head's measured entropy"
+    of_thresholds = {"entropy_threshold_init": "each head's measured entropy", "threshold_lr_multiplier": 1.0}
+    training.hyperparameters.update(of_thresholds)
     result = measure_model(model, CONVERTED, data.measured, training, seed, progress)
     _save(model, result, data, output)
 
@@ -297,6 +298,7 @@ def _train(
         max_steps=steps,
         per_device_train_batch_size=BATCH_SIZE,
         warmup_steps=round(WARMUP_SHARE * steps),
+        threshold_lr_multiplier=THRESHOLD_LR_MULTIPLIER,
         **HYPERPARAMETERS,
         seed=seed,
         logging_steps=max(1, steps // 100),
@@ -320,6 +322,7 @@ def _train(
 
 
 def _describe_training(model: EntropyGPTForCausalLM, data: Data, steps: int, seconds: float) -> TrainingResult:
+    has_thresholds = model.config.entropy_regularization
     return TrainingResult(
         steps=steps,
         tokens=steps * BATCH_SIZE * CONTEXT,
@@ -329,6 +332,7 @@ def _describe_training(model: EntropyGPTForCausalLM, data: Data, steps: int, sec
             "warmup_share": WARMUP_SHARE,
             "batch_size": BATCH_SIZE,
             **describe_config(model.config),
+            **({"threshold_lr_multiplier": THRESHOLD_LR_MULTIPLIER} if has_thresholds else {}),
         },
         text=f"{data.corpus.name} ({data.corpus.revision})",
     )
