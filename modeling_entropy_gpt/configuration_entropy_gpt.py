@@ -101,7 +101,7 @@ class EntropyGPTConfig(PreTrainedConfig):
             Whether the training loss contains the penalty on attention entropies (Algorithm 1).
         entropy_coefficient (`float`, *optional*, defaults to 0.16):
             Lambda, the weight of the penalty. On a mean 0.16 is what 1e-5 is on the sum over the rows of the paper's
-            batch, 128 sequences of 128 tokens.
+            batch, 128 sequences of 128 tokens: it goes with `entropy_penalty`.
         entropy_tolerance (`float`, *optional*, defaults to 0.2): Gamma, the margin as a part of the largest entropy.
         entropy_threshold_init (`float`, *optional*, defaults to 0.5):
             Initial theta of every head, as a part of the largest entropy.
