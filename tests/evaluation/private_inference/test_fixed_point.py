@@ -155,7 +155,7 @@ def test_exact_logits_are_the_models_own(notation, softmax):
     found = exact_logits(*prepare_weights(model), PrivateSettings(softmax=softmax), tokens, answers=17)
     with torch.no_grad():
         expected = model(torch.tensor(tokens)[None]).logits[0].numpy()
-    assert np.abs(found - expected).max() < 1e-4
+    assert np.abs(found - expected).max() < 2e-4  # of single precision; some processors come to 1.04e-4
 
 
 @pytest.mark.parametrize("embedding", ["one_hot", "client_table"])
