@@ -1,0 +1,26 @@
+"""Functions of single numbers: as near to what they stand for as they say."""
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.private_inference.arithmetic import Arithmetic
+from evaluation.private_inference.nonlinear import exponentiate, fine_gelu, piecewise_gelu, reciprocal_up_to
+
+
+def test_exponential_and_gelu_are_as_near_as_they_say():
+    ops = Arithmetic(np)
+    below = np.linspace(-12, 0, 100_001)[None]
+    assert np.abs(exponentiate(ops, below) - np.exp(below)).max() < 6.3e-4
+    assert np.abs(exponentiate(ops, np.linspace(-1e4, -7.45, 1000)[None])).max() < 1e-9
+    numbers = torch.linspace(-30, 30, 100_001, dtype=torch.double)
+    for approximate, fine in (("none", 6e-4), ("tanh", 1.2e-4)):
+        gelu = torch.nn.functional.gelu(numbers, approximate=approximate).numpy()
+        assert np.abs(piecewise_gelu(ops, numbers.numpy()) - gelu).max() < 2.5e-3
+        assert np.abs(fine_gelu(ops, numbers.numpy()) - gelu).max() < fine
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 128, 1000])
+def test_reciprocals_of_sums_are_as_near_as_they_say(most):
+    sums = np.linspace(1, most, 10_001)[:, None]
+    assert np.abs(reciprocal_up_to(Arithmetic(np), sums, most) * sums - 1).max() < 2.1e-4
