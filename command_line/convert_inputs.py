@@ -156,6 +156,11 @@ def name_source(source: str) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
+def find_base_model(source: str) -> str | None:
+    """A source as the Hub knows it, or nothing for a folder or a file here."""
+    return None if Path(source).exists() else source
+
+
 def find_target(config: EntropyGPTConfig, job: Job) -> EntropyGPTConfig:
     """
     The configuration that the model is to have. Where FFNs are pruned by damage, those named stand for as many others.

@@ -56,6 +56,7 @@ from .convert_inputs import (
     check_amount,
     check_options,
     check_output,
+    find_base_model,
     find_target,
     name_source,
     read_text,
@@ -318,6 +319,7 @@ def _describe(job: Job, model: EntropyGPTForCausalLM, report: ConversionReport) 
         converted_from=report.source_notation,
         text=f"{conditions.corpus} ({conditions.corpus_revision})",
         started_from=name_source(job.source),
+        base_model=find_base_model(job.source),
     )
     windows = Windows(conditions.context - 1, conditions.context - 1, separate=False, bos=False)
     return replace(describe_model(model, job.output.name, windows), training=training)

@@ -38,7 +38,7 @@ from training.recipe import ARGUMENT_FIELDS, CONFIG_FIELDS, RECIPES, Recipe, Rec
 from training.trainer import EntropyTrainer
 
 from . import plot_job
-from .convert_inputs import Job, Text, name_source, spread
+from .convert_inputs import Job, Text, find_base_model, name_source, spread
 from .convert_job import convert
 from .errors import CommandError
 from .measurement import KEPT_APART, describe_config, measure_model, read_text
@@ -245,6 +245,7 @@ def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: R
     model = load_language_model(unfinished).to(recipe.training.device)
     steps = trainer.state.global_step
     batch_size = recipe.training.sequences_per_step
+    origin = recipe.model.model_name_or_path
     training = TrainingResult(
         steps=steps,
         tokens=steps * batch_size * data.context,
@@ -257,7 +258,8 @@ def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: R
         },
         text=f"{data.name} ({data.revision})",
         converted_from=start.source.config.notation if start.converts else None,
-        started_from=recipe.model.model_name_or_path and name_source(recipe.model.model_name_or_path),
+        started_from=origin and name_source(origin),
+        base_model=origin and find_base_model(origin),
     )
     most_tokens = recipe.data.validation_tokens
     text = read_text(

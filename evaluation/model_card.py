@@ -92,6 +92,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["entropy-gpt", "private-inference", "custom_code"],
         license=licence,
+        base_model=result.training and result.training.base_model,
         model_name=repository or result.name,
         eval_results=list_scores(result),
     )

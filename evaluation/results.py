@@ -103,6 +103,7 @@ class TrainingResult:
         converted_from (`str`, *optional*): Notation of the trained model that this one was converted from.
         text (`str`, *optional*): What it was trained on, with its revision.
         started_from (`str`, *optional*): Name of the trained model that this training went on from.
+        base_model (`str`, *optional*): The Hub's name for that model, if it came from there.
     """
 
     steps: int
@@ -112,6 +113,7 @@ class TrainingResult:
     converted_from: str | None = None
     text: str | None = None
     started_from: str | None = None
+    base_model: str | None = None
 
 
 @dataclass(config=RECORD)

@@ -211,6 +211,17 @@ def test_a_model_is_sent_and_loads_from_a_cold_cache(hub, model, repository, tmp
     assert difference(hub, model, tmp_path, repository) <= 1e-5
 
 
+def test_a_model_converted_from_the_hub_names_its_base_model(hub, command, model, text, repository, tmp_path):
+    original = copy(model, tmp_path / "original", without="results.json")
+    make_model("SM+LN+G", vocab_size=300, pad_token_id=None).save_pretrained(original)
+    hub.put_folder(repository, original)
+    converted, measured, heir = tmp_path / "converted", tmp_path / "measured", f"{repository}-heir"
+    command("convert", repository, "--to", "SM+ScFuFFN", "--text", text, "--output", converted).succeeded()
+    command("evaluate", converted, "--text", text, "--max-tokens", 200, "--output", measured).succeeded()
+    command("push", converted, heir, "--results", measured).succeeded()
+    assert ModelCard(hub.files(heir)["README.md"].decode()).data.base_model == repository
+
+
 def test_another_push_replaces_the_first_in_one_commit(hub, command, model, other_model, repository, tmp_path):
     first = command("push", model, repository, "--folded", "beside", "--max-shard-size", "100KB").succeeded()
     sent = hub.repositories[repository]

@@ -80,6 +80,7 @@ def test_what_is_not_on_record_is_said_to_be_missing(result):
     assert "lm-eval" not in text
     assert "The weights: no licence was stated." in text
     assert read(model_card(result)).data.license is None
+    assert read(model_card(result)).data.base_model is None
 
 
 def test_an_answer_that_was_not_compared_is_said_to_be(result):
