@@ -1,5 +1,6 @@
 """`entropy-gpt private`: two parties compute an answer, of whom one keeps its weights and the other its prompt."""
 
+import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,12 @@ private = typer.Typer(
     help="Answer a secret prompt with secret weights: two-party inference, checked and measured.",
     no_args_is_help=True,
 )
+
+
+@private.callback()
+def end_in_order():
+    """Whoever ends a party gently lets it clear away what it keeps on disk."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class TwoPartyProtocol(StrEnum):
@@ -70,7 +77,7 @@ AnswerOption = Annotated[
     Learned,
     typer.Option(
         help="What the client learns of each new token: its logits, or by a secure comparison the token alone. Logits "
-        "tell more of the weights, the more is asked."
+        "tell more of the weights, the more is asked; of a token alone nobody can see that it was out of range."
     ),
 ]
 
@@ -87,7 +94,7 @@ def serve(
     embedding: EmbeddingOption = Embedding.one_hot,
     answer: AnswerOption = Learned.logits,
     tokenizer: TokenizerPlace = None,
-    longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens that a client may ask for.")] = 256,
+    longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Answers that a client may ask for.")] = 256,
     timeout: Timeout = 600,
 ):
     """

@@ -2,9 +2,9 @@
 
 from rich.console import Console
 
-from evaluation.private_inference.cost_model import PredictedStep, predict
+from evaluation.private_inference.cost_model import SET_UP_BYTES, PredictedStep, predict
 from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.program import Span
+from evaluation.private_inference.program import Span, tables_bytes
 from evaluation.private_inference.settings import PrivateSettings
 from modeling_entropy_gpt import EntropyGPTConfig
 
@@ -44,7 +44,17 @@ def run(notations: list[str], sizes: dict, kept: int, length: int, all_positions
     console.print(make_table(("MB, both\nparties", *(name.replace("+", "+\n") for name in costs)), rows))
     waits = (f"{name} {sum(step.round_trips for step in predicted):,.0f}" for name, predicted in steps.items())
     console.print(f"round trips: {', '.join(waits)}", highlight=False)
-    console.print("predicted for the protocol cheetah; the set-up of a connection, 27 MB, is apart", style="dim")
+    console.print(
+        f"predicted for the protocol cheetah; the set-up of a connection, {_set_up(sizes, embedding, span)}, is apart",
+        style="dim",
+    )
+
+
+def _set_up(sizes: dict, embedding: str, span: Span) -> str:
+    keys = f"{SET_UP_BYTES / 1e6:.0f} MB"
+    if embedding != "client_table":
+        return keys
+    return f"{keys} and {tables_bytes(sizes['vocab_size'], span.end, sizes['n_embd']) / 1e6:,.0f} MB for the tables"
 
 
 def _predict(notation: str, sizes: dict, settings: PrivateSettings, span: Span) -> list[PredictedStep]:

@@ -1,5 +1,6 @@
 """Serves, asks and demonstrates private inference."""
 
+import os
 import select
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from conversion.folding import list_absorbable_ffns
 from conversion.gpt2_checkpoint import load_language_model
 from evaluation.conditions import describe_check
 from evaluation.perplexity import Windows
-from evaluation.private_inference.channel import TLSFiles, check_plain_allowed, parse_address
+from evaluation.private_inference.channel import TLSFiles, check_plain_allowed, clean, parse_address
 from evaluation.private_inference.cost import (
     LAN,
     TABLE_COLUMNS,
@@ -45,7 +46,9 @@ from evaluation.private_inference.weights import prepare_weights
 from evaluation.records import RECORD, StoredRecord
 from evaluation.results import AnswerCheck, ModelResult, save_results
 from modeling_entropy_gpt import EntropyGPTForCausalLM
+from training.errors import CorpusError
 from training.files import written_whole
+from training.tokenizer import load_tokenizer
 
 from .errors import CommandError
 from .evaluate_inputs import default_context, short_names
@@ -62,7 +65,7 @@ LOGIT_MARGIN = 4
 TOLERATED_ERROR, TOLERATED_SHARE = 0.05, 0.005
 DEFAULT_TIMEOUT = 600
 LISTENING = "listening on "
-SERVER_START_SECONDS = 300
+SERVER_START_SECONDS, SERVER_STOP_SECONDS = 300, 15
 TLSOptions = tuple[Path | None, Path | None, Path | None]
 
 console = Console()
@@ -107,8 +110,9 @@ def serve(
     """
     try:
         check_engine()
-        (host, port), files = _network(listen, tls, insecure)
-        offer = _offer(source, tokenizer, PrivateSettings(**settings))
+        agreed = PrivateSettings(**settings)
+        (host, port), files = _network(listen, tls, insecure, agreed)
+        offer = _offer(source, tokenizer, agreed)
         server = Server(offer, host, port, files, timeout, longest, _print_line)
     except (PrivateInferenceError, ConversionError) as error:
         raise CommandError(str(error)) from error
@@ -147,12 +151,11 @@ def ask(
     shown = _read_networks(networks)
     try:
         check_engine()
-        (host, port), files = _network(address, tls, insecure)
+        (host, port), files = _network(address, tls, insecure, PrivateSettings(protocol))
+        words = load_tokenizer(tokenizer)
         client = Client(host, port, files, timeout, protocol)
-        config = client.terms.config
-        words = load_model_tokenizer(tokenizer, tokenizer, config.vocab_size)
-        _, found = _ask(client, words, prompt, new_tokens, config.notation, f"TCP to {host}")
-    except PrivateInferenceError as error:
+        _, found = _ask(client, words, prompt, new_tokens, f"TCP to {host}")
+    except (PrivateInferenceError, CorpusError) as error:
         raise CommandError(str(error)) from error
     print_answer(prompt, found)
     _print_costs(found, shown)
@@ -210,13 +213,11 @@ def demonstrate(
     process, port = _start_server(source, settings, tokenizer, new_tokens, timeout)
     try:
         client = Client("127.0.0.1", port, None, timeout, PrivateSettings(**settings).protocol)
-        notation = model.config.notation
-        answer, found = _ask(client, words, prompt, new_tokens, notation, "loopback, two processes")
+        answer, found = _ask(client, words, prompt, new_tokens, "loopback, two processes")
     except PrivateInferenceError as error:
         raise CommandError(str(error)) from error
     finally:
-        process.kill()
-        process.wait()
+        _stop_server(process)
     found.check = _compare(model, words(prompt)["input_ids"], answer)
     return found
 
@@ -237,14 +238,16 @@ def _read_networks(texts: list[str]) -> list[Network]:
         raise CommandError(str(error)) from error
 
 
-def _network(address: str, tls: TLSOptions, insecure: bool) -> tuple[tuple[str, int], TLSFiles | None]:
+def _network(
+    address: str, tls: TLSOptions, insecure: bool, settings: PrivateSettings
+) -> tuple[tuple[str, int], TLSFiles | None]:
     host, port = parse_address(address)
     given = [path for path in tls if path is not None]
     if given and len(given) < len(tls):
         raise PrivateInferenceError("TLS needs all three of --cert, --key and --ca.")
     if given:
         return (host, port), TLSFiles(*tls)
-    check_plain_allowed(host, insecure)
+    check_plain_allowed(host, insecure, settings)
     return (host, port), None
 
 
@@ -268,11 +271,12 @@ def _offer(source: str, tokenizer: str | None, settings: PrivateSettings) -> Mod
         with torch.no_grad():
             largest = model(torch.from_numpy(tokens), use_cache=False).logits.abs().max().item()
     bound = 2.0 ** np.ceil(np.log2(LOGIT_MARGIN * largest))
-    return Model(config, weights, settings, hash_vocabulary(words, config.vocab_size), float(bound))
+    vocabulary = hash_vocabulary(words, config.vocab_size)
+    return Model(config, weights, model.config.notation, settings, vocabulary, float(bound))
 
 
 def _ask(
-    client: Client, words: PreTrainedTokenizerFast, prompt: str, new_tokens: int, notation: str, network: str
+    client: Client, words: PreTrainedTokenizerFast, prompt: str, new_tokens: int, network: str
 ) -> tuple[Answer, PrivateAnswer]:
     terms = client.terms
     if hash_vocabulary(words, terms.config.vocab_size) != terms.tokenizer_hash:
@@ -301,7 +305,7 @@ def _ask(
     seconds = time.perf_counter() - started
     if repeats := answer.repeats.total():
         console.print(f"{repeats} answer(s) were out of range and computed anew.")
-    cost = answer.cost(terms, notation, len(tokens), new_tokens, network)
+    cost = answer.cost(terms, len(tokens), new_tokens, network)
     return answer, PrivateAnswer(text=words.decode(answer.tokens), check=None, seconds=seconds, cost=cost)
 
 
@@ -316,16 +320,32 @@ def _start_server(
         command += [f"--{name}", value]
     root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryFile("w+") as complaints, console.status("starting the server"):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, cwd=root)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            cwd=root,
+            env=os.environ | {"FORCE_COLOR": "", "TTY_COMPATIBLE": "0"},  # its first line is read by a program
+        )
         ready, _, _ = select.select([process.stdout], [], [], SERVER_START_SECONDS)
         line = process.stdout.readline() if ready else ""
         if not line.startswith(LISTENING):
-            process.kill()
-            process.wait()
+            _stop_server(process)
             complaints.seek(0)
             reason = complaints.read().strip().rpartition("\n")[2].removeprefix("entropy-gpt: ")
             raise CommandError(reason or f"the server did not start within {SERVER_START_SECONDS} seconds.")
     return process, int(line.rpartition(":")[2])
+
+
+def _stop_server(process: subprocess.Popen):
+    """Lets it clear away what it keeps on disk."""
+    process.terminate()
+    try:
+        process.wait(SERVER_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _from_anywhere(place: str) -> str:
@@ -334,8 +354,9 @@ def _from_anywhere(place: str) -> str:
 
 
 def print_answer(prompt: str, found: PrivateAnswer):
-    """The prompt with what follows, and how that compares with the clear."""
-    console.print(f"\n[dim]{escape(prompt)}[/dim][bold]{escape(found.text)}[/bold]", highlight=False)
+    """The prompt with what follows, without what could drive a terminal, and how that compares with the clear."""
+    prompt, text = (escape(clean(part, kept="\n\t", most=None)) for part in (prompt, found.text))
+    console.print(f"\n[dim]{prompt}[/dim][bold]{text}[/bold]", highlight=False)
     if found.check:
         console.print(f"in the clear, {describe_check(found.check)}", soft_wrap=True)
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from .errors import PrivateInferenceError
+from .settings import PrivateSettings
 
 
 MAX_MESSAGE_BYTES = 2**20
@@ -84,16 +85,24 @@ def parse_address(text: str) -> tuple[str, int]:
     return match[1] or match[2], int(match[3])
 
 
-def check_plain_allowed(host: str, insecure: bool):
+def check_plain_allowed(host: str, insecure: bool, settings: PrivateSettings):
     """
     Raises:
-        `PrivateInferenceError`: If a host beyond this machine is to be reached without TLS.
+        `PrivateInferenceError`: If a host beyond this machine is to be reached without TLS, and that is not said to be
+            good enough, or can't be.
     """
-    if insecure or host == "localhost":
+    if host == "localhost":
         return
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(host).is_loopback:
             return
+    if settings.needs_encryption:
+        raise PrivateInferenceError(
+            f"without TLS, what goes to and from {host} would show weights or prompt to whoever listens, with "
+            f"protocol={settings.protocol} and embedding={settings.embedding}: give --cert, --key and --ca."
+        )
+    if insecure:
+        return
     raise PrivateInferenceError(
         f"without TLS only this machine's loopback is used, and {host} is beyond it: give --cert, --key and --ca on "
         "both sides, or --insecure where the network itself is trusted."
@@ -236,10 +245,10 @@ def _parse(content: bytes) -> dict:
     return message
 
 
-def clean(text: object) -> str:
-    """What a peer wrote, without what could drive a terminal."""
-    visible = "".join(letter for letter in str(text) if unicodedata.category(letter)[0] != "C")
-    return visible[:MAX_REASON_CHARACTERS]
+def clean(text: object, kept: str = "", most: int | None = MAX_REASON_CHARACTERS) -> str:
+    """What a peer wrote, without what could drive a terminal, but for a few letters; not more than so many."""
+    visible = (letter for letter in str(text) if letter in kept or unicodedata.category(letter)[0] != "C")
+    return "".join(visible)[:most]
 
 
 def _reason(error: OSError | UnicodeError) -> str:

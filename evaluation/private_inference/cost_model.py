@@ -23,6 +23,8 @@ from .settings import PrivateSettings
 
 
 PRICES = Path(__file__).parent / "prices.json"
+# Of keys and oblivious transfers, once a connection, sent by both parties: the same for all models.
+SET_UP_BYTES = 25.9e6
 
 
 @dataclass(config=RECORD)

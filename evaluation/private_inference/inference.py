@@ -106,9 +106,9 @@ class PrivateModel:
         found = list(ask[mode](prompts, answers))
         seconds, costs = time.perf_counter() - started, None
         if mode in NETWORKS:
-            terms, notation = Terms(self.config, self.settings, "", LOGIT_BOUND), self._model.config.notation
+            terms = Terms(self.config, self._model.config.notation, self.settings, "", LOGIT_BOUND)
             costs = [
-                answer.cost(terms, notation, len(prompt), answers, NETWORKS[mode])
+                answer.cost(terms, len(prompt), answers, NETWORKS[mode])
                 for prompt, answer in zip(prompts, found, strict=True)
             ]
         return InferenceResult(mode, [answer.logits[0].astype(np.float32) for answer in found], seconds, costs)
@@ -148,7 +148,8 @@ class PrivateModel:
                 yield Answer(logits=[logits], set_up=run.set_up, steps=steps)
 
     def _ask_processes(self, prompts: list[list[int]], answers: int) -> Iterator[Answer]:
-        with serve_on_loopback(Model(self.config, self.weights, self.settings, "", LOGIT_BOUND)) as address:
+        notation = self._model.config.notation
+        with serve_on_loopback(Model(self.config, self.weights, notation, self.settings, "", LOGIT_BOUND)) as address:
             for prompt in prompts:
                 client = Client(*address, None, TIMEOUT_SECONDS, self.settings.protocol)
                 yield client.ask(prompt, answers=answers)
@@ -170,7 +171,7 @@ def serve_on_loopback(model: Model, timeout_seconds: int = TIMEOUT_SECONDS) -> I
         `PrivateInferenceError`: What is raised within, with the server's last word.
     """
     said: queue.Queue[str] = queue.Queue()
-    server = Server(model, "127.0.0.1", 0, None, timeout_seconds, report=said.put)
+    server = Server(model, "127.0.0.1", 0, None, timeout_seconds, model.config.n_positions, said.put)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.address

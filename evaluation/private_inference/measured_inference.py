@@ -107,7 +107,9 @@ class Inference:
 
     def _served(self, timeout_seconds: int) -> contextlib.AbstractContextManager[tuple[str, int]]:
         config, weights = prepare_weights(make_random_model(self.config))
-        return serve_on_loopback(Model(config, weights, self.settings, "", LOGIT_BOUND), timeout_seconds)
+        return serve_on_loopback(
+            Model(config, weights, self.config.notation, self.settings, "", LOGIT_BOUND), timeout_seconds
+        )
 
     def _ask(
         self, address: tuple[str, int], new_tokens: int, timeout_seconds: int, on_event: Callable[[dict], None]
@@ -138,8 +140,8 @@ class Inference:
         return cost
 
     def _record(self, answer: Answer, new_tokens: int) -> InferenceCost:
-        terms = Terms(self.config, self.settings, "", LOGIT_BOUND)
-        return answer.cost(terms, self.config.notation, self.context, new_tokens, NETWORKS[TWO_PARTY])
+        terms = Terms(self.config, self.config.notation, self.settings, "", LOGIT_BOUND)
+        return answer.cost(terms, self.context, new_tokens, NETWORKS[TWO_PARTY])
 
 
 def _conditions(cost: InferenceCost) -> dict[str, object]:

@@ -18,6 +18,7 @@ from modeling_entropy_gpt import EntropyGPTConfig
 from .cost import LAN, MEGA, WAN, InferenceCost, Network, StepCost, project
 from .cost_model import program_config
 from .measured_inference import Inference, make_config
+from .program import tables_bytes
 from .settings import PrivateSettings
 
 
@@ -203,9 +204,11 @@ class PaperTable:
 
     def _describe_ends(self) -> str:
         embedding, head = (_describe_steps(self.ends, operation) for operation in (EMBEDDING, HEAD))
+        table = tables_bytes(self.ends.vocab_size, self.ends.context, self.ends.n_embd) / MEGA
         return (
             f"In every sum, at a vocabulary of {self.ends.vocab_size:,}: the embedding by one-hot rows, {embedding}, "
-            f"of which nothing is left where the client is given the table (client_table); and the head, {head}."
+            f"in place of which client_table sends the client the table, {table:,.1f} MB once a connection; and the "
+            f"head, {head}."
         )
 
     def _compare_alike(self) -> str | None:

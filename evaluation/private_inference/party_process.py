@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from safetensors.numpy import load_file
 
 from evaluation.records import RECORD
 
+from .cost import StepCost
 from .engine import CLIENT, SERVER, EngineLog, compiled_digest
 from .errors import PrivateInferenceError
 from .participant import Participant, answer_name, client_input, compile_pass
-from .program import ProgramConfig, Span, weight_shapes
+from .program import ProgramConfig, Span, tables_bytes, weight_shapes
 from .settings import PrivateSettings
 
 
@@ -79,7 +81,10 @@ class PartyProcess:
         self.job, self.tell = job, tell
         self.config = job.config
         self.log = EngineLog()
-        self.programs = [compile_pass(self.config, job.settings, span) for span in spans(job)]
+        self.programs = []
+        for span in spans(job):
+            self.programs.append(compile_pass(self.config, job.settings, span))
+            self.tell({"event": "compiled"})  # while it compiles for long, nobody should take it for hanging
         self.tables, self.chosen = {}, []
 
     def digest(self) -> str:
@@ -93,8 +98,8 @@ class PartyProcess:
             job.weights.unlink()  # nothing is left of it if this process is killed
         self.link = make_link(job.rank, own_port, peer_port, job.timeout_seconds)
         self.participant = Participant(self.link, self.config, job.settings, weights, self.log)
-        self._share_tables(weights)
-        for cost in self.participant.set_up():
+        set_up = [*self._share_tables(weights), *self.participant.set_up()]
+        for cost in set_up:
             self.tell({"event": "set-up", "cost": asdict(cost)})
         for index, (span, program) in enumerate(zip(spans(job), self.programs, strict=True)):
             self._answer(index, span, program)
@@ -161,13 +166,14 @@ class PartyProcess:
         self.chosen.append(token)
         self.tell({"event": "token", "token": token})
 
-    def _share_tables(self, weights: dict | None):
-        """With "client_table", the client gets the embeddings."""
+    def _share_tables(self, weights: dict | None) -> list[StepCost]:
+        """With "client_table", the client gets the embeddings; what that took."""
         if self.job.settings.embedding != "client_table":
-            return
-        shapes = weight_shapes(self.config)
+            return []
+        started, messages, shapes = time.perf_counter(), 0, weight_shapes(self.config)
         for name in ("wte", "wpe"):
             parts = range(0, math.prod(shapes[name]) * np.dtype(np.float32).itemsize, TABLE_PART_BYTES)
+            messages += len(parts)
             if self.job.rank == SERVER:
                 content = np.ascontiguousarray(weights[name], np.float32).tobytes()
                 for begin in parts:
@@ -176,6 +182,11 @@ class PartyProcess:
             else:
                 content = b"".join(base64.b64decode(self.link.recv(SERVER)) for _ in parts)
                 self.tables[name] = np.frombuffer(content, np.float32).reshape(shapes[name])
+        size = tables_bytes(self.config.vocab_size, self.config.n_positions, self.config.n_embd)
+        seconds = time.perf_counter() - started
+        if self.job.rank == SERVER:
+            return [StepCost("tables", None, size, 0, messages, 0, 0.0, seconds)]
+        return [StepCost("tables", None, 0, size, 0, messages, 0.0, seconds)]
 
 
 def make_link(rank: int, own_port: int, peer_port: int, timeout_seconds: int):

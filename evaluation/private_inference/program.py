@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from pydantic.dataclasses import dataclass as record
@@ -39,6 +39,7 @@ MASKED_SCORE = -(2.0**20)
 MOST_EMBEDDED = 4096
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
+Norm = Literal["layernorm", "static", "none"]
 
 # The inputs and outputs of the whole.
 TOKENS, EMBEDDINGS, LOGITS, TOKEN = "tokens", "hidden", "logits", "token"
@@ -57,14 +58,14 @@ class ProgramConfig:
     n_positions: int
     vocab_size: int
     inner_size: int
-    ffn_type: str
+    ffn_type: Literal["mlp", "fused"]
     ffn_residual_scaling: bool
     pruned_ffn_layers: list[int]
     activation_function: str
-    normalization: str
-    final_normalization: str
+    normalization: Norm
+    final_normalization: Norm
     layer_norm_epsilon: float
-    attention_temperature: str
+    attention_temperature: Literal["none", "head", "position"]
 
     @classmethod
     def of(cls, config) -> Self:
@@ -144,6 +145,11 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
         if config.ffn_residual_scaling:
             shapes[f"h.{layer}.beta"] = (1,)
     return shapes | {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
+
+
+def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
+    """Of the embeddings as a client is sent them with "client_table": single precision in base64, but for padding."""
+    return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize * 4 // 3
 
 
 def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[Step]:

@@ -19,14 +19,13 @@ import torch
 from pydantic import TypeAdapter
 
 from evaluation.results import git_revision, machine_name
-from modeling_entropy_gpt import EntropyGPTConfig
 
 from .channel import Channel
 from .cost import InferenceCost, StepCost
 from .engine import engine_versions
-from .errors import PrivateInferenceError
+from .errors import EngineError, PrivateInferenceError
 from .party_process import OUT_OF_RANGE, REPEATS, Job
-from .program import Span, build_steps
+from .program import ProgramConfig, Span, build_steps
 from .settings import PrivateSettings
 from .tunnel import Tunnel
 
@@ -39,7 +38,8 @@ FAREWELL_SECONDS = 60
 class Terms:
     """What a client is told, checked."""
 
-    config: EntropyGPTConfig
+    config: ProgramConfig
+    notation: str
     settings: PrivateSettings
     tokenizer_hash: str
     logit_bound: float
@@ -55,11 +55,11 @@ class Answer:
     steps: list[StepCost] = field(default_factory=list)
     repeats: Counter[int] = field(default_factory=Counter)
 
-    def cost(self, terms: "Terms", notation: str, context: int, answers: int, network: str) -> InferenceCost:
+    def cost(self, terms: Terms, context: int, answers: int, network: str) -> InferenceCost:
         """The costs with their conditions; arguments as of [`InferenceCost`]."""
         sizes = {name: getattr(terms.config, name) for name in ("n_layer", "n_embd", "n_head", "vocab_size")}
         return InferenceCost(
-            notation=notation,
+            notation=terms.notation,
             **sizes,
             context=context,
             answers=answers,
@@ -152,13 +152,13 @@ class EngineProcess:
                 break
             event = json.loads(line)
             if event["event"] == "error":
-                self._events.put(PrivateInferenceError(f"this side's engine: {event['reason']}"))
+                self._events.put(EngineError(f"this side's engine: {event['reason']}"))
                 return
             self._events.put(event)
             if event["event"] == "done":
                 return
         status = self._process.wait()
-        self._events.put(PrivateInferenceError(f"this side's engine ended with status {status}: {self._last_words()}"))
+        self._events.put(EngineError(f"this side's engine ended with status {status}: {self._last_words()}"))
 
     def _last_words(self) -> str:
         self._stderr.seek(0)
@@ -194,7 +194,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check_request(config: EntropyGPTConfig, settings: PrivateSettings, length: int, new_tokens: int, answers: int):
+def check_request(config: ProgramConfig, settings: PrivateSettings, length: int, new_tokens: int, answers: int):
     """
     Raises:
         `PrivateInferenceError`: If the model can't answer so much.
@@ -233,7 +233,9 @@ def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_even
 def _compare_programs(job: Job, channel: Channel, events: Events, on_event: Callable[[dict], None]):
     digests = {}
     while len(digests) < 2:
-        event = events.expect(job.timeout_seconds, "program", "peer's program")
+        event = events.expect(job.timeout_seconds, "compiled", "program", "peer's program")
+        if event["event"] == "compiled":
+            continue
         digests[event["event"]] = event.get("digest")
         if event["event"] == "program":
             channel.send({"kind": "program", "digest": event["digest"]})

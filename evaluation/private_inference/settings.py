@@ -57,3 +57,11 @@ class PrivateSettings:
     reciprocal_iterations: int = 2
     embedding: Literal["one_hot", "client_table"] = "one_hot"
     answer: Literal["logits", "token"] = "logits"
+
+    @property
+    def needs_encryption(self) -> bool:
+        """
+        Whether what is sent shows something to somebody between: the client's table, or the seeds of the random
+        numbers that the server deals.
+        """
+        return self.embedding == "client_table" or self.protocol != "cheetah"

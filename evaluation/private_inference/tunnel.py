@@ -240,7 +240,7 @@ class ClientTunnel(Tunnel):
         return channel
 
     def _keep_reserve(self):
-        while not self._closed:
+        for _ in range(MAX_STREAMS):
             channel = self._ask(TO_CLIENT)
             with self._owned_if_it_fails(channel.connection):
                 channel.receive(None, ("open",))

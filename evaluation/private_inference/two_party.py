@@ -7,7 +7,6 @@ and run it; all that the engines send goes through connections the client opens 
 """
 
 import contextlib
-import json
 import math
 import secrets
 import socket
@@ -19,33 +18,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub.errors import StrictDataclassError
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .channel import Channel, Listener, TLSFiles, clean, connect, shut_down
 from .engine import CLIENT, SERVER, engine_versions
-from .errors import PrivateInferenceError
+from .errors import EngineError, PrivateInferenceError
 from .party_process import Job
 from .program import ProgramConfig, weight_shapes
 from .session import Answer, Terms, check_request, free_port, run_party
-from .settings import TRUST, PrivateSettings
+from .settings import RING_BITS, TRUST, PrivateSettings
 from .tunnel import ClientTunnel, ServerTunnel
 
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HANDSHAKE_SECONDS = 30
 # The largest model that a client believes in: its memory is not the server's to fill.
 LARGEST = {
     "n_layer": 1024,
     "n_head": 1024,
     "n_embd": 2**16,
-    "n_inner": 2**18,
+    "inner_size": 2**18,
     "n_positions": 2**20,
     "vocab_size": 2**22,
 }
+MOST_WEIGHTS = 2**31
+MOST_ITERATIONS = 64
 # For which a client is let wait for the one before, whose engine is about to end.
 PARTING_SECONDS = 5
 # Connections at once about which nothing is known yet, with those of clients; more wait to be accepted.
@@ -54,10 +54,20 @@ MAX_GREETINGS = 64
 
 @dataclass(frozen=True)
 class Model:
-    """What a server offers; its weights are its own, the rest is public."""
+    """
+    What a server offers; its weights are its own, the rest is public.
+
+    Args:
+        config ([`EntropyGPTConfig`]), weights (`dict`): Of [`prepare_weights`].
+        notation (`str`): The architecture before that, in the paper's notation.
+        settings ([`PrivateSettings`]): How it answers.
+        tokenizer_hash (`str`): So that a client can compare its own.
+        logit_bound (`float`): Logits beyond it can't be right.
+    """
 
     config: EntropyGPTConfig
     weights: dict[str, np.ndarray]
+    notation: str
     settings: PrivateSettings
     tokenizer_hash: str
     logit_bound: float
@@ -67,7 +77,8 @@ class Model:
         return {
             "version": PROTOCOL_VERSION,
             "versions": engine_versions(),
-            "config": json.loads(self.config.to_json_string(use_diff=False)),
+            "notation": self.notation,
+            "program": asdict(ProgramConfig.of(self.config)),
             "settings": asdict(self.settings),
             "tokenizer": self.tokenizer_hash,
             "logit_bound": self.logit_bound,
@@ -83,7 +94,7 @@ class Server:
         host (`str`), port (`int`): Where it listens.
         tls ([`TLSFiles`], *optional*): Without them, whoever is between could listen or change what is sent.
         timeout_seconds (`int`): For which nothing may happen in an inference.
-        longest (`int`): New tokens that a client may ask for.
+        longest (`int`): New tokens, or positions of the prompt, that a client may have answered.
         report (`Callable`): Told in a line what happens.
     """
 
@@ -172,7 +183,8 @@ class Server:
     @staticmethod
     def _refuse(channel: Channel, error: Exception):
         # What this machine lacks is not the client's business.
-        reason = str(error) if isinstance(error, PrivateInferenceError) else "the server failed."
+        told = isinstance(error, PrivateInferenceError) and not isinstance(error, EngineError)
+        reason = str(error) if told else "the server failed."
         with contextlib.suppress(PrivateInferenceError):
             channel.send({"kind": "refusal", "reason": reason})
 
@@ -189,8 +201,8 @@ class Server:
         channel.send({"kind": "terms", **self.model.terms()})
         request = channel.receive(HANDSHAKE_SECONDS, ("request",))
         length, new_tokens, answers = (self._number(request, name) for name in ("length", "new_tokens", "answers"))
-        if new_tokens > self.longest:
-            raise PrivateInferenceError(f"{new_tokens} new tokens are asked for; {self.longest} is the most here.")
+        if (asked := max(new_tokens, answers)) > self.longest:
+            raise PrivateInferenceError(f"{asked} answers are asked for; {self.longest} is the most here.")
         check_request(self.model.config, self.model.settings, length, new_tokens, answers)
         if not self._busy.acquire(timeout=PARTING_SECONDS):
             raise PrivateInferenceError("the server is busy with another client: try again later.")
@@ -202,8 +214,8 @@ class Server:
     @staticmethod
     def _number(request: dict, name: str) -> int:
         value = request.get(name)
-        if type(value) is not int or value < 1:
-            raise PrivateInferenceError(f"{name}={clean(repr(value))} is no positive number.")
+        if type(value) is not int or not 1 <= value <= LARGEST["n_positions"]:
+            raise PrivateInferenceError(f"{name} is no number from 1 to {LARGEST['n_positions']:,}.")
         return value
 
     def _infer(self, channel: Channel, length: int, new_tokens: int, answers: int):
@@ -212,6 +224,7 @@ class Server:
         self._tunnel = ServerTunnel(token, own_port)
         try:
             with tempfile.TemporaryDirectory(prefix="entropy-gpt-server-") as folder:
+                channel.send({"kind": "accepted", "session": token})
                 weights = Path(folder) / "weights.safetensors"
                 save_file(self.model.weights, weights)
                 job = Job(
@@ -225,7 +238,6 @@ class Server:
                     logit_bound=self.model.logit_bound,
                     weights=weights,
                 )
-                channel.send({"kind": "accepted", "session": token})
                 answer = run_party(job, channel, self._tunnel, own_port, lambda event: None)
             total = sum(cost.total_bytes for cost in answer.steps) / 1e6
             self.report(f"answered; {total:.1f} MB went over the link")
@@ -281,16 +293,13 @@ class Client:
         try:
             settings = TypeAdapter(PrivateSettings).validate_python(message.get("settings"))
             bound = TypeAdapter(float).validate_python(message.get("logit_bound"))
-            config = EntropyGPTConfig.from_dict(message["config"])
-            for name, most in LARGEST.items():
-                if (getattr(config, name) or 0) > most:
-                    raise ValueError(f"{name} is more than {most}")
-            weight_shapes(config)
-        except (ValidationError, StrictDataclassError, KeyError, TypeError, ValueError, AttributeError) as error:
+            config = TypeAdapter(ProgramConfig).validate_python(message.get("program"))
+            _check_sizes(config, settings)
+            if not 0 < bound < math.inf:
+                raise ValueError(f"logit_bound={bound} bounds nothing")
+        except ValueError as error:  # those of pydantic too
             raise PrivateInferenceError(f"the server's terms are broken: {clean(error)}") from error
-        if not 0 < bound < math.inf:
-            raise PrivateInferenceError(f"the server's terms are broken: logit_bound={bound} bounds nothing.")
-        return Terms(config, settings, str(message.get("tokenizer")), bound)
+        return Terms(config, clean(message.get("notation")), settings, str(message.get("tokenizer")), bound)
 
     def ask(
         self,
@@ -326,7 +335,7 @@ class Client:
         ):
             job = Job(
                 rank=CLIENT,
-                config=ProgramConfig.of(self.terms.config),
+                config=self.terms.config,
                 settings=self.terms.settings,
                 prompt_length=len(prompt),
                 new_tokens=new_tokens,
@@ -342,6 +351,25 @@ class Client:
 
     def close(self):
         self.channel.close()
+
+
+def _check_sizes(config: ProgramConfig, settings: PrivateSettings):
+    """
+    Raises:
+        `ValueError`: If there is no such model, or it is larger than a client believes.
+    """
+    for name, most in LARGEST.items():
+        if not 1 <= getattr(config, name) <= most:
+            raise ValueError(f"{name} is not from 1 to {most:,}")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"n_embd={config.n_embd} is no multiple of n_head={config.n_head}")
+    if sum(map(math.prod, weight_shapes(config).values())) > MOST_WEIGHTS:
+        raise ValueError(f"there are more than {MOST_WEIGHTS:,} weights")
+    if not 1 <= settings.fraction_bits < RING_BITS // 2:
+        raise ValueError(f"fraction_bits is not from 1 to {RING_BITS // 2 - 1}")
+    for name in ("exponential_squarings", "reciprocal_iterations"):
+        if not 0 <= getattr(settings, name) <= MOST_ITERATIONS:
+            raise ValueError(f"{name} is not from 0 to {MOST_ITERATIONS}")
 
 
 def _index(path: Path) -> int:

@@ -1,5 +1,8 @@
 """`entropy-gpt private` as processes of its own: a demonstration, a server with its client, and both misused."""
 
+import contextlib
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,8 +13,12 @@ import pytest
 import torch
 
 from command_line.main import main
+from command_line.private_job import PrivateAnswer, print_answer
 from conversion.gpt2_checkpoint import load_language_model
+from evaluation.private_inference.channel import connect, parse_address
 from evaluation.private_inference.cost import InferenceCost
+from evaluation.private_inference.settings import PrivateSettings
+from evaluation.private_inference.two_party import PROTOCOL_VERSION
 from evaluation.results import hash_weights, load_results
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from training.tokenizer import train_tokenizer
@@ -86,6 +93,12 @@ def complaint(run_here) -> Callable:
     return run
 
 
+def test_an_answer_can_not_drive_the_terminal(capsys):
+    cost = InferenceCost("SM", 1, 1, 1, 1, 1, 1, PrivateSettings(), "", [], [], 0.0, {}, None, "")
+    print_answer("\x1b[2Ja", PrivateAnswer("\x1b]0;owned\x07b\n\tc[red]", None, 0.0, cost))
+    assert capsys.readouterr().out == "\n[2Ja]0;ownedb\n        c[red]\n"
+
+
 def test_without_the_engine_it_says_what_to_install(model, complaint, monkeypatch):
     monkeypatch.setitem(sys.modules, "spu", None)
     assert "pip install 'entropy-gpt[private]'" in complaint("demo", model)
@@ -103,6 +116,10 @@ class TestMisuse:
             (["--listen", "127.0.0.1:99999"], "is no address"),
             (["--listen", "0.0.0.0:0"], "without TLS only this machine's loopback"),
             (["--listen", "127.0.0.1:0", "--cert", "missing.pem"], "TLS needs all three of --cert, --key and --ca"),
+            *(
+                (["--listen", "0.0.0.0:0", "--insecure", *told], "would show weights or prompt to whoever listens")
+                for told in (["--protocol", "semi2k"], ["--embedding", "client_table"])
+            ),
         ],
     )
     def test_of_addresses_and_certificates(self, model, arguments, message, complaint):
@@ -146,8 +163,12 @@ class TestTwoProcesses:
     def test_the_demonstration_agrees_and_records_its_cost(self, model, tmp_path):
         output, results = tmp_path / "cost.json", tmp_path / "results.json"
         options = ("--network", "300Mbps,20ms", "--network", "lan", "--results", results)
-        result = run("demo", model, "--max-new-tokens", 2, "--output", output, *options)
+        environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "FORCE_COLOR": "1"}
+        Path(environment["TMPDIR"]).mkdir()
+        result = run("demo", model, "--max-new-tokens", 2, "--output", output, *options, env=environment)
         assert result.returncode == 0, result.stderr
+        assert not list(Path(environment["TMPDIR"]).glob("entropy-gpt-*"))
+        result.stdout = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", result.stdout)
         assert "in the clear, 2 of 2 tokens are the same" in result.stdout
         shown = [line.partition(": about ")[0] for line in result.stdout.splitlines() if ": about " in line]
         assert shown == ["on 300Mbps,20ms", "on LAN"]
@@ -184,6 +205,21 @@ class TestTwoProcesses:
         assert first == f"listening on {address}"
         assert "FFNs of layers 1, 2 can't be absorbed" in rest
 
+    def test_a_server_that_is_told_to_end_leaves_no_weights_behind(self, model, tmp_path):
+        command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0"]
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+            address = parse_address(server.stdout.readline().strip().removeprefix("listening on "))
+            with contextlib.closing(connect(*address, None)) as channel:
+                channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+                channel.receive(30, ("terms",))
+                channel.send({"kind": "request", "length": 4, "new_tokens": 1, "answers": 1})
+                channel.receive(30, ("accepted",))
+                assert list(tmp_path.glob("entropy-gpt-server-*"))
+                server.terminate()
+                assert server.wait(20) == 0
+        assert not list(tmp_path.glob("entropy-gpt-*"))
+
     def test_one_client_after_another(self, model, address, run_here):
         arguments = ("ask", PROMPT, "--connect", address, "--tokenizer", model)
         first = run(*arguments)
@@ -198,7 +234,7 @@ class TestTwoProcesses:
             ("x " * 100, [], "tokens are not possible: this model has n_positions=32"),
             ("", [], "the prompt is empty"),
             (PROMPT, ["--protocol", "semi2k"], "the server offers the protocol cheetah, and semi2k is asked for"),
-            (PROMPT, ["--max-new-tokens", "3"], "3 new tokens are asked for; 2 is the most here"),
+            (PROMPT, ["--max-new-tokens", "3"], "3 answers are asked for; 2 is the most here"),
         ],
     )
     def test_what_the_model_can_not_answer(self, model, address, prompt, options, message, complaint):

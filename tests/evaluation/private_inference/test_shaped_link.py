@@ -42,7 +42,7 @@ def measure(host: str, port: int, on_event: Callable[[dict], None] = lambda even
     answer = client.ask(PROMPT, 2, on_event=on_event)
     half = len(answer.steps) // 2
     tokens = (replace(answer, steps=steps) for steps in (answer.steps[:half], answer.steps[half:]))
-    return [token.cost(client.terms, "SM", len(PROMPT), 1, f"TCP to {host}") for token in tokens]
+    return [token.cost(client.terms, len(PROMPT), 1, f"TCP to {host}") for token in tokens]
 
 
 def measure_and_save(host: str, port: int, folder: str):

@@ -27,6 +27,7 @@ from tests.evaluation.private_inference.test_channel import tls_files
 pytest.importorskip("spu")
 
 from evaluation.private_inference.channel import Channel, TLSFiles, connect
+from evaluation.private_inference.cost_model import SET_UP_BYTES
 from evaluation.private_inference.engine import CLIENT, SERVER
 from evaluation.private_inference.errors import PrivateInferenceError
 from evaluation.private_inference.participant import Participant, encode_tokens
@@ -51,7 +52,7 @@ def make_offer(notation: str = "SM") -> tuple[Model, list[int]]:
     with torch.no_grad():
         for _ in range(2):
             tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return Model(*prepare_weights(model), PrivateSettings(), "hash", 1e3), tokens[0, len(PROMPT) :].tolist()
+    return Model(*prepare_weights(model), notation, PrivateSettings(), "hash", 1e3), tokens[0, len(PROMPT) :].tolist()
 
 
 @dataclass
@@ -153,10 +154,11 @@ def test_layernorms_and_gelu_under_tls(tmp_path):
 
 def test_a_request_that_is_none_is_refused_and_the_next_client_is_served(served):
     absurd = [
-        *({"length": value} for value in (0, -1, 65, True, "4", 4.0, None, [4], 10**30)),
+        *({"length": value} for value in (0, -1, 65, True, "4", 4.0, None, [4], 10**30, 10**4299)),
         *({"new_tokens": value} for value in (0, 9, True, "1", 62)),
         *({"answers": value} for value in (0, 5, False, "1")),
         {"new_tokens": 2, "answers": 2},
+        {"length": 9, "answers": 9},
     ]
     for request in absurd:
         with contextlib.closing(greet(served, **request)) as channel:
@@ -175,14 +177,20 @@ def test_a_request_that_is_none_is_refused_and_the_next_client_is_served(served)
     "changed",
     [
         *({"logit_bound": bound} for bound in ("nan", 0, -1.0, "inf", None)),
-        *({"config": {"n_embd": value}} for value in ("x", -1, None)),
-        {"config": None},
+        *({"program": {"n_embd": value}} for value in ("x", -1, None, 10**9, 7)),
+        *({"program": {name: "none of them"}} for name in ("ffn_type", "normalization", "attention_temperature")),
+        {"program": {"n_layer": 1024, "n_embd": 2**16, "n_head": 1024}},
+        {"program": {"num_labels": 10**9}},
+        {"program": None},
         {"settings": {"protocol": "none"}},
+        *({"settings": {name: 10**9}} for name in ("fraction_bits", "exponential_squarings", "reciprocal_iterations")),
         {"versions": "\x1b[31m" * 1000},
     ],
 )
 def test_a_client_refuses_broken_terms_in_one_line(changed):
-    terms = {"kind": "terms", **make_offer()[0].terms(), **changed}
+    offered = make_offer()[0].terms()
+    parts = {name: {**offered[name], **part} if isinstance(part, dict) else part for name, part in changed.items()}
+    terms = {"kind": "terms", **offered, **parts}
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer():
@@ -213,6 +221,26 @@ def test_a_busy_server_says_so_and_another_program_is_no_match(served):
         with pytest.raises(PrivateInferenceError, match="different programs"):
             accepted.receive(10, ("done",))
     assert served.said("different programs", 5)
+
+
+def test_the_clients_table_is_paid_for_with_the_set_up():
+    model, expected = make_offer()
+    with serving(replace(model, settings=PrivateSettings(embedding="client_table")), expected) as served:
+        answer = Client(*served.server.address, None, SECONDS).ask(PROMPT, 2)
+    assert answer.tokens == expected
+    tables, keys = answer.set_up
+    size = sum(model.weights[name].nbytes for name in ("wte", "wpe"))
+    assert (tables.operation, tables.sent_bytes) == ("tables", 0)
+    assert size * 4 / 3 - 4 < tables.received_bytes < size * 4 / 3 + 4
+    assert keys.total_bytes == pytest.approx(SET_UP_BYTES, rel=0.02)
+
+
+def test_what_ails_the_servers_engine_is_not_the_clients_business(served):
+    weights = {name: weight for name, weight in served.server.model.weights.items() if name != "head.bias"}
+    with serving(replace(served.server.model, weights=weights), []) as broken:
+        with pytest.raises(PrivateInferenceError, match=r"the peer refuses: the server failed|the peer is gone"):
+            ask(broken, 1)
+        assert broken.said("head.bias", 10)
 
 
 def test_a_client_that_is_killed_leaves_the_server_ready(served):
@@ -292,7 +320,7 @@ def test_a_stream_of_another_session_is_refused(served):
 def test_a_client_that_is_refused_closes_its_connection(served):
     for prompt, new_tokens, reason in (
         (PROMPT, 100, "n_positions=64"),
-        (PROMPT, 9, "the peer refuses: 9 new tokens are asked for; 8 is the most here"),
+        (PROMPT, 9, "the peer refuses: 9 answers are asked for; 8 is the most here"),
     ):
         client = Client(*served.server.address, None, SECONDS)
         with pytest.raises(PrivateInferenceError, match=reason):
