@@ -59,7 +59,7 @@ def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
     tensors = {name: t.to(model.dtype) for name, t in folded.state_dict().items() if "entropy_threshold" not in name}
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-    return assemble(EntropyGPTForCausalLM, config, tensors).eval()
+    return assemble(EntropyGPTForCausalLM, config, tensors, model.generation_config).eval()
 
 
 def fold_weight_normalization(model: EntropyGPTForCausalLM):

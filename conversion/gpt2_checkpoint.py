@@ -17,6 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
+    GenerationConfig,
+    GenerationMixin,
     GPT2Config,
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
@@ -24,8 +26,10 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Model,
     GPT2PreTrainedModel,
+    PreTrainedModel,
 )
 from transformers.activations import ACT2FN
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from modeling_entropy_gpt import (
     EntropyGPTConfig,
@@ -87,11 +91,13 @@ class Checkpoint:
         config (`dict`): The fields of its `config.json`, or what stands for them.
         tensors (`dict[str, torch.Tensor]`): Its weights by GPT-2's names, in GPT-2's layout.
         model_class (`type`): The class of this project that takes them.
+        generation_config (`GenerationConfig`, *optional*): How it generates, if that is told apart.
     """
 
     config: dict
     tensors: dict[str, torch.Tensor]
     model_class: type[EntropyGPTPreTrainedModel]
+    generation_config: GenerationConfig | None = None
 
     @property
     def is_gpt2(self) -> bool:
@@ -142,7 +148,8 @@ def from_gpt2(model: GPT2PreTrainedModel) -> EntropyGPTPreTrainedModel:
     if type(model) not in TWINS:
         raise ConversionError(f"{type(model).__name__} can't be converted: {_known_classes(TWINS)}.")
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    converted = _build(Checkpoint(model.config.to_dict(), tensors, TWINS[type(model)]), type(model).__name__)
+    checkpoint = Checkpoint(model.config.to_dict(), tensors, TWINS[type(model)], _generation_config(model))
+    converted = _build(checkpoint, type(model).__name__)
     return converted.train(model.training)
 
 
@@ -164,7 +171,7 @@ def to_gpt2(model: EntropyGPTPreTrainedModel) -> GPT2PreTrainedModel:
     shared = {name: getattr(config, name) for name in SHARED_FIELDS}
     gpt2_config = GPT2Config(**{**shared, "activation_function": activation})
     tensors = {name: t.detach() for name, t in model.state_dict().items() if not name.endswith("entropy_threshold")}
-    return assemble(twins[type(model)], gpt2_config, tensors).train(model.training)
+    return assemble(twins[type(model)], gpt2_config, tensors, _generation_config(model)).train(model.training)
 
 
 def read_nanogpt(path: Path) -> Checkpoint:
@@ -218,7 +225,10 @@ def _read(source: str | Path, model_types: list[str]) -> Checkpoint:
         allowed = " or ".join(map(repr, model_types))
         raise ConversionError(f"{folder} holds a model of type {config.get('model_type')!r}, not {allowed}.")
     tensors = _gather((named for file in _weight_files(folder) for named in _load_tensors(file).items()), folder)
-    return Checkpoint(config, tensors, _find_class(config, tensors))
+    model_class, generation_config = _find_class(config, tensors), None
+    if issubclass(model_class, GenerationMixin) and (folder / GENERATION_CONFIG_NAME).is_file():
+        generation_config = GenerationConfig.from_dict(_read_json(folder / GENERATION_CONFIG_NAME))
+    return Checkpoint(config, tensors, model_class, generation_config)
 
 
 def _find_folder(source: str | Path) -> Path:
@@ -227,7 +237,7 @@ def _find_folder(source: str | Path) -> Path:
         return Path(source)
     try:
         for name in WEIGHT_FILES:  # with shards and index
-            patterns = ["config.json", f"{name.replace('.', '*.')}*"]
+            patterns = ["config.json", GENERATION_CONFIG_NAME, f"{name.replace('.', '*.')}*"]
             folder = Path(snapshot_download(str(source), allow_patterns=patterns))
             if list(folder.glob(f"{name}*")):
                 break
@@ -321,6 +331,10 @@ def _find_class(config: dict, tensors: Iterable[str]) -> type[EntropyGPTPreTrain
     return EntropyGPTForCausalLM
 
 
+def _generation_config(model: PreTrainedModel) -> GenerationConfig | None:
+    return getattr(model, "generation_config", None)  # a model of another head has none
+
+
 def _known_classes(known: Iterable[type]) -> str:
     return f"those of {', '.join(model_class.__name__ for model_class in known)} can"
 
@@ -344,7 +358,7 @@ def _build(checkpoint: Checkpoint, source: str) -> EntropyGPTPreTrainedModel:
             f"The head of {source} differs from its token embeddings, while its config ties them: set "
             "tie_word_embeddings to false in its config.json if the head is to be kept, or remove lm_head.weight."
         )
-    return assemble(model_class, config, tensors).eval()
+    return assemble(model_class, config, tensors, checkpoint.generation_config).eval()
 
 
 def _make_config(checkpoint: Checkpoint, source: str) -> EntropyGPTConfig:

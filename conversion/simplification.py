@@ -423,7 +423,8 @@ def assemble_like(model: Model, **changes) -> Model:
 
 def _rebuild(model: Model, tensors: dict[str, torch.Tensor], **changes) -> Model:
     tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-    rebuilt = assemble(EntropyGPTForCausalLM, _changed(model.config, changes), tensors).eval()
+    config = _changed(model.config, changes)
+    rebuilt = assemble(EntropyGPTForCausalLM, config, tensors, model.generation_config).eval()
     rebuilt.set_attn_implementation(model.config._attn_implementation)
     return rebuilt
 
@@ -450,7 +451,7 @@ def _fold(model: Model, fold: Callable[[Model], None]) -> Model:
     tensors = {name: tensor.to(model.dtype) for name, tensor in folded.state_dict().items()}
     if folded.config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-    return assemble(EntropyGPTForCausalLM, folded.config, tensors).eval()
+    return assemble(EntropyGPTForCausalLM, folded.config, tensors, model.generation_config).eval()
 
 
 def _without_slopes(model: Model) -> dict[str, torch.Tensor]:

@@ -277,7 +277,8 @@ def _entropies(attend, query, key, scaling) -> torch.Tensor:
     mean_key, log_sum_exp = attend(query, key, key.detach())
     dtype = torch.promote_types(query.dtype, torch.float32)
     products = (query.detach().to(dtype) * mean_key.to(dtype)).sum(dim=-1)
-    return log_sum_exp.detach().to(dtype) - scaling * products
+    log_sum_exp = log_sum_exp.detach().to(dtype)
+    return torch.where(log_sum_exp.isneginf(), 0.0, log_sum_exp - scaling * products)  # of no visible key
 
 
 __all__ = ["entropy_attention", "row_entropies", "to_boolean", "visible_pairs"]

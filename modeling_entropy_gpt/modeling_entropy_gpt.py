@@ -490,12 +490,12 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
             loss = cross_entropy_loss.clone()  # on several ranks, the Trainer multiplies it in place
             if outputs.attention_entropies is not None and self.config.entropy_regularization:
                 targets = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else labels[:, 1:]
-                predicted_tokens = (targets != -100).sum(dim=-1).to(logits.device)
+                predicted_tokens = (targets != -100).sum(dim=-1).to(outputs.last_hidden_state.device)
                 weights = (predicted_tokens, kwargs.get("num_items_in_batch"))
                 entropy_loss = self.entropy_loss(outputs, *weights)
                 penalized_share = self.penalized_share(outputs, *weights)
                 if self.training:
-                    loss = loss + self.config.entropy_coefficient * entropy_loss
+                    loss = loss + self.config.entropy_coefficient * entropy_loss.to(loss.device)
             self.check_loss(loss)
 
         return EntropyGPTCausalLMOutput(

@@ -58,6 +58,11 @@ class DivergenceGuard(TrainerCallback, ExportableState):
         attributes = dict(vars(self))
         return {"args": {"action": attributes.pop("action")}, "attributes": attributes}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A run from its beginning does not go by what became of one before."""
+        if state.global_step == 0:
+            vars(self).update(vars(type(self)(**self.state()["args"])))
+
     def observe(self, loss: float) -> str | None:
         """Takes the loss of a step into the mean; why it can't be trusted, or `None` if it can."""
         if not math.isfinite(loss):

@@ -16,6 +16,8 @@ from .trainer import EntropyTrainer
 
 # A residual stream so many times as large as in the last good state has run away.
 LARGEST_SCALE = 4.0
+# Of a batch, what the original is given.
+READ_BY_ORIGINAL = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class HealingProgress(DivergenceGuard):
 
     Attributes:
         clock (`float`): Time of the removal schedule, from 0 to 1.
-        pace (`float`): By how much the clock goes on in a step.
+        pace (`float`): By how much the clock goes on in a step; `first_pace` at the beginning.
         mean_scale (`float`): Running mean of the residual stream's scale before the final norm.
         good_scale (`float`): What it was in the last good state.
         removed (`int`): Number of things that the schedule has removed.
@@ -56,12 +58,17 @@ class HealingProgress(DivergenceGuard):
 
     follows_minimum = False  # what is removed may cost something: the last good state counts
 
-    def __init__(self, action: Action = "rollback", pace: float = 0.0):
+    def __init__(self, action: Action = "rollback", first_pace: float = 0.0):
         super().__init__(action)
         self.clock = 0.0
-        self.pace = pace
+        self.pace = self.first_pace = first_pace
         self.scale = self.mean_scale = self.good_scale = 0.0
         self.removed = 0
+
+    def state(self) -> dict:
+        state = super().state()
+        state["args"]["first_pace"] = state["attributes"].pop("first_pace")
+        return state
 
     def observe(self, loss: float) -> str | None:
         if not math.isfinite(self.scale):
@@ -108,7 +115,7 @@ class HealingTrainer(EntropyTrainer):
         kwargs: As for an [`EntropyTrainer`].
 
     Raises:
-        `ValueError`: If there are several processes or devices.
+        `ValueError`: If there are several processes or devices, or a schedule with `gradient_checkpointing`.
     """
 
     def __init__(
@@ -121,9 +128,14 @@ class HealingTrainer(EntropyTrainer):
         schedule: RemovalSchedule | None = None,
         **kwargs,
     ):
-        super().__init__(*args, guard=HealingProgress(pace=1 / removal_steps), **kwargs)
+        super().__init__(*args, guard=HealingProgress(first_pace=1 / removal_steps), **kwargs)
         if (devices := max(self.accelerator.num_processes, self.args.n_gpu)) > 1:
             raise ValueError(f"Healing takes one device, and there are {devices}: set CUDA_VISIBLE_DEVICES to one.")
+        if schedule is not None and self.args.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing=True would take each row into the constants of gated norms twice: train "
+                "without it, or without a schedule."
+            )
         self.healing_loss = healing_loss
         self.original = original.to(self.args.device).eval()
         self._stream_of_model, self._stream_of_original = (
@@ -153,7 +165,8 @@ class HealingTrainer(EntropyTrainer):
         self._scales.append(stream.detach().float()[:, 1:].std(dim=-1, unbiased=False).mean().item())
         if weights.needs_original:
             with torch.no_grad():
-                expected = self.original(inputs["input_ids"], output_hidden_states=compares_streams, use_cache=False)
+                read = {name: inputs[name] for name in READ_BY_ORIGINAL if name in inputs}
+                expected = self.original(**read, output_hidden_states=compares_streams, use_cache=False)
             original_stream = self._stream_of_original.take()
         if weights.logits:
             divergence = logits_divergence(outputs.logits, expected.logits, predicted, num_items, weights.temperature)

@@ -220,7 +220,7 @@ def remove_gates(gated: EntropyGPTForCausalLM, simplified: EntropyGPTForCausalLM
             left = gate.make_static() if isinstance(gate, GatedNorm) else gate.after
             tensors.update({f"{name}.{key}": tensor for key, tensor in left.state_dict().items()})
     tensors = {name: tensors[name] for name in simplified.state_dict()}
-    return assemble(EntropyGPTForCausalLM, simplified.config, tensors).eval()
+    return assemble(EntropyGPTForCausalLM, simplified.config, tensors, simplified.generation_config).eval()
 
 
 def _gate_norm(old: nn.Module, new: nn.Module | None, static: bool, calibration: Calibration, name: str) -> nn.Module:

@@ -28,7 +28,7 @@ LEARNING_RATE_MULTIPLIERS = {
     "ffn_beta": "residual_scale_lr_multiplier",
     "gain": "gain_lr_multiplier",
 }
-NOT_DECAYED = (*LEARNING_RATE_MULTIPLIERS, "negative_slope")
+NOT_DECAYED = (*LEARNING_RATE_MULTIPLIERS, "negative_slope", "ln_1.weight", "ln_2.weight", "ln_f.weight")
 # Outputs of the model that are logged beside its loss.
 LOGGED = ("cross_entropy_loss", "entropy_loss", "penalized_share")
 # What the guard looks at where there is no cross-entropy.
@@ -40,7 +40,7 @@ class EntropyTrainer(Trainer):
     A `Trainer` for this family. The loss, with its entropy penalty, is the model's own, so a plain `Trainer` works
     too; this one adds:
     - no weight decay on temperatures, thresholds, residual scales and gains, as in the public code's recipe (arXiv
-      2501.03489), and multiples of the learning rate for them;
+      2501.03489), nor on norms of any kind, and multiples of the learning rate for them;
     - `cross_entropy_loss`, `entropy_loss` and `penalized_share` in the logs, means over the steps since the last log
       and over all ranks;
     - a [`DivergenceGuard`], which stops a run whose loss is not finite or explodes, or takes it back to the last
@@ -67,6 +67,7 @@ class EntropyTrainer(Trainer):
         self._logged_steps = 0
         self._step_is_void = False
         self._staging: Path | None = None
+        self._detects_divergence = base_model(self.model).config.detect_divergence
         if self.accelerator.num_processes > 1:
             # It would stop one process alone while the others wait for it; the guard looks at the loss of all.
             base_model(self.model).config.detect_divergence = False
@@ -115,6 +116,11 @@ class EntropyTrainer(Trainer):
 
     # Steps
 
+    def train(self, *args, **kwargs):
+        self._good_state, self._step_is_void = None, False
+        self._step_sums, self._logged_sums, self._logged_steps = {}, {}, 0
+        return super().train(*args, **kwargs)
+
     def _run_epoch(self, **kwargs):
         """Not where a checkpoint of the last step is resumed: the `Trainer` would take one more."""
         if self.state.global_step < self.state.max_steps:
@@ -127,8 +133,9 @@ class EntropyTrainer(Trainer):
             for name in LOGGED:
                 if (value := outputs.get(name)) is not None:
                     self._add(name, value, share)
-            if "cross_entropy_loss" not in outputs:  # of another head; multiplied by the number of processes
-                self._add(OTHER_LOSS, loss, share / self.accelerator.num_processes)
+            if "cross_entropy_loss" not in outputs:  # of another head: a mean, which adding up over ranks is to keep
+                ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+                self._add(OTHER_LOSS, loss, share / ranks)
         return (loss, outputs) if return_outputs else loss
 
     def _add(self, name: str, value: torch.Tensor, share: float):
@@ -148,7 +155,8 @@ class EntropyTrainer(Trainer):
             self._step_is_void = not is_last_part
             return torch.tensor(math.nan, device=self.args.device)
         if is_last_part and (reason := self._find_divergence()):
-            self._diverge(f"{reason}; {find_first_bad_layer(model, self._prepare_inputs(inputs))}")
+            part = "" if self.current_gradient_accumulation_steps == 1 else "in the last part of the batch, "
+            self._diverge(f"{reason}; {part}{find_first_bad_layer(model, self._prepare_inputs(inputs))}")
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -211,6 +219,9 @@ class EntropyTrainer(Trainer):
             guard.diverged = event = f"stopped: {reason}"
             self.control.should_training_stop = True
         self.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.scaler is not None:  # which skips a step by itself, but has to see why
+            parameter = self.optimizer.param_groups[0]["params"][0]
+            parameter.grad = torch.full_like(parameter, math.inf)
         guard.events.append([self.state.global_step + 1, event])
         self.log({"divergence": event})
 
@@ -227,6 +238,15 @@ class EntropyTrainer(Trainer):
         self.guard.go_back(self._good_state["guard"], self.state)
 
     # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        """With the configuration that the model was given."""
+        config = base_model(self.model).config
+        now, config.detect_divergence = config.detect_divergence, self._detects_divergence
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.detect_divergence = now
 
     def _save_checkpoint(self, model, trial):
         """Writes a checkpoint aside, and gives it its name and place when it is whole. None of a run that diverged."""

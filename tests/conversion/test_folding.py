@@ -67,6 +67,14 @@ def test_a_folded_model_gives_the_same_logits(notation, final, tmp_path):
     assert largest_difference(folded, EntropyGPTForCausalLM.from_pretrained(tmp_path)) == 0
 
 
+def test_how_a_model_generates_outlives_its_folding():
+    model = make_model("SM+ScFuFFN", use_cache=False)  # as after training with the Trainer
+    model.generation_config.update(use_cache=True, max_new_tokens=7)
+    folded = fold(model).generation_config
+    assert (folded.use_cache, folded.max_new_tokens) == (True, 7)
+    assert folded is not model.generation_config
+
+
 @torch.no_grad()
 def test_a_negative_scale_of_the_stream_is_kept():
     model = make_asymmetric("SM+ScFFN")

@@ -259,17 +259,22 @@ def test_architectures_that_gpt2_has_not_are_refused(notation):
 
 @pytest.mark.parametrize("notation", ["SM+LN+G", "SM+LN+R", "SM+LN"])
 def test_an_architecture_that_gpt2_has_comes_back(notation, tmp_path):
-    gpt2 = to_gpt2(make_model(notation))
+    model = make_model(notation)
+    model.generation_config.max_new_tokens = 7
+    gpt2 = to_gpt2(model)
     gpt2.save_pretrained(tmp_path)
+    assert load_gpt2(tmp_path).generation_config.max_new_tokens == 7
     assert from_gpt2(gpt2).config.notation == load_gpt2(tmp_path).config.notation == notation
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("notation", ARCHITECTURES)
 def test_an_entropy_gpt_is_loaded_as_it_is(notation, tied, tmp_path):
-    original = make_model(notation, tie_word_embeddings=tied, head_bias=not tied).to(torch.bfloat16)
+    original = make_model(notation, tie_word_embeddings=tied, head_bias=not tied, use_cache=False).to(torch.bfloat16)
+    original.generation_config.update(use_cache=True, max_new_tokens=7)
     original.save_pretrained(tmp_path)
     loaded = load_language_model(tmp_path)
+    assert (loaded.generation_config.use_cache, loaded.generation_config.max_new_tokens) == (True, 7)
     assert not loaded.training
     assert loaded.config.to_diff_dict() == EntropyGPTForCausalLM.from_pretrained(tmp_path).config.to_diff_dict()
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied

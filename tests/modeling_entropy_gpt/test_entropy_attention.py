@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from modeling_entropy_gpt import blockwise_attention as module
 from modeling_entropy_gpt import entropy_attention, row_entropies
 from modeling_entropy_gpt.blockwise_attention import BLOCK_ROWS, blockwise_attention
+from modeling_entropy_gpt.entropy_attention import _entropies
 
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 3, 7, 8
@@ -401,20 +402,38 @@ def test_bad_inputs_are_named(states, options, message):
         entropy_attention(*states, **options)
 
 
+def test_a_row_without_a_visible_key_has_entropy_0_from_any_kernel():
+    def attend(query, key, value):
+        """As kernels have it: such a row's output is 0, the logarithm of its empty sum is -inf."""
+        outputs, log_sums = key + 0 * query, torch.ones(query.shape[:-1])
+        return outputs * torch.tensor([[0.0], [1.0]]), log_sums * torch.tensor([-torch.inf, 1.0])
+
+    states = [state.detach().requires_grad_() for state in make_states(2, 2)[:2]]
+    entropies = _entropies(attend, *states, 1.0)
+    assert not entropies[..., 0].any()
+    assert entropies[..., 1].all()
+    gradient = torch.autograd.grad((entropies - 0.5).square().sum(), states[1])[0]
+    assert gradient.isfinite().all()
+    assert not gradient[..., 0, :].any()
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("empty_rows", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("route", ["blockwise", "flash", "flex"])
-def test_routes_on_cuda(route, dtype):
+def test_routes_on_cuda(route, dtype, empty_rows):
     if route == "flash" and dtype == torch.float32:
         pytest.skip("the flash kernel needs half precision on CUDA")
+    if route == "flash" and empty_rows:
+        pytest.skip("the flash kernel takes no mask")
     states = [state.detach().to("cuda", dtype).requires_grad_() for state in make_states(200, 200, head_dim=64)]
     wide = [state.detach().double().requires_grad_() for state in states]
-    options = {"is_causal": True}
-    if route == "flex":
-        mask = create_block_mask(lambda b, h, q, k: q >= k, BATCH, None, 200, 200, "cuda")
-        options = {"attention_mask": mask}
+    options, visible = {"is_causal": True}, causal(200, 200).cuda()
+    if route == "flex":  # with padding on the left
+        mask = create_block_mask(lambda b, h, q, k: (q >= k) & (k >= empty_rows), BATCH, None, 200, 200, "cuda")
+        options, visible = {"attention_mask": mask}, visible & (torch.arange(200, device="cuda") >= empty_rows)
     got = entropy_attention(*states, **options, route=route)
-    expected = naive(*wide, causal(200, 200).cuda(), 64**-0.5)
+    expected = naive(*wide, visible, 64**-0.5)
     tolerance = 2e-5 if dtype == torch.float32 else 32 * torch.finfo(dtype).eps
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)

@@ -368,11 +368,11 @@ def test_the_trainers_loss_is_made_of_its_parts(part, final, tmp_path):
     predicted = torch.ones_like(tokens, dtype=torch.bool)
     predicted[:, -1] = False
     count = predicted.sum()
-    loss, outputs = trainer.compute_loss(
-        model, {"input_ids": tokens, "labels": tokens}, True, num_items_in_batch=count
-    )
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    batch["attention_mask"][0, :3] = 0
+    loss, outputs = trainer.compute_loss(model, {**batch, "labels": tokens}, True, num_items_in_batch=count)
     with torch.no_grad():
-        expected = original(tokens)
+        expected = original(**batch)
     layers = len(model.transformer.h)
     mine, theirs = streams[:layers], streams[-layers:]
     parts = {
@@ -400,6 +400,11 @@ def test_a_run_that_runs_away_again_and_again_ends_with_a_reason(detect, tmp_pat
     progress = run_disturbed(trainer, disturb)
     assert (progress.rollbacks, trainer.state.global_step) == (MOST_ROLLBACKS, MOST_ROLLBACKS + 1)
     assert "first appear in the output of the embeddings" in progress.diverged
+
+
+def test_gated_norms_are_not_recomputed(tmp_path):
+    with pytest.raises(ValueError, match="gradient_checkpointing=True would take each row"):
+        make_trainer(tmp_path, gradient_checkpointing=True)
 
 
 def test_the_original_is_not_trained(tmp_path):

@@ -14,6 +14,7 @@ from training.arguments import EntropyTrainingArguments
 from training.callbacks import StepObserver, Stopwatch
 from training.checkpoints import find_damage, last_checkpoint, list_checkpoints
 from training.divergence import DivergenceGuard
+from training.files import delete
 from training.packing import collate_blocks
 from training.trainer import LOGGED, EntropyTrainer
 
@@ -38,9 +39,10 @@ def make_trainer(model, folder, callbacks=(), **arguments):
     )
 
 
-def test_weight_decay_spares_what_it_would_pull_from_its_meaning(tmp_path):
+@pytest.mark.parametrize("norm", ["LN", "StaticLN"])
+def test_weight_decay_spares_what_it_would_pull_from_its_meaning(norm, tmp_path):
     """Only plain weights decay: neither biases nor norms, nor any parameter that this family adds."""
-    model = make_model("EReg(SM(t)+LN+LearnableLeakyR+ScFFN+WN(QK))")
+    model = make_model(f"EReg(SM(t)+{norm}+LearnableLeakyR+ScFFN+WN(QK))")
     decayed = set(make_trainer(model, tmp_path).get_decay_parameter_names(model))
     names = {name for name, _ in model.named_parameters()}
     spared = {name.rpartition(".")[2] for name in names - decayed}
@@ -167,15 +169,45 @@ def test_a_run_that_diverges_is_stopped_and_says_where(spoil, message, tmp_path)
     assert trainer.state.global_step < 20
 
 
-def test_a_run_that_diverges_goes_back_and_ends(tmp_path):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_run_that_diverges_goes_back_and_ends(scaled, tmp_path):
+    """With half precision's scaler too, which keeps count of what it has seen of a step."""
     model = make_model("SM+ScFuFFN", **NO_DROPOUT)
     arguments = {"on_divergence": "rollback", "per_device_train_batch_size": 16, "max_steps": 12, "save_steps": 4}
     trainer = make_trainer(model, tmp_path, [Poison(7, spoil_layer_1)], **arguments)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu") if scaled else None
     trainer.train()
     assert (trainer.state.global_step, trainer.guard.rollbacks, trainer.guard.slowdown) == (12, 1, 0.5)
     assert trainer.guard.diverged is None
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert trainer.lr_scheduler.lr_lambdas[0](0) == 0.5
+
+
+def test_with_a_scaler_a_run_that_diverges_is_stopped(tmp_path):
+    trainer = make_trainer(make_model("SM+ScFuFFN"), tmp_path, [Poison(2, spoil_layer_1)])
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer.train()
+    assert "the loss is nan" in trainer.guard.diverged
+
+
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_a_second_run_does_not_go_by_the_first(action, tmp_path):
+    model = make_model("SM+ScFuFFN", **NO_DROPOUT)
+    trainer = make_trainer(model, tmp_path, [Poison(3, spoil_layer_1)], on_divergence=action, learning_rate=1e-2)
+    trainer.train()
+    assert trainer.guard.events
+    if action == "stop":
+        model.load_state_dict(make_model("SM+ScFuFFN", **NO_DROPOUT).state_dict())
+    beginning = model.transformer.wte.weight.detach().clone()
+    delete(tmp_path)
+    trainer.add_callback(Poison(1, spoil_layer_1) if action == "rollback" else TrainerCallback())
+    trainer.args.max_steps = 2
+    trainer.train()
+    assert trainer.guard.diverged is None
+    assert len(list_checkpoints(tmp_path)) == 1
+    if action == "rollback":
+        assert trainer.guard.rollbacks == 1
+        assert (model.transformer.wte.weight - beginning).abs().max() < 5e-3
 
 
 def test_a_rollback_needs_a_schedule_that_can_be_slowed(tmp_path):
