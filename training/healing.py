@@ -115,7 +115,7 @@ class HealingTrainer(EntropyTrainer):
         kwargs: As for an [`EntropyTrainer`].
 
     Raises:
-        `ValueError`: If there are several processes or devices, or a schedule with `gradient_checkpointing`.
+        `ValueError`: If there are several processes or devices, or a schedule with `activation_checkpointing`.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class HealingTrainer(EntropyTrainer):
         super().__init__(*args, guard=HealingProgress(first_pace=1 / removal_steps), **kwargs)
         if (devices := max(self.accelerator.num_processes, self.args.n_gpu)) > 1:
             raise ValueError(f"Healing takes one device, and there are {devices}: set CUDA_VISIBLE_DEVICES to one.")
-        if schedule is not None and self.args.gradient_checkpointing:
+        if schedule is not None and self.args.activation_checkpointing:
             raise ValueError(
-                "gradient_checkpointing=True would take each row into the constants of gated norms twice: train "
+                "activation_checkpointing=True would take each row into the constants of gated norms twice: train "
                 "without it, or without a schedule."
             )
         self.healing_loss = healing_loss

@@ -403,8 +403,8 @@ def test_a_run_that_runs_away_again_and_again_ends_with_a_reason(detect, tmp_pat
 
 
 def test_gated_norms_are_not_recomputed(tmp_path):
-    with pytest.raises(ValueError, match="gradient_checkpointing=True would take each row"):
-        make_trainer(tmp_path, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="activation_checkpointing=True would take each row"):
+        make_trainer(tmp_path, activation_checkpointing=True)
 
 
 def test_the_original_is_not_trained(tmp_path):
