@@ -1,6 +1,7 @@
 """`entropy-gpt private`: two parties compute an answer, of whom one keeps its weights and the other its prompt."""
 
 import signal
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ private = typer.Typer(
 @private.callback()
 def end_in_order():
     """Whoever ends a party gently lets it clear away what it keeps on disk."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 class TwoPartyProtocol(StrEnum):

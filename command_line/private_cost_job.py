@@ -54,7 +54,8 @@ def _set_up(sizes: dict, embedding: str, span: Span) -> str:
     keys = f"{SET_UP_BYTES / 1e6:.0f} MB"
     if embedding != "client_table":
         return keys
-    return f"{keys} and {tables_bytes(sizes['vocab_size'], span.end, sizes['n_embd']) / 1e6:,.0f} MB for the tables"
+    tables = tables_bytes(sizes["vocab_size"], span.end, sizes["n_embd"]) / 1e6
+    return f"{keys} and {tables:,.0f} MB for tables of {span.end:,} positions"
 
 
 def _predict(notation: str, sizes: dict, settings: PrivateSettings, span: Span) -> list[PredictedStep]:

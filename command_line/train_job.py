@@ -240,7 +240,8 @@ def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: R
         return
     delete(saved / TRAINING_ARGS_NAME)  # a pickle, with paths of this machine
     if recipe.lora.lora_r:
-        merge_adapter(trainer.model).save_pretrained(unfinished)
+        with trainer.given_configuration():
+            merge_adapter(trainer.model).save_pretrained(unfinished)
     data.tokenizer.save_pretrained(unfinished)
     model = load_language_model(unfinished).to(recipe.training.device)
     steps = trainer.state.global_step

@@ -227,8 +227,17 @@ def _read(source: str | Path, model_types: list[str]) -> Checkpoint:
     tensors = _gather((named for file in _weight_files(folder) for named in _load_tensors(file).items()), folder)
     model_class, generation_config = _find_class(config, tensors), None
     if issubclass(model_class, GenerationMixin) and (folder / GENERATION_CONFIG_NAME).is_file():
-        generation_config = GenerationConfig.from_dict(_read_json(folder / GENERATION_CONFIG_NAME))
+        generation_config = _read_generation_config(folder)
     return Checkpoint(config, tensors, model_class, generation_config)
+
+
+def _read_generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConversionError(
+            f"{folder / GENERATION_CONFIG_NAME} can't be used: {error}. Mend or remove it."
+        ) from error
 
 
 def _find_folder(source: str | Path) -> Path:

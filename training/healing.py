@@ -199,6 +199,10 @@ class HealingTrainer(EntropyTrainer):
             progress.events.append([self.state.global_step, f"{removal.name} removed"])
         progress.removed = removed
 
+    def _diverge(self, reason: str):
+        self._scales = []
+        super()._diverge(reason)
+
     def _find_divergence(self) -> str | None:
         self.progress.scale = sum(self._scales) / len(self._scales)
         self._scales = []

@@ -1,8 +1,10 @@
 """The HF Trainer with what this family's extra parameters need, and runs that survive."""
 
+import contextlib
 import copy
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -67,10 +69,11 @@ class EntropyTrainer(Trainer):
         self._logged_steps = 0
         self._step_is_void = False
         self._staging: Path | None = None
-        self._detects_divergence = base_model(self.model).config.detect_divergence
+        self._given_detection = False
         if self.accelerator.num_processes > 1:
             # It would stop one process alone while the others wait for it; the guard looks at the loss of all.
-            base_model(self.model).config.detect_divergence = False
+            config = base_model(self.model).config
+            self._given_detection, config.detect_divergence = config.detect_divergence, False
 
     @property
     def guard(self) -> DivergenceGuard:
@@ -220,7 +223,8 @@ class EntropyTrainer(Trainer):
             self.control.should_training_stop = True
         self.optimizer.zero_grad(set_to_none=True)
         if self.accelerator.scaler is not None:  # which skips a step by itself, but has to see why
-            parameter = self.optimizer.param_groups[0]["params"][0]
+            parameter = next(each for group in self.optimizer.param_groups for each in group["params"])
+            self.accelerator.scaler.scale(parameter.new_zeros(()))  # nothing was scaled yet if no step came so far
             parameter.grad = torch.full_like(parameter, math.inf)
         guard.events.append([self.state.global_step + 1, event])
         self.log({"divergence": event})
@@ -240,13 +244,19 @@ class EntropyTrainer(Trainer):
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        """With the configuration that the model was given."""
-        config = base_model(self.model).config
-        now, config.detect_divergence = config.detect_divergence, self._detects_divergence
-        try:
+        with self.given_configuration():
             super()._save(output_dir, state_dict)
+
+    @contextlib.contextmanager
+    def given_configuration(self) -> Iterator[None]:
+        """Within, the model has the configuration that it was given, and not what several processes need."""
+        if self._given_detection:
+            base_model(self.model).config.detect_divergence = True
+        try:
+            yield
         finally:
-            config.detect_divergence = now
+            if self._given_detection:
+                base_model(self.model).config.detect_divergence = False
 
     def _save_checkpoint(self, model, trial):
         """Writes a checkpoint aside, and gives it its name and place when it is whole. None of a run that diverged."""

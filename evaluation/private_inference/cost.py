@@ -63,8 +63,8 @@ class InferenceCost(StoredRecord):
         settings ([`PrivateSettings`]): The protocol and the form of each operation.
         network (`str`): Such as "loopback, two processes" or "threads of one process".
         set_up (`list[StepCost]`):
-            What the first use of a connection takes (keys, extension of oblivious transfers): paid once a connection,
-            and in no other number here.
+            What the first use of a connection takes (keys, extension of oblivious transfers; with "client_table", the
+            tables that the server sends): paid once a connection, and in no other number here.
         steps (`list[StepCost]`): Of the inference itself, in their order.
         seconds (`float`): By the clock, from the first step's beginning to the last one's end.
         versions (`dict[str, str]`): Of the packages that compute.

@@ -207,8 +207,8 @@ class PaperTable:
         table = tables_bytes(self.ends.vocab_size, self.ends.context, self.ends.n_embd) / MEGA
         return (
             f"In every sum, at a vocabulary of {self.ends.vocab_size:,}: the embedding by one-hot rows, {embedding}, "
-            f"in place of which client_table sends the client the table, {table:,.1f} MB once a connection; and the "
-            f"head, {head}."
+            f"in place of which client_table sends the client the tables, {table:,.1f} MB once a connection if there "
+            f"are {self.ends.context} positions; and the head, {head}."
         )
 
     def _compare_alike(self) -> str | None:

@@ -239,7 +239,7 @@ class Server:
                     weights=weights,
                 )
                 answer = run_party(job, channel, self._tunnel, own_port, lambda event: None)
-            total = sum(cost.total_bytes for cost in answer.steps) / 1e6
+            total = sum(cost.total_bytes for cost in (*answer.set_up, *answer.steps)) / 1e6
             self.report(f"answered; {total:.1f} MB went over the link")
         except (PrivateInferenceError, OSError) as error:
             self._refuse(channel, error)  # before the streams end, which the client would take for the reason
@@ -294,12 +294,13 @@ class Client:
             settings = TypeAdapter(PrivateSettings).validate_python(message.get("settings"))
             bound = TypeAdapter(float).validate_python(message.get("logit_bound"))
             config = TypeAdapter(ProgramConfig).validate_python(message.get("program"))
+            notation = TypeAdapter(str).validate_python(message.get("notation"))
             _check_sizes(config, settings)
             if not 0 < bound < math.inf:
                 raise ValueError(f"logit_bound={bound} bounds nothing")
         except ValueError as error:  # those of pydantic too
             raise PrivateInferenceError(f"the server's terms are broken: {clean(error)}") from error
-        return Terms(config, clean(message.get("notation")), settings, str(message.get("tokenizer")), bound)
+        return Terms(config, clean(notation), settings, str(message.get("tokenizer")), bound)
 
     def ask(
         self,
@@ -363,6 +364,11 @@ def _check_sizes(config: ProgramConfig, settings: PrivateSettings):
             raise ValueError(f"{name} is not from 1 to {most:,}")
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd={config.n_embd} is no multiple of n_head={config.n_head}")
+    pruned = config.pruned_ffn_layers
+    if pruned != sorted({*pruned} & {*range(config.n_layer)}):
+        raise ValueError(f"pruned_ffn_layers are not some of the {config.n_layer} layers in their order")
+    if not 0 < config.layer_norm_epsilon < math.inf:
+        raise ValueError(f"layer_norm_epsilon={config.layer_norm_epsilon} is no small positive number")
     if sum(map(math.prod, weight_shapes(config).values())) > MOST_WEIGHTS:
         raise ValueError(f"there are more than {MOST_WEIGHTS:,} weights")
     if not 1 <= settings.fraction_bits < RING_BITS // 2:

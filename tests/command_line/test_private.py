@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -217,7 +218,7 @@ class TestTwoProcesses:
                 channel.receive(30, ("accepted",))
                 assert list(tmp_path.glob("entropy-gpt-server-*"))
                 server.terminate()
-                assert server.wait(20) == 0
+                assert server.wait(20) == 128 + signal.SIGTERM
         assert not list(tmp_path.glob("entropy-gpt-*"))
 
     def test_one_client_after_another(self, model, address, run_here):

@@ -267,6 +267,18 @@ def test_an_architecture_that_gpt2_has_comes_back(notation, tmp_path):
     assert from_gpt2(gpt2).config.notation == load_gpt2(tmp_path).config.notation == notation
 
 
+def test_loose_settings_of_generation_are_kept_and_broken_ones_named(tmp_path):
+    make_gpt2(GPT2LMHeadModel).save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"temperature": 0.7, "top_k": 40}')  # without do_sample, as published models have it
+    load_gpt2(tmp_path).save_pretrained(tmp_path / "converted")
+    assert load_language_model(tmp_path / "converted").generation_config.temperature == 0.7
+    for broken in ("{", '{"max_new_tokens": -1}', '{"max_new_tokens": "x"}'):
+        file.write_text(broken)
+        with pytest.raises(ConversionError, match=r"generation_config\.json can't be used"):
+            load_gpt2(tmp_path)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("notation", ARCHITECTURES)
 def test_an_entropy_gpt_is_loaded_as_it_is(notation, tied, tmp_path):

@@ -183,11 +183,17 @@ def test_a_run_that_diverges_goes_back_and_ends(scaled, tmp_path):
     assert trainer.lr_scheduler.lr_lambdas[0](0) == 0.5
 
 
-def test_with_a_scaler_a_run_that_diverges_is_stopped(tmp_path):
-    trainer = make_trainer(make_model("SM+ScFuFFN"), tmp_path, [Poison(2, spoil_layer_1)])
+@pytest.mark.parametrize("detect", [False, True])
+@pytest.mark.parametrize("step", [0, 2])
+def test_with_a_scaler_a_run_that_diverges_is_stopped(step, detect, tmp_path):
+    model = make_model("SM+ScFuFFN", detect_divergence=detect)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))  # which do not decay, so one group of parameters is empty
+    trainer = make_trainer(model, tmp_path, [Poison(step, spoil_layer_1)])
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     trainer.train()
-    assert "the loss is nan" in trainer.guard.diverged
+    assert trainer.guard.diverged
+    assert trainer.state.global_step == step + 1
 
 
 @pytest.mark.parametrize("action", ["stop", "rollback"])
@@ -196,8 +202,7 @@ def test_a_second_run_does_not_go_by_the_first(action, tmp_path):
     trainer = make_trainer(model, tmp_path, [Poison(3, spoil_layer_1)], on_divergence=action, learning_rate=1e-2)
     trainer.train()
     assert trainer.guard.events
-    if action == "stop":
-        model.load_state_dict(make_model("SM+ScFuFFN", **NO_DROPOUT).state_dict())
+    model.load_state_dict(make_model("SM+ScFuFFN", **NO_DROPOUT).state_dict())
     beginning = model.transformer.wte.weight.detach().clone()
     delete(tmp_path)
     trainer.add_callback(Poison(1, spoil_layer_1) if action == "rollback" else TrainerCallback())

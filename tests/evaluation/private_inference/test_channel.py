@@ -29,6 +29,7 @@ from evaluation.private_inference.channel import (
     parse_address,
 )
 from evaluation.private_inference.errors import PrivateInferenceError
+from evaluation.private_inference.settings import PrivateSettings
 
 
 JSON = st.recursive(
@@ -111,12 +112,18 @@ def test_what_is_no_address_is_refused(text):
 
 
 def test_plain_connections_stay_on_this_machine():
+    settings = PrivateSettings()
+    telling = [PrivateSettings(protocol="semi2k"), PrivateSettings(embedding="client_table")]
     for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
-        check_plain_allowed(host, insecure=False)
-    check_plain_allowed("0.0.0.0", insecure=True)
+        for each in (settings, *telling):
+            check_plain_allowed(host, insecure=False, settings=each)
+    check_plain_allowed("0.0.0.0", insecure=True, settings=settings)
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org"):
         with pytest.raises(PrivateInferenceError, match=r"--cert, --key and --ca .* --insecure"):
-            check_plain_allowed(host, insecure=False)
+            check_plain_allowed(host, insecure=False, settings=settings)
+        for each in telling:
+            with pytest.raises(PrivateInferenceError, match="would show weights or prompt to whoever listens"):
+                check_plain_allowed(host, insecure=True, settings=each)
 
 
 @pytest.mark.parametrize("secure", [True, False])
