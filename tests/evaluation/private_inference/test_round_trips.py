@@ -21,8 +21,8 @@ from evaluation.private_inference.slow_link import LOOPBACK, SlowLink
 
 pytestmark = pytest.mark.private
 FAR = Network("far", 1e12, 0.1)
-# The first run of an operation may pay for keys.
-NETWORKS = (LOOPBACK, LOOPBACK, FAR)
+# The first run of an operation may pay for keys; of the next two on the loopback the faster one counts.
+NETWORKS = (LOOPBACK, LOOPBACK, LOOPBACK, FAR)
 SECONDS = 60
 
 
@@ -83,8 +83,8 @@ def measured() -> dict[str, tuple[float, float]]:
         with ThreadPoolExecutor(2) as pool:
             taken, _ = pool.map(take_part, range(2))
     return {
-        case[0]: (steps[-1].round_trips, (far - near) / FAR.round_trip_seconds)
-        for case, (_, steps), (_, near, far) in zip(CASES, programs, taken, strict=True)
+        case[0]: (steps[-1].round_trips, (far - min(near)) / FAR.round_trip_seconds)
+        for case, (_, steps), (_, *near, far) in zip(CASES, programs, taken, strict=True)
     }
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -258,8 +259,8 @@ def test_a_client_that_is_killed_leaves_the_server_ready(served):
     assert not psutil.Process().children(recursive=True)
 
 
-def test_a_server_that_is_killed_ends_the_client_and_its_own_engine():
-    before = set(Path("/tmp").glob("entropy-gpt-client-*"))
+def test_a_server_that_is_killed_ends_the_client_and_its_own_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other tests leave and clear theirs at the same time
     server = run_here(serve_until_killed)
     port = int(server.stdout.readline())
     engines: list[psutil.Process] = []
@@ -277,7 +278,7 @@ def test_a_server_that_is_killed_ends_the_client_and_its_own_engine():
     assert engines
     assert eventually(lambda: not any(engine.is_running() for engine in engines), 10)
     assert not psutil.Process().children(recursive=True)
-    assert set(Path("/tmp").glob("entropy-gpt-client-*")) <= before
+    assert not list(tmp_path.iterdir())
 
 
 def test_closing_the_server_ends_the_inference():
