@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     GPT2Config,
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
@@ -226,7 +225,7 @@ def _read(source: str | Path, model_types: list[str]) -> Checkpoint:
         raise ConversionError(f"{folder} holds a model of type {config.get('model_type')!r}, not {allowed}.")
     tensors = _gather((named for file in _weight_files(folder) for named in _load_tensors(file).items()), folder)
     model_class, generation_config = _find_class(config, tensors), None
-    if issubclass(model_class, GenerationMixin) and (folder / GENERATION_CONFIG_NAME).is_file():
+    if model_class.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
         generation_config = _read_generation_config(folder)
     return Checkpoint(config, tensors, model_class, generation_config)
 
@@ -341,7 +340,7 @@ def _find_class(config: dict, tensors: Iterable[str]) -> type[EntropyGPTPreTrain
 
 
 def _generation_config(model: PreTrainedModel) -> GenerationConfig | None:
-    return getattr(model, "generation_config", None)  # a model of another head has none
+    return model.generation_config if model.can_generate() else None
 
 
 def _known_classes(known: Iterable[type]) -> str:

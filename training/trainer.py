@@ -63,11 +63,7 @@ class EntropyTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._refuse_other_losses()
         self.add_callback(guard or DivergenceGuard(self.args.on_divergence))
-        self._good_state: dict | None = None
-        self._step_sums: dict[str, torch.Tensor] = {}
-        self._logged_sums: dict[str, torch.Tensor] = {}
-        self._logged_steps = 0
-        self._step_is_void = False
+        self._forget_steps()
         self._staging: Path | None = None
         self._given_detection = False
         if self.accelerator.num_processes > 1:
@@ -120,9 +116,15 @@ class EntropyTrainer(Trainer):
     # Steps
 
     def train(self, *args, **kwargs):
-        self._good_state, self._step_is_void = None, False
-        self._step_sums, self._logged_sums, self._logged_steps = {}, {}, 0
+        self._forget_steps()
         return super().train(*args, **kwargs)
+
+    def _forget_steps(self):
+        self._good_state: dict | None = None
+        self._step_sums: dict[str, torch.Tensor] = {}
+        self._logged_sums: dict[str, torch.Tensor] = {}
+        self._logged_steps = 0
+        self._step_is_void = False
 
     def _run_epoch(self, **kwargs):
         """Not where a checkpoint of the last step is resumed: the `Trainer` would take one more."""
