@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SOURCES := modeling_entropy_gpt conversion training evaluation command_line tests
 
-.PHONY: quickstart results runs study test style bench clean
+.PHONY: quickstart results runs study test test-all style bench clean
 
 quickstart: $(INSTALLED)  ## Trains, converts, compares, draws, saves and reloads small models, and runs two privately.
 	$(BIN)/entropy-gpt quickstart $(ARGS)
@@ -41,6 +41,9 @@ study: $(INSTALLED)  ## Does what the study's record lacks (hours), and writes i
 
 test: $(INSTALLED)  ## Runs the default test suite, offline.
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-all: $(INSTALLED)  ## Runs every test, the slow ones and those with other releases too; needs a package index.
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 
 style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mended.
 	$(BIN)/ruff check $(if $(FIX),--fix) $(SOURCES)

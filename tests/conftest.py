@@ -1,11 +1,20 @@
 """What every test shares."""
 
+import importlib.metadata
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from .hub_server import HubServer
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-comparisons", type=Path, metavar="FILE", help="append what is compared with other tools, as JSON lines"
+    )
 
 
 def pytest_configure():
@@ -25,3 +34,26 @@ def hub():
     """A Hub of our own, empty."""
     with HubServer() as server:
         yield server
+
+
+@pytest.fixture
+def compared(request):
+    """
+    A function that a test of another tool calls at its end, with what it compared and what came of it; the row is
+    recorded where `--record-comparisons` asks for it.
+    """
+    path = request.config.getoption("--record-comparisons")
+
+    def record(tool: str, what: str, result: str, version: str | None = None):
+        row = {
+            "tool": tool,
+            "version": version or importlib.metadata.version(tool),
+            "compared": what,
+            "result": result,
+            "test": request.node.nodeid,
+        }
+        if path is not None:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    return record
