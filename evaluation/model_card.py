@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_entropy_gpt import EntropyGPTConfig
-from modeling_entropy_gpt.configuration_entropy_gpt import TRANSFORMERS
+from modeling_entropy_gpt.releases import TESTED
 
 from .conditions import (
     describe_check,
@@ -105,7 +105,7 @@ def model_card(
         sizes={name: f"{size:,}" for name, size in architecture.sizes.items()},
         place=repository or FOLDER,
         prompt=PROMPT,
-        transformers=TRANSFORMERS,
+        transformers=TESTED,
         training=escape_markdown(describe_training(result.training)),
         groups=[_prediction(result), _heads(result), *_tasks(result), _operations(result)],
         picture=picture,

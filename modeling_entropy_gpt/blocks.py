@@ -86,7 +86,7 @@ class EntropyGPTAttention(nn.Module):
         if self.temperature is not None:
             query_states = query_states * self.temperature(position_ids).to(query_states.dtype)
         if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         attend = self._attend_with_entropies if output_entropies else self._attend
         attn_output, attn_weights, entropies = attend(

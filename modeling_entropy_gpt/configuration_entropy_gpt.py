@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """EntropyGPT configuration: GPT-2's fields, and one field for each departure from it."""
 
+# The version check in `releases` stands before the imports that fail on an older release.
+from .releases import TESTED  # noqa: F401
+
+
+# isort: split
+
 import difflib
 import math
 from dataclasses import field, fields
@@ -10,13 +16,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils.versions import require_version
 
 from .notation import format_notation, parse_notation
 
-
-TRANSFORMERS = "transformers>=5.23,<6"
-require_version(TRANSFORMERS, f"EntropyGPT is written for it: pip install '{TRANSFORMERS}'")
 
 # Higher whenever a configuration may say what the code before does not know.
 CODE_VERSION = 1
@@ -131,6 +133,7 @@ class EntropyGPTConfig(PreTrainedConfig):
     model_type = "entropy_gpt"
     keys_to_ignore_at_inference = [
         "past_key_values",
+        "cache",
         "attention_entropies",
         "visible_keys",
         "entropy_thresholds",

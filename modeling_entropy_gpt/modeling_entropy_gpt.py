@@ -17,15 +17,19 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+# Every file of the model, also those that others import: transformers 5.5 copies no more than these to its cache.
 from .blocks import EntropyGPTAttention, EntropyGPTBlock
+from .blockwise_attention import blockwise_attention  # noqa: F401
 from .configuration_entropy_gpt import EntropyGPTConfig
+from .entropy_attention import entropy_attention  # noqa: F401
 from .entropy_regularization import (
     count_visible_keys,
     entropy_penalty,
@@ -33,6 +37,7 @@ from .entropy_regularization import (
     penalized_share,
     reduce_over_batch,
 )
+from .forward_keywords import CACHE, check_keywords, slice_logits_to_keep
 from .layers import (
     EntropyGPTEntropyThreshold,
     EntropyGPTLearnableLeakyReLU,
@@ -42,6 +47,8 @@ from .layers import (
     EntropyGPTTemperature,
     build_norm,
 )
+from .notation import format_notation  # noqa: F401
+from .releases import TESTED  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
@@ -127,7 +134,7 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EntropyGPTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -161,19 +168,18 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
         config.validate()  # fields may have been set since it was made
         super().__init__(config, *inputs, **kwargs)
 
+    def __init_subclass__(cls, **kwargs):
+        """Keeps name and module of the model in a class that torch derives (FSDP): its code is saved by these."""
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch."):
+            model_class = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
-        """
-        As every model's. FSDP makes a class of its own, by which torch's code would be saved in place of this, and
-        hands over tied weights as if they were two.
-        """
-        present = type(self)
-        self.__class__ = next(base for base in present.__mro__ if not base.__module__.startswith("torch."))
-        if self.__class__ is not present and state_dict is not None and self.config.tie_word_embeddings:
+        """As every model's. FSDP hands over tied weights as if they were two."""
+        if state_dict is not None and self.config.tie_word_embeddings:
             state_dict = {name: t for name, t in state_dict.items() if name not in self.all_tied_weights_keys}
-        try:
-            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
-        finally:
-            self.__class__ = present
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     @property
     def penalizes_entropy(self) -> bool:
@@ -281,6 +287,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -290,9 +297,12 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Tokens.
-            past_key_values (`Cache`, *optional*): Keys and values of the tokens before.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of the tokens before. From transformers 5.24 on, `cache` is its name too.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
                 0 at padding; or a 4D mask, boolean or additive as the attention implementation takes it.
+            token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Tokens whose embeddings are added to the input's, as in GPT-2.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions. With left padding they have to be given, as for GPT-2; `generate` does so.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
@@ -300,17 +310,25 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             use_cache (`bool`, *optional*): Whether to return keys and values.
             output_entropies (`bool`, *optional*):
                 Whether to return the entropies of all attention rows, under any attention implementation.
+            kwargs: What transformers hands to every model, such as `output_hidden_states`.
 
         Raises:
             `ValueError`: If not exactly one of `input_ids` and `inputs_embeds` is given, there is no such position in
-                the model, or `output_attentions` is asked of an implementation that has no attention matrices.
+                the model, cross-attention is asked for, or entropies of attention that is not causal are.
+            `TypeError`: If a keyword is none of this model's and none that transformers hands to every model.
             `FloatingPointError`: If `detect_divergence` is set and a layer yields a non-finite value in training.
         """
-        self._check_inputs(input_ids, inputs_embeds, position_ids, kwargs.pop("output_attentions", None))
+        past_key_values = self._one_cache(past_key_values, kwargs)
+        check_keywords(self, kwargs)
+        self._check_inputs(input_ids, inputs_embeds, position_ids)
+        if kwargs.pop("output_attentions", None):
+            self._warn_of_missing_matrices()
         kwargs.pop("output_hidden_states", None)
         if self.penalizes_entropy and output_entropies is None:  # heads of this family say what they need
             self._warn_of_a_lost_penalty("The model is run without its head")
         output_entropies = bool(output_entropies)
+        if output_entropies and kwargs.get("is_causal") is False:
+            raise ValueError("is_causal=False with output_entropies=True: entropies are those of causal attention.")
 
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -325,8 +343,8 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         if use_cache and past_key_values is None:
             # Not before the mask is made: with a cache, transformers does not look for packed sequences.
@@ -339,7 +357,12 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if self.config.weight_normalization == "spectral" and self.training:
             self._update_singular_vectors()
 
-        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device))
+        hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
+        if token_type_ids is not None:
+            hidden_states = hidden_states + self.wte(token_type_ids)
+        hidden_states = self.drop(hidden_states)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            past_key_values = None  # recomputation would add the same keys a second time
         attention_entropies, entropy_thresholds = [], []
         detect_divergence = self.config.detect_divergence and self.training
         if detect_divergence:
@@ -365,13 +388,23 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         has_thresholds = output_entropies and self.config.entropy_regularization
         return EntropyGPTModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: past_key_values if use_cache else None},
             attention_entropies=tuple(attention_entropies) if output_entropies else None,
             visible_keys=visible_keys,
             entropy_thresholds=tuple(entropy_thresholds) if has_thresholds else None,
         )
 
-    def _check_inputs(self, input_ids, inputs_embeds, position_ids, output_attentions):
+    @staticmethod
+    def _one_cache(past_key_values: Cache | None, kwargs: dict) -> Cache | None:
+        """The cache, by whichever of its two names it was given."""
+        if CACHE not in kwargs:
+            return past_key_values
+        cache = kwargs.pop(CACHE)
+        if past_key_values is not None and cache is not None:
+            raise ValueError("past_key_values and cache are two names of one thing: give one of them.")
+        return past_key_values if cache is None else cache
+
+    def _check_inputs(self, input_ids, inputs_embeds, position_ids):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of input_ids and inputs_embeds has to be given.")
         length = input_ids.shape[1] if input_ids is not None else inputs_embeds.shape[1]
@@ -380,11 +413,14 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 f"The sequence has {length} tokens, but this model has n_positions={self.config.n_positions}: "
                 "truncate it (tokenizer(..., truncation=True, max_length=...))."
             )
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True needs attention matrices, which attn_implementation="
-                f"{self.config._attn_implementation!r} does not keep: call model.set_attn_implementation('eager'), or "
-                "ask for output_entropies=True, which every implementation gives."
+
+    def _warn_of_missing_matrices(self):
+        if self.config._attn_implementation != "eager" and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"output_attentions=True gives no matrices under attn_implementation="
+                f"{self.config._attn_implementation!r}, which does not keep them: call "
+                "model.set_attn_implementation('eager') to have them. output_entropies=True gives the entropies of "
+                "their rows under every implementation."
             )
 
     def _check_positions(self, position_ids: torch.Tensor):
@@ -442,6 +478,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -456,7 +493,8 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
                 Tokens to predict, shifted inside the model, so `labels = input_ids`. -100 is ignored.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Logits of the last so many positions only (0: of all), or of the positions given.
-            input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache, output_entropies:
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
+            output_entropies:
                 As for [`EntropyGPTModel`].
 
         Example:
@@ -476,6 +514,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
             input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -501,7 +540,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         return EntropyGPTCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_entropy_loss=cross_entropy_loss,
@@ -533,6 +572,7 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -544,13 +584,15 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
         Args:
             labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
                 Classes, or values for a regression (`config.problem_type`).
-            input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache, output_entropies:
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
+            output_entropies:
                 As for [`EntropyGPTModel`].
         """
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -569,7 +611,7 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
         return EntropyGPTSequenceClassifierOutput(
             loss=loss,
             logits=pooled_logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             attention_entropies=outputs.attention_entropies if output_entropies else None,
@@ -611,6 +653,7 @@ class EntropyGPTForTokenClassification(EntropyGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -620,11 +663,13 @@ class EntropyGPTForTokenClassification(EntropyGPTPreTrainedModel):
         r"""
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Classes; -100 is ignored.
-            input_ids, attention_mask, position_ids, inputs_embeds, output_entropies: As for [`EntropyGPTModel`].
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_entropies:
+                As for [`EntropyGPTModel`].
         """
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             output_entropies=output_entropies or self.needs_entropies(labels),
@@ -665,6 +710,7 @@ class EntropyGPTForQuestionAnswering(EntropyGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.LongTensor | None = None,
@@ -676,11 +722,13 @@ class EntropyGPTForQuestionAnswering(EntropyGPTPreTrainedModel):
         Args:
             start_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*): First tokens of the answers.
             end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Last tokens of the answers.
-            input_ids, attention_mask, position_ids, inputs_embeds, output_entropies: As for [`EntropyGPTModel`].
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_entropies:
+                As for [`EntropyGPTModel`].
         """
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             output_entropies=output_entropies or self.needs_entropies(start_positions),
@@ -705,6 +753,16 @@ class EntropyGPTForQuestionAnswering(EntropyGPTPreTrainedModel):
             visible_keys=outputs.visible_keys if output_entropies else None,
         )
 
+
+# Tools that ask transformers which classes have which head find these too: the `Trainer` shifts the labels of causal
+# language models when it smooths them, pipelines look for classes that they support.
+for head, names in (
+    (EntropyGPTForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (EntropyGPTForSequenceClassification, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    (EntropyGPTForTokenClassification, modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    (EntropyGPTForQuestionAnswering, modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+):
+    names[EntropyGPTConfig.model_type] = head.__name__
 
 __all__ = [
     "EntropyGPTForCausalLM",

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keywords of the forward passes: what they are called in each release of transformers, and which ones are refused."""
+
+import difflib
+import inspect
+
+import torch
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import TransformersKwargs
+
+
+# The name of keys and values for decoding among arguments and outputs; 5.24 renamed it.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+# What transformers itself hands down, beside the keywords that it declares.
+OF_DECORATORS = ("return_dict", "debug_io", "debug_io_dir", "prune_layers")
+OF_LOSSES = ("ignore_index", "shift_labels")
+OF_CONTINUOUS_BATCHING = (
+    "block_table",
+    "cache",
+    "logits_indices",
+    "logits_processor_args",
+    "max_seqlen_k",
+    "max_seqlen_q",
+    "read_index",
+    "write_index",
+)
+KNOWN = frozenset({*TransformersKwargs.__annotations__, *OF_DECORATORS, *OF_LOSSES, *OF_CONTINUOUS_BATCHING})
+OF_CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
+
+
+def check_keywords(model: torch.nn.Module, keywords: dict):
+    """
+    Checks what reached the base model's `**kwargs`.
+
+    Args:
+        model (`torch.nn.Module`): The model, whose forward pass names the keywords that it computes.
+        keywords (`dict`): The others.
+
+    Raises:
+        `ValueError`: If cross-attention is asked for.
+        `TypeError`: If a keyword is none that transformers hands to every model.
+    """
+    for name in OF_CROSS_ATTENTION:
+        if keywords.pop(name, None) is not None:
+            raise ValueError(f"{name} was given, but {type(model).__name__} has no cross-attention: leave it out.")
+    for name in keywords.keys() - KNOWN:
+        named = [name for name in inspect.signature(model.forward).parameters if name not in ("self", "kwargs")]
+        nearest = difflib.get_close_matches(name, [*named, *KNOWN], n=1)
+        hint = f"did you mean {nearest[0]!r}? It" if nearest else "it"
+        raise TypeError(
+            f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}; {hint} takes "
+            f"{', '.join(named)}, and what transformers hands to every model."
+        )
+
+
+def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states of the last `logits_to_keep` positions (0: all), or of the positions that a tensor names."""
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return hidden_states[:, kept]
+
+
+__all__ = ["CACHE", "check_keywords", "slice_logits_to_keep"]
