@@ -134,6 +134,7 @@ class EntropyGPTConfig(PreTrainedConfig):
         "attention_entropies",
         "visible_keys",
         "entropy_thresholds",
+        "packed_sequences",
         "cross_entropy_loss",
         "entropy_loss",
         "penalized_share",
