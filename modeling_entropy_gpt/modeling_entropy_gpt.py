@@ -84,7 +84,7 @@ class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
             In training `cross_entropy_loss + entropy_coefficient * entropy_loss`, else the cross-entropy; with
-            `label_smoothing`, of smoothed labels.
+            `smoothing`, of smoothed labels.
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
         past_key_values, hidden_states, attentions, attention_entropies, visible_keys:
             As in [`EntropyGPTModelOutput`].
@@ -200,7 +200,7 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
             logger.warning_once(
                 f"{reason} in training, so the model gives no loss, and one computed elsewhere (as the Trainer does "
                 "with label_smoothing_factor, and TRL's trainers do) lacks the entropy penalty that "
-                "entropy_regularization=True asks for: give labels, and label_smoothing if need be, or "
+                "entropy_regularization=True asks for: give labels, and smoothing if need be, or "
                 "output_entropies=True and add the penalty."
             )
 
@@ -445,7 +445,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
 def smoothed_cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
-    label_smoothing: float,
+    smoothing: float,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
@@ -454,17 +454,17 @@ def smoothed_cross_entropy(
     Args:
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
         targets (`torch.Tensor` of shape `(batch_size, sequence_length)`): The token after each position, or -100.
-        label_smoothing (`float`): That part.
+        smoothing (`float`): That part.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): Predicted tokens of the whole batch.
 
     Raises:
         `ValueError`: If the part is not between 0 and 1.
     """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing={label_smoothing} is no part of a label's weight: give 0 to 1, as 0.1 is.")
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing={smoothing} is no part of a label's weight: give 0 to 1, as 0.1 is.")
     targets = targets.to(logits.device)
     total = nn.functional.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=label_smoothing
+        logits.float().flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=smoothing
     )
     if num_items_in_batch is None:
         num_items_in_batch = (targets != -100).sum()
@@ -498,7 +498,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_entropies: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        label_smoothing: float = 0.0,
+        smoothing: float = 0.0,  # the Trainer takes every argument with "label" in its name for labels
         **kwargs: Unpack[TransformersKwargs],
     ) -> EntropyGPTCausalLMOutput:
         r"""
@@ -507,7 +507,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
                 Tokens to predict, shifted inside the model, so `labels = input_ids`. -100 is ignored.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Logits of the last so many positions only (0: of all), or of the positions given.
-            label_smoothing (`float`, *optional*, defaults to 0.0):
+            smoothing (`float`, *optional*, defaults to 0.0):
                 Part of each label's weight, from 0 to 1, that all tokens of the vocabulary share in the loss, as the
                 `Trainer`'s `label_smoothing_factor` has it; `cross_entropy_loss` is without it.
             input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache, output_entropies:
@@ -545,8 +545,8 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
             targets = kwargs.get("shift_labels")
             if targets is None:
                 targets = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
-            if label_smoothing:
-                loss = smoothed_cross_entropy(logits, targets, label_smoothing, kwargs.get("num_items_in_batch"))
+            if smoothing:
+                loss = smoothed_cross_entropy(logits, targets, smoothing, kwargs.get("num_items_in_batch"))
             if outputs.attention_entropies is not None and self.config.entropy_regularization:
                 predicted = (targets != -100).to(outputs.last_hidden_state.device)
                 weights = (predicted, kwargs.get("num_items_in_batch"))

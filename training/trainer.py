@@ -12,13 +12,12 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from modeling_entropy_gpt import EntropyGPTForCausalLM
-
 from .arguments import EntropyTrainingArguments
 from .callbacks import find_callback
 from .checkpoints import STAGING, seal
 from .divergence import MOST_ROLLBACKS, DivergenceGuard, base_model, find_first_bad_layer
 from .files import delete
+from .model_loss import ModelLoss
 
 
 # Scalars and vectors that weight decay would pull away from what they mean, and the argument with the multiple of the
@@ -37,7 +36,7 @@ LOGGED = ("cross_entropy_loss", "entropy_loss", "penalized_share")
 OTHER_LOSS = "other_loss"
 
 
-class EntropyTrainer(Trainer):
+class EntropyTrainer(ModelLoss, Trainer):
     """
     A `Trainer` for this family. The loss, with its entropy penalty, is the model's own, so a plain `Trainer` works
     too; this one adds:
@@ -45,6 +44,7 @@ class EntropyTrainer(Trainer):
       2501.03489), nor on norms of any kind, and multiples of the learning rate for them;
     - `cross_entropy_loss`, `entropy_loss` and `penalized_share` in the logs, means over the steps since the last log
       and over all ranks;
+    - labels that `label_smoothing_factor` smooths in the model's own loss, beside the penalty ([`ModelLoss`]);
     - a [`DivergenceGuard`], which stops a run whose loss is not finite or explodes, or takes it back to the last
       checkpoint's state (or the run's beginning) at half the learning rate, and tells where it began;
     - checkpoints that get their name once they are whole, sealed by hashes.
@@ -53,8 +53,8 @@ class EntropyTrainer(Trainer):
         guard ([`DivergenceGuard`], *optional*): One that does more. Else one that does what `on_divergence` says.
 
     Raises:
-        `ValueError`: If `label_smoothing_factor` or `compute_loss_func` is given for a model with
-            `entropy_regularization`: both make the `Trainer` compute a loss of its own, without the penalty.
+        `ValueError`: If the loss of a model with `entropy_regularization` would be the `Trainer`'s, without the
+            penalty: by `compute_loss_func`, or by `label_smoothing_factor` for another head than a language model's.
     """
 
     args: EntropyTrainingArguments
@@ -175,7 +175,7 @@ class EntropyTrainer(Trainer):
         if "loss" in logs and self._logged_steps:
             logs |= {name: value.item() / self._logged_steps for name, value in self._logged_sums.items()}
             self._logged_sums, self._logged_steps = {}, 0
-        if "eval_loss" in logs and any(isinstance(module, EntropyGPTForCausalLM) for module in self.model.modules()):
+        if "eval_loss" in logs and self.is_language_model:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         super().log(logs, start_time)
 
