@@ -321,6 +321,26 @@ def test_gradient_checkpointing_is_exact(use_reentrant, implementation):
         torch.testing.assert_close(twin.grad, parameter.grad, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_without_the_penalty_in_the_loss_thresholds_have_a_gradient_of_zero(use_reentrant):
+    """So that ranks can wait for it; and whatever the thresholds are, they change nothing."""
+    model = make_model("EReg(SM(t)+ScFFN)", **NO_DROPOUT)
+    tokens = make_tokens(2, 16)
+    expected = model(tokens).logits
+    if use_reentrant is not None:
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    thresholds = [block.attn.threshold.entropy_threshold for block in model.transformer.h]
+    with torch.no_grad():
+        thresholds[1].fill_(math.nan)
+    for options in ({}, {"output_entropies": True}):
+        model.zero_grad()
+        logits = model.train()(tokens, **options).logits
+        assert options or torch.equal(logits, expected)
+        logits.logsumexp(dim=-1).sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        assert all(threshold.grad.eq(0).all() for threshold in thresholds)
+
+
 def test_the_penalty_steers_entropy_towards_the_threshold():
     """Only the penalty is minimised; entropies that begin at the top and at the bottom have to meet the margin."""
     for temperature, threshold in ((30.0, 0.3), (0.02, 0.6)):

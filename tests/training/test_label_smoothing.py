@@ -87,7 +87,9 @@ def test_the_penalty_is_added_to_smoothed_labels(adapted, items, tmp_path):
     items = None if items is None else torch.tensor(items)
     outputs = copy.deepcopy(model).train()(**BATCH, num_items_in_batch=items)
     if adapted:
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+        model = get_peft_model(
+            model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        )
     loss, _ = step(make_trainer(EntropyTrainer, model, tmp_path), items)
     smoothed, _ = step(make_trainer(Trainer, stock, tmp_path), items)
     assert outputs.entropy_loss > 0

@@ -49,6 +49,21 @@ def test_every_parameter_is_trained(notation, packing, tmp_path):
     assert unchanged == set()
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`")
+def test_labels_are_smoothed_in_the_loss_of_the_model(tmp_path):
+    from training.sft import EntropySFTTrainer
+
+    found = []
+    for factor in (0.0, 0.5):
+        torch.manual_seed(0)
+        losses, unchanged = train(
+            EntropySFTTrainer, "EReg(SM(t)+ScFuFFN)", tmp_path, label_smoothing_factor=factor, learning_rate=0.0
+        )
+        assert unchanged or factor == 0.0
+        found.append(losses)
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
+
+
 def test_the_original_trains_models_without_a_penalty_alike(tmp_path):
     from trl import SFTTrainer
 
