@@ -189,6 +189,11 @@ class HealingTrainer(EntropyTrainer):
             loss = loss + weights.residual_scale * distance
         return (loss, outputs) if return_outputs else loss
 
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self._close_gates()  # whose time has come with the last step
+        return result
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._close_gates()
         return super().training_step(model, inputs, num_items_in_batch)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -159,9 +160,10 @@ class EntropyTrainer(ModelLoss, Trainer):
             self._diverge(str(error))
             self._step_is_void = not is_last_part
             return torch.tensor(math.nan, device=self.args.device)
+        own_sums = self._step_sums  # before they are those of all ranks
         if is_last_part and (reason := self._find_divergence()):
             part = "" if self.current_gradient_accumulation_steps == 1 else "in the last part of the batch, "
-            self._diverge(f"{reason}; {part}{find_first_bad_layer(model, self._prepare_inputs(inputs))}")
+            self._diverge(f"{reason}; {part}{self._find_place(model, inputs, _loss_of(own_sums))}")
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -196,14 +198,21 @@ class EntropyTrainer(ModelLoss, Trainer):
     def _find_divergence(self) -> str | None:
         """Takes up what this step's batches gave; why they can't be trusted, or `None` if they can."""
         sums, self._step_sums = self._over_ranks(self._step_sums), {}
-        loss = sums[LOGGED[0]] if LOGGED[0] in sums else sums[OTHER_LOSS]
-        reason = self.guard.observe(loss.item())
+        reason = self.guard.observe(_loss_of(sums).item())
         if reason is None:
             for name in LOGGED:
                 if name in sums:
                     self._logged_sums[name] = self._logged_sums.get(name, 0.0) + sums[name]
             self._logged_steps += 1
         return reason
+
+    def _find_place(self, model, inputs, own_loss: torch.Tensor) -> str:
+        """Where this step's batches go wrong, in words, by the rank that has the worst of them."""
+        scale, place = find_first_bad_layer(model, self._prepare_inputs(inputs))
+        if self.accelerator.num_processes == 1:
+            return place
+        own = (scale == math.inf, not math.isfinite(own_loss), scale, f"on rank {self.args.process_index}, {place}")
+        return max(gather_object([own]))[-1]
 
     def _over_ranks(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Parts of all ranks together: they add up where each is divided by the tokens of all."""
@@ -304,3 +313,8 @@ class EntropyTrainer(ModelLoss, Trainer):
         if self.state.best_global_step and self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder / written.name)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+
+def _loss_of(sums: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the guard looks at, of a step's sums."""
+    return sums[LOGGED[0]] if LOGGED[0] in sums else sums[OTHER_LOSS]

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from training.packing import collate_blocks
 from training.trainer import LOGGED, EntropyTrainer
 
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"input_ids": row} for row in make_tokens(32, 16).tolist()]
 
 
@@ -54,16 +58,14 @@ def test_weight_decay_spares_what_it_would_pull_from_its_meaning(norm, tmp_path)
     }
 
 
-@pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])
-def test_losses_that_would_lack_the_penalty_are_refused(option, tmp_path):
+def test_a_loss_that_would_lack_the_penalty_is_refused(tmp_path):
     def make(notation):
-        arguments = {"label_smoothing_factor": 0.1} if option == "label_smoothing_factor" else {}
-        options = {"compute_loss_func": lambda *_, **__: 0.0} if option == "compute_loss_func" else {}
-        arguments = EntropyTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[], **arguments)
-        return EntropyTrainer(model=make_model(notation), args=arguments, train_dataset=ROWS, **options)
+        arguments = EntropyTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[])
+        options = {"args": arguments, "train_dataset": ROWS, "compute_loss_func": lambda *_, **__: 0.0}
+        return EntropyTrainer(model=make_model(notation), **options)
 
     make("SM+ScFuFFN")
-    with pytest.raises(ValueError, match=f"{option}.*entropy penalty"):
+    with pytest.raises(ValueError, match=r"compute_loss_func.*entropy penalty"):
         make("EReg(SM(t)+ScFuFFN)")
 
 
@@ -167,6 +169,24 @@ def test_a_run_that_diverges_is_stopped_and_says_where(spoil, message, tmp_path)
     assert message in trainer.guard.diverged
     assert trainer.guard.events[-1][1] == trainer.guard.diverged == logged(trainer, "divergence")[-1]
     assert trainer.state.global_step < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_diverges_says_where(rank, tmp_path):
+    """Also where the other one, with a batch of its own, is healthy."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.run(
+        [*command, Path(__file__).with_name("diverge_on_ranks.py"), tmp_path, str(rank)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    found = {json.loads((tmp_path / f"rank{each}.json").read_text()) for each in (0, 1)}
+    place = f"on rank {rank}, values that are not finite first appear in the output of layer 1 (h.1)"
+    assert found == {f"stopped: the loss is nan; {place}"}
 
 
 @pytest.mark.parametrize("scaled", [False, True])
