@@ -1,5 +1,6 @@
 """The trainer, its checkpoints and its callbacks."""
 
+import copy
 import json
 import math
 import os
@@ -120,6 +121,56 @@ def test_the_parts_of_the_loss_are_logged_whatever_the_accumulation(penalty, tmp
     assert all(0 < value < 1 for value in share)
     for size in (4, 2):
         assert found[size] == [pytest.approx(values, rel=1e-4) for values in found[8]]
+
+
+def public_loss(model, tokens, coefficient):
+    """
+    The loss of the paper's public code for a part of a batch: deviations of rows from the first block's thresholds,
+    squared outside of the margin, summed over sequences and rows, averaged over heads and layers.
+    """
+    model.set_attn_implementation("eager")
+    outputs = model(tokens, labels=tokens, output_attentions=True)
+    largest = math.log(tokens.shape[1])
+    layers = []
+    for probabilities in outputs.attentions:
+        entropies = -(probabilities * torch.log(probabilities + 1e-9)).sum(dim=-1)
+        deviations = entropies - model.transformer.h[0].attn.threshold.entropy_threshold[None, :, None] * largest
+        layers.append((deviations.square() * (deviations.abs() > 0.2 * largest)).sum(dim=(0, 2)).mean())
+    return outputs.cross_entropy_loss + coefficient * sum(layers) / len(layers)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(2, 4), (1, 8), (8, 1)])
+def test_the_recipes_penalty_is_that_of_the_public_code(size, accumulation, tmp_path):
+    """
+    Its step is the mean over 4 parts of what each sums up, of 2 sequences here. At a fourth of its coefficient ours is
+    the same, however the step is split.
+    """
+    coefficient = 0.02
+    model = make_model("EReg(SM(t)+ScFuFFN)", entropy_penalty="row_sum", entropy_coefficient=0.005, **NO_DROPOUT)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.threshold.entropy_threshold.fill_(0.4)
+    batches = []
+
+    def collate(rows):
+        batches.append(collate_blocks(rows))
+        return batches[-1]
+
+    before = copy.deepcopy(model)
+    parts = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(model, tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **parts)
+    trainer.args.lr_scheduler_type = "constant"
+    trainer.data_collator = collate
+    trainer.train()
+    tokens = torch.cat([batch["input_ids"] for batch in batches])[:8]
+    losses = [public_loss(before.train(), part, coefficient) for part in tokens.split(2)]
+    (sum(losses) / 4).backward()
+    assert logged(trainer, "loss") == pytest.approx([sum(losses).item() / 4], rel=1e-5)
+    plain = sum(public_loss(before, part, 0.0).item() for part in tokens.split(2)) / 4
+    assert sum(losses).item() / 4 > 1.01 * plain
+    for (name, parameter), twin in zip(before.named_parameters(), model.parameters(), strict=True):
+        if not name.endswith("entropy_threshold"):  # theirs are one block's
+            torch.testing.assert_close(parameter - twin, parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_without_a_penalty_there_is_no_such_log(tmp_path):
