@@ -41,8 +41,8 @@ class EntropyTrainer(ModelLoss, Trainer):
     """
     A `Trainer` for this family. The loss, with its entropy penalty, is the model's own, so a plain `Trainer` works
     too; this one adds:
-    - no weight decay on temperatures, thresholds, residual scales and gains, nor on norms of any kind, and multiples of
-      the learning rate for them;
+    - no weight decay on temperatures, thresholds, residual scales and gains, nor on norms of any kind, and multiples
+      of the learning rate for them;
     - `cross_entropy_loss`, `entropy_loss` and `penalized_share` in the logs, means over the steps since the last log
       and over all ranks;
     - labels that `label_smoothing_factor` smooths in the model's own loss, beside the penalty ([`ModelLoss`]);

@@ -61,11 +61,9 @@ def test_labels_are_smoothed_in_the_loss_of_the_model(tmp_path):
     found = []
     for factor in (0.0, 0.5):
         torch.manual_seed(0)
-        losses, unchanged = train(
-            EntropySFTTrainer, "EReg(SM(t)+ScFuFFN)", tmp_path, label_smoothing_factor=factor, learning_rate=0.0
-        )
-        assert unchanged or factor == 0.0
-        found.append(losses)
+        losses, unchanged = train(EntropySFTTrainer, "EReg(SM(t)+ScFuFFN)", tmp_path, label_smoothing_factor=factor)
+        assert unchanged == set()  # thresholds learn, so the penalty is there
+        found.append(losses[0])
     assert found[0] != pytest.approx(found[1], rel=1e-2)
 
 
