@@ -20,6 +20,7 @@ from .layers import (
     build_activation,
     build_linear,
     build_norm,
+    keep_in_graph,
 )
 
 
@@ -93,8 +94,12 @@ class EntropyGPTAttention(nn.Module):
             query_states, key_states, value_states, attention_mask, position_ids=position_ids, **kwargs
         )
         attn_output = self.c_proj(attn_output.reshape(hidden_states.shape))
-        thresholds = self.threshold() if output_entropies and self.threshold is not None else None
-        return self.resid_dropout(attn_output), attn_weights, entropies, thresholds
+        thresholds = None
+        if self.threshold is not None and (output_entropies or self.training):
+            thresholds = self.threshold()
+            if self.training:  # a loss computed outside of the model may leave them out
+                attn_output = keep_in_graph(attn_output, thresholds)
+        return self.resid_dropout(attn_output), attn_weights, entropies, thresholds if output_entropies else None
 
     def _attend(self, query_states, key_states, value_states, attention_mask, **kwargs):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -102,8 +102,8 @@ class EntropyGPTConfig(PreTrainedConfig):
         entropy_regularization (`bool`, *optional*, defaults to `False`):
             Whether the training loss contains the penalty on attention entropies (Algorithm 1).
         entropy_coefficient (`float`, *optional*, defaults to 0.16):
-            Lambda, the weight of the penalty. On a mean 0.16 is what 1e-5 is on the sum over the rows of the paper's
-            batch, 128 sequences of 128 tokens: it goes with `entropy_penalty`.
+            Lambda, the weight of the penalty. On a mean 0.16 is what 1e-5 is on the sum over the rows of a batch of
+            the paper, 128 sequences of 128 tokens: it goes with `entropy_penalty`.
         entropy_tolerance (`float`, *optional*, defaults to 0.2): Gamma, the margin as a part of the largest entropy.
         entropy_threshold_init (`float`, *optional*, defaults to 0.5):
             Initial theta of every head, as a part of the largest entropy.
@@ -111,7 +111,9 @@ class EntropyGPTConfig(PreTrainedConfig):
             The largest entropy: log T (the paper), or log i for row i, which is what a causal mask allows.
         entropy_penalty (`"head_mean"`, `"row_mean"` or `"row_sum"`, *optional*, defaults to `"head_mean"`):
             What is squared and how it is reduced: a head's mean entropy (Algorithm 1); each row's, averaged; or each
-            row's, summed over the batch (the paper's public code, with a lambda of 1e-5).
+            row's, summed over all parts of an optimiser step, on all ranks. The paper's public code sums over each
+            part and averages over accumulation steps and ranks: its lambda of 1e-5 at 128 sequences x 4 steps is
+            2.5e-6 here.
         detect_divergence (`bool`, *optional*, defaults to `False`):
             Whether training stops at the first non-finite value with an error that names the layer.
         code_version (`int`, *optional*): Of the code that the configuration was written for.
@@ -137,6 +139,7 @@ class EntropyGPTConfig(PreTrainedConfig):
         "attention_entropies",
         "visible_keys",
         "entropy_thresholds",
+        "packed_sequences",
         "cross_entropy_loss",
         "entropy_loss",
         "penalized_share",

@@ -84,6 +84,15 @@ class EntropyGPTEntropyThreshold(nn.Module):
         return self.entropy_threshold.clone()
 
 
+def keep_in_graph(hidden_states: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """
+    The hidden states, bit for bit, whose gradient gives the parameter one of zero. Data parallelism waits for a
+    gradient of every parameter, also where the loss is computed without it.
+    """
+    never = torch.zeros((), dtype=torch.bool, device=hidden_states.device)
+    return torch.where(never, parameter.sum().to(hidden_states.dtype), hidden_states)
+
+
 class EntropyGPTResidualScaling(nn.Module):
     """The FFN's residual sum with learnable scales, `beta * residual + ffn_output / alpha` (arXiv 2501.03489)."""
 
@@ -240,4 +249,5 @@ __all__ = [
     "build_linear",
     "build_norm",
     "gather",
+    "keep_in_graph",
 ]

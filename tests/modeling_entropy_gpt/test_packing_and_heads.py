@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, EntropyGPTForSequenceClassification
 
@@ -27,6 +28,25 @@ def test_packed_sequences_are_computed_as_if_alone_with_the_default_cache(implem
     for layer, entropies in enumerate(packed.attention_entropies):
         alone = torch.cat([part.attention_entropies[layer] for part in expected], dim=-1)
         torch.testing.assert_close(entropies, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("maximum", ["context", "causal"])
+@pytest.mark.parametrize("penalty", ["head_mean", "row_mean", "row_sum"])
+def test_flattened_documents_have_the_loss_that_they_have_one_by_one(penalty, maximum):
+    config = make_config(
+        entropy_penalty=penalty, entropy_maximum=maximum, entropy_coefficient=1.0, entropy_tolerance=0.05
+    )
+    model = EntropyGPTForCausalLM(config).train()
+    documents = [torch.randint(64, (length,)).tolist() for length in (12, 3, 8)]
+    batch = DataCollatorWithFlattening()([{"input_ids": document} for document in documents])
+    assert batch["input_ids"].shape == (1, 23)
+    outputs = model(**batch)
+    items = sum(map(len, documents)) - len(documents)
+    alone = [model(torch.tensor([each]), labels=torch.tensor([each]), num_items_in_batch=items) for each in documents]
+    for name in ("loss", "entropy_loss", "penalized_share"):
+        expected = sum(each[name] for each in alone)
+        torch.testing.assert_close(outputs[name], expected)
+    assert outputs.entropy_loss > 0
 
 
 @pytest.mark.parametrize("penalty", ["head_mean", "row_mean", "row_sum"])
