@@ -65,9 +65,9 @@ def test_what_a_hook_sees(twins, place):
 def patched_logits(model, place, source, target):
     """The logits of a prompt with the activations of another in a module's output, at some positions."""
     kept = []
-    run_with(
-        model, place, lambda m, a, output: kept.append(output[0] if isinstance(output, tuple) else output), source
-    )
+
+    def keep(module, arguments, output):
+        kept.append(output[0] if isinstance(output, tuple) else output)
 
     def patch(module, arguments, output):
         def change(hidden):
@@ -77,6 +77,7 @@ def patched_logits(model, place, source, target):
 
         return with_first(output, change)
 
+    run_with(model, place, keep, source)
     return run_with(model, place, patch, target).logits
 
 

@@ -1,4 +1,4 @@
-"""A GPT-2 of transformers and ours with the same weights: what a tool does with the one, it has to do with the other."""
+"""A GPT-2 of transformers and ours with the same weights: a tool has to do the same with both."""
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
