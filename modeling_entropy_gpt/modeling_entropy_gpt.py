@@ -382,7 +382,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if detect_divergence:
             self._raise_if_not_finite("the embeddings", hidden_states)
         for layer_idx, block in enumerate(self.h):
-            hidden_states, entropies, thresholds = block(
+            hidden_states = block(
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
@@ -391,8 +391,10 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-            attention_entropies.append(entropies)
-            entropy_thresholds.append(thresholds)
+            if output_entropies:
+                hidden_states, entropies, thresholds = self._check_hooked(layer_idx, hidden_states)
+                attention_entropies.append(entropies)
+                entropy_thresholds.append(thresholds)
             if detect_divergence:
                 self._raise_if_not_finite(f"layer {layer_idx} (h.{layer_idx})", hidden_states)
         hidden_states = self.ln_f(hidden_states)
@@ -453,6 +455,16 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 f"{self.config.n_positions}, and so positions 0 to {self.config.n_positions - 1}: generate less, or "
                 "truncate the prompt."
             )
+
+    @staticmethod
+    def _check_hooked(layer_idx: int, output: torch.Tensor | tuple) -> tuple:
+        if torch.is_tensor(output):
+            raise ValueError(
+                f"A forward hook of h[{layer_idx}] returned a tensor, but the block returns a tuple of hidden states, "
+                "entropies and thresholds if entropies are asked for, as in training with entropy_regularization: "
+                "return (hidden_states, *output[1:]) in the hook."
+            )
+        return output
 
     @staticmethod
     def _packed_mask(visible_keys: torch.Tensor) -> torch.Tensor | None:
