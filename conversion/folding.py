@@ -68,7 +68,7 @@ def fold_weight_normalization(model: EntropyGPTForCausalLM):
         for name, linear in parent.named_children():
             if isinstance(linear, EntropyGPTNormalizedConv1D):
                 plain = Conv1D(linear.nf, linear.nx)
-                plain.weight, plain.bias = nn.Parameter(linear.weight * linear.scale()), linear.bias
+                plain.weight, plain.bias = nn.Parameter(linear.normalized_weight()), linear.bias
                 setattr(parent, name, plain)
     model.config.weight_normalization, model.config.weight_normalization_targets = None, []
 
