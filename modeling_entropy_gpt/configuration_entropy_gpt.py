@@ -9,6 +9,7 @@ from .releases import TESTED  # noqa: F401
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import field, fields
 from typing import Literal
 
@@ -16,9 +17,12 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 from .notation import format_notation, parse_notation
 
+
+logger = logging.get_logger(__name__)
 
 # Higher whenever a configuration may say what the code before does not know.
 CODE_VERSION = 1
@@ -45,6 +49,25 @@ GPT2_CONSTANTS = {
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
+}
+# Token ids that transformers' tools set beside the declared ones, which are no misspelling of those.
+TOKEN_IDS = frozenset({"sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id"})
+# What other models call fields of this one.
+FOREIGN_NAMES = {
+    "dropout": "resid_pdrop, embd_pdrop and attn_pdrop",
+    "hidden_dropout": "resid_pdrop",
+    "hidden_dropout_prob": "resid_pdrop",
+    "embedding_dropout": "embd_pdrop",
+    "attention_dropout": "attn_pdrop",
+    "attention_probs_dropout_prob": "attn_pdrop",
+    "activation": "activation_function",
+    "hidden_act": "activation_function",
+    "hidden_activation": "activation_function",
+    "intermediate_size": "n_inner",
+    "ffn_dim": "n_inner",
+    "d_model": "n_embd",
+    "block_size": "n_positions",
+    "layer_norm_eps": "layer_norm_epsilon",
 }
 
 
@@ -192,10 +215,7 @@ class EntropyGPTConfig(PreTrainedConfig):
     code_version: int = CODE_VERSION
 
     def __post_init__(self, **kwargs):
-        self._reject_misspelt_fields(kwargs)
-        for name, value in GPT2_CONSTANTS.items():
-            if kwargs.get(name, value) != value:
-                raise ValueError(f"{name}={kwargs[name]} is not supported: EntropyGPT has GPT-2's default, {value}.")
+        self._reject_mistaken_names(kwargs)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
@@ -203,18 +223,28 @@ class EntropyGPTConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """
         As every configuration's; what is given in place of the file's values is checked too, as `from_pretrained`
-        hands it on.
+        hands it on. A name of the file that looks like another one of a field stays an attribute, with a warning.
 
         Raises:
-            `ValueError`: If a keyword is a near miss of a field, or the file was written by newer code.
+            `ValueError`: If a keyword looks like a field's name misspelt, or the file was written by newer code.
             `StrictDataclassError`: If a value is not allowed, or does not go with the rest.
         """
         _check_code_version(config_dict.get("code_version", CODE_VERSION))  # before values that only it knows
-        cls._reject_misspelt_fields(kwargs)
-        result = super().from_dict(config_dict, **kwargs)
+        cls._reject_mistaken_names(kwargs)
+        mistaken = cls._mistaken_names(config_dict)
+        known = {name: value for name, value in config_dict.items() if name not in mistaken}
+        result = super().from_dict(known, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
+        for name, hint in mistaken.items():
+            logger.warning_once(f"The configuration that is loaded has {name!r}, which has no effect{hint}")
+            setattr(config, name, config_dict[name])
         config.validate()
         return result
+
+    @classmethod
+    def from_json_file(cls, json_file) -> "EntropyGPTConfig":
+        """As [`from_dict`], from the path of a file."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
     def from_notation(cls, text: str, **sizes) -> "EntropyGPTConfig":
@@ -254,10 +284,16 @@ class EntropyGPTConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation: ranges, and rules between fields."""
         super().validate_architecture()
         _check_code_version(self.code_version)
+        self._check_constants()
         self._check_numbers()
         self._check_sizes()
         self._check_ffn()
         self._check_weight_normalization()
+
+    def _check_constants(self):
+        for name, value in GPT2_CONSTANTS.items():
+            if (given := getattr(self, name, value)) != value:
+                raise ValueError(f"{name}={given} is not supported: EntropyGPT has GPT-2's default, {value}.")
 
     def _check_numbers(self):
         for name in (f.name for f in fields(self)):
@@ -331,15 +367,25 @@ class EntropyGPTConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def _reject_misspelt_fields(cls, kwargs: dict):
-        """transformers stores unknown fields silently; a near miss of a field of this family is an error instead."""
+    def _mistaken_names(cls, names: Iterable[str]) -> dict[str, str]:
+        """Those that look as if they were to be a field's, which they are not, each with what was meant."""
         own_names = [*(f.name for f in fields(EntropyGPTConfig)), *cls.attribute_map]
-        for name in kwargs.keys() - INHERITED_FIELDS - {*own_names}:
-            if hint := _did_you_mean(name, own_names):
-                raise ValueError(f"{name!r} is no field of {cls.__name__}{hint}")
+        hints = {
+            name: f"; here it is {FOREIGN_NAMES[name]}." if name in FOREIGN_NAMES else _did_you_mean(name, own_names)
+            for name in set(names) - INHERITED_FIELDS - TOKEN_IDS - {*own_names}
+        }
+        return {name: hint for name, hint in sorted(hints.items()) if hint}
+
+    @classmethod
+    def _reject_mistaken_names(cls, keywords: dict):
+        """transformers stores unknown keywords silently, whatever they were to do."""
+        for name, hint in cls._mistaken_names(keywords).items():
+            raise ValueError(f"{name!r} is no field of {cls.__name__}{hint}")
 
 
 def _check_code_version(version: int):
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"code_version={version!r} has to be a whole number from 1, or be left out.")
     if version > CODE_VERSION:
         raise ValueError(
             f"code_version={version}: the model was saved by a newer EntropyGPT than this code, which is of version "

@@ -368,7 +368,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if is_flash and output_entropies and causal_mask is None and not past_length:
             # Flash attention tells packed sequences by their positions; here it takes a mask.
             causal_mask = self._packed_mask(visible_keys)
-        if self.config.weight_normalization == "spectral" and self.training:
+        if self.config.weight_normalization == "spectral" and self.training and torch.is_grad_enabled():
             self._update_singular_vectors()
 
         hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
@@ -476,9 +476,12 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         return ((index >= begins[..., None]) & (index <= index[:, None]))[:, None]
 
     def _update_singular_vectors(self):
-        """Once a forward, out of the blocks: a block may run twice under gradient checkpointing."""
+        """
+        Those of weights that are being trained: with frozen ones the function stays. Once a forward, out of the
+        blocks: a block may run twice under gradient checkpointing.
+        """
         for module in self.modules():
-            if isinstance(module, EntropyGPTNormalizedConv1D):
+            if isinstance(module, EntropyGPTNormalizedConv1D) and module.weight.requires_grad:
                 module.update_singular_vectors()
 
     @staticmethod
