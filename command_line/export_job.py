@@ -81,9 +81,17 @@ def check_output(job: Job):
         raise CommandError(f"{output} is there already and holds no export: give another --output, or delete it.")
     if not job.overwrite:
         raise CommandError(f"{output} holds an export already: give another --output, or --overwrite.")
-    exported = {REPORT, *json.loads((output / REPORT).read_text(encoding="utf-8"))["files"]}
+    exported = _list_exported(output)
     if foreign := sorted(path for path in output.iterdir() if path.name not in exported):
         raise CommandError(f"--overwrite would delete {foreign[0]}, which no export wrote: move it elsewhere.")
+
+
+def _list_exported(output: Path) -> set[str]:
+    """The files of an earlier export, by its own report."""
+    try:
+        return {REPORT, *json.loads((output / REPORT).read_text(encoding="utf-8"))["files"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"{output / REPORT} is damaged, so --overwrite can't tell what to delete.") from error
 
 
 def _load_tokenizer(job: Job, vocab_size: int) -> PreTrainedTokenizerFast | None:

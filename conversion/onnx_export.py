@@ -1,4 +1,4 @@
-"""A language model as an ONNX graph for inference: folded, with eager attention, for any number and length of sequences.
+"""A language model as an ONNX graph for inference: folded, with eager attention, for batches of any size and length.
 
 The graph is written by torch's exporter, run by onnxruntime beside the model it comes from, and looked through for
 what is not linear in it. Left-padded batches are right with the mask and the positions that `generate` gives.
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxscript import ir
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
@@ -32,13 +32,10 @@ OPSET = 18
 # Sizes that the model is traced with. Those of a run may be others: 1 or 0 alone would be taken for constants here.
 TRACED_BATCH, TRACED_LENGTH, TRACED_PAST = 2, 5, 3
 PAST = "past_key_values."
-# Operators that are linear in each input, or move numbers, with the inputs through which these may come: not as a
-# divisor, an index or a condition. Products of two are products, as those of queries and keys.
-LINEAR = {
-    **dict.fromkeys(("Add", "Sub", "Neg", "Mul", "MatMul", "Gemm", "Concat", "Identity", "ReduceMean", "ReduceSum")),
-    **dict.fromkeys(("Div", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"), {0}),
-    "Where": {1, 2},
-}
+# Operators that are linear in each input, or move numbers. Products of two are products, as those of queries and keys.
+LINEAR = ("Add", "Sub", "Neg", "Mul", "MatMul", "Gemm", "Concat", "Identity", "ReduceMean", "ReduceSum")
+# Those that are so in their first input alone, and not in a divisor, an index or a size.
+LINEAR_IN_THE_FIRST = ("Div", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 # What tells of a tensor's shape alone, which is nobody's secret.
 OF_SHAPES = ("Shape", "Size")
 LONGEST_CHECKED, STEPS_CHECKED = 64, 4
@@ -128,12 +125,13 @@ def export_onnx(
     """
     if model.dtype != torch.float32:
         raise ValueError(f"The model is in {model.dtype}, and the graph computes in float32: give model.float().")
+    references = list(_references(model))
     folded = fold(model)
     folded.set_attn_implementation("eager")
     path = folder / GRAPH
     _write_graph(folded, path, cached)
     onnx.checker.check_model(str(path), full_check=True)
-    comparisons = list(_compare(path, model, cached))
+    comparisons = list(_compare(path, references, cached))
     folded.config.save_pretrained(folder)
     folded.generation_config.save_pretrained(folder)
     if tokenizer is not None:
@@ -169,9 +167,16 @@ def find_nonlinear(graph: onnx.GraphProto) -> Iterator[str]:
         if not is_embedding and (not places or node.op_type in OF_SHAPES):
             continue
         descended.update(node.output)
-        if node.op_type not in LINEAR or not places <= (LINEAR[node.op_type] or places):
+        if not (is_embedding or _is_linear(node.op_type, places)):
             yield node.op_type
     assert graph.output[0].name in descended, "the logits do not descend from the embeddings"
+
+
+def _is_linear(kind: str, places: set[int]) -> bool:
+    """Whether an operator is linear in its inputs at these places."""
+    if kind == "Where":
+        return 0 not in places  # its condition
+    return kind in LINEAR or (kind in LINEAR_IN_THE_FIRST and places == {0})
 
 
 class _BetweenTensors(nn.Module):
@@ -232,35 +237,38 @@ def _write_graph(model: EntropyGPTForCausalLM, path: Path, cached: bool):
             dynamo=True,
             verbose=False,
         )
-    ClearMetadataAndDocStringPass()(program.model)  # lines of code, with the paths of this machine
+    ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # lines of code, with the paths of this machine
     program.save(path)
 
 
-def _compare(path: Path, model: EntropyGPTForCausalLM, cached: bool) -> Iterator[Comparison]:
-    """The graph beside the model, which sees each sequence alone and whole."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+@torch.no_grad()
+def _references(model: EntropyGPTForCausalLM) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+    """Batches of sequences, and the logits of all their tokens by the model, which sees each sequence alone."""
     generator, longest = torch.Generator().manual_seed(0), min(LONGEST_CHECKED, model.config.n_positions)
     for lengths in ([1], [longest], [longest, (longest + 1) // 2, 1]):
         sequences = [torch.randint(model.config.vocab_size, (1, length), generator=generator) for length in lengths]
-        with torch.no_grad():
-            expected = torch.cat([model.eval()(tokens, use_cache=False).logits[0] for tokens in sequences])
-        if not expected.isfinite().all():
-            raise NotFiniteError("The model's own logits are not finite, so that no graph can be held against them.")
-        for steps in {0, min(STEPS_CHECKED, max(lengths) - 1)} if cached else {0}:
+        logits = torch.cat([model.eval()(tokens, use_cache=False).logits[0] for tokens in sequences])
+        if not logits.isfinite().all():
+            raise NotFiniteError("The model's own logits are not finite: there is nothing to export.")
+        yield sequences, logits
+
+
+def _compare(path: Path, references: list[tuple[list[torch.Tensor], torch.Tensor]], cached: bool):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for sequences, expected in references:
+        lengths = [tokens.shape[1] for tokens in sequences]
+        for steps in sorted({0, min(STEPS_CHECKED, max(lengths) - 1)}) if cached else [0]:
             difference = (run_graph(session, sequences, steps) - expected).abs().max() / expected.abs().max()
             if not difference <= LARGEST_SHARE:  # NaN neither
                 raise ConversionError(
                     f"In onnxruntime, logits of sequences of {lengths} tokens ({steps} of them one by one) differ by "
-                    f"{difference:.1e} of the largest from the model's, where {LARGEST_SHARE:.0e} is allowed. The "
-                    "graph can't stand for the model, which its folding or float32 may be too coarse for: use the "
-                    "model in torch."
+                    f"{difference:.1e} of the largest from the model's, where {LARGEST_SHARE:.0e} is allowed: its "
+                    "weights, once folded, are too coarse in float32. Use the model in torch, not folded."
                 )
             yield Comparison(lengths, steps, difference.item())
 
 
-def run_graph(
-    session: onnxruntime.InferenceSession, sequences: list[torch.Tensor], steps: int = 0
-) -> torch.Tensor:
+def run_graph(session: onnxruntime.InferenceSession, sequences: list[torch.Tensor], steps: int = 0) -> torch.Tensor:
     """
     The logits that a graph gives for a batch, padded on the left.
 
