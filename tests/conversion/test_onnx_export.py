@@ -59,11 +59,12 @@ def test_a_graph_computes_what_its_model_does(notation, final, cached, tmp_path)
     session = onnxruntime.InferenceSession(tmp_path / GRAPH)
     sequences = [make_tokens(1, length) for length in (9, 33, 2, 1, 33)]
     with torch.no_grad():
-        expected = torch.cat([model(tokens).logits[0] for tokens in sequences])
+        exact = torch.cat([model.double()(tokens).logits[0] for tokens in sequences])
+        rounded = torch.cat([model.float()(tokens).logits[0] for tokens in sequences])
+    # Or what float32 itself rounds off, folded or not.
+    allowed = max(1e-5 * exact.abs().max(), 4 * (rounded - exact).abs().max())
     for steps in (0, 7) if cached else (0,):
-        found = run_graph(session, sequences, steps)
-        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert report.largest_difference < 1e-5
+        assert (run_graph(session, sequences, steps) - exact).abs().max() < allowed
 
     assert report.nonlinear == expected_nonlinear(model.config)
     assert report.operators.items() >= report.nonlinear.items()
@@ -132,11 +133,9 @@ class TestWhatIsNotLinear:
     @staticmethod
     def find(*nodes) -> list[str]:
         made = [helper.make_node(*node) for node in (("Gather", ["table", "input_ids"], ["x"]), *nodes)]
-        inputs = ("input_ids", "attention_mask", "past_key_values.0.key")
-        inputs, outputs = (
-            [helper.make_empty_tensor_value_info(name) for name in names] for names in (inputs, ["logits"])
-        )
-        return list(find_nonlinear(helper.make_graph(made, "graph", inputs, outputs)))
+        names = ("input_ids", "attention_mask", "past_key_values.0.key", "logits")
+        *inputs, logits = map(helper.make_empty_tensor_value_info, names)
+        return list(find_nonlinear(helper.make_graph(made, "graph", inputs, [logits])))
 
     def test_sums_products_and_moves_are_linear(self):
         assert not self.find(
