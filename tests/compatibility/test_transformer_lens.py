@@ -69,7 +69,7 @@ def test_activations(figures, version, compared):
             "ln_final.hook_in",
             "ln_final.hook_out",
         ],
-        "attention and FFN outputs": ["hook_attn_out", "mlp.hook_out"],
+        "outputs of attention, FFNs and the last norm": ["hook_attn_out", "mlp.hook_out", "ln_final.hook_out"],
         "logits": ["logits"],
     }
     for what, names in kinds.items():
