@@ -3,9 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+NEWEST := .venv-newest
 SOURCES := modeling_entropy_gpt conversion training evaluation command_line tests
 
-.PHONY: quickstart results runs study test test-all style bench clean
+.PHONY: quickstart results runs study test test-all test-newest interoperability style bench clean
 
 quickstart: $(INSTALLED)  ## Trains, converts, compares, draws, saves and reloads small models, and runs two privately.
 	$(BIN)/entropy-gpt quickstart $(ARGS)
@@ -42,8 +43,21 @@ study: $(INSTALLED)  ## Does what the study's record lacks (hours), and writes i
 test: $(INSTALLED)  ## Runs the default test suite, offline.
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-all: $(INSTALLED)  ## Runs every test, the slow ones and those with other releases too; needs a package index.
+test-all: $(INSTALLED)  ## Runs every test, the slow ones those with other releases and tools too, for which pip has to reach an index.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
+
+test-newest:  ## Runs the default tests with the newest releases that pip finds, as a stranger's installation has them.
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,private]"
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+interoperability: $(INSTALLED)  ## Compares the model with other tools and releases, and writes the table of what came of it.
+	rm -f model_cards/results/interoperability.jsonl
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" tests/compatibility \
+		--record-comparisons model_cards/results/interoperability.jsonl
+	$(BIN)/python -m evaluation.interoperability
 
 style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mended.
 	$(BIN)/ruff check $(if $(FIX),--fix) $(SOURCES)
@@ -54,7 +68,7 @@ bench: $(INSTALLED)  ## Runs every benchmark, side by side with what it is held 
 		$(BIN)/python -m evaluation.benchmarks.$$(basename $$benchmark .py) || exit 1; done
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) build *.egg-info
 
 # torch first and alone: on a machine that holds a CPU build of it, any other order may replace it by a larger one.
 $(INSTALLED): pyproject.toml constraints.txt
