@@ -43,7 +43,7 @@ study: $(INSTALLED)  ## Does what the study's record lacks (hours), and writes i
 test: $(INSTALLED)  ## Runs the default test suite, offline.
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-all: $(INSTALLED)  ## Runs every test, the slow ones those with other releases and tools too, for which pip has to reach an index.
+test-all: $(INSTALLED)  ## Runs every test, also slow ones and those with other releases and tools.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 
 test-newest:  ## Runs the default tests with the newest releases that pip finds, as a stranger's installation has them.
