@@ -54,7 +54,7 @@ def load_in_fresh_process(folder: Path, reference: Path, prompt: str, subfolder:
         subfolder (`str`, *optional*): Where in the folder the weights are; code and tokenizer are not.
 
     Raises:
-        `RemoteLoadingError`: If the other process fails.
+        `RemoteLoadingError`: If the other process fails, or generates other tokens with a cache than without.
     """
     with tempfile.TemporaryDirectory() as cache:
         answer = Path(cache) / "answer.json"
@@ -88,7 +88,14 @@ def _answer(folder: str, reference: str, prompt: str, subfolder: str) -> RemoteL
     inputs = tokenizer(prompt, return_tensors="pt")
     room = model.config.n_positions - inputs["input_ids"].shape[1]
     new_tokens = {"max_new_tokens": min(32, max(1, room)), "do_sample": False}
-    output = model.generate(**inputs, **new_tokens, stop_strings="\n", tokenizer=tokenizer)
+    output, without_cache = (
+        model.generate(**inputs, **new_tokens, stop_strings="\n", tokenizer=tokenizer, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    if not torch.equal(output, without_cache):
+        raise RuntimeError(
+            f"generate() gives other tokens with a cache than without: {output.tolist()}, {without_cache.tolist()}"
+        )
     return RemoteLoading(
         max_difference=(logits - expected["logits"]).abs().max().item(),
         completion=tokenizer.decode(output[0], skip_special_tokens=True).partition("\n")[0],

@@ -76,6 +76,13 @@ class Environment:
         (site_packages / "shared.pth").write_text(f"{shared}\n")
 
 
+def newest_release(package: str) -> str:
+    """The version that pip would install without constraints."""
+    command = [sys.executable, "-m", "pip", "index", "versions", package, "--disable-pip-version-check"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.match(rf"{package} \(([^)]+)\)", printed)[1]
+
+
 def _needed_by(name: str) -> Iterator[importlib.metadata.Distribution]:
     """The distributions that one needs, itself among them."""
     names, seen = [name], set()

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, StaticCache, pipeline
 from transformers.integrations.executorch import convert_and_export_with_cache
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as transformers_logging
 
 from modeling_entropy_gpt import (
     EntropyGPTForCausalLM,
@@ -15,6 +16,7 @@ from modeling_entropy_gpt import (
     EntropyGPTForSequenceClassification,
     EntropyGPTForTokenClassification,
 )
+from modeling_entropy_gpt.forward_keywords import CACHE
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, SIZES, make_config, make_model, make_tokens
 from training.tokenizer import train_tokenizer
 
@@ -162,7 +164,7 @@ def test_cached_decoding_is_the_same_as_one_pass(notation, implementation):
     cache, logits, entropies = None, [], []
     for part in (tokens[:, :9], tokens[:, 9:10], tokens[:, 10:14], tokens[:, 14:]):
         outputs = model(part, past_key_values=cache, use_cache=True, output_entropies=True)
-        cache = outputs.past_key_values
+        cache = outputs.get(CACHE)
         logits.append(outputs.logits)
         entropies.append(torch.stack(outputs.attention_entropies))
     assert_close(torch.cat(logits, dim=1), expected.logits)
@@ -247,11 +249,15 @@ def test_hidden_states_and_attentions(notation):
         assert_close(-torch.special.xlogy(attention, attention).sum(dim=-1), entropies)
 
 
-def test_attentions_under_sdpa_are_refused_with_the_remedy():
+def test_attentions_under_sdpa_are_missing_with_a_hint_at_entropies(caplog):
     model = make_model("SM+LN+G")
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"set_attn_implementation\('eager'\)"):
-        model(make_tokens(), output_attentions=True)
+    transformers_logging.warning_once.cache_clear()
+    for _ in range(2):
+        assert not model(make_tokens(), output_attentions=True).attentions
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "set_attn_implementation('eager')" in message
+    assert "output_entropies=True" in message
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

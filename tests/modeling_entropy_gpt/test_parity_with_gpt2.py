@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from modeling_entropy_gpt.forward_keywords import CACHE
 from tests.architectures import NO_DROPOUT, SIZES, make_tokens
 
 
@@ -65,8 +66,40 @@ def test_cached_decoding(twins):
     caches = {}
     for model in twins:
         prefix = model(tokens[:, :9], use_cache=True)
-        caches[model] = model(tokens[:, 9:], past_key_values=prefix.past_key_values, use_cache=True).logits
+        caches[model] = model(tokens[:, 9:], **{CACHE: prefix.get(CACHE)}, use_cache=True).logits
     torch.testing.assert_close(caches[ours], caches[gpt2], rtol=0, atol=1e-5)
+
+
+def test_token_types(twins):
+    gpt2, ours = twins
+    tokens, types = make_tokens(), make_tokens() % 2
+    expected = gpt2(tokens, token_type_ids=types).logits
+    assert (expected - gpt2(tokens).logits).abs().max() > 0.1
+    torch.testing.assert_close(ours(tokens, token_type_ids=types).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_arguments_have_gpt2s_places(twins):
+    gpt2, ours = twins
+    tokens, types = make_tokens(), make_tokens() % 2
+    positions = torch.arange(17).flip(0)[None]
+    arguments = (tokens, None, torch.ones_like(tokens), types, positions)
+    torch.testing.assert_close(ours(*arguments).logits, gpt2(*arguments).logits, rtol=0, atol=1e-5)
+
+
+def test_cross_attention_is_refused(twins):
+    states = torch.zeros(2, 5, SIZES["n_embd"])
+    for model in twins:
+        with pytest.raises(ValueError, match="cross"):
+            model(make_tokens(), encoder_hidden_states=states)
+
+
+def test_attention_matrices_under_each_implementation(twins):
+    gpt2, ours = twins
+    tokens = make_tokens()
+    expected, found = (model(tokens, output_attentions=True).attentions for model in (gpt2, ours))
+    assert len(found or ()) == len(expected or ())
+    for ours_of_layer, of_layer in zip(found or (), expected or (), strict=True):
+        torch.testing.assert_close(ours_of_layer, of_layer, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beam"])

@@ -1,0 +1,110 @@
+"""What forward passes do with keywords that they do not name."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers.models.auto import modeling_auto
+
+from modeling_entropy_gpt import (
+    EntropyGPTForCausalLM,
+    EntropyGPTForQuestionAnswering,
+    EntropyGPTForSequenceClassification,
+    EntropyGPTForTokenClassification,
+    EntropyGPTModel,
+)
+from modeling_entropy_gpt.forward_keywords import CACHE
+from tests.architectures import make_model, make_tokens
+
+
+CLASSES = (
+    EntropyGPTModel,
+    EntropyGPTForCausalLM,
+    EntropyGPTForSequenceClassification,
+    EntropyGPTForTokenClassification,
+    EntropyGPTForQuestionAnswering,
+)
+every_class = pytest.mark.parametrize("model_class", CLASSES)
+
+
+@every_class
+@pytest.mark.parametrize(
+    ("keyword", "hint"),
+    [
+        ("atention_mask", "did you mean 'attention_mask'"),
+        ("nonsense", "it takes input_ids"),
+    ],
+)
+def test_an_unknown_keyword_is_refused(model_class, keyword, hint):
+    model = make_model("SM+ScFuFFN", model_class)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'.*{hint}"):
+        model(make_tokens(), **{keyword: None})
+
+
+@every_class
+def test_keywords_of_transformers_change_nothing(model_class):
+    model = make_model("SM+ScFuFFN", model_class)
+    tokens = make_tokens()
+    given = {"num_items_in_batch": torch.tensor(32), "output_router_logits": False, "cu_seq_lens_q": None}
+    expected, (found, *_) = model(tokens), model(tokens, return_dict=False, **given)
+    assert torch.equal(found, next(iter(expected.values())))
+
+
+@every_class
+def test_token_types_are_added_and_kept_by_the_trainer(model_class, tmp_path):
+    model = make_model("SM+ScFuFFN", model_class)
+    tokens, types = make_tokens(), make_tokens()
+    embeddings = model.get_input_embeddings()
+    expected = model(inputs_embeds=embeddings(tokens) + embeddings(types), output_entropies=True)
+    found = model(tokens, token_type_ids=types, output_entropies=True)
+    torch.testing.assert_close(torch.stack(found.attention_entropies), torch.stack(expected.attention_entropies))
+    assert "token_type_ids" in inspect.signature(model.forward).parameters
+    trainer = Trainer(model, TrainingArguments(tmp_path, use_cpu=True))
+    trainer._set_signature_columns_if_needed()
+    assert "token_type_ids" in trainer._signature_columns
+
+
+@every_class
+def test_cross_attention_is_refused_unless_it_is_left_out(model_class):
+    model = make_model("SM+ScFuFFN", model_class)
+    model(make_tokens(), encoder_hidden_states=None)
+    with pytest.raises(
+        ValueError, match="encoder_hidden_states was given, but EntropyGPTModel has no cross-attention"
+    ):
+        model(make_tokens(), encoder_hidden_states=torch.zeros(2, 3, 48))
+
+
+def test_a_cache_given_twice_is_refused():
+    if CACHE == "past_key_values":
+        pytest.skip("this release of transformers has one name for it")
+    model = make_model("SM+ScFuFFN")
+    with pytest.raises(ValueError, match="two names of one thing"):
+        model(make_tokens(), past_key_values=DynamicCache(), cache=DynamicCache())
+
+
+def test_entropies_of_attention_that_is_not_causal_are_refused():
+    with pytest.raises(ValueError, match="is_causal=False"):
+        make_model("SM+ScFuFFN")(make_tokens(), is_causal=False, output_entropies=True)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "names"),
+    [
+        (EntropyGPTForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (EntropyGPTForSequenceClassification, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (EntropyGPTForTokenClassification, modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+        (EntropyGPTForQuestionAnswering, modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    ],
+)
+def test_tools_that_ask_for_the_head_of_a_class_find_it(model_class, names):
+    assert names["entropy_gpt"] == model_class.__name__
+
+
+def test_a_step_under_checkpointing_leaves_a_given_cache_alone():
+    model = make_model("SM+ScFuFFN").train()
+    model.activation_checkpointing_enable()
+    cache = DynamicCache()
+    tokens = make_tokens()
+    model(tokens, labels=tokens, past_key_values=cache).loss.backward()
+    assert cache.get_seq_length() == 0
