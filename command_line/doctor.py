@@ -12,6 +12,7 @@ class Part(StrEnum):
     train = "train"
     eval = "eval"
     private = "private"
+    onnx = "onnx"
     hub = "hub"
 
 

@@ -31,7 +31,7 @@ from .doctor import Part
 
 PROJECT = "entropy-gpt"
 CORE = "core"
-EXTRAS = (Part.train, Part.eval, Part.private)
+EXTRAS = (Part.train, Part.eval, Part.private, Part.onnx)
 # What a process may take, on a slow disk of which nothing is in memory.
 IMPORT_SECONDS, HUB_SECONDS, ENGINE_SECONDS = 120, 30, 120
 # For which the Hub may be silent.

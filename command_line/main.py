@@ -13,6 +13,7 @@ from .convert import convert
 from .doctor import doctor
 from .errors import CommandError
 from .evaluate import evaluate
+from .export import export
 from .plot import plot
 from .private import private
 from .push import push
@@ -40,6 +41,7 @@ app.command()(study)
 app.command()(doctor)
 app.command()(card)
 app.command()(push)
+app.command()(export)
 app.add_typer(private, name="private")
 
 

@@ -219,4 +219,6 @@ def describe_config(config: EntropyGPTConfig) -> dict:
     if config.entropy_regularization:
         names += ["entropy_penalty", "entropy_coefficient", "entropy_tolerance", "entropy_threshold_init"]
         names += ["entropy_maximum"]
-    return {"dropout": config.resid_pdrop, **{name: getattr(config, name) for name in names}}
+    dropouts = {name: getattr(config, name) for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")}
+    told = dropouts if len({*dropouts.values()}) > 1 else {"dropout": config.resid_pdrop}
+    return told | {name: getattr(config, name) for name in names}

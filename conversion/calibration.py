@@ -130,7 +130,7 @@ def calibrate(
         on_blocks: Called with the number of blocks after each batch, for progress.
 
     Raises:
-        `ConversionError`: If there is too little text for a fit, or activations are not finite.
+        `ConversionError`: If there is too little text for a fit, blocks have one token, or activations are not finite.
     """
     was_training = model.training
     model.eval()
@@ -272,6 +272,8 @@ class _Sums:
 def _check(calibration: Calibration):
     if not calibration.tensors:
         raise ConversionError("There is no calibration text: give at least some thousand tokens.")
+    if calibration.context < 2:
+        raise ConversionError("Blocks of 1 token have no row with a choice between keys: give at least 2.")
     if (blocks := calibration.rows // calibration.context) < HELD_OUT_EVERY:
         raise ConversionError(
             f"Too little calibration text: {blocks} blocks of {calibration.context:,} tokens, and at least "

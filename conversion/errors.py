@@ -6,4 +6,4 @@ class ConversionError(ValueError):
 
 
 class NotFiniteError(ConversionError):
-    """A converted model's predictions are not finite."""
+    """A model's weights or a converted model's predictions are not finite."""

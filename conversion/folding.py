@@ -27,13 +27,14 @@ from modeling_entropy_gpt.blocks import EntropyGPTBlock, EntropyGPTFusedFFN, Ent
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D, EntropyGPTStaticLayerNorm
 
 from .assembly import assemble
-from .errors import ConversionError
+from .errors import ConversionError, NotFiniteError
 
 
 # By how much a basis that linear FFNs are absorbed into may stretch or shrink a direction of the stream. With 18
 # fractional bits the answers of a model of six layers, trained for 1,000 steps, err as much with 8 as with 1, by a
 # twentieth more with 16, and by a sixth more with 32.
 MOST_STRETCHED = 16.0
+MOST_NAMES_SHOWN = 5
 
 
 def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
@@ -48,7 +49,9 @@ def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
 
     Raises:
         `ConversionError`: If a scale of the FFN's residual sum that is to be folded is 0.
+        `NotFiniteError`: If a tensor of the model or of the result is not finite.
     """
+    _check_finite(model.state_dict(), "The model to fold is damaged, or diverged in training")
     folded = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         for step in FOLDS:
@@ -57,9 +60,16 @@ def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
     config.entropy_regularization = False
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     tensors = {name: t.to(model.dtype) for name, t in folded.state_dict().items() if "entropy_threshold" not in name}
+    _check_finite(tensors, f"A norm constant or a temperature is 0, or {model.dtype} too narrow for what is folded")
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     return assemble(EntropyGPTForCausalLM, config, tensors, model.generation_config).eval()
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], cause: str):
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        more = f" and {len(bad) - MOST_NAMES_SHOWN} more" if len(bad) > MOST_NAMES_SHOWN else ""
+        raise NotFiniteError(f"Not finite: {', '.join(bad[:MOST_NAMES_SHOWN])}{more}. {cause}.")
 
 
 def fold_weight_normalization(model: EntropyGPTForCausalLM):
@@ -68,7 +78,7 @@ def fold_weight_normalization(model: EntropyGPTForCausalLM):
         for name, linear in parent.named_children():
             if isinstance(linear, EntropyGPTNormalizedConv1D):
                 plain = Conv1D(linear.nf, linear.nx)
-                plain.weight, plain.bias = nn.Parameter(linear.weight * linear.scale()), linear.bias
+                plain.weight, plain.bias = nn.Parameter(linear.normalized_weight()), linear.bias
                 setattr(parent, name, plain)
     model.config.weight_normalization, model.config.weight_normalization_targets = None, []
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from huggingface_hub import snapshot_download
@@ -276,14 +276,25 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index lists, all of which have to be there."""
+    """The files that an index lists, all of which have to be there, in its own folder."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ConversionError(f"{index} has no 'weight_map' from names to files. Download or save it again.")
     shards = sorted(set(weight_map.values()))
+    if outside := [shard for shard in shards if _leaves_its_folder(shard)]:
+        raise ConversionError(
+            f"{index} lists files outside of its folder: {_shorten(outside)}. Files are read from there alone: take a "
+            "checkpoint from another source, or put its files beside the index."
+        )
     if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
         raise ConversionError(f"{index} lists files that are not there: {_shorten(missing)}. Download or save them.")
     return shards
+
+
+def _leaves_its_folder(name: str) -> bool:
+    """Whether a path is absolute or goes up, by the rules of either kind of system: what Windows forbids, all do."""
+    path = PureWindowsPath(name)
+    return bool(path.anchor) or ".." in path.parts
 
 
 def _load_tensors(file: Path) -> dict[str, torch.Tensor]:

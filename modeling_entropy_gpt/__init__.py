@@ -1,5 +1,8 @@
 """EntropyGPT: a GPT-2 family without most of its non-linearities, for private inference (arXiv 2501.03489)."""
 
+import importlib.metadata
+
+from packaging.version import Version
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -7,7 +10,9 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    GPT2Config,
 )
+from transformers.utils import is_peft_available
 
 from .configuration_entropy_gpt import EntropyGPTConfig
 from .entropy_attention import entropy_attention, row_entropies
@@ -34,6 +39,14 @@ for auto_class, model_class in (
 ):
     auto_class.register(EntropyGPTConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
+
+if is_peft_available() and Version(importlib.metadata.version("peft")) >= Version("0.18"):
+    from peft.utils import constants
+
+    # What PEFT adapts where no `target_modules` are given: what it does in GPT-2, whose names these are.
+    for name, targets in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and GPT2Config.model_type in targets:
+            targets.setdefault(EntropyGPTConfig.model_type, targets[GPT2Config.model_type])
 
 __all__ = [
     "EntropyGPTConfig",

@@ -20,6 +20,7 @@ from .layers import (
     build_activation,
     build_linear,
     build_norm,
+    keep_in_graph,
 )
 
 
@@ -46,7 +47,8 @@ def eager_attention_forward(
 class EntropyGPTAttention(nn.Module):
     """
     Multi-head causal self-attention with GPT-2's weights, an optional learnable temperature (SM(t) in arXiv
-    2501.03489) and, on request, the entropy of each row, with the heads' thresholds where the config has them.
+    2501.03489). Its result is the output and the attention matrices (`None` where the implementation keeps none), as
+    of GPT-2's; if entropies are asked for, also those of all rows and the heads' thresholds, `None` without any.
     """
 
     def __init__(self, config: EntropyGPTConfig, layer_idx: int):
@@ -77,7 +79,7 @@ class EntropyGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         output_entropies: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query_states, key_states, value_states = (
             states.view(head_shape).transpose(1, 2)
@@ -93,8 +95,15 @@ class EntropyGPTAttention(nn.Module):
             query_states, key_states, value_states, attention_mask, position_ids=position_ids, **kwargs
         )
         attn_output = self.c_proj(attn_output.reshape(hidden_states.shape))
-        thresholds = self.threshold() if output_entropies and self.threshold is not None else None
-        return self.resid_dropout(attn_output), attn_weights, entropies, thresholds
+        thresholds = None
+        if self.threshold is not None and (output_entropies or self.training):
+            thresholds = self.threshold()
+            if self.training:  # a loss computed outside of the model may leave them out
+                attn_output = keep_in_graph(attn_output, thresholds)
+        attn_output = self.resid_dropout(attn_output)
+        if not output_entropies:
+            return attn_output, attn_weights
+        return attn_output, attn_weights, entropies, thresholds
 
     def _attend(self, query_states, key_states, value_states, attention_mask, **kwargs):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -165,9 +174,10 @@ class EntropyGPTFusedFFN(nn.Module):
 
 class EntropyGPTBlock(GradientCheckpointingLayer):
     """
-    A Pre-LN block. Its result is the hidden states, the entropies of its attention rows and its heads' thresholds, or
-    `None` for the latter two. They go up the stack as results: entropies caught by hooks lose their gradient under
-    checkpointing, and outside of its block a parameter is only there in part under FSDP.
+    A Pre-LN block. Its result is the hidden states, as of GPT-2's, so that tools may hook it; if entropies are asked
+    for, a tuple of them, the entropies of the attention rows and the heads' thresholds (`None` without any). These go
+    up the stack as results: entropies caught by hooks lose their gradient under checkpointing, and outside of its
+    block a parameter is only there in part under FSDP.
     """
 
     def __init__(self, config: EntropyGPTConfig, layer_idx: int):
@@ -190,9 +200,9 @@ class EntropyGPTBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         output_entropies: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         residual = hidden_states
-        attn_output, _, entropies, thresholds = self.attn(
+        attn_output, _, *entropies_and_thresholds = self.attn(
             self.ln_1(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -201,14 +211,12 @@ class EntropyGPTBlock(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = residual + attn_output
-        if self.mlp is None:
-            return hidden_states, entropies, thresholds
-
-        residual = hidden_states
-        ffn_output = self.mlp(self.ln_2(hidden_states))
-        if self.residual_scaling is None:
-            return residual + ffn_output, entropies, thresholds
-        return self.residual_scaling(residual, ffn_output), entropies, thresholds
+        if self.mlp is not None:
+            residual = hidden_states
+            ffn_output = self.mlp(self.ln_2(hidden_states))
+            scaling = self.residual_scaling
+            hidden_states = residual + ffn_output if scaling is None else scaling(residual, ffn_output)
+        return (hidden_states, *entropies_and_thresholds) if output_entropies else hidden_states
 
 
 __all__ = ["EntropyGPTAttention", "EntropyGPTBlock", "EntropyGPTFusedFFN", "EntropyGPTMLP"]

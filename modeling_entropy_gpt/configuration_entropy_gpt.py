@@ -9,6 +9,7 @@ from .releases import TESTED  # noqa: F401
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import field, fields
 from typing import Literal
 
@@ -16,9 +17,12 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 from .notation import format_notation, parse_notation
 
+
+logger = logging.get_logger(__name__)
 
 # Higher whenever a configuration may say what the code before does not know.
 CODE_VERSION = 1
@@ -45,6 +49,25 @@ GPT2_CONSTANTS = {
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
+}
+# Token ids that transformers' tools set beside the declared ones, which are no misspelling of those.
+TOKEN_IDS = frozenset({"sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id"})
+# What other models call fields of this one.
+FOREIGN_NAMES = {
+    "dropout": "resid_pdrop, embd_pdrop and attn_pdrop",
+    "hidden_dropout": "resid_pdrop",
+    "hidden_dropout_prob": "resid_pdrop",
+    "embedding_dropout": "embd_pdrop",
+    "attention_dropout": "attn_pdrop",
+    "attention_probs_dropout_prob": "attn_pdrop",
+    "activation": "activation_function",
+    "hidden_act": "activation_function",
+    "hidden_activation": "activation_function",
+    "intermediate_size": "n_inner",
+    "ffn_dim": "n_inner",
+    "d_model": "n_embd",
+    "block_size": "n_positions",
+    "layer_norm_eps": "layer_norm_epsilon",
 }
 
 
@@ -102,8 +125,8 @@ class EntropyGPTConfig(PreTrainedConfig):
         entropy_regularization (`bool`, *optional*, defaults to `False`):
             Whether the training loss contains the penalty on attention entropies (Algorithm 1).
         entropy_coefficient (`float`, *optional*, defaults to 0.16):
-            Lambda, the weight of the penalty. On a mean 0.16 is what 1e-5 is on the sum over the rows of the paper's
-            batch, 128 sequences of 128 tokens: it goes with `entropy_penalty`.
+            Lambda, the weight of the penalty. On a mean 0.16 is what 1e-5 is on the sum over the rows of a batch of
+            the paper, 128 sequences of 128 tokens: it goes with `entropy_penalty`.
         entropy_tolerance (`float`, *optional*, defaults to 0.2): Gamma, the margin as a part of the largest entropy.
         entropy_threshold_init (`float`, *optional*, defaults to 0.5):
             Initial theta of every head, as a part of the largest entropy.
@@ -111,7 +134,9 @@ class EntropyGPTConfig(PreTrainedConfig):
             The largest entropy: log T (the paper), or log i for row i, which is what a causal mask allows.
         entropy_penalty (`"head_mean"`, `"row_mean"` or `"row_sum"`, *optional*, defaults to `"head_mean"`):
             What is squared and how it is reduced: a head's mean entropy (Algorithm 1); each row's, averaged; or each
-            row's, summed over the batch (the paper's public code, with a lambda of 1e-5).
+            row's, summed over all parts of an optimiser step, on all ranks. The paper's public code sums over each
+            part and averages over accumulation steps and ranks: its lambda of 1e-5 at 128 sequences x 4 steps is
+            2.5e-6 here.
         detect_divergence (`bool`, *optional*, defaults to `False`):
             Whether training stops at the first non-finite value with an error that names the layer.
         code_version (`int`, *optional*): Of the code that the configuration was written for.
@@ -137,6 +162,7 @@ class EntropyGPTConfig(PreTrainedConfig):
         "attention_entropies",
         "visible_keys",
         "entropy_thresholds",
+        "packed_sequences",
         "cross_entropy_loss",
         "entropy_loss",
         "penalized_share",
@@ -189,10 +215,7 @@ class EntropyGPTConfig(PreTrainedConfig):
     code_version: int = CODE_VERSION
 
     def __post_init__(self, **kwargs):
-        self._reject_misspelt_fields(kwargs)
-        for name, value in GPT2_CONSTANTS.items():
-            if kwargs.get(name, value) != value:
-                raise ValueError(f"{name}={kwargs[name]} is not supported: EntropyGPT has GPT-2's default, {value}.")
+        self._reject_mistaken_names(kwargs)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
@@ -200,18 +223,28 @@ class EntropyGPTConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """
         As every configuration's; what is given in place of the file's values is checked too, as `from_pretrained`
-        hands it on.
+        hands it on. A name of the file that looks like another one of a field stays an attribute, with a warning.
 
         Raises:
-            `ValueError`: If a keyword is a near miss of a field, or the file was written by newer code.
+            `ValueError`: If a keyword looks like a field's name misspelt, or the file was written by newer code.
             `StrictDataclassError`: If a value is not allowed, or does not go with the rest.
         """
         _check_code_version(config_dict.get("code_version", CODE_VERSION))  # before values that only it knows
-        cls._reject_misspelt_fields(kwargs)
-        result = super().from_dict(config_dict, **kwargs)
+        cls._reject_mistaken_names(kwargs)
+        mistaken = cls._mistaken_names(config_dict)
+        known = {name: value for name, value in config_dict.items() if name not in mistaken}
+        result = super().from_dict(known, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
+        for name, hint in mistaken.items():
+            logger.warning_once(f"The configuration that is loaded has {name!r}, which has no effect{hint}")
+            setattr(config, name, config_dict[name])
         config.validate()
         return result
+
+    @classmethod
+    def from_json_file(cls, json_file) -> "EntropyGPTConfig":
+        """As [`from_dict`], from the path of a file."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
     def from_notation(cls, text: str, **sizes) -> "EntropyGPTConfig":
@@ -251,10 +284,16 @@ class EntropyGPTConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation: ranges, and rules between fields."""
         super().validate_architecture()
         _check_code_version(self.code_version)
+        self._check_constants()
         self._check_numbers()
         self._check_sizes()
         self._check_ffn()
         self._check_weight_normalization()
+
+    def _check_constants(self):
+        for name, value in GPT2_CONSTANTS.items():
+            if (given := getattr(self, name, value)) != value:
+                raise ValueError(f"{name}={given} is not supported: EntropyGPT has GPT-2's default, {value}.")
 
     def _check_numbers(self):
         for name in (f.name for f in fields(self)):
@@ -328,15 +367,25 @@ class EntropyGPTConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def _reject_misspelt_fields(cls, kwargs: dict):
-        """transformers stores unknown fields silently; a near miss of a field of this family is an error instead."""
+    def _mistaken_names(cls, names: Iterable[str]) -> dict[str, str]:
+        """Those that look as if they were to be a field's, which they are not, each with what was meant."""
         own_names = [*(f.name for f in fields(EntropyGPTConfig)), *cls.attribute_map]
-        for name in kwargs.keys() - INHERITED_FIELDS - {*own_names}:
-            if hint := _did_you_mean(name, own_names):
-                raise ValueError(f"{name!r} is no field of {cls.__name__}{hint}")
+        hints = {
+            name: f"; here it is {FOREIGN_NAMES[name]}." if name in FOREIGN_NAMES else _did_you_mean(name, own_names)
+            for name in set(names) - INHERITED_FIELDS - TOKEN_IDS - {*own_names}
+        }
+        return {name: hint for name, hint in sorted(hints.items()) if hint}
+
+    @classmethod
+    def _reject_mistaken_names(cls, keywords: dict):
+        """transformers stores unknown keywords silently, whatever they were to do."""
+        for name, hint in cls._mistaken_names(keywords).items():
+            raise ValueError(f"{name!r} is no field of {cls.__name__}{hint}")
 
 
 def _check_code_version(version: int):
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"code_version={version!r} has to be a whole number from 1, or be left out.")
     if version > CODE_VERSION:
         raise ValueError(
             f"code_version={version}: the model was saved by a newer EntropyGPT than this code, which is of version "

@@ -84,6 +84,15 @@ class EntropyGPTEntropyThreshold(nn.Module):
         return self.entropy_threshold.clone()
 
 
+def keep_in_graph(hidden_states: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """
+    The hidden states, bit for bit, whose gradient gives the parameter one of zero. Data parallelism waits for a
+    gradient of every parameter, also where the loss is computed without it.
+    """
+    never = torch.zeros((), dtype=torch.bool, device=hidden_states.device)
+    return torch.where(never, parameter.sum().to(hidden_states.dtype), hidden_states)
+
+
 class EntropyGPTResidualScaling(nn.Module):
     """The FFN's residual sum with learnable scales, `beta * residual + ffn_output / alpha` (arXiv 2501.03489)."""
 
@@ -104,12 +113,14 @@ class EntropyGPTNormalizedConv1D(nn.Module):
     The weights used are `weight * scale`, with a scale for each output feature:
     - `"weight"`: `gain / |weights of that feature|`, with a learnable gain a feature (Salimans & Kingma, 2016);
     - `"spectral"`: `gain / largest singular value of the group's matrix`, with the gain a constant, 1 from scratch
-      (Miyato et al., 2018). The singular value follows the weights by one power iteration in each forward
-      pass of training ([`update_singular_vectors`]).
-    Features of other groups have scale 1. So the normalisation costs nothing once folded into plain weights.
+      (Miyato et al., 2018). The singular value follows weights that are trained by one power iteration in each
+      forward pass of training ([`update_singular_vectors`]).
+    Features of other groups have scale 1, and weights that are all zero stay zero. So the normalisation costs nothing
+    once folded into plain weights.
 
-    It is no subclass of `Conv1D`, so that tools which write into the weights of one (PEFT, when it merges an adapter)
-    refuse it: what they add would be scaled too.
+    It is no subclass of `Conv1D`, so that tools which write into the weights of one refuse it or pass it over: what
+    they add would be scaled too. PEFT refuses it in `target_modules` and leaves it out of `"all-linear"`; an adapter
+    of the weights before they are normalised (`target_parameters`) is the one that can be merged.
 
     Args:
         nf (`int`): Number of output features.
@@ -138,50 +149,63 @@ class EntropyGPTNormalizedConv1D(nn.Module):
         return f"nf={self.nf}, nx={self.nx}, kind={self.kind!r}, normalized_groups={self.normalized_groups}"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight * self.scale()
+        weight = self.normalized_weight()
         output = torch.addmm(self.bias, hidden_states.view(-1, self.nx), weight)
         return output.view(*hidden_states.shape[:-1], self.nf)
 
-    def scale(self) -> torch.Tensor:
-        """The factor of each output feature's weights, of shape `(nf,)`."""
-        weight = self._normalized(self.weight)
+    def normalized_weight(self) -> torch.Tensor:
+        """The weights used, of shape `(nx, nf)`."""
+        groups = self._normalized(self.weight)
         if self.kind == "weight":
-            norm = weight.norm(dim=1)
+            norm = groups.norm(dim=1)
         else:
-            right = self.singular_vectors.clone()  # autograd keeps it, and the next forward pass changes the buffer
-            left = nn.functional.normalize(torch.einsum("gio,go->gi", weight.detach(), right), dim=-1)
-            norm = torch.einsum("gi,gio,go->g", left, weight, right)[:, None]
-        factors = (self.gain / norm).expand(-1, self.group_size).unbind()
-        ones = self.weight.new_ones(self.group_size)
+            # A copy: autograd keeps it, and the next forward pass changes the buffer.
+            right = self.singular_vectors.to(groups.dtype, copy=True)
+            left = _to_length_one(torch.einsum("gio,go->gi", groups.detach(), right))
+            norm = torch.einsum("gi,gio,go->g", left, groups, right)[:, None]
+        factors = (self.gain / norm.where(norm != 0, 1)).to(groups.dtype).expand(-1, self.group_size).unbind()
+        ones = groups.new_ones(self.group_size)
         remaining = iter(factors)
-        return torch.cat([next(remaining) if normalized else ones for normalized in self.normalized_groups])
+        scale = torch.cat([next(remaining) if normalized else ones for normalized in self.normalized_groups])
+        return self.weight * scale
 
     @torch.no_grad()
     def update_singular_vectors(self, iterations: int = 1):
         """Brings the singular vectors nearer to those of the present weights."""
-        weight, right = self._normalized(gather(self.weight)), self.singular_vectors
-        for _ in range(iterations):
-            left = nn.functional.normalize(torch.einsum("gio,go->gi", weight, right), dim=-1)
-            right = nn.functional.normalize(torch.einsum("gio,gi->go", weight, left), dim=-1)
-        self.singular_vectors.copy_(right)
+        groups = self._normalized(gather(self.weight))
+        self.singular_vectors.copy_(_iterate(groups, self.singular_vectors.to(groups.dtype), iterations))
 
     def initialize(self):
         """Sets what a checkpoint did not bring, so that weight normalisation starts as the plain linear map."""
-        weight = self._normalized(self.weight)
+        groups = self._normalized(self.weight)
         if self.kind == "weight":
-            init.copy_(self.gain, weight.norm(dim=1))
-        else:
-            init.ones_(self.gain)
-            right = torch.full_like(self.singular_vectors, self.group_size**-0.5)
-            for _ in range(POWER_ITERATIONS_AT_INIT):
-                left = nn.functional.normalize(torch.einsum("gio,go->gi", weight, right), dim=-1)
-                right = nn.functional.normalize(torch.einsum("gio,gi->go", weight, left), dim=-1)
-            init.copy_(self.singular_vectors, right)
+            init.copy_(self.gain, groups.norm(dim=1))
+            return
+        init.ones_(self.gain)
+        if groups.is_meta:  # whose values are still to come; buffers are not always on that device too
+            return
+        start = torch.full_like(self.singular_vectors, self.group_size**-0.5, dtype=groups.dtype)
+        init.copy_(self.singular_vectors, _iterate(groups, start, POWER_ITERATIONS_AT_INIT))
 
     def _normalized(self, weight: torch.Tensor) -> torch.Tensor:
         """The part of the weights in the normalised groups, of shape `(groups, nx, group_size)`."""
         groups = weight.view(self.nx, len(self.normalized_groups), self.group_size).unbind(dim=1)
         return torch.stack([group for group, keep in zip(groups, self.normalized_groups, strict=True) if keep])
+
+
+def _iterate(matrices: torch.Tensor, right: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Power iterations towards the first right singular vectors of matrices; of those without any, it stays."""
+    for _ in range(iterations):
+        left = _to_length_one(torch.einsum("gio,go->gi", matrices, right))
+        found = _to_length_one(torch.einsum("gio,gi->go", matrices, left))
+        right = found.where(found.any(dim=-1, keepdim=True), right)
+    return right
+
+
+def _to_length_one(vectors: torch.Tensor) -> torch.Tensor:
+    """Zero stays zero, in half precision too, where torch's own epsilon is 0."""
+    length = vectors.norm(dim=-1, keepdim=True)
+    return vectors / length.where(length != 0, 1)
 
 
 def gather(parameter: torch.Tensor) -> torch.Tensor:
@@ -240,4 +264,5 @@ __all__ = [
     "build_linear",
     "build_norm",
     "gather",
+    "keep_in_graph",
 ]

@@ -31,9 +31,12 @@ from .blockwise_attention import blockwise_attention  # noqa: F401
 from .configuration_entropy_gpt import EntropyGPTConfig
 from .entropy_attention import entropy_attention  # noqa: F401
 from .entropy_regularization import (
+    count_tokens,
     count_visible_keys,
     entropy_penalty,
+    mean_over_sequences,
     mean_over_tokens,
+    number_sequences,
     penalized_share,
     reduce_over_batch,
 )
@@ -71,11 +74,15 @@ class EntropyGPTModelOutput(BaseModelOutputWithPast):
             `output_entropies=True`): Number of keys each row may attend to; 0 for padding.
         entropy_thresholds (`tuple(torch.Tensor)`, *optional*, returned when `output_entropies=True` by a model with
             `entropy_regularization`): Thresholds of the heads of each layer, `(heads,)`.
+        packed_sequences (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*, returned with
+            `entropy_thresholds` where positions or a 4D mask allow several sequences in one row): Which of them each
+            position belongs to, from 0.
     """
 
     attention_entropies: tuple[torch.Tensor, ...] | None = None
     visible_keys: torch.Tensor | None = None
     entropy_thresholds: tuple[torch.Tensor, ...] | None = None
+    packed_sequences: torch.Tensor | None = None
 
 
 @dataclass
@@ -83,7 +90,8 @@ class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
-            In training `cross_entropy_loss + entropy_coefficient * entropy_loss`, else the cross-entropy.
+            In training `cross_entropy_loss + entropy_coefficient * entropy_loss`, else the cross-entropy; with
+            `smoothing`, of smoothed labels.
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
         past_key_values, hidden_states, attentions, attention_entropies, visible_keys:
             As in [`EntropyGPTModelOutput`].
@@ -198,13 +206,14 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
             logger.warning_once(
                 f"{reason} in training, so the model gives no loss, and one computed elsewhere (as the Trainer does "
                 "with label_smoothing_factor, and TRL's trainers do) lacks the entropy penalty that "
-                "entropy_regularization=True asks for: give labels, or output_entropies=True and add the penalty."
+                "entropy_regularization=True asks for: give labels, and smoothing if need be, or "
+                "output_entropies=True and add the penalty."
             )
 
     def entropy_loss(
         self,
         outputs: EntropyGPTModelOutput,
-        predicted_tokens: torch.Tensor,
+        predicted: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """
@@ -212,22 +221,24 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
 
         Args:
             outputs ([`EntropyGPTModelOutput`]): The base model's, with entropies.
-            predicted_tokens (`torch.Tensor` of shape `(batch_size,)`): Tokens of each sequence in the cross-entropy.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Those of the whole batch.
+            predicted (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+                Whether the cross-entropy is of the token after each position.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Number of such tokens of the whole batch.
         """
         penalties = entropy_penalty(**self._penalty_arguments(outputs))
-        return reduce_over_batch(penalties, predicted_tokens, num_items_in_batch, self.config.entropy_penalty)
+        tokens = count_tokens(predicted, outputs.packed_sequences)
+        return reduce_over_batch(penalties, tokens, num_items_in_batch, self.config.entropy_penalty)
 
     @torch.no_grad()
     def penalized_share(
         self,
         outputs: EntropyGPTModelOutput,
-        predicted_tokens: torch.Tensor,
+        predicted: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """The share of heads or rows that are penalised, without gradient; arguments as for [`entropy_loss`]."""
         shares = penalized_share(**self._penalty_arguments(outputs))
-        return mean_over_tokens(shares, predicted_tokens, num_items_in_batch)
+        return mean_over_tokens(shares, count_tokens(predicted, outputs.packed_sequences), num_items_in_batch)
 
     def _penalty_arguments(self, outputs: EntropyGPTModelOutput) -> dict:
         """What [`entropy_penalty`] and [`penalized_share`] take."""
@@ -239,13 +250,15 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
             "tolerance": self.config.entropy_tolerance,
             "maximum": self.config.entropy_maximum,
             "penalty": self.config.entropy_penalty,
+            "sequences": outputs.packed_sequences,
         }
 
     def add_entropy_loss(self, loss: torch.Tensor, outputs: EntropyGPTModelOutput) -> torch.Tensor:
         """The loss of a head that predicts one thing for each sequence, with the penalty added in training."""
         if self.penalizes_entropy and outputs.attention_entropies is not None:
             # A mean over sequences, whatever the penalty: so is the loss of these heads, over parts of a batch too.
-            penalty = entropy_penalty(**self._penalty_arguments(outputs)).mean().to(loss.device)
+            penalties = entropy_penalty(**self._penalty_arguments(outputs))
+            penalty = mean_over_sequences(penalties, outputs.packed_sequences).to(loss.device)
             loss = loss + self.config.entropy_coefficient * penalty
         return self.check_loss(loss)
 
@@ -334,7 +347,8 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.wte(input_ids)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
+        has_positions = position_ids is not None
+        if not has_positions:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
         self._check_positions(position_ids)
@@ -354,7 +368,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if is_flash and output_entropies and causal_mask is None and not past_length:
             # Flash attention tells packed sequences by their positions; here it takes a mask.
             causal_mask = self._packed_mask(visible_keys)
-        if self.config.weight_normalization == "spectral" and self.training:
+        if self.config.weight_normalization == "spectral" and self.training and torch.is_grad_enabled():
             self._update_singular_vectors()
 
         hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
@@ -368,7 +382,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if detect_divergence:
             self._raise_if_not_finite("the embeddings", hidden_states)
         for layer_idx, block in enumerate(self.h):
-            hidden_states, entropies, thresholds = block(
+            hidden_states = block(
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
@@ -377,8 +391,10 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-            attention_entropies.append(entropies)
-            entropy_thresholds.append(thresholds)
+            if output_entropies:
+                hidden_states, entropies, thresholds = self._check_hooked(layer_idx, hidden_states)
+                attention_entropies.append(entropies)
+                entropy_thresholds.append(thresholds)
             if detect_divergence:
                 self._raise_if_not_finite(f"layer {layer_idx} (h.{layer_idx})", hidden_states)
         hidden_states = self.ln_f(hidden_states)
@@ -386,12 +402,17 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             self._raise_if_not_finite("the final norm (ln_f)", hidden_states)
 
         has_thresholds = output_entropies and self.config.entropy_regularization
+        packed_sequences = None
+        may_be_packed = has_positions if attention_mask is None else attention_mask.ndim == 4
+        if has_thresholds and may_be_packed and not past_length:
+            packed_sequences = number_sequences(visible_keys, attention_mask).to(hidden_states.device)
         return EntropyGPTModelOutput(
             last_hidden_state=hidden_states,
             **{CACHE: past_key_values if use_cache else None},
             attention_entropies=tuple(attention_entropies) if output_entropies else None,
             visible_keys=visible_keys,
             entropy_thresholds=tuple(entropy_thresholds) if has_thresholds else None,
+            packed_sequences=packed_sequences,
         )
 
     def _check_inputs(self, input_ids, inputs_embeds, position_ids):
@@ -426,6 +447,16 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             )
 
     @staticmethod
+    def _check_hooked(layer_idx: int, output: torch.Tensor | tuple) -> tuple:
+        if torch.is_tensor(output):
+            raise ValueError(
+                f"A forward hook of h[{layer_idx}] returned a tensor, but the block returns a tuple of hidden states, "
+                "entropies and thresholds if entropies are asked for, as in training with entropy_regularization: "
+                "return (hidden_states, *output[1:]) in the hook."
+            )
+        return output
+
+    @staticmethod
     def _packed_mask(visible_keys: torch.Tensor) -> torch.Tensor | None:
         """The mask of sequences packed one after the other, `(batch or 1, 1, length, length)`; `None` without any."""
         index = torch.arange(visible_keys.shape[-1], device=visible_keys.device)
@@ -435,9 +466,12 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         return ((index >= begins[..., None]) & (index <= index[:, None]))[:, None]
 
     def _update_singular_vectors(self):
-        """Once a forward, out of the blocks: a block may run twice under gradient checkpointing."""
+        """
+        Those of weights that are being trained: with frozen ones the function stays. Once a forward, out of the
+        blocks: a block may run twice under gradient checkpointing.
+        """
         for module in self.modules():
-            if isinstance(module, EntropyGPTNormalizedConv1D):
+            if isinstance(module, EntropyGPTNormalizedConv1D) and module.weight.requires_grad:
                 module.update_singular_vectors()
 
     @staticmethod
@@ -447,6 +481,37 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 f"Training diverged: non-finite values first appear in the output of {name}. Lower the learning "
                 "rate, clip gradients, or turn on ffn_residual_scaling or entropy_regularization."
             )
+
+
+def smoothed_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    smoothing: float,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    Cross-entropy of the next token in which all tokens of the vocabulary share a part of the label's weight.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
+        targets (`torch.Tensor` of shape `(batch_size, sequence_length)`): The token after each position, or -100.
+        smoothing (`float`): That part.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Predicted tokens of the whole batch.
+
+    Raises:
+        `ValueError`: If the part is not between 0 and 1.
+    """
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing={smoothing} is no part of a label's weight: give 0 to 1, as 0.1 is.")
+    targets = targets.to(logits.device)
+    total = nn.functional.cross_entropy(
+        logits.float().flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=smoothing
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != -100).sum()
+    elif torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return total / num_items_in_batch
 
 
 class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
@@ -476,6 +541,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_entropies: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        smoothing: float = 0.0,  # the Trainer takes every argument with "label" in its name for labels
         **kwargs: Unpack[TransformersKwargs],
     ) -> EntropyGPTCausalLMOutput:
         r"""
@@ -484,6 +550,9 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
                 Tokens to predict, shifted inside the model, so `labels = input_ids`. -100 is ignored.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Logits of the last so many positions only (0: of all), or of the positions given.
+            smoothing (`float`, *optional*, defaults to 0.0):
+                Part of each label's weight, from 0 to 1, that all tokens of the vocabulary share in the loss, as the
+                `Trainer`'s `label_smoothing_factor` has it; `cross_entropy_loss` is without it.
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
             output_entropies:
                 As for [`EntropyGPTModel`].
@@ -518,10 +587,14 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         if labels is not None:
             cross_entropy_loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             loss = cross_entropy_loss.clone()  # on several ranks, the Trainer multiplies it in place
+            targets = kwargs.get("shift_labels")
+            if targets is None:
+                targets = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+            if smoothing:
+                loss = smoothed_cross_entropy(logits, targets, smoothing, kwargs.get("num_items_in_batch"))
             if outputs.attention_entropies is not None and self.config.entropy_regularization:
-                targets = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else labels[:, 1:]
-                predicted_tokens = (targets != -100).sum(dim=-1).to(outputs.last_hidden_state.device)
-                weights = (predicted_tokens, kwargs.get("num_items_in_batch"))
+                predicted = (targets != -100).to(outputs.last_hidden_state.device)
+                weights = (predicted, kwargs.get("num_items_in_batch"))
                 entropy_loss = self.entropy_loss(outputs, *weights)
                 penalized_share = self.penalized_share(outputs, *weights)
                 if self.training:

@@ -12,7 +12,8 @@ A notation names what is left of a GPT-2 block: `SM+LN+G` is GPT-2 itself (softm
                                                                      activation_function (absent: identity)
                    | ["Sc"] ["Fu"] "FFN" [pruning]                   ffn_residual_scaling, ffn_type
                    | "WN(" targets ")" | "SN(" targets ")"           weight_normalization
-    pruning       := "i" k | "i[" layers "]"                         pruned_ffn_layers: the deepest k, or those listed
+    pruning       := "i" k | "i[" k ("," k)* "]"                     pruned_ffn_layers: the deepest k, or those listed
+    k             := "0" | one of "1" to "9", then any of "0" to "9"
     targets       := letters of "QKVO", in that order, and "FFN", joined by "+", such as "QK+FFN"
 
 The paper itself uses everything but `SM(t_h)`, `StaticLN`, `LeakyR`, `LearnableLeakyR`, `Act(...)`, `FuFFN` and listed
@@ -31,7 +32,10 @@ WEIGHT_NORMALIZATION_TOKENS = {"WN": "weight", "SN": "spectral"}
 FFN_TOKENS = ("FFN", "ScFFN", "FuFFN", "ScFuFFN")
 EXAMPLE = "EReg(SM(t)+ScFuFFN)"
 
-_FFN_PATTERN = re.compile(r"(Sc)?(Fu)?FFN(?:i(?:(\d+)|\[([\d,]+)\]))?")
+_FFN_PATTERN = re.compile(r"(Sc)?(Fu)?FFN(i.*)?")
+# With no more digits than a number of layers has, so that it can be read at all.
+_NUMBER = "(?:0|[1-9][0-9]{0,8})"
+_PRUNING_PATTERN = re.compile(rf"i(?:({_NUMBER})|\[({_NUMBER}(?:,{_NUMBER})*)\])")
 _ACTIVATION_PATTERN = re.compile(r"Act\((\w+)\)")
 _WEIGHT_NORMALIZATION_PATTERN = re.compile(r"(WN|SN)\((.*)\)")
 _TARGETS_PATTERN = re.compile(r"(?P<attention>Q?K?V?O?)(?P<plus>\+?)(?P<ffn>FFN)?")
@@ -49,8 +53,11 @@ def parse_notation(text: str, n_layer: int) -> dict:
         `dict`: One value for each field that a notation determines.
 
     Raises:
-        `ValueError`: If a token is unknown (the message names the nearest known one) or given twice.
+        `ValueError`: If a token is unknown (the message names the nearest known one) or given twice, or there can't be
+            so many layers.
     """
+    if not isinstance(n_layer, int) or isinstance(n_layer, bool):
+        raise ValueError(f"n_layer={n_layer!r}, beside the notation {text!r}, has to be a whole number.")
     compact = re.sub(r"\s+", "", text)
     regularized = compact.startswith("EReg(") and compact.endswith(")")
     tokens = _split_outside_brackets(compact[len("EReg(") : -1] if regularized else compact)
@@ -119,11 +126,11 @@ def _parse_token(token: str, text: str, n_layer: int) -> tuple[str, dict]:
     if match := _ACTIVATION_PATTERN.fullmatch(token):
         return "activation function", {"activation_function": match[1]}
     if match := _FFN_PATTERN.fullmatch(token):
-        scaled, fused, deepest, layers = match.groups()
+        scaled, fused, pruning = match.groups()
         return "FFN", {
             "ffn_type": "fused" if fused else "mlp",
             "ffn_residual_scaling": bool(scaled),
-            "pruned_ffn_layers": _parse_pruning(deepest, layers, text, n_layer),
+            "pruned_ffn_layers": _parse_pruning(pruning, text, n_layer) if pruning else [],
         }
     if match := _WEIGHT_NORMALIZATION_PATTERN.fullmatch(token):
         return "weight normalization", {
@@ -135,17 +142,27 @@ def _parse_token(token: str, text: str, n_layer: int) -> tuple[str, dict]:
     nearest = difflib.get_close_matches(token.lower(), by_lower_case, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"Unknown token {token!r} in the notation {text!r}; the nearest known one is {by_lower_case[nearest]!r}. "
-        f"Known are {', '.join(known)}, and FFN tokens followed by i<k> (the deepest k pruned). Example: {EXAMPLE}"
+        f"Known are {', '.join(known)}, and FFN tokens followed by i<k> (the deepest k pruned) or i[<layer>,...]. "
+        f"Example: {EXAMPLE}"
     )
 
 
-def _parse_pruning(deepest: str | None, layers: str | None, text: str, n_layer: int) -> list[int]:
-    if layers is not None:
-        return sorted({int(layer) for layer in layers.split(",") if layer})
-    count = int(deepest or 0)
-    if count > n_layer:
-        raise ValueError(f"The notation {text!r} prunes the deepest {count} layers, but n_layer={n_layer}.")
-    return list(range(n_layer - count, n_layer))
+def _parse_pruning(pruning: str, text: str, n_layer: int) -> list[int]:
+    match = _PRUNING_PATTERN.fullmatch(pruning)
+    if match is None:
+        raise ValueError(
+            f"Unknown pruning {pruning!r} in the notation {text!r}: i<k> for the deepest k layers, or i[<layer>,...] "
+            "for those listed, in digits 0 to 9 without leading zeros, such as FFNi6 or FFNi[0,2]."
+        )
+    deepest, listed = match.groups()
+    if deepest is not None:
+        if int(deepest) > n_layer:
+            raise ValueError(f"The notation {text!r} prunes the deepest {deepest} layers, but n_layer={n_layer}.")
+        return list(range(n_layer - int(deepest), n_layer))
+    layers = [int(layer) for layer in listed.split(",")]
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"The notation {text!r} lists a layer twice in {pruning!r}.")
+    return sorted(layers)
 
 
 def _format_pruning(layers: list[int], n_layer: int) -> str:

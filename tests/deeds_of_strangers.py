@@ -99,6 +99,15 @@ def go_offline(model: str, pinned: str, reference: str, other_reference: str, ad
     return answer
 
 
+def reload_adapter(adapter: str, reference: str) -> dict:
+    """An adapter and the model that it names, in one call."""
+    from peft import AutoPeftModelForCausalLM
+
+    loaded = AutoPeftModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)
+    came_along = type(loaded.get_base_model()).__module__.startswith("transformers_modules.")
+    return {"difference": _difference(loaded, reference), "came_along": came_along}
+
+
 def _compare(model: str, reference: str, **options) -> float:
     loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True, **options)
     return _difference(loaded, reference)

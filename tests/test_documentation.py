@@ -84,8 +84,11 @@ LEFT = {
     "entropy-gpt evaluate": ["evaluation_output/results.json"],
     "entropy-gpt report": ["report.html"],
     "entropy-gpt card": ["path/to/folder/README.md"],
+    "entropy-gpt export": ["exported_model/model.onnx", "exported_model/export_report.json"],
     ".venv/bin/pre-commit install": [".git/hooks/pre-commit"],
 }
+# What code begins with that a command left, by what it reads.
+MADE_BY = {"exported_model": "entropy-gpt export MODEL --onnx --cache"}
 # What it says.
 SAID = {
     "entropy-gpt train  ": ["python-stdlib-small", "codeparrot-128", "convert-gpt2-small"],
@@ -98,6 +101,7 @@ SAID = {
     "entropy-gpt private serve": ["def main("],
     "entropy-gpt private benchmark": ["to be measured", "SM+LN+G"],
     "entropy-gpt private cost": ["exponential", "EReg(SM(t)+"],
+    "entropy-gpt export": ["not linear in the graph: ", "Softmax"],
     "entropy-gpt push": ["modeling_entropy_gpt.py", "folded/model.safetensors", f"{USER}/my-model"],
 }
 
@@ -343,6 +347,9 @@ def test_blocks_say_their_language(block):
 @pytest.mark.parametrize("block", blocks("python"))
 def test_code(block, reader):
     code = replace(block.text)
+    for name, command in MADE_BY.items():
+        if name in code:
+            reader.enter(command)
     if GPT2 in code:
         (reader.folder / "block.py").write_text(code, encoding="utf-8")
         reader.shell("python block.py")
@@ -389,6 +396,7 @@ def test_no_entry_of_a_table_is_left_over():
     for table in (ADDED, TAKEN_AWAY, LEFT, SAID):
         for beginning in table:
             assert any(command.startswith(beginning) for command in all_commands), beginning
+    assert {*MADE_BY.values()} <= {without_comment(command) for command in all_commands}
     for name in REPLACED:
         assert any(re.search(_as_word(name), block.text) for block in BLOCKS), name
 

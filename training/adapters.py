@@ -3,6 +3,7 @@
 import difflib
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modeling_entropy_gpt import (
@@ -31,7 +32,8 @@ TASK_TYPES = {
 def attach_lora(model: EntropyGPTPreTrainedModel, arguments: LoraArguments) -> PeftModel:
     """
     Freezes a model but for low-rank adapters on linear maps of its blocks, and, as the flags say, its temperatures and
-    entropy thresholds where the architecture has them. The head of a classifier is trained too, as PEFT does.
+    entropy thresholds where the architecture has them. The head of a classifier is trained too, as PEFT does. An
+    adapter of normalised weights is added to them before they are normalised, so that it can be merged.
 
     Args:
         model ([`EntropyGPTPreTrainedModel`]): A model with any head; it is changed.
@@ -41,7 +43,8 @@ def attach_lora(model: EntropyGPTPreTrainedModel, arguments: LoraArguments) -> P
         `PeftModel`: Trains, saves and loads as every model of PEFT.
 
     Raises:
-        `ValueError`: If the rank is below 1, or a target is no linear map of the blocks or has normalised weights.
+        `ValueError`: If the rank is below 1, a target is no linear map of the blocks, or there is dropout before
+            adapters of normalised weights.
     """
     if arguments.lora_r is None or arguments.lora_r < 1:
         raise ValueError(f"lora_r={arguments.lora_r} is no rank of an adapter: give 1 or more, such as 8.")
@@ -54,8 +57,7 @@ def attach_lora(model: EntropyGPTPreTrainedModel, arguments: LoraArguments) -> P
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=_find_targets(model, arguments.lora_target_modules),
-        fan_in_fan_out=True,  # as Conv1D keeps its weights
+        **_find_targets(model, arguments),
         modules_to_save=[name for name, is_trained in trained_beside.items() if is_trained] or None,
     )
     return get_peft_model(model, configuration)
@@ -74,32 +76,37 @@ def merge_adapter(model: PeftModel) -> EntropyGPTPreTrainedModel:
     return model.merge_and_unload(safe_merge=True).requires_grad_(True)
 
 
-def _find_targets(model: EntropyGPTPreTrainedModel, targets: list[str]) -> list[str]:
-    """The targets by the names that PEFT takes, all of which are there and take an adapter."""
+def _find_targets(model: EntropyGPTPreTrainedModel, arguments: LoraArguments) -> dict:
+    """What PEFT takes to adapt the targets, all of which are there: their modules, or if need be their parameters."""
     maps = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, Conv1D | EntropyGPTNormalizedConv1D)
     }
+    names = sorted({".".join(name.split(".")[-2:]) for name in maps})
+    targets = arguments.lora_target_modules
+    if not targets:
+        raise ValueError(f"lora_target_modules is empty: give some of {', '.join(names)}, or {ALL_LINEAR}.")
     if ALL_LINEAR in targets:
         targets = sorted({name.rpartition(".")[2] for name in maps})
-    plain = sorted({".".join(name.split(".")[-2:]) for name, module in maps.items() if isinstance(module, Conv1D)})
-    if not targets:
-        raise ValueError(f"lora_target_modules is empty: give some of {', '.join(plain)}, or {ALL_LINEAR}.")
+    adapted: list[nn.Module] = []
     for target in targets:
-        named = [module for name, module in maps.items() if f".{name}".endswith(f".{target}")]
-        if not named:
-            short = {name.rpartition(".")[2] for name in plain}
-            nearest = difflib.get_close_matches(target, [*plain, *short, ALL_LINEAR], n=1, cutoff=0.0)[0]
+        found = [module for name, module in maps.items() if f".{name}".endswith(f".{target}")]
+        if not found:
+            short = {name.rpartition(".")[2] for name in names}
+            nearest = difflib.get_close_matches(target, [*names, *short, ALL_LINEAR], n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"lora_target_modules: {target!r} is no linear map of this model's blocks; the nearest is "
-                f"{nearest!r}. There are {', '.join(plain)} (without what is before the dot: all of that name), or "
+                f"{nearest!r}. There are {', '.join(names)} (without what is before the dot: all of that name), or "
                 f"{ALL_LINEAR}."
             )
-        if any(isinstance(module, EntropyGPTNormalizedConv1D) for module in named):
-            raise ValueError(
-                f"lora_target_modules: {target!r} has normalised weights (weight_normalization="
-                f"{model.config.weight_normalization!r}), by which an adapter merged into them would be scaled too. "
-                f"{'Plain are ' + ', '.join(plain) if plain else 'No map of this model is plain'}."
-            )
-    return targets
+        adapted += found
+    if not any(isinstance(module, EntropyGPTNormalizedConv1D) for module in adapted):
+        return {"target_modules": targets, "fan_in_fan_out": True}  # as Conv1D keeps its weights
+    if arguments.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={arguments.lora_dropout} can't be had with adapters of normalised weights (there is "
+            f"weight_normalization={model.config.weight_normalization!r} among {', '.join(targets)}), since they are "
+            "added to the weights rather than to what these yield: set lora_dropout=0, or adapt other maps."
+        )
+    return {"target_modules": [], "target_parameters": [f"{target}.weight" for target in targets]}

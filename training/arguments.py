@@ -109,7 +109,9 @@ class LoraArguments:
         default=None, metadata={"help": "Rank of the adapters; with it, only they are trained."}
     )
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapters; 0 for normalised weights."}
+    )
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["c_attn"], metadata={"help": "Linear maps that get adapters, or all-linear."}
     )

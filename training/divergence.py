@@ -96,7 +96,7 @@ class DivergenceGuard(TrainerCallback, ExportableState):
         self.slowdown *= SLOWDOWN
 
 
-def find_first_bad_layer(model: nn.Module, inputs: dict[str, Any]) -> str:
+def find_first_bad_layer(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, str]:
     """
     Where a forward pass first yields a value that is not finite; or, if it does nowhere, behind which block the
     residual stream is largest. Takes a forward pass.
@@ -104,6 +104,10 @@ def find_first_bad_layer(model: nn.Module, inputs: dict[str, Any]) -> str:
     Args:
         model (`nn.Module`): An EntropyGPT of any head, wrapped or not.
         inputs (`dict`): A batch, as the model takes it.
+
+    Returns:
+        `tuple[float, str]`: The largest deviation of the residual stream, infinity if a value is not finite, and the
+        place in words.
     """
     base = base_model(model)
     places = {base.wte: "the embeddings (wte)"}
@@ -123,9 +127,10 @@ def find_first_bad_layer(model: nn.Module, inputs: dict[str, Any]) -> str:
         for handle in handles:
             handle.remove()
     if bad := [place for place, scale in found if not math.isfinite(scale)]:
-        return f"values that are not finite first appear in the output of {bad[0]}"
+        return math.inf, f"values that are not finite first appear in the output of {bad[0]}"
     place, scale = max((entry for entry in found if entry[0].startswith("layer")), key=lambda entry: entry[1])
-    return f"every layer is finite, and the residual stream is largest behind {place}: a deviation of {scale:.3g}"
+    text = f"every layer is finite, and the residual stream is largest behind {place}: a deviation of {scale:.3g}"
+    return scale, text
 
 
 def base_model(model: nn.Module) -> EntropyGPTModel:

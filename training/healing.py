@@ -115,7 +115,8 @@ class HealingTrainer(EntropyTrainer):
         kwargs: As for an [`EntropyTrainer`].
 
     Raises:
-        `ValueError`: If there are several processes or devices, or a schedule with `activation_checkpointing`.
+        `ValueError`: If there are several processes or devices, a schedule with `activation_checkpointing`, or
+            `label_smoothing_factor`.
     """
 
     def __init__(
@@ -135,6 +136,12 @@ class HealingTrainer(EntropyTrainer):
             raise ValueError(
                 "activation_checkpointing=True would take each row into the constants of gated norms twice: train "
                 "without it, or without a schedule."
+            )
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor}: the loss of healing is weighted against "
+                "the cross-entropy, without smoothing; leave it out. HealingLoss(logits=..., temperature=...) takes "
+                "soft labels from the original."
             )
         self.healing_loss = healing_loss
         self.original = original.to(self.args.device).eval()
@@ -181,6 +188,11 @@ class HealingTrainer(EntropyTrainer):
             distance = residual_scale_distance(stream, self.residual_scale, predicted, num_items)
             loss = loss + weights.residual_scale * distance
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self._close_gates()  # whose time has come with the last step
+        return result
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._close_gates()

@@ -25,6 +25,8 @@ ScheduleKind = Literal["gate", "staircase"]
 REFRESHMENT = 0.05
 # On a cosine, rows with constants of their own give them up in the last part of the schedule.
 SPECIAL_ROWS_FROM = 0.8
+# To which a clock is read.
+DECIMALS = 6
 
 
 class GatedNorm(nn.Module):
@@ -148,10 +150,11 @@ class RemovalSchedule:
         return sum(self._openness(index, clock) == 0 for index in range(len(self.removals)))
 
     def _openness(self, index: int, clock: float) -> float:
+        """A clock that is a sum of many steps may be short of where it should be by their rounding."""
         if self.kind == "staircase":
-            return float(clock * len(self.removals) < index + 1)
+            return float(round(clock * len(self.removals), DECIMALS) < index + 1)
         begin, end = (SPECIAL_ROWS_FROM, 1.0) if self.removals[index].gate is None else (0.0, SPECIAL_ROWS_FROM)
-        part = min(max((clock - begin) / (end - begin), 0.0), 1.0)
+        part = min(max(round((clock - begin) / (end - begin), DECIMALS), 0.0), 1.0)
         return 0.0 if part == 1 else (1 + math.cos(math.pi * part)) / 2
 
 

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-
-from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .arguments import EntropyTrainingArguments
 from .callbacks import find_callback
 from .checkpoints import STAGING, seal
 from .divergence import MOST_ROLLBACKS, DivergenceGuard, base_model, find_first_bad_layer
 from .files import delete
+from .model_loss import ModelLoss
 
 
 # Scalars and vectors that weight decay would pull away from what they mean, and the argument with the multiple of the
@@ -37,14 +37,15 @@ LOGGED = ("cross_entropy_loss", "entropy_loss", "penalized_share")
 OTHER_LOSS = "other_loss"
 
 
-class EntropyTrainer(Trainer):
+class EntropyTrainer(ModelLoss, Trainer):
     """
     A `Trainer` for this family. The loss, with its entropy penalty, is the model's own, so a plain `Trainer` works
     too; this one adds:
-    - no weight decay on temperatures, thresholds, residual scales and gains, as in the public code's recipe (arXiv
-      2501.03489), nor on norms of any kind, and multiples of the learning rate for them;
+    - no weight decay on temperatures, thresholds, residual scales and gains, nor on norms of any kind, and multiples
+      of the learning rate for them;
     - `cross_entropy_loss`, `entropy_loss` and `penalized_share` in the logs, means over the steps since the last log
       and over all ranks;
+    - labels that `label_smoothing_factor` smooths in the model's own loss, beside the penalty ([`ModelLoss`]);
     - a [`DivergenceGuard`], which stops a run whose loss is not finite or explodes, or takes it back to the last
       checkpoint's state (or the run's beginning) at half the learning rate, and tells where it began;
     - checkpoints that get their name once they are whole, sealed by hashes.
@@ -53,8 +54,8 @@ class EntropyTrainer(Trainer):
         guard ([`DivergenceGuard`], *optional*): One that does more. Else one that does what `on_divergence` says.
 
     Raises:
-        `ValueError`: If `label_smoothing_factor` or `compute_loss_func` is given for a model with
-            `entropy_regularization`: both make the `Trainer` compute a loss of its own, without the penalty.
+        `ValueError`: If the loss of a model with `entropy_regularization` would be the `Trainer`'s, without the
+            penalty: by `compute_loss_func`, or by `label_smoothing_factor` for another head than a language model's.
     """
 
     args: EntropyTrainingArguments
@@ -159,9 +160,10 @@ class EntropyTrainer(Trainer):
             self._diverge(str(error))
             self._step_is_void = not is_last_part
             return torch.tensor(math.nan, device=self.args.device)
+        own_sums = self._step_sums  # before they are those of all ranks
         if is_last_part and (reason := self._find_divergence()):
             part = "" if self.current_gradient_accumulation_steps == 1 else "in the last part of the batch, "
-            self._diverge(f"{reason}; {part}{find_first_bad_layer(model, self._prepare_inputs(inputs))}")
+            self._diverge(f"{reason}; {part}{self._find_place(model, inputs, _loss_of(own_sums))}")
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -175,7 +177,7 @@ class EntropyTrainer(Trainer):
         if "loss" in logs and self._logged_steps:
             logs |= {name: value.item() / self._logged_steps for name, value in self._logged_sums.items()}
             self._logged_sums, self._logged_steps = {}, 0
-        if "eval_loss" in logs and any(isinstance(module, EntropyGPTForCausalLM) for module in self.model.modules()):
+        if "eval_loss" in logs and self.is_language_model:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         super().log(logs, start_time)
 
@@ -196,14 +198,21 @@ class EntropyTrainer(Trainer):
     def _find_divergence(self) -> str | None:
         """Takes up what this step's batches gave; why they can't be trusted, or `None` if they can."""
         sums, self._step_sums = self._over_ranks(self._step_sums), {}
-        loss = sums[LOGGED[0]] if LOGGED[0] in sums else sums[OTHER_LOSS]
-        reason = self.guard.observe(loss.item())
+        reason = self.guard.observe(_loss_of(sums).item())
         if reason is None:
             for name in LOGGED:
                 if name in sums:
                     self._logged_sums[name] = self._logged_sums.get(name, 0.0) + sums[name]
             self._logged_steps += 1
         return reason
+
+    def _find_place(self, model, inputs, own_loss: torch.Tensor) -> str:
+        """Where this step's batches go wrong, in words, by the rank that has the worst of them."""
+        scale, place = find_first_bad_layer(model, self._prepare_inputs(inputs))
+        if self.accelerator.num_processes == 1:
+            return place
+        own = (scale == math.inf, not math.isfinite(own_loss), scale, f"on rank {self.args.process_index}, {place}")
+        return max(gather_object([own]))[-1]
 
     def _over_ranks(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Parts of all ranks together: they add up where each is divided by the tokens of all."""
@@ -304,3 +313,8 @@ class EntropyTrainer(Trainer):
         if self.state.best_global_step and self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder / written.name)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+
+def _loss_of(sums: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the guard looks at, of a step's sums."""
+    return sums[LOGGED[0]] if LOGGED[0] in sums else sums[OTHER_LOSS]

@@ -37,7 +37,7 @@ from tests.hub_server import TOKEN, USER, WRONG_TOKEN
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
 ROOT = Path(__file__).parents[2]
 # What a command may not need to tell that it is missing.
-EXTRA_MODULES = ("datasets", "peft", "accelerate", "evaluate", "jinja2", "lm_eval", "matplotlib", "spu", "jax")
+EXTRA_MODULES = ("datasets", "peft", "accelerate", "evaluate", "jinja2", "lm_eval", "matplotlib", "spu", "jax", "onnx")
 INSTALL_EVAL = 'pip install "entropy-gpt[eval]"'
 SECONDS = 60
 
@@ -79,7 +79,7 @@ def found(section: Section, subject: str) -> str:
 @pytest.mark.private
 def test_all_is_well_here(hub, tmp_path):
     pytest.importorskip("spu")
-    required = [word for part in ("train", "eval", "private", "hub") for word in ("--require", part)]
+    required = [word for part in ("train", "eval", "private", "onnx", "hub") for word in ("--require", part)]
     result = run(*required, environment=hub.environment(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
@@ -140,7 +140,7 @@ def test_an_unknown_part_is_refused_with_what_is_allowed():
     result = run("--require", "gpu", environment={**os.environ})
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert all(f"'{part}'" in line for part in ("gpu", "train", "eval", "private", "hub"))
+    assert all(f"'{part}'" in line for part in ("gpu", "train", "eval", "private", "onnx", "hub"))
 
 
 def test_help_shows_an_example():

@@ -194,9 +194,9 @@ def test_a_damaged_checkpoint_is_passed_over(run, finished):
 
 def test_two_ranks_take_the_course_of_one(run, finished):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    no_dropout = ("resid_pdrop=0", "embd_pdrop=0", "attn_pdrop=0")
-    one = run(*no_dropout, output="one")
-    two = run(*no_dropout, "per_device_train_batch_size=4", output="ranks", launcher=launcher)
+    settings = ("resid_pdrop=0", "embd_pdrop=0", "attn_pdrop=0", "label_smoothing_factor=0.1")
+    one = run(*settings, output="one")
+    two = run(*settings, "per_device_train_batch_size=4", output="ranks", launcher=launcher)
     for process in (one, two):
         assert process.returncode == 0, process.stderr[-3000:]
         assert process.stdout.count("model, ready for the Hub") == 1
@@ -259,6 +259,16 @@ def test_divergence_is_a_result(run):
     assert [record["action"] for record in run.records("diverged") if record["kind"] == "divergence"] == ["stop"]
 
 
+def test_labels_are_smoothed_beside_the_penalty(run):
+    process = run("label_smoothing_factor=0.3", "max_steps=4", "logging_steps=1", output="smoothed")
+    assert process.returncode == 0, process.stderr
+    (first, *_) = (record for record in run.records("smoothed") if "cross_entropy_loss" in record)
+    assert first["entropy_loss"] > 0
+    # All tokens are about as likely yet, so what smoothing adds is small, but there.
+    added = first["loss"] - first["cross_entropy_loss"] - 0.16 * first["entropy_loss"]
+    assert 1e-4 < abs(added) < 0.1
+
+
 def test_a_dry_run_writes_nothing(run):
     before = sorted(run.folder.rglob("*"))
     process = subprocess.run([*run.command(output="dry"), "--dry-run"], cwd=run.folder, capture_output=True, text=True)
@@ -277,7 +287,6 @@ def test_a_dry_run_writes_nothing(run):
         (["context=64", "n_positions=32"], "context=64: the model has n_positions=32"),
         (["vocab_size=100"], "tokenizer_vocab_size=300 is more than vocab_size=100"),
         (["save_only_model=true"], "save_only_model=true leaves checkpoints that no run can go on from"),
-        (["label_smoothing_factor=0.1"], "label_smoothing_factor"),
         (["learning_rate=[1, 2]"], "learning_rate=[1, 2] is a list"),
         (["dataset=nowhere.txt"], "nowhere.txt"),
         (["streaming=true", "max_steps=-1"], "max_steps"),

@@ -165,6 +165,8 @@ def test_too_little_text_and_wrong_weights_are_refused():
         calibrate(model, [])
     with pytest.raises(ConversionError, match=r"Too little calibration text: 4 blocks of 60 tokens, and at least 5"):
         calibrate(model, make_tokens(HELD_OUT_EVERY - 1, 60).split(1))
+    with pytest.raises(ConversionError, match=r"Blocks of 1 token .* at least 2"):
+        calibrate(model, [make_tokens(HELD_OUT_EVERY, 1)])
     with pytest.raises(ConversionError, match=r"Too little calibration text: 48 tokens to fit 48 features"):
         calibrate(model, [make_tokens(HELD_OUT_EVERY, 12)])
     assert not any(module._forward_hooks for module in model.modules())

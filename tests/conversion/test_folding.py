@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, NotFiniteError
 from conversion.folding import FOLDS, MOST_STRETCHED, absorb_linear_ffns, fold, list_absorbable_ffns
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D, EntropyGPTStaticLayerNorm
@@ -97,6 +97,54 @@ def test_a_scale_of_zero_stays_where_scales_are_not_folded():
     model = make_asymmetric("SM+LN+G+ScFFN")
     model.transformer.h[1].residual_scaling.ffn_beta.zero_()
     assert largest_difference(model, fold(model)) < 1e-5
+
+
+@torch.no_grad()
+def test_columns_of_zeros_under_weight_normalisation_stay_zero():
+    model = make_asymmetric("SM+ScFFN+WN(QKV+FFN)")
+    for name in ("attn.c_attn", "mlp.c_fc"):
+        model.transformer.h[1].get_submodule(name).weight[:, 3] = 0
+    assert model(make_tokens()).logits.isfinite().all()
+    folded = fold(model)
+    assert not folded.transformer.h[1].attn.c_attn.weight[:, 3].any()
+    assert largest_difference(model, folded) < 1e-5
+
+
+def zero_norm_constant(model):
+    model.transformer.h[1].ln_1.standard_deviation.zero_()
+
+
+def enormous_temperature(model):
+    model.transformer.h[1].attn.temperature.log_temperature[2] = -1e5
+
+
+def enormous_scale(model):
+    model.transformer.h[1].residual_scaling.ffn_beta.fill_(1e30)
+    model.transformer.h[2].residual_scaling.ffn_beta.fill_(1e30)
+
+
+def damaged_weight(model):
+    model.transformer.h[1].attn.c_attn.weight[0, 0] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            zero_norm_constant,
+            r"finite: transformer\.h\.1\.attn\.c_attn\.weight\. A norm constant or a temperature is 0",
+        ),
+        (enormous_temperature, r"finite: transformer\.h\.1\.attn\.c_attn\.weight, .*bias\. A norm constant"),
+        (enormous_scale, r"finite: lm_head\.weight\. .* or torch\.float32 too narrow"),
+        (damaged_weight, r"finite: transformer\.h\.1\.attn\.c_attn\.weight\. The model to fold is damaged"),
+    ],
+)
+@torch.no_grad()
+def test_what_is_not_finite_is_named(change, message):
+    model = make_asymmetric("SM(t_h)+StaticLN+ScFFN", final_normalization="none")
+    change(model)
+    with pytest.raises(NotFiniteError, match=message):
+        fold(model)
 
 
 @pytest.mark.parametrize("step", FOLDS, ids=lambda step: step.__name__)

@@ -143,6 +143,23 @@ def test_damaged_indices_are_named(index, message, tmp_path):
         load_gpt2(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "outside", ["../secret.safetensors", "/secret.safetensors", "..\\\\secret.safetensors", "C:secret"]
+)
+def test_an_index_that_points_outside_of_its_folder_is_refused(outside, tmp_path):
+    make_gpt2().save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = next(iter(content["weight_map"].values()))
+    if outside.startswith("/"):
+        outside = str(tmp_path / outside[1:])
+    (tmp_path / "model" / shard).rename(tmp_path / "secret.safetensors")
+    content["weight_map"] = {name: outside if file == shard else file for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    with pytest.raises(ConversionError, match=r"index\.json lists files outside of its folder: .*secret"):
+        load_gpt2(tmp_path / "model")
+
+
 def test_a_tensor_that_comes_twice_is_named(tmp_path):
     make_gpt2().save_pretrained(tmp_path / "spellings")
     change_weights(tmp_path / "spellings", lambda t: t.update({"ln_f.bias": t["transformer.ln_f.bias"].clone()}))

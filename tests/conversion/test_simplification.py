@@ -71,9 +71,9 @@ def test_exact_steps_keep_the_function_and_their_model(name):
     # Spectral normalisation follows the weights in training; a first step must find it where it is.
     for module in result.modules():
         if isinstance(module, EntropyGPTNormalizedConv1D) and module.kind == "spectral":
-            scale = module.scale()
+            weight = module.normalized_weight()
             module.update_singular_vectors(20)
-            torch.testing.assert_close(module.scale(), scale)
+            torch.testing.assert_close(module.normalized_weight(), weight)
 
 
 def test_a_static_final_norm_goes_into_the_head():

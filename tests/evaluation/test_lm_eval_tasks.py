@@ -20,6 +20,7 @@ from evaluation.task_scores import LOCAL_TASKS, TASK_FOLDER, TaskError, check_ta
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES
 from tests.strangers import run_stranger
+from tests.wheel import build_wheel
 
 from . import lm_eval_of_strangers
 from .task_files import (
@@ -299,14 +300,7 @@ def test_neither_tasks_nor_data_depend_on_the_working_directory(tmp_path, monkey
 
 
 def test_wheel_holds_the_tasks(tmp_path):
-    packages = ("modeling_entropy_gpt", "conversion", "training", "evaluation", "command_line", "model_cards")
-    for package in packages:
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    build = "from setuptools.build_meta import build_wheel; build_wheel('wheel')"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    wheel = build_wheel(tmp_path)
     wanted = {
         path.relative_to(ROOT).as_posix()
         for path in TASK_FOLDER.rglob("*")

@@ -2,12 +2,15 @@
 
 import json
 import math
+import tempfile
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, GPT2Config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, GenerationConfig, GPT2Config, LlamaConfig
 
-from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, configuration_entropy_gpt
 from modeling_entropy_gpt.configuration_entropy_gpt import CODE_VERSION
 from tests.architectures import ARCHITECTURES, make_config
 
@@ -44,6 +47,14 @@ def test_reads_the_config_of_a_gpt2_checkpoint():
     [
         ({"n_head": 5, "n_embd": 48}, ["n_head=5", "n_embd=48", "4"]),
         ({"n_layer": 0}, ["n_layer=0", "at least 1"]),
+        ({"n_head": 0}, ["n_head=0", "at least 1"]),
+        ({"num_attention_heads": 0}, ["n_head=0", "at least 1"]),
+        ({"n_layer": True}, ["n_layer", "int", "True"]),
+        ({"pruned_ffn_layers": [True]}, ["pruned_ffn_layers", "index 0"]),
+        ({"resid_pdrop": True}, ["resid_pdrop", "float", "True"]),
+        ({"code_version": -1}, ["code_version=-1", "whole number from 1"]),
+        ({"code_version": 0}, ["code_version=0", "whole number from 1"]),
+        ({"scale_attn_weights": False}, ["scale_attn_weights=False is not supported", "True"]),
         ({"n_inner": 0}, ["n_inner=0", "None"]),
         ({"attn_pdrop": 1.5}, ["attn_pdrop=1.5", "between 0 and 1"]),
         ({"ffn_type": "fused", "activation_function": "relu"}, ["fused", "'relu'", "activation_function='identity'"]),
@@ -85,11 +96,87 @@ def test_mistakes_are_named_with_what_is_allowed(fields, words):
         ("ffn_alpha_int", "ffn_alpha_init"),
         ("num_hidden_layer", "num_hidden_layers"),
         ("n_heads", "n_head"),
+        ("n_layers", "n_layer"),
+        ("dropout", "resid_pdrop, embd_pdrop and attn_pdrop"),
+        ("attention_dropout", "attn_pdrop"),
+        ("activation", "activation_function"),
+        ("hidden_act", "activation_function"),
+        ("intermediate_size", "n_inner"),
+        ("layer_norm_eps", "layer_norm_epsilon"),
     ],
 )
 def test_misspelt_fields_are_refused_with_the_right_name(misspelt, meant):
     with pytest.raises(ValueError, match=f"{misspelt}.*{meant}"):
         EntropyGPTConfig(**{misspelt: 1})
+    with pytest.raises(ValueError, match=f"{misspelt}.*{meant}"):
+        EntropyGPTConfig.from_dict({}, **{misspelt: 1})
+
+
+@pytest.mark.parametrize("name", ["sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id"])
+def test_token_ids_of_transformers_are_no_misspelling(name):
+    assert getattr(EntropyGPTConfig(**{name: 7}), name) == 7
+
+
+@pytest.mark.parametrize("name", ["n_layers", "eot_token_id", "vocab_sizes", "dropout", "activation", "hidden_act"])
+def test_a_name_that_is_mistaken_in_a_file_is_kept_and_warned_of(name, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(configuration_entropy_gpt.logger, "warning_once", said.append)
+    config = EntropyGPTConfig(n_layer=3)
+    setattr(config, name, 5)
+    config.save_pretrained(tmp_path)
+    for load in (EntropyGPTConfig.from_pretrained, AutoConfig.from_pretrained):
+        loaded = load(tmp_path, n_head=6)
+        assert (getattr(loaded, name), loaded.n_layer, loaded.n_head) == (5, 3, 6)
+    assert getattr(EntropyGPTConfig.from_json_file(tmp_path / "config.json"), name) == 5
+    (hint,) = EntropyGPTConfig._mistaken_names([name]).values()
+    assert said == [f"The configuration that is loaded has {name!r}, which has no effect{hint}"] * 3
+    with pytest.raises(ValueError, match=f"'{name}' is no field"):
+        EntropyGPTConfig.from_pretrained(tmp_path, **{name: 4})
+
+
+def spelt_otherwise(name, index, letter):
+    """A name with one letter more, less or another, or two that changed places."""
+    start, end = name[: index % len(name)], name[index % len(name) :]
+    return st.sampled_from(
+        [start + letter + end, start + end[1:], start + letter + end[1:], start + end[1::-1] + end[2:]]
+    )
+
+
+OWN_NAMES = sorted({*EntropyGPTConfig().to_dict(), *EntropyGPTConfig.attribute_map})
+KNOWN_NAMES = sorted({*OWN_NAMES, *GPT2Config().to_dict(), *GenerationConfig().to_dict(), *LlamaConfig().to_dict()})
+TOKENS = ("bos", "eos", "pad", "sep", "cls", "mask", "unk", "eot", "eod", "boi", "image", "decoder_start")
+names = (
+    st.sampled_from(KNOWN_NAMES)
+    | st.sampled_from(TOKENS).map(lambda name: f"{name}_token_id")
+    | st.sampled_from(sorted(configuration_entropy_gpt.FOREIGN_NAMES))
+    | st.tuples(st.sampled_from(OWN_NAMES), st.integers(0, 30), st.sampled_from("aes_2")).flatmap(
+        lambda parts: spelt_otherwise(*parts)
+    )
+)
+scalars = st.none() | st.booleans() | st.integers(0, 12) | st.floats(0, 1) | st.sampled_from(["relu", "eager", ""])
+
+
+def saved_and_loaded(config, name, value):
+    """What comes back of an attribute, or the error that one of the steps ends with, and which step."""
+    step = "setting"
+    try:
+        setattr(config, name, value)
+        step = "saving"
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            step = "loading"
+            return step, getattr(type(config).from_pretrained(folder), name)
+    except Exception as error:  # whatever transformers raises
+        return step, type(error)
+
+
+@settings(deadline=None, max_examples=150)
+@given(names.filter(str.isidentifier), scalars | st.lists(scalars, max_size=2))
+def test_what_can_be_set_and_saved_can_be_loaded(name, value):
+    """Where GPT-2's configuration can't do it either, the name is transformers' own."""
+    step, result = saved_and_loaded(EntropyGPTConfig(), name, value)
+    if step == "loading" and result != value:
+        assert saved_and_loaded(GPT2Config(), name, value) == (step, result)
 
 
 def test_overrides_at_loading_are_checked(tmp_path):
@@ -119,6 +206,15 @@ def test_a_value_set_later_is_checked_too():
         config.normalization = "batchnorm"
 
 
+def test_what_gpt2_computes_otherwise_is_not_saved(tmp_path):
+    config = EntropyGPTConfig()
+    config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(StrictDataclassError, match="scale_attn_by_inverse_layer_idx=True is not supported"):
+        config.save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match="scale_attn_by_inverse_layer_idx=True is not supported"):
+        EntropyGPTForCausalLM(config)
+
+
 def test_a_broken_combination_is_not_saved(tmp_path):
     config = EntropyGPTConfig()
     config.ffn_type = "fused"
@@ -137,3 +233,6 @@ def test_a_configuration_of_newer_code_says_so_first(tmp_path):
         AutoConfig.from_pretrained(tmp_path)
     with pytest.raises(StrictDataclassError, match="newer EntropyGPT"):
         EntropyGPTConfig(code_version=CODE_VERSION + 1)
+    for version in (-1, 0, True, "1", None, 1.5):
+        with pytest.raises(ValueError, match=rf"code_version={version!r} has to be a whole number from 1"):
+            EntropyGPTConfig.from_dict({"code_version": version})

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
+from modeling_entropy_gpt import EntropyGPTForTokenClassification
 from modeling_entropy_gpt.entropy_regularization import (
     count_visible_keys,
     entropy_penalty,
+    number_sequences,
     penalized_share,
     reduce_over_batch,
 )
@@ -216,6 +218,94 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(reduction, maximum):
             torch.testing.assert_close(gradients[size][name], expected, rtol=1e-3, atol=1e-5 * scale, msg=name)
 
 
+def block_diagonal(position_ids):
+    """The 4D mask of documents packed in rows."""
+    documents = (position_ids == 0).cumsum(dim=-1)
+    causal = torch.ones(2 * position_ids.shape[-1:], dtype=torch.bool).tril()
+    return ((documents[:, :, None] == documents[:, None]) & causal)[:, None]
+
+
+@pytest.mark.parametrize("told_by", ["positions", "mask"])
+@pytest.mark.parametrize("maximum", MAXIMA)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_packed_documents_have_the_penalty_that_they_have_apart(reduction, maximum, told_by):
+    """Loss, penalty, share and every gradient, with all in one row and in two, against a batch with padding."""
+    fields = {"entropy_penalty": reduction, "entropy_maximum": maximum, "entropy_coefficient": 0.5}
+    model = make_model("EReg(SM(t)+ScFuFFN)", **NO_DROPOUT, **fields).train()
+    apart = padded_batch([16, 3, 5, 9, 1, 14])
+    is_token = apart["attention_mask"].bool()
+    packed = {name: tensor[is_token] for name, tensor in apart.items() if name != "attention_mask"}
+
+    def train(inputs, **options):
+        model.zero_grad()
+        outputs = model(**inputs, **options)
+        outputs.loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        return [outputs.loss, outputs.entropy_loss, outputs.penalized_share, *gradients]
+
+    expected = train(apart)
+    assert 0 < expected[2] < 1
+    for rows in (1, 2):
+        inputs = {name: tensor.view(rows, -1) for name, tensor in packed.items()}
+        options = {"attention_mask": block_diagonal(inputs["position_ids"])} if told_by == "mask" else {}
+        torch.testing.assert_close(train(inputs, **options), expected, rtol=1e-4, atol=1e-5)
+        # As one part of a larger batch, of twice as many tokens.
+        if reduction != "row_sum":
+            doubled = [2 * value for value in train(inputs, **options, num_items_in_batch=84)]
+            torch.testing.assert_close(doubled, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_packed_in_a_row_are_labelled_one_by_one():
+    """A head's penalty is the mean over documents, however many of them a row holds."""
+    model = make_model("EReg(SM(t)+ScFuFFN)", EntropyGPTForTokenClassification, **NO_DROPOUT, num_labels=2)
+    model.config.entropy_coefficient = 0.5
+    apart = padded_batch([16, 3, 5, 9, 1, 14])
+    is_token = apart["attention_mask"].bool()
+    labels = torch.where(is_token, apart["input_ids"] % 2, -100)
+    packed = {name: apart[name][is_token].view(2, -1) for name in ("input_ids", "position_ids")}
+    expected = model.train()(**{**apart, "labels": labels}).loss
+    plain = model.eval()(**{**apart, "labels": labels}).loss
+    assert expected - plain > 1e-3
+    torch.testing.assert_close(model.train()(**packed, labels=labels[is_token].view(2, -1)).loss, expected)
+
+
+def test_positions_that_do_not_restart_change_nothing():
+    for reduction in REDUCTIONS:
+        model = make_model("EReg(SM(t)+ScFuFFN)", **NO_DROPOUT, entropy_penalty=reduction).train()
+        tokens = make_tokens(3, 16)
+        expected = model(tokens, labels=tokens)
+        for positions in (torch.arange(16)[None], torch.arange(16).expand(3, -1)):
+            outputs = model(tokens, labels=tokens, position_ids=positions)
+            torch.testing.assert_close(outputs.entropy_loss, expected.entropy_loss, rtol=1e-6, atol=0)
+            torch.testing.assert_close(outputs.penalized_share, expected.penalized_share, rtol=1e-6, atol=0)
+
+
+def test_packed_sequences_are_numbered():
+    assert number_sequences(torch.tensor([[1, 2, 3, 1, 1, 2]]), None).tolist() == [[0, 0, 0, 1, 2, 2]]
+    assert number_sequences(torch.tensor([[1, 2], [1, 1]]), None).tolist() == [[0, 0], [0, 1]]
+
+    def numbers(mask):
+        mask = torch.tensor(mask, dtype=torch.bool)[None, None]
+        return number_sequences(mask.sum(dim=-1)[:, 0], mask).tolist()
+
+    causal = torch.ones(5, 5).tril()
+    assert numbers(causal.tolist()) == [[0, 0, 0, 0, 0]]
+    assert numbers((causal * torch.ones(5, 5).triu(-1)).tolist()) == [[0, 0, 0, 0, 0]]  # a sliding window
+    assert numbers((causal * torch.tensor([0, 0, 1, 1, 1])).tolist()) == [[0, 0, 0, 0, 0]]  # padding on the left
+    assert numbers(torch.block_diag(torch.ones(2, 2), causal[:3, :3]).tolist()) == [[0, 0, 1, 1, 1]]
+    # A row that attends to itself alone begins no sequence if a later one looks behind it.
+    assert numbers([[1, 0, 0], [0, 1, 0], [1, 1, 1]]) == [[0, 0, 0]]
+
+
+def test_a_packed_batch_is_compiled_whole():
+    model = make_model("EReg(SM(t)+ScFuFFN)", **NO_DROPOUT).train()
+    tokens = make_tokens(1, 16)
+    inputs = {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(16)[None] % 6}
+    expected = model(**inputs).loss
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).loss, expected)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_is_exact(use_reentrant, implementation):
@@ -229,6 +319,26 @@ def test_gradient_checkpointing_is_exact(use_reentrant, implementation):
         twin(**batch).loss.backward()
     for (name, parameter), twin in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(twin.grad, parameter.grad, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_without_the_penalty_in_the_loss_thresholds_have_a_gradient_of_zero(use_reentrant):
+    """So that ranks can wait for it; and whatever the thresholds are, they change nothing."""
+    model = make_model("EReg(SM(t)+ScFFN)", **NO_DROPOUT)
+    tokens = make_tokens(2, 16)
+    expected = model(tokens).logits
+    if use_reentrant is not None:
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    thresholds = [block.attn.threshold.entropy_threshold for block in model.transformer.h]
+    with torch.no_grad():
+        thresholds[1].fill_(math.nan)
+    for options in ({}, {"output_entropies": True}):
+        model.zero_grad()
+        logits = model.train()(tokens, **options).logits
+        assert options or torch.equal(logits, expected)
+        logits.logsumexp(dim=-1).sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        assert all(threshold.grad.eq(0).all() for threshold in thresholds)
 
 
 def test_the_penalty_steers_entropy_towards_the_threshold():

@@ -45,6 +45,19 @@ def test_a_notation_reads_back_to_itself(notation):
     assert EntropyGPTConfig.from_notation(notation, **SIZES).notation == notation
 
 
+@given(st.text(alphabet="0123456789,-+_ ١²３i[]", max_size=8))
+def test_a_pruning_is_numbers_in_ascii_digits_each_written_in_one_way(text):
+    """What is read is what is written: nothing is dropped, repeated or spelt otherwise."""
+    compact = "".join(text.split())
+    try:
+        config = EntropyGPTConfig.from_notation(f"SM+FFN{text}", n_layer=6)
+    except ValueError:
+        return
+    layers = config.pruned_ffn_layers
+    listed = f"i[{','.join(map(str, layers))}]"
+    assert compact in {"", "i0"} if not layers else sorted(compact) == sorted(listed) or compact == f"i{len(layers)}"
+
+
 @given(st.permutations(["LN", "R", "ScFFNi2", "WN(QK+FFN)"]), st.booleans())
 def test_order_and_white_space_do_not_matter(tokens, regularized):
     text = " + ".join(["SM(t)", *tokens])
@@ -53,7 +66,13 @@ def test_order_and_white_space_do_not_matter(tokens, regularized):
     assert EntropyGPTConfig.from_notation(text).notation == (f"EReg({expected})" if regularized else expected)
 
 
-@given(st.text(alphabet="SMLNGRtEeg()+ScFuFFNi0123[],WQKVO ", max_size=30))
+# Whole tokens, their parts, and numbers that int() takes and the grammar does not, or that it takes too long for.
+tokens = "SM SM(t) EReg( ) + LN StaticLN G Act( relu Sc Fu FFN WN( SN( QK QKVO ſ ﬀ"
+numbers = "i [ ] , 0 1 2 01 -1 +1 1_0 ١ ² ３"
+pieces = st.sampled_from([*tokens.split(), *numbers.split(), " ", "9" * 5000])
+
+
+@given(st.text(alphabet="SMLNGRtEeg()+ScFuFFNi0123[],WQKVO ", max_size=30) | st.lists(pieces).map("".join))
 def test_any_text_is_read_or_refused_with_a_value_error(text):
     try:
         config = EntropyGPTConfig.from_notation(text)
@@ -100,6 +119,16 @@ def test_static_weight_normalization(token, kind, targets):
         ("LN+G", "SM"),
         ("SM+G+R", "twice"),
         ("SM+ScFFNi13", "deepest 13"),
+        ("SM+FFNi[,]", "Unknown pruning 'i[,]'"),
+        ("SM+FFNi[1,]", "Unknown pruning 'i[1,]'"),
+        ("SM+FFNi[]", "Unknown pruning 'i[]'"),
+        ("SM+FFNi", "Unknown pruning 'i'"),
+        ("SM+FFNi01", "without leading zeros, such as FFNi6"),
+        ("SM+FFNi[0,01]", "without leading zeros"),
+        ("SM+FFNi٣", "in digits 0 to 9"),
+        ("SM+FFNi[１]", "in digits 0 to 9"),
+        ("SM+FFNi[2,2]", "lists a layer twice in 'i[2,2]'"),
+        ("SM+FFNi[1,12]", "[12]"),
         ("EReg(SM", "SM"),
         ("", "SM"),
     ],
@@ -113,3 +142,9 @@ def test_mistakes_are_named_with_the_nearest_known_token(notation, hint):
 def test_a_keyword_that_contradicts_the_notation_is_refused():
     with pytest.raises(ValueError, match="activation_function"):
         EntropyGPTConfig.from_notation("SM+LN+G", activation_function="relu")
+
+
+@pytest.mark.parametrize("n_layer", [True, "6", 6.0, None])
+def test_a_number_of_layers_that_is_none_is_named(n_layer):
+    with pytest.raises(ValueError, match=f"n_layer={n_layer!r}, beside the notation 'SM', has to be a whole number"):
+        EntropyGPTConfig.from_notation("SM", n_layer=n_layer)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import DataCollatorWithFlattening
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, EntropyGPTForSequenceClassification
 
@@ -29,6 +31,25 @@ def test_packed_sequences_are_computed_as_if_alone_with_the_default_cache(implem
         torch.testing.assert_close(entropies, alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("maximum", ["context", "causal"])
+@pytest.mark.parametrize("penalty", ["head_mean", "row_mean", "row_sum"])
+def test_flattened_documents_have_the_loss_that_they_have_one_by_one(penalty, maximum):
+    config = make_config(
+        entropy_penalty=penalty, entropy_maximum=maximum, entropy_coefficient=1.0, entropy_tolerance=0.05
+    )
+    model = EntropyGPTForCausalLM(config).train()
+    documents = [torch.randint(64, (length,)).tolist() for length in (12, 3, 8)]
+    batch = DataCollatorWithFlattening()([{"input_ids": document} for document in documents])
+    assert batch["input_ids"].shape == (1, 23)
+    outputs = model(**batch)
+    items = sum(map(len, documents)) - len(documents)
+    alone = [model(torch.tensor([each]), labels=torch.tensor([each]), num_items_in_batch=items) for each in documents]
+    for name in ("loss", "entropy_loss", "penalized_share"):
+        expected = sum(each[name] for each in alone)
+        torch.testing.assert_close(outputs[name], expected)
+    assert outputs.entropy_loss > 0
+
+
 @pytest.mark.parametrize("penalty", ["head_mean", "row_mean", "row_sum"])
 def test_the_loss_of_a_batch_of_labelled_sequences_is_the_mean_over_its_parts(penalty):
     config = make_config(entropy_penalty=penalty, entropy_coefficient=1.0, pad_token_id=0)
@@ -48,7 +69,7 @@ def test_spectral_normalisation_allows_two_forward_passes_before_a_backward_pass
 
 @pytest.mark.parametrize("option", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
 def test_what_gpt2_would_compute_otherwise_is_refused(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))}=.*is not supported"):
+    with pytest.raises(StrictDataclassError, match=f"{next(iter(option))}=.*is not supported"):
         EntropyGPTConfig(**option)
     EntropyGPTConfig(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
 

@@ -151,6 +151,17 @@ def test_checkpointing_under_fsdp_changes_nothing(use_reentrant, tmp_path):
     assert_same_run(run(2, configuration="fsdp", arguments=arguments), run(1))
 
 
+@pytest.mark.slow
+def test_ranks_need_no_penalty_in_the_loss(tmp_path):
+    """Where the `Trainer` computes the loss (here of smoothed labels), thresholds still have their gradient, zero."""
+    run = partial(train_on_ranks, tmp_path, notation="EReg(SM(t)+ScFuFFN)")
+    expected = run(1, arguments={"label_smoothing_factor": 0.1})
+    for use_reentrant in (False, True):
+        checkpointing = {"activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+        arguments = {"label_smoothing_factor": 0.1, "activation_checkpointing": True, **checkpointing}
+        assert_same_run(run(2, arguments=arguments), expected)
+
+
 @pytest.mark.parametrize("configuration", ["ddp", "fsdp"])
 def test_accelerate_understands_its_configurations(configuration):
     file = ACCELERATE_CONFIGS / f"{configuration}.yaml"
@@ -242,7 +253,7 @@ def test_spectral_norms_follow_the_weights_in_training():
         model(tokens)
     for block in model.transformer.h:
         linear = block.mlp.c_fused
-        largest = torch.linalg.svdvals(linear.weight * linear.scale())[0]
+        largest = torch.linalg.svdvals(linear.normalized_weight())[0]
         torch.testing.assert_close(largest, linear.gain.flatten()[0], rtol=2e-2, atol=0)
 
 

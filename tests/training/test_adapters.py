@@ -25,9 +25,6 @@ from training.packing import collate_blocks
 
 
 PROPOSAL = "EReg(SM(t)+ScFuFFN)"
-# What is plain beside normalised weights.
-TARGETS = {"SM+ScFFN+WN(QKV+FFN)": ["attn.c_proj"], "EReg(SM(t_h)+LN+G+WN(QK+FFN))": ["attn.c_proj"]}
-ADAPTABLE = [notation for notation in ARCHITECTURES if notation != "SM+ScFuFFN+SN(QKVO+FFN)"]
 ROWS = [{"input_ids": row} for row in make_tokens(8, 16).tolist()]
 
 # PEFT asks for it.
@@ -38,7 +35,7 @@ def make_adapted(notation=PROPOSAL, model_class=EntropyGPTForCausalLM, fields=No
     """In double precision, so that equal means equal."""
     fields = {**NO_DROPOUT, "entropy_coefficient": 0.1, "entropy_penalty": "head_mean", **(fields or {})}
     model = make_model(notation, model_class, **fields).double()
-    arguments = {"lora_r": 4, "lora_target_modules": TARGETS.get(notation, ["all-linear"]), **arguments}
+    arguments = {"lora_r": 4, "lora_target_modules": ["all-linear"], **arguments}
     return attach_lora(model, LoraArguments(**arguments))
 
 
@@ -72,7 +69,7 @@ def answer(model, tokens):
     return outputs.logits, outputs.entropy_loss
 
 
-@pytest.mark.parametrize("notation", ADAPTABLE)
+@pytest.mark.parametrize("notation", ARCHITECTURES)
 def test_merging_changes_nothing(notation, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="fan_in_fan_out")
@@ -98,7 +95,7 @@ def test_merging_changes_nothing(notation, tmp_path):
 
 def test_a_saved_adapter_gives_the_same_in_a_fresh_process(tmp_path):
     """One process, which can't import this project, for all architectures."""
-    for index, notation in enumerate(ADAPTABLE):
+    for index, notation in enumerate(ARCHITECTURES):
         folder, tokens, adapted = tmp_path / str(index), make_tokens(), make_adapted(notation)
         merge_adapter(copy.deepcopy(adapted)).save_pretrained(folder / "base")  # adapters add nothing at first
         disturb(adapted).save_pretrained(folder / "adapter")
@@ -128,7 +125,7 @@ for folder in pathlib.Path(sys.argv[1]).iterdir():
     command = [sys.executable, "-I", "-c", code, tmp_path]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
-    for index, notation in enumerate(ADAPTABLE):
+    for index, notation in enumerate(ARCHITECTURES):
         found, expected = (
             load_file(tmp_path / str(index) / f"{name}.safetensors")["logits"] for name in ("answer", "reference")
         )
@@ -155,14 +152,32 @@ def test_flags_for_what_the_architecture_has_not_are_passed_over(notation, tmp_p
     assert kinds_of(copies) == expected
 
 
+@pytest.mark.parametrize("targets", [["all-linear"], ["c_attn"], ["mlp.c_proj"], ["attn.c_proj"]])
+def test_every_target_has_an_adapter_whether_normalised_or_not(targets):
+    adapted = make_adapted("SM+ScFFN+WN(QKV+FFN)", lora_target_modules=targets)
+    maps = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    wanted = maps if targets == ["all-linear"] else {name for name in maps if name.endswith(targets[0])}
+    names = [name for name in values_of(adapted) if "lora_A" in name]
+    assert {name for name in maps if any(f".{name}." in found for found in names)} == wanted
+    assert len(names) == 3 * len(wanted)
+
+
+def test_dropout_goes_with_the_plain_maps_beside_normalised_ones():
+    adapted = make_adapted("SM+ScFFN+WN(QKV+FFN)", lora_target_modules=["attn.c_proj"], lora_dropout=0.1)
+    tokens = make_tokens()
+    disturb(adapted).train()
+    assert not torch.equal(adapted(tokens).logits, adapted(tokens).logits)
+
+
+@pytest.mark.parametrize("notation", [PROPOSAL, "SM+ScFuFFN+SN(QKVO+FFN)"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_changes_nothing(use_reentrant, tmp_path):
+def test_checkpointing_changes_nothing(use_reentrant, notation, tmp_path):
     results = []
     for arguments in ({}, {"activation_checkpointing": True}):
         if arguments:
             arguments["activation_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
         torch.manual_seed(0)
-        results.append(values_of(train(make_adapted(), tmp_path, **arguments)))
+        results.append(values_of(train(make_adapted(notation), tmp_path, **arguments)))
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=0, atol=1e-12, msg=name)
 
@@ -241,10 +256,9 @@ def test_other_heads_are_trained_beside_adapters(model_class, head, labels, tmp_
         (PROPOSAL, {"lora_target_modules": []}, "lora_target_modules is empty.*attn.c_attn"),
         (
             "SM+ScFFN+WN(QKV+FFN)",
-            {"lora_target_modules": ["c_proj"]},
-            "'c_proj' has norm.*Plain are attn.c_proj",
+            {"lora_target_modules": ["c_proj"], "lora_dropout": 0.1},
+            "lora_dropout=0.1 .*weight_normalization='weight' among c_proj.*lora_dropout=0",
         ),
-        ("SM+ScFuFFN+SN(QKVO+FFN)", {"lora_target_modules": ["all-linear"]}, "'c_attn' has normalised.*No map"),
     ],
 )
 def test_what_can_not_be_adapted_is_named(notation, arguments, message):

@@ -99,7 +99,42 @@ def test_gates_only_close(kind, clocks):
     assert schedule.set_clock(1.0) == len(schedule.removals)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 7, 10, 30, 49, 1000, 12345])
+@pytest.mark.parametrize("final", ["static", "layernorm"])
+@pytest.mark.parametrize("kind", ["gate", "staircase"])
+def test_each_thing_is_removed_at_its_step(kind, final, steps):
+    """The last one, the final norm's or its special rows, after all steps of the schedule and not one later."""
+    schedule = RemovalSchedule(GATED if final == "static" else GATED_BEFORE_LAST, kind)
+    names = [removal.name for removal in schedule.removals]
+    assert ("ln_f" in names) == (final == "static")
+    progress, removed_at = HealingProgress(first_pace=1 / steps), {}
+    for step in range(steps + 1):
+        for removal in schedule.removals[len(removed_at) : schedule.set_clock(progress.clock)]:
+            removed_at[removal.name] = step
+        progress.on_step_end(None, None, None)
+    count = len(names)
+    if kind == "staircase":
+        assert removed_at == {name: -(-steps * (index + 1) // count) for index, name in enumerate(names)}
+    else:
+        assert removed_at == {name: steps if name == "special rows" else -(-steps * 4 // 5) for name in names}
+
+
+@pytest.mark.parametrize("kind", ["gate", "staircase"])
+def test_a_schedule_as_long_as_training_ends_with_it(kind, tmp_path):
+    trainer = make_trainer(tmp_path, kind, max_steps=10, removal_steps=10)
+    trainer.train()
+    assert [event for _, event in trainer.progress.events] == [f"{r.name} removed" for r in trainer.schedule.removals]
+    assert trainer.progress.events[-1][0] == 10
+    assert all(removal.gate.gate == 0 for removal in trainer.schedule.removals if removal.gate)
+
+
+def test_smoothed_labels_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1: .*leave it out"):
+        make_trainer(tmp_path, label_smoothing_factor=0.1)
+
+
 torch.manual_seed(0)
+GATED_BEFORE_LAST = insert_gates(*make_pair("SM+ScFuFFN", "layernorm"))
 GATED = insert_gates(*make_pair("SM+ScFuFFN"))
 
 

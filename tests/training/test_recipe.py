@@ -48,11 +48,14 @@ def test_recipes_are_the_papers():
         assert (recipe.config_fields["n_layer"], recipe.data.context) == (layers, context)
         assert recipe.config_fields["n_embd"] == 64 * recipe.config_fields["n_head"] == 768
         assert recipe.config_fields["temperature_init"] == (0.01 if is_code else 0.1)
-        assert recipe.config_fields["entropy_coefficient"] == (1e-5 if is_code else 5e-5)
+        # The public code's weight is of a sum over one part of an optimiser step; here it is over all of them.
+        parts = recipe.training.gradient_accumulation_steps
+        assert recipe.config_fields["entropy_coefficient"] * parts == pytest.approx(1e-5 if is_code else 5e-5)
+        assert [recipe.config_fields[f"{place}_pdrop"] for place in ("embd", "resid", "attn")] == [0.1, 0.0, 0.0]
         assert (recipe.training.learning_rate, recipe.training.warmup_steps) == (1e-3, 0.05)
         assert recipe.training.lr_scheduler_type == "polynomial"
         if is_code:
-            assert recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps == 512
+            assert (recipe.training.per_device_train_batch_size, parts) == (128, 4)
 
 
 def test_settings_go_where_they_belong_and_overrides_win(write):

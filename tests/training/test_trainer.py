@@ -1,7 +1,11 @@
 """The trainer, its checkpoints and its callbacks."""
 
+import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ from training.packing import collate_blocks
 from training.trainer import LOGGED, EntropyTrainer
 
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"input_ids": row} for row in make_tokens(32, 16).tolist()]
 
 
@@ -54,16 +59,14 @@ def test_weight_decay_spares_what_it_would_pull_from_its_meaning(norm, tmp_path)
     }
 
 
-@pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])
-def test_losses_that_would_lack_the_penalty_are_refused(option, tmp_path):
+def test_a_loss_that_would_lack_the_penalty_is_refused(tmp_path):
     def make(notation):
-        arguments = {"label_smoothing_factor": 0.1} if option == "label_smoothing_factor" else {}
-        options = {"compute_loss_func": lambda *_, **__: 0.0} if option == "compute_loss_func" else {}
-        arguments = EntropyTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[], **arguments)
-        return EntropyTrainer(model=make_model(notation), args=arguments, train_dataset=ROWS, **options)
+        arguments = EntropyTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[])
+        options = {"args": arguments, "train_dataset": ROWS, "compute_loss_func": lambda *_, **__: 0.0}
+        return EntropyTrainer(model=make_model(notation), **options)
 
     make("SM+ScFuFFN")
-    with pytest.raises(ValueError, match=f"{option}.*entropy penalty"):
+    with pytest.raises(ValueError, match=r"compute_loss_func.*entropy penalty"):
         make("EReg(SM(t)+ScFuFFN)")
 
 
@@ -120,6 +123,56 @@ def test_the_parts_of_the_loss_are_logged_whatever_the_accumulation(penalty, tmp
         assert found[size] == [pytest.approx(values, rel=1e-4) for values in found[8]]
 
 
+def public_loss(model, tokens, coefficient):
+    """
+    The loss of the paper's public code for a part of a batch: deviations of rows from the first block's thresholds,
+    squared outside of the margin, summed over sequences and rows, averaged over heads and layers.
+    """
+    model.set_attn_implementation("eager")
+    outputs = model(tokens, labels=tokens, output_attentions=True)
+    largest = math.log(tokens.shape[1])
+    layers = []
+    for probabilities in outputs.attentions:
+        entropies = -(probabilities * torch.log(probabilities + 1e-9)).sum(dim=-1)
+        deviations = entropies - model.transformer.h[0].attn.threshold.entropy_threshold[None, :, None] * largest
+        layers.append((deviations.square() * (deviations.abs() > 0.2 * largest)).sum(dim=(0, 2)).mean())
+    return outputs.cross_entropy_loss + coefficient * sum(layers) / len(layers)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(2, 4), (1, 8), (8, 1)])
+def test_the_recipes_penalty_is_that_of_the_public_code(size, accumulation, tmp_path):
+    """
+    Its step is the mean over 4 parts of what each sums up, of 2 sequences here. At a fourth of its coefficient ours is
+    the same, however the step is split.
+    """
+    coefficient = 0.02
+    model = make_model("EReg(SM(t)+ScFuFFN)", entropy_penalty="row_sum", entropy_coefficient=0.005, **NO_DROPOUT)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.threshold.entropy_threshold.fill_(0.4)
+    batches = []
+
+    def collate(rows):
+        batches.append(collate_blocks(rows))
+        return batches[-1]
+
+    before = copy.deepcopy(model)
+    parts = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(model, tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **parts)
+    trainer.args.lr_scheduler_type = "constant"
+    trainer.data_collator = collate
+    trainer.train()
+    tokens = torch.cat([batch["input_ids"] for batch in batches])[:8]
+    losses = [public_loss(before.train(), part, coefficient) for part in tokens.split(2)]
+    (sum(losses) / 4).backward()
+    assert logged(trainer, "loss") == pytest.approx([sum(losses).item() / 4], rel=1e-5)
+    plain = sum(public_loss(before, part, 0.0).item() for part in tokens.split(2)) / 4
+    assert sum(losses).item() / 4 > 1.01 * plain
+    for (name, parameter), twin in zip(before.named_parameters(), model.parameters(), strict=True):
+        if not name.endswith("entropy_threshold"):  # theirs are one block's
+            torch.testing.assert_close(parameter - twin, parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_without_a_penalty_there_is_no_such_log(tmp_path):
     trainer = make_trainer(
         make_model("SM+LN+G", **NO_DROPOUT), tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1
@@ -167,6 +220,24 @@ def test_a_run_that_diverges_is_stopped_and_says_where(spoil, message, tmp_path)
     assert message in trainer.guard.diverged
     assert trainer.guard.events[-1][1] == trainer.guard.diverged == logged(trainer, "divergence")[-1]
     assert trainer.state.global_step < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_diverges_says_where(rank, tmp_path):
+    """Also where the other one, with a batch of its own, is healthy."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.run(
+        [*command, Path(__file__).with_name("diverge_on_ranks.py"), tmp_path, str(rank)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    found = {json.loads((tmp_path / f"rank{each}.json").read_text()) for each in (0, 1)}
+    place = f"on rank {rank}, values that are not finite first appear in the output of layer 1 (h.1)"
+    assert found == {f"stopped: the loss is nan; {place}"}
 
 
 @pytest.mark.parametrize("scaled", [False, True])

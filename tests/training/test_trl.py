@@ -1,6 +1,10 @@
 """TRL's trainer trains the model, and the penalty with the model's own loss."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from tests.architectures import NO_DROPOUT, make_model
 from training.tokenizer import train_tokenizer
 
 
+ROOT = Path(__file__).resolve().parents[2]
 LINES = [f"line {index}: the quick brown fox jumps over the lazy dog" for index in range(32)]
 
 pytestmark = [  # TRL still uses names that transformers deprecates
@@ -49,6 +54,19 @@ def test_every_parameter_is_trained(notation, packing, tmp_path):
     assert unchanged == set()
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`")
+def test_labels_are_smoothed_in_the_loss_of_the_model(tmp_path):
+    from training.sft import EntropySFTTrainer
+
+    found = []
+    for factor in (0.0, 0.5):
+        torch.manual_seed(0)
+        losses, unchanged = train(EntropySFTTrainer, "EReg(SM(t)+ScFuFFN)", tmp_path, label_smoothing_factor=factor)
+        assert unchanged == set()  # thresholds learn, so the penalty is there
+        found.append(losses[0])
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
+
+
 def test_the_original_trains_models_without_a_penalty_alike(tmp_path):
     from trl import SFTTrainer
 
@@ -73,3 +91,20 @@ def test_the_original_loses_the_penalty_and_the_model_says_so(tmp_path, caplog):
     _, unchanged = train(SFTTrainer, "EReg(SM(t)+ScFuFFN)", tmp_path)
     assert {name.rpartition(".")[2] for name in unchanged} == {"entropy_threshold"}
     assert "lacks the entropy penalty" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_original_trains_on_two_ranks(tmp_path):
+    """With its defaults, so with checkpointing, where data parallelism needs a gradient of every parameter."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.run(
+        [*command, Path(__file__).with_name("sft_on_ranks.py"), tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    for rank in (0, 1):
+        unchanged = (tmp_path / f"rank{rank}.txt").read_text().split()
+        assert {name.rpartition(".")[2] for name in unchanged} == {"entropy_threshold"}

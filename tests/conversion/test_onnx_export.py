@@ -1,0 +1,170 @@
+"""Graphs of every architecture: the model's logits in onnxruntime, and no non-linear operator but the model's own."""
+
+import copy
+import json
+
+import onnxruntime
+import pytest
+import torch
+from onnx import helper
+
+from conversion.errors import ConversionError, NotFiniteError
+from conversion.onnx_export import GRAPH, OPSET, REPORT, export_onnx, find_nonlinear, run_graph
+from evaluation.operation_counts import count_operations
+from tests.architectures import SIZES, make_model, make_tokens
+
+from .test_folding import FOLDED, make_asymmetric
+
+
+# What the exporter writes for what the operation counts call so.
+OPERATORS = {
+    "softmax": ["Softmax"],
+    "LayerNorm": ["LayerNormalization"],
+    "final LayerNorm": ["LayerNormalization"],
+    "GELU": ["Pow", "Tanh"],
+    "ReLU": ["Relu"],
+    "leaky ReLU": ["LeakyRelu"],
+}
+OF_A_LEARNABLE_SLOPE = ["Clip", "Clip"]
+FINAL_NORMS = ("none", "layernorm", "static")
+# Always run; the others have the marker slow.
+FIRST = [("EReg(SM(t)+ScFuFFN)", "none", True), ("SM+LN+G", "layernorm", False)]
+OTHERS = [(notation, FINAL_NORMS[index % 3], index % 2 == 0) for index, notation in enumerate(FOLDED)]
+PARAMETERS = [*FIRST, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS if each not in FIRST)]
+
+
+def expected_nonlinear(config) -> dict[str, int]:
+    """From the configuration alone; a softmax is one node for all heads of its layer."""
+    counted = count_operations(config, 8)
+    found = {}
+    for operation in [*counted.nonlinear, *counted.apart]:
+        names = OPERATORS.get(operation.name, [])
+        if config.activation_function == "learnable_leaky_relu" and operation.name == "leaky ReLU":
+            names = OF_A_LEARNABLE_SLOPE
+        for name in names:
+            nodes = operation.count // config.n_head if name == "Softmax" else operation.count
+            found[name] = found.get(name, 0) + nodes
+    return found
+
+
+@pytest.mark.parametrize(("notation", "final", "cached"), PARAMETERS)
+def test_a_graph_computes_what_its_model_does(notation, final, cached, tmp_path):
+    model = make_asymmetric(notation, final_normalization=final)
+    before = copy.deepcopy(model.state_dict())
+    report = export_onnx(model, tmp_path, cached)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.config._attn_implementation == "sdpa"
+
+    # Other sizes than those it was checked with; each sequence of the batch as if it were alone.
+    session = onnxruntime.InferenceSession(tmp_path / GRAPH)
+    sequences = [make_tokens(1, length) for length in (9, 33, 2, 1, 33)]
+    with torch.no_grad():
+        exact = torch.cat([model.double()(tokens).logits[0] for tokens in sequences])
+        rounded = torch.cat([model.float()(tokens).logits[0] for tokens in sequences])
+    # Or what float32 itself rounds off, folded or not.
+    allowed = max(1e-5 * exact.abs().max(), 4 * (rounded - exact).abs().max())
+    for steps in (0, 7) if cached else (0,):
+        assert (run_graph(session, sequences, steps) - exact).abs().max() < allowed
+
+    assert report.nonlinear == expected_nonlinear(model.config)
+    assert report.operators.items() >= report.nonlinear.items()
+
+
+def test_the_report_tells_what_is_in_the_folder(tmp_path):
+    model = make_model("SM+ScFuFFN", final_normalization="none", n_layer=1)
+    model.generation_config.max_new_tokens = 7
+    report = export_onnx(model, tmp_path, cached=True)
+    told = json.loads((tmp_path / REPORT).read_text())
+    assert (told["notation"], told["folded_notation"]) == ("SM+ScFuFFN", "SM+FuFFN")
+    assert told["opset"] == OPSET
+    assert told["nonlinear"] == {"Softmax": 1}
+    assert told["inputs"] == {
+        "input_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "total_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+        "past_key_values.0.key": ["batch_size", 4, "past_length", 12],
+        "past_key_values.0.value": ["batch_size", 4, "past_length", 12],
+    }
+    assert list(told["outputs"]) == ["logits", "present.0.key", "present.0.value"]
+    assert {comparison["steps"] for comparison in told["comparisons"]} == {0, 4}
+    assert [1] in [comparison["lengths"] for comparison in told["comparisons"]]
+    there = {path.name: path.stat().st_size for path in tmp_path.iterdir() if path.name != REPORT}
+    assert told["files"] == there
+    assert json.loads((tmp_path / "config.json").read_text())["n_positions"] == SIZES["n_positions"]
+    assert json.loads((tmp_path / "generation_config.json").read_text())["max_new_tokens"] == 7
+    # A tied head is written once, and no line of code with its path on this machine.
+    content = (tmp_path / GRAPH).read_bytes()
+    assert there[GRAPH] < 4 * report.parameters + 50_000
+    assert b".py" not in content
+    assert b"stack_trace" not in content
+
+
+class TestRefusals:
+    def test_half_precision(self, tmp_path):
+        with pytest.raises(ValueError, match=r"torch.bfloat16, and the graph computes in float32: give model.float()"):
+            export_onnx(make_model("SM").bfloat16(), tmp_path)
+
+    def test_logits_that_are_not_finite(self, tmp_path):
+        model = make_model("SM+LN+G")
+        with torch.no_grad():
+            model.lm_head.weight.fill_(1e38)
+        with pytest.raises(NotFiniteError, match="The model's own logits are not finite"):
+            export_onnx(model, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.slow
+    def test_what_float32_can_not_hold_once_folded(self, tmp_path):
+        """A static norm takes off a mean that all embeddings share; its fold takes it off after the products."""
+        model = make_model("SM+StaticLN", final_normalization="none")
+        with torch.no_grad():
+            model.transformer.wpe.weight.add_(1e5)
+            model.lm_head.weight = torch.nn.Parameter(
+                model.lm_head.weight - model.lm_head.weight.mean(1, keepdim=True)
+            )
+        model.config.tie_word_embeddings = False
+        with pytest.raises(ConversionError, match=r"differ by \S+ of the largest .* where 1e-04 is allowed"):
+            export_onnx(model, tmp_path)
+        assert not (tmp_path / REPORT).exists()
+
+
+class TestWhatIsNotLinear:
+    """Graphs of a few nodes, whose data are the embeddings `x`."""
+
+    @staticmethod
+    def find(*nodes) -> list[str]:
+        made = [helper.make_node(*node) for node in (("Gather", ["table", "input_ids"], ["x"]), *nodes)]
+        names = ("input_ids", "attention_mask", "past_key_values.0.key", "logits")
+        *inputs, logits = map(helper.make_empty_tensor_value_info, names)
+        return list(find_nonlinear(helper.make_graph(made, "graph", inputs, [logits])))
+
+    def test_sums_products_and_moves_are_linear(self):
+        assert not self.find(
+            ("Transpose", ["x"], ["y"]), ("MatMul", ["x", "y"], ["s"]), ("Add", ["s", "s"], ["logits"])
+        )
+
+    @pytest.mark.parametrize("kind", ["Softmax", "Relu", "Erf", "Exp", "Sqrt", "Cast", "SomethingNew"])
+    def test_what_is_not_known_to_be_linear_is_not(self, kind):
+        assert self.find((kind, ["x"], ["logits"])) == [kind]
+
+    def test_masks_and_shapes_are_nobodys_secret(self):
+        assert not self.find(
+            ("Not", ["attention_mask"], ["hidden"]),
+            ("Max", ["attention_mask", "attention_mask"], ["most"]),
+            ("Shape", ["x"], ["size"]),
+            ("Sqrt", ["size"], ["root"]),
+            ("Where", ["hidden", "x", "most"], ["chosen"]),
+            ("Div", ["chosen", "root"], ["logits"]),
+        )
+
+    def test_a_condition_a_divisor_and_an_index_that_are_data(self):
+        found = self.find(
+            ("Greater", ["x", "table"], ["larger"]),
+            ("Where", ["larger", "x", "table"], ["y"]),
+            ("Div", ["table", "y"], ["z"]),
+            ("ArgMax", ["z"], ["index"]),
+            ("Gather", ["table", "index"], ["logits"]),
+        )
+        assert found == ["Greater", "Where", "Div", "ArgMax", "Gather"]
+
+    def test_the_cache_is_data(self):
+        assert self.find(("Exp", ["past_key_values.0.key"], ["y"]), ("Add", ["x", "y"], ["logits"])) == ["Exp"]
