@@ -194,9 +194,9 @@ class _BetweenTensors(nn.Module):
                 cache.update(keys, values, layer)
         outputs = self.model(
             input_ids,
+            cache,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=cache is not None,
         )
         return outputs.logits, [] if cache is None else [(layer.keys, layer.values) for layer in cache.layers]

@@ -2,11 +2,14 @@
 """Keywords of the forward passes: what they are called in each release of transformers, and which ones are refused."""
 
 import difflib
+import functools
 import inspect
+from collections.abc import Callable
 
 import torch
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import TransformersKwargs
+from transformers.utils.deprecation import deprecate_kwarg
 
 
 # The name of keys and values for decoding among arguments and outputs; 5.24 renamed it.
@@ -30,6 +33,26 @@ KNOWN = frozenset(
     {*TransformersKwargs.__annotations__, *OF_DECORATORS, *OF_LOSSES, *OF_GENERATION, *OF_CONTINUOUS_BATCHING}
 )
 OF_CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """
+    Gives the parameter `past_key_values` of a forward pass the release's name. Where that is `cache`, the old name is
+    taken with a warning, as by transformers' own models, and both at once are a `ValueError`.
+    """
+    if CACHE == "past_key_values":
+        return forward
+    signature = inspect.signature(forward)
+    parameters = [p.replace(name=CACHE) if p.name == "past_key_values" else p for p in signature.parameters.values()]
+
+    @functools.wraps(forward)
+    def renamed(self, *args, **kwargs):
+        if CACHE in kwargs:
+            kwargs["past_key_values"] = kwargs.pop(CACHE)
+        return forward(self, *args, **kwargs)
+
+    renamed.__signature__ = signature.replace(parameters=parameters)
+    return deprecate_kwarg("past_key_values", "5.40.0", new_name=CACHE, raise_if_both_names=True)(renamed)
 
 
 def check_keywords(model: torch.nn.Module, keywords: dict):
@@ -63,4 +86,4 @@ def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torc
     return hidden_states[:, kept]
 
 
-__all__ = ["CACHE", "check_keywords", "slice_logits_to_keep"]
+__all__ = ["CACHE", "check_keywords", "slice_logits_to_keep", "takes_cache"]

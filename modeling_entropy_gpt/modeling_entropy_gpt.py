@@ -40,7 +40,7 @@ from .entropy_regularization import (
     penalized_share,
     reduce_over_batch,
 )
-from .forward_keywords import CACHE, check_keywords, slice_logits_to_keep
+from .forward_keywords import CACHE, check_keywords, slice_logits_to_keep, takes_cache
 from .layers import (
     EntropyGPTEntropyThreshold,
     EntropyGPTLearnableLeakyReLU,
@@ -293,6 +293,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
     def set_input_embeddings(self, new_embeddings: nn.Embedding):
         self.wte = new_embeddings
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -311,7 +312,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Tokens.
             past_key_values (`Cache`, *optional*):
-                Keys and values of the tokens before. From transformers 5.24 on, `cache` is its name too.
+                Keys and values of the tokens before. From transformers 5.24 on, its name is `cache`.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
                 0 at padding; or a 4D mask, boolean or additive as the attention implementation takes it.
             token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -331,7 +332,6 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             `TypeError`: If a keyword is none of this model's and none that transformers hands to every model.
             `FloatingPointError`: If `detect_divergence` is set and a layer yields a non-finite value in training.
         """
-        past_key_values = self._one_cache(past_key_values, kwargs)
         check_keywords(self, kwargs)
         self._check_inputs(input_ids, inputs_embeds, position_ids)
         if kwargs.pop("output_attentions", None):
@@ -414,16 +414,6 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             entropy_thresholds=tuple(entropy_thresholds) if has_thresholds else None,
             packed_sequences=packed_sequences,
         )
-
-    @staticmethod
-    def _one_cache(past_key_values: Cache | None, kwargs: dict) -> Cache | None:
-        """The cache, by whichever of its two names it was given."""
-        if CACHE not in kwargs:
-            return past_key_values
-        cache = kwargs.pop(CACHE)
-        if past_key_values is not None and cache is not None:
-            raise ValueError("past_key_values and cache are two names of one thing: give one of them.")
-        return past_key_values if cache is None else cache
 
     def _check_inputs(self, input_ids, inputs_embeds, position_ids):
         if (input_ids is None) == (inputs_embeds is None):
@@ -537,6 +527,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         # Initialize weights and apply final processing
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -581,7 +572,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         """
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -639,6 +630,7 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
         # Initialize weights and apply final processing
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -663,7 +655,7 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
         """
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,

@@ -79,8 +79,15 @@ def test_a_cache_given_twice_is_refused():
     if CACHE == "past_key_values":
         pytest.skip("this release of transformers has one name for it")
     model = make_model("SM+ScFuFFN")
-    with pytest.raises(ValueError, match="two names of one thing"):
+    with pytest.raises(ValueError, match="Both `past_key_values` and `cache` are set"):
         model(make_tokens(), past_key_values=DynamicCache(), cache=DynamicCache())
+
+
+@pytest.mark.parametrize("model_class", CLASSES[:3])
+def test_the_cache_has_the_name_of_the_release(model_class):
+    model = make_model("SM+ScFuFFN", model_class)
+    assert list(inspect.signature(model.forward).parameters)[1] == CACHE
+    assert next(iter(inspect.signature(type(model).forward).parameters)) == "self"
 
 
 def test_entropies_of_attention_that_is_not_causal_are_refused():
