@@ -62,8 +62,10 @@ def entropy_attention(
         scaling (`float`, *optional*, defaults to `head_dim ** -0.5`): What the products are multiplied by.
         dropout (`float`, *optional*, defaults to 0.0): Dropout on the probabilities; entropies are taken before it.
         route (`str`, *optional*, defaults to `"blockwise"`):
-            `"blockwise"`, exact; or `"flash"` or `"flex"`, exact in float32 and float64 alone.
-            MEASURED
+            `"blockwise"` takes everything, and computes in float32 or better whatever the dtype. `"flash"` and
+            `"flex"` call torch's kernels, and are exact in float32 and float64 alone: with logits of deviation 20,
+            entropies are off by up to 0.13 nats in bfloat16 and 0.02 in float16, and their gradients by 17 % and 3 %
+            (with the kernel for CPUs; `"blockwise"`: 1e-5 nats, and 0.2 % and 0.02 %).
 
     Returns:
         `tuple`: The output, of shape `(batch, heads, query_length, value_dim)` and the values' dtype, and the row
