@@ -64,12 +64,16 @@ def check_additive(attention_mask: torch.Tensor):
     if len(bias):
         raise ValueError(
             f"attention_mask holds {bias[0].item():g}: an additive mask has 0 where a key is visible, and the "
-            "dtype's lowest value or -inf where it is not. Other biases are not supported together with entropies."
+            "dtype's lowest value or -inf where it is not. Other biases are supported by 'eager' and 'sdpa' alone, "
+            "without entropies."
         )
 
 
 def prepare_mask(
-    attention_mask: torch.Tensor | BlockMask | None, implementation: str, batch_size: int, with_entropies: bool
+    attention_mask: torch.Tensor | BlockMask | None,
+    implementation: str,
+    inputs_embeds: torch.Tensor,
+    with_entropies: bool,
 ) -> torch.Tensor | BlockMask | None:
     """
     What the layers are given, made once for all of them out of what [`~masking_utils.create_causal_mask`] returns: a
@@ -78,7 +82,7 @@ def prepare_mask(
     Args:
         attention_mask: As for [`visible_pairs`].
         implementation (`str`): The attention implementation.
-        batch_size (`int`): Number of sequences.
+        inputs_embeds (`torch.Tensor` of shape `(batch, queries, hidden_size)`): What the layers begin with.
         with_entropies (`bool`):
             Whether attention is computed with entropies: then masks in four dimensions become boolean.
 
@@ -93,33 +97,30 @@ def prepare_mask(
     if with_entropies:
         if torch.is_tensor(attention_mask):
             check_additive(attention_mask)
-        return visible_pairs(attention_mask, *attention_mask.shape[-2:], attention_mask.device)
-    if not torch.is_tensor(attention_mask):
-        return attention_mask
+        return visible_pairs(attention_mask, *attention_mask.shape[-2:], inputs_embeds.device)
+    if torch.is_tensor(attention_mask) and implementation == "flex_attention":
+        return _to_block_mask(attention_mask, len(inputs_embeds))
     if "flash" in implementation:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but {implementation!r} takes masks of padding, "
             "(batch, keys): call model.set_attn_implementation('sdpa') for masks in four dimensions."
         )
-    return _for_flex(attention_mask, batch_size) if implementation == "flex_attention" else attention_mask
+    return attention_mask
 
 
-def _for_flex(attention_mask: torch.Tensor, batch_size: int) -> torch.Tensor | BlockMask:
-    """transformers adds what is no `BlockMask` to the scores, and of masks for several heads takes the first alone."""
-    _, heads, query_length, key_length = attention_mask.shape
-    if attention_mask.dtype != torch.bool:
-        if heads > 1:
-            raise ValueError(
-                f"attention_mask is additive and of shape {tuple(attention_mask.shape)}: under 'flex_attention' it "
-                "has to be one for all heads, (batch, 1, queries, keys), or boolean."
-            )
-        return attention_mask.expand(batch_size, -1, -1, -1)
-    visible = attention_mask.expand(batch_size, -1, -1, -1)
+def _to_block_mask(attention_mask: torch.Tensor, batch_size: int) -> BlockMask:
+    """
+    What else is a tensor, transformers adds to the scores: a boolean mask as numbers, and of several heads' masks the
+    first alone.
+    """
+    check_additive(attention_mask)
+    visible = to_boolean(attention_mask).expand(batch_size, -1, -1, -1)
+    heads = visible.shape[1]
 
     def may_attend(batch, head, query, key):
         return visible[batch, head if heads > 1 else 0, query, key]
 
-    return create_block_mask(may_attend, batch_size, heads, query_length, key_length, attention_mask.device)
+    return create_block_mask(may_attend, batch_size, heads, *visible.shape[-2:], visible.device)
 
 
 __all__ = ["check_additive", "prepare_mask", "to_additive", "to_boolean", "visible_pairs"]

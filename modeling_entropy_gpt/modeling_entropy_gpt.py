@@ -329,9 +329,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        causal_mask = prepare_mask(
-            causal_mask, self.config._attn_implementation, inputs_embeds.shape[0], output_entropies
-        )
+        causal_mask = prepare_mask(causal_mask, self.config._attn_implementation, inputs_embeds, output_entropies)
         if use_cache and past_key_values is None:
             # Not before the mask is made: with a cache, transformers does not look for packed sequences.
             past_key_values = DynamicCache(config=self.config)
