@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention_masks import to_additive
 from .configuration_entropy_gpt import EntropyGPTConfig
 from .entropy_attention import entropy_attention, row_entropies
 from .layers import (
@@ -36,10 +37,10 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
-        attn_weights = attn_weights + attention_mask
+        attn_weights = attn_weights + to_additive(attention_mask, attn_weights.dtype)
     # As GPT-2 does, the softmax stays in the dtype of the model.
     attn_weights = nn.functional.softmax(attn_weights, dim=-1).type(value.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=dropout > 0)
     attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
     return attn_output, attn_weights
 
@@ -61,7 +62,7 @@ class EntropyGPTAttention(nn.Module):
 
         self.c_attn = build_linear(config, 3 * config.n_embd, config.n_embd, ("q", "k", "v"))
         self.c_proj = build_linear(config, config.n_embd, config.n_embd, ("o",), adds_to_residual=True)
-        self.attn_dropout = config.attn_pdrop
+        self.attn_dropout = nn.Dropout(config.attn_pdrop)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
         self.temperature, self.threshold = None, None
@@ -115,7 +116,7 @@ class EntropyGPTAttention(nn.Module):
             key_states,
             value_states,
             attention_mask,
-            dropout=self.attn_dropout if self.training else 0.0,
+            dropout=self.attn_dropout.p if self.attn_dropout.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
@@ -141,7 +142,7 @@ class EntropyGPTAttention(nn.Module):
             attention_mask,
             is_causal=is_causal,
             scaling=self.scaling,
-            dropout=self.attn_dropout if self.training else 0.0,
+            dropout=self.attn_dropout.p if self.attn_dropout.training else 0.0,
         )
         return attn_output.transpose(1, 2), None, entropies
 

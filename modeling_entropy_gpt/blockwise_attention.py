@@ -15,20 +15,10 @@ so entropy adds no matrix product to those of attention, only passes over a bloc
 
 import math
 import re
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-
-
-try:
-    import resource
-except ImportError:  # Windows, where contention is not noticed
-    resource = None
 
 
 LOG2_E = math.log2(math.e)
@@ -43,9 +33,6 @@ NOTHING_VISIBLE = MASKED / 10
 BLOCK_ROWS = 128
 BLOCK_ELEMENTS = 2**20
 MOST_HEADS = 12
-# So many involuntary context switches while a group is computed mean that cores are not free, for so long.
-SWITCHES_OF_CONTENTION = 3
-SECONDS_OF_CONTENTION = 1.0
 # Rows of the matrices that carry one more column are a multiple of so many numbers apart: 64 bytes.
 ALIGNMENT = 16
 
@@ -53,7 +40,6 @@ ALIGNMENT = 16
 OPERATOR = f"entropy_gpt::{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}"
 
 
-@torch.library.custom_op(f"{OPERATOR}_forward", mutates_args=())
 def blockwise_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -65,7 +51,8 @@ def blockwise_attention(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Attention, the entropy of its rows, and their log-sum-exp. Differentiable in query, key and value, once.
+    Attention, the entropy of its rows, and their log-sum-exp. Differentiable in query, key and value: once, and in
+    reverse mode; torch raises `RuntimeError` for a second derivative and for one in forward mode.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, query_length, head_dim)`): Queries.
@@ -82,8 +69,23 @@ def blockwise_attention(
     Returns:
         `tuple`: Output, `(batch, heads, query_length, value_dim)`, of the values' dtype and laid out as
         `(batch, query_length, heads, value_dim)`; entropies in nats and log-sum-exp to base 2, both
-        `(batch, heads, query_length)` and of at least float32.
+        `(batch, heads, query_length)` and of at least float32. No entropy is negative.
     """
+    return _BlockwiseAttention.apply(query, key, value, visible, is_causal, scaling, dropout, seed)
+
+
+@torch.library.custom_op(f"{OPERATOR}_forward", mutates_args=())
+def blockwise_attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    visible: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The forward pass of [`blockwise_attention`]."""
     output, entropies, log_sum_exp = _empty_results(query, value)
     plan = _Plan(query, key, visible, is_causal)
 
@@ -242,35 +244,6 @@ class _Group:
         return [torch.empty(shape, dtype=self.plan.dtype, device=self.plan.device) for _ in range(count)]
 
 
-class _Contention:
-    """
-    Whether other processes want this one's cores: told by how often its threads were made to leave them, which without
-    competition is hardly ever.
-    """
-
-    def __init__(self):
-        self._ends = -math.inf
-
-    @property
-    def is_on(self) -> bool:
-        return torch.get_num_threads() > 1 and time.monotonic() < self._ends
-
-    @contextmanager
-    def observed(self):
-        """Watches the body; after too many involuntary context switches, contention is on for a while."""
-        before = self._switches()
-        yield
-        if self._switches() - before >= SWITCHES_OF_CONTENTION:
-            self._ends = time.monotonic() + SECONDS_OF_CONTENTION
-
-    @staticmethod
-    def _switches() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
-
-
-CONTENTION = _Contention()
-
-
 class _Plan:
     """How the work is cut into groups of heads and blocks of rows, and what is masked in a block."""
 
@@ -284,7 +257,6 @@ class _Plan:
         self.past = self.key_length - self.query_length
         self.block_rows = max(1, min(BLOCK_ROWS, self.query_length))
         heads = max(1, min(MOST_HEADS, BLOCK_ELEMENTS // max(1, self.block_rows * self.key_length)))
-        # Parts as equal as can be, so that no thread is left with a small rest.
         self.group_heads = _equal_parts(self.heads, heads)
         self.group_batch = _equal_parts(self.batch_size, max(1, heads // self.heads))
         self.blocks = list(self._cut_rows())
@@ -293,43 +265,11 @@ class _Plan:
             self.later_keys = square.triu(1)
 
     def run(self, compute: Callable[["_Group", "_Buffers"], None], buffers: int):
-        """Computes all groups, one after the other while the cores are free, else shared out to threads."""
-        groups = list(self._groups())
+        """Computes all groups, one after the other."""
         memory = _Buffers(self, buffers)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            while groups and not (self.device.type == "cpu" and CONTENTION.is_on):
-                with CONTENTION.observed():
-                    compute(groups.pop(), memory)
-        if groups:
-            self._share_out(groups, compute, buffers)
-
-    def _share_out(self, groups: list[_Group], compute: Callable[["_Group", "_Buffers"], None], buffers: int):
-        """
-        Each thread takes the next group whenever it is through with one, and computes it alone: nobody waits for a
-        thread that another process slows down, as all do after every operation that is split between them.
-        """
-        threads = torch.get_num_threads()
-        inference = torch.is_inference_mode_enabled()
-        lock = threading.Lock()
-
-        def work():
-            torch.set_num_threads(1)
-            autocast = torch.autocast(self.device.type, enabled=False)
-            with torch.inference_mode(inference), torch.no_grad(), autocast:
-                memory = _Buffers(self, buffers)
-                while group := take_next():
-                    compute(group, memory)
-
-        def take_next():
-            with lock:
-                return groups.pop() if groups else None
-
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                for worker in [pool.submit(work) for _ in range(min(threads, len(groups)))]:
-                    worker.result()
-        finally:
-            torch.set_num_threads(threads)
+            for group in self._groups():
+                compute(group, memory)
 
     def _groups(self) -> Iterator[_Group]:
         for batch in range(0, self.batch_size, self.group_batch):
@@ -416,7 +356,7 @@ def _empty_gradients(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return torch.empty_like(query), torch.empty_like(key), grad_value
 
 
-@blockwise_attention.register_fake
+@blockwise_attention_forward.register_fake
 def _(query, key, value, visible, is_causal, scaling, dropout, seed):
     return _empty_results(query, value)
 
@@ -426,21 +366,90 @@ def _(query, key, value, *rest):
     return _empty_gradients(query, key, value)
 
 
-def _save(ctx, inputs, output):
-    query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed = inputs
-    ctx.save_for_backward(query, key, value, visible, seed, *output)
-    ctx.mark_non_differentiable(output[2])
+def _one_by_one(operator: Callable) -> Callable:
+    """An operator's rule for `torch.vmap`: it is called for each example, whose dropout may have a seed of its own."""
+
+    def rule(info, in_dims, *arguments):
+        examples = [
+            operator(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(results) for results in zip(*examples, strict=True)), (0, 0, 0)
+
+    return rule
 
 
-def _differentiate(ctx, grad_output, grad_entropies, _):
-    query, key, value, visible, seed, output, entropies, log_sum_exp = ctx.saved_tensors
-    grad_query, grad_key, grad_value = blockwise_attention_backward(
-        query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed,
-        output, entropies, log_sum_exp, grad_output, grad_entropies,
-    )  # fmt: skip
-    return grad_query, grad_key, None if value is None else grad_value, None, None, None, None, None
+for _operator in (blockwise_attention_forward, blockwise_attention_backward):
+    _operator.register_vmap(_one_by_one(_operator))
 
 
-blockwise_attention.register_autograd(_differentiate, setup_context=_save)
+# The operators are differentiated by functions around them, and not by `register_autograd`, under which derivatives in
+# forward mode are silently 0 and transforms of `torch.func` fail. A function without `jvp` refuses the former.
+class _BlockwiseAttention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query, key, value, visible, is_causal, scaling, dropout, seed):
+        return blockwise_attention_forward(query, key, value, visible, is_causal, scaling, dropout, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed = inputs
+        ctx.save_for_backward(query, key, value, visible, seed, *output)
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_entropies, _):
+        query, key, value, visible, seed, output, entropies, log_sum_exp = ctx.saved_tensors
+        grad_query, grad_key, grad_value = _BlockwiseAttentionBackward.apply(
+            query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed,
+            output, entropies, log_sum_exp, grad_output, grad_entropies,
+        )  # fmt: skip
+        return grad_query, grad_key, None if value is None else grad_value, None, None, None, None, None
+
+
+class _BlockwiseAttentionBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        query,
+        key,
+        value,
+        visible,
+        is_causal,
+        scaling,
+        dropout,
+        seed,
+        output,
+        entropies,
+        log_sum_exp,
+        grad_output,
+        grad_entropies,
+    ):
+        return blockwise_attention_backward(
+            query,
+            key,
+            value,
+            visible,
+            is_causal,
+            scaling,
+            dropout,
+            seed,
+            output,
+            entropies,
+            log_sum_exp,
+            grad_output,
+            grad_entropies,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        raise RuntimeError("Attention with entropies has no second derivative: its autograd formula serves once.")
+
 
 __all__ = ["blockwise_attention"]

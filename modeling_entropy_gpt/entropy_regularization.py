@@ -11,7 +11,7 @@ predicted tokens: so it does not depend on how a batch is split, nor on whether 
 
 import torch
 
-from .entropy_attention import to_boolean
+from .attention_masks import to_boolean
 
 
 def count_visible_keys(

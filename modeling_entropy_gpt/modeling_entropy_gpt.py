@@ -26,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 # Every file of the model, also those that others import: transformers 5.5 copies no more than these to its cache.
+from .attention_masks import prepare_mask
 from .blocks import EntropyGPTAttention, EntropyGPTBlock
 from .blockwise_attention import blockwise_attention  # noqa: F401
 from .configuration_entropy_gpt import EntropyGPTConfig
@@ -360,10 +361,15 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             position_ids=position_ids,
             **{CACHE: past_key_values},
         )
+        causal_mask = prepare_mask(causal_mask, self.config._attn_implementation, inputs_embeds, output_entropies)
         if use_cache and past_key_values is None:
             # Not before the mask is made: with a cache, transformers does not look for packed sequences.
             past_key_values = DynamicCache(config=self.config)
-        visible_keys = count_visible_keys(position_ids, attention_mask, past_length) if output_entropies else None
+        visible_keys = None
+        if output_entropies:
+            is_given_whole = attention_mask is not None and len(attention_mask.shape) == 4
+            mask = causal_mask if is_given_whole else attention_mask
+            visible_keys = count_visible_keys(position_ids, mask, past_length)
         is_flash = "flash" in self.config._attn_implementation
         if is_flash and output_entropies and causal_mask is None and not past_length:
             # Flash attention tells packed sequences by their positions; here it takes a mask.

@@ -7,9 +7,6 @@
 Everything is measured side by side in one run: the variants take turns, and each turn gives a ratio.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -163,19 +160,6 @@ def measure(kind: str, build: Callable, length: int, names: tuple[str, ...], run
     return timing
 
 
-class BusyCore:
-    """Another process that keeps one core busy for the body."""
-
-    def __enter__(self):
-        core = min(os.sched_getaffinity(0))
-        code = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
-        self._process = subprocess.Popen([sys.executable, "-c", code])
-
-    def __exit__(self, *exception):
-        self._process.kill()
-        self._process.wait()
-
-
 def measure_memory(name: str, length: int) -> Memory:
     """Peak resident memory that forward and backward take beside the inputs, in a fresh process."""
     mebibytes = mebibytes_of("entropy_attention", "--memory-of", name, "--length", str(length))
@@ -245,7 +229,7 @@ Medians with quartiles in brackets, of runs that take turns. Attention: forward 
 {HEADS} heads of {HEAD_DIM}, float32. Training step: width {STEP_SIZES["n_embd"]}, {STEP_SIZES["n_layer"]} layers,
 {STEP_SIZES["n_head"]} heads, vocabulary {STEP_SIZES["vocab_size"]}, batch {STEP_BATCH}, AdamW included, SM+LN+G with
 the entropy penalty against stock GPT-2 without. Diagnostics: a forward pass of that model with entropies against one
-without. One core busy: another process takes one of the cores.
+without.
 
 | peak memory beside the inputs (MiB), T = | {" | ".join(map(str, lengths))} |
 | --- | {" | ".join(["---:"] * len(lengths))} |
@@ -285,11 +269,6 @@ def main(
     times += [
         measure("diagnostics", diagnostic_forward, length, pair, runs) for length in ((128,) if quick else (512, 1024))
     ]
-    with BusyCore():
-        times += [
-            measure("attention, one core busy", attention_pass, length, pair, runs)
-            for length in ((128, 512) if quick else (128, 256, 512, 1024, 2048))
-        ]
     lengths = (512,) if quick else (512, 1024, 2048, 4096)
     memory = [measure_memory(name, length) for name in pair for length in lengths]
     memory += [measure_memory(PUBLIC, length) for length in ((512,) if quick else (512, 1024))]

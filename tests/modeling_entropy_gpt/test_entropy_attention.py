@@ -1,13 +1,16 @@
 """Attention with entropies, every route against its definition with whole matrices."""
 
+import importlib
 import importlib.util
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn.attention.flex_attention import create_block_mask
 
 from modeling_entropy_gpt import blockwise_attention as module
@@ -15,6 +18,9 @@ from modeling_entropy_gpt import entropy_attention, row_entropies
 from modeling_entropy_gpt.blockwise_attention import BLOCK_ROWS, blockwise_attention
 from modeling_entropy_gpt.entropy_attention import _entropies
 
+
+# Not by `from`: the package has a function of this name.
+routes = importlib.import_module("modeling_entropy_gpt.entropy_attention")
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 3, 7, 8
 LENGTHS = [1, 2, 63, 64, 65, 200, 777]
@@ -192,12 +198,43 @@ def test_half_precision_with_keys_that_share_an_offset(dtype, route):
     rounding = 32 * torch.finfo(dtype).eps
     torch.testing.assert_close(got[0].double(), expected[0], rtol=0, atol=rounding)
     torch.testing.assert_close(got[1].double(), expected[1], rtol=0, atol=rounding if route == "flash" else 1e-5)
+    assert (got[1] >= 0).all()
     for ours, theirs in zip(
         torch.autograd.grad(got[0].double().sum() + got[1].sum(), states),
         torch.autograd.grad(expected[0].sum() + expected[1].sum(), wide),
         strict=True,
     ):
         assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("route", "dtype", "nats", "share"),
+    [
+        ("blockwise", torch.bfloat16, 1e-5, 0.002),
+        ("blockwise", torch.float16, 1e-5, 0.0003),
+        ("blockwise", torch.float32, 1e-5, 0.00002),
+        ("flash", torch.bfloat16, 0.2, 0.2),
+        ("flash", torch.float16, 0.03, 0.03),
+        ("flash", torch.float32, 5e-5, 0.0001),
+    ],
+)
+def test_error_of_each_route_with_large_logits(route, dtype, nats, share):
+    """As the documentation has it, with logits of deviation 20."""
+    query, key, value = (state.detach() for state in make_states(200, 200, head_dim=64))
+    states = [state.to(dtype).requires_grad_() for state in (20 * query, key, value)]
+    wide = [state.detach().double().requires_grad_() for state in states]
+    got = entropy_attention(*states, is_causal=True, route=route)[1]
+    expected = naive(*wide, causal(200, 200), 64**-0.5)[1]
+    errors = [(got.double() - expected).abs().max()]
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), states[:2]), torch.autograd.grad(expected.sum(), wide[:2]), strict=True
+    ):
+        errors.append((ours.double() - theirs).norm() / theirs.norm())
+    assert (got >= 0).all()
+    for error, bound in zip(errors, (nats, share, share), strict=True):
+        # Of the kernels' precision no more is promised than there is.
+        assert error < bound
+        assert route == "blockwise" or error > bound / 20
 
 
 def test_float32_agrees_to_a_hundred_thousandth():
@@ -270,12 +307,87 @@ def test_under_autocast_all_come_to_its_dtype():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_under_autocast_double_stays_double():
+    """As for torch's own attention."""
+    states = make_states()
+    expected = entropy_attention(*states, is_causal=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.nn.functional.scaled_dot_product_attention(*states).dtype == torch.float64
+        got = entropy_attention(*states, is_causal=True)
+        torch.testing.assert_close(row_entropies(*states[:2], is_causal=True), expected[1], rtol=0, atol=0)
+        with pytest.raises(ValueError, match=r"have torch\.bfloat16, torch\.float64, torch\.float64"):
+            entropy_attention(states[0].float(), *states[1:])
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(BATCH, LENGTH), torch.zeros(BATCH, 1, LENGTH, LENGTH)])
+def test_passes_on_a_device_without_numbers(mask):
+    states = [state.detach().to("meta").requires_grad_() for state in make_states()]
+    mask = None if mask is None else mask.to("meta")
+    output, entropies = entropy_attention(*states, mask, is_causal=True, dropout=0.1)
+    (output.sum() + entropies.sum()).backward()
+    assert [state.grad.shape for state in states] == [state.shape for state in states]
+
+
 @pytest.mark.parametrize("with_value", [True, False])
-def test_the_operator_is_well_made(with_value):
-    query, key, value = make_states(9, 12, value_dim=5, dtype=torch.float32)
+def test_the_operators_are_well_made(with_value):
+    query, key, value = (state.detach() for state in make_states(9, 12, value_dim=5, dtype=torch.float32))
     mask, seed = torch.ones(BATCH, 1, 1, 12, dtype=torch.bool), torch.tensor([3])
     arguments = (query, key, value if with_value else None, mask, True, SCALING, 0.1, seed)
-    torch.library.opcheck(blockwise_attention, arguments)
+    torch.library.opcheck(module.blockwise_attention_forward, arguments)
+    results = module.blockwise_attention_forward(*arguments)
+    upstream = (torch.randn_like(results[0]) if with_value else None, torch.randn_like(results[1]))
+    torch.library.opcheck(module.blockwise_attention_backward, (*arguments, *results, *upstream))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["output", "entropies"])
+def test_derivatives_in_forward_mode_are_refused(index):
+    query, key, value = (state.detach() for state in make_states())
+
+    def attend(query):
+        return entropy_attention(query, key, value, is_causal=True)[index].sum()
+
+    def with_dual_numbers(query):
+        with forward_ad.dual_level():
+            return attend(forward_ad.make_dual(query, query))
+
+    derivatives = [
+        with_dual_numbers,
+        lambda query: torch.func.jvp(attend, (query,), (query,)),
+        torch.func.jacfwd(attend),
+        torch.func.hessian(attend),
+    ]
+    for derivative in derivatives:
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            derivative(query)
+
+
+def test_derivatives_of_examples_all_at_once():
+    """As `torch.func` takes the gradients of every example of a batch; each has a mask of its own."""
+    query, key, value = (state.detach()[:, None] for state in make_states())
+    mask = random_visible(LENGTH)[:, None]
+
+    def attend(query, key, value, mask):
+        output, entropies = entropy_attention(query, key, value, mask, is_causal=True)
+        return output.square().sum() + entropies.square().sum()
+
+    gradients = torch.func.grad(attend, argnums=(0, 1, 2))
+    together = torch.vmap(gradients)(query, key, value, mask)
+    apart = [gradients(*example) for example in zip(query, key, value, mask, strict=True)]
+    for ours, theirs in zip(together, zip(*apart, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(lambda query: gradients(query, key[0], value[0], mask[0])[0].sum())(query[0])
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_dropout_of_examples_all_at_once(randomness):
+    query, key, value = (state.detach()[0] for state in make_states())
+    states = [state.expand(2, 1, *state.shape) for state in (query, key, value)]
+    attend = torch.vmap(lambda *states: entropy_attention(*states, dropout=0.5)[0], randomness=randomness)
+    first, second = attend(*states)
+    assert torch.equal(first, second) == (randomness == "same")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -293,38 +405,6 @@ def test_compiles_in_one_graph(dropout):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_cores_that_are_taken_do_not_change_the_result(dropout, monkeypatch):
-    """Groups of heads are then shared out to threads; with dropout too, and threads are many again afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    states = make_states(300, 300, dtype=torch.float32)
-    upstream = torch.randn_like(states[0]), torch.randn(BATCH, HEADS, 300)
-    results = []
-    monkeypatch.setattr(module, "MOST_HEADS", 1)
-    for contention_ends in (-math.inf, math.inf):
-        monkeypatch.setattr(module.CONTENTION, "_ends", contention_ends)
-        torch.manual_seed(0)
-        got = entropy_attention(*states, is_causal=True, dropout=dropout)
-        results.append((*got, *torch.autograd.grad(got, states, upstream)))
-    for alone, shared in zip(*results, strict=True):
-        torch.testing.assert_close(alone, shared)
-    assert torch.get_num_threads() == 3
-    torch.set_num_threads(threads)
-
-
-def test_inference_mode_holds_in_threads_too(monkeypatch):
-    states = make_states()
-    expected = entropy_attention(*states, is_causal=True)
-    torch.set_num_threads(2)
-    monkeypatch.setattr(module.CONTENTION, "_ends", math.inf)
-    with torch.inference_mode():
-        results = entropy_attention(*states, is_causal=True)
-    for got, result in zip(results, expected, strict=True):
-        assert got.is_inference()
-        torch.testing.assert_close(got, result)
-
-
 def test_a_query_that_is_no_number_has_results_that_are_none():
     query, key, value = make_states(6)
     query = query.detach().clone()
@@ -332,21 +412,6 @@ def test_a_query_that_is_no_number_has_results_that_are_none():
     output, entropies = entropy_attention(query, key, value, is_causal=True)
     for result in (output[0, 0].mean(dim=-1), entropies[0, 0]):
         assert result.isnan().tolist() == [False, False, True, False, False, False]
-
-
-def test_context_switches_tell_of_contention(monkeypatch):
-    contention = module._Contention()
-    switches = iter([10, 11, 11, 30])
-    monkeypatch.setattr(contention, "_switches", lambda: next(switches))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with contention.observed():
-        pass
-    assert not contention.is_on
-    with contention.observed():
-        pass
-    assert contention.is_on
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert not contention.is_on
 
 
 def test_two_copies_of_the_file_live_side_by_side():
@@ -386,12 +451,13 @@ STATES = [torch.zeros(2, 3, 4, 8)] * 3
         ((*STATES[:2], STATES[2].double()), {}, r"one floating point dtype.*torch\.float64"),
         ((torch.zeros(2, 3, 5, 8), *STATES[1:]), {"is_causal": True}, r"more queries than keys.*\(2, 3, 5, 8\)"),
         (STATES, {"attention_mask": torch.ones(4)}, r"shape \(4,\).*expected \(batch, keys\)"),
-        (STATES, {"attention_mask": torch.ones(3, 4)}, r"shape \(3, 4\).*expected \(2, 4 or more\)"),
-        (STATES, {"attention_mask": torch.ones(2, 3)}, r"shape \(2, 3\).*expected \(2, 4 or more\)"),
+        (STATES, {"attention_mask": torch.ones(3, 4)}, r"shape \(3, 4\).*expected \(2 or 1, 4 or more\)"),
+        (STATES, {"attention_mask": torch.ones(2, 3)}, r"shape \(2, 3\).*expected \(2 or 1, 4 or more\)"),
         (STATES, {"attention_mask": torch.ones(2, 2, 4, 4)}, r"expected \(2 or 1, 3 or 1, 4 or 1, 4 or more\)"),
         (STATES, {"attention_mask": torch.ones(2, 1, 4, 4, dtype=torch.long)}, r"torch\.int64.*boolean.*or additive"),
         (STATES, {"attention_mask": torch.full((1, 1, 4, 4), -0.5)}, r"holds -0\.5: an additive mask has 0"),
         (STATES, {"dropout": 1.5}, r"dropout=1\.5 has to be between 0 and 1"),
+        (STATES, {"route": None}, r"route=None is unknown"),
         (STATES, {"route": "fast"}, r"route='fast' is unknown. Known are blockwise, flash, flex"),
         (STATES, {"route": "flash", "dropout": 0.1}, r"'flash' does not serve.*neither a mask nor dropout"),
         (STATES, {"route": "flex"}, r"'flex' does not serve: FlexAttention has no gradient on cpu"),
@@ -415,6 +481,45 @@ def test_a_row_without_a_visible_key_has_entropy_0_from_any_kernel():
     gradient = torch.autograd.grad((entropies - 0.5).square().sum(), states[1])[0]
     assert gradient.isfinite().all()
     assert not gradient[..., 0, :].any()
+
+
+def test_an_entropy_that_rounding_makes_negative_is_0_and_keeps_its_gradient():
+    states = [state.detach().requires_grad_() for state in make_states()[:2]]
+
+    def attend(query, key, value, rounding=0.0):
+        scores = query @ key.mT
+        return scores.softmax(dim=-1) @ value, scores.logsumexp(dim=-1) - rounding
+
+    exact = _entropies(attend, *states, 1.0)
+    rounded = _entropies(partial(attend, rounding=exact.detach().median()), *states, 1.0)
+    torch.testing.assert_close(rounded, (exact - exact.median()).clamp(min=0))
+    upstream = torch.randn_like(exact)
+    for ours, theirs in zip(
+        torch.autograd.grad(rounded, states, upstream), torch.autograd.grad(exact, states, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("route", "built", "capability", "dtype", "message"),
+    [
+        ("flash", False, (9, 0), torch.bfloat16, "this build of torch has no flash kernel for CUDA"),
+        ("flash", True, (7, 5), torch.bfloat16, r"needs compute capability 8\.0, and the device has 7\.5"),
+        ("flash", True, (9, 0), torch.float32, r"needs float16 or bfloat16, not torch\.float32"),
+        ("flex", False, (9, 0), torch.float32, "needs triton"),
+        ("flex", True, (6, 1), torch.float32, r"needs compute capability 7\.0, and the device has 6\.1"),
+    ],
+)
+def test_routes_of_cuda_are_offered_where_their_kernels_serve(route, built, capability, dtype, message, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(routes, "is_triton_available", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    block_mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 4, 4, "cpu")
+    options = {"is_causal": True} if route == "flash" else {"attention_mask": block_mask}
+    with FakeTensorMode():
+        states = [torch.empty(1, 2, 4, 8, dtype=dtype, device="cuda") for _ in range(3)]
+        with pytest.raises(ValueError, match=message):
+            entropy_attention(*states, **options, route=route)
 
 
 @pytest.mark.gpu
