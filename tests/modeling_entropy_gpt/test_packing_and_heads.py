@@ -78,3 +78,20 @@ def test_what_gpt2_would_compute_otherwise_is_refused(option):
 def test_a_notation_that_contradicts_itself_is_named(text):
     with pytest.raises(ValueError, match=r"The notation .* can't be had"):
         EntropyGPTConfig.from_notation(text)
+
+
+@pytest.mark.parametrize("maximum", ["context", "causal"])
+@pytest.mark.parametrize("penalty", ["head_mean", "row_mean", "row_sum"])
+def test_a_model_of_one_position_has_no_entropy_to_penalise(penalty, maximum):
+    """The largest entropy is log 1 = 0, of which every share is 0: no division by it."""
+    model = EntropyGPTForSequenceClassification(
+        make_config(n_positions=1, num_labels=2, pad_token_id=0, entropy_penalty=penalty, entropy_maximum=maximum)
+    )
+    input_ids, labels = torch.randint(1, 64, (3, 1)), torch.tensor([0, 1, 1])
+    outputs = model.eval()(input_ids, labels=labels, output_entropies=True)
+    assert not torch.stack(outputs.attention_entropies).any()
+    in_training = model.train()(input_ids, labels=labels)
+    torch.testing.assert_close(in_training.loss, outputs.loss, rtol=0, atol=0)
+    in_training.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
