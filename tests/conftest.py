@@ -13,10 +13,7 @@ from .hub_server import HubServer
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--record-comparisons",
-        type=Path,
-        metavar="FILE",
-        help="append what is compared with other tools, as JSON lines",
+        "--record-comparisons", type=Path, metavar="FILE", help="append what is compared with other tools, as JSON lines"
     )
 
 
