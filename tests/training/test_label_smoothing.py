@@ -68,7 +68,7 @@ def step(trainer, items):
 
 @pytest.mark.parametrize("items", [None, 100])
 @pytest.mark.parametrize("kind", [Trainer, EntropyTrainer])
-def test_smoothed_labels_are_those_of_stock_gpt2(kind, items, tmp_path):
+def test_smoothed_labels_are_those_of_stock_gpt2(kind, items, tmp_path, compared):
     model, stock = make_pair("SM+LN+G")
     items = None if items is None else torch.tensor(items)
     loss, gradients = step(make_trainer(kind, model, tmp_path), items)
@@ -77,6 +77,19 @@ def test_smoothed_labels_are_those_of_stock_gpt2(kind, items, tmp_path):
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    what = f"loss and gradients of smoothed labels, {kind.__name__} and stock GPT-2 under the Trainer"
+    largest = max((gradients[name] - gradient).abs().max().item() for name, gradient in expected.items())
+    compared("transformers", what, f"equal within {largest:.0e}")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+def test_smoothed_labels_of_an_adapted_model_are_those_of_stock_gpt2(tmp_path, compared):
+    configuration = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    models = [get_peft_model(model, copy.deepcopy(configuration)) for model in make_pair("SM+LN+G")]
+    loss, expected = (step(make_trainer(Trainer, model, tmp_path), None)[0] for model in models)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    difference = (loss - expected).abs().item()
+    compared("peft", "loss of smoothed labels of an adapted model under the Trainer", f"equal within {difference:.0e}")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it

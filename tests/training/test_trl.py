@@ -94,7 +94,7 @@ def test_the_original_loses_the_penalty_and_the_model_says_so(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_the_original_trains_on_two_ranks(tmp_path):
+def test_the_original_trains_on_two_ranks(tmp_path, compared):
     """With its defaults, so with checkpointing, where data parallelism needs a gradient of every parameter."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.run(
@@ -108,3 +108,4 @@ def test_the_original_trains_on_two_ranks(tmp_path):
     for rank in (0, 1):
         unchanged = (tmp_path / f"rank{rank}.txt").read_text().split()
         assert {name.rpartition(".")[2] for name in unchanged} == {"entropy_threshold"}
+    compared("trl", "SFTTrainer with its defaults on two ranks", "trains all but the thresholds")
