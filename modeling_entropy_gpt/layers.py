@@ -65,11 +65,13 @@ class EntropyGPTTemperature(nn.Module):
         self.log_temperature = nn.Parameter(torch.empty(n_head, n_positions or 1))
 
     def forward(self, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """1 / t for each query, broadcastable to `(batch, heads, query_length, 1)`."""
+        """1 / t for each query, broadcastable to `(batch, heads, query_length, 1)`, and as long as `position_ids`."""
         inverse = torch.exp(-self.log_temperature)
         if self.by_position:
             return inverse[:, position_ids].transpose(0, 1).unsqueeze(-1)
-        return inverse[None, :, :, None]
+        # Tools for gradients of single sequences look for the batch in what a module reads and in what it returns.
+        rows = 1 if position_ids is None else len(position_ids)
+        return inverse[None, :, :, None].expand(rows, -1, -1, -1)
 
 
 class EntropyGPTEntropyThreshold(nn.Module):

@@ -108,6 +108,27 @@ def reload_adapter(adapter: str, reference: str) -> dict:
     return {"difference": _difference(loaded, reference), "came_along": came_along}
 
 
+def prefer(model: str, reference: str, preferences: dict, lora: dict, options: dict) -> dict:
+    """Trains on preferences; the reference is loaded again by the trainer, given, or the model without its adapter."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    torch.manual_seed(0)
+    given = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True) if reference == "given" else None
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=given,
+        args=DPOConfig("run", trust_remote_code=True, **options),
+        train_dataset=Dataset.from_dict(preferences),
+        peft_config=LoraConfig(**lora) if reference == "without the adapter" else None,
+    )
+    trainer.train()
+    came_along = any(type(part).__module__.startswith("transformers_modules.") for part in trainer.model.modules())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "came_along": came_along}
+
+
 def _compare(model: str, reference: str, **options) -> float:
     loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True, **options)
     return _difference(loaded, reference)

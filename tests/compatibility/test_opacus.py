@@ -1,0 +1,83 @@
+"""Gradients of single sequences: by torch's own transforms, and by Opacus for differentially private training."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.func import functional_call, grad, vmap
+
+from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
+
+from .environments import Environment
+from .twins import make_twins
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("through_opacus.py")
+
+
+def gradients_at_once(model, tokens, **arguments):
+    """Of each sequence's loss, by one pass."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    mask = torch.ones_like(tokens[:1])  # without one, a look for padding would be taken at each sequence's tokens
+
+    def loss_of(parameters, row):
+        inputs = {"input_ids": row[None], "labels": row[None], "attention_mask": mask, "use_cache": False}
+        return functional_call(model, parameters, (), inputs | arguments).loss
+
+    return vmap(grad(loss_of), in_dims=(None, 0))(parameters, tokens)
+
+
+def gradients_one_by_one(model, tokens):
+    gradients = []
+    for row in tokens:
+        model.zero_grad()
+        model(input_ids=row[None], labels=row[None], use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    return {name: torch.stack([each[name] for each in gradients]) for name in gradients[0]}
+
+
+def assert_equal_gradients(model):
+    tokens = make_tokens(4, 9)
+    got, expected = gradients_at_once(model, tokens), gradients_one_by_one(model, tokens)
+    assert got.keys() - expected.keys() == {name for name in got if name.endswith("entropy_threshold")}
+    for name, gradients in expected.items():
+        largest = gradients.abs().max().item()
+        torch.testing.assert_close(got[name], gradients, rtol=0, atol=1e-4 * largest, msg=name)
+    return got
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_transforms_of_torch(attention, compared):
+    theirs, ours = (assert_equal_gradients(model) for model in make_twins(attn_implementation=attention))
+    assert ours.keys() == theirs.keys()
+    compared("torch", f"gradients of single sequences by vmap(grad), {attention}", "equal within 1e-4 of the largest")
+
+
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_transforms_of_torch_on_every_architecture(notation):
+    assert_equal_gradients(make_model(notation, **NO_DROPOUT))
+
+
+@pytest.mark.releases
+def test_opacus(tmp_path, compared):
+    """Layers that are GPT-2's too need nothing; those with several inputs or buffers are registered."""
+    environment = Environment("opacus-1.6.0", "opacus==1.6.0", "transformers==5.23.0")
+    models = dict(zip(("stock", "ours"), make_twins(), strict=True))
+    models |= {f"architecture{number}": make_model(each, **NO_DROPOUT) for number, each in enumerate(ARCHITECTURES)}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    folders = [tmp_path / name for name in models]
+    cache = str(tmp_path / "cache")
+    printed = environment.run(SCRIPT, *folders, PYTHONPATH=str(ROOT), HF_MODULES_CACHE=cache, HF_HUB_OFFLINE="1")
+    answer = json.loads(printed.splitlines()[-1])
+    assert max(answer["without samplers"].values()) <= 1e-4
+    assert len(answer["with samplers"]) == len(ARCHITECTURES)
+    assert max(answer["with samplers"].values()) <= 1e-4
+    assert answer["moved"] > 1e-2
+    assert answer["apart"] <= 1e-5
+    version = environment.version_of("opacus")
+    compared("opacus", "gradients of single sequences, one by one and at once", "equal within 1e-4", version)
+    result = f"weights equal within {answer['apart']:.0e}"
+    compared("opacus", "differentially private steps from the same noise", result, version)
