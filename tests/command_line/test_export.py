@@ -1,8 +1,9 @@
-"""`entropy-gpt export` as a process of its own: what it leaves, what it says, and how it fails."""
+"""`entropy-gpt export`: what it leaves, what it says, and how it fails."""
 
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime
@@ -10,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
+from command_line.main import main
 from conversion.onnx_export import REPORT, run_graph
 from tests.architectures import make_model, make_tokens
 from training.tokenizer import train_tokenizer
@@ -35,21 +38,46 @@ def source(model, text, tmp_path_factory):
     return folder
 
 
-def run(*arguments, **options):
-    return subprocess.run([COMMAND, "export", *arguments], capture_output=True, text=True, **options)
+@dataclass
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    output: str
+    error: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line that it fails with."""
+        assert self.status == 1, self.output + self.error
+        (line,) = self.error.splitlines()
+        return line.removeprefix("entropy-gpt: ")
+
+    def succeeded(self):
+        assert (self.status, self.error) == (0, ""), self.error
+        return self
 
 
-def complaint(process) -> str:
-    """The one line that a command fails with."""
-    assert process.returncode == 1, process.stdout + process.stderr
-    (line,) = process.stderr.splitlines()
-    return line.removeprefix("entropy-gpt: ")
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """The command in this process, which has imported all that it needs."""
+
+    def run(*arguments) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["entropy-gpt", "export", *map(str, arguments)])
+        capfd.readouterr()
+        status = main()
+        return Outcome(status, *capfd.readouterr())
+
+    yield run
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
 def exported(source, tmp_path_factory):
+    """By a process of its own."""
     output = tmp_path_factory.mktemp("exported") / "graph"
-    return output, run(source, "--onnx", "--cache", "--output", output)
+    command = [COMMAND, "export", source, "--onnx", "--cache", "--output", output]
+    return output, subprocess.run(command, capture_output=True, text=True)
 
 
 def test_a_graph_its_tokenizer_and_its_report(exported, model):
@@ -71,61 +99,57 @@ def test_a_graph_its_tokenizer_and_its_report(exported, model):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_an_earlier_export_is_replaced_only_when_told(exported, source, tmp_path):
+def test_an_earlier_export_is_replaced_only_when_told(exported, source, run):
     output, _ = exported
     before = (output / REPORT).read_bytes()
-    assert "holds an export already: give another --output, or --overwrite" in complaint(
-        run(source, "--onnx", "--output", output)
-    )
+    refused = run(source, "--onnx", "--output", output).complaint
+    assert refused == f"{output} holds an export already: give another --output, or --overwrite."
     (output / "notes.txt").write_text("mine")
-    refused = complaint(run(source, "--onnx", "--output", output, "--overwrite"))
+    refused = run(source, "--onnx", "--output", output, "--overwrite").complaint
     assert refused == f"--overwrite would delete {output / 'notes.txt'}, which no export wrote: move it elsewhere."
     (output / "notes.txt").unlink()
     assert (output / REPORT).read_bytes() == before
-    assert "holds no export" in complaint(run(source, "--onnx", "--output", source))
+    assert "holds no export" in run(source, "--onnx", "--output", source).complaint
 
 
 @pytest.mark.slow
-def test_overwriting_and_trying(source, tmp_path):
+def test_overwriting_and_trying(source, tmp_path, run):
     # Without its tokenizer, and in half precision.
     bare, output = tmp_path / "bare", tmp_path / "graph"
     bare.mkdir()
     (bare / "config.json").write_bytes((source / "config.json").read_bytes())
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
     save_file(tensors, bare / "model.safetensors", {"format": "pt"})
-    tried = run(bare, "--onnx", "--output", output, "--dry-run")
-    assert (tried.returncode, tried.stderr) == (0, "")
-    assert "2 Softmax; nothing else" in tried.stdout
-    assert tried.stdout.endswith("Nothing was kept.\n")
+    tried = run(bare, "--onnx", "--output", output, "--dry-run").succeeded()
+    assert "2 Softmax; nothing else" in tried.output
+    assert tried.output.endswith("Nothing was kept.\n")
     assert not output.exists()
 
-    first = run(bare, "--onnx", "--output", output)
-    assert (first.returncode, first.stderr) == (0, "")
-    assert f"{bare} has no tokenizer" in " ".join(first.stdout.split())
+    first = run(bare, "--onnx", "--output", output).succeeded()
+    assert "has no tokenizer, so the export has none" in " ".join(first.output.split())
     assert not (output / "tokenizer.json").exists()
-    second = run(bare, "--onnx", "--output", output, "--tokenizer", source, "--overwrite", "--cache")
-    assert (second.returncode, second.stderr) == (0, "")
+    run(bare, "--onnx", "--output", output, "--tokenizer", source, "--overwrite", "--cache").succeeded()
     assert (output / "tokenizer.json").exists()
     assert "present.1.value" in json.loads((output / REPORT).read_text())["outputs"]
 
 
-def test_a_failure_leaves_nothing_behind(source, tmp_path):
+def test_a_failure_leaves_nothing_behind(source, tmp_path, run):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_bytes((source / "config.json").read_bytes())
     tensors = load_file(source / "model.safetensors")
     tensors["transformer.wte.weight"] = torch.full_like(tensors["transformer.wte.weight"], 1e30)
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    assert "logits are not finite" in complaint(run(broken, "--onnx", "--output", tmp_path / "graph"))
+    assert "logits are not finite" in run(broken, "--onnx", "--output", tmp_path / "graph").complaint
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-def test_wrong_usage(source, tmp_path):
-    process = run(source)
-    assert (process.returncode, process.stdout) == (2, "")
-    assert "--onnx" in process.stderr
-    assert "neither a file or folder here" in complaint(run(tmp_path / "nowhere", "--onnx", cwd=tmp_path))
+def test_wrong_usage(source, tmp_path, run):
+    missing = run(source)
+    assert (missing.status, missing.output) == (2, "")
+    assert "--onnx" in missing.error
+    assert "has no config.json" in run(tmp_path, "--onnx", "--output", tmp_path / "graph").complaint
     (tmp_path / "file").touch()
-    told = complaint(run(source, "--onnx", "--output", tmp_path / "file" / "graph"))
-    assert f"{tmp_path / 'file'} is no folder that can be written to" in told
-    assert "Example: entropy-gpt export" in run("--help").stdout
+    refused = run(source, "--onnx", "--output", tmp_path / "file" / "graph").complaint
+    assert f"{tmp_path / 'file'} is no folder that can be written to" in refused
+    assert "Example: entropy-gpt export" in run("--help").output

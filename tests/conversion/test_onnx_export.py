@@ -25,7 +25,7 @@ OPERATORS = {
     "ReLU": ["Relu"],
     "leaky ReLU": ["LeakyRelu"],
 }
-OF_A_LEARNABLE_SLOPE = ["Clip", "Clip"]
+OF_A_LEARNABLE_SLOPE = ["Max", "Min"]
 FINAL_NORMS = ("none", "layernorm", "static")
 # Always run; the others have the marker slow.
 FIRST = [("EReg(SM(t)+ScFuFFN)", "none", True), ("SM+LN+G", "layernorm", False)]
