@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
+# Of logits with a cache, as a part of the largest.
+LARGEST_ROUNDING = 1e-3
 PROJECT_PACKAGES = ("modeling_entropy_gpt", "conversion", "training", "evaluation", "command_line")
 
 
@@ -54,7 +56,7 @@ def load_in_fresh_process(folder: Path, reference: Path, prompt: str, subfolder:
         subfolder (`str`, *optional*): Where in the folder the weights are; code and tokenizer are not.
 
     Raises:
-        `RemoteLoadingError`: If the other process fails, or generates other tokens with a cache than without.
+        `RemoteLoadingError`: If the other process fails, or generates with a cache what it does not without.
     """
     with tempfile.TemporaryDirectory() as cache:
         answer = Path(cache) / "answer.json"
@@ -88,18 +90,25 @@ def _answer(folder: str, reference: str, prompt: str, subfolder: str) -> RemoteL
     inputs = tokenizer(prompt, return_tensors="pt")
     room = model.config.n_positions - inputs["input_ids"].shape[1]
     new_tokens = {"max_new_tokens": min(32, max(1, room)), "do_sample": False}
-    output, without_cache = (
-        model.generate(**inputs, **new_tokens, stop_strings="\n", tokenizer=tokenizer, use_cache=use_cache)
-        for use_cache in (True, False)
-    )
-    if not torch.equal(output, without_cache):
+    options = {**new_tokens, "stop_strings": "\n", "tokenizer": tokenizer}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    cached, uncached = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
+    if not torch.equal(cached.sequences, uncached.sequences) or not _are_close(cached.logits, uncached.logits):
         raise RuntimeError(
-            f"generate() gives other tokens with a cache than without: {output.tolist()}, {without_cache.tolist()}"
+            "generate() gives something else with a cache than without: "
+            f"{cached.sequences.tolist()} and {uncached.sequences.tolist()}, by logits that differ"
         )
+    output = cached.sequences
     return RemoteLoading(
         max_difference=(logits - expected["logits"]).abs().max().item(),
         completion=tokenizer.decode(output[0], skip_special_tokens=True).partition("\n")[0],
     )
+
+
+def _are_close(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
+    """Whether logits are the same but for rounding."""
+    found, expected = torch.stack(found), torch.stack(expected)
+    return (found - expected).abs().max().item() <= LARGEST_ROUNDING * expected.abs().max().item()
 
 
 if __name__ == "__main__":

@@ -54,10 +54,10 @@ def folders(tmp_path_factory) -> list[Path]:
     return folders
 
 
-def do(environment: Environment, deed: str, folder: Path, **arguments) -> dict:
+def do(environment: Environment, deed: str, home: Path, **arguments) -> dict:
     """What comes of a deed in an environment, with a cold cache."""
     told = json.dumps(arguments, default=str)
-    printed = environment.run(DEEDS, deed, told, cwd=folder, HF_HOME=str(folder / "home"), HF_HUB_OFFLINE="1")
+    printed = environment.run(DEEDS, deed, told, cwd=home, HF_HOME=str(home), HF_HUB_OFFLINE="1")
     return json.loads(printed.splitlines()[-1])
 
 

@@ -197,7 +197,7 @@ def test_a_fresh_process_notices_a_cache_that_is_lost(saved):
     code = path.read_text()
     path.write_text(code.replace("        check_keywords(", "        past_key_values = None\n        check_keywords("))
     assert path.read_text() != code
-    with pytest.raises(RemoteLoadingError, match="other tokens with a cache than without"):
+    with pytest.raises(RemoteLoadingError, match="something else with a cache than without"):
         load_in_fresh_process(folder, reference, prompt="def ")
 
 
