@@ -50,6 +50,15 @@ def to_additive(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return torch.where(attention_mask, visible, torch.finfo(dtype).min)
 
 
+def check_dtype(attention_mask: torch.Tensor):
+    """Refuses numbers of which nobody knows whether they are added or tell what is visible, with a `ValueError`."""
+    if attention_mask.dtype != torch.bool and not attention_mask.dtype.is_floating_point:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}: with four "
+            "dimensions it has to be boolean (true: visible) or additive."
+        )
+
+
 def check_additive(attention_mask: torch.Tensor):
     """
     Refuses an additive mask that does more than mask, where its numbers can be looked at: not in a graph that is being
@@ -58,7 +67,7 @@ def check_additive(attention_mask: torch.Tensor):
     Raises:
         `ValueError`: If it holds anything but 0, the dtype's lowest value and -inf.
     """
-    if not attention_mask.dtype.is_floating_point or attention_mask.is_meta or torch.compiler.is_compiling():
+    if attention_mask.dtype == torch.bool or attention_mask.is_meta or torch.compiler.is_compiling():
         return
     bias = attention_mask[(attention_mask != 0) & to_boolean(attention_mask)]
     if len(bias):
@@ -94,6 +103,8 @@ def prepare_mask(
     """
     if attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.ndim == 2):
         return attention_mask
+    if torch.is_tensor(attention_mask):
+        check_dtype(attention_mask)
     if with_entropies:
         if torch.is_tensor(attention_mask):
             check_additive(attention_mask)
@@ -123,4 +134,4 @@ def _to_block_mask(attention_mask: torch.Tensor, batch_size: int) -> BlockMask:
     return create_block_mask(may_attend, batch_size, heads, *visible.shape[-2:], visible.device)
 
 
-__all__ = ["check_additive", "prepare_mask", "to_additive", "to_boolean", "visible_pairs"]
+__all__ = ["check_additive", "check_dtype", "prepare_mask", "to_additive", "to_boolean", "visible_pairs"]

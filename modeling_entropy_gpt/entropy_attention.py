@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, get_flex_attention_lse_kwargs
 from transformers.utils import is_triton_available
 
-from .attention_masks import check_additive, visible_pairs
+from .attention_masks import check_additive, check_dtype, visible_pairs
 from .blockwise_attention import blockwise_attention
 
 
@@ -156,10 +156,7 @@ def _check_mask(attention_mask, query, key):
     if attention_mask.ndim == 2:
         fits = _broadcasts(attention_mask.shape[0], batch_size)
     elif attention_mask.ndim == 4:
-        if attention_mask.dtype != torch.bool and not attention_mask.dtype.is_floating_point:
-            raise ValueError(
-                f"{_found(attention_mask)}: with four dimensions it has to be boolean (true: visible) or additive."
-            )
+        check_dtype(attention_mask)
         sizes = zip(attention_mask.shape[:3], (batch_size, heads, query_length), strict=True)
         fits = all(_broadcasts(size, expected) for size, expected in sizes)
     else:
