@@ -269,8 +269,14 @@ def fine_tune_on_ranks(folder, ranks, notation, trainer, **arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["SFTTrainer", "EntropySFTTrainer"])
-@pytest.mark.parametrize("notation", ["SM+LN+G", "SM(t)+ScFuFFN", "EReg(SM(t)+ScFuFFN)"])
+@pytest.mark.parametrize(
+    ("notation", "trainer"),
+    [
+        ("SM+LN+G", "SFTTrainer"),
+        ("EReg(SM(t)+ScFuFFN)", "SFTTrainer"),
+        ("EReg(SM(t)+ScFuFFN)", "EntropySFTTrainer"),
+    ],
+)
 def test_two_ranks_with_the_defaults(notation, trainer, tmp_path, compared):
     """Gradient checkpointing, which is the default, and a loss that leaves thresholds without a gradient."""
     weights, losses = fine_tune_on_ranks(tmp_path, 2, notation, trainer)
