@@ -150,8 +150,15 @@ def test_preferences(options, folders, tokenizer, compared):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["loaded again", "given", "without the adapter"])
-@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
+@pytest.mark.parametrize(
+    ("notation", "reference"),
+    [
+        ("SM+LN+G", "loaded again"),
+        ("SM+LN+G", "given"),
+        ("SM+LN+G", "without the adapter"),
+        ("EReg(SM(t)+ScFuFFN)", "loaded again"),
+    ],
+)
 def test_preferences_do_not_move_at_rate_0(notation, reference, tokenizer, tmp_path, compared):
     """
     By a process that can't import this project, of remote code with every dropout in its configuration: model and
