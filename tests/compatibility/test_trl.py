@@ -150,8 +150,15 @@ def test_preferences(options, folders, tokenizer, compared):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["loaded again", "given", "without the adapter"])
-@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
+@pytest.mark.parametrize(
+    ("notation", "reference"),
+    [
+        ("SM+LN+G", "loaded again"),
+        ("SM+LN+G", "given"),
+        ("SM+LN+G", "without the adapter"),
+        ("EReg(SM(t)+ScFuFFN)", "loaded again"),
+    ],
+)
 def test_preferences_do_not_move_at_rate_0(notation, reference, tokenizer, tmp_path, compared):
     """
     By a process that can't import this project, of remote code with every dropout in its configuration: model and
@@ -269,8 +276,14 @@ def fine_tune_on_ranks(folder, ranks, notation, trainer, **arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["SFTTrainer", "EntropySFTTrainer"])
-@pytest.mark.parametrize("notation", ["SM+LN+G", "SM(t)+ScFuFFN", "EReg(SM(t)+ScFuFFN)"])
+@pytest.mark.parametrize(
+    ("notation", "trainer"),
+    [
+        ("SM+LN+G", "SFTTrainer"),
+        ("EReg(SM(t)+ScFuFFN)", "SFTTrainer"),
+        ("EReg(SM(t)+ScFuFFN)", "EntropySFTTrainer"),
+    ],
+)
 def test_two_ranks_with_the_defaults(notation, trainer, tmp_path, compared):
     """Gradient checkpointing, which is the default, and a loss that leaves thresholds without a gradient."""
     weights, losses = fine_tune_on_ranks(tmp_path, 2, notation, trainer)
