@@ -341,9 +341,11 @@ def follow(reader: Reader, command: str):
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.name for block in BLOCKS])
 def test_blocks_say_their_language(block):
-    assert block.language in LANGUAGES
+    """And the tool that they need, where it is not installed here: tests/compatibility runs these."""
+    assert block.language.partition(" ")[0] in LANGUAGES
 
 
+@pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated")  # by PEFT and TRL
 @pytest.mark.parametrize("block", blocks("python"))
 def test_code(block, reader):
     code = replace(block.text)

@@ -1,11 +1,14 @@
-"""Saved models with a tokenizer, as tools of strangers find them."""
+"""Saved models with a tokenizer, as tools of strangers find them, and what the page of the tools does with them."""
 
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.architectures import SIZES
+from tests.architectures import SIZES, make_model
+from tests.test_documentation import BLOCKS
+
+from .environments import Environment
 
 
 def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
@@ -17,3 +20,11 @@ def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
+
+
+def run_page(tool: str, environment: Environment, folder: Path) -> str:
+    """Runs the code that docs/interoperability.md has for a tool, in a folder; returns what it printed."""
+    (block,) = (block for block in BLOCKS if block.language == f"python {tool}")
+    (folder / "page.py").write_text(block.text, encoding="utf-8")
+    save_with_tokenizer(make_model("EReg(SM(t)+ScFuFFN)"), folder / "path/to/folder")
+    return environment.run("page.py", cwd=folder, HF_HOME=str(folder / "home"))

@@ -8,7 +8,8 @@ import pytest
 from tests.architectures import make_model
 
 from .environments import Environment
-from .folders import save_with_tokenizer
+from .figures import describe
+from .folders import run_page, save_with_tokenizer
 from .twins import make_twins
 
 
@@ -35,6 +36,10 @@ def test_attributions(environment, tmp_path, compared):
     assert len(figures) == 4
     for what, difference in figures.items():
         assert difference < 1e-9, what
-        compared(TOOL, what, f"equal within {difference:.0e}", version)
+        compared(TOOL, what, describe(difference), version)
     what = "integrated gradients of a softmax-only model: their sum beside the difference of logits"
-    compared(TOOL, what, f"equal within {missing:.0e}", version)
+    compared(TOOL, what, describe(missing), version)
+
+
+def test_the_page(environment, tmp_path):
+    assert "tensor([[" in run_page(TOOL, environment, tmp_path)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from .environments import Environment
-from .folders import save_with_tokenizer
+from .figures import describe
+from .folders import run_page, save_with_tokenizer
 from .twins import make_twins
 
 
@@ -32,8 +33,12 @@ def test_traces_interventions_and_generation(environment, tmp_path, compared):
     assert max(figures.values()) < 1e-5, figures
     difference = max(value for name, value in figures.items() if not name.startswith("logits,"))
     what = "attention outputs and patterns, FFN outputs, hidden states and logits, alone and in a padded batch"
-    compared(TOOL, what, f"equal within {difference:.0e}", version)
+    compared(TOOL, what, describe(difference), version)
     difference = max(value for name, value in figures.items() if name.startswith("logits,"))
     what = "hidden states doubled, a position set to zero, a head ablated"
-    compared(TOOL, what, f"logits equal within {difference:.0e}", version)
+    compared(TOOL, what, f"logits {describe(difference)}", version)
     compared(TOOL, "tokens generated, plain and steered at each step", "the same", version)
+
+
+def test_the_page(environment, tmp_path):
+    assert "torch.Size([1, 4, 48]) torch.Size([1, 4, 101])" in run_page(TOOL, environment, tmp_path)

@@ -10,6 +10,7 @@ from tests.architectures import ARCHITECTURES, make_model
 from tests.wheel import build_wheel
 
 from .environments import Environment
+from .folders import run_page
 
 
 pytestmark = pytest.mark.releases
@@ -38,7 +39,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def version(environment):
-    return environment.version_of(TOOL)
+    return f"{environment.version_of(TOOL)}, transformers {environment.version_of('transformers')}"
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +120,8 @@ def test_weights_are_processed_where_norms_are_left_alone(figures, version, comp
     assert difference < 1e-6  # TransformerLens processes them in float32
     what = f"probabilities with processed weights, of the {len(taken)} models with LayerNorms alone"
     compared(TOOL, what, f"equal within {difference:.0e}; the others refuse", version)
+
+
+def test_the_page(environment, tmp_path):
+    said = run_page(TOOL, environment, tmp_path)
+    assert all(f"'{part}'" in said for part in ("L0H0", "2_mlp_out", "embed", "pos_embed", "bias"))
