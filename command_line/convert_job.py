@@ -21,6 +21,7 @@ from conversion.divergence import Divergence, Reference
 from conversion.errors import ConversionError, NotFiniteError
 from conversion.gpt2_checkpoint import load_language_model
 from conversion.simplification import Plan, Step, measure_pruning_damage, plan_conversion, set_training_fields
+from conversion.tokenizer_files import save_tokenizer
 from evaluation.conversion_report import (
     PICTURE,
     ConversionReport,
@@ -297,7 +298,7 @@ def _save(job: Job, model: EntropyGPTForCausalLM, tokenizer: PreTrainedTokenizer
     whole = job.work / "whole"
     with written_whole(whole) as folder:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         report.save(folder / f"{REPORT}.json")
         save_results([_describe(job, model, report)], folder / RESULTS)
         (folder / f"{REPORT}.md").write_text(report_markdown(report), encoding="utf-8")

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
 from conversion.simplification import target_config
+from conversion.tokenizer_files import save_tokenizer
 from evaluation.comparison import comparison_rows, conditions_text
 from evaluation.head_plots import plot_comparison, plot_headwise_entropy
 from evaluation.model_card import model_card
@@ -170,7 +171,7 @@ def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, prog
             with written_whole(output / "settings.json") as path:
                 path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
             with written_whole(folder) as temporary:
-                data.tokenizer.save_pretrained(temporary / "tokenizer")
+                save_tokenizer(data.tokenizer, temporary / "tokenizer")
                 data.training.save_to_disk(temporary / "training")
                 data.validation.save_to_disk(temporary / "validation")
     except CorpusError as error:
@@ -271,7 +272,7 @@ def _save(model: EntropyGPTForCausalLM, result: ModelResult, data: Data, output:
         save_reference(input_ids, model(input_ids).logits, path)
     with written_whole(output / "models" / result.name) as folder:
         model.save_pretrained(folder)
-        data.tokenizer.save_pretrained(folder)
+        save_tokenizer(data.tokenizer, folder)
         save_results([result], folder / RESULTS)
         model_card(result).save(folder / "README.md")
 

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
+from conversion.tokenizer_files import save_tokenizer
 from evaluation.results import RESULTS, load_results, save_results
 from evaluation.study.records import ANSWERED, Study, StudyRun
 from training.errors import CorpusError
@@ -157,7 +158,7 @@ def _prepare(protocol: Protocol, output: Path):
     try:
         with console.status("training the tokenizer"), written_whole(place) as folder:
             texts = (document.text for document in load_text(protocol.dataset).training)
-            train_tokenizer(texts, protocol.vocabulary).save_pretrained(folder)
+            save_tokenizer(train_tokenizer(texts, protocol.vocabulary), folder)
     except CorpusError as error:
         raise CommandError(str(error)) from error
 

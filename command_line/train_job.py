@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
+from conversion.tokenizer_files import save_tokenizer
 from evaluation.model_card import model_card
 from evaluation.results import (
     RESULTS,
@@ -242,7 +243,7 @@ def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: R
     if recipe.lora.lora_r:
         with trainer.given_configuration():
             merge_adapter(trainer.model).save_pretrained(unfinished)
-    data.tokenizer.save_pretrained(unfinished)
+    save_tokenizer(data.tokenizer, unfinished)
     model = load_language_model(unfinished).to(recipe.training.device)
     steps = trainer.state.global_step
     batch_size = recipe.training.sequences_per_step

@@ -24,6 +24,7 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .errors import ConversionError, NotFiniteError
 from .folding import fold
+from .tokenizer_files import save_tokenizer
 
 
 GRAPH, REPORT = "model.onnx", "export_report.json"
@@ -135,7 +136,7 @@ def export_onnx(
     folded.config.save_pretrained(folder)
     folded.generation_config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
     written = onnx.load(path, load_external_data=False)
     report = ExportReport(

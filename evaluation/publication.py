@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 from yaml import YAMLError
 
+from conversion.tokenizer_files import save_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .head_plots import plot_headwise_entropy
@@ -81,7 +82,7 @@ def assemble(
     """
     card = model_card(result, licence, repository, PICTURE, None if folded is None else FOLDED, folded_from)
     model.save_pretrained(folder, max_shard_size=shard_size)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     if folded is not None:
         folded.save_pretrained(folder / FOLDED, max_shard_size=shard_size)
         for path in (folder / FOLDED).glob("*.py"):  # loading takes the code from the folder around it

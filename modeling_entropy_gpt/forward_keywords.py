@@ -18,6 +18,7 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 # What transformers itself hands down, beside the keywords that it declares.
 OF_DECORATORS = ("return_dict", "debug_io", "debug_io_dir", "prune_layers")
 OF_LOSSES = ("ignore_index", "shift_labels")
+OF_EARLIER_RELEASES = ("cache_position",)  # tools still give it; transformers' own models do without it too
 OF_GENERATION = ("assistant_model", "assistant_tokenizer", "streamer", "synced_gpus", "tokenizer")
 OF_CONTINUOUS_BATCHING = (
     "block_table",
@@ -29,8 +30,8 @@ OF_CONTINUOUS_BATCHING = (
     "read_index",
     "write_index",
 )
-KNOWN = frozenset(
-    {*TransformersKwargs.__annotations__, *OF_DECORATORS, *OF_LOSSES, *OF_GENERATION, *OF_CONTINUOUS_BATCHING}
+KNOWN = frozenset(TransformersKwargs.__annotations__).union(
+    OF_DECORATORS, OF_LOSSES, OF_EARLIER_RELEASES, OF_GENERATION, OF_CONTINUOUS_BATCHING
 )
 OF_CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
 

@@ -13,6 +13,8 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
+from conversion.tokenizer_files import save_tokenizer
+
 from .arguments import DataArguments
 from .errors import CorpusError
 from .files import delete, written_whole
@@ -233,7 +235,7 @@ def _write(folder: Path, job: _Job):
     folder.mkdir()
     tokenizer = job.tokenizer or _train_tokenizer(job)
     if job.tokenizer is None:
-        tokenizer.save_pretrained(folder / TOKENIZER)
+        save_tokenizer(tokenizer, folder / TOKENIZER)
     job.on_stage("tokenising", job.source.documents)
     digest = hashlib.sha256()
     training, validation = (_Witness(texts, digest) for texts in (job.source.training, job.source.validation))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from conversion.tokenizer_files import save_tokenizer
 from modeling_entropy_gpt.releases import NEWEST_TESTED, OLDEST
 from tests.architectures import make_model, make_tokens
 from training.tokenizer import train_tokenizer
@@ -41,7 +42,7 @@ def folders(tmp_path_factory) -> list[Path]:
         model, tokens = make_model(notation, vocab_size=len(tokenizer)), make_tokens(2, 24)
         folder = tmp_path_factory.mktemp("models") / f"model_{place}"
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         with torch.no_grad():
             outputs = model(tokens, output_entropies=True)
         reference = {
