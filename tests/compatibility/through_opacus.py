@@ -14,7 +14,12 @@ from transformers import AutoModelForCausalLM
 
 
 SAMPLES, LENGTH = 3, 9
-FROZEN = ("EntropyGPTResidualScaling", "EntropyGPTStaticLayerNorm", "EntropyGPTTemperature")
+FROZEN = (
+    "EntropyGPTResidualScaling",
+    "EntropyGPTStaticLayerNorm",
+    "EntropyGPTTemperature",
+    "EntropyGPTEntropyThreshold",
+)
 
 
 def losses(model, tokens: torch.Tensor) -> torch.Tensor:
@@ -26,7 +31,7 @@ def losses(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def freeze_what_opacus_refuses(model):
-    """What has two inputs, buffers, or a result that is no batch."""
+    """What has no input or two, buffers, or a result that is no batch."""
     for module in model.modules():
         if type(module).__name__ in FROZEN:
             module.requires_grad_(False)
