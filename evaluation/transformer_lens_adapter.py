@@ -151,6 +151,6 @@ def _use_plain_weights(model: nn.Module):
         for name, linear in parent.named_children():
             if type(linear).__name__ == "EntropyGPTNormalizedConv1D":
                 plain = Conv1D(linear.nf, linear.nx)
-                plain.weight, plain.bias = nn.Parameter(linear.weight * linear.scale()), linear.bias
+                plain.weight, plain.bias = nn.Parameter(linear.normalized_weight()), linear.bias
                 setattr(parent, name, plain)
     model.config.weight_normalization, model.config.weight_normalization_targets = None, []
