@@ -40,7 +40,7 @@ def eager_attention_forward(
         attn_weights = attn_weights + to_additive(attention_mask, attn_weights.dtype)
     # As GPT-2 does, the softmax stays in the dtype of the model.
     attn_weights = nn.functional.softmax(attn_weights, dim=-1).type(value.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=dropout > 0)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.attn_dropout.training)
     attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
     return attn_output, attn_weights
 
