@@ -1,9 +1,6 @@
 """TRL's trainer trains the model, and the penalty with the model's own loss."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -91,21 +88,3 @@ def test_the_original_loses_the_penalty_and_the_model_says_so(tmp_path, caplog):
     _, unchanged = train(SFTTrainer, "EReg(SM(t)+ScFuFFN)", tmp_path)
     assert {name.rpartition(".")[2] for name in unchanged} == {"entropy_threshold"}
     assert "lacks the entropy penalty" in caplog.text
-
-
-@pytest.mark.slow
-def test_the_original_trains_on_two_ranks(tmp_path, compared):
-    """With its defaults, so with checkpointing, where data parallelism needs a gradient of every parameter."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.run(
-        [*command, Path(__file__).with_name("sft_on_ranks.py"), tmp_path],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    for rank in (0, 1):
-        unchanged = (tmp_path / f"rank{rank}.txt").read_text().split()
-        assert {name.rpartition(".")[2] for name in unchanged} == {"entropy_threshold"}
-    compared("trl", "SFTTrainer with its defaults on two ranks", "trains all but the thresholds")
