@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from training.packing import pack, spread_blocks
 
 from .errors import CommandError
 from .model_tokenizer import load_model_tokenizer
+from .output_folder import holds_earlier_output, refuse_to_delete
 from .progress import stage
 
 
@@ -134,18 +134,9 @@ def check_output(job: Job):
     """
     if job.calibration_folder is not None and job.calibration_folder.exists() and not job.calibration_folder.is_dir():
         raise CommandError(f"--calibration {job.calibration_folder} is no folder: give one, or a new name.")
-    output = job.output
-    parent = next(folder for folder in output.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CommandError(f"--output {output}: {parent} is no folder that can be written to. Give another --output.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / f"{REPORT}.json").exists():
-        raise CommandError(f"{output} is there already and holds no conversion: give another --output, or delete it.")
-    if not job.overwrite:
-        raise CommandError(f"{output} holds a conversion already: give another --output, or --overwrite.")
-    if foreign := sorted({*_inputs_inside(job), *(path for path in output.iterdir() if path.is_dir())}):
-        raise CommandError(f"--overwrite would delete {foreign[0]}, which no conversion wrote: move it elsewhere.")
+    if holds_earlier_output(job.output, f"{REPORT}.json", "conversion", job.overwrite):
+        folders = {path for path in job.output.iterdir() if path.is_dir()}
+        refuse_to_delete({*_inputs_inside(job), *folders}, "conversion")
 
 
 def name_source(source: str) -> str:

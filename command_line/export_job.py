@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from training.files import delete, written_whole
 
 from .errors import CommandError
 from .model_tokenizer import load_model_tokenizer
+from .output_folder import holds_earlier_output, refuse_to_delete
 from .tables import make_table
 
 
@@ -71,19 +71,9 @@ def check_output(job: Job):
     Raises:
         `CommandError`: If the output can't be used.
     """
-    output = job.output
-    parent = next(folder for folder in output.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CommandError(f"--output {output}: {parent} is no folder that can be written to. Give another --output.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / REPORT).is_file():
-        raise CommandError(f"{output} is there already and holds no export: give another --output, or delete it.")
-    if not job.overwrite:
-        raise CommandError(f"{output} holds an export already: give another --output, or --overwrite.")
-    exported = _list_exported(output)
-    if foreign := sorted(path for path in output.iterdir() if path.name not in exported):
-        raise CommandError(f"--overwrite would delete {foreign[0]}, which no export wrote: move it elsewhere.")
+    if holds_earlier_output(job.output, REPORT, "export", job.overwrite):
+        exported = _list_exported(job.output)
+        refuse_to_delete({path for path in job.output.iterdir() if path.name not in exported}, "export")
 
 
 def _list_exported(output: Path) -> set[str]:

@@ -411,37 +411,17 @@ class _BlockwiseAttention(torch.autograd.Function):
 class _BlockwiseAttentionBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
+    # fmt: off
     @staticmethod
-    def forward(
-        query,
-        key,
-        value,
-        visible,
-        is_causal,
-        scaling,
-        dropout,
-        seed,
-        output,
-        entropies,
-        log_sum_exp,
-        grad_output,
-        grad_entropies,
+    def forward(  # by name, since captured graphs take no `*arguments` here
+        query, key, value, visible, is_causal, scaling, dropout, seed,
+        output, entropies, log_sum_exp, grad_output, grad_entropies,
     ):
         return blockwise_attention_backward(
-            query,
-            key,
-            value,
-            visible,
-            is_causal,
-            scaling,
-            dropout,
-            seed,
-            output,
-            entropies,
-            log_sum_exp,
-            grad_output,
-            grad_entropies,
+            query, key, value, visible, is_causal, scaling, dropout, seed,
+            output, entropies, log_sum_exp, grad_output, grad_entropies,
         )
+    # fmt: on
 
     @staticmethod
     def setup_context(ctx, inputs, output):

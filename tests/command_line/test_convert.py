@@ -105,7 +105,7 @@ def test_an_earlier_conversion_is_replaced_only_when_told(finished, source, text
     before = (output / "conversion_report.json").read_bytes()
     refused = run(source, text, output, to="SM+LN+R")
     assert refused.returncode == 1
-    assert "holds a conversion already: give another --output, or --overwrite" in refused.stderr
+    assert "holds an earlier conversion: give another --output, or --overwrite" in refused.stderr
     assert (output / "conversion_report.json").read_bytes() == before
     # What is converted can be converted on, and be its own output's source.
     replaced = run(source, text, output.with_name("other"), to="SM+LN+G")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime
@@ -17,6 +16,8 @@ from command_line.main import main
 from conversion.onnx_export import REPORT, run_graph
 from tests.architectures import make_model, make_tokens
 from training.tokenizer import train_tokenizer
+
+from .outcome import Outcome
 
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
@@ -36,26 +37,6 @@ def source(model, text, tmp_path_factory):
     model.save_pretrained(folder)
     train_tokenizer((path.read_text() for path in sorted(text.iterdir())), VOCABULARY).save_pretrained(folder)
     return folder
-
-
-@dataclass
-class Outcome:
-    """How a command ended."""
-
-    status: int
-    output: str
-    error: str
-
-    @property
-    def complaint(self) -> str:
-        """The one line that it fails with."""
-        assert self.status == 1, self.output + self.error
-        (line,) = self.error.splitlines()
-        return line.removeprefix("entropy-gpt: ")
-
-    def succeeded(self):
-        assert (self.status, self.error) == (0, ""), self.error
-        return self
 
 
 @pytest.fixture
@@ -103,7 +84,7 @@ def test_an_earlier_export_is_replaced_only_when_told(exported, source, run):
     output, _ = exported
     before = (output / REPORT).read_bytes()
     refused = run(source, "--onnx", "--output", output).complaint
-    assert refused == f"{output} holds an export already: give another --output, or --overwrite."
+    assert refused == f"{output} holds an earlier export: give another --output, or --overwrite."
     (output / "notes.txt").write_text("mine")
     refused = run(source, "--onnx", "--output", output, "--overwrite").complaint
     assert refused == f"--overwrite would delete {output / 'notes.txt'}, which no export wrote: move it elsewhere."

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from tests.strangers import do
 from training.tokenizer import train_tokenizer
 
 from . import run_forks
+from .outcome import Outcome
 
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
@@ -46,26 +46,6 @@ STRAY = {
     "checkpoint-2/optimizer.pt": "moments",
     "_unfinished-checkpoint/model.safetensors": "half",
 }
-
-
-@dataclass
-class Outcome:
-    """How a command ended."""
-
-    status: int
-    output: str
-    error: str
-
-    @property
-    def complaint(self) -> str:
-        """The one line that a command fails with."""
-        assert (self.status, self.error.count("\n")) == (1, 1), (self.status, self.error)
-        assert self.error.startswith("entropy-gpt: ")
-        return self.error.removeprefix("entropy-gpt: ").rstrip("\n")
-
-    def succeeded(self):
-        assert (self.status, self.error) == (0, ""), (self.status, self.error)
-        return self
 
 
 def run(environment: dict[str, str], *arguments) -> Outcome:
