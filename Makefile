@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 NEWEST := .venv-newest
+COMPARISONS := model_cards/results/interoperability.jsonl
 SOURCES := modeling_entropy_gpt conversion training evaluation command_line tests
 
 .PHONY: quickstart results runs study test test-all test-newest interoperability style bench clean
@@ -46,7 +47,7 @@ test: $(INSTALLED)  ## Runs the default test suite, offline.
 test-all: $(INSTALLED)  ## Runs every test, also slow ones and those with other releases and tools.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 
-test-newest:  ## Runs the default tests with the newest releases that pip finds, as a stranger's installation has them.
+test-newest:  ## Runs the default tests with the newest releases that pip finds, torch apart.
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -54,9 +55,10 @@ test-newest:  ## Runs the default tests with the newest releases that pip finds,
 	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 interoperability: $(INSTALLED)  ## Compares the model with other tools and releases, and writes the table of what came of it.
-	rm -f model_cards/results/interoperability.jsonl
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" tests/compatibility \
-		--record-comparisons model_cards/results/interoperability.jsonl
+	rm -f $(COMPARISONS).new
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $$(grep -rl --include='test_*.py' compared tests) \
+		--record-comparisons $(COMPARISONS).new
+	mv $(COMPARISONS).new $(COMPARISONS)
 	$(BIN)/python -m evaluation.interoperability
 
 style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mended.
