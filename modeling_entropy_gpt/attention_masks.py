@@ -3,6 +3,7 @@
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from transformers.utils.import_utils import is_tracing
 
 
 def visible_pairs(
@@ -62,12 +63,12 @@ def check_dtype(attention_mask: torch.Tensor):
 def check_additive(attention_mask: torch.Tensor):
     """
     Refuses an additive mask that does more than mask, where its numbers can be looked at: not in a graph that is being
-    captured, nor on the meta device.
+    captured, nor on the meta device; there a bias is taken for a visible pair.
 
     Raises:
         `ValueError`: If it holds anything but 0, the dtype's lowest value and -inf.
     """
-    if attention_mask.dtype == torch.bool or attention_mask.is_meta or torch.compiler.is_compiling():
+    if attention_mask.dtype == torch.bool or attention_mask.is_meta or is_tracing(attention_mask):
         return
     bias = attention_mask[(attention_mask != 0) & to_boolean(attention_mask)]
     if len(bias):
@@ -83,6 +84,7 @@ def prepare_mask(
     implementation: str,
     inputs_embeds: torch.Tensor,
     with_entropies: bool,
+    is_given: bool,
 ) -> torch.Tensor | BlockMask | None:
     """
     What the layers are given, made once for all of them out of what [`~masking_utils.create_causal_mask`] returns: a
@@ -94,6 +96,7 @@ def prepare_mask(
         inputs_embeds (`torch.Tensor` of shape `(batch, queries, hidden_size)`): What the layers begin with.
         with_entropies (`bool`):
             Whether attention is computed with entropies: then masks in four dimensions become boolean.
+        is_given (`bool`): Whether the mask is a user's, which may hold anything.
 
     Returns:
         `torch.Tensor`, `BlockMask` or `None`: The same, if the implementation takes it as it is.
@@ -106,7 +109,7 @@ def prepare_mask(
     if torch.is_tensor(attention_mask):
         check_dtype(attention_mask)
     if with_entropies:
-        if torch.is_tensor(attention_mask):
+        if is_given and torch.is_tensor(attention_mask):
             check_additive(attention_mask)
         return visible_pairs(attention_mask, *attention_mask.shape[-2:], inputs_embeds.device)
     if torch.is_tensor(attention_mask) and implementation == "flex_attention":

@@ -99,7 +99,7 @@ class EntropyGPTAttention(nn.Module):
         thresholds = None
         if self.threshold is not None and (output_entropies or self.training):
             thresholds = self.threshold()
-            if self.training:  # a loss computed outside of the model may leave them out
+            if self.training and thresholds.requires_grad:  # a loss computed elsewhere may leave them out
                 attn_output = keep_in_graph(attn_output, thresholds)
         attn_output = self.resid_dropout(attn_output)
         if not output_entropies:

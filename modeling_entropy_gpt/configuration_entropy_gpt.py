@@ -41,7 +41,15 @@ AUTO_MAP = {
 
 # What transformers itself, or a GPT-2 config.json, hands to `__post_init__` beside the declared fields.
 INHERITED_FIELDS = frozenset(
-    {*PreTrainedConfig().to_dict(), "auto_map", "num_labels", "torch_dtype", "attn_implementation", "n_ctx"}
+    {
+        *PreTrainedConfig().to_dict(),
+        "attn_implementation",
+        "auto_map",
+        "code_revision",
+        "n_ctx",
+        "num_labels",
+        "torch_dtype",
+    }
 )
 # Fields of GPT-2's configuration with which it computes something else, and the only values that are computed here.
 GPT2_CONSTANTS = {
@@ -67,6 +75,13 @@ FOREIGN_NAMES = {
     "ffn_dim": "n_inner",
     "d_model": "n_embd",
     "block_size": "n_positions",
+    "context_length": "n_positions",
+    "max_seq_len": "n_positions",
+    "hidden_dim": "n_inner",
+    "d_ff": "n_inner",
+    "n_blocks": "n_layer",
+    "num_blocks": "n_layer",
+    "rms_norm_eps": "layer_norm_epsilon",
     "layer_norm_eps": "layer_norm_epsilon",
 }
 

@@ -15,17 +15,17 @@ from .attention_masks import to_boolean
 
 
 def count_visible_keys(
-    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int = 0
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int | None = None
 ) -> torch.Tensor:
     """
     How many keys each query may attend to under a causal mask, padding left out.
 
     Args:
         position_ids (`torch.Tensor` of shape `(batch or 1, query_length)`):
-            Positions; without a mask and a past, a sequence begins anew wherever they do not rise by one (packing).
+            Positions; without a mask and a cache, a sequence begins anew wherever they do not rise by one (packing).
         attention_mask (`torch.Tensor`, *optional*):
             The model's mask: `(batch, past_length + query_length)`, 0 at padding, or 4D, boolean or additive.
-        past_length (`int`): Number of keys in the cache.
+        past_length (`int`, *optional*): Number of keys in the cache, if there is one.
 
     Returns:
         `torch.Tensor` of shape `(batch or 1, query_length)`, integer; 0 where the query itself is padding.
@@ -35,12 +35,12 @@ def count_visible_keys(
         return to_boolean(attention_mask)[:, 0].sum(dim=-1)
     if attention_mask is not None:
         valid = attention_mask.long()
-        return (valid.cumsum(dim=-1) * valid)[:, past_length : past_length + query_length]
+        first = past_length or 0
+        return (valid.cumsum(dim=-1) * valid)[:, first : first + query_length]
     index = torch.arange(query_length, device=position_ids.device).expand_as(position_ids)
-    if past_length:
+    if past_length is not None:
         return index + 1 + past_length
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids.diff(dim=-1) != 1
+    begins = (position_ids != position_ids.roll(1, dims=-1) + 1) | (index == 0)
     return index - index.where(begins, 0).cummax(dim=-1).values + 1
 
 

@@ -7,7 +7,10 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import TransformersKwargs
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -19,6 +22,7 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 OF_DECORATORS = ("return_dict", "debug_io", "debug_io_dir", "prune_layers")
 OF_LOSSES = ("ignore_index", "shift_labels")
 OF_EARLIER_RELEASES = ("cache_position",)  # tools still give it; transformers' own models do without it too
+# `generate` hands its own down to each forward pass, unlike what it hands to the model.
 OF_GENERATION = ("assistant_model", "assistant_tokenizer", "streamer", "synced_gpus", "tokenizer")
 OF_CONTINUOUS_BATCHING = (
     "block_table",
@@ -31,7 +35,7 @@ OF_CONTINUOUS_BATCHING = (
     "write_index",
 )
 KNOWN = frozenset(TransformersKwargs.__annotations__).union(
-    OF_DECORATORS, OF_LOSSES, OF_EARLIER_RELEASES, OF_GENERATION, OF_CONTINUOUS_BATCHING
+    OF_DECORATORS, OF_LOSSES, OF_EARLIER_RELEASES, OF_GENERATION
 )
 OF_CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
 
@@ -52,17 +56,32 @@ def takes_cache(forward: Callable) -> Callable:
             kwargs["past_key_values"] = kwargs.pop(CACHE)
         return forward(self, *args, **kwargs)
 
-    renamed.__signature__ = signature.replace(parameters=parameters)
-    return deprecate_kwarg("past_key_values", "5.40.0", new_name=CACHE, raise_if_both_names=True)(renamed)
+    deprecated = deprecate_kwarg("past_key_values", "5.40.0", new_name=CACHE, raise_if_both_names=True)(renamed)
+
+    @functools.wraps(forward)
+    def with_one_name(self, *args, **kwargs):
+        names = [name for name in (CACHE, "past_key_values") if name in kwargs]
+        if len(names) == 2 and (missing := [name for name in names if kwargs[name] is None]):
+            del kwargs[missing[0]]  # one of them was left out
+        return deprecated(self, *args, **kwargs)
+
+    with_one_name.__signature__ = signature.replace(parameters=parameters)
+    return with_one_name
 
 
-def check_keywords(model: torch.nn.Module, keywords: dict):
+def is_paged(cache: Cache | None) -> bool:
+    """Whether a cache is that of continuous batching, which is no [`Cache`] and keeps neither lengths nor masks."""
+    return isinstance(cache, PagedAttentionCache)
+
+
+def check_keywords(model: PreTrainedModel, keywords: dict, cache: Cache | None):
     """
-    Checks what reached the base model's `**kwargs`.
+    Checks what reached a forward pass's `**kwargs`.
 
     Args:
-        model (`torch.nn.Module`): The model, whose forward pass names the keywords that it computes.
+        model (`PreTrainedModel`): The model, whose forward pass names the keywords that it computes.
         keywords (`dict`): The others.
+        cache (`Cache`, *optional*): The cache; before 5.24 that of continuous batching is among the keywords.
 
     Raises:
         `ValueError`: If cross-attention is asked for.
@@ -71,8 +90,16 @@ def check_keywords(model: torch.nn.Module, keywords: dict):
     for name in OF_CROSS_ATTENTION:
         if keywords.pop(name, None) is not None:
             raise ValueError(f"{name} was given, but {type(model).__name__} has no cross-attention: leave it out.")
-    for name in keywords.keys() - KNOWN:
-        named = [name for name in inspect.signature(model.forward).parameters if name not in ("self", "kwargs")]
+    known = KNOWN
+    if is_paged(cache) or is_paged(keywords.get("cache")):
+        known = KNOWN.union(OF_CONTINUOUS_BATCHING)
+    for name in keywords.keys() - known:
+        # A head hands on what it does not name itself.
+        signatures = (inspect.signature(each.forward) for each in (model, model.base_model))
+        parameters = {name: None for signature in signatures for name in signature.parameters}
+        named = [name for name in parameters if name not in ("self", "kwargs")]
+        if name in named:
+            continue
         nearest = difflib.get_close_matches(name, [*named, *KNOWN], n=1)
         hint = f"did you mean {nearest[0]!r}? It" if nearest else "it"
         raise TypeError(
@@ -87,4 +114,4 @@ def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torc
     return hidden_states[:, kept]
 
 
-__all__ = ["CACHE", "check_keywords", "slice_logits_to_keep", "takes_cache"]
+__all__ = ["CACHE", "check_keywords", "is_paged", "slice_logits_to_keep", "takes_cache"]

@@ -23,6 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 # Every file of the model, also those that others import: transformers 5.5 copies no more than these to its cache.
@@ -41,7 +42,7 @@ from .entropy_regularization import (
     penalized_share,
     reduce_over_batch,
 )
-from .forward_keywords import CACHE, check_keywords, slice_logits_to_keep, takes_cache
+from .forward_keywords import CACHE, check_keywords, is_paged, slice_logits_to_keep, takes_cache
 from .layers import (
     EntropyGPTEntropyThreshold,
     EntropyGPTLearnableLeakyReLU,
@@ -64,7 +65,8 @@ class EntropyGPTModelOutput(BaseModelOutputWithPast):
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Hidden states after the last block and the final norm.
-        past_key_values (`Cache`, *optional*, returned when `use_cache=True`): Keys and values for decoding.
+        past_key_values (`Cache`, *optional*, returned when `use_cache=True`):
+            Keys and values for decoding; `cache` from transformers 5.24 on.
         hidden_states (`tuple(torch.Tensor)`, *optional*, returned when `output_hidden_states=True`):
             Hidden states after the embeddings and after each block.
         attentions (`tuple(torch.Tensor)`, *optional*, returned when `output_attentions=True`):
@@ -333,7 +335,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             `TypeError`: If a keyword is none of this model's and none that transformers hands to every model.
             `FloatingPointError`: If `detect_divergence` is set and a layer yields a non-finite value in training.
         """
-        check_keywords(self, kwargs)
+        check_keywords(self, kwargs, past_key_values)
         self._check_inputs(input_ids, inputs_embeds, position_ids)
         if kwargs.pop("output_attentions", None):
             self._warn_of_missing_matrices()
@@ -341,16 +343,18 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if self.penalizes_entropy and output_entropies is None:  # heads of this family say what they need
             self._warn_of_a_lost_penalty("The model is run without its head")
         output_entropies = bool(output_entropies)
-        if output_entropies and kwargs.get("is_causal") is False:
-            raise ValueError("is_causal=False with output_entropies=True: entropies are those of causal attention.")
+        if output_entropies:
+            self._check_entropies(past_key_values, attention_mask, kwargs)
 
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.wte(input_ids)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         has_positions = position_ids is not None
+        past_length = None  # where it is not asked for, or there is no cache
+        if past_key_values is not None and (not has_positions or output_entropies):
+            past_length = past_key_values.get_seq_length()
         if not has_positions:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + (past_length or 0)
             position_ids = position_ids.unsqueeze(0)
         self._check_positions(position_ids)
 
@@ -361,17 +365,21 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             position_ids=position_ids,
             **{CACHE: past_key_values},
         )
-        causal_mask = prepare_mask(causal_mask, self.config._attn_implementation, inputs_embeds, output_entropies)
+        is_given_whole = attention_mask is not None and len(attention_mask.shape) == 4
+        causal_mask = prepare_mask(
+            causal_mask, self.config._attn_implementation, inputs_embeds, output_entropies, is_given_whole
+        )
         if use_cache and past_key_values is None:
             # Not before the mask is made: with a cache, transformers does not look for packed sequences.
             past_key_values = DynamicCache(config=self.config)
         visible_keys = None
         if output_entropies:
-            is_given_whole = attention_mask is not None and len(attention_mask.shape) == 4
-            mask = causal_mask if is_given_whole else attention_mask
-            visible_keys = count_visible_keys(position_ids, mask, past_length)
+            given_mask = attention_mask
+            if is_given_whole:
+                given_mask = causal_mask.expand(-1, -1, inputs_embeds.shape[1], -1)
+            visible_keys = count_visible_keys(position_ids, given_mask, past_length)
         is_flash = "flash" in self.config._attn_implementation
-        if is_flash and output_entropies and causal_mask is None and not past_length:
+        if is_flash and output_entropies and causal_mask is None and past_length is None:
             # Flash attention tells packed sequences by their positions; here it takes a mask.
             causal_mask = self._packed_mask(visible_keys)
         if self.config.weight_normalization == "spectral" and self.training and torch.is_grad_enabled():
@@ -409,9 +417,9 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
 
         has_thresholds = output_entropies and self.config.entropy_regularization
         packed_sequences = None
-        may_be_packed = has_positions if attention_mask is None else attention_mask.ndim == 4
+        may_be_packed = (has_positions and past_length is None) if attention_mask is None else is_given_whole
         if has_thresholds and may_be_packed and not past_length:
-            packed_sequences = number_sequences(visible_keys, attention_mask).to(hidden_states.device)
+            packed_sequences = number_sequences(visible_keys, given_mask).to(hidden_states.device)
         return EntropyGPTModelOutput(
             last_hidden_state=hidden_states,
             **{CACHE: past_key_values if use_cache else None},
@@ -431,6 +439,18 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 "truncate it (tokenizer(..., truncation=True, max_length=...))."
             )
 
+    def _check_entropies(self, past_key_values, attention_mask, kwargs: dict):
+        if kwargs.get("is_causal") is False:
+            raise ValueError("is_causal=False with output_entropies=True: entropies are those of causal attention.")
+        if is_paged(past_key_values) or is_paged(kwargs.get("cache")):
+            raise ValueError("output_entropies=True is not supported in continuous batching (generate_batch).")
+        is_given_whole = attention_mask is not None and len(attention_mask.shape) == 4
+        if self.config.entropy_regularization and is_given_whole and attention_mask.shape[1] > 1:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: the entropy penalty knows one mask for all "
+                "heads, (batch, 1, queries, keys)."
+            )
+
     def _warn_of_missing_matrices(self):
         if self.config._attn_implementation != "eager" and not torch.compiler.is_compiling():
             logger.warning_once(
@@ -442,7 +462,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
 
     def _check_positions(self, position_ids: torch.Tensor):
         """On a CPU alone: elsewhere, looking at the positions would make the host wait."""
-        if position_ids.device.type != "cpu" or torch.compiler.is_compiling() or not position_ids.numel():
+        if position_ids.device.type != "cpu" or is_tracing(position_ids) or not position_ids.numel():
             return
         smallest, largest = (bound.item() for bound in position_ids.aminmax())
         if smallest < 0 or largest >= self.config.n_positions:
@@ -494,27 +514,33 @@ def smoothed_cross_entropy(
     targets: torch.Tensor,
     smoothing: float,
     num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
 ) -> torch.Tensor:
     """
     Cross-entropy of the next token in which all tokens of the vocabulary share a part of the label's weight.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
-        targets (`torch.Tensor` of shape `(batch_size, sequence_length)`): The token after each position, or -100.
+        targets (`torch.Tensor` of shape `(batch_size, sequence_length)`): The token after each position.
         smoothing (`float`): That part.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): Predicted tokens of the whole batch.
+        ignore_index (`int`, *optional*, defaults to -100): The target that is not predicted.
 
     Raises:
         `ValueError`: If the part is not between 0 and 1.
     """
     if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing={smoothing} is no part of a label's weight: give 0 to 1, as 0.1 is.")
+        raise ValueError(f"smoothing={smoothing} has to be between 0 and 1, such as 0.1.")
     targets = targets.to(logits.device)
     total = nn.functional.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=smoothing
+        logits.float().flatten(0, -2),
+        targets.flatten(),
+        ignore_index=ignore_index,
+        reduction="sum",
+        label_smoothing=smoothing,
     )
     if num_items_in_batch is None:
-        num_items_in_batch = (targets != -100).sum()
+        num_items_in_batch = (targets != ignore_index).sum()
     elif torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(logits.device)
     return total / num_items_in_batch
@@ -576,6 +602,7 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         (torch.Size([1, 3, 100]), torch.Size([1, 4, 3]))
         ```
         """
+        check_keywords(self, kwargs, past_key_values)
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
             **{CACHE: past_key_values},
@@ -591,15 +618,17 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
 
         loss, cross_entropy_loss, entropy_loss, penalized_share = None, None, None, None
         if labels is not None:
-            cross_entropy_loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not smoothing):
+                cross_entropy_loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             loss = cross_entropy_loss.clone()  # on several ranks, the Trainer multiplies it in place
+            ignored = kwargs.get("ignore_index", -100)
             targets = kwargs.get("shift_labels")
             if targets is None:
-                targets = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+                targets = nn.functional.pad(labels[..., 1:], (0, 1), value=ignored)
             if smoothing:
-                loss = smoothed_cross_entropy(logits, targets, smoothing, kwargs.get("num_items_in_batch"))
+                loss = smoothed_cross_entropy(logits, targets, smoothing, kwargs.get("num_items_in_batch"), ignored)
             if outputs.attention_entropies is not None and self.config.entropy_regularization:
-                predicted = (targets != -100).to(outputs.last_hidden_state.device)
+                predicted = (targets != ignored).to(outputs.last_hidden_state.device)
                 weights = (predicted, kwargs.get("num_items_in_batch"))
                 entropy_loss = self.entropy_loss(outputs, *weights)
                 penalized_share = self.penalized_share(outputs, *weights)
@@ -659,6 +688,7 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
             output_entropies:
                 As for [`EntropyGPTModel`].
         """
+        check_keywords(self, kwargs, past_key_values)
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
             **{CACHE: past_key_values},
@@ -737,6 +767,7 @@ class EntropyGPTForTokenClassification(EntropyGPTPreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_entropies:
                 As for [`EntropyGPTModel`].
         """
+        check_keywords(self, kwargs, None)
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -796,6 +827,7 @@ class EntropyGPTForQuestionAnswering(EntropyGPTPreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_entropies:
                 As for [`EntropyGPTModel`].
         """
+        check_keywords(self, kwargs, None)
         outputs: EntropyGPTModelOutput = self.transformer(
             input_ids,
             attention_mask=attention_mask,

@@ -70,6 +70,17 @@ def test_from_embeddings(twins, with_ids, options):
     assert torch.equal(generated[1][:, -12:], expected[:, -12:])
 
 
+def test_continuous_batching(compared):
+    prompts, options = [[5, 6, 7, 8], [9, 10, 11]], GenerationConfig(**GREEDY, num_blocks=64, max_batch_tokens=64)
+    generated = []
+    for model in make_twins():
+        results = model.generate_batch(inputs=prompts, generation_config=options, progress_bar=False)
+        generated.append([result.generated_tokens for result in results.values()])
+    assert all(len(tokens) == GREEDY["max_new_tokens"] for tokens in generated[0])
+    assert generated[1] == generated[0]
+    compared("transformers", "`generate_batch`, continuous batching", "the same tokens")
+
+
 @pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
 def test_assisted_decoding(twins, way, compared):
     prompt, plain = make_tokens(1, 9), []

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, Trainer, TrainingArguments
 from transformers.models.auto import modeling_auto
 
@@ -42,6 +43,26 @@ def test_an_unknown_keyword_is_refused(model_class, keyword, hint):
         model(make_tokens(), **{keyword: None})
 
 
+def test_the_class_that_was_called_is_named_with_what_it_takes():
+    with pytest.raises(TypeError, match=r"EntropyGPTForCausalLM.forward\(\).*'lables'; did you mean 'labels'"):
+        make_model("SM+ScFuFFN")(make_tokens(), lables=make_tokens())
+
+
+def test_the_cache_of_the_other_releases_is_refused():
+    model, tokens = make_model("SM+ScFuFFN"), make_tokens()
+    if CACHE == "past_key_values":
+        with pytest.raises(TypeError, match="unexpected keyword argument 'cache'"):
+            model(tokens, cache=DynamicCache())
+    else:
+        assert model(tokens, past_key_values=DynamicCache(), use_cache=True).cache.get_seq_length() == 17
+
+
+@pytest.mark.parametrize("keyword", ["block_table", "read_index", "write_index"])
+def test_keywords_of_continuous_batching_are_refused_elsewhere(keyword):
+    with pytest.raises(TypeError, match=keyword):
+        make_model("SM+ScFuFFN")(make_tokens(), **{keyword: None})
+
+
 @every_class
 def test_keywords_of_transformers_change_nothing(model_class):
     model = make_model("SM+ScFuFFN", model_class)
@@ -69,10 +90,16 @@ def test_token_types_are_added_and_kept_by_the_trainer(model_class, tmp_path):
 def test_cross_attention_is_refused_unless_it_is_left_out(model_class):
     model = make_model("SM+ScFuFFN", model_class)
     model(make_tokens(), encoder_hidden_states=None)
-    with pytest.raises(
-        ValueError, match="encoder_hidden_states was given, but EntropyGPTModel has no cross-attention"
-    ):
+    with pytest.raises(ValueError, match=r"encoder_hidden_states was given, but EntropyGPT.* has no cross-attention"):
         model(make_tokens(), encoder_hidden_states=torch.zeros(2, 3, 48))
+
+
+@every_class
+def test_every_head_hands_on_what_it_does_not_name(model_class):
+    model, tokens = make_model("SM+ScFuFFN", model_class), make_tokens()
+    cache = DynamicCache()
+    model(tokens, use_cache=True, **{CACHE: cache})
+    assert cache.get_seq_length() == tokens.shape[1]
 
 
 def test_a_cache_given_twice_is_refused():
@@ -106,6 +133,16 @@ def test_entropies_of_attention_that_is_not_causal_are_refused():
 )
 def test_tools_that_ask_for_the_head_of_a_class_find_it(model_class, names):
     assert names["entropy_gpt"] == model_class.__name__
+
+
+def test_shapes_are_computed_without_numbers():
+    """As tools do that plan devices and memory."""
+    model = make_model("EReg(SM(t)+ScFuFFN)")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tokens = torch.zeros(2, 9, dtype=torch.long)
+        mask = torch.zeros(2, 1, 9, 9)
+        outputs = model(tokens, position_ids=torch.arange(9)[None], attention_mask=mask, output_entropies=True)
+    assert outputs.logits.shape == (2, 9, 101)
 
 
 def test_a_step_under_checkpointing_leaves_a_given_cache_alone():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, DynamicCache
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, EntropyGPTForSequenceClassification
+from modeling_entropy_gpt.forward_keywords import CACHE
 
 
 SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 64, "bos_token_id": None, "eos_token_id": None}
@@ -95,3 +96,39 @@ def test_a_model_of_one_position_has_no_entropy_to_penalise(penalty, maximum):
     in_training.loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def penalty_of(model, tokens, **inputs):
+    return model(tokens, labels=tokens, output_entropies=True, **inputs).entropy_loss
+
+
+def test_masks_of_one_row_and_of_all_rows_have_the_same_penalty():
+    model = EntropyGPTForCausalLM(make_config(entropy_tolerance=0.0)).eval()
+    tokens = torch.randint(64, (2, 12))
+    mask = torch.ones(2, 1, 1, 12, dtype=torch.bool)
+    mask[0, ..., 7:] = False
+    torch.testing.assert_close(
+        penalty_of(model, tokens, attention_mask=mask),
+        penalty_of(model, tokens, attention_mask=mask.expand(-1, -1, 12, -1)),
+    )
+
+
+def test_the_penalty_takes_no_mask_of_each_head():
+    model = EntropyGPTForCausalLM(make_config()).eval()
+    mask = torch.ones(2, 4, 12, 12, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="one mask for all heads"):
+        penalty_of(model, torch.randint(64, (2, 12)), attention_mask=mask)
+
+
+def test_positions_that_restart_are_no_packing_beside_a_cache():
+    """transformers then lets every position see all before it."""
+    model = EntropyGPTForCausalLM(make_config(entropy_tolerance=0.0)).eval()
+    tokens = torch.randint(64, (1, 12))
+    positions = (torch.arange(12) % 6)[None]
+    outputs = model(tokens, position_ids=positions, output_entropies=True, **{CACHE: DynamicCache()})
+    assert outputs.visible_keys.tolist() == [list(range(1, 13))]
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    torch.testing.assert_close(
+        penalty_of(model, tokens, position_ids=positions, **{CACHE: DynamicCache()}),
+        penalty_of(model, tokens, position_ids=positions, attention_mask=mask),
+    )

@@ -149,3 +149,14 @@ def test_a_head_of_another_kind_would_lose_the_penalty(tmp_path):
     with pytest.raises(ValueError, match=r"label_smoothing_factor.*entropy penalty"):
         make_trainer(EntropyTrainer, model, tmp_path)
     make_trainer(EntropyTrainer, make_model("SM", EntropyGPTForSequenceClassification), tmp_path)
+
+
+def test_another_target_is_ignored():
+    model, tokens = make_model("EReg(SM(t)+ScFuFFN)", **NO_DROPOUT).train(), make_tokens()
+    other, usual = tokens.clone(), tokens.clone()
+    other[:, 5:8] = 7
+    usual[other == 7] = -100
+    other_losses = model(tokens, labels=other, smoothing=0.1, ignore_index=7)
+    usual_losses = model(tokens, labels=usual, smoothing=0.1)
+    for name in ("loss", "cross_entropy_loss", "entropy_loss"):
+        torch.testing.assert_close(other_losses[name], usual_losses[name], msg=name)
