@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import onnx
 import onnxruntime
@@ -11,7 +12,7 @@ from onnx import helper
 
 from conversion import onnx_export
 from conversion.errors import ConversionError, NotFiniteError
-from conversion.onnx_export import GRAPH, OPSET, REPORT, export_onnx, find_nonlinear, run_graph
+from conversion.onnx_export import GRAPH, OPSET, REPORT, ExportReport, export_onnx, find_nonlinear, run_graph
 from evaluation.operation_counts import count_operations
 from tests.architectures import SIZES, make_model, make_tokens
 
@@ -29,10 +30,8 @@ OPERATORS = {
 }
 OF_A_LEARNABLE_SLOPE = ["Max", "Min"]
 FINAL_NORMS = ("none", "layernorm", "static")
-# Always run; the others have the marker slow.
-FIRST = [("EReg(SM(t)+ScFuFFN)", "none", True), ("SM+LN+G", "layernorm", False)]
-OTHERS = [(notation, FINAL_NORMS[index % 3], index % 2 == 0) for index, notation in enumerate(FOLDED)]
-PARAMETERS = [*FIRST, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS if each not in FIRST)]
+PARAMETERS = [(notation, FINAL_NORMS[index % 3], index % 2 == 0) for index, notation in enumerate(FOLDED)]
+PARAMETERS += [("EReg(SM(t)+ScFuFFN)", "none", True), ("SM+LN+G", "layernorm", False)]
 
 
 def expected_nonlinear(config) -> dict[str, int]:
@@ -53,18 +52,9 @@ def count_gates(nonlinear: dict[str, int]) -> dict[str, int]:
     return {"Mul": nonlinear["Tanh"]} if "Tanh" in nonlinear else {}
 
 
-@pytest.mark.parametrize(("notation", "final", "cached"), PARAMETERS)
-def test_a_graph_computes_what_its_model_does(notation, final, cached, tmp_path):
-    model = make_asymmetric(notation, final_normalization=final)
-    before = copy.deepcopy(model.state_dict())
-    model.train()
-    report = export_onnx(model, tmp_path, cached)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert (model.config._attn_implementation, model.training) == ("sdpa", True)
-    model.eval()
-
+def check_graph(report: ExportReport, folder: Path, model, cached: bool):
     # Other sizes than those it was checked with; each sequence of the batch as if it were alone.
-    session = onnxruntime.InferenceSession(tmp_path / GRAPH)
+    session = onnxruntime.InferenceSession(folder / GRAPH)
     sequences = [make_tokens(1, length) for length in (9, 33, 2, 1, 33)]
     with torch.no_grad():
         exact = torch.cat([model.double()(tokens).logits[0] for tokens in sequences])
@@ -80,12 +70,39 @@ def test_a_graph_computes_what_its_model_does(notation, final, cached, tmp_path)
     assert all(report.operators[name] >= count for name, count in report.nonlinear.items())  # masks have a Max too
 
 
-def test_the_report_tells_what_is_in_the_folder(tmp_path):
-    model = make_model("SM+ScFuFFN", final_normalization="none", n_layer=1)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """What the tests that are always run share: a model, its report and its folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("exported")
+    model = make_asymmetric("SM(t)+ScFuFFN", final_normalization="none", n_layer=1)
     model.generation_config.max_new_tokens = 7
-    report = export_onnx(model, tmp_path, cached=True)
-    told = json.loads((tmp_path / REPORT).read_text())
-    assert (told["notation"], told["folded_notation"]) == ("SM+ScFuFFN", "SM+FuFFN")
+    model.train()
+    return model, export_onnx(model, folder, cached=True), folder
+
+
+def test_a_graph_computes_what_its_model_does(exported):
+    model, report, folder = exported
+    assert model.training
+    check_graph(report, folder, copy.deepcopy(model).eval(), cached=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("notation", "final", "cached"), dict.fromkeys(PARAMETERS))
+def test_graphs_of_every_architecture(notation, final, cached, tmp_path):
+    model = make_asymmetric(notation, final_normalization=final)
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    report = export_onnx(model, tmp_path, cached)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert (model.config._attn_implementation, model.training) == ("sdpa", True)
+    check_graph(report, tmp_path, model.eval(), cached)
+
+
+def test_the_report_tells_what_is_in_the_folder(exported):
+    _, report, folder = exported
+    told = json.loads((folder / REPORT).read_text())
+    assert (told["notation"], told["folded_notation"]) == ("SM(t)+ScFuFFN", "SM(t)+FuFFN")
     assert told["opset"] == OPSET
     assert (told["nonlinear"], told["products"]) == ({"Softmax": 1}, {"MatMul": 2})
     assert told["inputs"] == {
@@ -98,12 +115,12 @@ def test_the_report_tells_what_is_in_the_folder(tmp_path):
     assert list(told["outputs"]) == ["logits", "present.0.key", "present.0.value"]
     assert {comparison["steps"] for comparison in told["comparisons"]} == {0, 4}
     assert [1] in [comparison["lengths"] for comparison in told["comparisons"]]
-    there = {path.name: path.stat().st_size for path in tmp_path.iterdir() if path.name != REPORT}
+    there = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != REPORT}
     assert told["files"] == there
-    assert json.loads((tmp_path / "config.json").read_text())["n_positions"] == SIZES["n_positions"]
-    assert json.loads((tmp_path / "generation_config.json").read_text())["max_new_tokens"] == 7
+    assert json.loads((folder / "config.json").read_text())["n_positions"] == SIZES["n_positions"]
+    assert json.loads((folder / "generation_config.json").read_text())["max_new_tokens"] == 7
     # A tied head is written once, and no line of code with its path on this machine.
-    content = (tmp_path / GRAPH).read_bytes()
+    content = (folder / GRAPH).read_bytes()
     assert there[GRAPH] < 4 * report.parameters + 50_000
     assert b".py" not in content
     assert b"stack_trace" not in content
