@@ -96,7 +96,9 @@ def _load_tokenizer(job: Job, vocab_size: int) -> PreTrainedTokenizerFast | None
 
 
 def _has_tokenizer(source: str) -> bool:
-    place = Path(source) if Path(source).exists() else Path(snapshot_download(source, allow_patterns=[*VOCABULARY]))
+    place = Path(source)
+    if not place.exists():  # on the Hub, whose client complains if there is none of the files
+        place = Path(snapshot_download(source, allow_patterns=["config.json", *VOCABULARY]))
     return any((place / name).exists() for name in VOCABULARY)
 
 

@@ -25,7 +25,7 @@ def holds_earlier_output(output: Path, record: str, kind: str, overwrite: bool) 
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / record).is_file():
-        raise CommandError(f"{output} is there already and holds no {kind}: give another --output, or delete it.")
+        raise CommandError(f"{output} is there already and holds no {kind}: give another --output.")
     if not overwrite:
         raise CommandError(f"{output} holds an earlier {kind}: give another --output, or --overwrite.")
     return True

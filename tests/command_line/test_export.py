@@ -211,6 +211,6 @@ def test_wrong_usage(source, tmp_path):
     (tmp_path / "file").touch()
     refused = run(source, "--onnx", "--output", tmp_path / "file" / "graph").complaint
     assert f"{tmp_path / 'file'} is no folder that can be written to" in refused
-    root = run(source, "--onnx", "--output", "/").complaint
+    root = run(source, "--onnx", "--output", "/", "--overwrite").complaint
     assert root.startswith(("/ is there already and holds no export", "--output /: / is no folder that can be"))
     assert "Example: entropy-gpt export" in run("--help").output
