@@ -200,7 +200,7 @@ def _begin_work(job: Job, original: EntropyGPTForCausalLM, text: Text):
     }
     notes = job.work / "settings.json"
     if notes.exists() and notes.read_text(encoding="utf-8") == json.dumps(settings):
-        console.print(f"going on with what is in {job.work}")
+        console.print(f"going on with what is in {job.work}", markup=False, soft_wrap=True)
         return
     delete(job.work)
     with written_whole(notes) as path:
@@ -361,5 +361,5 @@ def _print_report(report: ConversionReport, job: Job):
         f"{report.conditions.evaluated_tokens:,} tokens that nothing was fitted to",
         style="dim",
     )
-    console.print(f"the model, ready for the Hub: {job.output}")
-    console.print(f"the report: {job.output / REPORT}.md")
+    console.print(f"the model, ready for the Hub: {job.output}", markup=False, soft_wrap=True)
+    console.print(f"the report: {job.output / REPORT}.md", markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ def export(
             metavar="MODEL", help="A GPT-2 or EntropyGPT: a folder, a repository on the Hub, or a nanoGPT file."
         ),
     ],
-    onnx: Annotated[bool, typer.Option("--onnx", help="As an ONNX graph, which is the one format so far.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX graph. Required: it is the only format so far.")],
     output: Annotated[Path, typer.Option(help="Folder for the graph and all that goes with it.")] = Path(
         "exported_model"
     ),
@@ -21,7 +21,7 @@ def export(
         bool,
         typer.Option(
             "--cache/--no-cache",
-            help="Let the graph take and give the keys and values of each layer, to generate token by token.",
+            help="Make the keys and values of each layer inputs and outputs of the graph, to generate token by token.",
         ),
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
@@ -34,12 +34,12 @@ def export(
     Export a model as an ONNX graph, folded for inference, and check it in onnxruntime.
 
     The graph is in float32 and takes any number of sequences of any length, padded on the left: input_ids,
-    attention_mask and position_ids. What it holds is told: operators, and which of them are not linear. It is there
-    once its logits are those of the model in torch; else the command fails, and leaves nothing behind.
+    attention_mask and position_ids. The command lists the graph's operators and says which are not linear. The graph
+    is kept only if its logits match those of the model in torch; otherwise the command fails and leaves nothing
+    behind.
 
     Example: entropy-gpt export runs/python-stdlib-small/model --onnx --cache --output my_onnx_model
     """
     from .export_job import Job, run
 
-    assert onnx, "the option is required, and has no opposite"
     run(Job(source, output.resolve(), cached, tokenizer, dry_run, overwrite))

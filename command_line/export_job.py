@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnxruntime
+from huggingface_hub import snapshot_download
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -15,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from conversion.errors import ConversionError
 from conversion.gpt2_checkpoint import load_language_model
 from conversion.onnx_export import REPORT, ExportReport, export_onnx
-from evaluation.publication import VOCABULARY
+from conversion.tokenizer_files import VOCABULARY
 from training.files import delete, written_whole
 
 from .errors import CommandError
@@ -48,6 +50,7 @@ def run(job: Job):
     """
     transformers_logging.disable_progress_bar()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells which packages it does without
+    onnxruntime.set_default_logger_severity(3)  # errors alone: it tells what it finds of the machine
     check_output(job)
     try:
         with console.status("loading the model"):
@@ -61,7 +64,7 @@ def run(job: Job):
     except ConversionError as error:
         raise CommandError(str(error)) from error
     _show(report)
-    console.print("Nothing was kept." if job.dry_run else f"the graph: {job.output}", soft_wrap=True, highlight=False)
+    _say("Nothing was kept." if job.dry_run else f"The graph: {job.output}")
 
 
 def check_output(job: Job):
@@ -73,23 +76,30 @@ def check_output(job: Job):
     """
     if holds_earlier_output(job.output, REPORT, "export", job.overwrite):
         exported = _list_exported(job.output)
-        refuse_to_delete({path for path in job.output.iterdir() if path.name not in exported}, "export")
+        paths = job.output.iterdir()
+        refuse_to_delete({path for path in paths if path.name not in exported or not path.is_file()}, "export")
 
 
 def _list_exported(output: Path) -> set[str]:
     """The files of an earlier export, by its own report."""
     try:
-        return {REPORT, *json.loads((output / REPORT).read_text(encoding="utf-8"))["files"]}
-    except (ValueError, KeyError, TypeError) as error:
+        return {REPORT, *json.loads((output / REPORT).read_text(encoding="utf-8"))["files"].keys()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"{output / REPORT} is damaged, so --overwrite can't tell what to delete.") from error
 
 
 def _load_tokenizer(job: Job, vocab_size: int) -> PreTrainedTokenizerFast | None:
-    place = Path(job.source)
-    if job.tokenizer is None and place.exists() and not any((place / name).exists() for name in VOCABULARY):
-        console.print(f"{place} has no tokenizer, so the export has none: --tokenizer can say where it is.")
+    if job.tokenizer is None and not _has_tokenizer(job.source):
+        _say(f"{job.source} has no tokenizer, so the export has none: --tokenizer can say where it is.")
         return None
     return load_model_tokenizer(job.tokenizer, job.source, vocab_size)
+
+
+def _has_tokenizer(source: str) -> bool:
+    place = Path(source)
+    if not place.exists():  # on the Hub, whose client complains if there is none of the files
+        place = Path(snapshot_download(source, allow_patterns=["config.json", *VOCABULARY]))
+    return any((place / name).exists() for name in VOCABULARY)
 
 
 @contextmanager
@@ -106,14 +116,24 @@ def _output_folder(job: Job) -> Iterator[Path]:
 
 
 def _show(report: ExportReport):
-    operators = sorted(report.operators, key=lambda name: (-report.nonlinear.get(name, 0), name))
-    rows = [(name, f"{report.operators[name]:,}", f"{report.nonlinear.get(name, 0):,}") for name in operators]
-    console.print(make_table(("operator", "nodes", "not linear"), rows))
+    counts = (report.operators, report.nonlinear, report.products)
+    names = sorted(report.operators, key=lambda name: (-report.nonlinear.get(name, 0), name))
+    rows = [(name, *(f"{count.get(name, 0):,}" for count in counts)) for name in names]
+    console.print(make_table(("operator", "nodes", "not linear", "products"), rows))
     console.print(make_table(("file", "MB"), [(name, f"{size / 1e6:,.3f}") for name, size in report.files.items()]))
-    nonlinear = ", ".join(f"{count:,} {name}" for name, count in report.nonlinear.items())
-    console.print(f"{report.notation}, folded: {report.folded_notation}, {report.parameters:,} parameters")
-    console.print(f"not linear in the graph: {nonlinear}; nothing else")
-    console.print(
-        f"In onnxruntime {report.versions['onnxruntime']}, logits differ by {report.largest_difference:.0e} of the "
-        "largest from the model's, at most."
+    _say(f"{report.notation}, folded: {report.folded_notation}, {report.parameters:,} parameters")
+    _say(f"Not linear in the graph: {_list(report.nonlinear)}; nothing else")
+    _say(f"Products of two secret tensors: {_list(report.products)}")
+    _say(
+        f"In onnxruntime {report.versions['onnxruntime']}, logits differ from the model's by at most "
+        f"{report.largest_difference:.0e} of the largest logit."
     )
+
+
+def _list(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def _say(line: str):
+    """Prints it as it is, on one line wherever it goes."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

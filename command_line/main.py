@@ -24,6 +24,8 @@ from .train import train
 
 
 INTERRUPTED = 130
+# What goes on with what is done already, if it is started again.
+RESUMED = ("quickstart", "train", "convert", "evaluate", "study", "private benchmark")
 
 app = typer.Typer(
     help="GPT-2 without most of its non-linearities, for private inference.",
@@ -64,7 +66,8 @@ def main() -> int:
     """Runs the command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     status = _run_app()
     if status == INTERRUPTED:
-        print("entropy-gpt: interrupted. The same command goes on from here.", file=sys.stderr)
+        goes_on = " ".join(sys.argv[1:3]).startswith(RESUMED)
+        print(f"entropy-gpt: interrupted.{' The same command goes on from here.' * goes_on}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:
         _leave(status)
     return status

@@ -19,13 +19,13 @@ def holds_earlier_output(output: Path, record: str, kind: str, overwrite: bool) 
     Raises:
         `CommandError`: If the place can't be written to, holds something else, or is not to be replaced.
     """
-    parent = next(folder for folder in output.parents if folder.exists())
+    parent = next((folder for folder in output.parents if folder.exists()), output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CommandError(f"--output {output}: {parent} is no folder that can be written to. Give another --output.")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / record).is_file():
-        raise CommandError(f"{output} is there already and holds no {kind}: give another --output, or delete it.")
+        raise CommandError(f"{output} is there already and holds no {kind}: give another --output.")
     if not overwrite:
         raise CommandError(f"{output} holds an earlier {kind}: give another --output, or --overwrite.")
     return True

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from evaluation.private_inference.cost import LAN, MEGA, WAN, InferenceCost, Network, parse_network
 from evaluation.private_inference.cost_plots import draw_costs
@@ -118,7 +117,7 @@ def _measure_all(
     with progress_display(console) as progress:
 
         def obtain(inference: Inference, number: int) -> InferenceCost:
-            with stage(progress, f"{number} of {len(plan) + whole}: {escape(inference.title)}") as line:
+            with stage(progress, f"{number} of {len(plan) + whole}: {inference.title}") as line:
                 cost = _load(inference, output)
                 if cost is None:
                     return _measure(inference, output, timeout, line)

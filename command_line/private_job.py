@@ -187,7 +187,7 @@ def demo(
     if results is not None:
         with written_whole(results) as path:
             save_results([_as_result(source, found)], path)
-        console.print(f"result: {results}", soft_wrap=True)
+        console.print(f"result: {results}", markup=False, soft_wrap=True)
 
 
 def demonstrate(
@@ -395,7 +395,7 @@ def _save(cost: InferenceCost, output: Path | None):
     if output is not None:
         with written_whole(output) as path:
             cost.save(path)
-        console.print(f"costs: {output}", soft_wrap=True)
+        console.print(f"costs: {output}", markup=False, soft_wrap=True)
 
 
 def _print_line(line: str):

@@ -39,7 +39,7 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path):
     try:
         check_engine()
     except PrivateInferenceError as error:
-        console.print(f"no private answers: {error}", soft_wrap=True)
+        console.print(f"no private answers: {error}", markup=False, soft_wrap=True)
         return
     answers = {title: _answer(folder, prompt, output) for title, folder in models.items()}
     costs = {title: answer.cost for title, answer in answers.items()}

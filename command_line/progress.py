@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
@@ -41,6 +42,6 @@ def progress_display(console: Console) -> Progress:
 @contextmanager
 def stage(progress: Progress, description: str, total: int | None = None) -> Iterator[Stage]:
     """Adds a line for a stage of so many units, or of unknown length; a finished stage shows as full."""
-    task = progress.add_task(description, total=total, status="")
+    task = progress.add_task(escape(description), total=total, status="")
     yield Stage(progress, task)
     progress.update(task, total=total or 1, completed=total or 1)

@@ -173,7 +173,7 @@ def write_card(folder: Path, results: list[Path], licence: str | None):
         plot_headwise_entropy(result, path)
     with written_whole(folder / CARD) as path:
         card.save(path)
-    console.print(f"card: {folder / CARD}", soft_wrap=True)
+    console.print(f"card: {folder / CARD}", markup=False, soft_wrap=True)
 
 
 def _be_quiet():

@@ -357,7 +357,7 @@ def _save_all(results: list[ModelResult], output: Path):
 
 def _load_back(name: str, title: str, output: Path):
     folder = output / "models" / name
-    with console.status(f"loading {folder} in a fresh process"):
+    with console.status(f"loading {escape(str(folder))} in a fresh process"):
         try:
             loaded = load_in_fresh_process(folder, output / "references" / f"{name}.safetensors", PROMPT)
         except RemoteLoadingError as error:
@@ -380,7 +380,11 @@ def _print_table(results: list[ModelResult]):
 
 
 def _print_where(output: Path):
-    console.print(f"models, ready for the Hub: {output / 'models'}")
-    console.print(f"pictures of headwise entropy, and of where private bytes go: {output / 'pictures'}")
-    console.print(f"the cost of each step of the conversion: {output / 'conversion' / 'conversion_report.md'}")
-    console.print(f"all numbers: {output / 'results.json'}")
+    places = {
+        "models, ready for the Hub": "models",
+        "pictures of headwise entropy, and of where private bytes go": "pictures",
+        "the cost of each step of the conversion": "conversion/conversion_report.md",
+        "all numbers": "results.json",
+    }
+    for what, place in places.items():
+        console.print(f"{what}: {output / place}", markup=False, soft_wrap=True)

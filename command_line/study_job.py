@@ -86,7 +86,7 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
     runs = resolve(rows, finished)
     missing = sum(run is None or run.name not in finished for run in runs)
     without = f", {missing} of them not, since what they start from diverged" if missing else ""
-    console.print(f"{len(rows)} rows are measured{without}: {output / RECORD}")
+    console.print(f"{len(rows)} rows are measured{without}: {output / RECORD}", markup=False, soft_wrap=True)
 
 
 class _Clock:
@@ -302,4 +302,4 @@ def _print_plan(rows: list[Row], finished: dict[str, StudyRun], output: Path):
     known = {run.name: run for run in runs if run is not None and run.name not in finished}
     steps = sum(run.steps for run in known.values())
     console.print(f"{len(known):,} runs are known and missing, with {steps:,} steps of training. Nothing was written.")
-    console.print(f"They go to {output}.")
+    console.print(f"They go to {output}.", markup=False, soft_wrap=True)

@@ -289,4 +289,4 @@ def _show_results(folder: Path, console: Console):
             f"[bold]{escape(result.title)}[/]: perplexity {likelihood.perplexity:.2f} per token, "
             f"{likelihood.bits_per_byte:.3f} bits per byte, on {likelihood.tokens:,} tokens kept out of training"
         )
-        console.print(f"model, ready for the Hub: {folder}")
+        console.print(f"model, ready for the Hub: {folder}", markup=False, soft_wrap=True)

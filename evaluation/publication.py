@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 from yaml import YAMLError
 
-from conversion.tokenizer_files import save_tokenizer
+from conversion.tokenizer_files import VOCABULARY, save_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .head_plots import plot_headwise_entropy
@@ -23,7 +23,6 @@ from .results import RESULTS, ModelResult, save_results
 CARD, PICTURE, FOLDED = "README.md", "headwise_entropy.png", "folded"
 # All that such a folder may hold; the folded model's folder has weights and configurations alone.
 WEIGHTS = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
-VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PAYLOAD = tuple(
     path.name

@@ -101,7 +101,7 @@ SAID = {
     "entropy-gpt private serve": ["def main("],
     "entropy-gpt private benchmark": ["to be measured", "SM+LN+G"],
     "entropy-gpt private cost": ["exponential", "EReg(SM(t)+"],
-    "entropy-gpt export": ["not linear in the graph: ", "Softmax"],
+    "entropy-gpt export": ["Not linear in the graph: ", "Softmax"],
     "entropy-gpt push": ["modeling_entropy_gpt.py", "folded/model.safetensors", f"{USER}/my-model"],
 }
 

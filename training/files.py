@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -14,16 +14,22 @@ UNFINISHED = "_unfinished-"
 def written_whole(path: Path) -> Iterator[Path]:
     """
     Gives a temporary path beside `path` to write a file or folder to; it takes its place once the body is through, and
-    is deleted if the body fails. What an earlier process left behind when it was killed is deleted first.
+    is deleted if the body fails, as are the folders around it that were made for it. What an earlier process left
+    behind when it was killed is deleted first.
     """
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{UNFINISHED}{path.name}")
     delete(temporary)
     try:
         yield temporary
         temporary.replace(path)
-    finally:
+    except BaseException:
         delete(temporary)
+        for folder in missing:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
 
 
 def is_finished(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """Packing: documents to tokens, joined and cut into blocks of equal length."""
 
 import copy
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -14,15 +13,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from .errors import CorpusError
+from .text_pieces import cut_pieces
 
 
 # Of a batch of documents: work for all threads of the tokenizer, and little memory.
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
-# A document longer than so many characters is tokenised in pieces, if the tokenizer joins nothing between a word and
-# the end of its line.
-PIECE_CHARACTERS = 1 << 18
-PLACE_TO_CUT = re.compile(r"(?<=[^\W_])\n(?=\S)")
 
 
 def pack(
@@ -107,18 +103,6 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def cut_pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """
-    Pieces of a long text, and whether each is the last: of all of them together, a byte-level tokenizer like GPT-2's
-    makes the same tokens as of the whole.
-    """
-    begin = 0
-    while place := PLACE_TO_CUT.search(text, begin + 1 + PIECE_CHARACTERS):  # behind where this piece begins
-        yield text[begin : place.start()], False
-        begin = place.start()
-    yield text[begin:], True
 
 
 def cut_blocks(tokens: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from .errors import CorpusError
-from .packing import cut_pieces
+from .text_pieces import cut_pieces
 
 
 END_OF_TEXT = "<|endoftext|>"

@@ -55,7 +55,7 @@ HEALING = ("--heal-steps", "12", "--schedule", "staircase", "--distill", "--fina
 
 @pytest.fixture(scope="module")
 def finished(source, text, tmp_path_factory):
-    output = tmp_path_factory.mktemp("finished") / "model"
+    output = tmp_path_factory.mktemp("finished") / "a[" / "b]" / "model"  # as markup, it would end in an error
     return output, run(source, text, output, *HEALING)
 
 
@@ -63,6 +63,7 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     output, process = finished
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
+    assert f"the model, ready for the Hub: {output}\n" in process.stdout
     report = ConversionReport.load(output / "conversion_report.json")
     assert (report.source_notation, report.target_notation) == ("SM+LN+G", "EReg(SM(t)+ScFuFFN)")
     assert report.target_final_normalization == "none"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -44,6 +45,7 @@ def generate(session: onnxruntime.InferenceSession, tokens: np.ndarray, mask: np
     return np.concatenate(generated, axis=1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_gpt2(tmp_path, compared):
     gpt2 = make_gpt2()

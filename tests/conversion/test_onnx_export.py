@@ -2,14 +2,17 @@
 
 import copy
 import json
+from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import torch
 from onnx import helper
 
+from conversion import onnx_export
 from conversion.errors import ConversionError, NotFiniteError
-from conversion.onnx_export import GRAPH, OPSET, REPORT, export_onnx, find_nonlinear, run_graph
+from conversion.onnx_export import GRAPH, OPSET, REPORT, ExportReport, export_onnx, find_nonlinear, run_graph
 from evaluation.operation_counts import count_operations
 from tests.architectures import SIZES, make_model, make_tokens
 
@@ -27,10 +30,8 @@ OPERATORS = {
 }
 OF_A_LEARNABLE_SLOPE = ["Max", "Min"]
 FINAL_NORMS = ("none", "layernorm", "static")
-# Always run; the others have the marker slow.
-FIRST = [("EReg(SM(t)+ScFuFFN)", "none", True), ("SM+LN+G", "layernorm", False)]
-OTHERS = [(notation, FINAL_NORMS[index % 3], index % 2 == 0) for index, notation in enumerate(FOLDED)]
-PARAMETERS = [*FIRST, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS if each not in FIRST)]
+PARAMETERS = [(notation, FINAL_NORMS[index % 3], index % 2 == 0) for index, notation in enumerate(FOLDED)]
+PARAMETERS += [("EReg(SM(t)+ScFuFFN)", "none", True), ("SM+LN+G", "layernorm", False)]
 
 
 def expected_nonlinear(config) -> dict[str, int]:
@@ -47,16 +48,13 @@ def expected_nonlinear(config) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize(("notation", "final", "cached"), PARAMETERS)
-def test_a_graph_computes_what_its_model_does(notation, final, cached, tmp_path):
-    model = make_asymmetric(notation, final_normalization=final)
-    before = copy.deepcopy(model.state_dict())
-    report = export_onnx(model, tmp_path, cached)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model.config._attn_implementation == "sdpa"
+def count_gates(nonlinear: dict[str, int]) -> dict[str, int]:
+    return {"Mul": nonlinear["Tanh"]} if "Tanh" in nonlinear else {}
 
+
+def check_graph(report: ExportReport, folder: Path, model, cached: bool):
     # Other sizes than those it was checked with; each sequence of the batch as if it were alone.
-    session = onnxruntime.InferenceSession(tmp_path / GRAPH)
+    session = onnxruntime.InferenceSession(folder / GRAPH)
     sequences = [make_tokens(1, length) for length in (9, 33, 2, 1, 33)]
     with torch.no_grad():
         exact = torch.cat([model.double()(tokens).logits[0] for tokens in sequences])
@@ -67,17 +65,46 @@ def test_a_graph_computes_what_its_model_does(notation, final, cached, tmp_path)
         assert (run_graph(session, sequences, steps) - exact).abs().max() < allowed
 
     assert report.nonlinear == expected_nonlinear(model.config)
+    # Queries and keys, maps and values, and x * (1 + tanh(...)) of each GELU.
+    assert report.products == {"MatMul": 2 * model.config.n_layer} | count_gates(report.nonlinear)
     assert all(report.operators[name] >= count for name, count in report.nonlinear.items())  # masks have a Max too
 
 
-def test_the_report_tells_what_is_in_the_folder(tmp_path):
-    model = make_model("SM+ScFuFFN", final_normalization="none", n_layer=1)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """What the tests that are always run share: a model, its report and its folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("exported")
+    model = make_asymmetric("SM(t)+ScFuFFN", final_normalization="none", n_layer=1)
     model.generation_config.max_new_tokens = 7
-    report = export_onnx(model, tmp_path, cached=True)
-    told = json.loads((tmp_path / REPORT).read_text())
-    assert (told["notation"], told["folded_notation"]) == ("SM+ScFuFFN", "SM+FuFFN")
+    model.train()
+    return model, export_onnx(model, folder, cached=True), folder
+
+
+def test_a_graph_computes_what_its_model_does(exported):
+    model, report, folder = exported
+    assert model.training
+    check_graph(report, folder, copy.deepcopy(model).eval(), cached=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("notation", "final", "cached"), dict.fromkeys(PARAMETERS))
+def test_graphs_of_every_architecture(notation, final, cached, tmp_path):
+    model = make_asymmetric(notation, final_normalization=final)
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    report = export_onnx(model, tmp_path, cached)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert (model.config._attn_implementation, model.training) == ("sdpa", True)
+    check_graph(report, tmp_path, model.eval(), cached)
+
+
+def test_the_report_tells_what_is_in_the_folder(exported):
+    _, report, folder = exported
+    told = json.loads((folder / REPORT).read_text())
+    assert (told["notation"], told["folded_notation"]) == ("SM(t)+ScFuFFN", "SM(t)+FuFFN")
     assert told["opset"] == OPSET
-    assert told["nonlinear"] == {"Softmax": 1}
+    assert (told["nonlinear"], told["products"]) == ({"Softmax": 1}, {"MatMul": 2})
     assert told["inputs"] == {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_length"],
@@ -88,12 +115,12 @@ def test_the_report_tells_what_is_in_the_folder(tmp_path):
     assert list(told["outputs"]) == ["logits", "present.0.key", "present.0.value"]
     assert {comparison["steps"] for comparison in told["comparisons"]} == {0, 4}
     assert [1] in [comparison["lengths"] for comparison in told["comparisons"]]
-    there = {path.name: path.stat().st_size for path in tmp_path.iterdir() if path.name != REPORT}
+    there = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != REPORT}
     assert told["files"] == there
-    assert json.loads((tmp_path / "config.json").read_text())["n_positions"] == SIZES["n_positions"]
-    assert json.loads((tmp_path / "generation_config.json").read_text())["max_new_tokens"] == 7
+    assert json.loads((folder / "config.json").read_text())["n_positions"] == SIZES["n_positions"]
+    assert json.loads((folder / "generation_config.json").read_text())["max_new_tokens"] == 7
     # A tied head is written once, and no line of code with its path on this machine.
-    content = (tmp_path / GRAPH).read_bytes()
+    content = (folder / GRAPH).read_bytes()
     assert there[GRAPH] < 4 * report.parameters + 50_000
     assert b".py" not in content
     assert b"stack_trace" not in content
@@ -112,7 +139,6 @@ class TestRefusals:
             export_onnx(model, tmp_path)
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.slow
     def test_what_float32_can_not_hold_once_folded(self, tmp_path):
         """A static norm takes off a mean that all embeddings share; its fold takes it off after the products."""
         model = make_model("SM+StaticLN", final_normalization="none")
@@ -122,8 +148,16 @@ class TestRefusals:
                 model.lm_head.weight - model.lm_head.weight.mean(1, keepdim=True)
             )
         model.config.tie_word_embeddings = False
-        with pytest.raises(ConversionError, match=r"differ by \S+ of the largest .* where 1e-04 is allowed"):
+        with pytest.raises(ConversionError, match=r"Folded, .* differ by \S+ of the largest, where 1e-04 is allowed"):
             export_onnx(model, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.slow
+    def test_a_graph_of_something_else(self, tmp_path, monkeypatch):
+        write, other = onnx_export._write_graph, make_model("SM", n_layer=1).eval()
+        monkeypatch.setattr(onnx_export, "_write_graph", lambda folded, path, cached: write(other, path, cached))
+        with pytest.raises(ConversionError, match=r"In onnxruntime, .* the graph computes something else"):
+            export_onnx(make_model("SM", n_layer=1, final_normalization="none"), tmp_path)
         assert not (tmp_path / REPORT).exists()
 
 
@@ -131,40 +165,62 @@ class TestWhatIsNotLinear:
     """Graphs of a few nodes, whose data are the embeddings `x`."""
 
     @staticmethod
-    def find(*nodes) -> list[str]:
-        made = [helper.make_node(*node) for node in (("Gather", ["table", "input_ids"], ["x"]), *nodes)]
+    def find(*nodes) -> tuple[list[str], list[str]]:
+        nodes = (("Gather", ["table", "input_ids"], ["x"]), *nodes)
+        made = [node if isinstance(node, onnx.NodeProto) else helper.make_node(*node) for node in nodes]
         names = ("input_ids", "attention_mask", "past_key_values.0.key", "logits")
         *inputs, logits = map(helper.make_empty_tensor_value_info, names)
-        return list(find_nonlinear(helper.make_graph(made, "graph", inputs, [logits])))
+        return find_nonlinear(helper.make_graph(made, "graph", inputs, [logits]))
 
-    def test_sums_products_and_moves_are_linear(self):
-        assert not self.find(
-            ("Transpose", ["x"], ["y"]), ("MatMul", ["x", "y"], ["s"]), ("Add", ["s", "s"], ["logits"])
-        )
+    def test_sums_and_moves_and_products_with_constants_are_linear(self):
+        assert self.find(
+            ("Transpose", ["x"], ["y"]),
+            ("MatMul", ["y", "weight"], ["z"]),
+            ("Mul", ["scale", "z"], ["s"]),
+            ("Gemm", ["s", "weight", "s"], ["t"]),
+            ("Add", ["s", "t"], ["logits"]),
+        ) == ([], [])
+
+    def test_products_of_data_are_told_apart(self):
+        assert self.find(
+            ("Mul", ["x", "x"], ["y"]),
+            ("Exp", ["y"], ["z"]),
+            ("MatMul", ["x", "z"], ["s"]),
+            ("Gemm", ["s", "x", "bias"], ["logits"]),
+        ) == (["Exp"], ["Mul", "MatMul", "Gemm"])
+
+    @pytest.mark.parametrize("used", ["x", "table"])
+    def test_a_node_with_a_graph_of_its_own_is_not_linear(self, used):
+        """Whatever it is given: its graph may use any tensor."""
+        outputs = [helper.make_empty_tensor_value_info("inner")]
+        branch = helper.make_graph([helper.make_node("Exp", [used], ["inner"])], "branch", [], outputs)
+        condition = helper.make_node("If", ["attention_mask"], ["y"], then_branch=branch, else_branch=branch)
+        assert self.find(condition, ("Neg", ["y"], ["logits"])) == (["If"], [])
 
     @pytest.mark.parametrize("kind", ["Softmax", "Relu", "Erf", "Exp", "Sqrt", "Cast", "SomethingNew"])
     def test_what_is_not_known_to_be_linear_is_not(self, kind):
-        assert self.find((kind, ["x"], ["logits"])) == [kind]
+        assert self.find((kind, ["x"], ["logits"])) == ([kind], [])
 
-    def test_masks_and_shapes_are_nobodys_secret(self):
-        assert not self.find(
+    def test_masks_and_shapes_are_public(self):
+        assert self.find(
             ("Not", ["attention_mask"], ["hidden"]),
             ("Max", ["attention_mask", "attention_mask"], ["most"]),
             ("Shape", ["x"], ["size"]),
             ("Sqrt", ["size"], ["root"]),
             ("Where", ["hidden", "x", "most"], ["chosen"]),
             ("Div", ["chosen", "root"], ["logits"]),
-        )
+        ) == ([], [])
 
     def test_a_condition_a_divisor_and_an_index_that_are_data(self):
         found = self.find(
             ("Greater", ["x", "table"], ["larger"]),
             ("Where", ["larger", "x", "table"], ["y"]),
             ("Div", ["table", "y"], ["z"]),
+            ("Div", ["x", "y"], ["share"]),
             ("ArgMax", ["z"], ["index"]),
             ("Gather", ["table", "index"], ["logits"]),
         )
-        assert found == ["Greater", "Where", "Div", "ArgMax", "Gather"]
+        assert found == (["Greater", "Where", "Div", "Div", "ArgMax", "Gather"], [])
 
     def test_the_cache_is_data(self):
-        assert self.find(("Exp", ["past_key_values.0.key"], ["y"]), ("Add", ["x", "y"], ["logits"])) == ["Exp"]
+        assert self.find(("Exp", ["past_key_values.0.key"], ["y"]), ("Add", ["x", "y"], ["logits"])) == (["Exp"], [])

@@ -15,6 +15,18 @@ def test_a_file_appears_at_the_end(tmp_path):
     assert [entry.name for entry in target.parent.iterdir()] == ["file.txt"]
 
 
+def test_a_failure_leaves_no_folder_that_was_made_for_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    target = tmp_path / "there" / "new" / "deeper" / "file.txt"
+    with pytest.raises(OSError, match="disk"), written_whole(target):
+        raise OSError("disk")
+    assert not list((tmp_path / "there").iterdir())
+    with pytest.raises(OSError, match="disk"), written_whole(target):
+        (target.parent.parent / "of another.txt").touch()
+        raise OSError("disk")
+    assert [path.name for path in (tmp_path / "there" / "new").iterdir()] == ["of another.txt"]
+
+
 def test_a_failure_leaves_what_was_there(tmp_path):
     target = tmp_path / "file.txt"
     target.write_text("before")

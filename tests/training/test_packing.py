@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training import packing
+from training import packing, text_pieces
 from training.errors import CorpusError
 from training.packing import collate_blocks, pack, spread_blocks
 from training.tokenizer import load_tokenizer, train_tokenizer
@@ -72,8 +72,8 @@ def test_blocks_do_not_depend_on_batches_and_pieces(tokenizer, texts, block_size
     stream, blocks = pack_naively(texts, tokenizer, block_size)
     if len(stream) < block_size:
         return
-    sizes = {"BATCH_CHARACTERS": characters, "BATCH_DOCUMENTS": documents, "PIECE_CHARACTERS": piece}
-    with mock.patch.multiple(packing, **sizes):
+    sizes = {"BATCH_CHARACTERS": characters, "BATCH_DOCUMENTS": documents}
+    with mock.patch.multiple(packing, **sizes), mock.patch.object(text_pieces, "PIECE_CHARACTERS", piece):
         packed = pack(texts, tokenizer, block_size)
         first = pack(texts, tokenizer, block_size, most_blocks=2)
     whole = blocks[: len(stream) // block_size]
@@ -83,7 +83,7 @@ def test_blocks_do_not_depend_on_batches_and_pieces(tokenizer, texts, block_size
 
 def test_a_long_document_is_tokenised_in_pieces(tokenizer):
     text = "".join(f"line {index}\n" for index in range(200))
-    with mock.patch.object(packing, "PIECE_CHARACTERS", 50):
+    with mock.patch.object(text_pieces, "PIECE_CHARACTERS", 50):
         (pieces, are_ends) = next(packing._batches([text, "short"], can_be_cut=True))
     assert "".join(pieces) == text + "short"
     assert len(pieces) > 20
@@ -108,7 +108,7 @@ def test_other_tokenizers_see_whole_documents(kind, prefix_space):
     tokenizer.train_from_iterator([text], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
     expected, _ = pack_naively([text], fast, 1)
-    with mock.patch.object(packing, "PIECE_CHARACTERS", 50):
+    with mock.patch.object(text_pieces, "PIECE_CHARACTERS", 50):
         assert [token for (token,) in pack([text], fast, 1)["input_ids"]] == expected
 
 
