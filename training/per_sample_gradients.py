@@ -13,7 +13,7 @@ LAYERS = ("EntropyGPTResidualScaling", "EntropyGPTStaticLayerNorm", "EntropyGPTN
 def register_grad_samplers(model: nn.Module):
     """
     Tells Opacus how to get the gradients of single sequences of layers with several inputs or with buffers; it gets
-    those of all other layers by itself. Where layers have buffers, as `StaticLN`, `WN` and `SN` do, wrap the model as
+    those of all other layers by itself. Where layers have buffers, as `StaticLN` and `SN` do, wrap the model as
     `GradSampleModule(model, strict=False)` also for `PrivacyEngine.make_private`, which wraps strictly what it wraps
     itself, and refuses such layers.
 

@@ -83,14 +83,14 @@ def test_opacus(tmp_path, compared):
     assert max(answer["without samplers"].values()) <= 1e-4
     assert len(answer["with samplers"]) == len(ARCHITECTURES)
     assert max(answer["with samplers"].values()) <= 1e-4
-    with_buffers = [each for each in ARCHITECTURES if re.search(r"StaticLN|WN|SN", each)]
+    with_buffers = [each for each in ARCHITECTURES if re.search(r"StaticLN|SN", each)]
     assert len(answer["with buffers"]) == len(with_buffers) > 0
-    assert max(answer["with buffers"].values()) <= 1e-4
+    assert max(answer["with buffers"].values()) <= 1e-5
     assert answer["moved"] > 1e-2
     assert answer["apart"] <= 1e-5
     version = f"{environment.version_of('opacus')}, transformers {environment.version_of('transformers')}"
     compared("opacus", "gradients of single sequences, one by one and at once", "equal within 1e-4", version)
     result = f"weights equal within {answer['apart']:.0e}"
     compared("opacus", "differentially private steps from the same noise", result, version)
-    what = f"clipped steps of {len(with_buffers)} models with StaticLN, WN or SN beside those computed by hand"
-    compared("opacus", what, "equal within 1e-4 of the largest", version)
+    what = f"clipped steps of {len(with_buffers)} models with StaticLN or SN beside those computed by hand"
+    compared("opacus", what, "equal within 1e-5 of the largest change, in float64", version)

@@ -91,7 +91,7 @@ def step_beside_buffers(folder: str) -> float:
     """
     torch.manual_seed(0)
     tokens, rate, largest_norm = torch.randint(2, 100, (4, 9)), 0.1, 0.5
-    model = load(folder)
+    model = load(folder).double()
     gradients = gradients_one_by_one(model, tokens)
     norms = torch.stack([each.flatten(1).norm(dim=1) for each in gradients.values()]).norm(dim=0)
     assert norms.max() > largest_norm
