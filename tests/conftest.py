@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from .hub_server import HubServer
 
@@ -30,6 +31,14 @@ def seeded():
     """Every test starts from the same random numbers, on one thread too."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate knows nothing of earlier tests, and later ones nothing of this test."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

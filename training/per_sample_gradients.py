@@ -13,7 +13,9 @@ LAYERS = ("EntropyGPTResidualScaling", "EntropyGPTStaticLayerNorm", "EntropyGPTN
 def register_grad_samplers(model: nn.Module):
     """
     Tells Opacus how to get the gradients of single sequences of layers with several inputs or with buffers; it gets
-    those of all other layers by itself. Wrap the model with `strict=False` where layers have buffers.
+    those of all other layers by itself. Where layers have buffers, as `StaticLN` and `SN` do, wrap the model as
+    `GradSampleModule(model, strict=False)` also for `PrivacyEngine.make_private`, which wraps strictly what it wraps
+    itself, and refuses such layers.
 
     Opacus looks for the batch in what each layer reads, so give `position_ids` of shape `(batch, length)`, as for
     GPT-2. It has none for entropy thresholds, which read nothing: freeze them.

@@ -1,5 +1,6 @@
 """Environments with other releases than the project's own, each a virtual environment that shares torch with it."""
 
+import functools
 import importlib.metadata
 import os
 import re
@@ -10,19 +11,22 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
 from packaging.requirements import Requirement
 
 
 FOLDER = Path(sys.prefix) / "environments"
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
+SECONDS, SECONDS_TO_INSTALL = 600, 1800
 
 
 class Environment:
     """
     A virtual environment, made once and kept below the project's own; torch and what it needs are linked from there.
+    It is made anew when its requirements change.
 
     Args:
-        name (`str`): Its folder's name.
+        name (`str`): Its folder's name: what it is for, and the version of that.
         requirements: What pip installs into it, without the project's constraints.
     """
 
@@ -31,19 +35,29 @@ class Environment:
         self.python = self.folder / "bin" / "python"
         installed = self.folder / "requirements.txt"
         wanted = "\n".join(requirements)
-        if not installed.exists() or installed.read_text() != wanted:
-            venv.create(self.folder, clear=True, with_pip=True)
-            self._link_torch()
-            self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
-            installed.write_text(wanted)
+        FOLDER.mkdir(exist_ok=True)
+        with FileLock(FOLDER / f"{name}.lock"):
+            if not installed.exists() or installed.read_text() != wanted:
+                venv.create(self.folder, clear=True, with_pip=True)
+                self._link_torch()
+                install = "-m", "pip", "install", "--quiet", "--disable-pip-version-check"
+                self.run(*install, *requirements, timeout=SECONDS_TO_INSTALL)
+                installed.write_text(wanted)
 
-    def run(self, *words, cwd: Path | None = None, **variables) -> str:
+    @classmethod
+    def with_tool(cls, tool: str, version: str) -> "Environment":
+        """One with a tool and the newest release of transformers, which has to be one that the tool allows."""
+        newest = newest_release("transformers")
+        return cls(f"{tool}-{version}", f"{tool}=={version}", f"transformers=={newest}")
+
+    def run(self, *words, cwd: Path | None = None, timeout: float = SECONDS, **variables) -> str:
         """
         Runs the environment's Python, isolated from this project's packages.
 
         Args:
             words: Its arguments; a script by its path.
             cwd (`Path`, *optional*): Where it runs.
+            timeout (`float`, *optional*, defaults to 600): After how many seconds it is ended, which is an error.
             variables: Environment variables beside this process's.
 
         Returns:
@@ -56,6 +70,7 @@ class Environment:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            timeout=timeout,
         )
         assert process.returncode == 0, f"{process.stdout[-3000:]}\n{process.stderr[-6000:]}"
         return process.stdout
@@ -76,11 +91,14 @@ class Environment:
         (site_packages / "shared.pth").write_text(f"{shared}\n")
 
 
+@functools.cache
 def newest_release(package: str) -> str:
     """The version that pip would install without constraints."""
     command = [sys.executable, "-m", "pip", "index", "versions", package, "--disable-pip-version-check"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.match(rf"{package} \(([^)]+)\)", printed)[1]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    found = re.search(rf"^{re.escape(package)} \(([^)]+)\)", process.stdout, re.MULTILINE)
+    assert found, f"pip names no release of {package}:\n{process.stdout}\n{process.stderr}"
+    return found[1]
 
 
 def _needed_by(name: str) -> Iterator[importlib.metadata.Distribution]:

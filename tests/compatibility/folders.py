@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.architectures import SIZES, make_model
-from tests.test_documentation import BLOCKS
+from tests.pages import BLOCKS
 
 from .environments import Environment
 

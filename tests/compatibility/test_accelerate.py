@@ -13,14 +13,12 @@ from accelerate import (
     init_empty_weights,
     load_checkpoint_and_dispatch,
 )
-from accelerate.state import AcceleratorState
 from accelerate.utils import compute_module_sizes
 from torch.utils.data import DataLoader
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
-
-from .twins import make_twins
+from tests.twins import make_twins
 
 
 PROPOSAL = "EReg(SM(t)+ScFuFFN)"
@@ -161,11 +159,11 @@ def train(accelerator, model, optimizer, batches):
     return losses
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("safe_serialization", [True, False])
 @pytest.mark.parametrize("notation", ["SM+LN+G", PROPOSAL, "SM+ScFuFFN+SN(QKVO+FFN)", "SM+ScFFN+WN(QKV+FFN)"])
 def test_a_loop_of_ones_own_is_resumed(notation, safe_serialization, tmp_path, compared):
     """Of five steps, the last three are taken again from the state after two, in a new model."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     batches = DataLoader(make_tokens(10, 16), batch_size=2)
 

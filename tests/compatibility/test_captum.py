@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.architectures import make_model
+from tests.twins import make_twins
 
 from .environments import Environment
 from .figures import describe
 from .folders import run_page, save_with_tokenizer
-from .twins import make_twins
 
 
 pytestmark = pytest.mark.releases
@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).with_name("through_captum.py")
 
 @pytest.fixture(scope="module")
 def environment():
-    return Environment("captum", f"{TOOL}==0.9.0", "transformers")
+    return Environment.with_tool(TOOL, "0.9.0")
 
 
 def test_attributions(environment, tmp_path, compared):

@@ -5,9 +5,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
 
 from tests.architectures import SIZES, make_tokens
+from tests.twins import make_twins
 from training.tokenizer import train_tokenizer
-
-from .twins import make_twins
 
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -90,6 +89,8 @@ def test_assisted_decoding(twins, way, compared):
         plain.append(generate(model, input_ids=prompt, **GREEDY))
         assert torch.equal(generate(model, input_ids=prompt, **GREEDY, **options), plain[-1])
     assert torch.equal(*plain)
+    attention = twins[1].config._attn_implementation
+    compared("transformers", f"assisted decoding by {way}, {attention} attention", "the same tokens")
 
 
 def test_a_generation_config_with_a_static_cache(twins):

@@ -5,8 +5,7 @@ import torch
 
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
-
-from .twins import make_twins
+from tests.twins import make_twins
 
 
 PLACES = (

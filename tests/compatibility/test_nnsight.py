@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.twins import make_twins
+
 from .environments import Environment
 from .figures import describe
 from .folders import run_page, save_with_tokenizer
-from .twins import make_twins
 
 
 pytestmark = pytest.mark.releases
@@ -18,7 +19,7 @@ SCRIPT = Path(__file__).with_name("through_nnsight.py")
 
 @pytest.fixture(scope="module")
 def environment():
-    return Environment("nnsight", f"{TOOL}==0.8.1")
+    return Environment.with_tool(TOOL, "0.8.1")
 
 
 def test_traces_interventions_and_generation(environment, tmp_path, compared):

@@ -1,6 +1,7 @@
 """Gradients of single sequences: by torch's own transforms, and by Opacus for differentially private training."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
+from tests.twins import make_twins
 
 from .environments import Environment
-from .twins import make_twins
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,8 @@ def gradients_one_by_one(model, tokens):
 def assert_equal_gradients(model):
     tokens = make_tokens(4, 9)
     got, expected = gradients_at_once(model, tokens), gradients_one_by_one(model, tokens)
-    assert got.keys() - expected.keys() == {name for name in got if name.endswith("entropy_threshold")}
+    unused = set() if model.training else {name for name in got if name.endswith("entropy_threshold")}
+    assert got.keys() - expected.keys() == unused
     for name, gradients in expected.items():
         largest = gradients.abs().max().item()
         torch.testing.assert_close(got[name], gradients, rtol=0, atol=1e-4 * largest, msg=name)
@@ -60,10 +62,16 @@ def test_transforms_of_torch_on_every_architecture(notation):
     assert_equal_gradients(make_model(notation, **NO_DROPOUT))
 
 
+def test_transforms_of_torch_with_the_penalty():
+    model = make_model("EReg(SM(t)+ScFuFFN)", **NO_DROPOUT, entropy_coefficient=0.5, entropy_tolerance=0.0).train()
+    gradients = assert_equal_gradients(model)
+    assert any(value.any() for name, value in gradients.items() if name.endswith("entropy_threshold"))
+
+
 @pytest.mark.releases
 def test_opacus(tmp_path, compared):
     """Layers that are GPT-2's too need nothing; those with several inputs or buffers are registered."""
-    environment = Environment("opacus-1.6.0", "opacus==1.6.0", "transformers==5.23.0")
+    environment = Environment.with_tool("opacus", "1.6.0")
     models = dict(zip(("stock", "ours"), make_twins(), strict=True))
     models |= {f"architecture{number}": make_model(each, **NO_DROPOUT) for number, each in enumerate(ARCHITECTURES)}
     for name, model in models.items():
@@ -75,9 +83,14 @@ def test_opacus(tmp_path, compared):
     assert max(answer["without samplers"].values()) <= 1e-4
     assert len(answer["with samplers"]) == len(ARCHITECTURES)
     assert max(answer["with samplers"].values()) <= 1e-4
+    with_buffers = [each for each in ARCHITECTURES if re.search(r"StaticLN|SN", each)]
+    assert len(answer["with buffers"]) == len(with_buffers) > 0
+    assert max(answer["with buffers"].values()) <= 1e-5
     assert answer["moved"] > 1e-2
     assert answer["apart"] <= 1e-5
-    version = environment.version_of("opacus")
+    version = f"{environment.version_of('opacus')}, transformers {environment.version_of('transformers')}"
     compared("opacus", "gradients of single sequences, one by one and at once", "equal within 1e-4", version)
     result = f"weights equal within {answer['apart']:.0e}"
     compared("opacus", "differentially private steps from the same noise", result, version)
+    what = f"clipped steps of {len(with_buffers)} models with StaticLN or SN beside those computed by hand"
+    compared("opacus", what, "equal within 1e-5 of the largest change, in float64", version)

@@ -16,10 +16,9 @@ from peft import (
 from safetensors.torch import save_file
 
 from modeling_entropy_gpt import EntropyGPTForCausalLM
-from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
+from tests.architectures import ARCHITECTURES, NO_DROPOUT, SIZES, make_model, make_tokens
 from tests.strangers import do
-
-from .twins import make_twins
+from tests.twins import make_twins
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -148,11 +147,16 @@ def test_with_checkpointing(method):
 
 @pytest.mark.parametrize("method", DEFAULTS)
 def test_targets_are_those_that_peft_knows_for_gpt2(method, compared):
-    stock, ours = make_twins()
+    (stock, ours), tokens = make_twins(), make_tokens()
     kind = DEFAULTS[method]
-    theirs, own = (adapt(model, kind, NEEDED.get(kind, {})) for model in (stock, ours))
-    assert [name for name, _ in own.named_parameters()] == [name for name, _ in theirs.named_parameters()]
-    compared("peft", f"{method} without target_modules", "the same modules are adapted")
+    with torch.no_grad():
+        original = stock(tokens).logits
+        theirs, own = (adapt(model, kind, NEEDED.get(kind, {})).eval() for model in (stock, ours))
+        assert [name for name, _ in own.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+        expected = theirs(tokens).logits
+        assert not torch.allclose(expected, original, atol=1e-3)
+        torch.testing.assert_close(own(tokens).logits, expected)
+    compared("peft", f"{method} without target_modules", "the same modules are adapted, logits equal")
 
 
 @pytest.mark.parametrize("notation", ["SM+ScFuFFN", "EReg(SM(t)+ScFuFFN)", "EReg(SM(t)+ScFuFFNi1)"])
@@ -173,9 +177,11 @@ def test_entropies_behind_a_prefix(notation, kind, compared):
         arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "output_entropies": True}
         arguments["output_attentions"] = attention == "eager"
         outputs = adapted(**arguments)
-        for matrices, rows in zip(outputs.attentions or (), outputs.attention_entropies, strict=False):
-            torch.testing.assert_close(rows, torch.special.entr(matrices).sum(-1), rtol=0, atol=1e-4)
-            assert matrices.shape[-1] == 9 + 4
+        assert len(outputs.attention_entropies) == SIZES["n_layer"]
+        if attention == "eager":
+            for matrices, rows in zip(outputs.attentions, outputs.attention_entropies, strict=True):
+                torch.testing.assert_close(rows, torch.special.entr(matrices).sum(-1), rtol=0, atol=1e-4)
+                assert matrices.shape[-1] == 9 + 4
         assert outputs.visible_keys[0, -1] == 9 + 4
         entropies[attention] = torch.stack(outputs.attention_entropies)
     torch.testing.assert_close(entropies["sdpa"], entropies["eager"], rtol=0, atol=1e-4)

@@ -31,7 +31,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    environment = Environment("transformer_lens", f"{TOOL}==4.3.0")
+    environment = Environment.with_tool(TOOL, "4.3.0")
     wheel = build_wheel(tmp_path_factory.mktemp("wheel"))
     environment.run("-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
     return environment

@@ -14,7 +14,15 @@ from .environments import Environment, newest_release
 
 SUITE = Path(__file__).with_name("suite_of_transformers.py")
 
-pytestmark = [pytest.mark.releases, pytest.mark.slow]
+# Tests of the suite that are this project's.
+OWN = {
+    "test_greedy_generation_is_the_same_in_every_way",
+    "test_what_generation_returns_is_what_one_pass_computes",
+}
+# What is skipped although it is not for GPT-2; the suite says why.
+SKIPPED = {"SpectralNormTest": Counter(test_init_weights_can_init_buffers=1)}
+
+pytestmark = pytest.mark.releases
 
 
 @pytest.mark.parametrize("release", ["5.23.0", "newest"])
@@ -29,6 +37,7 @@ def test_the_model_passes_the_tests_of_transformers_own_models(release, tmp_path
         *("-m", "pytest", "--quiet", "--override-ini=log_cli=0", "--disable-warnings", f"--junitxml={report}"),
         SUITE.name,
         cwd=source,
+        timeout=3600,
         PYTHONPATH=str(source),
         HF_HOME=str(tmp_path / "home"),
         HF_HUB_OFFLINE="1",
@@ -36,14 +45,20 @@ def test_the_model_passes_the_tests_of_transformers_own_models(release, tmp_path
 
     skips = read_skips(report)
     gpt2 = skips.pop("GPT2Test")
+    assert gpt2.keys() >= OWN
+    assert SKIPPED.keys() <= skips.keys()
     for architecture, skipped in skips.items():
+        allowed = gpt2 + SKIPPED.get(architecture, Counter())
         assert skipped.keys() == gpt2.keys()
-        assert skipped <= gpt2, f"{architecture} skips {skipped - gpt2}"
-    ours, theirs = max(map(count_skipped, skips.values())), count_skipped(gpt2)
+        assert skipped <= allowed, f"{architecture} skips {skipped - allowed}"
+        assert not any(skipped[name] for name in OWN)
+    ours, theirs, tests = max(map(count_skipped, skips.values())), count_skipped(gpt2), len(gpt2.keys() - OWN)
     compared(
         "transformers",
-        f"its own tests of a model (test_modeling_common.py, test_training_mixin.py), {len(skips)} architectures",
-        f"each: {len(gpt2) - ours} passed, {ours} skipped (GPT-2: {len(gpt2) - theirs} passed, {theirs} skipped)",
+        f"its own tests of a model (test_modeling_common.py, test_training_mixin.py), {len(skips)} architectures; "
+        "its source package has no tests of generation and exporters",
+        f"each: at least {tests - ours} passed, at most {ours} skipped, one of them with SN alone "
+        f"(GPT-2: {tests - theirs} passed, {theirs} skipped)",
         version=release,
     )
 

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 from modeling_entropy_gpt import EntropyGPTForSequenceClassification
 from tests.architectures import make_model
 from tests.strangers import do
+from tests.twins import make_twins
 from training.tokenizer import train_tokenizer
-
-from .twins import make_twins
 
 
 ROOT = Path(__file__).resolve().parents[2]

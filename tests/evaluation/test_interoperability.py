@@ -1,11 +1,13 @@
 """The page of the tools, from the record of what was compared with them."""
 
 import json
+import re
 import shutil
 
 import pytest
 
 from evaluation.interoperability import PAGE, RECORD, comparisons_markdown, load_comparisons, write
+from evaluation.readme import ROOT
 
 
 def line(**fields) -> str:
@@ -70,6 +72,13 @@ def test_a_broken_record_is_refused(record, text, message):
     record.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_comparisons(record)
+
+
+def test_the_tests_of_the_committed_record_exist():
+    for row in load_comparisons(RECORD):
+        file, *_, function = row.test.partition("[")[0].split("::")
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *def {function}\(", text, re.MULTILINE), f"{row.test} is gone: make interoperability"
 
 
 def test_the_page_shows_the_committed_record(tmp_path):

@@ -6,20 +6,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from modeling_entropy_gpt.forward_keywords import CACHE
-from tests.architectures import NO_DROPOUT, SIZES, make_tokens
+from tests.architectures import SIZES, make_tokens
+from tests.twins import make_twins
 
 
 @pytest.fixture(params=["eager", "sdpa"])
 def twins(request):
-    """A GPT-2 with large random weights, and EntropyGPT with the same ones."""
-    gpt2 = GPT2LMHeadModel(GPT2Config(**SIZES, **NO_DROPOUT, attn_implementation=request.param))
-    with torch.no_grad():
-        for parameter in gpt2.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    config = EntropyGPTConfig(**SIZES, **NO_DROPOUT, attn_implementation=request.param)
-    ours = EntropyGPTForCausalLM(config)
-    ours.load_state_dict(gpt2.state_dict())
-    return gpt2.eval(), ours.eval()
+    return make_twins(attn_implementation=request.param)
 
 
 def padded(side):

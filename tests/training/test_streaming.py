@@ -14,7 +14,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import IterableDatasetShard
-from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -121,6 +120,7 @@ def test_processes_that_read_for_themselves_share_the_blocks(tokenizer):
     assert sorted(documents) == sorted(make_texts())
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_processes_that_are_handed_batches_share_the_documents(tokenizer, tmp_path):
     """What the `Trainer` makes of a stream if it is told nothing."""
     with socket.socket() as free:
@@ -141,7 +141,6 @@ def read_as_rank(rank, port, tokenizer, folder):
     """Leaves the documents that one of two processes gets."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()})
-    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     stream = PackedStream(make_texts(), tokenizer, 8, passes=1)
     loader = accelerator.prepare(DataLoader(stream, batch_size=2, collate_fn=collate_blocks))
