@@ -77,7 +77,11 @@ class GenerationTesterMixin:
             "assistant": model.generate(prompt, **options, assistant_model=assistant),
             "lookup": model.generate(prompt, **options, prompt_lookup_num_tokens=3),
             "continued": model.generate(
-                begun.sequences, do_sample=False, max_new_tokens=7, **{CACHE: getattr(begun, CACHE)}
+                begun.sequences,
+                do_sample=False,
+                max_new_tokens=7,
+                attention_mask=torch.ones_like(begun.sequences),  # what was generated may look like padding
+                **{CACHE: getattr(begun, CACHE)},
             ),
             "embeddings": model.generate(inputs_embeds=model.get_input_embeddings()(prompt), **options),
         }
