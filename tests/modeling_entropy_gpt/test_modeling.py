@@ -163,7 +163,7 @@ def test_cached_decoding_is_the_same_as_one_pass(notation, implementation):
     expected = model(tokens, output_entropies=True)
     cache, logits, entropies = None, [], []
     for part in (tokens[:, :9], tokens[:, 9:10], tokens[:, 10:14], tokens[:, 14:]):
-        outputs = model(part, past_key_values=cache, use_cache=True, output_entropies=True)
+        outputs = model(part, **{CACHE: cache}, use_cache=True, output_entropies=True)
         cache = outputs.get(CACHE)
         logits.append(outputs.logits)
         entropies.append(torch.stack(outputs.attention_entropies))
@@ -181,7 +181,7 @@ def test_static_cache_is_the_same_as_one_pass(notation):
         cache = StaticCache(config=model.config, max_cache_len=32)
         logits, entropies = [], []
         for part in (tokens[:, :9], tokens[:, 9:10], tokens[:, 10:]):
-            outputs = model(part, past_key_values=cache, use_cache=True, output_entropies=True)
+            outputs = model(part, **{CACHE: cache}, use_cache=True, output_entropies=True)
             logits.append(outputs.logits)
             entropies.append(torch.stack(outputs.attention_entropies))
         assert_close(torch.cat(logits, dim=1), expected.logits)
