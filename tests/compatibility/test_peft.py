@@ -16,6 +16,7 @@ from peft import (
 from safetensors.torch import save_file
 
 from modeling_entropy_gpt import EntropyGPTForCausalLM
+from modeling_entropy_gpt.forward_keywords import CACHE
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, SIZES, make_model, make_tokens
 from tests.strangers import do
 from tests.twins import make_twins
@@ -124,6 +125,12 @@ def assert_alike(kind, options, attention, checkpointing=False) -> tuple[PeftMod
 @pytest.mark.parametrize("method", BEFORE_THE_PROMPT)
 def test_methods_with_something_before_the_prompt(method, attention, compared):
     """It comes as a cache of keys and values, or as embeddings."""
+    if CACHE == "cache" and "prefix" in method:
+        # `generate` then has the prefix by the cache's old name beside an empty cache by the new one. Stock models take
+        # the empty one, and lose the prefix.
+        with pytest.raises(ValueError, match="Both `past_key_values` and `cache` are set"):
+            assert_alike(*BEFORE_THE_PROMPT[method], attention)
+        return
     assert_alike(*BEFORE_THE_PROMPT[method], attention)
     compared("peft", f"{method}: losses, logits and tokens, {attention} attention", "equal within 1e-4")
 
