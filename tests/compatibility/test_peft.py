@@ -126,8 +126,8 @@ def assert_alike(kind, options, attention, checkpointing=False) -> tuple[PeftMod
 def test_methods_with_something_before_the_prompt(method, attention, compared):
     """It comes as a cache of keys and values, or as embeddings."""
     if CACHE == "cache" and "prefix" in method:
-        # `generate` then has the prefix by the cache's old name beside an empty cache by the new one. Stock models take
-        # the empty one, and lose the prefix.
+        # `generate` then has the prefix by the cache's old name beside an empty cache by the new one. Stock models
+        # take the empty one, and lose the prefix.
         with pytest.raises(ValueError, match="Both `past_key_values` and `cache` are set"):
             assert_alike(*BEFORE_THE_PROMPT[method], attention)
         return
