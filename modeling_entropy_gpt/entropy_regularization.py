@@ -35,7 +35,7 @@ def count_visible_keys(
         return to_boolean(attention_mask)[:, 0].sum(dim=-1)
     if attention_mask is not None:
         valid = attention_mask.long()
-        first = past_length or 0
+        first = 0 if past_length is None else past_length
         return (valid.cumsum(dim=-1) * valid)[:, first : first + query_length]
     index = torch.arange(query_length, device=position_ids.device).expand_as(position_ids)
     if past_length is not None:

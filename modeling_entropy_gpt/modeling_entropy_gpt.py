@@ -354,8 +354,9 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if past_key_values is not None and (not has_positions or output_entropies):
             past_length = past_key_values.get_seq_length()
         if not has_positions:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + (past_length or 0)
-            position_ids = position_ids.unsqueeze(0)
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+            if past_length is not None:  # a tensor, in a static cache
+                position_ids = position_ids + past_length
         self._check_positions(position_ids)
 
         causal_mask = create_causal_mask(
