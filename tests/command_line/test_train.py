@@ -269,8 +269,8 @@ def test_labels_are_smoothed_beside_the_penalty(run):
         (first,) = (record for record in run.records(f"smoothed by {factor}") if "cross_entropy_loss" in record)
         assert first["entropy_loss"] > 0
         added[factor] = first["loss"] - first["cross_entropy_loss"] - 0.16 * first["entropy_loss"]
-    assert abs(added[0.1]) > 0.01
-    assert added[0.3] == pytest.approx(3 * added[0.1], rel=1e-3)
+    assert abs(added[0.1]) > 1e-3
+    assert added[0.3] == pytest.approx(3 * added[0.1], rel=1e-2)
 
 
 def test_a_dry_run_writes_nothing(run):
