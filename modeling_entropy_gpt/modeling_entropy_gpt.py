@@ -343,8 +343,9 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if self.penalizes_entropy and output_entropies is None:  # heads of this family say what they need
             self._warn_of_a_lost_penalty("The model is run without its head")
         output_entropies = bool(output_entropies)
+        is_given_whole = attention_mask is not None and len(attention_mask.shape) == 4
         if output_entropies:
-            self._check_entropies(past_key_values, attention_mask, kwargs)
+            self._check_entropies(past_key_values, attention_mask if is_given_whole else None, kwargs)
 
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -366,7 +367,6 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             position_ids=position_ids,
             **{CACHE: past_key_values},
         )
-        is_given_whole = attention_mask is not None and len(attention_mask.shape) == 4
         causal_mask = prepare_mask(
             causal_mask, self.config._attn_implementation, inputs_embeds, output_entropies, is_given_whole
         )
@@ -440,15 +440,14 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 "truncate it (tokenizer(..., truncation=True, max_length=...))."
             )
 
-    def _check_entropies(self, past_key_values, attention_mask, kwargs: dict):
+    def _check_entropies(self, past_key_values, whole_mask, kwargs: dict):
         if kwargs.get("is_causal") is False:
             raise ValueError("is_causal=False with output_entropies=True: entropies are those of causal attention.")
         if is_paged(past_key_values) or is_paged(kwargs.get("cache")):
             raise ValueError("output_entropies=True is not supported in continuous batching (generate_batch).")
-        is_given_whole = attention_mask is not None and len(attention_mask.shape) == 4
-        if self.config.entropy_regularization and is_given_whole and attention_mask.shape[1] > 1:
+        if self.config.entropy_regularization and whole_mask is not None and whole_mask.shape[1] > 1:
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: the entropy penalty knows one mask for all "
+                f"attention_mask has shape {tuple(whole_mask.shape)}: the entropy penalty knows one mask for all "
                 "heads, (batch, 1, queries, keys)."
             )
 
