@@ -21,8 +21,9 @@ from evaluation.private_inference.slow_link import LOOPBACK, SlowLink
 
 pytestmark = pytest.mark.private
 FAR = Network("far", 1e12, 0.1)
-# The first run of an operation may pay for keys; of the next two on the loopback the faster one counts.
-NETWORKS = (LOOPBACK, LOOPBACK, LOOPBACK, FAR)
+# The first run of an operation may pay for keys. Of the others, the fastest on each link counts: load only adds time.
+NEAR_RUNS = 6
+NETWORKS = (LOOPBACK,) * (1 + NEAR_RUNS) + (FAR,) * 2
 SECONDS = 60
 
 
@@ -52,8 +53,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, tuple[float, float]]:
-    """Of each case, the round trips that were counted and those that the engine waited for."""
+def measured() -> dict[str, tuple[float, float, float]]:
+    """For each case: its counted round trips, and its seconds on the loopback and on the far link."""
     settings, barrier = PrivateSettings(), threading.Barrier(2)
     programs = [case_program(case, settings) for case in CASES]
     ports = [free_port(), free_port()]
@@ -83,12 +84,15 @@ def measured() -> dict[str, tuple[float, float]]:
         with ThreadPoolExecutor(2) as pool:
             taken, _ = pool.map(take_part, range(2))
     return {
-        case[0]: (steps[-1].round_trips, (far - min(near)) / FAR.round_trip_seconds)
-        for case, (_, steps), (_, *near, far) in zip(CASES, programs, taken, strict=True)
+        case[0]: (steps[-1].round_trips, min(seconds[1 : 1 + NEAR_RUNS]), min(seconds[1 + NEAR_RUNS :]))
+        for case, (_, steps), seconds in zip(CASES, programs, taken, strict=True)
     }
 
 
 @pytest.mark.parametrize("name", [name for name, *_ in CASES])
 def test_an_operation_waits_as_often_as_was_counted(measured, name):
-    counted, waited = measured[name]
-    assert waited == pytest.approx(counted, rel=0.2, abs=0.3)
+    counted, near, far = measured[name]
+    # The parties compute while messages travel, so the time on the far link lies between two bounds.
+    shortest, longest = far - near, far
+    assert shortest / FAR.round_trip_seconds <= 1.2 * counted + 0.3
+    assert longest / FAR.round_trip_seconds >= 0.8 * counted - 0.3
