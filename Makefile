@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 NEWEST := .venv-newest
 COMPARISONS := model_cards/results/interoperability.jsonl
-SOURCES := modeling_entropy_gpt conversion training evaluation command_line tests
+SOURCES := modeling_entropy_gpt conversion training evaluation entropy_gpt tests
 
 .PHONY: quickstart results runs study test test-all test-newest interoperability style bench clean
 
@@ -20,7 +20,7 @@ results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in t
 	for model in sm-ln-g converted; do \
 		cp quickstart_output/models/$$model/*.json quickstart_output/models/$$model/*.safetensors \
 			model_cards/models/$$model/ || exit 1; done
-	$(BIN)/python -m evaluation.readme
+	$(BIN)/python -m entropy_gpt.programs.quickstart.readme
 
 runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectures, for docs/training.md.
 	rm -rf runs/sm-ln-g runs/sm-scfuffn runs/ereg-smt-scfuffn
@@ -39,7 +39,7 @@ study: $(INSTALLED)  ## Does what the study's record lacks (hours), and writes i
 	$(BIN)/entropy-gpt study $(ARGS)
 	cp runs/study/study.json model_cards/results/study.json
 	cp runs/study/models.json model_cards/results/study_models.json
-	$(BIN)/python -m evaluation.study.page
+	$(BIN)/python -m entropy_gpt.programs.study.page
 
 test: $(INSTALLED)  ## Runs the default test suite, offline.
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -59,7 +59,7 @@ interoperability: $(INSTALLED)  ## Compares the model with other tools and relea
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $$(grep -rl --include='test_*.py' compared tests) \
 		--record-comparisons $(COMPARISONS).new
 	mv $(COMPARISONS).new $(COMPARISONS)
-	$(BIN)/python -m evaluation.interoperability
+	$(BIN)/python -m entropy_gpt.evaluation.showing.interoperability
 
 style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mended.
 	$(BIN)/ruff check $(if $(FIX),--fix) $(SOURCES)
@@ -67,7 +67,7 @@ style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mende
 
 bench: $(INSTALLED)  ## Runs every benchmark, side by side with what it is held against.
 	for benchmark in evaluation/benchmarks/[a-z]*.py; do \
-		$(BIN)/python -m evaluation.benchmarks.$$(basename $$benchmark .py) || exit 1; done
+		$(BIN)/python -m entropy_gpt.evaluation.benchmarks.$$(basename $$benchmark .py) || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(NEWEST) build *.egg-info

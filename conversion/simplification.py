@@ -2,7 +2,7 @@
 
 Every step takes a model and gives a new one, which shares with it the parameters that the step leaves alone: copy it
 (`copy.deepcopy`) before training it beside the original. Steps that are fitted to data take a [`Calibration`] of the
-model they are given. What is lost by them is measured by [`conversion.divergence`]; the others are exact. Beside a
+model they are given. What is lost by them is measured by [`divergence`]; the others are exact. Beside a
 step stands its naive version, weights copied and nothing fitted, so that the worth of the calibration can be seen.
 """
 
@@ -212,7 +212,7 @@ def prune_ffns(model: Model, layers: Sequence[int], calibration: Calibration | N
         if model.config.ffn_residual_scaling and (beta := tensors[f"{scaling}.ffn_beta"].item()) != 1:
             raise ConversionError(
                 f"The FFN of layer {layer} can't be pruned: the residual stream beside it is scaled by {beta:.3g}. "
-                "Fold that into the weights first (conversion.folding.fold)."
+                "Fold that into the weights first (entropy_gpt.conversion.folding.fold)."
             )
         if calibration is not None:
             moments = calibration.tensors[f"{block}.mlp.fit"].double()
@@ -410,7 +410,7 @@ def _check_reachable(source: EntropyGPTConfig, target: EntropyGPTConfig):
     if source.weight_normalization is not None and source.notation != target.notation:
         raise ConversionError(
             f"{source.notation} has normalised weights, which the steps do not take: fold them into plain weights "
-            "first (conversion.folding.fold)."
+            "first (entropy_gpt.conversion.folding.fold)."
         )
 
 

@@ -21,9 +21,9 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
-from command_line.main import main
+from entropy_gpt.commands.main import main
+from tests.evaluation.task_files import write_task_data
 
-from .evaluation.task_files import write_task_data
 from .hub_server import USER, HubServer
 from .pages import BLOCKS, PAGES, ROOT, Block
 

@@ -4,7 +4,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
-from tests.architectures import NO_DROPOUT, SIZES
+
+from .architectures import NO_DROPOUT, SIZES
 
 
 def make_twins(notation: str | None = None, **fields) -> tuple[GPT2LMHeadModel, EntropyGPTForCausalLM]:

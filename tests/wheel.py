@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("modeling_entropy_gpt", "conversion", "training", "evaluation", "command_line", "model_cards")
+FOLDERS = ("modeling_entropy_gpt", "entropy_gpt", "conversion", "training", "evaluation")
 
 
 def build_wheel(folder: Path) -> Path:
     """Builds it from a copy of the sources in a folder, and returns where it is."""
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     build = "from setuptools.build_meta import build_wheel; build_wheel('wheel')"

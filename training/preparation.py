@@ -13,7 +13,7 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
-from conversion.tokenizer_files import save_tokenizer
+from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 
 from .arguments import DataArguments
 from .errors import CorpusError

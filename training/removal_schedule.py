@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from conversion.assembly import assemble
-from conversion.calibration import OTHERS, Calibration, group_rows
+from entropy_gpt.conversion.assembly import assemble
+from entropy_gpt.conversion.calibration import OTHERS, Calibration, group_rows
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.layers import EntropyGPTStaticLayerNorm
 

@@ -37,7 +37,7 @@ class Texts:
 class PackedStream(torch.utils.data.IterableDataset):
     """
     Blocks of tokens out of texts that are read, shuffled, tokenised and packed meanwhile: the same as those of
-    `training.packing.pack` in the order of the pass, with what is left at its end joined to the next pass. The order
+    [`pack`] in the order of the pass, with what is left at its end joined to the next pass. The order
     depends on seed and pass alone, so a `Trainer` that skips the batches it has seen goes on with the very next one.
 
     A stream has no end by default. A `Trainer`, which does not know the length of a pass, then takes all of them for

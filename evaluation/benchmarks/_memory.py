@@ -14,7 +14,7 @@ EXACT = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
 
 def mebibytes_of(benchmark: str, *arguments: str) -> float:
     """The MiB that a benchmark prints when given the arguments, in a fresh process that counts memory exactly."""
-    command = [sys.executable, "-m", f"evaluation.benchmarks.{benchmark}", *arguments]
+    command = [sys.executable, "-m", f"entropy_gpt.evaluation.benchmarks.{benchmark}", *arguments]
     return float(subprocess.check_output(command, text=True, cwd=ROOT, env={**os.environ, **EXACT}))
 
 

@@ -7,7 +7,7 @@ from operator import truediv
 
 from pydantic.dataclasses import dataclass
 
-from evaluation.records import RECORD
+from entropy_gpt.evaluation.json_records import RECORD
 
 
 @dataclass(config=RECORD)

@@ -1,1 +1,1 @@
-"""Evaluation of EntropyGPT models."""
+"""Two-party private inference of EntropyGPT models."""

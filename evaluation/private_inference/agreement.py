@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
 
-from evaluation.records import RECORD
+from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .inference import PLAINTEXT, PrivateModel

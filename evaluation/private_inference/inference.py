@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, check_engine
+from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
+from entropy_gpt.evaluation.private_inference.parties.session import Answer, Terms, check_request
+from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Model, Server
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
+from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
+from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, RING_BITS, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .cost import InferenceCost
-from .engine import EngineLog, check_engine
 from .errors import PrivateInferenceError
-from .fixed_point import emulate
-from .local import infer_locally
-from .session import Answer, Terms, check_request
-from .settings import PARTIES, RING_BITS, PrivateSettings
-from .two_party import Client, Model, Server
-from .weights import prepare_weights
 
 
 PLAINTEXT, EMULATED, IN_PROCESS, TWO_PARTY = MODES = ("plaintext", "emulated", "in_process", "two_party")

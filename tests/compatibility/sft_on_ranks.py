@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from entropy_gpt.training.sft import EntropySFTTrainer
+from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import NO_DROPOUT, make_model
-from training.sft import EntropySFTTrainer
-from training.tokenizer import train_tokenizer
 
 
 TRAINERS = {"SFTTrainer": SFTTrainer, "EntropySFTTrainer": EntropySFTTrainer}

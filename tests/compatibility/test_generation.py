@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
 
+from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import SIZES, make_tokens
 from tests.twins import make_twins
-from training.tokenizer import train_tokenizer
 
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from conversion.gpt2_checkpoint import from_gpt2
-from conversion.onnx_export import GRAPH, export_onnx, run_graph
+from entropy_gpt.conversion.gpt2_checkpoint import from_gpt2
+from entropy_gpt.conversion.onnx_export import GRAPH, export_onnx, run_graph
 from tests.architectures import make_tokens
 
 

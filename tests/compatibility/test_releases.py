@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conversion.tokenizer_files import save_tokenizer
+from entropy_gpt.conversion.tokenizer_files import save_tokenizer
+from entropy_gpt.training.tokenizer import train_tokenizer
 from modeling_entropy_gpt.releases import NEWEST_TESTED, OLDEST
 from tests.architectures import make_model, make_tokens
-from training.tokenizer import train_tokenizer
 
 from .environments import Environment, newest_release
 

@@ -14,11 +14,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 
+from entropy_gpt.training.tokenizer import train_tokenizer
 from modeling_entropy_gpt import EntropyGPTForSequenceClassification
 from tests.architectures import make_model
 from tests.strangers import do
 from tests.twins import make_twins
-from training.tokenizer import train_tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM
 
-from training.per_sample_gradients import register_grad_samplers
+from entropy_gpt.training.per_sample_gradients import register_grad_samplers
 
 
 def load(folder: str) -> nn.Module:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conversion.calibration import (
+from entropy_gpt.conversion.calibration import (
     END_OF_TEXT,
     FIRST_POSITION,
     HELD_OUT_EVERY,
@@ -19,7 +19,7 @@ from conversion.calibration import (
     group_rows,
     least_rows,
 )
-from conversion.errors import ConversionError
+from entropy_gpt.conversion.errors import ConversionError
 from tests.architectures import make_model, make_tokens
 
 

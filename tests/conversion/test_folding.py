@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from conversion.errors import ConversionError, NotFiniteError
-from conversion.folding import FOLDS, MOST_STRETCHED, absorb_linear_ffns, fold, list_absorbable_ffns
+from entropy_gpt.conversion.errors import ConversionError, NotFiniteError
+from entropy_gpt.conversion.folding import FOLDS, MOST_STRETCHED, absorb_linear_ffns, fold, list_absorbable_ffns
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D, EntropyGPTStaticLayerNorm
 from tests.architectures import ARCHITECTURES, make_model, make_tokens

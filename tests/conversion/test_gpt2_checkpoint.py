@@ -20,8 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from conversion.errors import ConversionError
-from conversion.gpt2_checkpoint import TWINS, from_gpt2, load_gpt2, load_language_model, to_gpt2
+from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.gpt2_checkpoint import TWINS, from_gpt2, load_gpt2, load_language_model, to_gpt2
 from modeling_entropy_gpt import EntropyGPTForCausalLM, EntropyGPTForSequenceClassification, EntropyGPTModel
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
 
@@ -490,8 +490,8 @@ class LoopbackHub(BaseHTTPRequestHandler):
 
 LOAD_FROM_HUB = """
 import sys
-from conversion.errors import ConversionError
-from conversion.gpt2_checkpoint import load_gpt2
+from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.gpt2_checkpoint import load_gpt2
 try:
     load_gpt2(sys.argv[1]).save_pretrained(sys.argv[2])
 except ConversionError as error:

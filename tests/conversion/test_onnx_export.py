@@ -10,10 +10,18 @@ import pytest
 import torch
 from onnx import helper
 
-from conversion import onnx_export
-from conversion.errors import ConversionError, NotFiniteError
-from conversion.onnx_export import GRAPH, OPSET, REPORT, ExportReport, export_onnx, find_nonlinear, run_graph
-from evaluation.operation_counts import count_operations
+from entropy_gpt.conversion import onnx_export
+from entropy_gpt.conversion.errors import ConversionError, NotFiniteError
+from entropy_gpt.conversion.onnx_export import (
+    GRAPH,
+    OPSET,
+    REPORT,
+    ExportReport,
+    export_onnx,
+    find_nonlinear,
+    run_graph,
+)
+from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from tests.architectures import SIZES, make_model, make_tokens
 
 from .test_folding import FOLDED, make_asymmetric

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from conversion.calibration import calibrate
-from conversion.divergence import Reference
-from conversion.errors import ConversionError
-from conversion.simplification import (
+from entropy_gpt.conversion.calibration import calibrate
+from entropy_gpt.conversion.divergence import Reference
+from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.simplification import (
     add_temperatures,
     add_thresholds,
     fuse_ffns,
@@ -272,7 +272,7 @@ def test_nothing_to_do_is_no_step():
 def test_divergence_is_that_of_all_logits(monkeypatch):
     model, other = make_model("SM+LN+G"), make_model("SM+LN+G")
     batches = make_batches(6)
-    monkeypatch.setattr("conversion.divergence.MOST_LOGITS", 1000)
+    monkeypatch.setattr("entropy_gpt.conversion.divergence.MOST_LOGITS", 1000)
     same, found = Reference(model, batches).compare([model, other])
     tokens = torch.cat(batches)
     p, q = (m(tokens).logits[:, :-1].double().log_softmax(dim=-1) for m in (model, other))

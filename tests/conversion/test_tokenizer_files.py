@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from conversion.tokenizer_files import save_tokenizer
-from training.tokenizer import train_tokenizer
+from entropy_gpt.conversion.tokenizer_files import save_tokenizer
+from entropy_gpt.training.tokenizer import train_tokenizer
 
 
 TEXT = "def main():\n    return 1\n"

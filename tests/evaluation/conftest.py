@@ -2,7 +2,8 @@
 
 import pytest
 
-from evaluation.results import Conditions, recorded_versions
+from entropy_gpt.evaluation.origin import recorded_versions
+from entropy_gpt.evaluation.records.results import Conditions
 
 
 @pytest.fixture

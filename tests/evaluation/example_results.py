@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from evaluation.entropy_diagnostics import HeadDiagnostics, HeadwiseEntropy
-from evaluation.operation_counts import count_operations
-from evaluation.perplexity import Likelihood, Part, Windows
-from evaluation.results import (
+from entropy_gpt.evaluation.measuring.entropy_diagnostics import HeadDiagnostics, HeadwiseEntropy
+from entropy_gpt.evaluation.measuring.operation_counts import count_operations
+from entropy_gpt.evaluation.measuring.perplexity import Likelihood, Part, Windows
+from entropy_gpt.evaluation.records.results import (
     Architecture,
     Conditions,
     HeadResult,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from evaluation.task_scores import TASK_FOLDER
+from entropy_gpt.evaluation.measuring.task_scores import TASK_FOLDER
+from entropy_gpt.training.tokenizer import train_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import make_model
-from training.tokenizer import train_tokenizer
 
 
 WORDS = [

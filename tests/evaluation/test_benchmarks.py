@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 
-from evaluation.benchmarks import conversion, entropy_attention, evaluation, private_inference, training_step
+from entropy_gpt.evaluation.benchmarks import (
+    conversion,
+    entropy_attention,
+    evaluation,
+    private_inference,
+    training_step,
+)
 
 
 BENCHMARKS = [conversion, entropy_attention, evaluation, private_inference, training_step]

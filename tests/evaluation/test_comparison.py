@@ -7,17 +7,12 @@ import shutil
 
 import pytest
 
-from evaluation.comparison import COLUMNS, comparison_markdown, comparison_rows, conditions_text
-from evaluation.model_card import model_card
-from evaluation.readme import QUICKSTART_RESULTS, README, update_readme
-from evaluation.results import load_results, save_results
-from tests.evaluation.example_results import (
-    example_cost,
-    example_heads,
-    example_likelihood,
-    example_result,
-    example_training,
-)
+from entropy_gpt.evaluation.records.results import load_results, save_results
+from entropy_gpt.evaluation.showing.comparison import COLUMNS, comparison_markdown, comparison_rows, conditions_text
+from entropy_gpt.evaluation.showing.model_card import model_card
+from entropy_gpt.programs.quickstart.readme import QUICKSTART_RESULTS, README, update_readme
+
+from .example_results import example_cost, example_heads, example_likelihood, example_result, example_training
 
 
 @pytest.fixture
@@ -119,7 +114,7 @@ def test_the_readme_shows_the_committed_results(tmp_path):
     copied = tmp_path / "README.md"
     shutil.copy(README, copied)
     update_readme(copied)
-    assert copied.read_text() == README.read_text(), "run: python -m evaluation.readme"
+    assert copied.read_text() == README.read_text(), "run: python -m entropy_gpt.programs.quickstart.readme"
 
 
 def test_the_readme_shows_private_answers(result, tmp_path):

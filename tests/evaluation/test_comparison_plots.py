@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from evaluation.comparison_plots import (
+from entropy_gpt.evaluation.showing.comparison_plots import (
     LONGEST_NAME,
     pareto_front,
     plot_entropy_quantiles,
@@ -16,8 +16,9 @@ from evaluation.comparison_plots import (
     plot_tradeoff,
     shorten,
 )
-from evaluation.label_placement import label_points
-from tests.evaluation.example_results import example_heads, example_likelihood, example_result, example_results
+from entropy_gpt.evaluation.showing.label_placement import label_points
+
+from .example_results import example_heads, example_likelihood, example_result, example_results
 
 
 def test_the_front_is_what_none_surpasses():

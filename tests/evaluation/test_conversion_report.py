@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from evaluation.conversion_report import (
+from entropy_gpt.evaluation.measuring.operation_counts import count_operations
+from entropy_gpt.evaluation.records.conversion_report import (
     ConversionReport,
     HealingRecord,
     StepRecord,
@@ -15,8 +16,7 @@ from evaluation.conversion_report import (
     report_markdown,
     step_rows,
 )
-from evaluation.operation_counts import count_operations
-from evaluation.plots import plot_healing
+from entropy_gpt.evaluation.showing.plots import plot_healing
 from tests.architectures import make_config
 
 

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from conversion.gpt2_checkpoint import load_gpt2
-from evaluation import entropy_diagnostics
-from evaluation.entropy_diagnostics import (
+from entropy_gpt.conversion.gpt2_checkpoint import load_gpt2
+from entropy_gpt.evaluation.measuring import entropy_diagnostics
+from entropy_gpt.evaluation.measuring.entropy_diagnostics import (
     DIVERSITY_ROWS,
     ENTROPY_STEPS,
     QUANTILE_LEVELS,

@@ -6,8 +6,9 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from evaluation.head_plots import plot_comparison, plot_head_diagnostics, plot_headwise_entropy
-from tests.evaluation.example_results import example_heads, example_likelihood, example_result
+from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_head_diagnostics, plot_headwise_entropy
+
+from .example_results import example_heads, example_likelihood, example_result
 
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from evaluation.interoperability import PAGE, RECORD, comparisons_markdown, load_comparisons, write
-from evaluation.readme import ROOT
+from entropy_gpt.evaluation.showing.interoperability import PAGE, RECORD, comparisons_markdown, load_comparisons, write
+from entropy_gpt.programs.quickstart.readme import ROOT
 
 
 def line(**fields) -> str:
@@ -86,4 +86,6 @@ def test_the_page_shows_the_committed_record(tmp_path):
         shutil.copy(path, tmp_path)
     write(tmp_path / RECORD.name, tmp_path / PAGE.name)
     for path in (PAGE, RECORD):
-        assert (tmp_path / path.name).read_text() == path.read_text(), "run: python -m evaluation.interoperability"
+        assert (tmp_path / path.name).read_text() == path.read_text(), (
+            "run: python -m entropy_gpt.evaluation.showing.interoperability"
+        )

@@ -15,8 +15,8 @@ from datasets import Dataset
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from evaluation.lm_eval_tasks import local_data
-from evaluation.task_scores import LOCAL_TASKS, TASK_FOLDER, TaskError, check_tasks, score_tasks
+from entropy_gpt.evaluation.lm_eval_tasks import local_data
+from entropy_gpt.evaluation.measuring.task_scores import LOCAL_TASKS, TASK_FOLDER, TaskError, check_tasks, score_tasks
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES
 from tests.strangers import run_stranger

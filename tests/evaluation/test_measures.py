@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from evaluation.conditions import common_facts, describe_difference
-from evaluation.measures import (
+from entropy_gpt.evaluation.records.conditions import common_facts, describe_difference
+from entropy_gpt.evaluation.showing.measures import (
     cost_measures,
     format_number,
     format_plain,
@@ -17,7 +17,8 @@ from evaluation.measures import (
     task_measure,
     traffic_measure,
 )
-from tests.evaluation.example_results import (
+
+from .example_results import (
     example_cost,
     example_heads,
     example_likelihood,

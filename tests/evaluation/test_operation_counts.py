@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.activations import ACT2FN
 
-from conversion.folding import fold_weight_normalization
-from evaluation.operation_counts import count_operations
+from entropy_gpt.conversion.folding import fold_weight_normalization
+from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from modeling_entropy_gpt import EntropyGPTConfig, blocks
 from modeling_entropy_gpt.blocks import EntropyGPTMLP, eager_attention_forward
 from modeling_entropy_gpt.configuration_entropy_gpt import OWN_ACTIVATIONS

@@ -8,7 +8,17 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from evaluation.page import Cell, Column, Page, Paragraph, Picture, Section, Table, page_html, page_markdown
+from entropy_gpt.evaluation.showing.page import (
+    Cell,
+    Column,
+    Page,
+    Paragraph,
+    Picture,
+    Section,
+    Table,
+    page_html,
+    page_markdown,
+)
 
 
 STRANGE = "<script>alert(1)</script> & \"x\" 'y' a|b *c* _d_ `e` [f](g) ![h](i) ~~j~~ $k$ \\ # l <b> http://m.n"

@@ -13,10 +13,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from evaluation.perplexity import Windows, cut_windows, measure_likelihood
-from evaluation.tokenized_text import TokenizedText, tokenize
+from entropy_gpt.evaluation.measuring.perplexity import Windows, cut_windows, measure_likelihood
+from entropy_gpt.evaluation.measuring.tokenized_text import TokenizedText, tokenize
+from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import ARCHITECTURES, SIZES, make_model
-from training.tokenizer import train_tokenizer
 
 
 LENGTHS = (1, 2, 33, 64, 65, 150, 7)
@@ -86,7 +86,7 @@ def test_batches_change_nothing(batch_tokens):
 def test_logits_are_cut_into_parts_without_a_difference(monkeypatch):
     model, windows = make_model("SM+LN+G"), Windows(64, 64, True, False)
     expected = measure_likelihood(model, make_documents(), windows).nats
-    monkeypatch.setattr("evaluation.perplexity.LOGITS_AT_ONCE", 3 * SIZES["vocab_size"])
+    monkeypatch.setattr("entropy_gpt.evaluation.measuring.perplexity.LOGITS_AT_ONCE", 3 * SIZES["vocab_size"])
     assert measure_likelihood(model, make_documents(), windows).nats == pytest.approx(expected, rel=1e-6)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from evaluation.perplexity import Windows, measure_likelihood
-from evaluation.tokenized_text import tokenize
+from entropy_gpt.evaluation.measuring.perplexity import Windows, measure_likelihood
+from entropy_gpt.evaluation.measuring.tokenized_text import tokenize
+from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import make_model
-from training.tokenizer import train_tokenizer
 
 
 FOLDER = Path(__file__).parents[2] / "evaluation" / "metrics" / "perplexity"

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conversion.folding import fold
-from evaluation.head_plots import plot_headwise_entropy
-from evaluation.publication import (
+from entropy_gpt.conversion.folding import fold
+from entropy_gpt.evaluation.records.results import RESULTS, load_results
+from entropy_gpt.evaluation.showing.head_plots import plot_headwise_entropy
+from entropy_gpt.evaluation.showing.publication import (
     CARD,
     FOLDED,
     PAYLOAD,
@@ -22,10 +23,10 @@ from evaluation.publication import (
     check_loading,
     find_private,
 )
-from evaluation.results import RESULTS, load_results
+from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import make_model
-from tests.evaluation.example_results import example_heads, example_likelihood, example_result
-from training.tokenizer import train_tokenizer
+
+from .example_results import example_heads, example_likelihood, example_result
 
 
 @pytest.fixture(scope="module")

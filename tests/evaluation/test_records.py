@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic.dataclasses import dataclass
 
-from evaluation.records import RECORD, load_record, save_record
+from entropy_gpt.evaluation.json_records import RECORD, load_record, save_record
 
 
 @dataclass(config=RECORD)

@@ -8,14 +8,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from evaluation import report_pictures
-from evaluation.page import page_html, page_markdown
-from evaluation.report import build_report
-from evaluation.report_pictures import head_pictures, prediction_pictures, run_pictures, tradeoff_blocks
-from evaluation.report_summary import summarize
-from evaluation.report_tables import Notes, comparison_table, condition_table, cost_table, operations_table, task_table
-from evaluation.run_log import RunLog
-from tests.evaluation.example_results import (
+from entropy_gpt.evaluation.records.run_log import RunLog
+from entropy_gpt.evaluation.showing import report_pictures
+from entropy_gpt.evaluation.showing.page import page_html, page_markdown
+from entropy_gpt.evaluation.showing.report import build_report
+from entropy_gpt.evaluation.showing.report_pictures import (
+    head_pictures,
+    prediction_pictures,
+    run_pictures,
+    tradeoff_blocks,
+)
+from entropy_gpt.evaluation.showing.report_summary import summarize
+from entropy_gpt.evaluation.showing.report_tables import (
+    Notes,
+    comparison_table,
+    condition_table,
+    cost_table,
+    operations_table,
+    task_table,
+)
+
+from .example_results import (
     example_cost,
     example_heads,
     example_likelihood,
@@ -25,7 +38,7 @@ from tests.evaluation.example_results import (
     example_tasks,
     example_training,
 )
-from tests.evaluation.test_run_log import ALL_FIGURES, entropy_line, penalty_line, run_line, write_log
+from .test_run_log import ALL_FIGURES, entropy_line, penalty_line, run_line, write_log
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 from pydantic import ValidationError
 
-from conversion.calibration import calibrate
-from conversion.simplification import make_norms_static
-from evaluation.results import find_results, git_revision, hash_weights, load_results, save_results
+from entropy_gpt.conversion.calibration import calibrate
+from entropy_gpt.conversion.simplification import make_norms_static
+from entropy_gpt.evaluation.origin import git_revision, hash_weights
+from entropy_gpt.evaluation.records.results import find_results, load_results, save_results
 from tests.architectures import make_model, make_tokens
-from tests.evaluation.example_results import example_cost, example_likelihood, example_result, example_results
+
+from .example_results import example_cost, example_likelihood, example_result, example_results
 
 
 def test_results_are_read_back_as_they_were_written(tmp_path):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from evaluation.run_log import LOG_NAME, RunLog, run_titles
+from entropy_gpt.evaluation.records.run_log import LOG_NAME, RunLog, run_titles
 
 
 NOTATION = "EReg(SM(t)+ScFuFFN)"

@@ -4,18 +4,11 @@ import math
 
 import pytest
 
-from evaluation import run_plots
-from evaluation.entropy_diagnostics import HeadwiseEntropy
-from evaluation.run_plots import choose_records
-from tests.evaluation.test_run_log import (
-    ALL_FIGURES,
-    entropy_line,
-    evaluation_line,
-    load,
-    loss_line,
-    penalty_line,
-    run_line,
-)
+from entropy_gpt.evaluation.measuring.entropy_diagnostics import HeadwiseEntropy
+from entropy_gpt.evaluation.showing import run_plots
+from entropy_gpt.evaluation.showing.run_plots import choose_records
+
+from .test_run_log import ALL_FIGURES, entropy_line, evaluation_line, load, loss_line, penalty_line, run_line
 
 
 def naive_shares(values, maximum):

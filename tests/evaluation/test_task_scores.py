@@ -9,9 +9,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from conversion.gpt2_checkpoint import load_gpt2
-from evaluation.results import TaskResult, hash_weights
-from evaluation.task_scores import LOCAL_TASKS, TaskError, check_tasks, local_tasks, score_tasks
+from entropy_gpt.conversion.gpt2_checkpoint import load_gpt2
+from entropy_gpt.evaluation.measuring.task_scores import LOCAL_TASKS, TaskError, check_tasks, local_tasks, score_tasks
+from entropy_gpt.evaluation.origin import hash_weights
+from entropy_gpt.evaluation.records.results import TaskResult
 
 from .task_files import (
     PARADIGMS,

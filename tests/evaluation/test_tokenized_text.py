@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from evaluation.tokenized_text import count_tokens, tokenize
-from training.tokenizer import END_OF_TEXT, train_tokenizer
+from entropy_gpt.evaluation.measuring.tokenized_text import count_tokens, tokenize
+from entropy_gpt.training.tokenizer import END_OF_TEXT, train_tokenizer
 
 
 TEXTS = ["def naïve():\n    return 1\n", "x = 'ünïcode ✓'\n"] * 4

@@ -10,6 +10,7 @@ from transformers.integrations.executorch import convert_and_export_with_cache
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
+from entropy_gpt.training.tokenizer import train_tokenizer
 from modeling_entropy_gpt import (
     EntropyGPTForCausalLM,
     EntropyGPTForQuestionAnswering,
@@ -18,7 +19,6 @@ from modeling_entropy_gpt import (
 )
 from modeling_entropy_gpt.forward_keywords import CACHE
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, SIZES, make_config, make_model, make_tokens
-from training.tokenizer import train_tokenizer
 
 
 # One for each way in which the forward pass differs; the whole list is for what is cheap.

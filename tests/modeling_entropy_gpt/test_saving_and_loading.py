@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from evaluation.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
+from entropy_gpt.evaluation.measuring.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
+from entropy_gpt.training.tokenizer import train_tokenizer
 from modeling_entropy_gpt import (
     EntropyGPTConfig,
     EntropyGPTForCausalLM,
@@ -22,7 +23,6 @@ from modeling_entropy_gpt import (
 )
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
 from tests.strangers import do
-from training.tokenizer import train_tokenizer
 
 
 AUTO_CLASSES = {

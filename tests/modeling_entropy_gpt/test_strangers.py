@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evaluation.remote_loading import load_in_fresh_process, save_reference
+from entropy_gpt.evaluation.measuring.remote_loading import load_in_fresh_process, save_reference
+from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import make_model
 from tests.evaluation.task_files import make_passages, write_lines
 from tests.hub_server import HubServer
 from tests.strangers import do, run_stranger
-from training.tokenizer import train_tokenizer
 
 
 NOTATION = "EReg(SM(t)+ScFuFFN)"

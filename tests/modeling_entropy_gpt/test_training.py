@@ -17,9 +17,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from entropy_gpt.training.packing import collate_blocks
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, EntropyGPTForTokenClassification
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
-from training.packing import collate_blocks
 
 
 ROOT = Path(__file__).resolve().parents[2]

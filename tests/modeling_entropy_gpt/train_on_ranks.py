@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
+from entropy_gpt.training.packing import collate_blocks
 from tests.architectures import NO_DROPOUT, make_model, make_tokens
 from tests.fsdp_on_cpu import allow_fsdp_on_cpu
-from training.packing import collate_blocks
 
 
 def main(folder: str, notation: str, fields: str, arguments: str):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from entropy_gpt.training.arguments import EntropyTrainingArguments
+from entropy_gpt.training.packing import collate_blocks
+from entropy_gpt.training.trainer import EntropyTrainer
 from tests.architectures import NO_DROPOUT, make_model, make_tokens
-from training.arguments import EntropyTrainingArguments
-from training.packing import collate_blocks
-from training.trainer import EntropyTrainer
 
 
 def main(folder: str, rank: str):

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
+from entropy_gpt.training.arguments import EntropyTrainingArguments
+from entropy_gpt.training.packing import collate_blocks
+from entropy_gpt.training.trainer import EntropyTrainer
 from tests.architectures import make_model, make_tokens
-from training.arguments import EntropyTrainingArguments
-from training.packing import collate_blocks
-from training.trainer import EntropyTrainer
 
 
 TRAINERS = {"hf": (Trainer, TrainingArguments), "ours": (EntropyTrainer, EntropyTrainingArguments)}

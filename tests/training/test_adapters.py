@@ -12,6 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from entropy_gpt.training.adapters import attach_lora, merge_adapter
+from entropy_gpt.training.arguments import LoraArguments
+from entropy_gpt.training.packing import collate_blocks
 from modeling_entropy_gpt import (
     EntropyGPTForCausalLM,
     EntropyGPTForQuestionAnswering,
@@ -19,9 +22,6 @@ from modeling_entropy_gpt import (
     EntropyGPTForTokenClassification,
 )
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
-from training.adapters import attach_lora, merge_adapter
-from training.arguments import LoraArguments
-from training.packing import collate_blocks
 
 
 PROPOSAL = "EReg(SM(t)+ScFuFFN)"

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from training.checkpoints import SEAL, find_damage, last_checkpoint, seal
+from entropy_gpt.training.checkpoints import SEAL, find_damage, last_checkpoint, seal
 
 
 @pytest.fixture

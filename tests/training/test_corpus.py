@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from training.corpus import load_corpus, load_standard_library
-from training.errors import CorpusError
+from entropy_gpt.training.corpus import load_corpus, load_standard_library
+from entropy_gpt.training.errors import CorpusError
 
 
 @pytest.fixture(scope="module")

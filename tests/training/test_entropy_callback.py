@@ -9,9 +9,9 @@ from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
 
+from entropy_gpt.training.entropy_callback import EntropyCallback, find_alarms, measure_heads
+from entropy_gpt.training.packing import collate_blocks
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
-from training.entropy_callback import EntropyCallback, find_alarms, measure_heads
-from training.packing import collate_blocks
 
 
 TOKENS = make_tokens(2, 16)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.files import written_whole
+from entropy_gpt.training.files import written_whole
 
 
 def test_a_file_appears_at_the_end(tmp_path):

@@ -10,17 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PrinterCallback
 
-from conversion.calibration import OTHERS, calibrate
-from conversion.simplification import plan_conversion, target_config
-from modeling_entropy_gpt.layers import EntropyGPTStaticLayerNorm
-from tests.architectures import NO_DROPOUT, make_model, make_tokens
-from training.arguments import EntropyTrainingArguments
-from training.checkpoints import last_checkpoint
-from training.distillation import hidden_state_distance, logits_divergence, residual_scale_distance
-from training.divergence import MOST_ROLLBACKS
-from training.healing import HealingLoss, HealingProgress, HealingTrainer
-from training.packing import collate_blocks
-from training.removal_schedule import (
+from entropy_gpt.conversion.calibration import OTHERS, calibrate
+from entropy_gpt.conversion.simplification import plan_conversion, target_config
+from entropy_gpt.training.arguments import EntropyTrainingArguments
+from entropy_gpt.training.checkpoints import last_checkpoint
+from entropy_gpt.training.distillation import hidden_state_distance, logits_divergence, residual_scale_distance
+from entropy_gpt.training.divergence import MOST_ROLLBACKS
+from entropy_gpt.training.healing import HealingLoss, HealingProgress, HealingTrainer
+from entropy_gpt.training.packing import collate_blocks
+from entropy_gpt.training.removal_schedule import (
     GatedFFN,
     GatedNorm,
     RemovalSchedule,
@@ -28,6 +26,8 @@ from training.removal_schedule import (
     list_removals,
     remove_gates,
 )
+from modeling_entropy_gpt.layers import EntropyGPTStaticLayerNorm
+from tests.architectures import NO_DROPOUT, make_model, make_tokens
 
 
 LENGTH = 16

@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from entropy_gpt.training.arguments import EntropyTrainingArguments
+from entropy_gpt.training.packing import collate_blocks
+from entropy_gpt.training.trainer import EntropyTrainer
 from modeling_entropy_gpt import EntropyGPTForSequenceClassification
 from tests.architectures import NO_DROPOUT, make_model, make_tokens
 from tests.twins import make_twins
-from training.arguments import EntropyTrainingArguments
-from training.packing import collate_blocks
-from training.trainer import EntropyTrainer
 
 
 SMOOTHING = 0.3

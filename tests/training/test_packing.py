@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training import packing, text_pieces
-from training.errors import CorpusError
-from training.packing import collate_blocks, pack, spread_blocks
-from training.tokenizer import load_tokenizer, train_tokenizer
+from entropy_gpt.training import packing, text_pieces
+from entropy_gpt.training.errors import CorpusError
+from entropy_gpt.training.packing import collate_blocks, pack, spread_blocks
+from entropy_gpt.training.tokenizer import load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from training import preparation
-from training.arguments import DataArguments
-from training.corpus import load_corpus
-from training.errors import CorpusError
-from training.packing import pack
-from training.preparation import prepare_data
-from training.sources import open_source
-from training.streaming import PackedStream
-from training.tokenizer import train_tokenizer
+from entropy_gpt.training import preparation
+from entropy_gpt.training.arguments import DataArguments
+from entropy_gpt.training.corpus import load_corpus
+from entropy_gpt.training.errors import CorpusError
+from entropy_gpt.training.packing import pack
+from entropy_gpt.training.preparation import prepare_data
+from entropy_gpt.training.sources import open_source
+from entropy_gpt.training.streaming import PackedStream
+from entropy_gpt.training.tokenizer import train_tokenizer
 
 
 CONTEXT = 16

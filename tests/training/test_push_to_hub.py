@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evaluation.remote_loading import save_reference
+from entropy_gpt.evaluation.measuring.remote_loading import save_reference
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import make_tokens
 from tests.hub_server import FIRST_FILES, HubServer

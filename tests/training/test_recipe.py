@@ -7,8 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from entropy_gpt.training.recipe import RECIPES, RecipeError, list_recipes, read_recipe
 from modeling_entropy_gpt import EntropyGPTConfig
-from training.recipe import RECIPES, RecipeError, list_recipes, read_recipe
 
 
 @pytest.fixture

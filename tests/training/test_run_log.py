@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from training.run_log import RUN_LOG, RunLogWriter
+from entropy_gpt.training.run_log import RUN_LOG, RunLogWriter
 
 
 def records(folder):

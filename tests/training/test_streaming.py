@@ -18,11 +18,11 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from entropy_gpt.training import packing
+from entropy_gpt.training.packing import collate_blocks, pack
+from entropy_gpt.training.streaming import PackedStream, Texts
+from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import NO_DROPOUT, make_model
-from training import packing
-from training.packing import collate_blocks, pack
-from training.streaming import PackedStream, Texts
-from training.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from training.errors import CorpusError
-from training.tokenizer import load_tokenizer, train_tokenizer
+from entropy_gpt.training.errors import CorpusError
+from entropy_gpt.training.tokenizer import load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

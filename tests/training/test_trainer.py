@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import TrainerCallback, default_data_collator
 
+from entropy_gpt.training.arguments import EntropyTrainingArguments
+from entropy_gpt.training.callbacks import StepObserver, Stopwatch
+from entropy_gpt.training.checkpoints import find_damage, last_checkpoint, list_checkpoints
+from entropy_gpt.training.divergence import DivergenceGuard
+from entropy_gpt.training.files import delete
+from entropy_gpt.training.packing import collate_blocks
+from entropy_gpt.training.trainer import LOGGED, EntropyTrainer
 from modeling_entropy_gpt import EntropyGPTForSequenceClassification
 from tests.architectures import NO_DROPOUT, make_model, make_tokens
-from training.arguments import EntropyTrainingArguments
-from training.callbacks import StepObserver, Stopwatch
-from training.checkpoints import find_damage, last_checkpoint, list_checkpoints
-from training.divergence import DivergenceGuard
-from training.files import delete
-from training.packing import collate_blocks
-from training.trainer import LOGGED, EntropyTrainer
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import NO_DROPOUT, make_model
-from training.tokenizer import train_tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def train(kind, notation, folder, **arguments):
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
 def test_every_parameter_is_trained(notation, packing, tmp_path):
-    from training.sft import EntropySFTTrainer
+    from entropy_gpt.training.sft import EntropySFTTrainer
 
     _, unchanged = train(EntropySFTTrainer, notation, tmp_path, packing=packing)
     assert unchanged == set()
@@ -53,7 +53,7 @@ def test_every_parameter_is_trained(notation, packing, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`")
 def test_labels_are_smoothed_in_the_loss_of_the_model(tmp_path):
-    from training.sft import EntropySFTTrainer
+    from entropy_gpt.training.sft import EntropySFTTrainer
 
     found = []
     for factor in (0.0, 0.5):
@@ -67,7 +67,7 @@ def test_labels_are_smoothed_in_the_loss_of_the_model(tmp_path):
 def test_the_original_trains_models_without_a_penalty_alike(tmp_path):
     from trl import SFTTrainer
 
-    from training.sft import EntropySFTTrainer
+    from entropy_gpt.training.sft import EntropySFTTrainer
 
     losses, unchanged = train(SFTTrainer, "SM+ScFuFFN", tmp_path)
     assert unchanged == set()

@@ -9,8 +9,8 @@ import evaluate
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation.perplexity import Windows, measure_likelihood
-from evaluation.tokenized_text import tokenize
+from entropy_gpt.evaluation.measuring.perplexity import Windows, measure_likelihood
+from entropy_gpt.evaluation.measuring.tokenized_text import tokenize
 
 
 DESCRIPTION = """

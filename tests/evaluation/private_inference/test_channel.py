@@ -17,7 +17,8 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.private_inference.channel import (
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties.channel import (
     LENGTH,
     MAX_MESSAGE_BYTES,
     MAX_REASON_CHARACTERS,
@@ -28,8 +29,7 @@ from evaluation.private_inference.channel import (
     connect,
     parse_address,
 )
-from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 
 JSON = st.recursive(

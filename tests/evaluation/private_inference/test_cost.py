@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.private_inference.cost import (
+from entropy_gpt.evaluation.private_inference.costs.cost_plots import OPERATION_COLORS, draw_costs
+from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
+from entropy_gpt.evaluation.private_inference.program.cost import (
     AROUND_BLOCKS,
     LAN,
     TABLE_COLUMNS,
@@ -19,9 +21,7 @@ from evaluation.private_inference.cost import (
     set_up_by_operation,
     table_rows,
 )
-from evaluation.private_inference.cost_plots import OPERATION_COLORS, draw_costs
-from evaluation.private_inference.published_cost import as_private_cost
-from evaluation.private_inference.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 
 def example_cost(steps: list[StepCost], protocol: str = "cheetah") -> InferenceCost:
@@ -164,7 +164,7 @@ def test_pictures(tmp_path):
 
 
 def test_every_operation_of_a_program_has_a_colour():
-    from evaluation.private_inference.program import Span, build_steps
+    from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
     from tests.architectures import ARCHITECTURES, make_config
 
     for notation in ARCHITECTURES:

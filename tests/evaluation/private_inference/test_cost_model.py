@@ -7,8 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.private_inference.cost_model import Sample, count_steps, load_prices, predict, program_config
-from evaluation.private_inference.counting import (
+from entropy_gpt.evaluation.private_inference.costs.cost_model import (
+    Sample,
+    count_steps,
+    load_prices,
+    predict,
+    program_config,
+)
+from entropy_gpt.evaluation.private_inference.costs.price_fitting import fit
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties.engine import CLIENT, SERVER, EngineLog
+from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
+from entropy_gpt.evaluation.private_inference.program.counting import (
     ANSWERS,
     COEFFICIENTS,
     COMPARED,
@@ -26,13 +36,9 @@ from evaluation.private_inference.counting import (
     count_product,
     make_shape,
 )
-from evaluation.private_inference.engine import CLIENT, SERVER, EngineLog
-from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.local import infer_locally
-from evaluation.private_inference.price_fitting import fit
-from evaluation.private_inference.program import Span, build_steps
-from evaluation.private_inference.settings import PrivateSettings
-from evaluation.private_inference.weights import prepare_weights
+from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, make_config, make_model
 

@@ -8,17 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.private_inference import nonlinear, program
-from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.fixed_point import (
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.program import nonlinear, program
+from entropy_gpt.evaluation.private_inference.program.fixed_point import (
     ERF_BOUND,
     FixedPointArithmetic,
     emulate,
     exact_logits,
 )
-from evaluation.private_inference.range_audit import audit, largest_radicand, lowest_exponent
-from evaluation.private_inference.settings import PrivateSettings
-from evaluation.private_inference.weights import prepare_weights
+from entropy_gpt.evaluation.private_inference.program.range_audit import audit, largest_radicand, lowest_exponent
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
 
 
@@ -290,8 +290,8 @@ def every_operation(ops, x, y):
 def on_the_engine(chosen: PrivateSettings, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
     """Every operation, without a protocol."""
     libspu = pytest.importorskip("spu").libspu
-    from evaluation.private_inference.counting import make_shape
-    from evaluation.private_inference.engine import Party, compile_steps
+    from entropy_gpt.evaluation.private_inference.parties.engine import Party, compile_steps
+    from entropy_gpt.evaluation.private_inference.program.counting import make_shape
 
     description = libspu.link.Desc()
     description.add_party("alone", "thread")
@@ -353,7 +353,7 @@ def test_the_chance_of_protocols_is_as_large_as_it_is_said_to_be(protocol, softm
 
 def assert_the_engine_agrees(config, weights: dict, chosen: PrivateSettings):
     pytest.importorskip("spu")
-    from evaluation.private_inference.local import infer_locally
+    from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
 
     # One number in a thousand decides about the largest error of a sequence, so several are looked at.
     prompts = sequences(*[12] * (1 if chosen.protocol == "ref2k" else 5))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from conversion.gpt2_checkpoint import load_language_model
-from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.inference import MODES, NETWORKS, InferenceResult, PrivateModel
-from evaluation.private_inference.settings import PrivateSettings
+from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.inference import MODES, NETWORKS, InferenceResult, PrivateModel
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from tests.architectures import make_model
 
 

@@ -9,12 +9,12 @@ from tests.architectures import make_model
 
 pytest.importorskip("spu")
 
-from evaluation.private_inference.engine import EngineLog, compiled_digest
-from evaluation.private_inference.local import infer_locally
-from evaluation.private_inference.participant import compile_pass
-from evaluation.private_inference.program import Span
-from evaluation.private_inference.settings import PrivateSettings
-from evaluation.private_inference.weights import prepare_weights
+from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, compiled_digest
+from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
+from entropy_gpt.evaluation.private_inference.parties.participant import compile_pass
+from entropy_gpt.evaluation.private_inference.program.program import Span
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 
 
 pytestmark = pytest.mark.private

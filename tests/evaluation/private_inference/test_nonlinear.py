@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.private_inference.arithmetic import Arithmetic
-from evaluation.private_inference.nonlinear import exponentiate, fine_gelu, piecewise_gelu, reciprocal_up_to
+from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
+from entropy_gpt.evaluation.private_inference.program.nonlinear import (
+    exponentiate,
+    fine_gelu,
+    piecewise_gelu,
+    reciprocal_up_to,
+)
 
 
 def test_exponential_and_gelu_are_as_near_as_they_say():

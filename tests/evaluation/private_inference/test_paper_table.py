@@ -4,13 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from evaluation.private_inference.cost import LAN, Network, StepCost
-from evaluation.private_inference.cost_model import load_prices, predict, program_config
-from evaluation.private_inference.counting import OWNED_BATCHES
-from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.inference import NETWORKS, TWO_PARTY
-from evaluation.private_inference.measured_inference import Inference
-from evaluation.private_inference.paper_table import (
+from entropy_gpt.evaluation.private_inference.costs.cost_model import load_prices, predict, program_config
+from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference
+from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     NOTATIONS,
     TODAY,
     PaperTable,
@@ -25,8 +21,12 @@ from evaluation.private_inference.paper_table import (
     take_ends,
     take_typical_block,
 )
-from evaluation.private_inference.program import Span, build_steps
-from evaluation.private_inference.session import Answer, Terms
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY
+from entropy_gpt.evaluation.private_inference.parties.session import Answer, Terms
+from entropy_gpt.evaluation.private_inference.program.cost import LAN, Network, StepCost
+from entropy_gpt.evaluation.private_inference.program.counting import OWNED_BATCHES
+from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
 
 
 CONTEXT = 16

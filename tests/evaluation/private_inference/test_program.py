@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.private_inference import program
-from evaluation.private_inference.arithmetic import Arithmetic
-from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.nonlinear import piecewise_gelu
-from evaluation.private_inference.program import (
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.program import program
+from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
+from entropy_gpt.evaluation.private_inference.program.nonlinear import piecewise_gelu
+from entropy_gpt.evaluation.private_inference.program.program import (
     LOGITS,
     TOKENS,
     Span,
@@ -19,8 +19,8 @@ from evaluation.private_inference.program import (
     subtract_maximum,
     weight_shapes,
 )
-from evaluation.private_inference.settings import PrivateSettings
-from evaluation.private_inference.weights import prepare_weights
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_config, make_model
 
 

@@ -9,14 +9,14 @@ import pytest
 
 pytest.importorskip("spu")
 
-from evaluation.private_inference import nonlinear, program
-from evaluation.private_inference.cost import Network
-from evaluation.private_inference.engine import SERVER, Party
-from evaluation.private_inference.party_process import make_link
-from evaluation.private_inference.price_fitting import Case, case_program, set_case
-from evaluation.private_inference.session import free_port
-from evaluation.private_inference.settings import PrivateSettings
-from evaluation.private_inference.slow_link import LOOPBACK, SlowLink
+from entropy_gpt.evaluation.private_inference.costs.price_fitting import Case, case_program, set_case
+from entropy_gpt.evaluation.private_inference.parties.engine import SERVER, Party
+from entropy_gpt.evaluation.private_inference.parties.party_process import make_link
+from entropy_gpt.evaluation.private_inference.parties.session import free_port
+from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
+from entropy_gpt.evaluation.private_inference.program import nonlinear, program
+from entropy_gpt.evaluation.private_inference.program.cost import Network
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 
 pytestmark = pytest.mark.private

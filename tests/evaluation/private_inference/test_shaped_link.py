@@ -13,20 +13,13 @@ import pytest
 
 pytest.importorskip("spu")
 
-from evaluation.private_inference.cost import WAN, InferenceCost, Network, parse_network, project
-from evaluation.private_inference.measured_inference import Inference, make_config
-from evaluation.private_inference.settings import PrivateSettings
-from evaluation.private_inference.slow_link import LOOPBACK, SlowLink
-from evaluation.private_inference.two_party import Client
-from tests.evaluation.private_inference.test_two_party import (
-    PROMPT,
-    SECONDS,
-    Served,
-    make_offer,
-    run_here,
-    serve_until_killed,
-    serving,
-)
+from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference, make_config
+from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
+from entropy_gpt.evaluation.private_inference.parties.two_party import Client
+from entropy_gpt.evaluation.private_inference.program.cost import WAN, InferenceCost, Network, parse_network, project
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+
+from .test_two_party import PROMPT, SECONDS, Served, make_offer, run_here, serve_until_killed, serving
 
 
 pytestmark = pytest.mark.private

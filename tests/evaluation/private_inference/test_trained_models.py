@@ -5,10 +5,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from conversion.gpt2_checkpoint import load_language_model
-from evaluation.private_inference.inference import EMULATED, PLAINTEXT, PrivateModel
-from evaluation.readme import CARDS
-from evaluation.results import RESULTS, hash_weights, load_results
+from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
+from entropy_gpt.evaluation.origin import hash_weights
+from entropy_gpt.evaluation.private_inference.inference import EMULATED, PLAINTEXT, PrivateModel
+from entropy_gpt.evaluation.records.results import RESULTS, load_results
+from entropy_gpt.programs.quickstart.readme import CARDS
 
 
 MODELS = sorted(path for path in (CARDS / "models").iterdir())

@@ -15,10 +15,11 @@ from functools import partial
 import pytest
 import trustme
 
-from evaluation.private_inference.channel import Channel, Listener, TLSFiles, connect
-from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.tunnel import MAX_STREAMS, TO_CLIENT, ClientTunnel, ServerTunnel
-from tests.evaluation.private_inference.test_channel import tls_files
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties.channel import Channel, Listener, TLSFiles, connect
+from entropy_gpt.evaluation.private_inference.parties.tunnel import MAX_STREAMS, TO_CLIENT, ClientTunnel, ServerTunnel
+
+from .test_channel import tls_files
 
 
 MANY = 8 * 2**20 + 17

@@ -22,20 +22,21 @@ import torch
 import trustme
 
 from tests.architectures import make_model
-from tests.evaluation.private_inference.test_channel import tls_files
+
+from .test_channel import tls_files
 
 
 pytest.importorskip("spu")
 
-from evaluation.private_inference.channel import Channel, TLSFiles, connect
-from evaluation.private_inference.cost_model import SET_UP_BYTES
-from evaluation.private_inference.engine import CLIENT, SERVER
-from evaluation.private_inference.errors import PrivateInferenceError
-from evaluation.private_inference.participant import Participant, encode_tokens
-from evaluation.private_inference.program import TOKENS
-from evaluation.private_inference.settings import PrivateSettings
-from evaluation.private_inference.two_party import PROTOCOL_VERSION, Client, Model, Server
-from evaluation.private_inference.weights import prepare_weights
+from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties.channel import Channel, TLSFiles, connect
+from entropy_gpt.evaluation.private_inference.parties.engine import CLIENT, SERVER
+from entropy_gpt.evaluation.private_inference.parties.participant import Participant, encode_tokens
+from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION, Client, Model, Server
+from entropy_gpt.evaluation.private_inference.program.program import TOKENS
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 
 
 pytestmark = pytest.mark.private

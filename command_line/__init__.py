@@ -1,1 +1,0 @@
-"""The `entropy-gpt` command."""

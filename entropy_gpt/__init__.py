@@ -1,0 +1,1 @@
+"""The `entropy-gpt` command, and its workflows for Python."""

@@ -1,0 +1,1 @@
+"""The subcommands of `entropy-gpt`: their options, one file each."""

@@ -1,0 +1,1 @@
+"""Programs: strings of workflows. Only commands import them."""

@@ -1,0 +1,1 @@
+"""The quickstart: every workflow once, on small models."""

@@ -1,0 +1,1 @@
+"""The study: many models trained alike, compared over seeds."""

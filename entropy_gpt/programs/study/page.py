@@ -1,0 +1,333 @@
+"""
+Writes the study's page, its pictures, its cards and the README's table from the committed record:
+
+    python -m entropy_gpt.programs.study.page
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from entropy_gpt.evaluation.records.conditions import describe_origins, describe_windows
+from entropy_gpt.evaluation.records.results import load_results
+from entropy_gpt.evaluation.showing.model_card import model_card
+from entropy_gpt.programs.quickstart.readme import README, ROOT, replace_block
+
+from .pictures import plot_conversion, plot_heads, plot_others, plot_pareto, plot_tolerance
+from .records import Study, StudyRun
+from .tables import (
+    BASELINE,
+    FUSED,
+    LADDER,
+    OTHERS,
+    PAPER_GAIN,
+    PRIVATE,
+    PROPOSAL,
+    UNREGULARIZED,
+    WARM,
+    above,
+    by_notation,
+    conversion_table,
+    error_of,
+    ladder_table,
+    larger_table,
+    list_trained,
+    order_table,
+    others_table,
+    parts_table,
+    private_table,
+    rates_table,
+    same_seeds,
+    settings_table,
+    ways_table,
+)
+
+
+RECORD = ROOT / "model_cards" / "results" / "study.json"
+MODELS = ROOT / "model_cards" / "results" / "study_models.json"
+CARDS = ROOT / "model_cards" / "study"
+PAGE = ROOT / "docs" / "study.md"
+PICTURES = ROOT / "docs" / "study"
+# What is generated of the page and of the README stands between comments of this name; the rest is written by hand.
+BLOCK = "study"
+# Pictures, and the groups of which one has to have more than one run for there to be something to draw.
+PLOTS = {
+    "pareto": (plot_pareto, (WARM,)),
+    "heads": (plot_heads, (WARM,)),
+    "others": (plot_others, OTHERS),
+    "tolerance": (plot_tolerance, ("tolerance",)),
+    "conversion": (plot_conversion, ("conversion",)),
+}
+# Groups that tell what each part of the proposal does; and those that are held against the ladder with its warm-up.
+PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability")
+CAUSES = ("causes_with_norm", "causes", "threshold_rate_warm")
+# Groups that vary how the same conversion is done.
+WAYS = ("conversion_ways", "conversion_rate")
+# Groups that vary one setting of the proposal, and which.
+VARIED = {
+    "tolerance": "entropy_tolerance",
+    "maximum": "entropy_maximum",
+    "penalty": "entropy_penalty",
+    "penalty_sum": "entropy_penalty",
+    "coefficient": "entropy_coefficient",
+    "threshold_rate": "threshold_lr_multiplier",
+    "temperature_init": "temperature_init",
+}
+
+
+def study_page(study: Study) -> str:
+    """
+    What the page shows, in Markdown; of what is not measured yet, it says so.
+
+    Raises:
+        `ValueError`: If the baseline or the proposal, which all is held against, is not trained.
+    """
+    for group in (LADDER, WARM):
+        trained = {run.notation for run in list_trained(study.group(group))}
+        if lacking := sorted({BASELINE, PROPOSAL} - trained):
+            raise ValueError(
+                f"There is no trained model of {lacking[0]}, which all others are held against: run --only {group}."
+            )
+    missing = ", ".join(
+        f"{group} ({count})" for group, count in study.missing.items() if not group.startswith("smoke")
+    )
+    parts = [
+        f"Protocol: {study.protocol}. {conditions(study, LADDER, study.runs.values())}\n",
+        f"Not measured yet, rows of each group: {missing}.\n" if missing else "",
+        *(text(study) for groups, text in SECTIONS.items() if _is_shown(study, groups)),
+    ]
+    return "\n".join(filter(None, parts))
+
+
+def _is_shown(study: Study, groups: Sequence[str]) -> bool:
+    return any(len(study.group(group)) > 1 for group in groups)
+
+
+def _main(study: Study) -> str:
+    causes = f"""LayerNorm without an activation in the FFN, and the proposal with FFNs of two layers, without an
+activation and with one, and with thresholds that learn ten times as fast. Each at the rate of the one that it is
+nearest to.
+
+{parts_table(study, CAUSES, WARM)}
+"""
+    return f"""## The main architectures
+
+{_warm_up(study, WARM)}
+
+{ladder_table(study, WARM)}
+
+Perplexities per token: the geometric mean over seeds, with the standard deviation. The learning rate was chosen on
+validation with the first seed, among the same values for all; nothing was chosen on the test text. "Above GPT-2" is by
+how much the test perplexity is above that of {BASELINE}, here and in the paper (GPT-2 small, 2.1 billion tokens of
+CodeParrot). Overloaded are heads with a mean entropy of at least three quarters of what uniform attention has. Seconds
+a step are as they came, with other runs beside each. Private megabytes were measured between two processes, of one
+answer to 128 tokens; those of GPT-2 small are predicted.
+
+![Test perplexity against private bytes](study/pareto.png)
+
+{gain_text(study, WARM)}
+
+![Mean entropy of every head](study/heads.png)
+
+Validation perplexity of the first seed, by which the rate was chosen. "Diverged": the guard ended the training, since
+the loss or the gradient ran away.
+
+{rates_table(study, "warm_rates")}
+
+Architectures from best to worst as the paper has them, each with the next. "Undecided" is a difference of less than
+twice its standard error, which is that of the seeds on each side, and tells nothing of other text or other rates.
+
+{order_table(study, (WARM,))}
+
+{causes if study.group(*CAUSES) else ""}"""
+
+
+def _ladder(study: Study) -> str:
+    return f"""## With the paper's warm-up
+
+{_warm_up(study, LADDER)}
+This is what the protocol asked for before the first run, and all that follows is trained so too.
+
+{ladder_table(study, LADDER)}
+
+{gain_text(study, LADDER)}
+
+{rates_table(study, "learning_rates")}
+
+{order_table(study, (*OTHERS, LADDER))}
+"""
+
+
+def _warm_up(study: Study, group: str) -> str:
+    runs = study.group(group)
+    seeds = len(by_notation(runs)[PROPOSAL])
+    return f"{seeds} seeds each, and {runs[0].settings['warmup_steps']:.0%} of the steps to warm up."
+
+
+def _parts(study: Study) -> str:
+    return f"""## Temperatures and penalty apart
+
+Parts of the proposal alone, and with LayerNorm and GELU; and models without the penalty at a learning rate that the
+proposal takes. "Above GPT-2": above {BASELINE} of the last section, with the same seeds.
+
+{parts_table(study, PARTS, LADDER)}
+"""
+
+
+def _others(study: Study) -> str:
+    picture = "![Test perplexity against private bytes, of these and of what was converted](study/others.png)\n"
+    return f"""## Other architectures
+
+One seed each: a direction and no more. The price of a pruned model is that of GPT-2 small with the same part of its
+FFNs pruned. Normalised weights (WN, SN) are folded into plain ones, and cost what SM does; the picture leaves them
+out.
+
+{others_table(study, OTHERS)}
+
+{picture}"""
+
+
+def _penalty(study: Study) -> str:
+    picture = "![Test perplexity and entropy against the tolerance](study/tolerance.png)\n"
+    return f"""## What the penalty and its settings do
+
+{PROPOSAL} of the ladder with one setting changed, one seed each.
+
+{settings_table(study, VARIED)}
+
+{picture if len(study.group("tolerance")) > 1 else ""}"""
+
+
+def _larger(study: Study) -> str:
+    return f"""## Deeper, and with a longer context
+
+{larger_table(study, ("deeper", "longer"))}
+"""
+
+
+def _conversion(study: Study) -> str:
+    told = f"What distilling, fitting and the learning rate of healing are worth, one seed, {PROPOSAL}:"
+    ways = f"{told}\n\n{ways_table(study, WAYS)}\n"
+    return f"""## Converting beside training from scratch
+
+Each model was converted from the {BASELINE} of the same seed and healed, drawn to its predictions. The first column
+of tokens is what it was trained or healed with, the second counts its teacher's training too; what the teacher reads
+again while it is drawn to is in neither. Training from scratch has the rate that is best for 1,000 steps.
+
+{conversion_table(study)}
+
+![Test perplexity against tokens](study/conversion.png)
+
+{ways if _is_shown(study, WAYS) else ""}"""
+
+
+def _private(study: Study) -> str:
+    return f"""## Private answers
+
+One answer to 128 tokens between two processes, and the most likely tokens and the perplexity in the ring (emulated to
+the engine's last bit) beside those in the clear.
+
+{private_table(study)}
+
+{describe_origins(run.cost for run in study.group(*PRIVATE))}.
+"""
+
+
+# What is shown of which groups, as soon as one of them has two runs to compare.
+SECTIONS = {
+    (WARM,): _main,
+    (LADDER,): _ladder,
+    PARTS: _parts,
+    OTHERS: _others,
+    tuple(VARIED): _penalty,
+    ("deeper", "longer"): _larger,
+    ("conversion",): _conversion,
+    PRIVATE: _private,
+}
+
+
+def conditions(study: Study, group: str, measured: Iterable[StudyRun]) -> str:
+    """What the runs of a ladder have in common, and where those that are told of ran."""
+    run = list_trained(study.group(group))[0]
+    told, validation = run.settings, run.validation
+    common = validation.conditions
+    tests = "; ".join(result.conditions.corpus_revision for result in run.test.values())
+    origins = [other.validation.conditions for other in measured if other.validation is not None]
+    return (
+        f"Models of {told['n_layer']} layers, {told['n_head']} heads and width {told['n_embd']}, with "
+        f"{common.vocab_size:,} tokens in the vocabulary and {told['context']} positions, trained on "
+        f"{run.tokens:,} tokens of {told['dataset']} ({common.corpus_revision}): "
+        f"{told['max_steps']:,} steps of {told['per_device_train_batch_size']} sequences. Validation on "
+        f"{validation.likelihood.tokens:,} tokens of documents kept apart; test on other projects' code ({tests}), "
+        f"{sum(result.likelihood.tokens for result in run.test.values()):,} tokens; "
+        f"{describe_windows(validation.likelihood.windows)}. {describe_origins(origins)}."
+    )
+
+
+def gain_text(study: Study, group: str) -> str:
+    """What temperatures and penalty are worth, beside the paper; nothing as long as one of them is not measured."""
+    ladder = by_notation(study.group(group))
+    if not {FUSED, UNREGULARIZED, PROPOSAL} <= ladder.keys():
+        return ""
+    pairs = {other: same_seeds(ladder[PROPOSAL], ladder[other]) for other in (FUSED, UNREGULARIZED)}
+    if not all(proposal for proposal, _ in pairs.values()):
+        return ""
+    both, penalty = (above(*pairs[other]) for other in (FUSED, UNREGULARIZED))
+    error = (1 + penalty) * math.hypot(*map(error_of, pairs[UNREGULARIZED]))
+    diverged = len(study.group(group)) - len(list_trained(study.group(group)))
+    return (
+        "Each at its own learning rate, temperatures and penalty together change the test perplexity of "
+        f"{FUSED} by {both:+.1%} (the paper: {-PAPER_GAIN:+.1%}), and the penalty that of {UNREGULARIZED} by "
+        f"{penalty:+.1%}"
+        + ("." if math.isnan(error) else f", with a standard error of {error:.1%}.")
+        + (" Seeds with which one of them diverged are left out." if diverged else "")
+    )
+
+
+def readme_text(study: Study) -> str:
+    """What the README shows: the main architectures, and what temperatures and penalty are worth."""
+    return "\n\n".join(
+        filter(
+            None,
+            (
+                ladder_table(study, WARM),
+                f"{_warm_up(study, WARM)} {conditions(study, WARM, study.group(WARM))}",
+                gain_text(study, WARM),
+                "![Test perplexity against private bytes](docs/study/pareto.png)",
+            ),
+        )
+    )
+
+
+def write_cards(record: Path = RECORD, models: Path = MODELS, folder: Path = CARDS):
+    """Writes the card of each model that answered privately, by the name of its run."""
+    study = Study.load(record)
+    answered = {run.source for run in study.group(*PRIVATE)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for card in folder.glob("*.md"):
+        card.unlink()
+    for result in load_results(models):
+        if result.name in answered:
+            model_card(result).save(folder / f"{result.name}.md")
+
+
+def write(record: Path = RECORD, page: Path = PAGE, pictures: Path = PICTURES, readme: Path = README):
+    """
+    Draws the pictures, and replaces what is generated of the page and of the README.
+
+    Raises:
+        `ValueError`: If the record can't be read or shown, or one of them has no place for it.
+    """
+    study = Study.load(record)
+    text = study_page(study)
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, (plot, groups) in PLOTS.items():
+        if _is_shown(study, groups):
+            plot(study, pictures / f"{name}.png")
+    replace_block(page, BLOCK, text)
+    replace_block(readme, BLOCK, readme_text(study))
+
+
+if __name__ == "__main__":
+    write()
+    write_cards()

@@ -1,0 +1,246 @@
+"""The protocol of the study: groups of runs, each of them what its settings give when lists are crossed."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from entropy_gpt.training.arguments import STANDARD_LIBRARY
+from entropy_gpt.training.recipe import RecipeError, read_yaml
+from entropy_gpt.workflows.errors import CommandError
+
+from .records import ANSWERED, CONVERTED, KINDS, TRAINED, StudyRun
+
+
+# Beside settings, a group says where its learning rate or its models come from, in these words.
+BEST_IN, GROUP = "best_in", "group"
+SOURCES = {"convert": CONVERTED, "answer": ANSWERED}
+# What two runs have in common if the learning rate of the one is good for the other.
+COMPARED = ("notation", "n_layer", "context")
+# What a run has in common with the row whose model it takes, if nothing else is said.
+OF_A_SOURCE = ("notation", "seed")
+DATASET = "dataset"
+SECTIONS = {*KINDS, DATASET, "vocabulary", "test", "groups"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Rows of another group: those whose settings are these."""
+
+    group: str
+    settings: dict[str, Any]
+
+    def matches(self, row: "Row") -> bool:
+        return row.group == self.group and all(row.settings.get(name) == self.settings[name] for name in self.settings)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    What is done once, however many groups want it.
+
+    Args:
+        kind (`str`): One of `KINDS`.
+        settings (`dict`): All that it is told.
+        source (`str`, *optional*): Name of the run whose model it takes.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    source: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Tells it from all others: the same settings give the same name, and others another."""
+        content = json.dumps([self.kind, self.settings, self.source], sort_keys=True)
+        words = [
+            self.settings.get("notation", self.source),
+            self.kind,
+            hashlib.sha256(content.encode()).hexdigest()[:8],
+        ]
+        return "-".join(re.sub(r"[^a-z0-9]+", "-", str(word).lower()).strip("-") for word in words)
+
+    @property
+    def steps(self) -> int:
+        """Of training."""
+        return _steps(self.kind, self.settings)
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One combination of a group's settings.
+
+    Args:
+        group (`str`): Its group.
+        kind (`str`): One of `KINDS`.
+        settings (`dict`): As far as they are known beforehand.
+        best_in ([`Reference`], *optional*): Rows of which the best has the learning rate.
+        source ([`Reference`], *optional*): The row whose model is taken.
+    """
+
+    group: str
+    kind: str
+    settings: dict[str, Any]
+    best_in: Reference | None = None
+    source: Reference | None = None
+
+    @property
+    def steps(self) -> int:
+        """Of training."""
+        return _steps(self.kind, self.settings)
+
+    @property
+    def references(self) -> list[Reference]:
+        return [reference for reference in (self.best_in, self.source) if reference is not None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """
+    Args:
+        hash (`str`): Of what the file says, whatever its comments.
+        dataset (`str`): What all runs are trained and validated on: `python-stdlib`, or a file or folder of text.
+        vocabulary (`int`): Tokens of the tokenizer, which all runs share.
+        test (`dict[str, dict]`): Installed packages whose code is tested on: their version, and so many characters.
+        rows (`list[Row]`): Of all groups, in the file's order.
+    """
+
+    hash: str
+    dataset: str
+    vocabulary: int
+    test: dict[str, dict[str, Any]]
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all runs of a study have to have in common."""
+        return {"dataset": self.dataset, "vocabulary": self.vocabulary, "test": self.test}
+
+    def select(self, only: Sequence[str] = ()) -> list[Row]:
+        """
+        The rows of the groups whose name begins with one of these, and all that they depend on.
+
+        Raises:
+            `CommandError`: If there is no such group.
+        """
+        groups = dict.fromkeys(row.group for row in self.rows)
+        for beginning in only:
+            if not any(group.startswith(beginning) for group in groups):
+                raise CommandError(f"--only {beginning}: no group's name begins so. There are {', '.join(groups)}.")
+        if only:
+            chosen = [row for row in self.rows if row.group.startswith(tuple(only))]
+        else:
+            chosen = [row for row in self.rows if not row.group.startswith("smoke")]
+        found: list[Row] = []
+        while chosen:
+            found += [row for row in chosen if row not in found]
+            wanted = [reference for row in chosen for reference in row.references]
+            chosen = [
+                row for row in self.rows if row not in found and any(reference.matches(row) for reference in wanted)
+            ]
+        return [row for row in self.rows if row in found]
+
+
+def read_protocol(path: Path) -> Protocol:
+    """
+    Reads a protocol.
+
+    Raises:
+        `CommandError`: If it can't be read, or a group is not understood.
+    """
+    try:
+        content = read_yaml(path)
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    except (RecipeError, OSError) as error:
+        raise CommandError(f"--protocol {path} can't be read: {error}") from error
+    if unknown := sorted(content.keys() ^ SECTIONS):
+        raise CommandError(f"{path}: {unknown[0]} is missing or not known. It has {', '.join(sorted(SECTIONS))}.")
+    rows: list[Row] = []
+    for name in ("test", "groups", *KINDS):
+        _check_mapping(content[name], name, path)
+    if content[DATASET] != STANDARD_LIBRARY:
+        content[DATASET] = str(Path(content[DATASET]).expanduser().resolve())
+    for group, settings in content["groups"].items():
+        rows += _read_group(group, dict(_check_mapping(settings, f"group {group}", path)), content, rows, path)
+    return Protocol(f"sha256:{digest}", content["dataset"], content["vocabulary"], content["test"], rows)
+
+
+def resolve(rows: list[Row], finished: dict[str, StudyRun]) -> list[Run | None]:
+    """
+    The run of each row; `None` as long as one that it depends on is not known.
+
+    Args:
+        rows (`list[Row]`): With all that they depend on.
+        finished (`dict[str, StudyRun]`): What is measured already, by name.
+    """
+    runs: list[Run | None] = []
+    for row in rows:
+        runs.append(_resolve(row, list(zip(rows, runs, strict=False)), finished))
+    return runs
+
+
+def _steps(kind: str, settings: dict[str, Any]) -> int:
+    return settings.get({TRAINED: "max_steps", CONVERTED: "heal_steps"}.get(kind, ""), 0)
+
+
+def _resolve(row: Row, before: list[tuple[Row, Run | None]], finished: dict[str, StudyRun]) -> Run | None:
+    settings, source = dict(row.settings), None
+    if row.best_in is not None:
+        rivals = [run for other, run in before if row.best_in.matches(other)]
+        if not all(run is not None and run.name in finished for run in rivals):
+            return None
+        best = min(rivals, key=lambda run: finished[run.name].validation_nats)
+        settings["learning_rate"] = best.settings["learning_rate"]
+    if row.source is not None:
+        (run,) = (run for other, run in before if row.source.matches(other))
+        if run is None:
+            return None
+        source = run.name
+    return Run(row.kind, settings, source)
+
+
+def _read_group(group: str, settings: dict, content: dict, before: list[Row], path: Path) -> Iterator[Row]:
+    sources = settings.keys() & SOURCES
+    kind = SOURCES[min(sources)] if sources else TRAINED
+    source = settings.pop(min(sources)) if sources else None
+    best_in = settings.get("learning_rate")
+    best_in = settings.pop("learning_rate") if isinstance(best_in, dict) else None
+    settings = {DATASET: content[DATASET], **content[kind], **settings}
+    lists = {name: value for name, value in settings.items() if isinstance(value, list)}
+    for values in itertools.product(*lists.values()):
+        crossed = {**settings, **dict(zip(lists, values, strict=True))}
+        row = Row(
+            group,
+            kind,
+            crossed,
+            best_in and _refer(best_in, BEST_IN, {name: crossed.get(name) for name in COMPARED}, group, path),
+            source and _refer(source, GROUP, {name: crossed.get(name) for name in OF_A_SOURCE}, group, path),
+        )
+        for reference in row.references:
+            count = sum(map(reference.matches, before))
+            if count == 0 or (reference is row.source and count > 1):
+                raise CommandError(
+                    f"{path}, group {group}: {count} rows before it are in the group {reference.group!r} with "
+                    f"{reference.settings}, which it takes {'its models' if reference is row.source else 'its rate'} "
+                    "from."
+                )
+        yield row
+
+
+def _refer(told: Any, word: str, own: dict[str, Any], group: str, path: Path) -> Reference:
+    """What is told goes before what a row shares with the rows that it refers to."""
+    told = dict(_check_mapping(told, f"group {group}: {word}", path))
+    if word not in told:
+        raise CommandError(f"{path}, group {group}: {told} lacks {word}, the group that it refers to.")
+    return Reference(told.pop(word), {**own, **told})
+
+
+def _check_mapping(value: Any, place: str, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CommandError(f"{path}: {place} is {value!r}, and has to be settings with their values.")
+    return value

@@ -1,0 +1,263 @@
+"""
+One run of the study, in a process of its own:
+
+    python -m entropy_gpt.programs.study.run STUDY NAME
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import threading
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
+from entropy_gpt.evaluation.private_inference.agreement import measure_agreement
+from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.inference import EMULATED, PLAINTEXT, TWO_PARTY, PrivateModel
+from entropy_gpt.evaluation.records.conversion_report import ConversionReport
+from entropy_gpt.evaluation.records.results import RESULTS, AnswerCheck, load_results, save_results
+from entropy_gpt.evaluation.records.run_log import RunLog
+from entropy_gpt.evaluation.showing.model_card import model_card
+from entropy_gpt.terminal.progress import progress_display
+from entropy_gpt.training.arguments import STANDARD_LIBRARY
+from entropy_gpt.training.checkpoints import list_checkpoints
+from entropy_gpt.training.corpus import Corpus, Document, load_corpus, load_standard_library
+from entropy_gpt.training.errors import CorpusError
+from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.workflows import convert as convert_job
+from entropy_gpt.workflows import train as train_job
+from entropy_gpt.workflows.convert_inputs import REPORT, Job, find_target
+from entropy_gpt.workflows.errors import CommandError, DivergedError
+from entropy_gpt.workflows.measure import KEPT_APART, MeasuredText, measure_heads, measure_text, read_text
+from entropy_gpt.workflows.train_folder import MODEL
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+
+from .protocol import DATASET, Run
+from .records import CONVERTED, TRAINED, StudyRun
+
+
+PLAN, RESULT, TOKENIZER, RUNS = "plan.json", "result.json", "tokenizer", "runs"
+# Folders of a run, with what trained or converted it.
+TRAINING, CONVERSION = "training", "conversion"
+VALIDATION_TOKENS = "validation_tokens"
+NOT_TESTED_ON = frozenset({"test", "tests", "testing"})
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run of a study lies."""
+
+    study: Path
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return self.study / RUNS / self.name
+
+    @property
+    def result(self) -> Path:
+        return self.folder / RESULT
+
+    @property
+    def model(self) -> Path | None:
+        """Its model, if it has one."""
+        places = (self.folder / TRAINING / MODEL, self.folder / CONVERSION)
+        return next((place for place in places if (place / "config.json").exists()), None)
+
+
+def write_plan(place: Place, run: Run, test: dict[str, dict[str, Any]]):
+    """Leaves what [`perform`] is to do."""
+    with written_whole(place.folder / PLAN) as path:
+        path.write_text(json.dumps({"run": asdict(run), "test": test}, indent=1) + "\n", encoding="utf-8")
+
+
+def perform(place: Place):
+    """
+    Does what the plan says, from where an earlier attempt ended, and leaves the result.
+
+    Raises:
+        `CommandError`: If it can't be done.
+    """
+    plan = json.loads((place.folder / PLAN).read_text(encoding="utf-8"))
+    run = Run(**plan["run"])
+    act = {TRAINED: _train, CONVERTED: _convert}.get(run.kind, _answer)
+    result = act(place, run)
+    if run.kind in (TRAINED, CONVERTED) and result.diverged is None:
+        with progress_display(Console()) as progress:
+            _measure(place, run, plan["test"], result, progress)
+    with written_whole(place.result) as path:
+        result.save(path)
+    for checkpoint in list_checkpoints(place.folder / TRAINING):
+        delete(checkpoint)
+
+
+def _train(place: Place, run: Run) -> StudyRun:
+    output = place.folder / TRAINING
+    settings = {
+        **run.settings,
+        "tokenizer": str(place.study / TOKENIZER),
+        "data_cache": str(place.study / "data"),
+        "output_dir": str(output),
+    }
+    recipe = place.folder / "recipe.yaml"  # JSON is YAML
+    recipe.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    train_job.run(str(recipe), [], dry_run=False)
+    log = RunLog.load(output)
+    events = [f"step {event.step:,}: {event.text} ({event.action})" for event in log.divergences]
+    events += [f"step {alarm.step:,}, layer {alarm.layer}: {alarm.text}" for alarm in log.alarms]
+    found = _begin_record(run, log.description.notation, log.description.parameters)
+    if place.model is None:
+        tokens = log.last_step * log.description.tokens_per_step
+        return replace(found, events=events, tokens=tokens, diverged=log.divergences[-1].text)
+    training = load_results(place.model / RESULTS)[0].training
+    seconds = training.seconds / training.steps
+    return replace(found, events=events, tokens=training.tokens, seconds_per_step=seconds)
+
+
+def _convert(place: Place, run: Run) -> StudyRun:
+    source = Place(place.study, run.source).model
+    if place.model is None:
+        settings = {name: value for name, value in run.settings.items() if name not in (DATASET, VALIDATION_TOKENS)}
+        dataset = run.settings[DATASET]
+        text = None if dataset == STANDARD_LIBRARY else Path(dataset)
+        job = Job(source=str(source), output=place.folder / CONVERSION, text=text, **settings)
+        try:
+            convert_job.run(job, dry_run=False)
+        except DivergedError as error:
+            target = find_target(AutoConfig.from_pretrained(job.source), job)
+            with torch.device("meta"):
+                parameters = EntropyGPTForCausalLM(target).num_parameters()
+            return replace(_begin_record(run, target.notation, parameters), diverged=str(error))
+    (result,) = load_results(place.model / RESULTS)
+    found = _begin_record(run, result.architecture.notation, result.architecture.parameters)
+    healing = ConversionReport.load(place.model / f"{REPORT}.json").healing
+    if healing is None:
+        return found
+    events = [f"step {step:,.0f}: {text}" for step, text in healing.events]
+    return replace(found, events=events, tokens=healing.tokens, seconds_per_step=healing.seconds / healing.steps)
+
+
+def _answer(place: Place, run: Run) -> StudyRun:
+    model = load_language_model(Place(place.study, run.source).model).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place.study / TOKENIZER)
+    length, sequences = run.settings["length"], run.settings["sequences"]
+    text = tokenizer.eos_token.join(document.text for document in load_text(run.settings[DATASET]).validation)
+    tokens = np.array(tokenizer(text)["input_ids"])
+    starts = np.linspace(0, len(tokens) - length, sequences).astype(int)
+    prompts = np.stack([tokens[start : start + length] for start in starts])
+    agreement = measure_agreement(model, prompts, EMULATED)
+    private = PrivateModel(model)
+    (expected,), answered = private.infer(prompts[:1], PLAINTEXT).answers, private.infer(prompts[:1], TWO_PARTY)
+    (answer,), (cost,) = answered.answers, answered.costs
+    check = AnswerCheck(
+        answers=1,
+        same=int(answer.argmax() == expected.argmax()),
+        largest_logit=float(np.abs(expected).max()),
+        largest_error=float(np.abs(answer - expected).max()),
+    )
+    found = _begin_record(run, model.config.notation, model.num_parameters())
+    return replace(found, cost=as_private_cost(cost, check), agreement=agreement)
+
+
+def _begin_record(run: Run, notation: str, parameters: int) -> StudyRun:
+    return StudyRun(run.name, run.kind, run.settings, run.source, notation, parameters)
+
+
+def _measure(place: Place, run: Run, test: dict[str, dict], result: StudyRun, progress: Progress):
+    """Adds what the model is worth, and what its heads do, as far as its training has not measured it."""
+    model = load_language_model(place.model).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place.study / TOKENIZER)
+    context, seed = model.config.n_positions, run.settings["seed"]
+    (known,) = load_results(place.model / RESULTS)
+    result.validation, heads = known.likelihood, known.heads
+    if result.validation is None or heads is None:
+        corpus = load_text(run.settings[DATASET])
+        texts = (document.text for document in corpus.validation)
+        most_tokens = run.settings[VALIDATION_TOKENS]
+        text = read_text(corpus.name + KEPT_APART, corpus.revision, texts, tokenizer, context, most_tokens)
+        result.validation = measure_text(model, text, progress, result.notation, seed=seed)
+        heads = measure_heads(model, text, progress, result.notation, seed=seed)
+    result.heads = heads.heads.entropy
+    tests = {}
+    for package, told in test.items():
+        text = _measured_text(read_package(package, **told), tokenizer, context)
+        tests[package] = measure_text(model, text, progress, package, seed=seed)
+    result.test = tests
+    described = replace(known, name=run.name, likelihood=result.validation, heads=heads)
+    with written_whole(place.model / RESULTS) as path:
+        save_results([described], path)
+    model_card(described).save(place.model / "README.md")
+
+
+def _measured_text(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: int) -> MeasuredText:
+    texts = (document.text for document in corpus.training)
+    return read_text(corpus.name, corpus.revision, texts, tokenizer, context)
+
+
+def load_text(dataset: str) -> Corpus:
+    """
+    What a study trains and validates on.
+
+    Raises:
+        `CorpusError`: If it can't be read.
+    """
+    return load_standard_library() if dataset == STANDARD_LIBRARY else load_corpus(Path(dataset))
+
+
+def read_package(package: str, release: str, characters: int) -> Corpus:
+    """
+    The code of an installed package, without its tests: of its files, in an order that depends on their names' hashes,
+    as many as hold so many characters.
+
+    Args:
+        package (`str`): Its name.
+        release (`str`): The version that it has to have.
+        characters (`int`): Of the files together, no more than these; all in `training`.
+
+    Raises:
+        `CommandError`: If it is not installed, or in another version.
+    """
+    spec = importlib.util.find_spec(package)
+    installed = version(package) if spec is not None else "nothing"
+    if installed != release:
+        raise CommandError(f"The study tests on {package} {release}, and {installed} is installed: pip install it.")
+    corpus = load_corpus(Path(spec.origin).parent, validation_share=0)
+    chosen: list[Document] = []
+    for document in sorted(corpus.training, key=_hash_of_name):
+        if not NOT_TESTED_ON & {*Path(document.name).parts} and document.length <= characters:
+            chosen.append(document)
+            characters -= document.length
+    revision = f"{package} {release}, {len(chosen)} files of {corpus.revision}"
+    return replace(corpus, revision=revision, training=tuple(chosen))
+
+
+def _hash_of_name(document: Document) -> str:
+    return hashlib.sha256(document.name.encode()).hexdigest()
+
+
+def _end_with_parent():
+    """A run whose command was killed would go on beside the one that is started next."""
+    while os.read(sys.stdin.fileno(), 1):  # without a lock that the interpreter would miss at its end
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        perform(Place(Path(sys.argv[1]), sys.argv[2]))
+    except (CommandError, CorpusError, ConversionError, PrivateInferenceError) as error:
+        sys.exit(f"entropy-gpt: {error}")

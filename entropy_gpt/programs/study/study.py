@@ -1,0 +1,305 @@
+"""Runs what the study's protocol asks for, some runs side by side, and keeps what they found."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.markup import escape
+
+from entropy_gpt.conversion.tokenizer_files import save_tokenizer
+from entropy_gpt.evaluation.records.results import RESULTS, load_results, save_results
+from entropy_gpt.terminal.progress import progress_display, stage
+from entropy_gpt.terminal.tables import make_table
+from entropy_gpt.training.errors import CorpusError
+from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.tokenizer import train_tokenizer
+from entropy_gpt.workflows.errors import CommandError
+
+from .protocol import Protocol, Row, Run, read_protocol, resolve
+from .records import ANSWERED, Study, StudyRun
+from .run import RESULT, RUNS, TOKENIZER, Place, load_text, write_plan
+
+
+RECORD, MODELS, SHARED, LOG = "study.json", "models.json", "shared.json", "log.txt"
+# Seconds between two looks at the processes.
+PAUSE = 0.5
+
+console = Console()
+
+
+@dataclass
+class _Worker:
+    """A process that does a run."""
+
+    run: Run
+    process: subprocess.Popen
+    started: float = field(default_factory=time.monotonic)
+
+
+def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dry_run: bool):
+    """
+    Does the runs that are missing.
+
+    Args:
+        protocol_path (`Path`): The protocol.
+        only (`Sequence[str]`): How the names of the groups wanted begin, all but the trial if there are none; what
+            they depend on is done too.
+        output (`Path`): The study's folder.
+        workers (`int`): Runs side by side.
+        dry_run (`bool`): Whether to show only what would be done.
+
+    Raises:
+        `CommandError`: If the protocol or the folder can't be used, or a run failed.
+    """
+    output = output.resolve()
+    protocol = read_protocol(protocol_path)
+    rows = protocol.select(only)
+    _check_output(protocol, output)
+    finished = _load_finished(output)
+    if dry_run:
+        _print_plan(rows, finished, output)
+        return
+    failed: dict[str, str] = {}
+    with _locked(output):
+        _prepare(protocol, output)
+        with progress_display(console) as progress, stage(progress, "study") as line:
+            clock = _Clock(rows, finished)
+            with contextlib.closing(_work(protocol, rows, output, workers, finished, failed)) as work:
+                for running in work:
+                    line.reach(*clock.reached(finished))
+                    line.say("; ".join([clock.describe(finished), *(worker.run.name for worker in running)]))
+        _save_models(_save(protocol, finished, output), output)
+    if failed:
+        raise CommandError(
+            f"{len(failed)} runs failed: {'; '.join(f'{name}: {reason}' for name, reason in failed.items())}. Their "
+            f"logs are in {output / RUNS}/*/{LOG}; the same command tries again."
+        )
+    runs = resolve(rows, finished)
+    missing = sum(run is None or run.name not in finished for run in runs)
+    without = f", {missing} of them not, since what they start from diverged" if missing else ""
+    console.print(f"{len(rows)} rows are measured{without}: {output / RECORD}", markup=False, soft_wrap=True)
+
+
+class _Clock:
+    """How far the study is, by steps of training."""
+
+    def __init__(self, rows: list[Row], finished: dict[str, StudyRun]):
+        self._rows, self._started = rows, time.monotonic()
+        self._before, _ = self.reached(finished)
+
+    def reached(self, finished: dict[str, StudyRun]) -> tuple[int, int]:
+        """Steps that are done, and all: at most so many, as rows that wait for a choice may turn out to be one."""
+        runs = resolve(self._rows, finished)
+        steps = {
+            index if run is None else run.name: row.steps
+            for index, (row, run) in enumerate(zip(self._rows, runs, strict=True))
+        }
+        return sum(count for name, count in steps.items() if name in finished), sum(steps.values())
+
+    def describe(self, finished: dict[str, StudyRun]) -> str:
+        """Rows that are done, and the time left at the pace so far."""
+        runs = resolve(self._rows, finished)
+        text = f"{sum(run is not None and run.name in finished for run in runs)} of {len(runs)} rows"
+        done, total = self.reached(finished)
+        if done > self._before:
+            seconds = (total - done) * (time.monotonic() - self._started) / (done - self._before)
+            text += f", about {timedelta(seconds=round(seconds))} left"
+        return text
+
+
+def _check_output(protocol: Protocol, output: Path):
+    """Refuses a folder whose runs have another text or tokenizer, or were tested on other code."""
+    path = output / SHARED
+    if not path.exists():
+        return
+    earlier, now = json.loads(path.read_text(encoding="utf-8")), protocol.shared
+    if changed := [
+        f"{name} {earlier.get(name)} then, {now[name]} now" for name in now if earlier.get(name) != now[name]
+    ]:
+        raise CommandError(f"{output} holds a study of another kind ({'; '.join(changed)}): give another --output.")
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / "lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise CommandError(f"Another command is at work in {output}: wait, or give another --output.") from error
+
+
+def _load_finished(output: Path) -> dict[str, StudyRun]:
+    """Runs that are measured, here or in a record that was put here."""
+    try:
+        known = Study.load(output / RECORD).runs if (output / RECORD).exists() else {}
+        found = [StudyRun.load(path) for path in sorted((output / RUNS).glob(f"*/{RESULT}"))]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    return {**known, **{run.name: run for run in found}}
+
+
+def _prepare(protocol: Protocol, output: Path):
+    """The tokenizer that all runs share."""
+    with written_whole(output / SHARED) as path:
+        path.write_text(json.dumps(protocol.shared, indent=1) + "\n", encoding="utf-8")
+    place = output / TOKENIZER
+    if place.exists():
+        return
+    try:
+        with console.status("training the tokenizer"), written_whole(place) as folder:
+            texts = (document.text for document in load_text(protocol.dataset).training)
+            save_tokenizer(train_tokenizer(texts, protocol.vocabulary), folder)
+    except CorpusError as error:
+        raise CommandError(str(error)) from error
+
+
+def _work(
+    protocol: Protocol,
+    rows: list[Row],
+    output: Path,
+    workers: int,
+    finished: dict[str, StudyRun],
+    failed: dict[str, str],
+) -> Iterator[list[_Worker]]:
+    """Starts what can be started, and waits; yields what is running after each change, and fills what is given."""
+    running: list[_Worker] = []
+    try:
+        while True:
+            names = {worker.run.name for worker in running}
+            ready = [run for run in _list_ready(rows, output, finished) if run.name not in {*names, *failed}]
+            while ready and len(running) < workers and _may_start(ready[0], running):
+                running.append(_start(ready.pop(0), protocol, output, workers))
+            yield running
+            if not running:
+                return
+            while all(worker.process.poll() is None for worker in running):
+                time.sleep(PAUSE)
+            for worker in [worker for worker in running if worker.process.poll() is not None]:
+                running.remove(worker)
+                _collect(worker, output, finished, failed)
+                _save(protocol, finished, output)
+    finally:
+        for worker in running:
+            worker.process.kill()  # whatever it does can be cut off anywhere
+        for worker in running:
+            worker.process.wait()
+
+
+def _may_start(run: Run, running: list[_Worker]) -> bool:
+    """Private answers take several processes and are timed: they are alone."""
+    return not running or ANSWERED not in (run.kind, *(worker.run.kind for worker in running))
+
+
+def _list_ready(rows: list[Row], output: Path, finished: dict[str, StudyRun]) -> list[Run]:
+    """What is not done, and depends on nothing that is not done; sources whose models are not here any more too."""
+    runs = {run.name: run for run in resolve(rows, finished) if run is not None}
+    missing = [run for run in runs.values() if run.name not in finished]
+    ready: dict[str, Run] = {}
+    for run in missing:
+        if run.source is None:
+            ready[run.name] = run
+        elif finished.get(run.source) is not None and finished[run.source].diverged is not None:
+            continue  # there is nothing to convert
+        elif Place(output, run.source).model is not None and Place(output, run.source).result.exists():
+            ready[run.name] = run
+        else:
+            source = runs[run.source]
+            if source.source is None or Place(output, source.source).model is not None:
+                ready[source.name] = source
+    # The longest first, so that the last ones end together; answers when all else is done.
+    return sorted(ready.values(), key=lambda run: (run.kind == ANSWERED, -run.steps))
+
+
+def _start(run: Run, protocol: Protocol, output: Path, workers: int) -> _Worker:
+    place = Place(output, run.name)
+    write_plan(place, run, protocol.test)
+    threads = max(1, (os.cpu_count() or 1) // (1 if run.kind == ANSWERED else workers))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    with (place.folder / LOG).open("ab") as log:
+        command = [sys.executable, "-P", "-m", "entropy_gpt.programs.study.run", str(output), run.name]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+    return _Worker(run, process)
+
+
+def _collect(worker: _Worker, output: Path, finished: dict[str, StudyRun], failed: dict[str, str]):
+    place = Place(output, worker.run.name)
+    seconds = time.monotonic() - worker.started
+    if worker.process.returncode != 0:
+        lines = (place.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
+        failed[worker.run.name] = next((line for line in reversed(lines) if line.strip()), "no word")[:300]
+        console.print(f"{worker.run.name} [red]failed[/] after {seconds:.0f} s: {escape(failed[worker.run.name])}")
+        return
+    result = finished[worker.run.name] = StudyRun.load(place.result)
+    console.print(f"{worker.run.name}, {seconds:.0f} s: {escape(_summarize(result))}", soft_wrap=True)
+
+
+def _summarize(result: StudyRun) -> str:
+    if result.diverged is not None:
+        return f"{result.notation} diverged: {result.diverged}"
+    if result.cost is not None:
+        cost, agreement = result.cost, result.agreement
+        agree = f"{agreement.agreeing} of {agreement.positions} tokens agree"
+        return f"{result.notation}: {cost.total_bytes / 1e6:.1f} MB, {cost.seconds:.1f} s, {agree}"
+    likelihood = result.validation.likelihood
+    return f"{result.notation}: perplexity {likelihood.perplexity:.2f}, mean entropy {result.heads.mean:.2f} nats"
+
+
+def _save(protocol: Protocol, finished: dict[str, StudyRun], output: Path) -> Study:
+    """The record of all finished runs of the protocol, and which groups they are of."""
+    study = Study(protocol.hash)
+    for row, run in zip(protocol.rows, resolve(protocol.rows, finished), strict=True):
+        names = study.groups.setdefault(row.group, [])
+        if run is None or run.name not in finished:
+            study.missing[row.group] = study.missing.get(row.group, 0) + 1
+        elif run.name not in names:
+            names.append(run.name)
+            study.runs[run.name] = finished[run.name]
+    with written_whole(output / RECORD) as path:
+        study.save(path)
+    return study
+
+
+def _save_models(study: Study, output: Path):
+    """What is known of the models that answered privately, here or in a file that was put here, for their cards."""
+    earlier = load_results(output / MODELS) if (output / MODELS).exists() else []
+    answered = {run.source: run.cost for run in study.runs.values() if run.cost is not None}
+    known = {result.name: result for result in earlier if result.name in answered}
+    for source, cost in answered.items():
+        if model := Place(output, source).model:
+            (result,) = load_results(model / RESULTS)
+            known[source] = replace(result, costs=[cost])
+    with written_whole(output / MODELS) as path:
+        save_results([known[name] for name in sorted(known)], path)
+
+
+def _print_plan(rows: list[Row], finished: dict[str, StudyRun], output: Path):
+    runs = resolve(rows, finished)
+    groups: dict[str, list[Run | None]] = {}
+    for row, run in zip(rows, runs, strict=True):
+        groups.setdefault(row.group, []).append(run)
+    table = [
+        (
+            group,
+            f"{len(members):,}",
+            f"{sum(run is not None and run.name in finished for run in members):,}",
+            f"{sum(run is None for run in members):,}",
+        )
+        for group, members in groups.items()
+    ]
+    console.print(make_table(("group", "rows", "measured", "wait for a choice"), table))
+    known = {run.name: run for run in runs if run is not None and run.name not in finished}
+    steps = sum(run.steps for run in known.values())
+    console.print(f"{len(known):,} runs are known and missing, with {steps:,} steps of training. Nothing was written.")
+    console.print(f"They go to {output}.", markup=False, soft_wrap=True)

@@ -1,0 +1,468 @@
+"""
+Looks at this environment and machine, and tells what works.
+
+Whatever may crash or hang is left to processes of their own, which tell what they find as lines of JSON.
+"""
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import IntEnum
+from importlib.metadata import PackageNotFoundError, distribution, metadata, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from rich.console import Console
+from rich.markup import escape
+
+from entropy_gpt.commands.doctor import Part
+
+
+PROJECT = "entropy-gpt"
+CORE = "core"
+EXTRAS = (Part.train, Part.eval, Part.private, Part.onnx)
+# What a process may take, on a slow disk of which nothing is in memory.
+IMPORT_SECONDS, HUB_SECONDS, ENGINE_SECONDS = 120, 30, 120
+# For which the Hub may be silent.
+ANSWER_SECONDS = 5
+# Of the instructions of a processor, as Linux names them, those that torch makes use of.
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
+# How far private logits may be from those in the clear, of which the largest are some units.
+TOLERATED_ERROR = 0.05
+MESSAGE_CHARACTERS = 200
+# What Python ends with after an exception, which is the last line that it says.
+UNCAUGHT = 1
+
+console = Console()
+
+
+class Mark(IntEnum):
+    """How something stands; the worse, the larger."""
+
+    ok = 0
+    missing = 1
+    failed = 2
+
+
+STYLES = {Mark.ok: "green", Mark.missing: "yellow", Mark.failed: "bold red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    A line.
+
+    Args:
+        mark ([`Mark`]): How it stands.
+        subject (`str`): What was looked at.
+        found (`str`): What there is.
+    """
+
+    mark: Mark
+    subject: str
+    found: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """
+    What was found about one thing.
+
+    Args:
+        title (`str`): What it is called.
+        findings (`list[Finding]`): One at least.
+        remedies (`Sequence[str]`): What to do.
+        part ([`Part`], *optional*): Who needs this part needs all of the section.
+    """
+
+    title: str
+    findings: list[Finding]
+    remedies: Sequence[str] = ()
+    part: Part | None = None
+
+    @property
+    def mark(self) -> Mark:
+        """Of the worst finding."""
+        return max(finding.mark for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a process told, and why it ended; nothing if it came to its end."""
+
+    values: list = field(default_factory=list)
+    ending: str = ""
+
+
+def run(required: Sequence[Part]) -> bool:
+    """
+    Looks at everything, and prints it.
+
+    Args:
+        required (`Sequence[Part]`): What must not be missing.
+
+    Returns:
+        `bool`: Whether nothing failed, and nothing that is required is missing.
+    """
+    sections = []
+    for section in look():
+        show(section)
+        sections.append(section)
+    failed = [section for section in sections if is_failure(section, required)]
+    missing = [section for section in sections if section.mark is Mark.missing and section not in failed]
+    console.print()
+    if failed:
+        console.print(f"Failed: {_titles(failed)}. What to do is told above.", style=STYLES[Mark.failed])
+    elif missing:
+        console.print(f"What is there works. Missing: {_titles(missing)}.", style=STYLES[Mark.missing])
+    else:
+        console.print("All is well.", style=STYLES[Mark.ok])
+    return not failed
+
+
+def is_failure(section: Section, required: Sequence[Part]) -> bool:
+    return section.mark is Mark.failed or (section.mark is Mark.missing and section.part in required)
+
+
+def look() -> Iterator[Section]:
+    """Everything, each section as soon as it and those before it are known."""
+    with console.status("importing what is installed") as status:
+        with ThreadPoolExecutor(usable_cores() + 1) as pool:
+            hub = pool.submit(in_process, ask_hub, seconds=HUB_SECONDS)
+            torch = pool.submit(in_process, describe_torch, seconds=IMPORT_SECONDS)
+            packages = {}
+            for section in pool.map(look_at_packages, (CORE, *EXTRAS)):
+                packages[section.title] = section
+                yield section
+            yield look_at_machine(torch.result())
+            yield look_at_disk(hub.result())
+            yield from look_at_hub(hub.result())
+        status.update("two processes answer a secret prompt")
+        yield look_at_engine([packages[CORE], packages[Part.private]])
+
+
+def show(section: Section):
+    console.print(f"\n[bold]{escape(section.title)}[/bold]")
+    for finding in section.findings:
+        mark = f"[{STYLES[finding.mark]}]{finding.mark.name:7}[/]"
+        console.print(f"{mark} {escape(finding.subject):13} {escape(finding.found)}", highlight=False, soft_wrap=True)
+    for remedy in section.remedies:
+        console.print(f"        {escape(remedy)}", style="bold", highlight=False, soft_wrap=True)
+
+
+def _titles(sections: list[Section]) -> str:
+    return ", ".join(section.title for section in sections)
+
+
+def look_at_packages(group: str) -> Section:
+    """Python and what the project can't do without, or what one of its extras adds."""
+    needed = list_requirements(group)
+    if group == CORE:
+        return _judge_packages(CORE, needed, Mark.failed, f'pip install "{PROJECT}"', look_at_python())
+    install = f'pip install "{PROJECT}[{group}]"'
+    if not needed:
+        finding = Finding(Mark.missing, "Python", f"{platform.python_version()}, for which nothing of it is made")
+        return Section(group, [finding], [f"in an environment of Python 3.11: {install}"], Part(group))
+    return _judge_packages(group, needed, Mark.missing, install, [])
+
+
+def look_at_python() -> list[Finding]:
+    """What runs this, and where it is."""
+    current, supported = platform.python_version(), metadata(PROJECT)["Requires-Python"]
+    mark = Mark.ok if SpecifierSet(supported).contains(current, prereleases=True) else Mark.failed
+    return [
+        Finding(mark, "Python", f"{current} ({supported}), {sys.prefix}"),
+        Finding(Mark.ok, PROJECT, f"{version(PROJECT)}, {Path(__file__).resolve().parents[2]}"),
+    ]
+
+
+def list_requirements(group: str) -> list[Requirement]:
+    """What the installed project says that it needs in this Python, by itself or for an extra."""
+
+    def holds(requirement: Requirement, extra: str) -> bool:
+        return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+    needed = [Requirement(line) for line in requires(PROJECT)]
+    core = [requirement for requirement in needed if holds(requirement, "")]
+    if group == CORE:
+        return core
+    return [requirement for requirement in needed if requirement not in core and holds(requirement, group)]
+
+
+def _judge_packages(
+    group: str, needed: list[Requirement], absent: Mark, install: str, findings: list[Finding]
+) -> Section:
+    """The packages of a group behind other findings; one that is not there has the mark `absent`."""
+    versions = {requirement.name: find_version(requirement.name) for requirement in needed}
+    errors = import_packages([name for name, found in versions.items() if found])
+    # Where a part of an extra is missing, nobody has asked for it, and what is there of it is there for others.
+    outside = absent if None in versions.values() else Mark.failed
+    remedies = []
+    for requirement in needed:
+        name, supported, found = requirement.name, requirement.specifier, versions[requirement.name]
+        if found is None:
+            findings.append(Finding(absent, name, f"not installed ({supported})"))
+            remedies.append(install)
+        elif not supported.contains(found, prereleases=True):
+            findings.append(Finding(outside, name, f"{found}, which is not {supported}"))
+            remedies.append(install)
+        elif name in errors:
+            findings.append(Finding(Mark.failed, name, f"{found} ({supported}), can't be imported: {errors[name]}"))
+            remedies.append(f'pip install --force-reinstall "{name}{supported}"')
+        else:
+            findings.append(Finding(Mark.ok, name, f"{found} ({supported})"))
+    return Section(group, findings, [*dict.fromkeys(remedies)], Part(group) if group in EXTRAS else None)
+
+
+def find_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def import_packages(packages: list[str]) -> dict[str, str]:
+    """Imports packages, apart from this process; returns what those said that can't be imported."""
+    errors, left = {}, packages
+    while left:
+        told = in_process(import_modules, [[name, *list_modules(name)] for name in left], seconds=IMPORT_SECONDS)
+        said = dict(told.values)
+        left = [name for name in left if name not in said]
+        if left:  # the first of them has ended the process
+            said[left.pop(0)] = told.ending or "it ended Python"
+        errors |= {name: error for name, error in said.items() if error}
+    return errors
+
+
+def list_modules(package: str) -> list[str]:
+    """What a package is imported as: the module of its name, or those that it says it has."""
+    own = canonicalize_name(package).replace("-", "_")
+    declared = (distribution(package).read_text("top_level.txt") or own).split()
+    return [own] if own in declared else [module for module in declared if not module.startswith("_")]
+
+
+def import_modules(packages: list[list[str]]) -> Iterator[list[str]]:
+    """For a process of its own: each package, and what it said when its modules were imported."""
+    for package, *modules in packages:
+        error = ""
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        except (Exception, SystemExit) as raised:
+            error = shorten(f"{type(raised).__name__}: {raised}")
+        yield [package, error]
+
+
+def look_at_machine(torch: Told) -> Section:
+    """Processor, memory and GPU, as the system and torch tell them."""
+    cpu, memory = read_table(Path("/proc/cpuinfo")), read_table(Path("/proc/meminfo"))
+    name = cpu.get("model name") or platform.processor() or platform.machine()
+    flags = (cpu.get("flags") or cpu.get("Features") or "").split()
+    total = f"{_gigabytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
+    if "MemAvailable" in memory:
+        total += f", {_gigabytes(1024 * int(memory['MemAvailable'].split()[0]))} of it available"
+    facts = {
+        "processor": f"{name}, {usable_cores()} cores to be used",
+        "instructions": " ".join(feature for feature in FEATURES if feature in flags) or "unknown",
+        "memory": total,
+    }
+    for known in torch.values:
+        facts["torch"] = f"{known['threads']} threads, instructions of the kind {known['capability']}"
+        facts["GPU"] = ", ".join(known["devices"]) or "none that torch sees"
+    return Section("machine", [Finding(Mark.ok, subject, found) for subject, found in facts.items()])
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, where the system tells them from the others."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def read_table(path: Path) -> dict[str, str]:
+    """A file of Linux with a name, a colon and a value in each line, the first of each name; nothing elsewhere."""
+    if not path.exists():
+        return {}
+    pairs = (line.partition(":") for line in reversed(path.read_text(encoding="utf-8").splitlines()))
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def describe_torch() -> Iterator[dict]:
+    """For a process of its own: what torch makes of this machine."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    devices += ["MPS"] * torch.backends.mps.is_available()
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield {"capability": capability, "threads": torch.get_num_threads(), "devices": devices}
+
+
+def look_at_disk(hub: Told) -> Section:
+    """The folders that are written to if nobody names others."""
+    findings = [look_at_folder("this folder", Path.cwd())]
+    findings += [look_at_folder("Hub's cache", Path(known["home"])) for known in hub.values[:1]]
+    return Section("disk", findings)
+
+
+def look_at_folder(subject: str, folder: Path) -> Finding:
+    """Its free space, and whether it can be written to; of one that is not there yet, the next one above."""
+    existing = next(place for place in (folder, *folder.parents) if place.is_dir())
+    found = f"{folder}, {_gigabytes(shutil.disk_usage(existing).free)} free"
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return Finding(Mark.ok, subject, found)
+    except OSError as error:
+        return Finding(Mark.missing, subject, f"{found}, can't be written to: {error.strerror}")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def look_at_hub(told: Told) -> list[Section]:
+    """The Hub, and the token for it."""
+    facts = {name: fact for value in told.values for name, fact in value.items()}
+    sections = [Section("hub", [_judge_hub(facts, told.ending)], part=Part.hub)]
+    return [*sections, _judge_token(facts)] if facts else sections
+
+
+def _judge_hub(facts: dict, ending: str) -> Finding:
+    if not facts:
+        return Finding(Mark.missing, "Hub", f"can't be asked: {ending}")
+    endpoint = facts["endpoint"]
+    if facts["offline"]:
+        return Finding(Mark.missing, endpoint, "not asked, for HF_HUB_OFFLINE is set")
+    if "status" not in facts:
+        return Finding(Mark.missing, endpoint, f"not reached: {ending}")
+    if facts["status"] >= 500:
+        return Finding(Mark.missing, endpoint, f"answers with status {facts['status']}")
+    return Finding(Mark.ok, endpoint, "reached")
+
+
+def _judge_token(facts: dict) -> Section:
+    if not facts["token"]:
+        found = "none: public models can be loaded, and none be pushed"
+        return Section("token", [Finding(Mark.missing, "token", found)], ["hf auth login"])
+    if "refusal" in facts:
+        return Section("token", [Finding(Mark.failed, "token", facts["refusal"])], ["hf auth login --force"])
+    user = f"of {facts['user']}" if "user" in facts else "there; whose it is was not told"
+    return Section("token", [Finding(Mark.ok, "token", user)])
+
+
+def ask_hub() -> Iterator[dict]:
+    """For a process of its own: where the Hub is, whether it answers, and whom the token belongs to."""
+    from huggingface_hub import constants, get_token, whoami
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import get_session
+
+    has_token, offline = get_token() is not None, constants.HF_HUB_OFFLINE
+    yield {"endpoint": constants.ENDPOINT, "home": constants.HF_HOME, "offline": offline, "token": has_token}
+    if offline:
+        return
+    # Without the token, which an error could show.
+    response = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", timeout=ANSWER_SECONDS)
+    yield {"status": response.status_code}
+    if not has_token:
+        return
+    try:
+        yield {"user": whoami()["name"]}
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            yield {"refusal": shorten(str(error))}
+
+
+def look_at_engine(needed: list[Section]) -> Section:
+    """A tiny inference between two processes, held against the clear."""
+    if lacking := [section for section in needed if section.mark is not Mark.ok]:
+        finding = Finding(Mark.missing, "two processes", f"not tried, for want of {_titles(lacking)}")
+        return Section("private engine", [finding], part=Part.private)
+    told = in_process(answer_privately, seconds=ENGINE_SECONDS)
+    remedies = [f'pip install "{PROJECT}[all]"'] if _lacks_a_module(told) else []
+    return Section("private engine", [judge_answer(told)], remedies, Part.private)
+
+
+def judge_answer(told: Told) -> Finding:
+    if not told.values:
+        return Finding(Mark.missing if _lacks_a_module(told) else Mark.failed, "two processes", told.ending)
+    (answer,) = told.values
+    found = f"answered in {answer['seconds']:.1f} s; logits differ by {answer['error']:.4f} from those in the clear"
+    return Finding(Mark.ok if answer["error"] < TOLERATED_ERROR else Mark.failed, "two processes", found)
+
+
+def _lacks_a_module(told: Told) -> bool:
+    return told.ending.startswith(ModuleNotFoundError.__name__)
+
+
+def answer_privately() -> Iterator[dict]:
+    """For a process of its own: how far a private answer is from the clear, and how long it took."""
+    import numpy as np
+
+    from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config, make_random_model
+    from entropy_gpt.evaluation.private_inference.inference import PLAINTEXT, TWO_PARTY, PrivateModel
+
+    config = make_config("SM+ScFuFFN", context=8, n_layer=1, n_embd=32, n_head=2, vocab_size=64)
+    private = PrivateModel(make_random_model(config))
+    clear, secret = (private.infer([range(8)], mode) for mode in (PLAINTEXT, TWO_PARTY))
+    yield {"error": float(np.abs(secret.answers[0] - clear.answers[0]).max()), "seconds": secret.seconds}
+
+
+def in_process(function: Callable[..., Iterator], *arguments, seconds: float) -> Told:
+    """
+    What a generator yields in a process of its own, as far as it gets.
+
+    Args:
+        function (`Callable`): Of a module that can be imported.
+        arguments: JSON.
+        seconds (`float`): After which the process is ended.
+    """
+    code = f"from {__name__} import tell; from {function.__module__} import {function.__name__} as run; tell(run)"
+    # Nothing is imported from the current folder, in which there may be a datasets.py.
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, json.dumps(arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    try:
+        output, error = child.communicate(timeout=seconds)
+        ending = _describe_ending(child.returncode, error)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        output, _ = child.communicate()
+        ending = f"not done after {seconds:g} s"
+    *lines, _ = output.split("\n")
+    return Told([json.loads(line) for line in lines], ending)
+
+
+def tell(function: Callable[..., Iterator]):
+    """Runs a generator with the arguments of the command line; what libraries print is not taken for its values."""
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for value in function(*json.loads(sys.argv[1])):
+        print(json.dumps(value), file=lines, flush=True)
+
+
+def _describe_ending(status: int, error: str) -> str:
+    if status == 0:
+        return ""
+    if status < 0:
+        return f"it crashed ({signal.Signals(-status).name})"
+    lines = [line for line in error.splitlines() if line.strip()]
+    return shorten(lines[-1]) if status == UNCAUGHT and lines else f"it ended with status {status}"
+
+
+def shorten(message: str) -> str:
+    """In one line, without what could drive a terminal."""
+    line = " ".join(message.split())
+    return "".join(letter for letter in line if letter.isprintable())[:MESSAGE_CHARACTERS]

@@ -1,0 +1,1 @@
+"""Workflows: convert, train, evaluate, infer privately, publish."""

@@ -1,0 +1,130 @@
+"""The healing of a conversion: training after the steps, or while a schedule removes what they remove."""
+
+import copy
+
+import torch
+from datasets import Dataset
+from rich.progress import Progress
+from transformers import PrinterCallback, set_seed
+
+from entropy_gpt.conversion.calibration import Calibration
+from entropy_gpt.conversion.simplification import set_training_fields
+from entropy_gpt.evaluation.records.conversion_report import HealingRecord
+from entropy_gpt.terminal.progress import stage
+from entropy_gpt.training.arguments import PAPER_HYPERPARAMETERS, PAPER_WARMUP_SHARE, EntropyTrainingArguments
+from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callback
+from entropy_gpt.training.checkpoints import last_checkpoint
+from entropy_gpt.training.divergence import MOST_ROLLBACKS
+from entropy_gpt.training.healing import HealingLoss, HealingTrainer
+from entropy_gpt.training.packing import collate_blocks
+from entropy_gpt.training.removal_schedule import RemovalSchedule, insert_gates, remove_gates
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+
+from .convert_inputs import Job, Text
+from .errors import DivergedError
+
+
+# The result is evaluated, and its state kept, so many times in the course of healing.
+HEALING_EVALUATIONS = 15
+CHECKPOINTS = 10
+# The schedule removes in this part of healing; the rest is without what was removed.
+REMOVAL_SHARE = 0.6
+DISTILLATION_WEIGHT = 0.5
+
+
+def heal(
+    job: Job,
+    original: EntropyGPTForCausalLM,
+    simplified: EntropyGPTForCausalLM,
+    calibration: Calibration,
+    text: Text,
+    progress: Progress,
+) -> tuple[EntropyGPTForCausalLM, HealingRecord]:
+    """
+    Trains a simplified model, from its last checkpoint on, and removes what the schedule says on the way.
+
+    Args:
+        job ([`Job`]): How to.
+        original ([`EntropyGPTForCausalLM`]): The model that was simplified.
+        simplified ([`EntropyGPTForCausalLM`]): What its steps up to the folding of norms made of it.
+        calibration ([`Calibration`]): Of the original.
+        text ([`Text`]): What to train and evaluate on.
+        progress (`Progress`): Where it shows.
+
+    Raises:
+        `DivergedError`: If it runs away again and again.
+    """
+    set_seed(job.seed)
+    with_gates = job.schedule != "none"
+    model = copy.deepcopy(simplified)
+    if with_gates:
+        model = insert_gates(set_training_fields(original, simplified.config), simplified, calibration)
+    steps = job.heal_steps
+    hyperparameters = {"learning_rate": job.learning_rate, **PAPER_HYPERPARAMETERS}
+    loss = HealingLoss(
+        logits=DISTILLATION_WEIGHT * job.distill,
+        temperature=job.distill_temperature,
+        hidden_states=job.hidden_state_weight,
+        residual_scale=job.residual_scale_weight,
+    )
+    arguments = EntropyTrainingArguments(
+        output_dir=job.work / "checkpoints",
+        max_steps=steps,
+        per_device_train_batch_size=job.batch_size,
+        per_device_eval_batch_size=job.batch_size,
+        warmup_steps=round(PAPER_WARMUP_SHARE * steps),
+        **hyperparameters,
+        seed=job.seed,
+        dataloader_drop_last=len(text.training) >= job.batch_size,
+        eval_strategy="steps",
+        eval_steps=max(1, steps // HEALING_EVALUATIONS),
+        eval_on_start=True,
+        prediction_loss_only=True,
+        logging_steps=max(1, steps // 100),
+        save_steps=max(1, steps // CHECKPOINTS),
+        save_total_limit=2,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    with stage(progress, "healing", steps) as line:
+        trainer = HealingTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=text.training,
+            eval_dataset=Dataset.from_dict({"input_ids": torch.cat(text.validation).tolist()}),
+            data_collator=collate_blocks,
+            callbacks=[Stopwatch(), StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))],
+            healing_loss=loss,
+            original=original,
+            residual_scale=calibration.norm_constant("transformer.ln_f"),
+            removal_steps=max(1, round(REMOVAL_SHARE * steps)),
+            schedule=RemovalSchedule(model, job.schedule) if with_gates else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=last_checkpoint(job.work / "checkpoints"))
+    if (reason := trainer.progress.diverged) is not None:
+        raise DivergedError(
+            f"{simplified.config.notation}: healing ran away {MOST_ROLLBACKS + 1} times, and was {reason}. Lower the "
+            "learning rate, or give it more steps."
+        )
+    record = HealingRecord(
+        steps=steps,
+        tokens=steps * min(job.batch_size, len(text.training)) * text.context,
+        seconds=find_callback(trainer, Stopwatch).seconds,
+        settings={
+            **hyperparameters,
+            "warmup_share": PAPER_WARMUP_SHARE,
+            "batch_size": job.batch_size,
+            **{name: getattr(simplified.config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+            "schedule": job.schedule,
+            "kl_weight": loss.logits,
+            "kl_temperature": loss.temperature,
+            "hidden_state_weight": loss.hidden_states,
+            "residual_scale_weight": loss.residual_scale,
+        },
+        validation_nats=[
+            [float(entry["step"]), entry["eval_loss"]] for entry in trainer.state.log_history if "eval_loss" in entry
+        ],
+        events=trainer.progress.events,
+    )
+    return remove_gates(model, simplified) if with_gates else model.eval(), record

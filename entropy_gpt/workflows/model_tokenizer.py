@@ -1,0 +1,41 @@
+"""The tokenizer of a model that a command was given."""
+
+import hashlib
+
+from transformers import PreTrainedTokenizerFast
+
+from entropy_gpt.training.errors import CorpusError
+from entropy_gpt.training.tokenizer import load_tokenizer
+
+from .errors import CommandError
+
+
+def load_model_tokenizer(place: str | None, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    Loads the tokenizer that a model's tokens are of.
+
+    Args:
+        place (`str`, *optional*): Where it is, as `--tokenizer` says; with the model, if not given.
+        source (`str`): Where the model is.
+        vocab_size (`int`): Tokens that the model knows.
+
+    Raises:
+        `CommandError`: If there is none, or it has more tokens than the model.
+    """
+    place = place or source
+    try:
+        tokenizer = load_tokenizer(place)
+    except CorpusError as error:
+        raise CommandError(f"{error} Say where the tokenizer of {source} is with --tokenizer.") from error
+    if len(tokenizer) > vocab_size:
+        raise CommandError(
+            f"The tokenizer of {place} has {len(tokenizer):,} tokens, and {source} {vocab_size:,}: they do not belong "
+            "together. Give the model's own with --tokenizer."
+        )
+    return tokenizer
+
+
+def hash_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> str:
+    """The same for tokenizers and models whose tokens are the same."""
+    parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return hashlib.sha256(repr((*parts, vocab_size)).encode()).hexdigest()

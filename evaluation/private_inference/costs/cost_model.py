@@ -1,0 +1,155 @@
+"""
+Bytes and round trips of a private inference from the configuration alone: no weights, no engine, no second party.
+
+`counting.py` runs the program on shapes and counts its parts as the engine would need them; what each of them sends
+was measured (`prices.json`; `price_fitting.py` measures anew).
+"""
+
+import copy
+import functools
+from pathlib import Path
+
+from pydantic.dataclasses import dataclass
+
+from entropy_gpt.conversion.folding import fold, list_absorbable_ffns
+from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties.participant import program_variables
+from entropy_gpt.evaluation.private_inference.program.counting import Counts, StepCounts, Stock, count_step
+from entropy_gpt.evaluation.private_inference.program.program import Span, Step, build_steps
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+
+
+PRICES = Path(__file__).parent / "prices.json"
+# Of keys and oblivious transfers, once a connection, sent by both parties: the same for all models.
+SET_UP_BYTES = 25.9e6
+
+
+@dataclass(config=RECORD)
+class Sample:
+    """
+    A measured step of the fit.
+
+    Args:
+        name (`str`): The operation and its shapes.
+        counts (`dict[str, float]`): What it consists of.
+        measured_bytes (`int`): Sent by both parties.
+        fitted_bytes (`float`): By the prices.
+    """
+
+    name: str
+    counts: dict[str, float]
+    measured_bytes: int
+    fitted_bytes: float = 0.0
+
+
+@dataclass(config=RECORD)
+class Prices(StoredRecord):
+    """
+    What Cheetah sends, by what it is counted in.
+
+    Args:
+        bytes (`dict[str, float]`): Of each part, sent by both parties.
+        samples (`list[Sample]`): What the prices were fitted on.
+        settings ([`PrivateSettings`]): Of these runs; prices hold for other forms of the operations too.
+        versions (`dict[str, str]`): Of the packages that computed.
+        git_revision (`str`, *optional*): Of this project.
+        machine (`str`): Processor and number of threads.
+    """
+
+    KIND = "prices of the secure engine"
+    SCHEMA_VERSION = 1
+
+    bytes: dict[str, float]
+    samples: list[Sample]
+    settings: PrivateSettings
+    versions: dict[str, str]
+    git_revision: str | None
+    machine: str
+
+
+@dataclass(config=RECORD, frozen=True)
+class PredictedStep:
+    """
+    Args:
+        operation (`str`): As in [`StepCost`].
+        layer (`int`, *optional*): `None` around the blocks.
+        total_bytes (`float`): Sent by both parties.
+        round_trips (`float`): As in [`StepCost`].
+    """
+
+    operation: str
+    layer: int | None
+    total_bytes: float
+    round_trips: float
+
+
+def program_config(config: EntropyGPTConfig) -> EntropyGPTConfig:
+    """
+    The config of [`prepare_weights`] from that of the model: what folding makes of the smallest one of its kind, and
+    without the FFNs that [`absorb_linear_ffns`] absorbs, if the weights are such that it does.
+    """
+    sizes = {name: getattr(config, name) for name in ("n_embd", "n_inner", "vocab_size", "n_positions")}
+    smallest = copy.deepcopy(config)
+    for name, size in {"n_embd": config.n_head, "n_inner": None, "vocab_size": 2, "n_positions": 1}.items():
+        setattr(smallest, name, size)
+    smallest.bos_token_id = smallest.eos_token_id = smallest.pad_token_id = None
+    folded = copy.deepcopy(fold(EntropyGPTForCausalLM(smallest)).config)
+    for name, size in sizes.items():
+        setattr(folded, name, size)
+    folded.pruned_ffn_layers = sorted([*folded.pruned_ffn_layers, *list_absorbable_ffns(folded)])
+    return folded
+
+
+def count_steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> list[tuple[Step, StepCounts]]:
+    """
+    What each step of a program consists of.
+
+    Raises:
+        `PrivateInferenceError`: As [`build_steps`], or for another protocol than Cheetah.
+    """
+    if settings.protocol != "cheetah":
+        raise PrivateInferenceError(
+            f"costs are predicted for the protocol cheetah, not for {settings.protocol!r}: measure them."
+        )
+    config = program_config(config)
+    variables, stock = program_variables(config, settings, span), Stock()
+    return [(step, count_step(step, variables, settings, stock)) for step in build_steps(config, settings, span)]
+
+
+def predict(
+    config: EntropyGPTConfig, settings: PrivateSettings, span: Span, prices: Prices | None = None
+) -> list[PredictedStep]:
+    """
+    What each step takes, without the set-up.
+
+    Args:
+        config ([`EntropyGPTConfig`]): Any architecture, folded or not. Linear FFNs count as [`program_config`] has it.
+        settings ([`PrivateSettings`]): Of the protocol "cheetah".
+        span ([`Span`]): The tokens.
+        prices ([`Prices`], *optional*): Those of this package, if none are given.
+
+    Raises:
+        `PrivateInferenceError`: As [`count_steps`].
+    """
+    prices = prices or load_prices()
+    return [
+        PredictedStep(
+            step.operation,
+            step.layer,
+            price_of(counts.parts, prices.bytes),
+            counts.round_trips,
+        )
+        for step, counts in count_steps(config, settings, span)
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def load_prices() -> Prices:
+    """The prices that come with this package."""
+    return Prices.load(PRICES)
+
+
+def price_of(counts: Counts, prices: dict[str, float]) -> float:
+    return sum(prices[part] * count for part, count in counts.items())

@@ -1,0 +1,177 @@
+"""Inferences of random models: measured between two processes, and kept with their conditions."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from entropy_gpt.evaluation.private_inference.inference import (
+    LOGIT_BOUND,
+    NETWORKS,
+    TIMEOUT_SECONDS,
+    TWO_PARTY,
+    serve_on_loopback,
+)
+from entropy_gpt.evaluation.private_inference.parties.session import Answer, Terms
+from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
+from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Model
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, Network
+from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps, check_config
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+
+from .cost_model import predict, program_config
+
+
+# Embeddings so far apart that attention is not uniform.
+EMBEDDING_SCALE = 20
+# By which a record is told from those of other inferences.
+CONDITIONS = (
+    "notation",
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "vocab_size",
+    "context",
+    "answers",
+    "network",
+    "git_revision",
+    "machine",
+)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """
+    An inference that can be measured: random weights, a random prompt, and the logits of its last position.
+
+    Args:
+        title (`str`): What it is called.
+        config ([`EntropyGPTConfig`]): The model.
+        settings ([`PrivateSettings`]): The form of each operation.
+        context (`int`): Tokens of the prompt.
+    """
+
+    title: str
+    config: EntropyGPTConfig
+    settings: PrivateSettings
+    context: int
+
+    def predict_bytes(self) -> float:
+        """What both parties send, by the cost model."""
+        return sum(step.total_bytes for step in predict(self.config, self.settings, Span(0, self.context)))
+
+    def measure(
+        self,
+        new_tokens: int = 1,
+        timeout_seconds: int = TIMEOUT_SECONDS,
+        on_event: Callable[[dict], None] = lambda event: None,
+    ) -> InferenceCost:
+        """
+        Runs it between two processes over this machine's loopback.
+
+        Args:
+            new_tokens (`int`): Of the answer.
+            timeout_seconds (`int`): For which nothing may happen.
+            on_event (`Callable`): As of [`Client.ask`].
+
+        Raises:
+            `PrivateInferenceError`: If the engine fails.
+        """
+        with self._served(timeout_seconds) as address:
+            return self._ask(address, new_tokens, timeout_seconds, on_event)
+
+    def measure_slowed(self, network: Network, layer: int) -> InferenceCost:
+        """
+        As [`Inference.measure`], with the loopback slowed to a network while one layer is computed.
+
+        Args:
+            network ([`Network`]): As of [`SlowLink`].
+            layer (`int`): The layer, of a program without the FFNs that are absorbed.
+
+        Raises:
+            `PrivateInferenceError`: If the engine fails.
+        """
+        steps = build_steps(program_config(self.config), self.settings, Span(0, self.context))
+        slow = iter([*(step.layer == layer for step in steps), False])
+        next(slow)
+        with (
+            self._served(TIMEOUT_SECONDS) as address,
+            contextlib.closing(SlowLink(address)) as link,
+        ):
+
+            def change_network(event: dict):
+                if event["event"] == "step":
+                    link.network = network if next(slow) else LOOPBACK
+
+            cost = self._ask(link.address, 1, TIMEOUT_SECONDS, change_network)
+        return replace(cost, network=f"{cost.network}, layer {layer} slowed to {network.name}")
+
+    def _served(self, timeout_seconds: int) -> contextlib.AbstractContextManager[tuple[str, int]]:
+        config, weights = prepare_weights(make_random_model(self.config))
+        return serve_on_loopback(
+            Model(config, weights, self.config.notation, self.settings, "", LOGIT_BOUND), timeout_seconds
+        )
+
+    def _ask(
+        self, address: tuple[str, int], new_tokens: int, timeout_seconds: int, on_event: Callable[[dict], None]
+    ) -> InferenceCost:
+        prompt = np.random.default_rng(0).integers(0, self.config.vocab_size, self.context).tolist()
+        answer = Client(*address, None, timeout_seconds).ask(prompt, new_tokens, on_event=on_event)
+        return self._record(answer, new_tokens)
+
+    def load_measured(self, path: Path) -> InferenceCost | None:
+        """
+        What an earlier run has saved of it, if it has.
+
+        Raises:
+            `ValueError`: If the record is broken, or of other conditions.
+        """
+        if not path.exists():
+            return None
+        cost = InferenceCost.load(path)
+        then, now = _conditions(cost), _conditions(self._record(Answer(), 1))
+        changed = [
+            f"{name} {then.get(name)} then, {value} now" for name, value in now.items() if then.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{path} was measured under other conditions ({'; '.join(changed)}): delete it, or measure into "
+                "another folder."
+            )
+        return cost
+
+    def _record(self, answer: Answer, new_tokens: int) -> InferenceCost:
+        terms = Terms(self.config, self.config.notation, self.settings, "", LOGIT_BOUND)
+        return answer.cost(terms, self.context, new_tokens, NETWORKS[TWO_PARTY])
+
+
+def _conditions(cost: InferenceCost) -> dict[str, object]:
+    return {name: getattr(cost, name) for name in CONDITIONS} | asdict(cost.settings) | cost.versions
+
+
+def make_random_model(config: EntropyGPTConfig) -> EntropyGPTForCausalLM:
+    """Random weights, with embeddings so far apart that attention is not uniform."""
+    torch.manual_seed(0)
+    model = EntropyGPTForCausalLM(config).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight *= EMBEDDING_SCALE
+    return model
+
+
+def make_config(notation: str, context: int, **sizes) -> EntropyGPTConfig:
+    """
+    A model of so many positions without special tokens.
+
+    Raises:
+        `ValueError`: If the notation is not known, or the sizes do not fit.
+        `PrivateInferenceError`: If an operation has no private form.
+    """
+    tokens = {"n_positions": context, "bos_token_id": None, "eos_token_id": None}
+    config = EntropyGPTConfig.from_notation(notation, **sizes, **tokens)
+    check_config(config)
+    return config

@@ -1,0 +1,1 @@
+"""The two parties: engine, session, and the channel between them."""

@@ -1,0 +1,325 @@
+"""Small messages between a client and a server: JSON after its length, over TLS with certificates on both sides."""
+
+import contextlib
+import errno
+import ipaddress
+import json
+import re
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+
+
+MAX_MESSAGE_BYTES = 2**20
+MAX_REASON_CHARACTERS = 500
+HANDSHAKE_SECONDS = 10
+LENGTH = struct.Struct(">I")
+# A peer whose machine is gone is noticed after about a minute.
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+
+
+@dataclass(frozen=True)
+class TLSFiles:
+    """
+    What a side shows and whom it trusts, in PEM.
+
+    Args:
+        certificate (`Path`): This side's.
+        key (`Path`): Its private key.
+        authority (`Path`): Certificates of those who may sign the peer's.
+    """
+
+    certificate: Path
+    key: Path
+    authority: Path
+
+    def context(self, server: bool) -> ssl.SSLContext:
+        """
+        TLS 1.3, with the peer's certificate required; a client also compares the server's name.
+
+        Raises:
+            `PrivateInferenceError`: If a file is missing or wrong.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        for path in (self.certificate, self.key, self.authority):
+            if not path.is_file():
+                raise PrivateInferenceError(f"there is no file {path}: TLS needs --cert, --key and --ca.")
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise PrivateInferenceError(
+                f"{self.certificate} and {self.key} are no certificate and its key."
+            ) from error
+        try:
+            context.load_verify_locations(self.authority)
+        except (OSError, ssl.SSLError) as error:
+            raise PrivateInferenceError(f"{self.authority} holds no certificate in PEM.") from error
+        return context
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """
+    `HOST:PORT`, with an IPv6 address in brackets.
+
+    Raises:
+        `PrivateInferenceError`: If it is something else.
+    """
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]+)):(\d{1,5})", text, re.ASCII)
+    if match is None or not int(match[3]) <= 65535:
+        raise PrivateInferenceError(
+            f"{text!r} is no address: write HOST:PORT, such as 127.0.0.1:9000 or [::1]:9000, with a port up to 65535."
+        )
+    return match[1] or match[2], int(match[3])
+
+
+def check_plain_allowed(host: str, insecure: bool, settings: PrivateSettings):
+    """
+    Raises:
+        `PrivateInferenceError`: If a host beyond this machine is to be reached without TLS, and that is not said to be
+            good enough, or can't be.
+    """
+    if host == "localhost":
+        return
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if settings.needs_encryption:
+        raise PrivateInferenceError(
+            f"without TLS, what goes to and from {host} would show weights or prompt to whoever listens, with "
+            f"protocol={settings.protocol} and embedding={settings.embedding}: give --cert, --key and --ca."
+        )
+    if insecure:
+        return
+    raise PrivateInferenceError(
+        f"without TLS only this machine's loopback is used, and {host} is beyond it: give --cert, --key and --ca on "
+        "both sides, or --insecure where the network itself is trusted."
+    )
+
+
+class Channel:
+    """
+    A connection that carries messages: JSON objects with a "kind".
+
+    One thread may send while another receives: the socket never blocks, and a lock keeps the two from being inside of
+    one TLS connection at once, which OpenSSL forbids.
+    """
+
+    def __init__(self, connection: socket.socket):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        connection.setblocking(False)
+        self.connection = connection
+        self._lock, self._send_lock = threading.Lock(), threading.Lock()
+
+    def send(self, message: dict):
+        """
+        Raises:
+            `PrivateInferenceError`: If the message is too large, or the peer is gone.
+        """
+        content = json.dumps(message, allow_nan=False).encode()
+        if len(content) > MAX_MESSAGE_BYTES:
+            raise PrivateInferenceError(f"a message of {len(content):,} bytes is more than {MAX_MESSAGE_BYTES:,}.")
+        waiting = memoryview(LENGTH.pack(len(content)) + content)
+        try:
+            with self._send_lock:
+                while waiting:
+                    waiting = waiting[self._try(partial(self.connection.send, waiting), select.POLLOUT) :]
+        except OSError as error:
+            raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
+
+    def receive(self, seconds: float | None, kinds: tuple[str, ...]) -> dict:
+        """
+        The next message.
+
+        Args:
+            seconds (`float`, *optional*): To wait at most for all of it.
+            kinds (`tuple[str]`): What may come.
+
+        Raises:
+            `PrivateInferenceError`: If the peer is gone, silent for so long, refuses, or breaks the rules.
+        """
+        try:
+            limit = None if seconds is None else time.monotonic() + seconds
+            (length,) = LENGTH.unpack(self._read(LENGTH.size, limit))
+            if length > MAX_MESSAGE_BYTES:
+                raise PrivateInferenceError(
+                    f"the peer announces a message of {length:,} bytes: it speaks another way."
+                )
+            content = self._read(length, limit)
+        except TimeoutError as error:
+            raise PrivateInferenceError(f"the peer sent no whole message for {seconds:g} seconds.") from error
+        except OSError as error:
+            raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
+        message = _parse(content)
+        if message["kind"] == "refusal":
+            raise PrivateInferenceError(f"the peer refuses: {clean(message.get('reason'))}")
+        if message["kind"] not in kinds:
+            raise PrivateInferenceError(
+                f"the peer says {clean(message['kind'])!r} where {' or '.join(kinds)} belongs."
+            )
+        return message
+
+    def close(self):
+        shut_down(self.connection)
+        with self._lock:
+            self.connection.close()
+
+    def _try(self, action: Callable, event: int, limit: float | None = None):
+        """Until it does not block."""
+        while True:
+            with self._lock, contextlib.suppress(BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return action()
+            left = None if limit is None else limit - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError
+            wait({self.connection: event}, left)
+
+    def _read(self, size: int, limit: float | None) -> bytes:
+        content = bytearray()
+        while len(content) < size:
+            left = min(size - len(content), 2**16)
+            part = self._try(partial(self.connection.recv, left), select.POLLIN, limit)
+            if not part:
+                raise PrivateInferenceError("the peer closed the connection.")
+            content += part
+        return bytes(content)
+
+
+def wait(needs: dict[socket.socket, int], seconds: float | None = None):
+    """
+    Until one of some sockets can be read or written, as `select.poll` names it.
+
+    Raises:
+        `OSError`: If one was closed meanwhile.
+    """
+    poll = select.poll()
+    for connection, events in needs.items():
+        try:
+            poll.register(connection, events)
+        except ValueError as error:
+            raise OSError(errno.EBADF, "the connection was closed here") from error
+    poll.poll(None if seconds is None else seconds * 1000)
+
+
+def shut_down(connection: socket.socket):
+    """
+    Ends what goes on in a connection, in whichever thread. Not by `SSLSocket.shutdown`: that takes the encryption away
+    first, and a thread in the midst of sending could send plain text.
+    """
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def _parse(content: bytes) -> dict:
+    def pairs(items: list) -> dict:
+        found = dict(items)
+        if len(found) < len(items):
+            raise ValueError("a name is there twice")
+        return found
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        message = json.loads(content.decode(), object_pairs_hook=pairs, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise PrivateInferenceError(f"the peer sends no proper message: {clean(str(error))}") from error
+    if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+        raise PrivateInferenceError("the peer sends no proper message: it has no kind.")
+    return message
+
+
+def clean(text: object, kept: str = "", most: int | None = MAX_REASON_CHARACTERS) -> str:
+    """What a peer wrote, without what could drive a terminal, but for a few letters; not more than so many."""
+    visible = (letter for letter in str(text) if letter in kept or unicodedata.category(letter)[0] != "C")
+    return "".join(visible)[:most]
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    if isinstance(error, UnicodeError):
+        return "the name is no host's"
+    return error.reason if isinstance(error, ssl.SSLError) and error.reason else (error.strerror or str(error))
+
+
+class Listener:
+    """
+    A server's port.
+
+    Args:
+        host (`str`), port (`int`): 0 takes a free port.
+        tls ([`TLSFiles`], *optional*): Without them, connections are plain.
+
+    Raises:
+        `PrivateInferenceError`: If the port is in use, or a file of TLS is wrong.
+    """
+
+    def __init__(self, host: str, port: int, tls: TLSFiles | None):
+        self._context = tls.context(server=True) if tls else None
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server((host, port), family=family)
+        except (OSError, UnicodeError) as error:
+            raise PrivateInferenceError(f"{host}:{port} can't be listened on: {_reason(error)}.") from error
+        self.address = self._socket.getsockname()[:2]
+
+    def accept(self) -> socket.socket:
+        """The next connection, about which nothing is known yet."""
+        return self._socket.accept()[0]
+
+    def welcome(self, connection: socket.socket) -> Channel:
+        """
+        Shakes hands.
+
+        Raises:
+            `PrivateInferenceError`: If the client has no proper certificate, or takes too long.
+        """
+        return Channel(_secure(connection, self._context, None))
+
+    def close(self):
+        shut_down(self._socket)  # wakes who accepts
+        self._socket.close()
+
+
+def connect(host: str, port: int, tls: TLSFiles | None) -> Channel:
+    """
+    Raises:
+        `PrivateInferenceError`: If there is no server, or it has no proper certificate for its name.
+    """
+    context = tls.context(server=False) if tls else None
+    try:
+        connection = socket.create_connection((host, port), timeout=HANDSHAKE_SECONDS)
+    except (OSError, UnicodeError) as error:
+        raise PrivateInferenceError(f"no server at {host}:{port}: {_reason(error)}.") from error
+    return Channel(_secure(connection, context, host))
+
+
+def _secure(connection: socket.socket, context: ssl.SSLContext | None, server_name: str | None) -> socket.socket:
+    if context is None:
+        connection.settimeout(None)
+        return connection
+    connection.settimeout(HANDSHAKE_SECONDS)
+    try:
+        secured = context.wrap_socket(connection, server_side=server_name is None, server_hostname=server_name)
+    except OSError as error:
+        connection.close()
+        raise PrivateInferenceError(f"TLS failed: {_reason(error)}. Compare --cert, --key and --ca.") from error
+    secured.settimeout(None)
+    return secured

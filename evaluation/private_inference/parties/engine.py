@@ -1,0 +1,252 @@
+"""SecretFlow SPU, the engine: its configuration, the compilation of a program, and one party's runtime."""
+
+import functools
+import hashlib
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.program.arithmetic import CheapArithmetic
+from entropy_gpt.evaluation.private_inference.program.cost import StepCost
+from entropy_gpt.evaluation.private_inference.program.counting import Shape, Stock, count_step
+from entropy_gpt.evaluation.private_inference.program.program import Step
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+
+
+# With one squaring the engine's exp(x) is (1 + x / 2)^2: the way to its square, at 0.65 of a product's traffic, to
+# which no operation of JAX leads.
+SQUARE_BY_EXP = 1
+# The client is of rank 1 wherever there are two.
+SERVER, CLIENT = 0, 1
+LOG_TRIES, LOG_WAIT_S = 500, 0.01
+LINK_TOTALS = re.compile(
+    r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)"
+)
+
+
+def check_engine():
+    """
+    Raises:
+        `PrivateInferenceError`: If the engine is not installed, with what to install.
+    """
+    try:
+        import jax  # noqa: F401
+        import spu  # noqa: F401
+    except ImportError as error:
+        raise PrivateInferenceError(
+            f"the secure engine is not installed ({error}). On Python 3.11: pip install 'entropy-gpt[private]'."
+        ) from error
+
+
+def engine_versions() -> dict[str, str]:
+    """Of the packages that decide what the compiled program is; "missing" where there is none."""
+    found = {}
+    for package in ("entropy-gpt", "spu", "jax"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def runtime_config(settings: PrivateSettings):
+    """SPU's configuration for the settings."""
+    from spu import libspu
+
+    protocols = {
+        "cheetah": libspu.ProtocolKind.CHEETAH,
+        "semi2k": libspu.ProtocolKind.SEMI2K,
+        "aby3": libspu.ProtocolKind.ABY3,
+        "ref2k": libspu.ProtocolKind.REF2K,
+    }
+    config = libspu.RuntimeConfig(protocols[settings.protocol], libspu.FieldType.FM64, settings.fraction_bits)
+    config.fxp_exp_mode = libspu.RuntimeConfig.ExpMode.EXP_TAYLOR
+    config.fxp_exp_iters = settings.exponential_squarings if settings.softmax != "efficient" else SQUARE_BY_EXP
+    config.fxp_div_goldschmidt_iters = settings.reciprocal_iterations
+    # What one party owns stays with it, and products with it cost half.
+    config.experimental_enable_colocated_optimization = True
+    return config
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """
+    A step with the engine's code for it.
+
+    Args:
+        step ([`Step`]): The step.
+        executable: The engine's code of it.
+        round_trips (`float`): That it waits for under Cheetah, as counted on its shapes.
+    """
+
+    step: Step
+    executable: object
+    round_trips: float
+
+
+def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: PrivateSettings) -> list[CompiledStep]:
+    """
+    The engine's code of each step; equal steps on equal shapes are compiled once.
+
+    Args:
+        steps (`Iterable[Step]`): In the order in which they run.
+        variables (`dict[str, Shape]`): Those that are there before the first.
+        settings ([`PrivateSettings`]): As the runtime's.
+    """
+    from spu import libspu
+
+    variables, stock, compiled = dict(variables), Stock(), []
+    for step in steps:
+        given = tuple(variables[name].shape for name in step.inputs)
+        code = _compile(_Hashable(step.function), given, settings)
+        executable = libspu.Executable(step.operation, list(step.inputs), list(step.outputs), code)
+        counts = count_step(step, variables, settings, stock)
+        compiled.append(CompiledStep(step, executable, counts.round_trips))
+    return compiled
+
+
+@functools.lru_cache(maxsize=512)
+def _compile(function: "_Hashable", shapes: tuple[tuple[int, ...], ...], settings: PrivateSettings) -> bytes:
+    import jax.numpy as jnp
+    from jax import ShapeDtypeStruct
+    from spu import libspu
+    from spu.utils import frontend
+
+    def program(*tensors):
+        return function.function(CheapArithmetic(jnp, settings), *tensors)
+
+    executable, _ = frontend.compile(
+        frontend.Kind.JAX,
+        program,
+        [ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        {},
+        [f"in{index}" for index in range(len(shapes))],
+        [libspu.Visibility.VIS_SECRET] * len(shapes),
+        lambda flat: [f"out{index}" for index in range(len(flat))],
+    )
+    return executable.code
+
+
+class _Hashable:
+    """A function or `partial` by what it computes: partials of equal parts are not equal by themselves."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+        if isinstance(function, functools.partial):
+            self._key = (function.func, function.args, tuple(sorted(function.keywords.items())))
+        else:
+            self._key = function
+
+    def __eq__(self, other) -> bool:
+        return self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def compiled_digest(compiled: list[CompiledStep], settings: PrivateSettings) -> str:
+    """A hash of all that both parties have to have in common: code, order, variables, settings, versions."""
+    digest = hashlib.sha256(json.dumps([asdict(settings), engine_versions()], sort_keys=True).encode())
+    for entry in compiled:
+        names = [entry.step.operation, entry.step.layer, entry.step.inputs, entry.step.outputs]
+        digest.update(json.dumps(names).encode())
+        digest.update(hashlib.sha256(entry.executable.code).digest())
+    return digest.hexdigest()
+
+
+class EngineLog:
+    """The engine's log of this process, which alone tells what went over a link. One party a process may write it."""
+
+    def __init__(self):
+        from spu import libspu
+
+        self._folder = tempfile.TemporaryDirectory(prefix="entropy-gpt-engine-")
+        path = Path(self._folder.name) / "engine.log"
+        options = libspu.logging.LogOptions()
+        options.enable_console_logger = False
+        options.system_log_path = str(path)
+        libspu.logging.setup_logging(options)
+        self._file = path.open(encoding="utf-8", errors="replace")
+        self._rest = ""
+
+    def next_totals(self) -> tuple[int, ...]:
+        """Bytes sent, bytes received, messages sent, messages received, of the run that just ended."""
+        for _ in range(LOG_TRIES):
+            self._rest += self._file.read()
+            *lines, self._rest = self._rest.split("\n")
+            if found := [match for line in lines if (match := LINK_TOTALS.search(line))]:
+                return tuple(map(int, found[-1].groups()))
+            time.sleep(LOG_WAIT_S)
+        raise PrivateInferenceError("the engine's log lacks the traffic of a step: its version is not known here.")
+
+
+class Party:
+    """
+    One party's runtime. Every party sets all variables, its own by their values and the others' by their shapes, and
+    runs the same steps.
+
+    Args:
+        link: SPU's link to the other parties.
+        settings ([`PrivateSettings`]): As the others'.
+        log ([`EngineLog`], *optional*): Where the engine says what it sends; without it bytes and messages are 0.
+    """
+
+    def __init__(self, link, settings: PrivateSettings, log: "EngineLog | None" = None):
+        from spu import api
+
+        self.link, self.log = link, log
+        self._is_cheetah = settings.protocol == "cheetah"
+        self.config = runtime_config(settings)
+        self.config.enable_pphlo_profile = log is not None
+        self.runtime = api.Runtime(link, self.config)
+        self.io = api.Io(link.world_size, self.config)
+
+    def set_own(self, name: str, value: np.ndarray):
+        """A variable that stays with this party: what is set is its encoding in the ring."""
+        from spu import libspu
+
+        shares = self.io.make_shares(np.ascontiguousarray(value), libspu.Visibility.VIS_SECRET, self.link.rank)
+        self.runtime.set_var(name, shares[self.link.rank])
+
+    def set_foreign(self, name: str, shape: tuple[int, ...], owner: int):
+        """A placeholder for a variable of another party, made from its public shape."""
+        from spu import libspu
+
+        shares = self.io.make_shares(np.zeros(shape, np.float32), libspu.Visibility.VIS_SECRET, owner)
+        self.runtime.set_var(name, shares[self.link.rank])
+
+    def run(self, step: CompiledStep) -> StepCost:
+        """Runs a step together with the other parties; what it took, by this party's count."""
+        started = time.perf_counter()
+        self.runtime.run(step.executable)
+        seconds = time.perf_counter() - started
+        sent, received, messages_sent, messages_received = self.log.next_totals() if self.log else (0, 0, 0, 0)
+        return StepCost(
+            operation=step.step.operation,
+            layer=step.step.layer,
+            sent_bytes=sent,
+            received_bytes=received,
+            sent_messages=messages_sent,
+            received_messages=messages_received,
+            round_trips=step.round_trips if self._is_cheetah else min(messages_sent, messages_received) / 2,
+            seconds=seconds,
+        )
+
+    def share(self, name: str):
+        """This party's share of a variable."""
+        return self.runtime.get_var(name)
+
+    def forget(self, name: str):
+        self.runtime.del_var(name)
+
+    def reconstruct(self, shares: list) -> np.ndarray:
+        """The value of a variable from all parties' shares, in order of rank."""
+        return self.io.reconstruct(shares)

@@ -1,0 +1,438 @@
+"""
+The model as a sequence of steps that both parties run: what each computes, from which variables, into which.
+
+A step is a function of tensors, written once for JAX (from which the engine's code is compiled) and for numpy (which
+emulates the ring). One step is one operation of one layer, so that its traffic can be measured apart; equal steps of
+different layers are compiled once. The weights are inputs, never constants: constants are public.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Literal, Self
+
+import numpy as np
+from pydantic.dataclasses import dataclass as record
+
+from entropy_gpt.evaluation.json_records import RECORD
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+
+from .arithmetic import Arithmetic
+from .nonlinear import (
+    erf_gelu,
+    exponentiate,
+    fine_gelu,
+    leaky_relu,
+    learnable_leaky_relu,
+    piecewise_gelu,
+    reciprocal_up_to,
+    relu,
+    tanh_gelu,
+)
+from .settings import PrivateSettings
+
+
+# Below any score, in the search for the largest of a row: it is compared, and nothing else.
+MASKED_SCORE = -(2.0**20)
+# Rows of an embedding table in one product.
+MOST_EMBEDDED = 4096
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
+Norm = Literal["layernorm", "static", "none"]
+
+# The inputs and outputs of the whole.
+TOKENS, EMBEDDINGS, LOGITS, TOKEN = "tokens", "hidden", "logits", "token"
+
+
+@record(config=RECORD, frozen=True)
+class ProgramConfig:
+    """
+    What a program depends on of an [`EntropyGPTConfig`], under the same names: numbers and words, which need neither
+    torch nor transformers. What takes a `ProgramConfig` takes the whole configuration too.
+    """
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_positions: int
+    vocab_size: int
+    inner_size: int
+    ffn_type: Literal["mlp", "fused"]
+    ffn_residual_scaling: bool
+    pruned_ffn_layers: list[int]
+    activation_function: str
+    normalization: Norm
+    final_normalization: Norm
+    layer_norm_epsilon: float
+    attention_temperature: Literal["none", "head", "position"]
+
+    @classmethod
+    def of(cls, config) -> Self:
+        """Out of the whole configuration."""
+        return cls(**{part.name: getattr(config, part.name) for part in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    One operation of one layer.
+
+    Args:
+        operation (`str`): Such as "exponential"; what costs are summed by.
+        layer (`int`, *optional*): `None` around the blocks.
+        function (`Callable`): Of an [`Arithmetic`] and of tensors; hashable, and equal for equal steps.
+        inputs, outputs (`tuple[str]`): Variables.
+    """
+
+    operation: str
+    layer: int | None
+    function: Callable
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """
+    The tokens that a pass is given.
+
+    Args:
+        start (`int`): Tokens before, whose keys and values are kept.
+        length (`int`): Tokens.
+        answers (`int`): Of so many last tokens the logits are wanted.
+    """
+
+    start: int
+    length: int
+    answers: int = 1
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+def check_config(config: ProgramConfig):
+    """
+    Raises:
+        `PrivateInferenceError`: If the program does not know an operation of the architecture.
+    """
+    if config.activation_function not in ACTIVATIONS and len(config.pruned_ffn_layers) < config.n_layer:
+        raise PrivateInferenceError(
+            f"activation_function={config.activation_function!r} has no private form; there are those of "
+            f"{', '.join(ACTIVATIONS)}. Convert the model to one of them (entropy-gpt convert)."
+        )
+
+
+def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what [`prepare_weights`] makes, from its config alone: all that a client knows of them."""
+    width, inner, vocabulary = config.n_embd, config.inner_size, config.vocab_size
+    shapes = {"wte": (vocabulary, width), "wpe": (config.n_positions, width)}
+    for layer in range(config.n_layer):
+        maps = {"qkv": (width, 3 * width), "output": (width, width)}
+        if layer not in config.pruned_ffn_layers:
+            if config.ffn_type == "mlp":
+                maps["ffn_in"] = (width, inner)
+            maps["ffn"] = (inner if config.ffn_type == "mlp" else width, width)
+        for name, shape in maps.items():
+            shapes |= {f"h.{layer}.{name}.weight": shape, f"h.{layer}.{name}.bias": shape[1:]}
+        if config.attention_temperature == "position":
+            shapes[f"h.{layer}.inverse_temperature"] = (config.n_head, config.n_positions)
+        if layer in config.pruned_ffn_layers:
+            continue
+        if config.ffn_type == "mlp" and config.activation_function == "learnable_leaky_relu":
+            shapes[f"h.{layer}.slope"] = (1,)
+        if config.ffn_residual_scaling:
+            shapes[f"h.{layer}.beta"] = (1,)
+    return shapes | {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
+
+
+def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
+    """Of the embeddings as a client is sent them with "client_table": single precision in base64, but for padding."""
+    return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize * 4 // 3
+
+
+def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[Step]:
+    """
+    The program for some tokens: from "tokens" (one-hot rows) or "hidden" (embeddings) to "logits" or "token". The keys
+    and values of each layer stay in variables, for the tokens that follow.
+
+    Args:
+        config ([`ProgramConfig`]): That of [`prepare_weights`].
+        settings ([`PrivateSettings`]): The form of each operation.
+        span ([`Span`]): The tokens.
+
+    Raises:
+        `PrivateInferenceError`: If the model has no so many positions, or an operation no private form.
+    """
+    check_config(config)
+    if not span.length >= 1 or span.end > config.n_positions:
+        raise PrivateInferenceError(
+            f"{span.end} tokens are not possible: this model has n_positions={config.n_positions}. Shorten the prompt "
+            "or generate less."
+        )
+    return list(_steps(config, settings, span))
+
+
+def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iterator[Step]:
+    if settings.embedding == "one_hot":
+        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (EMBEDDINGS,))
+    for layer in range(config.n_layer):
+        # What the last block finds out about the tokens before the answers, nobody asks for.
+        queries = span.answers if layer == config.n_layer - 1 else span.length
+        yield from _attention(config, settings, span, queries, layer)
+        if layer not in config.pruned_ffn_layers:
+            yield from _ffn(config, settings, layer)
+    if config.final_normalization == "layernorm":
+        yield Step("norm", None, partial(normalize, epsilon=config.layer_norm_epsilon), ("hidden",), ("hidden",))
+    yield Step("head", None, linear, ("hidden", "head.weight", "head.bias"), (LOGITS,))
+    if settings.answer == "token":
+        yield Step("argmax", None, choose, (LOGITS,), (TOKEN,))
+
+
+def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
+    name = f"h.{layer}."
+    read, norm = _norm(config, layer)
+    yield from norm
+    kept = (name + "keys", name + "values") if span.start else ()
+    temperatures = (name + "inverse_temperature",) if config.attention_temperature == "position" else ()
+    start, early = span.end - queries, 0
+    if temperatures and settings.softmax == "efficient":
+        # Where fewer scores are visible than a query has numbers, temperatures multiply scores.
+        early = min(max(config.n_embd // config.n_head - start, 0), queries)
+    split = partial(split_heads, heads=config.n_head, queries=queries, kept=bool(kept), start=start, early=early)
+    inputs = (read, name + "qkv.weight", name + "qkv.bias", *kept, *(temperatures if early < queries else ()))
+    outputs = ("queries", name + "keys", name + "values")
+    yield Step("query, key, value", layer, split, inputs, outputs)
+    yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
+    if settings.softmax != "efficient":
+        whole = partial(whole_softmax, per_row=settings.softmax == "tuned")
+        yield Step("softmax", layer, whole, ("scores",), ("weights",))
+        yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
+    else:
+        subtract = partial(subtract_maximum, start=start, early=early) if early else subtract_maximum
+        inputs = ("scores", *temperatures) if early else ("scores",)
+        yield Step("maximum", layer, subtract, inputs, ("visible",))
+        yield Step("exponential", layer, exponentiate, ("visible",), ("visible",))
+        weigh = partial(weigh_visible, queries=queries)
+        yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))
+        divide = partial(divide_and_merge, keys=span.end)
+        yield Step("division", layer, divide, ("attended", "sums"), ("attended",))
+    inputs = ("attended", name + "output.weight", name + "output.bias", "hidden")
+    yield Step("output", layer, add_linear, inputs, ("hidden",))
+
+
+def _norm(config, layer: int) -> tuple[str, list[Step]]:
+    """Where a sublayer reads the residual stream, and the step that writes there."""
+    if config.normalization != "layernorm":
+        return "hidden", []
+    function = partial(normalize, epsilon=config.layer_norm_epsilon)
+    return "normalized", [Step("norm", layer, function, ("hidden",), ("normalized",))]
+
+
+def _ffn(config, settings, layer: int) -> Iterator[Step]:
+    name = f"h.{layer}."
+    read, norm = _norm(config, layer)
+    yield from norm
+    if config.ffn_type == "mlp":
+        yield Step("FFN", layer, linear, (read, name + "ffn_in.weight", name + "ffn_in.bias"), ("inner",))
+        read, activation = "inner", config.activation_function
+        if activation == "learnable_leaky_relu":
+            yield Step("activation", layer, learnable_leaky_relu, ("inner", name + "slope"), ("inner",))
+        elif activation not in ("identity", "linear"):
+            yield Step("activation", layer, _activation(config, settings.gelu), ("inner",), ("inner",))
+    inputs = (read, name + "ffn.weight", name + "ffn.bias", "hidden")
+    if config.ffn_residual_scaling:
+        yield Step("FFN", layer, add_linear_to_scaled, (*inputs, name + "beta"), ("hidden",))
+    else:
+        yield Step("FFN", layer, add_linear, inputs, ("hidden",))
+
+
+def _activation(config, gelu: str) -> Callable:
+    if config.activation_function in ("relu", "leaky_relu"):
+        return relu if config.activation_function == "relu" else leaky_relu
+    # Errors of each layer add up where no norm scales them: of a model trained so, 1 in 50 most likely tokens changed.
+    piecewise = piecewise_gelu if config.normalization == "layernorm" else fine_gelu
+    return {"piecewise": piecewise, "tanh": tanh_gelu, "erf": erf_gelu}[gelu]
+
+
+def embed(ops: Arithmetic, tokens, table, positions, span: Span):
+    """
+    Rows `(length, vocabulary)` of one 1 each to embeddings `(length, width)`, in parts of the vocabulary: the engine
+    keeps all that it makes of a table for the time of a product, 2 GB of each thousand rows of GPT-2 small's.
+    """
+    parts = math.ceil(table.shape[0] / MOST_EMBEDDED)
+    size = math.ceil(table.shape[0] / parts)
+    rows = [slice(part * size, (part + 1) * size) for part in range(parts)]
+    return sum(ops.matmul(tokens[:, part], table[part]) for part in rows) + positions[span.start : span.end]
+
+
+def normalize(ops: Arithmetic, hidden, epsilon: float):
+    """LayerNorm without gain and bias."""
+    width = hidden.shape[-1]
+    centered = hidden - ops.scale(hidden.sum(axis=-1, keepdims=True), 1 / width)
+    variance = ops.scale(ops.square(centered).sum(axis=-1, keepdims=True), 1 / width)
+    return ops.multiply(centered, ops.reciprocal_root(variance + ops.public(epsilon)))
+
+
+def linear(ops: Arithmetic, hidden, weight, bias):
+    return ops.matmul(hidden, weight) + bias
+
+
+def add_linear(ops: Arithmetic, hidden, weight, bias, residual):
+    """The last rows of the residual stream, as many as there are, with a linear map of others added."""
+    return residual[-hidden.shape[0] :] + ops.matmul(hidden, weight) + bias
+
+
+def add_linear_to_scaled(ops: Arithmetic, hidden, weight, bias, residual, beta):
+    return ops.scale_all(residual, beta) + ops.matmul(hidden, weight) + bias
+
+
+def split_heads(
+    ops: Arithmetic, hidden, weight, bias, *more, heads: int, queries: int, kept: bool, start: int, early: int
+):
+    """
+    Queries of the last rows `(heads, queries, head size)`, and keys and values of all `(heads, keys, head size)`, from
+    hidden states `(length, width)`. More are keys and values kept from before, which come in front, and inverse
+    temperatures `(heads, positions)`, which the queries from position `start` on are multiplied by, but for `early`
+    first ones.
+    """
+    width = weight.shape[0]
+    if queries == hidden.shape[0]:
+        mapped = linear(ops, hidden, weight, bias)
+        query, key_value = mapped[:, :width], mapped[:, width:]
+    else:
+        query = linear(ops, hidden[-queries:], weight[:, :width], bias[:width])
+        key_value = linear(ops, hidden, weight[:, width:], bias[width:])
+    query, key, value = (
+        part.reshape(part.shape[0], heads, -1).swapaxes(0, 1)
+        for part in (query, key_value[:, :width], key_value[:, width:])
+    )
+    if kept:
+        key = ops.xp.concatenate([more[0], key], axis=1)
+        value = ops.xp.concatenate([more[1], value], axis=1)
+    for factors in more[2 * kept :]:
+        scaled = ops.multiply(query[:, early:], factors[:, start + early : start + queries, None])
+        query = ops.xp.concatenate([query[:, :early], scaled], axis=1) if early else scaled
+    return query, key, value
+
+
+def score(ops: Arithmetic, query, key):
+    """Scores `(heads, queries, keys)`. Those of one query are one product: a product has a price of its own."""
+    heads, queries, size = query.shape
+    if queries > 1:
+        return ops.matmul(query, key.swapaxes(1, 2))
+    # Row h holds the query of head h in the columns of head h.
+    spread = ops.xp.where(np.eye(heads, dtype=bool)[:, :, None], query.swapaxes(0, 1), 0.0)
+    stacked = key.swapaxes(1, 2).reshape(heads * size, -1)
+    return ops.matmul(spread.reshape(heads, heads * size), stacked)[:, None]
+
+
+def whole_softmax(ops: Arithmetic, scores, per_row: bool):
+    """As `jax.nn.softmax` of masked scores, with a division of every number or with one reciprocal for each row."""
+    visible = _visible(*scores.shape[1:])
+    largest = ops.largest(ops.xp.where(visible, scores, MASKED_SCORE))
+    exponentials = ops.exp(ops.xp.where(visible, scores - largest, 0.0))
+    exponentials = ops.xp.where(visible, exponentials, 0.0)
+    sums = exponentials.sum(axis=-1, keepdims=True)
+    return ops.multiply(exponentials, ops.reciprocal(sums)) if per_row else ops.divide(exponentials, sums)
+
+
+def weigh_and_merge(ops: Arithmetic, weights, value):
+    return _merge(weigh(ops, weights, value))
+
+
+def weigh(ops: Arithmetic, weights, value):
+    """Sums of values `(heads, queries, head size)`, for one query in one product."""
+    heads, queries, keys = weights.shape
+    if queries > 1:
+        return ops.matmul(weights, value)
+    size = value.shape[-1]
+    all_values = value.swapaxes(0, 1).reshape(keys, heads * size)
+    every_pair = ops.matmul(weights[:, 0], all_values).reshape(heads, heads, size)
+    return every_pair[np.arange(heads), np.arange(heads)][:, None]
+
+
+def subtract_maximum(ops: Arithmetic, scores, inverse_temperature=None, start: int = 0, early: int = 0):
+    """
+    Scores less the largest visible one of their row, the visible ones in one row a head: `(heads, visible)`. Where
+    temperatures are given, of positions from `start`, those of the `early` first rows are applied.
+    """
+    heads, queries, keys = scores.shape
+    mask = _visible(queries, keys)
+    visible = scores.reshape(heads, queries * keys)[:, np.flatnonzero(mask)]
+    if early:
+        count = mask[:early].sum()
+        scaled = _scale_early(ops, visible[:, :count], mask[:early], inverse_temperature[:, start : start + early])
+        visible = ops.xp.concatenate([scaled, visible[:, count:]], axis=1)
+    return visible - _largest(ops, visible, mask.sum(axis=1))[:, np.nonzero(mask)[0]]
+
+
+def _scale_early(ops: Arithmetic, visible, mask: np.ndarray, factors):
+    """
+    Visible scores `(heads, visible)` of the rows of a mask, less the first one of their row, which softmax does not
+    notice, times the row's factor of `(heads, rows)`.
+    """
+    rows, columns = np.nonzero(mask)
+    differences = visible - visible[:, np.flatnonzero(columns == 0)[rows]]
+    rest = np.flatnonzero(columns)
+    if not len(rest):
+        return differences
+    scaled = ops.multiply(differences[:, rest], factors[:, rows[rest]])
+    zero = ops.xp.zeros((len(visible), 1), visible.dtype)
+    return ops.xp.concatenate([zero, scaled], axis=1)[:, np.where(columns, np.cumsum(columns > 0), 0)]
+
+
+def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
+    """The largest of each part of the rows; the parts have these lengths, one after the other: `(heads, parts)`."""
+    while lengths.max() > 1:
+        starts, pairs = np.cumsum(lengths) - lengths, lengths // 2
+        first = np.concatenate([start + 2 * np.arange(count) for start, count in zip(starts, pairs, strict=True)])
+        larger = ops.larger(tensor[:, first], tensor[:, first + 1])
+        # Of an odd part one is left over, and goes behind the larger ones of its pairs.
+        odd = np.flatnonzero(lengths % 2)
+        tensor = ops.xp.concatenate([larger, tensor[:, (starts + lengths - 1)[odd]]], axis=1)
+        lengths = pairs + lengths % 2
+        places = np.argsort(np.concatenate([np.repeat(np.arange(len(pairs)), pairs), odd]), kind="stable")
+        tensor = tensor[:, places]
+    return tensor
+
+
+def weigh_visible(ops: Arithmetic, visible, value, queries: int):
+    """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
+    heads, keys = visible.shape[0], value.shape[1]
+    mask = _visible(queries, keys).reshape(-1)
+    # The place of each score among the visible ones, or behind them, where a 0 is.
+    places = np.where(mask, np.cumsum(mask) - 1, mask.sum())
+    zero = ops.xp.zeros((heads, 1), visible.dtype)
+    exponentials = ops.xp.concatenate([visible, zero], axis=1)[:, places].reshape(heads, queries, keys)
+    return weigh(ops, exponentials, value), exponentials.sum(axis=-1, keepdims=True)
+
+
+def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
+    return _merge(ops.multiply(attended, reciprocal_up_to(ops, sums, keys)))
+
+
+def choose(ops: Arithmetic, logits):
+    return ops.index_of_largest(logits)
+
+
+def _visible(queries: int, keys: int) -> np.ndarray:
+    """Which keys each of the last queries may attend to; public."""
+    return np.tri(queries, keys, keys - queries, dtype=bool)
+
+
+def _merge(attended):
+    """`(heads, queries, head size)` to `(queries, width)`."""
+    heads, queries, size = attended.shape
+    return attended.swapaxes(0, 1).reshape(queries, heads * size)
+
+
+def run_steps(steps: list[Step], ops: Arithmetic, variables: dict) -> dict:
+    """Runs a program in the clear, on JAX's or numpy's arrays; returns all variables."""
+    variables = dict(variables)
+    for step in steps:
+        results = step.function(ops, *(variables[name] for name in step.inputs))
+        results = results if isinstance(results, tuple) else (results,)
+        variables.update(zip(step.outputs, results, strict=True))
+    return variables

@@ -1,0 +1,319 @@
+"""Whether a model's numbers fit the ring: the range of every tensor, what overflows, and which settings would do."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from entropy_gpt.evaluation.json_records import RECORD
+from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from modeling_entropy_gpt import EntropyGPTConfig
+
+from .fixed_point import SAFE_BITS, Float64Arithmetic, emulate, exact_logits, exact_variables
+from .program import LOGITS, Span, build_steps, run_steps
+from .settings import RING_BITS, PrivateSettings
+
+
+# What may be recommended: fewer leave no precision, more no room before the point.
+FRACTION_BITS = range(12, 23)
+# The last bit of a tensor may be such a part of its typical value.
+COARSEST = 2**-6
+# A prompt that was not audited may make numbers larger by this factor.
+SPARE = 2.0
+# Typical error of logits that nobody notices: it costs about half its square in cross-entropy.
+TOLERATED_ERROR = 0.02
+
+
+@dataclass(config=RECORD)
+class TensorRange:
+    """
+    How large and how small the numbers of a tensor are, over all sequences.
+
+    Args:
+        name (`str`): Where it comes up, such as "layer 3, FFN" or "h.3.ffn.weight".
+        role (`str`):
+            "weight", "value" (what a step writes), "product" (before its truncation), "exponent" (what exp is taken
+            of), "divisor" or "radicand" (what 1 / x or 1 / sqrt(x) is taken of).
+        least, most (`float`): The smallest and the largest number.
+        typical (`float`): Root of the mean square.
+        lost (`float`): Share of the numbers other than 0 that are smaller than the last bit.
+    """
+
+    name: str
+    role: Literal["weight", "value", "product", "exponent", "divisor", "radicand"]
+    least: float
+    most: float
+    typical: float
+    lost: float
+
+    @property
+    def size(self) -> float:
+        """The largest magnitude."""
+        return max(-self.least, self.most)
+
+
+@dataclass(config=RECORD)
+class RangeReport:
+    """
+    Whether a model's numbers fit the settings.
+
+    Args:
+        fraction_bits, exponential_squarings (`int`): The settings' own.
+        positions (`int`): Logits were compared at so many.
+        largest_error, typical_error (`float`):
+            Of the emulated logits against the model's own, and the root of their mean square.
+        rounding_error (`float`): The part of the typical error that rounding makes; the rest are approximations.
+        agreement (`float`): Share of positions at which the most likely token is the same.
+        tensors (`list[TensorRange]`): In the order in which they come up, weights first.
+    """
+
+    fraction_bits: int
+    exponential_squarings: int
+    positions: int
+    largest_error: float
+    typical_error: float
+    rounding_error: float
+    agreement: float
+    tensors: list[TensorRange]
+
+    @property
+    def problems(self) -> list[str]:
+        """A line for every tensor that does not fit: its name, what is wrong, and what to do."""
+        found = self._tensor_problems()
+        if not found and not self.rounding_error <= TOLERATED_ERROR:
+            found = [f"logits: rounding makes errors of {self.rounding_error:.2g}; use {self._advice()}."]
+        return found
+
+    @property
+    def recommended_fraction_bits(self) -> int | None:
+        """The settings' own where they will do; else as many as precision asks for, or the most that fit, or none."""
+        wanted = max([self.fraction_bits, *(_precise_bits(tensor) for tensor in self.tensors)])
+        if self.rounding_error > TOLERATED_ERROR and not self._has_garbage:
+            wanted = max(wanted, self.fraction_bits + math.ceil(math.log2(self.rounding_error / TOLERATED_ERROR)))
+        fitting = list(filter(self._fits, FRACTION_BITS))
+        return next((bits for bits in fitting if bits >= wanted), fitting[-1] if fitting else None)
+
+    @property
+    def recommended_squarings(self) -> int:
+        """
+        Of the stock and the tuned softmax: as many as weigh the error of the approximation, 0.27 / 2^n, against that
+        of the last bit, 2^n of them; more where scores are so far apart that the approximation would not hold.
+        """
+        bits = self.recommended_fraction_bits or self.fraction_bits
+        balanced = (bits - 1) // 2
+        lowest = min((tensor.least for tensor in self.tensors if tensor.role == "exponent"), default=0.0)
+        return next((n for n in range(balanced, RING_BITS) if lowest * SPARE >= lowest_exponent(n, bits)), RING_BITS)
+
+    @property
+    def _has_garbage(self) -> bool:
+        """Whether a tensor is beyond what is computed at all, so that errors say nothing about rounding."""
+        return any(self._too_large(tensor) or self._too_low(tensor) for tensor in self.tensors)
+
+    def _tensor_problems(self) -> list[str]:
+        lines = ((tensor.name, self._problem(tensor)) for tensor in self.tensors)
+        return [f"{name}: {line}" for name, line in lines if line is not None]
+
+    def _fits(self, bits: int) -> bool:
+        return all(tensor.size * SPARE < _largest(tensor.role, bits) for tensor in self.tensors)
+
+    def _too_large(self, tensor: TensorRange) -> bool:
+        return not tensor.size < _largest(tensor.role, self.fraction_bits)
+
+    def _too_low(self, tensor: TensorRange) -> bool:
+        if tensor.role == "exponent":
+            return not tensor.least >= lowest_exponent(self.exponential_squarings, self.fraction_bits)
+        return tensor.role == "divisor" and not tensor.least >= COARSEST
+
+    def _problem(self, tensor: TensorRange) -> str | None:
+        if self._too_large(tensor):
+            return self._say_too_large(tensor)
+        if self._too_low(tensor):
+            return self._say_low_exponent(tensor) if tensor.role == "exponent" else self._say_low_scores(tensor)
+        return self._say_imprecise(tensor) if _precise_bits(tensor) > self.fraction_bits else None
+
+    def _say_too_large(self, tensor: TensorRange) -> str:
+        limit = _largest(tensor.role, self.fraction_bits)
+        return (
+            f"{tensor.size:.2g} ({tensor.role}) does not fit with {self.fraction_bits} fraction bits, where "
+            f"{limit:.2g} is the limit; use {self._advice()}."
+        )
+
+    def _say_low_exponent(self, tensor: TensorRange) -> str:
+        lowest = lowest_exponent(self.exponential_squarings, self.fraction_bits)
+        return (
+            f"exp({tensor.least:.4g}) is out of reach of {self.exponential_squarings} squarings, which are right from "
+            f"{lowest:.4g} to 0; use exponential_squarings={self.recommended_squarings}."
+        )
+
+    def _say_low_scores(self, tensor: TensorRange) -> str:
+        return (
+            f"a sum of exponentials is {tensor.least:.2g} and has to be about 1 or more: the visible scores of a row "
+            "are all far below that of masked keys; use a model with smaller scores."
+        )
+
+    def _say_imprecise(self, tensor: TensorRange) -> str:
+        return (
+            f"numbers of about {_small(tensor):.2g} lose precision where the last bit is "
+            f"{2.0**-self.fraction_bits:.2g}, and {tensor.lost:.0%} vanish; use {self._advice()}."
+        )
+
+    def _advice(self) -> str:
+        bits = self.recommended_fraction_bits
+        if bits not in (None, self.fraction_bits):
+            return f"fraction_bits={bits}"
+        return "another model: no number of fraction bits leaves room for all of this one's"
+
+
+def lowest_exponent(squarings: int, fraction_bits: int) -> float:
+    """
+    The lowest x for which (1 + x / 2^n)^(2^n) is 0 to the last bit: it is even about -2^n, and 1 again at -2^(n + 1).
+    """
+    return -(2.0 ** (squarings + 1)) + fraction_bits * math.log(2)
+
+
+def largest_radicand(fraction_bits: int) -> float:
+    """Of larger numbers the engine's 1 / sqrt(x) is 0; it has bits by twos."""
+    return 2.0 ** (fraction_bits - (3 if fraction_bits % 2 else 1))
+
+
+def _largest(role: str, fraction_bits: int) -> float:
+    """The limit of a tensor's magnitude."""
+    if role in ("divisor", "radicand"):
+        return 2.0**fraction_bits if role == "divisor" else largest_radicand(fraction_bits)
+    return 2.0 ** (SAFE_BITS - fraction_bits * (2 if role == "product" else 1))
+
+
+def _small(tensor: TensorRange) -> float:
+    """The number whose last bit matters most."""
+    return tensor.least if tensor.role == "radicand" else tensor.typical
+
+
+def _precise_bits(tensor: TensorRange) -> int:
+    """The fraction bits that leave a tensor its precision."""
+    if tensor.role not in ("weight", "radicand") or not 0 < _small(tensor) < math.inf:
+        return 0
+    return math.ceil(-math.log2(COARSEST * _small(tensor)))
+
+
+def audit(
+    config: EntropyGPTConfig,
+    weights: dict[str, np.ndarray],
+    settings: PrivateSettings,
+    tokens: Iterable[np.ndarray],
+    seed: int = 0,
+) -> RangeReport:
+    """
+    Runs the program in float64 and looks at every number that the ring has to hold; then emulates the ring, to say
+    what it does to the logits of all positions.
+
+    Args:
+        config ([`EntropyGPTConfig`]), weights (`dict`): Those of [`prepare_weights`].
+        settings ([`PrivateSettings`]): What is asked for.
+        tokens (`Iterable[np.ndarray]`): Ids of some sequences.
+        seed (`int`): As in [`emulate`].
+
+    Raises:
+        `PrivateInferenceError`: If there is no sequence; or as [`build_steps`].
+    """
+    ops = _ObservedArithmetic(settings.fraction_bits)
+    for name, weight in weights.items():
+        ops.observe(weight, "weight" if weight.ndim > 1 else "value", name)
+    exact, unrounded, emulated = [], [], []
+    for sequence in tokens:
+        exact.append(exact_logits(config, weights, settings, sequence, len(sequence)))
+        unrounded.append(_run_observed(config, weights, settings, sequence, ops))
+        emulated.append(emulate(config, weights, settings, sequence, len(sequence), seed + len(emulated)))
+    if not exact:
+        raise PrivateInferenceError("an audit needs a sequence of tokens or more: give some text.")
+    exact, unrounded, emulated = (np.concatenate(logits) for logits in (exact, unrounded, emulated))
+    return RangeReport(
+        fraction_bits=settings.fraction_bits,
+        exponential_squarings=settings.exponential_squarings,
+        positions=len(exact),
+        largest_error=float(np.abs(emulated - exact).max()),
+        typical_error=_root_mean_square(emulated - exact),
+        rounding_error=_root_mean_square(emulated - unrounded),
+        agreement=float((emulated.argmax(-1) == exact.argmax(-1)).mean()),
+        tensors=list(ops.ranges()),
+    )
+
+
+def _root_mean_square(tensor: np.ndarray) -> float:
+    return float(np.sqrt(np.square(tensor).mean()))
+
+
+def _run_observed(config, weights, settings, tokens, ops: "_ObservedArithmetic") -> np.ndarray:
+    """The program's logits without rounding."""
+    variables = exact_variables(config, weights, settings, tokens)
+    for step in build_steps(config, settings, Span(0, len(tokens), len(tokens))):
+        ops.place = step.operation if step.layer is None else f"layer {step.layer}, {step.operation}"
+        variables = run_steps([step], ops, variables)
+        for name in step.outputs:
+            ops.observe(variables[name], "value")
+    return variables[LOGITS]
+
+
+class _ObservedArithmetic(Float64Arithmetic):
+    """float64, with a look at what the ring has to hold; `place` is the step that runs."""
+
+    def __init__(self, fraction_bits: int):
+        super().__init__(np)
+        self.place = ""
+        self._resolution = 2.0**-fraction_bits
+        self._tallies: dict[tuple[str, str], _Tally] = {}
+
+    def observe(self, tensor, role: str, name: str | None = None):
+        self._tallies.setdefault((name or self.place, role), _Tally()).add(tensor, self._resolution)
+        return tensor
+
+    def ranges(self) -> Iterator[TensorRange]:
+        for (name, role), tally in self._tallies.items():
+            yield tally.range(name, role)
+
+    def matmul(self, left, right):
+        return self.observe(super().matmul(left, right), "product")
+
+    def multiply(self, left, right):
+        return self.observe(super().multiply(left, right), "product")
+
+    def scale(self, tensor, constant):
+        return self.observe(super().scale(tensor, constant), "product")
+
+    def square(self, tensor):
+        return self.observe(super().square(tensor), "product")
+
+    def exp(self, tensor):
+        return super().exp(self.observe(tensor, "exponent"))
+
+    def reciprocal(self, tensor):
+        self.observe(tensor, "divisor")
+        # As in the ring, 1 / 0 is 0.
+        return np.divide(1.0, tensor, out=np.zeros_like(tensor), where=tensor != 0)
+
+    def divide(self, tensor, divisor):
+        return tensor * self.reciprocal(divisor)
+
+    def reciprocal_root(self, tensor):
+        return super().reciprocal_root(self.observe(tensor, "radicand"))
+
+
+class _Tally:
+    """Of the numbers of a tensor, over sequences."""
+
+    def __init__(self):
+        self.least, self.most = math.inf, -math.inf
+        self.count = self.squares = self.nonzero = self.lost = 0
+
+    def add(self, tensor: np.ndarray, resolution: float):
+        size = np.abs(tensor)
+        self.least, self.most = min(self.least, float(tensor.min())), max(self.most, float(tensor.max()))
+        self.count += tensor.size
+        self.squares += float(np.square(size, dtype=np.float64).sum())
+        self.nonzero += int(np.count_nonzero(size))
+        self.lost += int(np.count_nonzero((size > 0) & (size < resolution)))
+
+    def range(self, name: str, role: str) -> TensorRange:
+        typical = math.sqrt(self.squares / self.count)
+        return TensorRange(name, role, self.least, self.most, typical, self.lost / max(1, self.nonzero))

@@ -1,0 +1,1 @@
+"""Records of results: what was measured, with its conditions."""

@@ -1,0 +1,1 @@
+"""Presentation of records: tables, plots, reports, model cards."""

@@ -1,0 +1,248 @@
+"""`entropy-gpt private` as processes of its own: a demonstration, a server with its client, and both misused."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from entropy_gpt.commands.main import main
+from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
+from entropy_gpt.evaluation.origin import hash_weights
+from entropy_gpt.evaluation.private_inference.parties.channel import connect, parse_address
+from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.records.results import load_results
+from entropy_gpt.training.tokenizer import train_tokenizer
+from entropy_gpt.workflows.private import PrivateAnswer, print_answer
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+
+
+COMMAND = Path(sys.executable).with_name("entropy-gpt")
+PROMPT = "def main("
+SIZES = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def run(*arguments, **options):
+    command = [COMMAND, "private", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+
+
+def save_model(folder: Path, text: str, notation: str = "SM+ScFuFFN", **fields) -> Path:
+    tokenizer = train_tokenizer([text], 300)
+    torch.manual_seed(0)
+    sizes = SIZES | {"n_layer": fields.get("n_layer", 1)}
+    config = EntropyGPTConfig.from_notation(notation, vocab_size=len(tokenizer), **sizes)
+    model = EntropyGPTForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= fields.get("factor", 5)
+    model.config.activation_function = fields.get("activation", model.config.activation_function)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, text):
+    source = "\n".join(path.read_text() for path in text.iterdir())
+    return save_model(tmp_path_factory.mktemp("model"), source)
+
+
+@pytest.fixture(scope="module")
+def address(model):
+    """Of a server that is running."""
+    pytest.importorskip("spu")
+    command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0", "--max-new-tokens", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        line = server.stdout.readline().strip()
+        assert line.startswith("listening on ")
+        yield line.removeprefix("listening on ")
+        server.kill()
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys) -> Callable:
+    """Runs a command in this process; returns its exit status, and what it printed and complained."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["entropy-gpt", "private", *map(str, arguments)])
+        capsys.readouterr()
+        return main(), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def complaint(run_here) -> Callable:
+    """The one line that a command leaves when it fails."""
+
+    def run(*arguments) -> str:
+        status, _, error = run_here(*arguments)
+        assert status == 1
+        (line,) = error.strip().splitlines()
+        assert line.startswith("entropy-gpt: ")
+        return line
+
+    return run
+
+
+def test_an_answer_can_not_drive_the_terminal(capsys):
+    cost = InferenceCost("SM", 1, 1, 1, 1, 1, 1, PrivateSettings(), "", [], [], 0.0, {}, None, "")
+    print_answer("\x1b[2Ja", PrivateAnswer("\x1b]0;owned\x07b\n\tc[red]", None, 0.0, cost))
+    assert capsys.readouterr().out == "\n[2Ja]0;ownedb\n        c[red]\n"
+
+
+def test_without_the_engine_it_says_what_to_install(model, complaint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "spu", None)
+    assert "pip install 'entropy-gpt[private]'" in complaint("demo", model)
+
+
+class TestMisuse:
+    @pytest.fixture(autouse=True)
+    def _engine(self):
+        pytest.importorskip("spu")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--listen", "nowhere"], "'nowhere' is no address: write HOST:PORT"),
+            (["--listen", "127.0.0.1:99999"], "is no address"),
+            (["--listen", "0.0.0.0:0"], "without TLS only this machine's loopback"),
+            (["--listen", "127.0.0.1:0", "--cert", "missing.pem"], "TLS needs all three of --cert, --key and --ca"),
+            *(
+                (["--listen", "0.0.0.0:0", "--insecure", *told], "would show weights or prompt to whoever listens")
+                for told in (["--protocol", "semi2k"], ["--embedding", "client_table"])
+            ),
+        ],
+    )
+    def test_of_addresses_and_certificates(self, model, arguments, message, complaint):
+        assert message in complaint("serve", model, *arguments)
+
+    def test_a_port_in_use(self, model, complaint):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            line = complaint("serve", model, "--listen", address)
+        assert address in line
+        assert "in use" in line
+
+    def test_no_server_and_no_model(self, model, tmp_path, complaint):
+        assert "no server at 127.0.0.1:1" in complaint("ask", PROMPT, "--connect", "127.0.0.1:1", "--tokenizer", model)
+        complaint("demo", tmp_path)
+
+    @pytest.mark.parametrize(
+        "command", [["demo", "nowhere"], ["ask", PROMPT, "--connect", "127.0.0.1:1", "--tokenizer", "nowhere"]]
+    )
+    def test_a_network_that_is_none(self, command, complaint):
+        line = complaint(*command, "--network", "LAN", "--network", "100Mbps")
+        assert "network '100Mbps' is not known: give LAN (1Gbps,1ms)" in line
+
+    def test_an_activation_without_a_private_form(self, tmp_path, text, complaint):
+        source = "\n".join(path.read_text() for path in text.iterdir())
+        folder = save_model(tmp_path, source, "SM+LN+G", activation="silu")
+        assert "activation_function='silu' has no private form" in complaint("demo", folder)
+
+    def test_weights_out_of_range(self, tmp_path, text, complaint):
+        source = "\n".join(path.read_text() for path in text.iterdir())
+        folder = save_model(tmp_path, source, factor=1e5)
+        assert "does not fit the ring" in complaint("serve", folder, "--listen", "127.0.0.1:0")
+
+
+@pytest.mark.private
+class TestTwoProcesses:
+    @pytest.fixture(autouse=True)
+    def _engine(self):
+        pytest.importorskip("spu")
+
+    def test_the_demonstration_agrees_and_records_its_cost(self, model, tmp_path):
+        output, results = tmp_path / "cost.json", tmp_path / "results.json"
+        options = ("--network", "300Mbps,20ms", "--network", "lan", "--results", results)
+        environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "FORCE_COLOR": "1"}
+        Path(environment["TMPDIR"]).mkdir()
+        result = run("demo", model, "--max-new-tokens", 2, "--output", output, *options, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert not list(Path(environment["TMPDIR"]).glob("entropy-gpt-*"))
+        result.stdout = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", result.stdout)
+        assert "in the clear, 2 of 2 tokens are the same" in result.stdout
+        shown = [line.partition(": about ")[0] for line in result.stdout.splitlines() if ": about " in line]
+        assert shown == ["on 300Mbps,20ms", "on LAN"]
+        cost = InferenceCost.load(output)
+        assert cost.total_bytes > 0
+        assert cost.set_up_bytes > 0
+        assert cost.network == "loopback, two processes"
+        assert {step.operation for step in cost.steps} >= {"embedding", "exponential", "head"}
+        (told,) = load_results(results)
+        assert told.weights == hash_weights(load_language_model(model))
+        assert [(each.total_bytes, each.answers, each.check.same) for each in told.costs] == [(cost.total_bytes, 2, 2)]
+        assert told.costs[0].check.largest_error < 0.01
+
+    def test_ffns_that_are_not_absorbed_are_told_once_the_server_listens(self, text, tmp_path):
+        source = "\n".join(path.read_text() for path in text.iterdir())
+        folder = save_model(tmp_path / "model", source, n_layer=4)
+        model = load_language_model(folder)
+        with torch.no_grad():
+            for block in model.transformer.h[1:3]:  # of half of the residual sum next to nothing is left
+                lost = torch.diag(torch.arange(SIZES["n_embd"]) % 2.0)
+                scales = block.residual_scaling
+                block.mlp.c_fused.weight.copy_(-0.99 * scales.ffn_alpha * scales.ffn_beta * lost)
+        model.save_pretrained(folder)
+        command = [COMMAND, "private", "serve", folder, "--listen", "127.0.0.1:0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                first = server.stdout.readline().strip()
+                address = first.removeprefix("listening on ")
+                result = run("ask", PROMPT, "--connect", address, "--tokenizer", folder, "--max-new-tokens", 1)
+            finally:
+                server.kill()
+            rest = server.stdout.read()
+        assert result.returncode == 0, result.stderr
+        assert first == f"listening on {address}"
+        assert "FFNs of layers 1, 2 can't be absorbed" in rest
+
+    def test_a_server_that_is_told_to_end_leaves_no_weights_behind(self, model, tmp_path):
+        command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0"]
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+            address = parse_address(server.stdout.readline().strip().removeprefix("listening on "))
+            with contextlib.closing(connect(*address, None)) as channel:
+                channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+                channel.receive(30, ("terms",))
+                channel.send({"kind": "request", "length": 4, "new_tokens": 1, "answers": 1})
+                channel.receive(30, ("accepted",))
+                assert list(tmp_path.glob("entropy-gpt-server-*"))
+                server.terminate()
+                assert server.wait(20) == 128 + signal.SIGTERM
+        assert not list(tmp_path.glob("entropy-gpt-*"))
+
+    def test_one_client_after_another(self, model, address, run_here):
+        arguments = ("ask", PROMPT, "--connect", address, "--tokenizer", model)
+        first = run(*arguments)
+        status, answer, error = run_here(*arguments)
+        assert (first.returncode, status) == (0, 0), first.stderr + error
+        assert PROMPT in first.stdout
+        assert PROMPT in answer
+
+    @pytest.mark.parametrize(
+        ("prompt", "options", "message"),
+        [
+            ("x " * 100, [], "tokens are not possible: this model has n_positions=32"),
+            ("", [], "the prompt is empty"),
+            (PROMPT, ["--protocol", "semi2k"], "the server offers the protocol cheetah, and semi2k is asked for"),
+            (PROMPT, ["--max-new-tokens", "3"], "3 answers are asked for; 2 is the most here"),
+        ],
+    )
+    def test_what_the_model_can_not_answer(self, model, address, prompt, options, message, complaint):
+        assert message in complaint("ask", prompt, "--connect", address, "--tokenizer", model, *options)
+
+    def test_another_tokenizer(self, address, tmp_path, complaint):
+        other = save_model(tmp_path, "some other text, of which other tokens are made " * 50)
+        line = complaint("ask", PROMPT, "--connect", address, "--tokenizer", other)
+        assert "the tokenizer is not the server's" in line

@@ -1,0 +1,213 @@
+"""The study as a process of its own: a trial from end to end, interrupted, and misused."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from entropy_gpt.commands.study import PROTOCOL
+from entropy_gpt.evaluation.records.results import load_results, save_results
+from entropy_gpt.programs.study.records import Study, StudyRun
+
+
+COMMAND = Path(sys.executable).with_name("entropy-gpt")
+TINY = """
+dataset: {text}
+vocabulary: 300
+test:
+  {package}: {{release: "{release}", characters: 20000}}
+trained:
+  notation: SM
+  n_layer: 1
+  n_head: 1
+  n_embd: 8
+  context: 16
+  max_steps: {steps}
+  per_device_train_batch_size: 2
+  validation_tokens: 1024
+  learning_rate: {rate}
+  seed: 0
+  entropy_logging_steps: 5
+  save_steps: 50
+converted: {{}}
+answered: {{}}
+groups:
+  one:
+    notation: {notation}
+"""
+DIVERGING = """
+  trained_wildly:
+    notation: SM+LN+G
+    learning_rate: 1e6
+    max_steps: 60
+  healed_wildly:
+    convert: {group: one, notation: SM+LN+G}
+    notation: SM
+    heal_steps: 60
+    learning_rate: 1e9
+    validation_tokens: 1024
+    seed: 0
+"""
+
+
+def study(*words, **options):
+    return subprocess.run([COMMAND, "study", *map(str, words)], capture_output=True, text=True, **options)
+
+
+def tiny(text: Path, folder: Path, **changes) -> Path:
+    told = {
+        "text": text,
+        "package": "networkx",
+        "release": "3.6.1",
+        "steps": 5,
+        "rate": 1e-3,
+        "notation": "SM",
+    } | changes
+    (folder / "protocol.yaml").write_text(TINY.format(**told))
+    return folder / "protocol.yaml"
+
+
+@pytest.mark.private
+def test_the_trial_of_the_committed_protocol(tmp_path):
+    output = tmp_path / "study"
+    process = study("--protocol", PROTOCOL, "--only", "smoke", "--output", output, "--workers", 2)
+    assert process.returncode == 0, process.stderr + process.stdout
+    assert "10 rows are measured: " in process.stdout
+    found = Study.load(output / "study.json")
+    assert {group: len(names) for group, names in found.groups.items() if group.startswith("smoke")} == {
+        "smoke_training": 4,
+        "smoke_ladder": 2,
+        "smoke_conversion": 2,
+        "smoke_private": 2,
+    }
+    assert not any(group.startswith("smoke") for group in found.missing)
+    trained, converted, private = (found.group(f"smoke_{name}") for name in ("ladder", "conversion", "private"))
+    for run in [*trained, *converted]:
+        assert math.isfinite(run.validation_nats) and math.isfinite(run.test_nats)
+        assert run.validation.conditions.corpus_revision == trained[0].validation.conditions.corpus_revision
+        assert run.validation.likelihood.tokens == trained[0].validation.likelihood.tokens
+        assert set(run.test) == {"networkx", "sympy"}
+        assert len(run.heads.nats) == 2
+    assert [run.source for run in converted] == [trained[0].name] * 2
+    naive = {run.settings["naive"]: run for run in converted}
+    assert naive[True].validation_nats != naive[False].validation_nats
+    for run in private:
+        assert run.cost.total_bytes > 1e6
+        assert run.cost.check.same == 1
+        assert run.agreement.agreeing >= 0.9 * run.agreement.positions
+        assert run.agreement.private_perplexity == pytest.approx(run.agreement.perplexity, rel=0.01)
+    assert private[0].cost.total_bytes > private[1].cost.total_bytes
+    assert not list(output.rglob("checkpoint-*"))
+
+    models = load_results(output / "models.json")
+    assert [model.name for model in models] == sorted(run.source for run in private)
+    save_results([*models, replace(models[0], name="of another protocol")], output / "models.json")
+    begun = time.monotonic()
+    again = study("--protocol", PROTOCOL, "--only", "smoke", "--output", output)
+    assert again.returncode == 0 and "10 rows are measured" in again.stdout
+    assert time.monotonic() - begun < 60, "nothing was left to do"
+    assert load_results(output / "models.json") == models
+
+
+def test_a_run_that_was_killed_goes_on(text, tmp_path):
+    protocol, output = tiny(text, tmp_path, steps=300), tmp_path / "study"
+    with subprocess.Popen(
+        [COMMAND, "study", "--protocol", protocol, "--output", output, "--workers", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not (checkpoints := list(output.glob("runs/*/training/checkpoint-*"))):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.1)
+        process.kill()
+    assert not list(output.glob("runs/*/result.json"))
+    run = checkpoints[0].parents[1].name
+    log = output / "runs" / run / "training" / "training_log.jsonl"
+    assert log.exists()
+    assert study("--protocol", protocol, "--output", output).returncode == 0
+    result = StudyRun.load(output / "runs" / run / "result.json")
+    assert result.tokens == 300 * 2 * 16
+    entries = map(json.loads, log.read_text().splitlines())
+    steps = [entry["step"] for entry in entries if entry["kind"] == "entropy"]
+    assert steps == list(range(0, 301, 5)), "no step was done twice"
+
+
+def test_two_commands_do_not_share_a_folder(text, tmp_path):
+    with FileLock(tmp_path / "lock"):
+        process = study("--protocol", tiny(text, tmp_path), "--output", tmp_path)
+    assert process.returncode == 1 and "Another command is at work in" in process.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_diverges_is_a_result(text, tmp_path):
+    protocol, output = tiny(text, tmp_path, notation="SM+LN+G"), tmp_path / "study"
+    with protocol.open("a") as file:
+        file.write(DIVERGING)
+    process = study("--protocol", protocol, "--output", output)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("diverged: ") == 2
+    found = Study.load(output / "study.json")
+    for group, notation in (("trained_wildly", "SM+LN+G"), ("healed_wildly", "SM")):
+        (run,) = found.group(group)
+        assert run.notation == notation and run.diverged
+        assert run.parameters > 1000
+        assert run.validation is None and run.validation_nats == math.inf
+    (run,) = found.group("one")
+    assert run.diverged is None and math.isfinite(run.validation_nats)
+
+
+def test_a_run_that_fails_is_told_and_tried_again(text, tmp_path):
+    output = tmp_path / "study"
+    output.mkdir()
+    (output / "data").touch()  # where the runs would keep tokenised text
+    process = study("--protocol", tiny(text, tmp_path), "--output", output)
+    assert process.returncode == 1
+    assert "1 runs failed: " in process.stderr and "Tokenised data can't be kept in" in process.stderr
+    assert "Traceback" not in process.stderr
+    (output / "data").unlink()
+    assert study("--protocol", tiny(text, tmp_path), "--output", output).returncode == 0
+
+
+def test_code_of_another_release_is_not_tested_on(text, tmp_path):
+    process = study("--protocol", tiny(text, tmp_path, release="0.1"), "--output", tmp_path / "study")
+    assert process.returncode == 1
+    assert "The study tests on networkx 0.1, and 3.6.1 is installed" in process.stderr
+
+
+def test_a_folder_of_another_study_is_refused(text, tmp_path):
+    output = tmp_path / "study"
+    output.mkdir()
+    (output / "shared.json").write_text(json.dumps({"dataset": str(text.resolve()), "vocabulary": 400, "test": {}}))
+    process = study("--protocol", tiny(text, tmp_path), "--output", output)
+    assert process.returncode == 1
+    assert "holds a study of another kind (vocabulary 400 then, 300 now" in process.stderr
+
+
+def test_a_dry_run_writes_nothing(text, tmp_path):
+    process = study("--protocol", tiny(text, tmp_path), "--output", tmp_path / "study", "--dry-run")
+    assert process.returncode == 0
+    assert "1 runs are known and missing, with 5 steps of training. Nothing was" in process.stdout
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--only", "nothing"), "--only nothing: no group's name begins so. There are one."),
+        (("--protocol", "no.yaml"), "--protocol no.yaml can't be read"),
+        (("--workers", "0"), "--workers"),
+    ],
+)
+def test_wrong_usage_is_one_line(text, tmp_path, words, message):
+    process = study("--protocol", tiny(text, tmp_path), "--output", tmp_path / "study", *words, cwd=tmp_path)
+    assert process.returncode in (1, 2)
+    assert message in process.stderr and len(process.stderr.splitlines()) == 1
+    assert not (tmp_path / "study").exists()
