@@ -1,8 +1,15 @@
-"""What goes wrong in a conversion by what was given to it."""
+"""Errors that a user can mend."""
 
 
-class ConversionError(ValueError):
-    """What was given can't be converted; the message says why and what to do."""
+class UserError(Exception):
+    """
+    The root of all errors whose cause lies in what was given: arguments, files, the network. The message names the bad
+    value and says what to do; commands show it without a traceback.
+    """
+
+
+class ConversionError(UserError, ValueError):
+    """The given model can't be converted, loaded or folded."""
 
 
 class NotFiniteError(ConversionError):

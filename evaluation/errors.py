@@ -1,5 +1,23 @@
-"""What goes wrong in an evaluation by what was given to it."""
+"""Errors of records, tasks, publication and private inference."""
+
+from entropy_gpt.conversion.errors import UserError
 
 
-class TaskError(ValueError):
-    """A task of lm-eval can't be scored as asked; the message says why and what to do."""
+class RecordError(UserError, ValueError):
+    """The given file holds no such record."""
+
+
+class TaskError(UserError, ValueError):
+    """A task of lm-eval can't be scored as asked."""
+
+
+class PublicationError(UserError, ValueError):
+    """A folder can't be published as it is."""
+
+
+class PrivateInferenceError(UserError, RuntimeError):
+    """A private inference can't begin or go on; the message is one line that says why and what to do."""
+
+
+class EngineError(PrivateInferenceError):
+    """This side's engine failed. The other side is not told why, since the message may describe this machine."""

@@ -7,6 +7,8 @@ from typing import ClassVar, Self
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import is_pydantic_dataclass
 
+from .errors import RecordError
+
 
 # For `pydantic.dataclasses.dataclass`: no unknown fields, and numbers that are not finite as "NaN" and "Infinity".
 RECORD = ConfigDict(extra="forbid", ser_json_inf_nan="strings", validate_assignment=True)
@@ -40,18 +42,18 @@ def load_record(type_: type, kind: str, version: int, path: Path):
         path (`Path`): The file.
 
     Raises:
-        `ValueError`: If the file can't be read, is of another kind or version, or a field is wrong: with its name.
+        [`RecordError`]: If the file can't be read, is of another kind or version, or a field is wrong: with its name.
     """
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is no JSON: {error}"
-        raise ValueError(f"{path} can't be read: {reason}.") from error
+        raise RecordError(f"{path} can't be read: {reason}.") from error
     found = header.get("kind") if isinstance(header, dict) else None
     if found != kind:
-        raise ValueError(f"{path} holds {found or 'something else'}, not {kind}: give another file.")
+        raise RecordError(f"{path} holds {found or 'something else'}, not {kind}: give another file.")
     if header.get("schema_version") != version:
-        raise ValueError(
+        raise RecordError(
             f"{path} is of schema version {header.get('schema_version')}, where {version} is read: make it anew."
         )
     try:
@@ -59,7 +61,7 @@ def load_record(type_: type, kind: str, version: int, path: Path):
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "content"
-        raise ValueError(f"{path} is broken: {place}: {first['msg']}. Make it anew.") from error
+        raise RecordError(f"{path} is broken: {place}: {first['msg']}. Make it anew.") from error
 
 
 class StoredRecord:

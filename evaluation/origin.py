@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 
+# The working tree that this code lies in, if there is one.
+ROOT = Path(__file__).resolve().parents[1]
 RECORDED_VERSIONS = ("entropy-gpt", "torch", "transformers", "datasets", "tokenizers")
 
 
@@ -33,11 +35,10 @@ def hash_weights(model: PreTrainedModel) -> str:
 
 def git_revision() -> str | None:
     """The commit of this project's working tree, or `None` for an installation without one, or without git."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists() or shutil.which("git") is None:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
-    commit = _git(root, "rev-parse", "HEAD")
-    return f"{commit}+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else commit
+    commit = _git("rev-parse", "HEAD")
+    return f"{commit}+changes" if _git("status", "--porcelain", "--untracked-files=no") else commit
 
 
 def machine_name(device: torch.device) -> str:
@@ -58,7 +59,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _git(root: Path, *arguments: str) -> str:
+def _git(*arguments: str) -> str:
     # Whoever runs this code trusts the tree that it lies in, whose owner may be another (in a container, say).
-    command = ["git", "-C", root, "-c", f"safe.directory={root}", *arguments]
+    command = ["git", "-C", ROOT, "-c", f"safe.directory={ROOT}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

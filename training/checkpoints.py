@@ -15,10 +15,6 @@ SEAL = "sealed_files.json"
 STAGING = "_unfinished-checkpoint"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint can't be used; the message says why and what to do."""
-
-
 def seal(folder: Path):
     """Writes down the size and SHA-256 of every file in a checkpoint, as its last file."""
     files = {

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, PreTrainedConfig
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .arguments import DataArguments, EntropyTrainingArguments, LoraArguments, ModelArguments
+from .errors import RecipeError
 
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -26,10 +27,6 @@ CONFIG_FIELDS = {
     if field.name not in {*ARGUMENT_FIELDS, *(field.name for field in dataclasses.fields(PreTrainedConfig))}
     and not field.name.endswith("_token_id")
 }
-
-
-class RecipeError(ValueError):
-    """A recipe says something that can't be; the message says what, and what can."""
 
 
 @dataclass(frozen=True)

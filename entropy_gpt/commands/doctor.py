@@ -1,19 +1,10 @@
 """`entropy-gpt doctor`: whether this machine and environment can do what the project offers."""
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-
-class Part(StrEnum):
-    """What not everybody needs."""
-
-    train = "train"
-    eval = "eval"
-    private = "private"
-    onnx = "onnx"
-    hub = "hub"
+from entropy_gpt.terminal.extras import Part
 
 
 def doctor(

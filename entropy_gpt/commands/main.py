@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from entropy_gpt.workflows.errors import CommandError
+from entropy_gpt.conversion.errors import UserError
 
 from .card import card
 from .convert import convert
@@ -99,6 +99,6 @@ def _run_app() -> int:
             file=sys.stderr,
         )
         return 1
-    except (CommandError, OSError) as failure:
+    except (UserError, OSError) as failure:
         print(f"entropy-gpt: {' '.join(str(failure).split())}", file=sys.stderr)  # libraries write paragraphs
         return 1

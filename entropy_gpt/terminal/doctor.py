@@ -26,7 +26,7 @@ from packaging.utils import canonicalize_name
 from rich.console import Console
 from rich.markup import escape
 
-from entropy_gpt.commands.doctor import Part
+from .extras import Part
 
 
 PROJECT = "entropy-gpt"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.evaluation.showing.run_plots import (
     choose_records,
@@ -19,7 +20,6 @@ from entropy_gpt.evaluation.showing.run_plots import (
     plot_thresholds,
 )
 from entropy_gpt.training.files import written_whole
-from entropy_gpt.workflows.errors import CommandError
 
 from .tables import make_table
 
@@ -71,7 +71,7 @@ def run(paths: list[Path], output: Path | None, steps: str | None):
         steps (`str`, *optional*): Steps of the heat maps, with commas between them.
 
     Raises:
-        `CommandError`: If a run can't be read, is given twice or has logged nothing, or an option can't be followed.
+        `UserError`: If a run can't be read, is given twice or has logged nothing, or an option can't be followed.
     """
     wanted = None if steps is None else read_steps(steps)
     runs = _load(paths)
@@ -79,10 +79,10 @@ def run(paths: list[Path], output: Path | None, steps: str | None):
         output = runs[0].path.parent / PICTURES if len(runs) == 1 else Path(PICTURES)
     output = output.resolve()
     if not next(place for place in (output, *output.parents) if place.exists()).is_dir():
-        raise CommandError(f"{output} is no folder that can be written to. Give another --output.")
+        raise UserError(f"{output} is no folder that can be written to. Give another --output.")
     drawable = [(picture, [run for run in runs if picture.is_for(run)]) for picture in _pictures(wanted)]
     if not any(suited for _, suited in drawable):
-        raise CommandError(f"{', '.join(str(run.path) for run in runs)}: nothing is logged yet. Draw it later.")
+        raise UserError(f"{', '.join(str(run.path) for run in runs)}: nothing is logged yet. Draw it later.")
     _print_table(runs)
     if wanted is not None:
         _say_which_steps(runs, wanted)
@@ -99,23 +99,20 @@ def read_steps(text: str) -> list[int]:
     Reads steps with commas between them.
 
     Raises:
-        `CommandError`: If it is something else.
+        `UserError`: If it is something else.
     """
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
         if not (part.isascii() and part.isdigit()):
-            raise CommandError(f"--steps {text}: {part!r} is no step. Give whole numbers, such as 0,500,1500.")
+            raise UserError(f"--steps {text}: {part!r} is no step. Give whole numbers, such as 0,500,1500.")
     return sorted({int(part) for part in parts})
 
 
 def _load(paths: list[Path]) -> list[RunLog]:
-    try:
-        runs = [RunLog.load(path) for path in paths]
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    runs = [RunLog.load(path) for path in paths]
     for index, run in enumerate(runs):
         if run.path in [other.path for other in runs[:index]]:
-            raise CommandError(f"{run.place} is given twice. Give each run once.")
+            raise UserError(f"{run.place} is given twice. Give each run once.")
     return runs
 
 

@@ -2,11 +2,11 @@
 
 from rich.console import Console
 
+from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES, PredictedStep, predict
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.program import Span, tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
-from entropy_gpt.workflows.errors import CommandError
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .tables import make_table
@@ -30,7 +30,7 @@ def run(notations: list[str], sizes: dict, kept: int, length: int, all_positions
         embedding (`str`): As in [`PrivateSettings`].
 
     Raises:
-        `CommandError`: If an architecture is not known, or sizes do not fit.
+        `UserError`: If an architecture is not known, or sizes do not fit.
     """
     settings = PrivateSettings(embedding=embedding)
     span = Span(kept, length, length if all_positions else 1)
@@ -66,7 +66,7 @@ def _predict(notation: str, sizes: dict, settings: PrivateSettings, span: Span) 
         config.validate()
         return predict(config, settings, span)
     except (PrivateInferenceError, ValueError) as error:
-        raise CommandError(f"{notation}: {error}") from error
+        raise UserError(f"{notation}: {error}") from error
 
 
 def _operations(steps: list[PredictedStep]) -> dict[str, float]:

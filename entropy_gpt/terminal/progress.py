@@ -8,40 +8,48 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
-class Stage:
-    """One line of a progress display."""
+class Bar:
+    """One line of a progress display: a [`~entropy_gpt.training.progress.Stage`]."""
 
-    def __init__(self, progress: Progress, task: TaskID):
-        self._progress = progress
+    def __init__(self, display: Progress, task: TaskID):
+        self._display = display
         self._task = task
 
     def say(self, status: str):
         """Shows a text at the end of the line."""
-        self._progress.update(self._task, status=status)
+        self._display.update(self._task, status=status)
 
     def advance(self, count: int = 1):
-        """So many more units are done."""
-        self._progress.update(self._task, advance=count)
+        """Moves the bar by `count` units."""
+        self._display.update(self._task, advance=count)
 
     def reach(self, completed: int, total: int | None = None):
-        """So many units are done in all, of so many if that is known only now."""
-        self._progress.update(self._task, completed=completed, total=total)
+        """Moves the bar to `completed` units, of `total` if that is known only now."""
+        self._display.update(self._task, completed=completed, total=total)
 
 
-def progress_display(console: Console) -> Progress:
-    """A display with a line for each stage: description, bar, time left (then taken), status."""
-    return Progress(
+class Bars:
+    """A display with one line for each stage: a [`~entropy_gpt.training.progress.Progress`]."""
+
+    def __init__(self, display: Progress):
+        self._display = display
+
+    @contextmanager
+    def stage(self, description: str, total: int | None = None) -> Iterator[Bar]:
+        """Adds a line; a finished stage shows as full."""
+        task = self._display.add_task(escape(description), total=total, status="")
+        yield Bar(self._display, task)
+        self._display.update(task, total=total or 1, completed=total or 1)
+
+
+@contextmanager
+def progress_display(console: Console) -> Iterator[Bars]:
+    """Shows each stage on a line: description, bar, time left (then time taken), status."""
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         TimeRemainingColumn(elapsed_when_finished=True, compact=True),
         TextColumn("{task.fields[status]}"),
-        console=console,
     )
-
-
-@contextmanager
-def stage(progress: Progress, description: str, total: int | None = None) -> Iterator[Stage]:
-    """Adds a line for a stage of so many units, or of unknown length; a finished stage shows as full."""
-    task = progress.add_task(escape(description), total=total, status="")
-    yield Stage(progress, task)
-    progress.update(task, total=total or 1, completed=total or 1)
+    with Progress(*columns, console=console) as display:
+        yield Bars(display)

@@ -6,10 +6,10 @@ from urllib.parse import quote
 
 from rich.console import Console
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.showing.page import Page, page_html, page_markdown
 from entropy_gpt.evaluation.showing.report import build_report
 from entropy_gpt.training.files import written_whole
-from entropy_gpt.workflows.errors import CommandError
 from entropy_gpt.workflows.report_inputs import read_inputs
 
 
@@ -29,7 +29,7 @@ def run(paths: list[Path], output: Path):
         output (`Path`): The page.
 
     Raises:
-        `CommandError`: If something can't be read or shown together, or the page can't be written there.
+        `UserError`: If something can't be read or shown together, or the page can't be written there.
     """
     _check_output(output)
     results, runs = read_inputs(paths)
@@ -47,11 +47,11 @@ def run(paths: list[Path], output: Path):
 
 def _check_output(output: Path):
     if output.suffix not in (HTML, MARKDOWN):
-        raise CommandError(f"--output {output}: pages end in {HTML} or {MARKDOWN}. Give such a name.")
+        raise UserError(f"--output {output}: pages end in {HTML} or {MARKDOWN}. Give such a name.")
     if not output.parent.is_dir():
-        raise CommandError(f"--output {output}: there is no folder {output.parent}. Make it, or give another.")
+        raise UserError(f"--output {output}: there is no folder {output.parent}. Make it, or give another.")
     if output.is_dir():
-        raise CommandError(f"--output {output} is a folder. Give the name of a file.")
+        raise UserError(f"--output {output} is a folder. Give the name of a file.")
 
 
 def _write_markdown(page: Page, output: Path):

@@ -11,7 +11,6 @@ from datasets import disable_progress_bars
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -31,21 +30,22 @@ from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.origin import git_revision, machine_name, peak_memory, recorded_versions
-from entropy_gpt.evaluation.records.conversion_report import (
+from entropy_gpt.evaluation.records.conversion_report import ConversionReport, StepRecord
+from entropy_gpt.evaluation.records.measurement import describe_model
+from entropy_gpt.evaluation.records.results import RESULTS, Conditions, ModelResult, TrainingResult, save_results
+from entropy_gpt.evaluation.showing.conversion_page import (
     PICTURE,
-    ConversionReport,
-    StepRecord,
     format_perplexity,
     operation_rows,
     report_markdown,
     step_rows,
 )
-from entropy_gpt.evaluation.records.results import RESULTS, Conditions, ModelResult, TrainingResult, save_results
 from entropy_gpt.evaluation.showing.plots import plot_healing
-from entropy_gpt.terminal.progress import progress_display, stage
+from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
-from entropy_gpt.training.errors import CorpusError
+from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.training.progress import Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .convert_inputs import (
@@ -61,9 +61,7 @@ from .convert_inputs import (
     name_source,
     read_text,
 )
-from .errors import CommandError, DivergedError
 from .heal import heal
-from .measure import describe_model
 
 
 # The columns of the report's table, for a terminal of 80 characters.
@@ -81,7 +79,7 @@ def run(job: Job, dry_run: bool):
         dry_run (`bool`): Whether to show the plan and write nothing.
 
     Raises:
-        `CommandError`: If the source, the text, the target or the output can't be used, or healing runs away.
+        `UserError`: If the source, the text, the target or the output can't be used, or healing runs away.
     """
     disable_progress_bars()
     logging.disable_progress_bar()
@@ -89,7 +87,7 @@ def run(job: Job, dry_run: bool):
         check_options(job)
         check_output(job)
         with progress_display(console) as progress:
-            with stage(progress, "loading the model") as line:
+            with progress.stage("loading the model") as line:
                 original = load_language_model(job.source).float()
                 original.to("cuda" if torch.cuda.is_available() else "cpu")
                 line.say(f"{original.config.notation}, {original.num_parameters():,} parameters")
@@ -99,8 +97,6 @@ def run(job: Job, dry_run: bool):
                 report = convert(job, original, target, read_text(job, original.config, progress), progress)
     except NotFiniteError as error:
         raise DivergedError(str(error)) from error
-    except (ConversionError, CorpusError) as error:
-        raise CommandError(str(error)) from error
     if dry_run:
         _show_plan(original, target, plan, job)
     else:
@@ -115,7 +111,7 @@ def convert(
 
     Raises:
         `ConversionError`: If no steps lead to the target, or there is too little text.
-        `CommandError`: If healing runs away.
+        `UserError`: If healing runs away.
     """
     check_amount(text, original, plan_conversion(original.config, target))
     _begin_work(job, original, text)
@@ -211,7 +207,7 @@ class _Measurement:
         self.reference, self.progress = Reference(original, text.validation), progress
 
     def __call__(self, model: EntropyGPTForCausalLM, after: str, *others: EntropyGPTForCausalLM) -> list[Divergence]:
-        with stage(self.progress, f"measuring {after}", sum(map(len, self.reference.batches))) as line:
+        with self.progress.stage(f"measuring {after}", sum(map(len, self.reference.batches))) as line:
             found = self.reference.compare([model, *others], line.advance)
             line.say(f"KL {found[0].kl:.4f}, perplexity {format_perplexity(found[0].nats)}")
         if not found[0].is_finite:
@@ -228,7 +224,7 @@ class _Calibrator:
     def __call__(self, model: EntropyGPTForCausalLM, hidden_activation: str | None = None) -> Calibration:
         path = self.folder / f"{fingerprint(model, self.batches, hidden_activation)}.safetensors"
         if not path.exists():
-            with stage(self.progress, "calibrating", sum(map(len, self.batches))) as line:
+            with self.progress.stage("calibrating", sum(map(len, self.batches))) as line:
                 calibration = calibrate(model, self.batches, hidden_activation, line.advance)
             with written_whole(path) as temporary:
                 calibration.save(temporary)
@@ -282,7 +278,7 @@ def _choose_ffns(original, target: EntropyGPTConfig, calibrator: _Calibrator, te
     """The target with those FFNs pruned that are missed least, and what each would be missed, on calibration text."""
     calibration = calibrator(original)
     batches = text.calibration[:: max(1, len(text.calibration) // len(text.validation))]
-    with stage(progress, "measuring each FFN", sum(map(len, batches))) as line:
+    with progress.stage("measuring each FFN", sum(map(len, batches))) as line:
         damage = measure_pruning_damage(original, batches, calibration, line.advance)
     gone = original.config.pruned_ffn_layers
     least = sorted(damage, key=damage.get)[: len(target.pruned_ffn_layers) - len(gone)]

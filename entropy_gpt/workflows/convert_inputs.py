@@ -8,19 +8,17 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.calibration import HELD_OUT_EVERY, least_rows
-from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.errors import ConversionError, UserError
 from entropy_gpt.conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELDS, Plan, target_config
-from entropy_gpt.terminal.progress import stage
 from entropy_gpt.training.corpus import load_corpus, load_standard_library
+from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.packing import pack, spread_blocks
+from entropy_gpt.training.progress import Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .errors import CommandError
-from .model_tokenizer import load_model_tokenizer
 from .output_folder import holds_earlier_output, refuse_to_delete
 
 
@@ -88,13 +86,13 @@ def read_fields(settings: list[str], final_norm: str | None) -> dict:
     Reads `FIELD=VALUE` settings of a target; values are JSON, or else text.
 
     Raises:
-        `CommandError`: If it is no setting, or not of a field that can be set.
+        `UserError`: If it is no setting, or not of a field that can be set.
     """
     fields = {} if final_norm is None else {"final_normalization": str(final_norm)}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or name not in TRAINING_FIELDS:
-            raise CommandError(
+            raise UserError(
                 f"--set {setting} is not FIELD=VALUE with one of {', '.join(TRAINING_FIELDS)}. The architecture is "
                 "told by --to and --final-norm, and sizes are those of the source."
             )
@@ -110,7 +108,7 @@ def check_options(job: Job):
     Refuses options that would do nothing, and what can't be done here.
 
     Raises:
-        `CommandError`: If there is such an option.
+        `UserError`: If there is such an option.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Job)}
     without_healing = ("schedule", "distill", "hidden_state_weight", "residual_scale_weight")
@@ -118,11 +116,11 @@ def check_options(job: Job):
     for name, other in needs:
         if getattr(job, name) != defaults[name] and not getattr(job, other):
             option, needed = (f"--{word.replace('_', '-')}" for word in (name, other))
-            raise CommandError(f"{option} does nothing without {needed}: give that too, or leave it out.")
+            raise UserError(f"{option} does nothing without {needed}: give that too, or leave it out.")
     if job.naive and job.prune_by_damage:
-        raise CommandError("--prune-by-damage fits what --naive does not: leave out one of them.")
+        raise UserError("--prune-by-damage fits what --naive does not: leave out one of them.")
     if job.heal_steps and (devices := torch.cuda.device_count()) > 1:
-        raise CommandError(f"Healing takes one device, and there are {devices}: set CUDA_VISIBLE_DEVICES=0.")
+        raise UserError(f"Healing takes one device, and there are {devices}: set CUDA_VISIBLE_DEVICES=0.")
 
 
 def check_output(job: Job):
@@ -130,10 +128,10 @@ def check_output(job: Job):
     Refuses to replace what is no earlier conversion, or one without being told to, and a place that can't be written.
 
     Raises:
-        `CommandError`: If the output, or the folder of statistics, can't be used.
+        `UserError`: If the output, or the folder of statistics, can't be used.
     """
     if job.calibration_folder is not None and job.calibration_folder.exists() and not job.calibration_folder.is_dir():
-        raise CommandError(f"--calibration {job.calibration_folder} is no folder: give one, or a new name.")
+        raise UserError(f"--calibration {job.calibration_folder} is no folder: give one, or a new name.")
     if holds_earlier_output(job.output, f"{REPORT}.json", "conversion", job.overwrite):
         folders = {path for path in job.output.iterdir() if path.is_dir()}
         refuse_to_delete({*_inputs_inside(job), *folders}, "conversion")
@@ -157,18 +155,18 @@ def find_target(config: EntropyGPTConfig, job: Job) -> EntropyGPTConfig:
     The configuration that the model is to have. Where FFNs are pruned by damage, those named stand for as many others.
 
     Raises:
-        `CommandError`, `ConversionError`: If it can't be had.
+        `UserError`, `ConversionError`: If it can't be had.
     """
     target = target_config(config, job.notation, **{"final_normalization": config.final_normalization, **job.fields})
     if not target.entropy_regularization and (without := sorted(job.fields.keys() & {*ENTROPY_FIELDS})):
-        raise CommandError(f"--set {without[0]} needs the entropy penalty: --to 'EReg({job.notation})'.")
+        raise UserError(f"--set {without[0]} needs the entropy penalty: --to 'EReg({job.notation})'.")
     if job.residual_scale_weight and target.final_normalization == "layernorm":
-        raise CommandError("--residual-scale-weight does nothing for a LayerNorm before the head: give --final-norm.")
+        raise UserError("--residual-scale-weight does nothing for a LayerNorm before the head: give --final-norm.")
     if job.prune_by_damage:
         gone = config.pruned_ffn_layers
         left = [layer for layer in range(config.n_layer) if layer not in gone]
         if (more := len(target.pruned_ffn_layers) - len(gone)) < 1:
-            raise CommandError(
+            raise UserError(
                 f"--prune-by-damage: {job.notation} prunes no FFN more than the source. Say how many with FFNi<k>, "
                 f"such as FFNi{len(gone) + 1}."
             )
@@ -181,16 +179,16 @@ def read_text(job: Job, config: EntropyGPTConfig, progress: Progress) -> Text:
     Reads and tokenises the text.
 
     Raises:
-        `CommandError`, `CorpusError`: If text or tokenizer can't be used.
+        `UserError`, `CorpusError`: If text or tokenizer can't be used.
     """
     tokenizer = load_model_tokenizer(job.tokenizer, job.source, config.vocab_size)
     context = job.context or min(config.n_positions, LONGEST_CONTEXT)
     if context > config.n_positions:
-        raise CommandError(f"--context {context}: the model has {config.n_positions} positions.")
-    with stage(progress, "reading the text") as line:
+        raise UserError(f"--context {context}: the model has {config.n_positions} positions.")
+    with progress.stage("reading the text") as line:
         corpus = load_standard_library() if job.text is None else load_corpus(job.text, without=job.output)
         line.say(f"{corpus.characters:,} characters")
-    with stage(progress, "tokenising", len(corpus.training) + len(corpus.validation)) as line:
+    with progress.stage("tokenising", len(corpus.training) + len(corpus.validation)) as line:
         training, validation = (
             pack((document.text for document in documents), tokenizer, context, line.advance)
             for documents in (corpus.training, corpus.validation)

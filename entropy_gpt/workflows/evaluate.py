@@ -8,22 +8,21 @@ from pathlib import Path
 from datasets import disable_progress_bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from transformers.utils import logging
 
-from entropy_gpt.conversion.errors import ConversionError
-from entropy_gpt.evaluation.errors import TaskError
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.records.conditions import describe_windows
+from entropy_gpt.evaluation.records.measurement import MeasuredText, describe_model, measure_heads, measure_text
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results, save_results
 from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_head_diagnostics
-from entropy_gpt.terminal.progress import progress_display, stage
+from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import delete, is_finished, written_whole
+from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.sources import Source
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .errors import CommandError
 from .evaluate_inputs import (
     Candidate,
     Job,
@@ -35,7 +34,6 @@ from .evaluate_inputs import (
     open_text,
     tokenize_text,
 )
-from .measure import MeasuredText, describe_model, measure_heads, measure_text
 
 
 SETTINGS, PICTURES = "settings.json", "pictures"
@@ -72,30 +70,27 @@ def run(job: Job, output: Path, overwrite: bool, dry_run: bool):
         dry_run (`bool`): Whether to show only what would be measured.
 
     Raises:
-        `CommandError`: If a model, the text or a task can't be used, or the folder holds something else.
+        `UserError`: If a model, the text or a task can't be used, or the folder holds something else.
     """
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
-        check_options(job)
-        if job.task_names:
-            _lm_eval().check_tasks(job.task_names, job.task_data)
-        with progress_display(console) as progress:
-            with stage(progress, "looking at the models", len(job.models)) as line:
-                candidates = []
-                for candidate in find_candidates(job):
-                    candidates.append(candidate)
-                    line.advance()
-            windows = find_windows(job, candidates)
-            with stage(progress, "opening the text"):
-                source = open_text(job)
-            settings = _describe(job, source, windows)
-            earlier = _find_earlier(output, settings, overwrite)
-            if not dry_run:
-                _measure_all(candidates, source, windows, job, earlier, output, settings, progress)
-    except (ConversionError, TaskError) as error:
-        raise CommandError(str(error)) from error
+    check_options(job)
+    if job.task_names:
+        _lm_eval().check_tasks(job.task_names, job.task_data)
+    with progress_display(console) as progress:
+        with progress.stage("looking at the models", len(job.models)) as line:
+            candidates = []
+            for candidate in find_candidates(job):
+                candidates.append(candidate)
+                line.advance()
+        windows = find_windows(job, candidates)
+        with progress.stage("opening the text"):
+            source = open_text(job)
+        settings = _describe(job, source, windows)
+        earlier = _find_earlier(output, settings, overwrite)
+        if not dry_run:
+            _measure_all(candidates, source, windows, job, earlier, output, settings, progress)
     if dry_run:
         _print_plan(candidates, settings, output)
         return
@@ -133,19 +128,19 @@ def _find_earlier(output: Path, settings: dict, overwrite: bool) -> list[ModelRe
     if not output.exists() or (output.is_dir() and not any(map(is_finished, output.iterdir()))):
         return []
     if not output.is_dir() or not (output / SETTINGS).exists():
-        raise CommandError(f"{output} is there already and holds no evaluation: give another --output.")
+        raise UserError(f"{output} is there already and holds no evaluation: give another --output.")
     if overwrite:
         return []
     try:
         earlier = dict(json.loads((output / SETTINGS).read_text(encoding="utf-8")))
         results = load_results(output / RESULTS) if (output / RESULTS).exists() else []
     except ValueError as error:
-        raise CommandError(f"{output} holds a damaged evaluation ({error}): {remedy}.") from error
+        raise UserError(f"{output} holds a damaged evaluation ({error}): {remedy}.") from error
     changed = [
         f"{name} {earlier.get(name)} then, {now} now" for name, now in settings.items() if earlier.get(name) != now
     ]
     if changed:
-        raise CommandError(f"{output} holds an evaluation with other settings ({'; '.join(changed)}): {remedy}.")
+        raise UserError(f"{output} holds an evaluation with other settings ({'; '.join(changed)}): {remedy}.")
     return results
 
 
@@ -181,12 +176,12 @@ def _measure_all(
 
 def _prepare(candidate: Candidate, source: Source, windows: Windows, job: Job, progress: Progress) -> Prepared:
     name = candidate.name
-    with stage(progress, f"{name}: tokenising", source.documents if not job.evaluates_a_part else None) as line:
+    with progress.stage(f"{name}: tokenising", source.documents if not job.evaluates_a_part else None) as line:
         text = tokenize_text(source, candidate, windows, job, line.advance)
         line.say(f"{text.tokens:,} tokens")
     breakdown = {"by_position": job.per_position}
     if job.frequency_text is not None:
-        with stage(progress, f"{name}: counting tokens"):
+        with progress.stage(f"{name}: counting tokens"):
             breakdown["token_counts"], breakdown["frequency_text"] = count_frequencies(source, candidate, job)
     return Prepared(text, breakdown)
 
@@ -206,7 +201,7 @@ def _measure(
         result.heads = measure_heads(model, text, progress, name, job.head_tokens, job.batch_tokens)
     if job.task_names:
         batch_size = max(1, job.batch_tokens // text.windows.context)
-        with stage(progress, f"{name}: tasks") as line:
+        with progress.stage(f"{name}: tasks") as line:
             result.tasks = _lm_eval().score_tasks(
                 model,
                 candidate.tokenizer,

@@ -10,18 +10,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.perplexity import Windows, check_windows
 from entropy_gpt.evaluation.measuring.tokenized_text import count_tokens, tokenize
 from entropy_gpt.evaluation.origin import hash_weights
+from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText
 from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments
 from entropy_gpt.training.errors import CorpusError
+from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tokenizer
 from entropy_gpt.training.sources import Source, open_source
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
-
-from .errors import CommandError
-from .measure import KEPT_APART, MeasuredText
-from .model_tokenizer import hash_vocabulary, load_model_tokenizer
 
 
 LONGEST_BLOCK = 1024
@@ -87,20 +86,20 @@ def check_options(job: Job):
     Refuses options that would do nothing.
 
     Raises:
-        `CommandError`: If there is such an option.
+        `UserError`: If there is such an option.
     """
     if job.held_out and job.text is None:
-        raise CommandError("--held-out is about --text; without that, only the part kept apart is evaluated anyway.")
+        raise UserError("--held-out is about --text; without that, only the part kept apart is evaluated anyway.")
     if job.frequency_text == TRAINING and not job.evaluates_a_part:
-        raise CommandError(
+        raise UserError(
             "--frequency-text training is the part of --text that is not evaluated, and all of it is: give --held-out "
             "too, or another text."
         )
     for name in ("task_data", "limit"):
         if getattr(job, name) is not None and not job.task_names:
-            raise CommandError(f"--{name.replace('_', '-')} does nothing without --tasks: give that too.")
+            raise UserError(f"--{name.replace('_', '-')} does nothing without --tasks: give that too.")
     if job.tasks is not None and not job.task_names:
-        raise CommandError("--tasks names no task: give names with commas between them, or 'list' to see some.")
+        raise UserError("--tasks names no task: give names with commas between them, or 'list' to see some.")
     find_device(job)
 
 
@@ -109,7 +108,7 @@ def find_device(job: Job) -> torch.device:
     The device to measure on.
 
     Raises:
-        `CommandError`: If there is no such device.
+        `UserError`: If there is no such device.
     """
     if job.device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +116,7 @@ def find_device(job: Job) -> torch.device:
         device = torch.device(job.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {job.device} can't be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {job.device} can't be used: {str(error).splitlines()[0]}") from error
     return device
 
 
@@ -133,11 +132,11 @@ def find_candidates(job: Job) -> Iterator[Candidate]:
     Looks at each model once before any is measured, for its configuration and its tokenizer.
 
     Raises:
-        `CommandError`, `ConversionError`: If one can't be loaded, is given twice, or does not fit its tokenizer.
+        `UserError`, `ConversionError`: If one can't be loaded, is given twice, or does not fit its tokenizer.
     """
     places = [Path(source).resolve() if Path(source).exists() else source for source in job.models]
     if twice := [place for index, place in enumerate(places) if place in places[:index]]:
-        raise CommandError(f"{twice[0]} is given twice. Give each model once.")
+        raise UserError(f"{twice[0]} is given twice. Give each model once.")
     for source, name in zip(job.models, short_names(job.models), strict=True):
         model = load_language_model(source)
         tokenizer = load_model_tokenizer(job.tokenizer, source, model.config.vocab_size)
@@ -167,7 +166,7 @@ def find_windows(job: Job, candidates: list[Candidate]) -> Windows:
     The windows for all models.
 
     Raises:
-        `CommandError`: If a model can't see so much, or tokens would be left out.
+        `UserError`: If a model can't see so much, or tokens would be left out.
     """
     most = min(candidate.config.n_positions for candidate in candidates)
     context = default_context(most) if job.context is None else job.context
@@ -176,7 +175,7 @@ def find_windows(job: Job, candidates: list[Candidate]) -> Windows:
         try:
             check_windows(windows, candidate.config)
         except ValueError as error:
-            raise CommandError(f"{candidate.source}: {error}") from error
+            raise UserError(f"{candidate.source}: {error}") from error
     return windows
 
 
@@ -185,7 +184,7 @@ def open_text(job: Job) -> Source:
     Opens the text to evaluate; what is evaluated of it is its part for validation.
 
     Raises:
-        `CommandError`: If it can't be read.
+        `UserError`: If it can't be read.
     """
     share = DataArguments.validation_share if job.evaluates_a_part else 0.0
     arguments = DataArguments(
@@ -195,10 +194,7 @@ def open_text(job: Job) -> Source:
         text_column=job.text_column,
         validation_share=share,
     )
-    try:
-        return open_source(arguments)
-    except CorpusError as error:
-        raise CommandError(str(error)) from error
+    return open_source(arguments)
 
 
 def tokenize_text(source: Source, candidate: Candidate, windows: Windows, job: Job, on_document) -> MeasuredText:
@@ -206,7 +202,7 @@ def tokenize_text(source: Source, candidate: Candidate, windows: Windows, job: J
     Tokenises the text for a model.
 
     Raises:
-        `CommandError`: If there is too little of it, or the tokenizer lacks a token that is needed.
+        `UserError`: If there is too little of it, or the tokenizer lacks a token that is needed.
     """
     digest = hashlib.sha256()
     texts = _digested(source.validation if job.evaluates_a_part else source.training, digest)
@@ -218,7 +214,7 @@ def tokenize_text(source: Source, candidate: Candidate, windows: Windows, job: J
             )
         ]
     except (ValueError, CorpusError) as error:
-        raise CommandError(f"{source.name}: {error}") from error
+        raise UserError(f"{source.name}: {error}") from error
     part = KEPT_APART if job.evaluates_a_part else ""
     beginning = "" if job.max_tokens is None else f", at most {job.max_tokens:,} tokens"
     text = MeasuredText(
@@ -229,9 +225,9 @@ def tokenize_text(source: Source, candidate: Candidate, windows: Windows, job: J
         windows,
     )
     if not any(len(document.input_ids) for document in documents):
-        raise CommandError(f"{source.name} is empty: there is no text to evaluate on. Give another --text.")
+        raise UserError(f"{source.name} is empty: there is no text to evaluate on. Give another --text.")
     if not any(len(document.input_ids) > 1 for document in documents) and (windows.separate or text.tokens < 2):
-        raise CommandError(
+        raise UserError(
             f"{source.name} has no text of two tokens or more, and nothing is predicted from nothing: give more text, "
             "or --bos."
         )
@@ -252,6 +248,6 @@ def count_frequencies(source: Source, candidate: Candidate, job: Job) -> tuple[n
         try:
             other = open_source(DataArguments(dataset=job.frequency_text, validation_share=0.0))
         except CorpusError as error:
-            raise CommandError(f"--frequency-text: {error}") from error
+            raise UserError(f"--frequency-text: {error}") from error
         name, texts = other.name, other.training
     return count_tokens(texts, candidate.tokenizer, candidate.config.vocab_size), name

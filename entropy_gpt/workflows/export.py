@@ -14,15 +14,14 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.onnx_export import REPORT, ExportReport, export_onnx
 from entropy_gpt.conversion.tokenizer_files import VOCABULARY
 from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 
-from .errors import CommandError
-from .model_tokenizer import load_model_tokenizer
 from .output_folder import holds_earlier_output, refuse_to_delete
 
 
@@ -46,23 +45,20 @@ def run(job: Job):
     Exports a model, if the graph passes its check.
 
     Raises:
-        `CommandError`: If the model or the output can't be used, or the graph computes something else.
+        `UserError`: If the model or the output can't be used, or the graph computes something else.
     """
     transformers_logging.disable_progress_bar()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells which packages it does without
     onnxruntime.set_default_logger_severity(3)  # errors alone: it tells what it finds of the machine
     check_output(job)
-    try:
-        with console.status("loading the model"):
-            model = load_language_model(job.source).float().eval()
-            tokenizer = _load_tokenizer(job, model.config.vocab_size)
-        with (
-            _output_folder(job) as folder,
-            console.status("writing the graph, and running it beside the model"),
-        ):
-            report = export_onnx(model, folder, job.cached, tokenizer)
-    except ConversionError as error:
-        raise CommandError(str(error)) from error
+    with console.status("loading the model"):
+        model = load_language_model(job.source).float().eval()
+        tokenizer = _load_tokenizer(job, model.config.vocab_size)
+    with (
+        _output_folder(job) as folder,
+        console.status("writing the graph, and running it beside the model"),
+    ):
+        report = export_onnx(model, folder, job.cached, tokenizer)
     _show(report)
     _say("Nothing was kept." if job.dry_run else f"The graph: {job.output}")
 
@@ -72,7 +68,7 @@ def check_output(job: Job):
     Refuses to replace what is no earlier export, or one without being told to, and a place that can't be written.
 
     Raises:
-        `CommandError`: If the output can't be used.
+        `UserError`: If the output can't be used.
     """
     if holds_earlier_output(job.output, REPORT, "export", job.overwrite):
         exported = _list_exported(job.output)
@@ -85,7 +81,7 @@ def _list_exported(output: Path) -> set[str]:
     try:
         return {REPORT, *json.loads((output / REPORT).read_text(encoding="utf-8"))["files"].keys()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"{output / REPORT} is damaged, so --overwrite can't tell what to delete.") from error
+        raise UserError(f"{output / REPORT} is damaged, so --overwrite can't tell what to delete.") from error
 
 
 def _load_tokenizer(job: Job, vocab_size: int) -> PreTrainedTokenizerFast | None:

@@ -4,24 +4,23 @@ import copy
 
 import torch
 from datasets import Dataset
-from rich.progress import Progress
 from transformers import PrinterCallback, set_seed
 
 from entropy_gpt.conversion.calibration import Calibration
 from entropy_gpt.conversion.simplification import set_training_fields
 from entropy_gpt.evaluation.records.conversion_report import HealingRecord
-from entropy_gpt.terminal.progress import stage
 from entropy_gpt.training.arguments import PAPER_HYPERPARAMETERS, PAPER_WARMUP_SHARE, EntropyTrainingArguments
 from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callback
 from entropy_gpt.training.checkpoints import last_checkpoint
 from entropy_gpt.training.divergence import MOST_ROLLBACKS
+from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.healing import HealingLoss, HealingTrainer
 from entropy_gpt.training.packing import collate_blocks
+from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.removal_schedule import RemovalSchedule, insert_gates, remove_gates
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .convert_inputs import Job, Text
-from .errors import DivergedError
 
 
 # The result is evaluated, and its state kept, so many times in the course of healing.
@@ -86,7 +85,7 @@ def heal(
         report_to=[],
         disable_tqdm=True,
     )
-    with stage(progress, "healing", steps) as line:
+    with progress.stage("healing", steps) as line:
         trainer = HealingTrainer(
             model=model,
             args=arguments,

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from .errors import CommandError
+from entropy_gpt.conversion.errors import UserError
 
 
 def holds_earlier_output(output: Path, record: str, kind: str, overwrite: bool) -> bool:
@@ -17,17 +17,17 @@ def holds_earlier_output(output: Path, record: str, kind: str, overwrite: bool) 
         overwrite (`bool`): Whether the command was told to replace it.
 
     Raises:
-        `CommandError`: If the place can't be written to, holds something else, or is not to be replaced.
+        `UserError`: If the place can't be written to, holds something else, or is not to be replaced.
     """
     parent = next((folder for folder in output.parents if folder.exists()), output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CommandError(f"--output {output}: {parent} is no folder that can be written to. Give another --output.")
+        raise UserError(f"--output {output}: {parent} is no folder that can be written to. Give another --output.")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / record).is_file():
-        raise CommandError(f"{output} is there already and holds no {kind}: give another --output.")
+        raise UserError(f"{output} is there already and holds no {kind}: give another --output.")
     if not overwrite:
-        raise CommandError(f"{output} holds an earlier {kind}: give another --output, or --overwrite.")
+        raise UserError(f"{output} holds an earlier {kind}: give another --output, or --overwrite.")
     return True
 
 
@@ -36,7 +36,7 @@ def refuse_to_delete(paths: set[Path], kind: str):
     Refuses an `--overwrite` that would delete what the command did not write.
 
     Raises:
-        `CommandError`: If there is any such path.
+        `UserError`: If there is any such path.
     """
     if paths:
-        raise CommandError(f"--overwrite would delete {min(paths)}, which no {kind} wrote: move it elsewhere.")
+        raise UserError(f"--overwrite would delete {min(paths)}, which no {kind} wrote: move it elsewhere.")

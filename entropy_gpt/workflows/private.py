@@ -17,13 +17,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
-from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.folding import list_absorbable_ffns
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import (
     TLSFiles,
     check_plain_allowed,
@@ -49,17 +49,15 @@ from entropy_gpt.evaluation.private_inference.program.range_audit import audit
 from entropy_gpt.evaluation.private_inference.program.settings import TRUST, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import describe_check
+from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import AnswerCheck, ModelResult, save_results
 from entropy_gpt.terminal.tables import make_table
-from entropy_gpt.training.errors import CorpusError
 from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tokenizer
 from entropy_gpt.training.tokenizer import load_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .errors import CommandError
 from .evaluate_inputs import default_context, short_names
-from .measure import describe_model
-from .model_tokenizer import hash_vocabulary, load_model_tokenizer
 
 
 # What the audit and the bound of the logits look at: random tokens, so that they tell nothing of anybody's text.
@@ -115,16 +113,13 @@ def serve(
     Serves until it is interrupted.
 
     Raises:
-        `CommandError`: If the model, the address or the certificates can't be used, or the engine is missing.
+        `UserError`: If the model, the address or the certificates can't be used, or the engine is missing.
     """
-    try:
-        check_engine()
-        agreed = PrivateSettings(**settings)
-        (host, port), files = _network(listen, tls, insecure, agreed)
-        offer = _offer(source, tokenizer, agreed)
-        server = Server(offer, host, port, files, timeout, longest, _print_line)
-    except (PrivateInferenceError, ConversionError) as error:
-        raise CommandError(str(error)) from error
+    check_engine()
+    agreed = PrivateSettings(**settings)
+    (host, port), files = _network(listen, tls, insecure, agreed)
+    offer = _offer(source, tokenizer, agreed)
+    server = Server(offer, host, port, files, timeout, longest, _print_line)
     host, port = server.address
     _print_line(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
     _print_line(f"{offer.settings.protocol}: {TRUST[offer.settings.protocol]}")
@@ -155,17 +150,14 @@ def ask(
     Asks a server, and shows its answer and what it cost.
 
     Raises:
-        `CommandError`: If there is no answer, or a network is not known.
+        `UserError`: If there is no answer, or a network is not known.
     """
     shown = _read_networks(networks)
-    try:
-        check_engine()
-        (host, port), files = _network(address, tls, insecure, PrivateSettings(protocol))
-        words = load_tokenizer(tokenizer)
-        client = Client(host, port, files, timeout, protocol)
-        _, found = _ask(client, words, prompt, new_tokens, f"TCP to {host}")
-    except (PrivateInferenceError, CorpusError) as error:
-        raise CommandError(str(error)) from error
+    check_engine()
+    (host, port), files = _network(address, tls, insecure, PrivateSettings(protocol))
+    words = load_tokenizer(tokenizer)
+    client = Client(host, port, files, timeout, protocol)
+    _, found = _ask(client, words, prompt, new_tokens, f"TCP to {host}")
     print_answer(prompt, found)
     _print_costs(found, shown)
     _save(found.cost, output)
@@ -186,7 +178,7 @@ def demo(
     Serves and asks on this machine, and compares with the model in the clear.
 
     Raises:
-        `CommandError`: As [`demonstrate`], or if a network is not known.
+        `UserError`: As [`demonstrate`], or if a network is not known.
     """
     shown = _read_networks(networks)
     found = demonstrate(source, prompt, new_tokens, settings, tokenizer, timeout)
@@ -211,20 +203,15 @@ def demonstrate(
     A server and a client on this machine, whose answer is compared with the model's in the clear.
 
     Raises:
-        `CommandError`: If there is no answer, or it is another than in the clear.
+        `UserError`: If there is no answer, or it is another than in the clear.
     """
     settings = settings or {}
-    try:
-        check_engine()
-        model, words = _load(source, tokenizer)
-    except (PrivateInferenceError, ConversionError) as error:
-        raise CommandError(str(error)) from error
+    check_engine()
+    model, words = _load(source, tokenizer)
     process, port = _start_server(source, settings, tokenizer, new_tokens, timeout)
     try:
         client = Client("127.0.0.1", port, None, timeout, PrivateSettings(**settings).protocol)
         answer, found = _ask(client, words, prompt, new_tokens, "loopback, two processes")
-    except PrivateInferenceError as error:
-        raise CommandError(str(error)) from error
     finally:
         _stop_server(process)
     found.check = _compare(model, words(prompt)["input_ids"], answer)
@@ -244,7 +231,7 @@ def _read_networks(texts: list[str]) -> list[Network]:
     try:
         return [parse_network(text) for text in texts] or [LAN, WAN]
     except ValueError as error:
-        raise CommandError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def _network(
@@ -341,7 +328,7 @@ def _start_server(
             _stop_server(process)
             complaints.seek(0)
             reason = complaints.read().strip().rpartition("\n")[2].removeprefix("entropy-gpt: ")
-            raise CommandError(reason or f"the server did not start within {SERVER_START_SECONDS} seconds.")
+            raise UserError(reason or f"the server did not start within {SERVER_START_SECONDS} seconds.")
     return process, int(line.rpartition(":")[2])
 
 
@@ -376,11 +363,11 @@ def _compare(model: EntropyGPTForCausalLM, prompt: list[int], answer: Answer) ->
     if answer.logits:
         check.largest_error = np.abs(np.concatenate(answer.logits) - logits.numpy()).max().item()
         if check.largest_error > error:
-            raise CommandError(
+            raise UserError(
                 f"the private logits are not those in the clear: {describe_check(check)}; {error:.2f} is tolerated."
             )
     if max(behind) > 2 * error:
-        raise CommandError(f"the private answer {answer.tokens} is not that in the clear.")
+        raise UserError(f"the private answer {answer.tokens} is not that in the clear.")
     return check
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference
 from entropy_gpt.evaluation.private_inference.costs.paper_table import (
@@ -18,15 +20,13 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     take_blocks,
     take_ends,
 )
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.program.cost import LAN, MEGA, WAN, InferenceCost, Network, parse_network
 from entropy_gpt.terminal.private_cost import HEAD_SIZE
-from entropy_gpt.terminal.progress import Stage, progress_display, stage
+from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import is_finished, written_whole
-
-from .errors import CommandError
+from entropy_gpt.training.progress import Stage
 
 
 MEASURED, TABLE, PICTURE = "measured", "table.md", "costs.png"
@@ -58,7 +58,7 @@ def run(
         dry_run (`bool`): Whether to show only what would be measured.
 
     Raises:
-        `CommandError`: If an architecture or a network is not known, the engine is missing or fails, or the folder
+        `UserError`: If an architecture or a network is not known, the engine is missing or fails, or the folder
             holds something else.
     """
     sizes = {**sizes, "n_head": sizes["n_head"] or max(1, sizes["n_embd"] // HEAD_SIZE)}
@@ -73,23 +73,20 @@ def run(
         if not dry_run:
             check_engine()
     except (PrivateInferenceError, ValueError) as error:
-        raise CommandError(str(error)) from error
+        raise UserError(str(error)) from error
     if dry_run:
         _print_plan(rows, plan, whole, output)
         return
-    try:
-        table = _measure_all(rows, plan, whole, shown, output, timeout)
-    except PrivateInferenceError as error:
-        raise CommandError(str(error)) from error
+    table = _measure_all(rows, plan, whole, shown, output, timeout)
     _write(table, output)
     _print(table, output)
 
 
 def _check_output(output: Path):
     if output.exists() and not output.is_dir():
-        raise CommandError(f"--output {output} is a file. Give the name of a folder.")
+        raise UserError(f"--output {output} is a file. Give the name of a folder.")
     if output.exists() and any(map(is_finished, output.iterdir())) and not (output / MEASURED).is_dir():
-        raise CommandError(f"{output} is there already and holds no benchmark: give another --output.")
+        raise UserError(f"{output} is there already and holds no benchmark: give another --output.")
 
 
 def _name_whole(row: Inference) -> Inference:
@@ -117,7 +114,7 @@ def _measure_all(
     with progress_display(console) as progress:
 
         def obtain(inference: Inference, number: int) -> InferenceCost:
-            with stage(progress, f"{number} of {len(plan) + whole}: {inference.title}") as line:
+            with progress.stage(f"{number} of {len(plan) + whole}: {inference.title}") as line:
                 cost = _load(inference, output)
                 if cost is None:
                     return _measure(inference, output, timeout, line)

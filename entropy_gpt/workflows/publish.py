@@ -34,17 +34,17 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.folding import fold
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.perplexity import Windows
+from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, find_results, load_results
 from entropy_gpt.evaluation.showing.head_plots import plot_headwise_entropy
 from entropy_gpt.evaluation.showing.model_card import list_missing, model_card
 from entropy_gpt.evaluation.showing.publication import (
     CARD,
     PICTURE,
-    PublicationError,
     assemble,
     check,
     check_folding,
@@ -52,11 +52,8 @@ from entropy_gpt.evaluation.showing.publication import (
 )
 from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
-
-from .errors import CommandError
-from .measure import describe_model
-from .model_tokenizer import load_model_tokenizer
 
 
 # A file of every EntropyGPT that was saved.
@@ -115,13 +112,13 @@ def run(
         dry_run (`bool`): Whether all is done but sending.
 
     Raises:
-        `CommandError`: If something is missing or wrong, or the Hub refuses or does not answer. Nothing was sent then.
+        `UserError`: If something is missing or wrong, or the Hub refuses or does not answer. Nothing was sent then.
     """
     _be_quiet()
     try:
         validate_repo_id(target.repository)
     except HFValidationError as error:
-        raise CommandError(f"{target.repository!r} can't be the name of a repository: {error}") from error
+        raise UserError(f"{target.repository!r} can't be the name of a repository: {error}") from error
     api = HfApi()
     if not dry_run:
         _limit_silence(timeout)
@@ -149,10 +146,10 @@ def run(
                 )
             with console.status("loading it in a fresh process"):
                 check(folder, model, folded_model)
-        except PublicationError as error:
-            raise CommandError(str(error)) from error
+        except UserError:
+            raise
         except ValueError as error:
-            raise CommandError(f"{source}: {error}") from error
+            raise UserError(f"{source}: {error}") from error
         _show_files(folder)
         if dry_run:
             console.print("It loads in a fresh process with the same logits. Nothing was sent.")
@@ -167,12 +164,12 @@ def write_card(folder: Path, results: list[Path], licence: str | None):
     Writes the card of a model's folder, and the picture that it shows.
 
     Raises:
-        `CommandError`: If the model or its results can't be read, or lack what a card tells.
+        `UserError`: If the model or its results can't be read, or lack what a card tells.
     """
     _be_quiet()
     _, _, result = _read(folder, results)
     if not (folder / CODE).exists():
-        raise CommandError(
+        raise UserError(
             f"{folder} holds weights without the code that a card tells of: entropy-gpt push puts both together, with "
             "a card."
         )
@@ -194,12 +191,9 @@ def _be_quiet():
 
 def _read(folder: Path, places: list[Path]) -> tuple[EntropyGPTForCausalLM, PreTrainedTokenizerFast, ModelResult]:
     if not folder.is_dir():
-        raise CommandError(f"There is no folder {folder}. Give that of a trained model.")
-    try:
-        with console.status("loading the model"):
-            model = load_language_model(folder).eval()
-    except ConversionError as error:
-        raise CommandError(str(error)) from error
+        raise UserError(f"There is no folder {folder}. Give that of a trained model.")
+    with console.status("loading the model"):
+        model = load_language_model(folder).eval()
     tokenizer = load_model_tokenizer(None, str(folder), model.config.vocab_size)
     return model, tokenizer, _find_results(folder, places, model)
 
@@ -209,17 +203,14 @@ def _find_results(folder: Path, places: list[Path], model: EntropyGPTForCausalLM
     files = [place / RESULTS if place.is_dir() else place for place in places]
     if (own := folder / RESULTS).exists():
         files.append(own)
-    try:
-        result = find_results([result for file in files for result in load_results(file)], known)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    result = find_results([result for file in files for result in load_results(file)], known)
     if result is not None and not (missing := list_missing(result)):
         return result
     if result is not None:
         looked = f"{' and '.join(missing)} are missing in {', '.join(map(str, files))}"
     else:
         looked = f"{', '.join(map(str, files))} tell of other weights" if files else f"{folder} has no {RESULTS}"
-    raise CommandError(
+    raise UserError(
         f"The card of {folder} tells what was measured, and {looked}. Run entropy-gpt evaluate {folder} "
         "--output evaluation_output, and give --results evaluation_output."
     )
@@ -228,12 +219,12 @@ def _find_results(folder: Path, places: list[Path], model: EntropyGPTForCausalLM
 def _log_in(api: HfApi) -> dict:
     """Whom the token belongs to, as the Hub tells it."""
     if constants.HF_HUB_OFFLINE:
-        raise CommandError("HF_HUB_OFFLINE is set, so nothing can be sent: unset it, or try --dry-run.")
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be sent: unset it, or try --dry-run.")
     if get_token() is None:
-        raise CommandError("There is no token for the Hub: run hf auth login, or set HF_TOKEN. --dry-run needs none.")
+        raise UserError("There is no token for the Hub: run hf auth login, or set HF_TOKEN. --dry-run needs none.")
     user = _ask_hub(api.whoami)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise CommandError("The token may read and not write: make one on the Hub that may, and set HF_TOKEN to it.")
+        raise UserError("The token may read and not write: make one on the Hub that may, and set HF_TOKEN to it.")
     return user
 
 
@@ -251,14 +242,14 @@ def _find_repository(api: HfApi, target: Target, user: dict, timeout: int) -> Ta
     known = _ask_hub(_look_up, api, target.repository, timeout)
     if known is not None:
         if target.private and not known.private:
-            raise CommandError(
+            raise UserError(
                 f"{target.repository} is there already, and public: --private is for new ones. Leave it out, or give "
                 "another name."
             )
     elif target.create_pr:
-        raise CommandError(f"There is no such repository as {target.repository}, to which --create-pr could propose.")
+        raise UserError(f"There is no such repository as {target.repository}, to which --create-pr could propose.")
     elif namespace not in (user["name"], *(group["name"] for group in user.get("orgs", []))):
-        raise CommandError(
+        raise UserError(
             f'The namespace "{namespace}" is neither {user["name"]}, whose token this is, nor a group of theirs: give '
             "a repository of your own."
         )
@@ -304,19 +295,19 @@ def _ask_hub(question: Callable[..., Answer], *args, **kwargs) -> Answer:
             failure, reason = error, f"{constants.ENDPOINT} can't be reached: {error or type(error).__name__}"
         except HfHubHTTPError as error:
             if error.response.status_code < 500:
-                raise CommandError(_explain(error)) from error
+                raise UserError(_explain(error)) from error
             failure, reason = error, f"{constants.ENDPOINT} failed with status {error.response.status_code}"
         except json.JSONDecodeError as error:  # of a gateway before it
             failure, reason = error, f"{constants.ENDPOINT} did not answer as the Hub does"
         except (ValueError, RuntimeError) as error:  # a card that can't be read; an upload that is given up
-            raise CommandError(f"The Hub refuses: {error}") from error
+            raise UserError(f"The Hub refuses: {error}") from error
         if kwargs.get("create_pr") and not isinstance(failure, NOT_CONNECTED):
-            raise CommandError(
+            raise UserError(
                 f"{reason}: look there whether the pull request was made before you try again."
             ) from failure
         if attempt < ATTEMPTS:
             time.sleep(WAIT_SECONDS * attempt)
-    raise CommandError(
+    raise UserError(
         f"{reason}, {ATTEMPTS} times. The same command can be repeated: what has arrived is not sent again."
     ) from failure
 
@@ -337,11 +328,8 @@ def _explain(error: HfHubHTTPError) -> str:
 
 
 def _fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
-    try:
-        folded = fold(model)
-        check_folding(model, folded)
-    except (ConversionError, PublicationError) as error:
-        raise CommandError(str(error)) from error
+    folded = fold(model)
+    check_folding(model, folded)
     return folded
 
 

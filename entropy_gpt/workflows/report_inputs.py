@@ -3,10 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results
 from entropy_gpt.evaluation.records.run_log import LOG_NAME, RunLog
-
-from .errors import CommandError
 
 
 def read_inputs(paths: list[Path]) -> tuple[list[ModelResult], list[RunLog]]:
@@ -20,22 +19,19 @@ def read_inputs(paths: list[Path]) -> tuple[list[ModelResult], list[RunLog]]:
         `tuple[list[ModelResult], list[RunLog]]`: The models, each with a name of its own, and the runs.
 
     Raises:
-        `CommandError`: If something is missing, broken, of another kind or schema, or given twice, or there is no
+        `UserError`: If something is missing, broken, of another kind or schema, or given twice, or there is no
             model.
     """
     files = [file for path in paths for file in _find_files(path)]
     for index, file in enumerate(files):
         if file.resolve() in [other.resolve() for other in files[:index]]:
-            raise CommandError(f"{file} is given twice. Give each once.")
-    try:
-        runs = [RunLog.load(file) for file in files if _is_log(file)]
-        loaded = {file: load_results(file) for file in files if not _is_log(file)}
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+            raise UserError(f"{file} is given twice. Give each once.")
+    runs = [RunLog.load(file) for file in files if _is_log(file)]
+    loaded = {file: load_results(file) for file in files if not _is_log(file)}
     results = merge_results(loaded)
     if not results:
         given = ", ".join(map(str, paths))
-        raise CommandError(
+        raise UserError(
             f"{given}: no results of models. Give those of entropy-gpt evaluate; entropy-gpt plot draws runs alone."
         )
     return results, runs
@@ -50,13 +46,13 @@ def merge_results(loaded: dict[Path, list[ModelResult]]) -> list[ModelResult]:
         loaded (`dict[Path, list[ModelResult]]`): What each file holds.
 
     Raises:
-        `CommandError`: If a file calls two models the same.
+        `UserError`: If a file calls two models the same.
     """
     merged: list[tuple[Path, ModelResult]] = []
     for file, results in loaded.items():
         names = [result.name for result in results]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise CommandError(f"{file} calls two models {twice[0]!r}. Measure them under names of their own.")
+            raise UserError(f"{file} calls two models {twice[0]!r}. Measure them under names of their own.")
         for result in results:
             for index, (first_file, known) in enumerate(merged):
                 if (whole := _merge(known, result)) is not None:
@@ -69,7 +65,7 @@ def merge_results(loaded: dict[Path, list[ModelResult]]) -> list[ModelResult]:
     named = [result if names.count(result.name) == 1 else _rename(result, file, files) for file, result in merged]
     names = [result.name for result in named]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise CommandError(f"Two models would be called {twice[0]!r}. Measure one under another name.")
+        raise UserError(f"Two models would be called {twice[0]!r}. Measure one under another name.")
     return named
 
 
@@ -78,12 +74,12 @@ def _find_files(path: Path) -> list[Path]:
     if path.is_dir():
         files = [path / name for name in (RESULTS, LOG_NAME) if (path / name).is_file()]
         if not files:
-            raise CommandError(
+            raise UserError(
                 f"{path} holds neither {RESULTS} nor {LOG_NAME}. Give the folder of an evaluation or a training run."
             )
         return files
     if not path.is_file():
-        raise CommandError(
+        raise UserError(
             f"There is no {path}. Give files of results, such as entropy-gpt evaluate writes, or training runs."
         )
     return [path]

@@ -8,45 +8,42 @@ from pathlib import Path
 from datasets import disable_progress_bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
-from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.records.measurement import KEPT_APART, describe_config, measure_model, read_text
 from entropy_gpt.evaluation.records.results import RESULTS, TrainingResult, load_results, save_results
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal import plot as plot_job
-from entropy_gpt.terminal.progress import Stage, progress_display, stage
+from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.training.adapters import attach_lora, merge_adapter
 from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callback
 from entropy_gpt.training.entropy_callback import EntropyCallback
-from entropy_gpt.training.errors import CorpusError
 from entropy_gpt.training.files import UNFINISHED, delete
 from entropy_gpt.training.packing import collate_blocks
 from entropy_gpt.training.preparation import PreparedData, prepare_data
+from entropy_gpt.training.progress import Progress, Stage
 from entropy_gpt.training.recipe import (
     ARGUMENT_FIELDS,
     CONFIG_FIELDS,
     RECIPES,
     Recipe,
-    RecipeError,
     list_recipes,
     read_recipe,
 )
+from entropy_gpt.training.run_folder import ADAPTER, MODEL, check_architecture, check_folder, check_text, take_folder
+from entropy_gpt.training.start import Start, find_start, fit_vocabulary, make_model
 from entropy_gpt.training.trainer import EntropyTrainer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .convert import convert
 from .convert_inputs import Job, Text, find_base_model, name_source, spread
-from .errors import CommandError
-from .measure import KEPT_APART, describe_config, measure_model, read_text
-from .train_folder import ADAPTER, MODEL, check_architecture, check_folder, check_text, take_folder
-from .train_start import Start, find_start, fit_vocabulary, make_model
 
 
 # Sequences of validation text on which the heads are measured in the course of training.
@@ -82,28 +79,25 @@ def run(source: str, settings: list[str], dry_run: bool):
         dry_run (`bool`): Whether to show what would be done and write nothing.
 
     Raises:
-        `CommandError`: If recipe, text, model, folder or checkpoint can't be used.
+        `UserError`: If recipe, text, model, folder or checkpoint can't be used.
     """
     disable_progress_bars()
     logging.disable_progress_bar()
-    try:
-        recipe = read_recipe(source, settings)
-        start = find_start(recipe)
-        console = Console(quiet=not recipe.training.should_save)
-        _show_plan(recipe, start, console)
-        checkpoint = check_folder(recipe, start.config)
-        if dry_run:
-            return
-        if not (folder := Path(recipe.training.output_dir, MODEL)).exists():
-            with progress_display(console) as progress:
-                trainer, data = _train(recipe, start, checkpoint, progress)
-                _finish(trainer, start, data, recipe, progress)
-            if recipe.training.should_save and (reason := trainer.guard.diverged) is not None:
-                _tell_divergence(start.config.notation, trainer, reason, console)
-        if recipe.training.should_save:
-            _show_results(folder, console)
-    except (RecipeError, CorpusError, ConversionError) as error:
-        raise CommandError(str(error)) from error
+    recipe = read_recipe(source, settings)
+    start = find_start(recipe)
+    console = Console(quiet=not recipe.training.should_save)
+    _show_plan(recipe, start, console)
+    checkpoint = check_folder(recipe, start.config)
+    if dry_run:
+        return
+    if not (folder := Path(recipe.training.output_dir, MODEL)).exists():
+        with progress_display(console) as progress:
+            trainer, data = _train(recipe, start, checkpoint, progress)
+            _finish(trainer, start, data, recipe, progress)
+        if recipe.training.should_save and (reason := trainer.guard.diverged) is not None:
+            _tell_divergence(start.config.notation, trainer, reason, console)
+    if recipe.training.should_save:
+        _show_results(folder, console)
 
 
 def _show_plan(recipe: Recipe, start: Start, console: Console):
@@ -154,7 +148,7 @@ def _train(
         set_seed(training.seed)
         model = attach_lora(model, recipe.lora)
     training.prediction_loss_only = True
-    with stage(progress, f"training {start.config.notation}") as line:
+    with progress.stage(f"training {start.config.notation}") as line:
         observer = StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))
         try:
             trainer = EntropyTrainer(
@@ -170,7 +164,7 @@ def _train(
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             if not any(Path(training.output_dir).iterdir()):  # the Trainer makes it
                 Path(training.output_dir).rmdir()
-            raise CommandError(f"{recipe.name}: the Trainer refuses its arguments: {error}") from error
+            raise UserError(f"{recipe.name}: the Trainer refuses its arguments: {error}") from error
         trainer.optimizer = trainer.lr_scheduler = None
         take()
         trainer.remove_callback(PrinterCallback)
@@ -185,7 +179,7 @@ def _prepare(recipe: Recipe, start: Start, progress: Progress) -> PreparedData:
 
         def begin(description: str, documents: int | None):
             stack.close()  # the stage before
-            lines.append(stack.enter_context(stage(progress, description, documents)))
+            lines.append(stack.enter_context(progress.stage(description, documents)))
 
         data = prepare_data(
             recipe.data,

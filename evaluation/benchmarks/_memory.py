@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from entropy_gpt.evaluation.origin import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+
 # glibc gives tensors back to the system as they are freed, so that resident memory is what is in use.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
 

@@ -25,14 +25,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from entropy_gpt.conversion.gpt2_checkpoint import load_gpt2, to_gpt2
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import git_revision
+from entropy_gpt.evaluation.origin import ROOT, git_revision
 from entropy_gpt.evaluation.records.conditions import list_settings
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import Conditions, load_results
 from entropy_gpt.evaluation.showing.markdown import markdown_table
 
 
-ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "conversion_benchmark"
 RECORD = ROOT / "model_cards" / "results" / "conversion.json"
 PAGE = ROOT / "docs" / "conversion.md"

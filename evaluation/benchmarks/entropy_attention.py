@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import ROOT, git_revision, machine_name, recorded_versions
 from entropy_gpt.evaluation.records.conditions import list_settings
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
 
@@ -29,7 +29,6 @@ from ._memory import mebibytes_of, peak_mebibytes
 from ._turns import Timing, compare, format_ratio
 
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "model_cards" / "results" / "entropy_attention.json"
 PAGE = ROOT / "docs" / "entropy_attention.md"
 PICTURE = ROOT / "docs" / "entropy_attention.png"

@@ -7,7 +7,6 @@ python -m entropy_gpt.evaluation.benchmarks.evaluation --redraw  the page anew f
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -25,7 +24,7 @@ from entropy_gpt.evaluation.json_records import StoredRecord
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import diagnose_heads
 from entropy_gpt.evaluation.measuring.perplexity import Windows, measure_likelihood
 from entropy_gpt.evaluation.measuring.tokenized_text import tokenize
-from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import ROOT, git_revision, machine_name, recorded_versions
 from entropy_gpt.evaluation.records.conditions import list_settings
 from entropy_gpt.training.corpus import load_standard_library
 from entropy_gpt.training.tokenizer import train_tokenizer
@@ -35,7 +34,6 @@ from ._memory import mebibytes_of, peak_mebibytes
 from ._turns import Timing, compare, format_ratio
 
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "model_cards" / "results" / "evaluation.json"
 PAGE = ROOT / "docs" / "evaluation.md"
 

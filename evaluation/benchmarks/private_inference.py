@@ -20,7 +20,7 @@ from rich.console import Console
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord, load_record, save_record
-from entropy_gpt.evaluation.origin import git_revision
+from entropy_gpt.evaluation.origin import ROOT, git_revision
 from entropy_gpt.evaluation.private_inference.agreement import Agreement, measure_agreement
 from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference, make_config, make_random_model
@@ -46,7 +46,6 @@ from entropy_gpt.evaluation.records.conditions import list_settings
 from entropy_gpt.training.files import written_whole
 
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "model_cards" / "results" / "private_inference.json"
 PAGE = ROOT / "docs" / "private_costs.md"
 PICTURE = ROOT / "docs" / "private_costs.png"

@@ -10,7 +10,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import ROOT, git_revision, machine_name, recorded_versions
 from entropy_gpt.evaluation.records.conditions import list_settings
 from entropy_gpt.training.arguments import DataArguments
 from entropy_gpt.training.entropy_callback import measure_heads
@@ -34,7 +33,6 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from ._turns import Timing, compare, format_ratio, take_turns
 
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "model_cards" / "results" / "training_step.json"
 PAGE = ROOT / "docs" / "training_step.md"
 

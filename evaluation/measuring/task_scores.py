@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from entropy_gpt.evaluation.errors import TaskError
 from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
-from entropy_gpt.evaluation.records.results import TaskResult, TaskScore
 
 from .lm_eval_model import LMEvalModel, quiet_loggers, quiet_streams
 from .perplexity import evaluation_mode
+from .scores import TaskResult, TaskScore
 
 
 # For lm_eval --include_path too.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, check_engine
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
 from entropy_gpt.evaluation.private_inference.parties.session import Answer, Terms, check_request
@@ -21,8 +22,6 @@ from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, RING_BITS, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTForCausalLM
-
-from .errors import PrivateInferenceError
 
 
 PLAINTEXT, EMULATED, IN_PROCESS, TWO_PARTY = MODES = ("plaintext", "emulated", "in_process", "two_party")

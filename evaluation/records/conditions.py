@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from entropy_gpt.evaluation.measuring.perplexity import Windows
+from entropy_gpt.evaluation.measuring.scores import TaskResult, TaskScore
 
-from .results import AnswerCheck, Conditions, ModelResult, PrivateCost, TaskResult, TaskScore
+from .results import AnswerCheck, Conditions, ModelResult, PrivateCost
 
 
 # A commit is told from any other by so many of its letters.

@@ -9,6 +9,7 @@ from entropy_gpt.evaluation.json_records import RECORD, load_record, save_record
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import HeadDiagnostics
 from entropy_gpt.evaluation.measuring.operation_counts import OperationCounts
 from entropy_gpt.evaluation.measuring.perplexity import Likelihood
+from entropy_gpt.evaluation.measuring.scores import TaskResult
 
 
 # What files of results are called.
@@ -121,64 +122,6 @@ class HeadResult:
 
     heads: HeadDiagnostics
     conditions: Conditions
-    seconds: float
-
-
-@dataclass(config=RECORD)
-class TaskScore:
-    """
-    One score of a task of lm-eval.
-
-    Args:
-        task (`str`): Its name.
-        task_version (`str`): Its version.
-        metric (`str`): What was scored, such as `acc` or `acc_norm`.
-        value (`float`): The score.
-        standard_error (`float`, *optional*): If lm-eval gives one.
-        samples (`int`): Number of samples scored.
-        higher_is_better (`bool`): Which way it goes.
-        few_shot (`int`): Examples shown before each sample.
-    """
-
-    task: str
-    task_version: str
-    metric: str
-    value: float
-    standard_error: float | None
-    samples: int
-    higher_is_better: bool
-    few_shot: int
-
-
-@dataclass(config=RECORD)
-class TaskResult:
-    """
-    Scores of lm-eval.
-
-    Args:
-        scores (`list[TaskScore]`): One for each task and metric.
-        bos (`str`): Whether and how a beginning-of-text token stands before a sample.
-        context (`int`): The most tokens that the model is shown.
-        limit (`int`, *optional*): Samples taken of each task, if not all.
-        data (`str`): Where the samples come from, with a hash of what was read.
-        dtype (`str`): Of weights and computation.
-        seed (`int`): Of lm-eval.
-        versions (`dict[str, str]`): Of Python, of the packages that compute, and of lm-eval.
-        git_revision (`str`, *optional*): Of this project.
-        machine (`str`): Processor and number of threads.
-        seconds (`float`): Duration.
-    """
-
-    scores: list[TaskScore]
-    bos: str
-    context: int
-    limit: int | None
-    data: str
-    dtype: str
-    seed: int
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
     seconds: float
 
 

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from entropy_gpt.evaluation.errors import RecordError
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import HeadwiseEntropy
 from entropy_gpt.evaluation.measuring.perplexity import perplexity_of
 
@@ -176,23 +177,23 @@ class RunLog:
         counts as not written.
 
         Raises:
-            `ValueError`: If there is no log, or it is empty, of another schema or damaged.
+            `RecordError`: If there is no log, or it is empty, of another schema or damaged.
         """
         path = path.resolve()
         path = path / LOG_NAME if path.is_dir() else path
         if not path.is_file():
-            raise ValueError(f"There is no {path}. Give the folder of a training run, which holds its {LOG_NAME}.")
+            raise RecordError(f"There is no {path}. Give the folder of a training run, which holds its {LOG_NAME}.")
         *lines, rest = path.read_bytes().split(b"\n")
         if _is_whole(rest):
             lines.append(rest)
         if not lines:
-            raise ValueError(f"{path} is empty. The run has not begun to write it, or died before: run it (again).")
+            raise RecordError(f"{path} is empty. The run has not begun to write it, or died before: run it (again).")
         log = cls(path, _read_description(lines[0], path))
         for number, line in enumerate(lines[1:], 2):
             try:
                 log._add(_read_object(line))
             except ValueError as error:
-                raise ValueError(
+                raise RecordError(
                     f"{path}, line {number} is damaged: {error}. Delete this line to read the others."
                 ) from error
         return log
@@ -302,9 +303,9 @@ def _read_description(line: bytes, path: Path) -> RunDescription:
         if entry.get("kind") != "run":
             raise ValueError("it does not describe the run")
     except ValueError as error:
-        raise ValueError(f"{path}, line 1 is damaged: {error}. Give the log of a training run.") from error
+        raise RecordError(f"{path}, line 1 is damaged: {error}. Give the log of a training run.") from error
     if (schema := entry.get("schema_version")) != SCHEMA_VERSION:
-        raise ValueError(
+        raise RecordError(
             f"{path}, line 1: schema version {schema}, where {SCHEMA_VERSION} is read. Use the version of "
             "entropy-gpt that wrote it."
         )
@@ -323,7 +324,7 @@ def _read_description(line: bytes, path: Path) -> RunDescription:
             **{name: entry.get(name) for name in ("versions", "git_revision", "machine")},
         )
     except ValueError as error:
-        raise ValueError(f"{path}, line 1 is damaged: {error}. Run the training again.") from error
+        raise RecordError(f"{path}, line 1 is damaged: {error}. Run the training again.") from error
 
 
 def _is_whole(line: bytes) -> bool:

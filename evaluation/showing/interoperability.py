@@ -10,9 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from entropy_gpt.evaluation.json_records import RECORD as STRICT
-from entropy_gpt.programs.quickstart.readme import ROOT, replace_block
+from entropy_gpt.evaluation.origin import ROOT
 
-from .markdown import markdown_table
+from .markdown import markdown_table, replace_block
 
 
 RECORD = ROOT / "model_cards" / "results" / "interoperability.jsonl"

@@ -1,6 +1,8 @@
 """Markdown that several pages have."""
 
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
@@ -14,3 +16,22 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], text_
     """
     rule = ["---"] * text_columns + ["---:"] * (len(headings) - text_columns)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
+
+
+def find_block(text: str, name: str) -> re.Match | None:
+    """What stands between the two comments that enclose a generated part."""
+    return re.search(f"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", text, re.DOTALL)
+
+
+def replace_block(page: Path, name: str, content: str):
+    """
+    Replaces a generated part of the README, or of another page.
+
+    Raises:
+        `ValueError`: If the page lacks the two comments that enclose it.
+    """
+    text = page.read_text(encoding="utf-8")
+    block = find_block(text, name)
+    if block is None:
+        raise ValueError(f"{page} has no place for the part {name!r}: give it <!-- {name}: begin --> and end.")
+    page.write_text(f"{text[: block.start()]}\n{content}\n{text[block.end() :]}", encoding="utf-8")

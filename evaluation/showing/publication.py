@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 import modeling_entropy_gpt
 from entropy_gpt.conversion.tokenizer_files import VOCABULARY, save_tokenizer
+from entropy_gpt.evaluation.errors import PublicationError
 from entropy_gpt.evaluation.measuring.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, save_results
 from modeling_entropy_gpt import EntropyGPTForCausalLM
@@ -44,10 +45,6 @@ LARGEST_DIFFERENCE = 1e-5
 # Of the largest logit, by the rounding of weights that were multiplied with others.
 LARGEST_FOLDED_SHARE = {torch.float64: 1e-10, torch.float32: 1e-4}
 HALF_PRECISION_SHARE = 0.05
-
-
-class PublicationError(ValueError):
-    """A folder is not fit to be published; the message says why and what to do."""
 
 
 def assemble(

@@ -4,6 +4,7 @@ import string
 from collections.abc import Callable
 
 from entropy_gpt.evaluation.measuring.operation_counts import NonlinearOperation
+from entropy_gpt.evaluation.measuring.scores import TaskResult
 from entropy_gpt.evaluation.records.conditions import (
     Facts,
     common_facts,
@@ -18,7 +19,7 @@ from entropy_gpt.evaluation.records.conditions import (
     operation_facts,
     token_facts,
 )
-from entropy_gpt.evaluation.records.results import Conditions, ModelResult, PrivateCost, TaskResult
+from entropy_gpt.evaluation.records.results import Conditions, ModelResult, PrivateCost
 
 from .measures import (
     COSTS,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.run_log import LOG_NAME
 from entropy_gpt.terminal import plot as plot_job
-from entropy_gpt.workflows.errors import CommandError
 from tests.evaluation.test_run_log import (
     ALL_FIGURES,
     entropy_line,
@@ -124,7 +124,7 @@ def test_what_can_not_be_done_is_told_and_nothing_is_written(runs, options, mess
     write_log(tmp_path / "begun", run_line())
     before = contents(tmp_path)
     output = Path(options["output"]) if "output" in options else None
-    with pytest.raises(CommandError, match=message):
+    with pytest.raises(UserError, match=message):
         plot_job.run([Path(run) for run in runs], output, options.get("steps"))
     assert contents(tmp_path) == before
 

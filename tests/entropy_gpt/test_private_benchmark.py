@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.private_inference.costs.paper_table import TODAY
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
-from entropy_gpt.workflows.errors import CommandError
 from entropy_gpt.workflows.private_table import MEASURED, run
 
 
@@ -28,19 +28,19 @@ def test_what_can_not_be_measured_is_refused(tmp_path):
         ({"n_head": 5}, "n_head=5 does not divide n_embd=32"),
         ({"networks": ["fast"]}, "network 'fast' is not known"),
     ):
-        with pytest.raises(CommandError, match=message):
+        with pytest.raises(UserError, match=message):
             benchmark(output, **options)
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(CommandError, match="holds no benchmark"):
+    with pytest.raises(UserError, match="holds no benchmark"):
         benchmark(tmp_path)
-    with pytest.raises(CommandError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         benchmark(tmp_path / "notes.txt")
     assert not output.exists()
 
 
 def test_without_the_engine_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "spu", None)
-    with pytest.raises(CommandError, match=r"pip install 'entropy-gpt\[private\]'"):
+    with pytest.raises(UserError, match=r"pip install 'entropy-gpt\[private\]'"):
         benchmark(tmp_path / "output")
 
 

@@ -16,10 +16,10 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from entropy_gpt.evaluation.measuring.remote_loading import save_reference
+from entropy_gpt.evaluation.records.measurement import measure_model, read_text
 from entropy_gpt.evaluation.records.results import load_results, save_results
 from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.training.tokenizer import train_tokenizer
-from entropy_gpt.workflows.measure import measure_model, read_text
 from tests.architectures import make_model
 from tests.evaluation.example_results import example_training
 from tests.hub_server import FIRST_FILES, TOKEN, WRONG_TOKEN, HubServer

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.results import save_results
 from entropy_gpt.terminal import report as report_job
-from entropy_gpt.workflows.errors import CommandError
 from entropy_gpt.workflows.report_inputs import merge_results, read_inputs
 from tests.browser import Browser, find_browser
 from tests.evaluation.example_results import (
@@ -199,10 +199,10 @@ def test_models_of_one_name_are_told_apart_by_their_files(tmp_path):
         assert [result.name for result in results] == ["model (a)", "alone", "model (b)"]
     results = merge_results({Path("a/results.json"): [first], Path("a/others.json"): [another]})
     assert [result.name for result in results] == ["model (a/results.json)", "model (a/others.json)"]
-    with pytest.raises(CommandError, match="a calls two models 'model'"):
+    with pytest.raises(UserError, match="a calls two models 'model'"):
         merge_results({Path("a"): [first, another]})
     taken = dataclasses.replace(alone, name="model (b)")
-    with pytest.raises(CommandError, match=r"Two models would be called 'model \(b\)'"):
+    with pytest.raises(UserError, match=r"Two models would be called 'model \(b\)'"):
         merge_results({Path("a/x"): [first, taken], Path("b/x"): [another]})
 
 
@@ -246,7 +246,7 @@ def test_what_can_not_be_done_is_told_and_nothing_is_written(given, output, mess
         Path(f"{name}.json").write_text(json.dumps({**header, **change}))
     Path("broken.json").write_text("{")
     before = contents(tmp_path)
-    with pytest.raises(CommandError, match=message):
+    with pytest.raises(UserError, match=message):
         report_job.run([Path(path) for path in given], Path(output))
     assert contents(tmp_path) == before
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from entropy_gpt.commands.study import PROTOCOL
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.programs.study.page import RECORD
 from entropy_gpt.programs.study.protocol import Run, read_protocol, resolve
 from entropy_gpt.programs.study.records import ANSWERED, CONVERTED, TRAINED, Study
-from entropy_gpt.workflows.errors import CommandError
 from tests.entropy_gpt.study.example_study import make_run
 
 
@@ -118,7 +118,7 @@ def test_what_a_group_depends_on_is_selected_with_it(protocol):
     assert {row.settings["notation"] for row in rows} == {"SM"}
     both = {row.group for row in protocol.select(["conv", "answered"])}
     assert both == {*(row.group for row in protocol.select(["conv"])), "answered"}
-    with pytest.raises(CommandError, match="--only conversions: no group's name begins so"):
+    with pytest.raises(UserError, match="--only conversions: no group's name begins so"):
         protocol.select(["ladder", "conversions"])
 
 
@@ -139,12 +139,12 @@ def test_what_a_group_depends_on_is_selected_with_it(protocol):
 def test_a_protocol_that_is_not_understood_is_refused(tmp_path, change, message):
     assert change[0] in SMALL
     (tmp_path / "protocol.yaml").write_text(SMALL.replace(*change, 1))
-    with pytest.raises(CommandError, match=message):
+    with pytest.raises(UserError, match=message):
         read_protocol(tmp_path / "protocol.yaml")
 
 
 def test_a_protocol_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(CommandError, match="no\\.yaml can't be read"):
+    with pytest.raises(UserError, match="no\\.yaml can't be read"):
         read_protocol(tmp_path / "no.yaml")
 
 

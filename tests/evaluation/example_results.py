@@ -9,6 +9,7 @@ import numpy as np
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import HeadDiagnostics, HeadwiseEntropy
 from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.measuring.perplexity import Likelihood, Part, Windows
+from entropy_gpt.evaluation.measuring.scores import TaskResult, TaskScore
 from entropy_gpt.evaluation.records.results import (
     Architecture,
     Conditions,
@@ -16,8 +17,6 @@ from entropy_gpt.evaluation.records.results import (
     LikelihoodResult,
     ModelResult,
     PrivateCost,
-    TaskResult,
-    TaskScore,
     TrainingResult,
 )
 from modeling_entropy_gpt import EntropyGPTConfig

@@ -7,10 +7,8 @@ import math
 import pytest
 
 from entropy_gpt.evaluation.measuring.operation_counts import count_operations
-from entropy_gpt.evaluation.records.conversion_report import (
-    ConversionReport,
-    HealingRecord,
-    StepRecord,
+from entropy_gpt.evaluation.records.conversion_report import ConversionReport, HealingRecord, StepRecord
+from entropy_gpt.evaluation.showing.conversion_page import (
     format_perplexity,
     operation_rows,
     report_markdown,

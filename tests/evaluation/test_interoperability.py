@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
+from entropy_gpt.evaluation.origin import ROOT
 from entropy_gpt.evaluation.showing.interoperability import PAGE, RECORD, comparisons_markdown, load_comparisons, write
-from entropy_gpt.programs.quickstart.readme import ROOT
 
 
 def line(**fields) -> str:

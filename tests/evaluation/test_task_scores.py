@@ -10,9 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_gpt2
+from entropy_gpt.evaluation.measuring.scores import TaskResult
 from entropy_gpt.evaluation.measuring.task_scores import LOCAL_TASKS, TaskError, check_tasks, local_tasks, score_tasks
 from entropy_gpt.evaluation.origin import hash_weights
-from entropy_gpt.evaluation.records.results import TaskResult
 
 from .task_files import (
     PARADIGMS,

@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropy_gpt.training.recipe import RECIPES, RecipeError, list_recipes, read_recipe
+from entropy_gpt.training.errors import RecipeError
+from entropy_gpt.training.recipe import RECIPES, list_recipes, read_recipe
 from modeling_entropy_gpt import EntropyGPTConfig
 
 

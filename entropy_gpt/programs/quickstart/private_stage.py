@@ -5,15 +5,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.program.cost import by_operation
 from entropy_gpt.evaluation.records.results import PrivateCost
 from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import written_whole
-from entropy_gpt.workflows.errors import CommandError
 from entropy_gpt.workflows.private import PrivateAnswer, demonstrate, print_answer
 
 
@@ -33,7 +32,7 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path):
         output (`Path`): The quickstart's folder.
 
     Raises:
-        `CommandError`: If an answer is not the one in the clear.
+        `UserError`: If an answer is not the one in the clear.
     """
     try:
         check_engine()
@@ -69,7 +68,7 @@ def private_costs(name: str, output: Path) -> list[PrivateCost]:
         output (`Path`): The quickstart's folder.
 
     Raises:
-        `CommandError`: If the answer's file is broken.
+        `UserError`: If the answer's file is broken.
     """
     place = _place(name, output)
     if not place.exists():
@@ -92,7 +91,4 @@ def _place(name: str, output: Path) -> Path:
 
 
 def _load(place: Path) -> PrivateAnswer:
-    try:
-        return PrivateAnswer.load(place)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    return PrivateAnswer.load(place)

@@ -10,21 +10,27 @@ import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
 from transformers.utils import logging
 
-from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.simplification import target_config
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.measuring.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.records.measurement import (
+    KEPT_APART,
+    MeasuredText,
+    describe_config,
+    measure_model,
+    read_text,
+)
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, TrainingResult, load_results, save_results
 from entropy_gpt.evaluation.showing.comparison import comparison_rows, conditions_text
 from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_headwise_entropy
 from entropy_gpt.evaluation.showing.model_card import model_card
-from entropy_gpt.terminal.progress import progress_display, stage
+from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.arguments import PAPER_HYPERPARAMETERS, EntropyTrainingArguments
 from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callback
@@ -33,12 +39,11 @@ from entropy_gpt.training.corpus import Corpus, load_corpus, load_standard_libra
 from entropy_gpt.training.errors import CorpusError
 from entropy_gpt.training.files import delete, is_finished, written_whole
 from entropy_gpt.training.packing import collate_blocks, pack, spread_blocks
+from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.training.trainer import EntropyTrainer
 from entropy_gpt.workflows.convert import convert
 from entropy_gpt.workflows.convert_inputs import Job, Text, spread
-from entropy_gpt.workflows.errors import CommandError
-from entropy_gpt.workflows.measure import KEPT_APART, MeasuredText, describe_config, measure_model, read_text
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .private_stage import answer_privately, private_costs
@@ -110,7 +115,7 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
         seed (`int`): Seed of weights and data order.
 
     Raises:
-        `CommandError`: If the text can't be used, the folder holds something else, or a model diverges or does not
+        `UserError`: If the text can't be used, the folder holds something else, or a model diverges or does not
             load in a fresh process.
     """
     disable_progress_bars()
@@ -126,7 +131,7 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
     try:
         results = [result for name in names for result in load_results(output / "models" / name / RESULTS)]
     except ValueError as error:
-        raise CommandError(f"{error} Delete the folder that it lies in, and run again.") from error
+        raise UserError(f"{error} Delete the folder that it lies in, and run again.") from error
     _draw(results, output)
     _save_all(results, output)
     _print_table(results)
@@ -144,30 +149,27 @@ def slug(notation: str) -> str:
 
 def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, progress: Progress) -> Data:
     """Reads and tokenises the text. Nothing is written before all of it is known to be good."""
-    try:
-        with stage(progress, "reading the text") as line:
-            corpus = load_standard_library() if corpus_path is None else load_corpus(corpus_path, without=output)
-            line.say(f"{corpus.characters:,} characters")
-        settings = {
-            "steps": steps,
-            "seed": seed,
-            "corpus": f"{corpus.name} ({corpus.revision})",
-            "versions": recorded_versions(),
-            "git_revision": git_revision(),
-            "machine": machine_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        }
-        _check_output(output, settings)
-        folder = output / "data"
-        if not folder.exists():
-            data = _tokenize(corpus, progress)
-            with written_whole(output / "settings.json") as path:
-                path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            with written_whole(folder) as temporary:
-                save_tokenizer(data.tokenizer, temporary / "tokenizer")
-                data.training.save_to_disk(temporary / "training")
-                data.validation.save_to_disk(temporary / "validation")
-    except CorpusError as error:
-        raise CommandError(str(error)) from error
+    with progress.stage("reading the text") as line:
+        corpus = load_standard_library() if corpus_path is None else load_corpus(corpus_path, without=output)
+        line.say(f"{corpus.characters:,} characters")
+    settings = {
+        "steps": steps,
+        "seed": seed,
+        "corpus": f"{corpus.name} ({corpus.revision})",
+        "versions": recorded_versions(),
+        "git_revision": git_revision(),
+        "machine": machine_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
+    _check_output(output, settings)
+    folder = output / "data"
+    if not folder.exists():
+        data = _tokenize(corpus, progress)
+        with written_whole(output / "settings.json") as path:
+            path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        with written_whole(folder) as temporary:
+            save_tokenizer(data.tokenizer, temporary / "tokenizer")
+            data.training.save_to_disk(temporary / "training")
+            data.validation.save_to_disk(temporary / "validation")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     return Data(corpus, tokenizer, load_from_disk(folder / "training"), load_from_disk(folder / "validation"))
 
@@ -178,23 +180,23 @@ def _check_output(output: Path, settings: dict):
         return
     remedy = "give another --output, or delete it"
     if not (output / "settings.json").exists():
-        raise CommandError(f"{output} is there already and holds no quickstart: {remedy}.")
+        raise UserError(f"{output} is there already and holds no quickstart: {remedy}.")
     try:
         earlier = dict(json.loads((output / "settings.json").read_text(encoding="utf-8")))
     except ValueError as error:
-        raise CommandError(f"{output / 'settings.json'} is damaged ({error}): {remedy}.") from error
+        raise UserError(f"{output / 'settings.json'} is damaged ({error}): {remedy}.") from error
     changed = [
         f"{name} {earlier.get(name)} then, {now} now" for name, now in settings.items() if earlier.get(name) != now
     ]
     if changed:
-        raise CommandError(f"{output} holds a quickstart with other settings ({'; '.join(changed)}): {remedy}.")
+        raise UserError(f"{output} holds a quickstart with other settings ({'; '.join(changed)}): {remedy}.")
 
 
 def _tokenize(corpus: Corpus, progress: Progress) -> Data:
-    with stage(progress, "training the tokenizer") as line:
+    with progress.stage("training the tokenizer") as line:
         tokenizer = train_tokenizer((document.text for document in corpus.training), VOCAB_SIZE)
         line.say(f"{len(tokenizer):,} tokens")
-    with stage(progress, "tokenising", len(corpus.training) + len(corpus.validation)) as line:
+    with progress.stage("tokenising", len(corpus.training) + len(corpus.validation)) as line:
         training = pack((document.text for document in corpus.training), tokenizer, CONTEXT, line.advance)
         try:
             validation = pack((document.text for document in corpus.validation), tokenizer, CONTEXT, line.advance)
@@ -241,11 +243,8 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
         spread(data.training, job.calibration_tokens),
         spread(data.validation, job.evaluation_tokens),
     )
-    try:
-        target = target_config(original.config, TARGET)
-        report = convert(job, original, target, text, progress)
-    except ConversionError as error:
-        raise CommandError(str(error)) from error
+    target = target_config(original.config, TARGET)
+    report = convert(job, original, target, text, progress)
     model = load_language_model(job.output)
     training = _describe_training(model, data, heal_steps, report.healing.seconds)
     training.converted_from = report.source_notation
@@ -299,7 +298,7 @@ def _train(
         report_to=[],
         disable_tqdm=True,
     )
-    with stage(progress, f"training {model.config.notation}", steps) as line:
+    with progress.stage(f"training {model.config.notation}", steps) as line:
         trainer = EntropyTrainer(
             model=model,
             args=arguments,
@@ -310,7 +309,7 @@ def _train(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     if (reason := trainer.guard.diverged) is not None:
-        raise CommandError(f"{model.config.notation}: training diverged, and was {reason}.")
+        raise UserError(f"{model.config.notation}: training diverged, and was {reason}.")
     return find_callback(trainer, Stopwatch).seconds
 
 
@@ -353,9 +352,9 @@ def _load_back(name: str, title: str, output: Path):
         try:
             loaded = load_in_fresh_process(folder, output / "references" / f"{name}.safetensors", PROMPT)
         except RemoteLoadingError as error:
-            raise CommandError(str(error)) from error
+            raise UserError(str(error)) from error
     if loaded.max_difference > LARGEST_DIFFERENCE:
-        raise CommandError(
+        raise UserError(
             f"{folder} gives other logits in a fresh process: they differ by {loaded.max_difference:.2e}, and "
             f"{LARGEST_DIFFERENCE:.0e} is allowed. Delete {output} and run again."
         )

@@ -8,10 +8,12 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from entropy_gpt.evaluation.origin import ROOT
 from entropy_gpt.evaluation.records.conditions import describe_origins, describe_windows
 from entropy_gpt.evaluation.records.results import load_results
+from entropy_gpt.evaluation.showing.markdown import replace_block
 from entropy_gpt.evaluation.showing.model_card import model_card
-from entropy_gpt.programs.quickstart.readme import README, ROOT, replace_block
+from entropy_gpt.programs.quickstart.readme import README
 
 from .pictures import plot_conversion, plot_heads, plot_others, plot_pareto, plot_tolerance
 from .records import Study, StudyRun

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.training.arguments import STANDARD_LIBRARY
-from entropy_gpt.training.recipe import RecipeError, read_yaml
-from entropy_gpt.workflows.errors import CommandError
+from entropy_gpt.training.errors import RecipeError
+from entropy_gpt.training.recipe import read_yaml
 
 from .records import ANSWERED, CONVERTED, KINDS, TRAINED, StudyRun
 
@@ -126,12 +127,12 @@ class Protocol:
         The rows of the groups whose name begins with one of these, and all that they depend on.
 
         Raises:
-            `CommandError`: If there is no such group.
+            `UserError`: If there is no such group.
         """
         groups = dict.fromkeys(row.group for row in self.rows)
         for beginning in only:
             if not any(group.startswith(beginning) for group in groups):
-                raise CommandError(f"--only {beginning}: no group's name begins so. There are {', '.join(groups)}.")
+                raise UserError(f"--only {beginning}: no group's name begins so. There are {', '.join(groups)}.")
         if only:
             chosen = [row for row in self.rows if row.group.startswith(tuple(only))]
         else:
@@ -151,15 +152,15 @@ def read_protocol(path: Path) -> Protocol:
     Reads a protocol.
 
     Raises:
-        `CommandError`: If it can't be read, or a group is not understood.
+        `UserError`: If it can't be read, or a group is not understood.
     """
     try:
         content = read_yaml(path)
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     except (RecipeError, OSError) as error:
-        raise CommandError(f"--protocol {path} can't be read: {error}") from error
+        raise UserError(f"--protocol {path} can't be read: {error}") from error
     if unknown := sorted(content.keys() ^ SECTIONS):
-        raise CommandError(f"{path}: {unknown[0]} is missing or not known. It has {', '.join(sorted(SECTIONS))}.")
+        raise UserError(f"{path}: {unknown[0]} is missing or not known. It has {', '.join(sorted(SECTIONS))}.")
     rows: list[Row] = []
     for name in ("test", "groups", *KINDS):
         _check_mapping(content[name], name, path)
@@ -224,7 +225,7 @@ def _read_group(group: str, settings: dict, content: dict, before: list[Row], pa
         for reference in row.references:
             count = sum(map(reference.matches, before))
             if count == 0 or (reference is row.source and count > 1):
-                raise CommandError(
+                raise UserError(
                     f"{path}, group {group}: {count} rows before it are in the group {reference.group!r} with "
                     f"{reference.settings}, which it takes {'its models' if reference is row.source else 'its rate'} "
                     "from."
@@ -236,11 +237,11 @@ def _refer(told: Any, word: str, own: dict[str, Any], group: str, path: Path) ->
     """What is told goes before what a row shares with the rows that it refers to."""
     told = dict(_check_mapping(told, f"group {group}: {word}", path))
     if word not in told:
-        raise CommandError(f"{path}, group {group}: {told} lacks {word}, the group that it refers to.")
+        raise UserError(f"{path}, group {group}: {told} lacks {word}, the group that it refers to.")
     return Reference(told.pop(word), {**own, **told})
 
 
 def _check_mapping(value: Any, place: str, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise CommandError(f"{path}: {place} is {value!r}, and has to be settings with their values.")
+        raise UserError(f"{path}: {place} is {value!r}, and has to be settings with their values.")
     return value

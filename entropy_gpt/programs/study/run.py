@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.private_inference.agreement import measure_agreement
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.inference import EMULATED, PLAINTEXT, TWO_PARTY, PrivateModel
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
+from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText, measure_heads, measure_text, read_text
 from entropy_gpt.evaluation.records.results import RESULTS, AnswerCheck, load_results, save_results
 from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.evaluation.showing.model_card import model_card
@@ -35,14 +34,13 @@ from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.training.arguments import STANDARD_LIBRARY
 from entropy_gpt.training.checkpoints import list_checkpoints
 from entropy_gpt.training.corpus import Corpus, Document, load_corpus, load_standard_library
-from entropy_gpt.training.errors import CorpusError
+from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.training.progress import Progress
+from entropy_gpt.training.run_folder import MODEL
 from entropy_gpt.workflows import convert as convert_job
 from entropy_gpt.workflows import train as train_job
 from entropy_gpt.workflows.convert_inputs import REPORT, Job, find_target
-from entropy_gpt.workflows.errors import CommandError, DivergedError
-from entropy_gpt.workflows.measure import KEPT_APART, MeasuredText, measure_heads, measure_text, read_text
-from entropy_gpt.workflows.train_folder import MODEL
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .protocol import DATASET, Run
@@ -89,7 +87,7 @@ def perform(place: Place):
     Does what the plan says, from where an earlier attempt ended, and leaves the result.
 
     Raises:
-        `CommandError`: If it can't be done.
+        `UserError`: If it can't be done.
     """
     plan = json.loads((place.folder / PLAN).read_text(encoding="utf-8"))
     run = Run(**plan["run"])
@@ -228,12 +226,12 @@ def read_package(package: str, release: str, characters: int) -> Corpus:
         characters (`int`): Of the files together, no more than these; all in `training`.
 
     Raises:
-        `CommandError`: If it is not installed, or in another version.
+        `UserError`: If it is not installed, or in another version.
     """
     spec = importlib.util.find_spec(package)
     installed = version(package) if spec is not None else "nothing"
     if installed != release:
-        raise CommandError(f"The study tests on {package} {release}, and {installed} is installed: pip install it.")
+        raise UserError(f"The study tests on {package} {release}, and {installed} is installed: pip install it.")
     corpus = load_corpus(Path(spec.origin).parent, validation_share=0)
     chosen: list[Document] = []
     for document in sorted(corpus.training, key=_hash_of_name):
@@ -259,5 +257,5 @@ if __name__ == "__main__":
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         perform(Place(Path(sys.argv[1]), sys.argv[2]))
-    except (CommandError, CorpusError, ConversionError, PrivateInferenceError) as error:
+    except UserError as error:
         sys.exit(f"entropy-gpt: {error}")

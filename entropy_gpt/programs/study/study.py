@@ -15,14 +15,13 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.records.results import RESULTS, load_results, save_results
-from entropy_gpt.terminal.progress import progress_display, stage
+from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
-from entropy_gpt.training.errors import CorpusError
 from entropy_gpt.training.files import written_whole
 from entropy_gpt.training.tokenizer import train_tokenizer
-from entropy_gpt.workflows.errors import CommandError
 
 from .protocol import Protocol, Row, Run, read_protocol, resolve
 from .records import ANSWERED, Study, StudyRun
@@ -58,7 +57,7 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
         dry_run (`bool`): Whether to show only what would be done.
 
     Raises:
-        `CommandError`: If the protocol or the folder can't be used, or a run failed.
+        `UserError`: If the protocol or the folder can't be used, or a run failed.
     """
     output = output.resolve()
     protocol = read_protocol(protocol_path)
@@ -71,7 +70,7 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
     failed: dict[str, str] = {}
     with _locked(output):
         _prepare(protocol, output)
-        with progress_display(console) as progress, stage(progress, "study") as line:
+        with progress_display(console) as progress, progress.stage("study") as line:
             clock = _Clock(rows, finished)
             with contextlib.closing(_work(protocol, rows, output, workers, finished, failed)) as work:
                 for running in work:
@@ -79,7 +78,7 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
                     line.say("; ".join([clock.describe(finished), *(worker.run.name for worker in running)]))
         _save_models(_save(protocol, finished, output), output)
     if failed:
-        raise CommandError(
+        raise UserError(
             f"{len(failed)} runs failed: {'; '.join(f'{name}: {reason}' for name, reason in failed.items())}. Their "
             f"logs are in {output / RUNS}/*/{LOG}; the same command tries again."
         )
@@ -125,7 +124,7 @@ def _check_output(protocol: Protocol, output: Path):
     if changed := [
         f"{name} {earlier.get(name)} then, {now[name]} now" for name in now if earlier.get(name) != now[name]
     ]:
-        raise CommandError(f"{output} holds a study of another kind ({'; '.join(changed)}): give another --output.")
+        raise UserError(f"{output} holds a study of another kind ({'; '.join(changed)}): give another --output.")
 
 
 @contextlib.contextmanager
@@ -135,16 +134,13 @@ def _locked(output: Path) -> Iterator[None]:
         with FileLock(output / "lock", timeout=0):
             yield
     except Timeout as error:
-        raise CommandError(f"Another command is at work in {output}: wait, or give another --output.") from error
+        raise UserError(f"Another command is at work in {output}: wait, or give another --output.") from error
 
 
 def _load_finished(output: Path) -> dict[str, StudyRun]:
     """Runs that are measured, here or in a record that was put here."""
-    try:
-        known = Study.load(output / RECORD).runs if (output / RECORD).exists() else {}
-        found = [StudyRun.load(path) for path in sorted((output / RUNS).glob(f"*/{RESULT}"))]
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    known = Study.load(output / RECORD).runs if (output / RECORD).exists() else {}
+    found = [StudyRun.load(path) for path in sorted((output / RUNS).glob(f"*/{RESULT}"))]
     return {**known, **{run.name: run for run in found}}
 
 
@@ -155,12 +151,9 @@ def _prepare(protocol: Protocol, output: Path):
     place = output / TOKENIZER
     if place.exists():
         return
-    try:
-        with console.status("training the tokenizer"), written_whole(place) as folder:
-            texts = (document.text for document in load_text(protocol.dataset).training)
-            save_tokenizer(train_tokenizer(texts, protocol.vocabulary), folder)
-    except CorpusError as error:
-        raise CommandError(str(error)) from error
+    with console.status("training the tokenizer"), written_whole(place) as folder:
+        texts = (document.text for document in load_text(protocol.dataset).training)
+        save_tokenizer(train_tokenizer(texts, protocol.vocabulary), folder)
 
 
 def _work(

@@ -12,12 +12,12 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 
 from entropy_gpt.conversion.folding import fold, list_absorbable_ffns
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.parties.participant import program_variables
 from entropy_gpt.evaluation.private_inference.program.counting import Counts, StepCounts, Stock, count_step
 from entropy_gpt.evaluation.private_inference.program.program import Span, Step, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.variables import program_variables
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 

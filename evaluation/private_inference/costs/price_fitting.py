@@ -12,8 +12,6 @@ import torch
 
 from entropy_gpt.evaluation.origin import git_revision, machine_name
 from entropy_gpt.evaluation.private_inference.parties.engine import (
-    CLIENT,
-    SERVER,
     CompiledStep,
     EngineLog,
     Party,
@@ -25,7 +23,7 @@ from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmet
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA, StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import CountingArithmetic, Shape, Stock, make_shape
 from entropy_gpt.evaluation.private_inference.program.program import Step
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 
 from .cost_model import PRICES, Prices, Sample, price_of
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 

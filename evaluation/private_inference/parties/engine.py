@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.arithmetic import CheapArithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import Shape, Stock, count_step
@@ -25,7 +25,6 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 # which no operation of JAX leads.
 SQUARE_BY_EXP = 1
 # The client is of rank 1 wherever there are two.
-SERVER, CLIENT = 0, 1
 LOG_TRIES, LOG_WAIT_S = 500, 0.01
 LINK_TOTALS = re.compile(
     r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)"

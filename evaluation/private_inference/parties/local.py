@@ -9,11 +9,12 @@ import numpy as np
 
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.program import Span
-from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_input
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .engine import SERVER, EngineLog, check_engine
-from .participant import Participant, answer_name, client_input, compile_pass
+from .engine import EngineLog, check_engine
+from .participant import Participant, compile_pass
 
 
 TIMEOUT_MS = 3_600_000

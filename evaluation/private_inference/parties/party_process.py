@@ -20,14 +20,15 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 from safetensors.numpy import load_file
 
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, tables_bytes, weight_shapes
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_input
 
-from .engine import CLIENT, SERVER, EngineLog, compiled_digest
-from .participant import Participant, answer_name, client_input, compile_pass
+from .engine import EngineLog, compiled_digest
+from .participant import Participant, compile_pass
 
 
 REPEATS = 3

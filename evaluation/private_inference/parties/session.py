@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
+from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.origin import git_revision, machine_name
-from entropy_gpt.evaluation.private_inference.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings

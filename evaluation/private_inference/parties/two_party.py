@@ -21,13 +21,13 @@ import numpy as np
 from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
-from entropy_gpt.evaluation.private_inference.errors import EngineError, PrivateInferenceError
+from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, weight_shapes
-from entropy_gpt.evaluation.private_inference.program.settings import RING_BITS, TRUST, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, RING_BITS, SERVER, TRUST, PrivateSettings
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .channel import Channel, Listener, TLSFiles, clean, connect, shut_down
-from .engine import CLIENT, SERVER, engine_versions
+from .engine import engine_versions
 from .party_process import Job
 from .session import Answer, Terms, check_request, free_port, run_party
 from .tunnel import ClientTunnel, ServerTunnel

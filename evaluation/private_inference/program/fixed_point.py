@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from entropy_gpt.evaluation.private_inference.parties.participant import client_input, input_shape
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .arithmetic import Arithmetic, CheapArithmetic
 from .program import LOGITS, TANH_GELUS, Span, build_steps, run_steps
 from .settings import RING_BITS, PrivateSettings
+from .variables import client_input, input_shape
 
 
 # Numbers and products before their truncation have to be smaller than 2^62: two parties tell signs by what is above.

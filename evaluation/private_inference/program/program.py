@@ -15,8 +15,8 @@ from typing import Literal, Self
 import numpy as np
 from pydantic.dataclasses import dataclass as record
 
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
 
 from .arithmetic import Arithmetic
 from .nonlinear import (

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .fixed_point import SAFE_BITS, Float64Arithmetic, emulate, exact_logits, exact_variables

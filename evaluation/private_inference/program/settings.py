@@ -8,6 +8,8 @@ from entropy_gpt.evaluation.json_records import RECORD
 
 
 Protocol = Literal["cheetah", "semi2k", "aby3", "ref2k"]
+# Ranks of the two parties.
+SERVER, CLIENT = 0, 1
 PARTIES = {"cheetah": 2, "semi2k": 2, "aby3": 3, "ref2k": 1}
 TRUST = {
     "cheetah": "two parties that follow the protocol and may look at all they receive (semi-honest); no third one",

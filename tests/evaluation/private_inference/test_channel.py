@@ -17,7 +17,7 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import (
     LENGTH,
     MAX_MESSAGE_BYTES,

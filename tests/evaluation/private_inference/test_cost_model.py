@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import (
     Sample,
     count_steps,
@@ -15,8 +16,7 @@ from entropy_gpt.evaluation.private_inference.costs.cost_model import (
     program_config,
 )
 from entropy_gpt.evaluation.private_inference.costs.price_fitting import fit
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.parties.engine import CLIENT, SERVER, EngineLog
+from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
 from entropy_gpt.evaluation.private_inference.program.counting import (
     ANSWERS,
@@ -37,7 +37,7 @@ from entropy_gpt.evaluation.private_inference.program.counting import (
     make_shape,
 )
 from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, make_config, make_model

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.inference import MODES, NETWORKS, InferenceResult, PrivateModel
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from tests.architectures import make_model

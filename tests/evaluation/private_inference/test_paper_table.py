@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import load_prices, predict, program_config
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference
 from entropy_gpt.evaluation.private_inference.costs.paper_table import (
@@ -21,7 +22,6 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     take_ends,
     take_typical_block,
 )
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY
 from entropy_gpt.evaluation.private_inference.parties.session import Answer, Terms
 from entropy_gpt.evaluation.private_inference.program.cost import LAN, Network, StepCost

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program import program
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
 from entropy_gpt.evaluation.private_inference.program.nonlinear import piecewise_gelu

@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import trustme
 
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import Channel, Listener, TLSFiles, connect
 from entropy_gpt.evaluation.private_inference.parties.tunnel import MAX_STREAMS, TO_CLIENT, ClientTunnel, ServerTunnel
 

@@ -28,14 +28,14 @@ from .test_channel import tls_files
 
 pytest.importorskip("spu")
 
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES
-from entropy_gpt.evaluation.private_inference.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import Channel, TLSFiles, connect
-from entropy_gpt.evaluation.private_inference.parties.engine import CLIENT, SERVER
-from entropy_gpt.evaluation.private_inference.parties.participant import Participant, encode_tokens
+from entropy_gpt.evaluation.private_inference.parties.participant import Participant
 from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION, Client, Model, Server
 from entropy_gpt.evaluation.private_inference.program.program import TOKENS
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.variables import encode_tokens
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 
 

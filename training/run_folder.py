@@ -6,13 +6,13 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from entropy_gpt.training.checkpoints import find_damage, last_checkpoint, list_checkpoints
-from entropy_gpt.training.files import delete, is_finished, written_whole
-from entropy_gpt.training.recipe import Recipe
-from entropy_gpt.training.trainer import LEARNING_RATE_MULTIPLIERS
+from entropy_gpt.conversion.errors import UserError
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .errors import CommandError
+from .checkpoints import find_damage, last_checkpoint, list_checkpoints
+from .files import delete, is_finished, written_whole
+from .recipe import Recipe
+from .trainer import LEARNING_RATE_MULTIPLIERS
 
 
 RUN_SETTINGS = "run.json"
@@ -37,22 +37,22 @@ def check_folder(recipe: Recipe, config: EntropyGPTConfig) -> Path | None:
         `Path`: The checkpoint to go on from, or `None`.
 
     Raises:
-        `CommandError`: If the folder or the checkpoint can't be used.
+        `UserError`: If the folder or the checkpoint can't be used.
     """
     output, given = Path(recipe.training.output_dir), recipe.training.resume_from_checkpoint
     if output.exists() and (not output.is_dir() or any(map(is_finished, output.iterdir()))):
         if not (output / RUN_SETTINGS).exists():
-            raise CommandError(f"{output} is there already and holds no training run: give another output_dir.")
+            raise UserError(f"{output} is there already and holds no training run: give another output_dir.")
         _refuse_changes(recipe, output)
     checkpoint = last_checkpoint(output)
     if checkpoint is None and given is not None:
         checkpoint = Path(given)
         if damage := find_damage(checkpoint):
-            raise CommandError(f"resume_from_checkpoint={given} can't be used: {damage}.")
+            raise UserError(f"resume_from_checkpoint={given} can't be used: {damage}.")
         told = checkpoint.parent / RUN_SETTINGS
         changed = _changes(_read_settings(told), _settings(recipe)) if told.exists() else {}
         if kept := [text for name, text in changed.items() if name.startswith(OF_THE_OPTIMIZER)]:
-            raise CommandError(
+            raise UserError(
                 f"{given} keeps what its optimiser was told ({'; '.join(kept)}): leave these as they were, or start "
                 "from its weights, with model_name_or_path."
             )
@@ -74,18 +74,18 @@ def check_architecture(checkpoint: Path, recipe: Recipe, config: EntropyGPTConfi
     adapted = (checkpoint / "adapter_config.json").exists()
     if adapted != (recipe.lora.lora_r is not None):
         held, wanted = ("adapters", "all weights") if adapted else ("all weights", "adapters")
-        raise CommandError(f"{checkpoint} holds {held}, and this run is to train {wanted}: give another output_dir.")
+        raise UserError(f"{checkpoint} holds {held}, and this run is to train {wanted}: give another output_dir.")
     if adapted:
         rank = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))["r"]
         differing = [("lora_r", rank, recipe.lora.lora_r)]
     else:
         saved = AutoConfig.from_pretrained(checkpoint)
         if not isinstance(saved, EntropyGPTConfig):
-            raise CommandError(f"{checkpoint} holds a model of another family ({saved.model_type}).")
+            raise UserError(f"{checkpoint} holds a model of another family ({saved.model_type}).")
         differing = [(name, getattr(saved, name), getattr(config, name)) for name in names]
     for name, then, now in differing:
         if then != now:
-            raise CommandError(
+            raise UserError(
                 f"{checkpoint} holds a model with {name} {then}, and this run is to train one with {now}: start in "
                 "another output_dir, or resume a run of the same architecture."
             )
@@ -96,11 +96,11 @@ def check_text(recipe: Recipe, text: str):
     Refuses to go on with a run on other text than before.
 
     Raises:
-        `CommandError`: If the text changed.
+        `UserError`: If the text changed.
     """
     path = Path(recipe.training.output_dir, RUN_SETTINGS)
     if path.exists() and (earlier := _read_settings(path).get("text")) != text:
-        raise CommandError(
+        raise UserError(
             f"{path.parent} holds a run that was trained on {earlier}, which is {text} now: give another output_dir."
         )
 
@@ -124,7 +124,7 @@ def _refuse_changes(recipe: Recipe, output: Path):
     earlier = _read_settings(output / RUN_SETTINGS)
     earlier.pop("text", None)
     if changed := _changes(earlier, _settings(recipe)):
-        raise CommandError(
+        raise UserError(
             f"{output} holds a run with other settings ({'; '.join(changed.values())}): give another output_dir, with "
             f"resume_from_checkpoint={output}/checkpoint-STEP to go on from there."
         )
@@ -144,4 +144,4 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise CommandError(f"{path} is damaged ({error}): delete the folder, or give another output_dir.") from error
+        raise UserError(f"{path} is damaged ({error}): delete the folder, or give another output_dir.") from error

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from entropy_gpt.evaluation.measuring.entropy_diagnostics import diagnose_heads
-from entropy_gpt.evaluation.measuring.operation_counts import count_operations
-from entropy_gpt.evaluation.measuring.perplexity import Windows, measure_likelihood
-from entropy_gpt.evaluation.measuring.tokenized_text import TokenizedText, tokenize
-from entropy_gpt.evaluation.origin import git_revision, hash_weights, machine_name, recorded_versions
-from entropy_gpt.evaluation.records.results import (
+from entropy_gpt.training.progress import Progress
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+
+from .measuring.entropy_diagnostics import diagnose_heads
+from .measuring.operation_counts import count_operations
+from .measuring.perplexity import Windows, measure_likelihood
+from .measuring.tokenized_text import TokenizedText, tokenize
+from .origin import git_revision, hash_weights, machine_name, recorded_versions
+from .records.results import (
     Architecture,
     Conditions,
     HeadResult,
@@ -23,8 +25,6 @@ from entropy_gpt.evaluation.records.results import (
     ModelResult,
     TrainingResult,
 )
-from entropy_gpt.terminal.progress import stage
-from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 
 SIZES = ("n_layer", "n_embd", "n_head")
@@ -156,7 +156,7 @@ def measure_text(
         breakdown: What else [`measure_likelihood`] is to tell.
     """
     started = time.perf_counter()
-    with stage(progress, f"{title}: perplexity", text.tokens) as line:
+    with progress.stage(f"{title}: perplexity", text.tokens) as line:
         likelihood = measure_likelihood(
             model, text.documents, text.windows, batch_tokens, on_tokens=line.advance, **breakdown
         )
@@ -178,7 +178,7 @@ def measure_heads(
     started = time.perf_counter()
     blocks = text.blocks(_block_length(model, text.windows), most_tokens)
     context = len(blocks[0]["input_ids"])
-    with stage(progress, f"{title}: attention heads", len(blocks)) as line:
+    with progress.stage(f"{title}: attention heads", len(blocks)) as line:
         heads = diagnose_heads(model, blocks, max(1, batch_tokens // context), line.advance)
         line.say(f"mean entropy {heads.entropy.mean:.2f} nats")
     conditions = _conditions(model, text, context, heads.rows, seed)

@@ -8,14 +8,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.simplification import TRAINING_FIELDS, plan_conversion, set_training_fields, target_config
-from entropy_gpt.training.adapters import attach_lora
-from entropy_gpt.training.recipe import Recipe
-from entropy_gpt.training.tokenizer import load_tokenizer
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .errors import CommandError
+from .adapters import attach_lora
+from .recipe import Recipe
+from .tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def find_start(recipe: Recipe) -> Start:
     The architecture that a recipe asks for.
 
     Raises:
-        `CommandError`: If it can't be had, or the model to start from can't be read.
+        `UserError`: If it can't be had, or the model to start from can't be read.
     """
     try:
         if recipe.model.model_name_or_path is None:
@@ -60,9 +60,9 @@ def find_start(recipe: Recipe) -> Start:
             with torch.device("meta"):
                 attach_lora(EntropyGPTForCausalLM(config), recipe.lora)
     except StrictDataclassError as error:
-        raise CommandError(f"{recipe.name}: {error.__cause__ or error}") from error
+        raise UserError(f"{recipe.name}: {error.__cause__ or error}") from error
     except (ValueError, TypeError) as error:
-        raise CommandError(f"{recipe.name}: {error}") from error
+        raise UserError(f"{recipe.name}: {error}") from error
     start = Start(source, config, recipe.data.context or config.n_positions)
     _check_settings(recipe, start)
     return start
@@ -73,13 +73,13 @@ def fit_vocabulary(config: EntropyGPTConfig, recipe: Recipe, tokenizer) -> Entro
     The configuration with the tokenizer's special tokens, and, where nothing says how large it is, its vocabulary.
 
     Raises:
-        `CommandError`: If the tokenizer has more tokens than the model.
+        `UserError`: If the tokenizer has more tokens than the model.
     """
     from_scratch = recipe.model.model_name_or_path is None
     if from_scratch and "vocab_size" not in recipe.config_fields:
         config.vocab_size = len(tokenizer)
     if len(tokenizer) > config.vocab_size:
-        raise CommandError(
+        raise UserError(
             f"The tokenizer has {len(tokenizer):,} tokens, and the model vocab_size={config.vocab_size:,}: "
             + ("raise it, or leave it out." if from_scratch else "take the model's own tokenizer.")
         )
@@ -99,18 +99,18 @@ def make_model(start: Start, seed: int) -> EntropyGPTForCausalLM:
 def _check_settings(recipe: Recipe, start: Start):
     training = recipe.training
     if start.context > start.config.n_positions:
-        raise CommandError(f"context={start.context}: the model has n_positions={start.config.n_positions}. Lower it.")
+        raise UserError(f"context={start.context}: the model has n_positions={start.config.n_positions}. Lower it.")
     if recipe.data.streaming and start.converts:
-        raise CommandError("streaming=true gives a conversion nothing to be fitted to: convert first, without it.")
+        raise UserError("streaming=true gives a conversion nothing to be fitted to: convert first, without it.")
     if recipe.data.streaming and training.max_steps < 1:
-        raise CommandError("streaming=true has no last document that would end the run: set max_steps.")
+        raise UserError("streaming=true has no last document that would end the run: set max_steps.")
     if training.on_divergence == "rollback" and training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        raise CommandError(
+        raise UserError(
             f"on_divergence=rollback slows the learning rate down, which lr_scheduler_type="
             f"{training.lr_scheduler_type.value} does itself: take another one, or on_divergence=stop."
         )
     if training.save_only_model:
-        raise CommandError("save_only_model=true leaves checkpoints that no run can go on from: leave it out.")
+        raise UserError("save_only_model=true leaves checkpoints that no run can go on from: leave it out.")
     _check_vocabulary(recipe, start.config)
 
 
@@ -120,7 +120,7 @@ def _check_vocabulary(recipe: Recipe, config: EntropyGPTConfig):
     if place is not None:
         fit_vocabulary(copy.deepcopy(config), recipe, load_tokenizer(place))
     elif recipe.data.tokenizer_vocab_size > (size := recipe.config_fields.get("vocab_size", math.inf)):
-        raise CommandError(
+        raise UserError(
             f"tokenizer_vocab_size={recipe.data.tokenizer_vocab_size} is more than vocab_size={size}: lower the one, "
             "or leave out the other."
         )
@@ -138,7 +138,7 @@ def _config_from_scratch(recipe: Recipe) -> EntropyGPTConfig:
 def _config_of_source(config: EntropyGPTConfig, recipe: Recipe) -> EntropyGPTConfig:
     allowed = {*TRAINING_FIELDS, "final_normalization"}
     if foreign := sorted(recipe.config_fields.keys() - allowed):
-        raise CommandError(
+        raise UserError(
             f"{foreign[0]}={recipe.config_fields[foreign[0]]} can't be set beside model_name_or_path: sizes are those "
             f"of the model, and its architecture is told by notation. These can: {', '.join(sorted(allowed))}."
         )

@@ -4,10 +4,10 @@ import hashlib
 
 from transformers import PreTrainedTokenizerFast
 
-from entropy_gpt.training.errors import CorpusError
-from entropy_gpt.training.tokenizer import load_tokenizer
+from entropy_gpt.conversion.errors import UserError
 
-from .errors import CommandError
+from .errors import CorpusError
+from .tokenizer import load_tokenizer
 
 
 def load_model_tokenizer(place: str | None, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -20,15 +20,15 @@ def load_model_tokenizer(place: str | None, source: str, vocab_size: int) -> Pre
         vocab_size (`int`): Tokens that the model knows.
 
     Raises:
-        `CommandError`: If there is none, or it has more tokens than the model.
+        `UserError`: If there is none, or it has more tokens than the model.
     """
     place = place or source
     try:
         tokenizer = load_tokenizer(place)
     except CorpusError as error:
-        raise CommandError(f"{error} Say where the tokenizer of {source} is with --tokenizer.") from error
+        raise UserError(f"{error} Say where the tokenizer of {source} is with --tokenizer.") from error
     if len(tokenizer) > vocab_size:
-        raise CommandError(
+        raise UserError(
             f"The tokenizer of {place} has {len(tokenizer):,} tokens, and {source} {vocab_size:,}: they do not belong "
             "together. Give the model's own with --tokenizer."
         )

@@ -1,0 +1,62 @@
+"""The variables of a program: their names, shapes and owners, and the client's input."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .counting import Shape, make_shape
+from .program import EMBEDDINGS, LOGITS, TOKEN, TOKENS, ProgramConfig, Span, weight_shapes
+from .settings import PARTIES, SERVER, PrivateSettings
+
+
+def client_rank(settings: PrivateSettings) -> int:
+    """The client's; a third party, and the only one of "ref2k", has nothing of its own or everything."""
+    return min(1, PARTIES[settings.protocol] - 1)
+
+
+def input_shape(config: ProgramConfig, settings: PrivateSettings, span: Span) -> tuple[str, tuple[int, int]]:
+    """The client's input: its variable and its shape."""
+    if settings.embedding == "one_hot":
+        return TOKENS, (span.length, config.vocab_size)
+    return EMBEDDINGS, (span.length, config.n_embd)
+
+
+def kept_shapes(config: ProgramConfig, span: Span) -> dict[str, tuple[int, int, int]]:
+    """Of the keys and values that a pass finds."""
+    shape = (config.n_head, span.start, config.n_embd // config.n_head)
+    layers = range(config.n_layer if span.start else 0)
+    return {f"h.{layer}.{name}": shape for layer in layers for name in ("keys", "values")}
+
+
+def program_variables(config: ProgramConfig, settings: PrivateSettings, span: Span) -> dict[str, Shape]:
+    """What there is before a pass, and whose it is."""
+    variables = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
+    name, shape = input_shape(config, settings, span)
+    variables[name] = make_shape(shape, client_rank(settings))
+    return variables | {name: make_shape(shape) for name, shape in kept_shapes(config, span).items()}
+
+
+def answer_name(settings: PrivateSettings) -> str:
+    return LOGITS if settings.answer == "logits" else TOKEN
+
+
+def encode_tokens(tokens: Sequence[int], vocabulary: int) -> np.ndarray:
+    """One-hot rows."""
+    return (np.asarray(tokens)[:, None] == np.arange(vocabulary)).astype(np.float32)
+
+
+def client_input(
+    config: ProgramConfig, settings: PrivateSettings, span: Span, tokens: Sequence[int], tables: dict
+) -> np.ndarray:
+    """
+    What the client gives.
+
+    Args:
+        config ([`ProgramConfig`]), settings ([`PrivateSettings`]): Of the program.
+        span ([`Span`]): Where the tokens stand.
+        tokens (`Sequence[int]`): As many.
+        tables (`dict`): With "client_table", the embeddings "wte" and "wpe".
+    """
+    if settings.embedding == "one_hot":
+        return encode_tokens(tokens, config.vocab_size)
+    return tables["wte"][np.asarray(tokens)] + tables["wpe"][span.start : span.end]
