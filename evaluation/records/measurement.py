@@ -9,15 +9,15 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from entropy_gpt.evaluation.measuring.entropy_diagnostics import diagnose_heads
+from entropy_gpt.evaluation.measuring.operation_counts import count_operations
+from entropy_gpt.evaluation.measuring.perplexity import Windows, measure_likelihood
+from entropy_gpt.evaluation.measuring.tokenized_text import TokenizedText, tokenize
+from entropy_gpt.evaluation.origin import git_revision, hash_weights, machine_name, recorded_versions
 from entropy_gpt.training.progress import Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .measuring.entropy_diagnostics import diagnose_heads
-from .measuring.operation_counts import count_operations
-from .measuring.perplexity import Windows, measure_likelihood
-from .measuring.tokenized_text import TokenizedText, tokenize
-from .origin import git_revision, hash_weights, machine_name, recorded_versions
-from .records.results import (
+from .results import (
     Architecture,
     Conditions,
     HeadResult,

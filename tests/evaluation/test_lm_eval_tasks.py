@@ -302,14 +302,13 @@ def test_neither_tasks_nor_data_depend_on_the_working_directory(tmp_path, monkey
 def test_wheel_holds_the_tasks(tmp_path):
     wheel = build_wheel(tmp_path)
     wanted = {
-        path.relative_to(ROOT).as_posix()
+        f"entropy_gpt/{path.relative_to(ROOT).as_posix()}"
         for path in TASK_FOLDER.rglob("*")
         if path.is_file() and path.parent.name != "__pycache__"
     }
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    held = {name for name in names if name.startswith("evaluation/lm_eval_tasks/")}
-    assert [name for name in names if name.startswith("model_cards/")] == ["model_cards/template.md.jinja"]
+    held = {name for name in names if name.startswith("entropy_gpt/evaluation/lm_eval_tasks/")}
     assert held == wanted
     assert len(wanted) > len(PARADIGMS)
 
