@@ -25,7 +25,7 @@ def save_record(content: object, type_: type, kind: str, version: int, path: Pat
         content: What to write.
         type_ (`type`): What it is, such as `list[ModelResult]`.
         kind (`str`): What it is, in words; [`load_record`] asks for it.
-        version (`int`): Of the kind's fields.
+        version (`int`): Version of the kind's fields.
         path (`Path`): The file.
     """
     fields = json.loads(_adapter(type_).dump_json(content))
