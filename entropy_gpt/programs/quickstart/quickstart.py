@@ -42,8 +42,8 @@ from entropy_gpt.training.packing import collate_blocks, pack, spread_blocks
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.training.trainer import EntropyTrainer
-from entropy_gpt.workflows.convert import convert
-from entropy_gpt.workflows.convert_inputs import Job, Text, spread
+from entropy_gpt.workflows.convert import Conversion, convert_with_text
+from entropy_gpt.workflows.convert_inputs import ConversionOptions, Text, spread
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .private_stage import answer_privately, private_costs
@@ -225,9 +225,9 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
     source = output / "models" / slug(next(iter(ARCHITECTURES)))
     original = load_language_model(source)
     heal_steps = max(1, round(HEALING_SHARE * steps))
-    job = Job(
+    options = ConversionOptions(
         source=str(source),
-        notation=TARGET,
+        to=TARGET,
         output=output / "conversion",
         heal_steps=heal_steps,
         distill=True,
@@ -240,12 +240,12 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
         data.corpus.revision,
         data.tokenizer,
         data.training,
-        spread(data.training, job.calibration_tokens),
-        spread(data.validation, job.evaluation_tokens),
+        spread(data.training, options.calibration_tokens),
+        spread(data.validation, options.evaluation_tokens),
     )
-    target = target_config(original.config, TARGET)
-    report = convert(job, original, target, text, progress)
-    model = load_language_model(job.output)
+    conversion = Conversion(options, original, target_config(original.config, TARGET))
+    report = convert_with_text(conversion, text, progress)
+    model = load_language_model(options.output)
     training = _describe_training(model, data, heal_steps, report.healing.seconds)
     training.converted_from = report.source_notation
     of_healing = ("learning_rate", "warmup_share", "kl_weight", "schedule")
