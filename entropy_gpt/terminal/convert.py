@@ -14,7 +14,8 @@ from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.showing.conversion_page import operation_rows, step_rows
 from entropy_gpt.workflows.convert import Conversion, is_naive, perform, prepare
-from entropy_gpt.workflows.convert_inputs import LONGEST_CONTEXT, REPORT, ConversionOptions, read_options
+from entropy_gpt.workflows.convert_inputs import LONGEST_CONTEXT, REPORT, ConversionOptions
+from entropy_gpt.workflows.options import read_options
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .progress import progress_display
@@ -39,7 +40,7 @@ def run(settings: list[str], dry_run: bool, **options):
     Raises:
         `UserError`: If an option, the source, the text, the target or the output can't be used, or healing diverges.
     """
-    checked = read_options(settings=_read_settings(settings), **options)
+    checked = read_options(ConversionOptions, settings=_read_settings(settings), **options)
     with progress_display(console) as progress:
         conversion = prepare(checked, progress)
         report = None if dry_run else perform(conversion, progress)

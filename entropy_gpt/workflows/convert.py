@@ -46,11 +46,11 @@ from .convert_inputs import (
     find_base_model,
     find_target,
     name_source,
-    read_options,
     read_text,
 )
 from .heal import heal
 from .library_bars import library_bars_hidden
+from .options import read_options
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ def convert(
     ```
     """
     options = read_options(
+        ConversionOptions,
         source=source,
         to=to,
         output=output,

@@ -1,7 +1,6 @@
 """Inputs of a conversion: options, target and text. All of them are checked before anything is written."""
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import torch
 from datasets import Dataset
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.calibration import HELD_OUT_EVERY, least_rows
@@ -22,6 +21,7 @@ from entropy_gpt.training.packing import pack, spread_blocks
 from entropy_gpt.training.progress import Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
+from .options import Place, option_name
 from .output_folder import holds_earlier_output, refuse_to_delete
 
 
@@ -29,9 +29,6 @@ REPORT = "conversion_report"
 LONGEST_CONTEXT = 1024
 # Tokens in one forward pass.
 BATCH_TOKENS = 4096
-
-# A folder, a file or a repository on the Hub.
-Place = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True)
@@ -66,28 +63,6 @@ class ConversionOptions:
     def work(self) -> Path:
         """The folder of unfinished work, beside the output."""
         return self.output.with_name(f".converting-{self.output.name}")
-
-
-def read_options(**values) -> ConversionOptions:
-    """
-    Checks the type and the range of every option.
-
-    Args:
-        values: The fields of [`ConversionOptions`].
-
-    Raises:
-        `UserError`: If a value is not allowed; the message names the option and the value.
-    """
-    try:
-        return ConversionOptions(**values)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{_as_option(str(first['loc'][0]))} {first['input']}: {first['msg']}.") from error
-
-
-def _as_option(name: str) -> str:
-    """The command's option for a keyword argument: `heal_steps` is `--heal-steps`."""
-    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +113,7 @@ def check_options(options: ConversionOptions):
     needs = [(name, "heal_steps") for name in without_healing] + [("distill_temperature", "distill")]
     for name, other in needs:
         if getattr(options, name) != defaults[name] and not getattr(options, other):
-            option, needed = _as_option(name), _as_option(other)
+            option, needed = option_name(name), option_name(other)
             raise UserError(f"{option} has no effect without {needed}: add {needed}, or leave out {option}.")
     if options.naive and options.prune_by_damage:
         raise UserError("--prune-by-damage needs fitted FFNs, and --naive fits none: leave out one of them.")

@@ -38,7 +38,8 @@ from entropy_gpt.training.files import delete, written_whole
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.run_folder import MODEL
 from entropy_gpt.workflows.convert import convert
-from entropy_gpt.workflows.convert_inputs import REPORT, find_target, read_options
+from entropy_gpt.workflows.convert_inputs import REPORT, ConversionOptions, find_target
+from entropy_gpt.workflows.options import read_options
 from entropy_gpt.workflows.train import train
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
@@ -133,7 +134,9 @@ def _convert(place: Place, run: Run, progress: Progress) -> StudyRun:
         try:
             convert(source, **options, progress=progress)
         except DivergedError as error:
-            target = find_target(AutoConfig.from_pretrained(source), read_options(source=source, **options))
+            target = find_target(
+                AutoConfig.from_pretrained(source), read_options(ConversionOptions, source=source, **options)
+            )
             with torch.device("meta"):
                 parameters = EntropyGPTForCausalLM(target).num_parameters()
             return replace(_begin_record(run, target.notation, parameters), diverged=str(error))
