@@ -202,7 +202,7 @@ def test_a_conversion_is_that_of_the_command(source, text, tmp_path, command):
     assert_same_weights(tmp_path / "python", tmp_path / "command")
     names = {path.name for path in (tmp_path / "command").iterdir()}
     assert {path.name for path in (tmp_path / "python").iterdir()} == names
-    assert recorder.stages["healing"][-2:] == [(2, 2), "ended"]
+    assert (2, 2) in recorder.stages["healing"] and recorder.stages["healing"][-1] == "ended"
     assert [*recorder.stages][:3] == ["loading the model", "reading the text", "tokenising"]
 
 
