@@ -69,7 +69,7 @@ def find_start(recipe: Recipe) -> Start:
     return start
 
 
-def fit_vocabulary(config: EntropyGPTConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> EntropyGPTConfig:
+def fit_vocabulary(config: EntropyGPTConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
     """
     Completes the configuration of a new model with the tokenizer's special tokens and, unless the recipe sets
     `vocab_size`, with the size of its vocabulary.
@@ -78,9 +78,6 @@ def fit_vocabulary(config: EntropyGPTConfig, recipe: Recipe, tokenizer: PreTrain
         config ([`EntropyGPTConfig`]): The configuration; it is changed.
         recipe ([`Recipe`]): The settings.
         tokenizer (`PreTrainedTokenizerFast`): The tokenizer.
-
-    Returns:
-        [`EntropyGPTConfig`]: The same configuration.
 
     Raises:
         `UserError`: If the tokenizer has more tokens than the model.
@@ -95,7 +92,6 @@ def fit_vocabulary(config: EntropyGPTConfig, recipe: Recipe, tokenizer: PreTrain
         )
     if from_scratch:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return config
 
 
 def make_model(start: Start, seed: int) -> EntropyGPTForCausalLM:

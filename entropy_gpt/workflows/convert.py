@@ -205,7 +205,7 @@ def prepare(options: ConversionOptions, progress: Progress) -> Conversion:
         original.to("cuda" if torch.cuda.is_available() else "cpu")
         line.say(f"{original.config.notation}, {original.num_parameters():,} parameters")
     target = find_target(original.config, options)
-    plan_conversion(original.config, target)
+    plan_conversion(original.config, target)  # to refuse a target that no steps lead to
     return Conversion(options, original, target)
 
 

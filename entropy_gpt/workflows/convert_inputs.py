@@ -61,7 +61,7 @@ class ConversionOptions:
 
     @property
     def work(self) -> Path:
-        """The folder of unfinished work, beside the output."""
+        """The folder of unfinished work, next to the output."""
         return self.output.with_name(f".converting-{self.output.name}")
 
 

@@ -98,7 +98,7 @@ def _list_exported(output: Path) -> set[str]:
     try:
         return {REPORT, *json.loads((output / REPORT).read_text(encoding="utf-8"))["files"].keys()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{output / REPORT} is damaged, so --overwrite can't tell what to delete.") from error
+        raise UserError(f"{output / REPORT} is damaged, so --overwrite can't know which files to delete.") from error
 
 
 def _load_tokenizer(place: str | None, source: str, vocab_size: int) -> PreTrainedTokenizerFast | None:

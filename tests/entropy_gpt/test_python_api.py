@@ -138,6 +138,12 @@ def test_importing_costs_nothing():
     assert {*names} >= {"PrivateModel", "UserError", "convert", "evaluate", "export", "publish", "report", "train"}
 
 
+def test_the_command_starts_without_heavy_libraries():
+    code = "import sys, entropy_gpt.commands.main; print({'torch', 'transformers', 'datasets'} & {*sys.modules})"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout == "set()\n"
+
+
 @pytest.mark.parametrize("name", entropy_gpt.__all__)
 def test_every_name_is_there_and_documented(name):
     found = getattr(entropy_gpt, name)
