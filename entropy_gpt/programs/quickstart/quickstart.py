@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars, load_from_disk
+from datasets import Dataset, load_from_disk
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
-from transformers.utils import logging
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
@@ -44,6 +43,7 @@ from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.training.trainer import EntropyTrainer
 from entropy_gpt.workflows.convert import Conversion, convert_with_text
 from entropy_gpt.workflows.convert_inputs import ConversionOptions, Text, spread
+from entropy_gpt.workflows.library_bars import library_bars_hidden
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .private_stage import answer_privately, private_costs
@@ -104,6 +104,7 @@ class Data:
         return read_text(self.corpus.name + KEPT_APART, self.corpus.revision, texts, self.tokenizer, CONTEXT)
 
 
+@library_bars_hidden()
 def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
     """
     Runs all stages.
@@ -118,8 +119,6 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
         `UserError`: If the text can't be used, the folder holds something else, or a model diverges or does not
             load in a fresh process.
     """
-    disable_progress_bars()
-    logging.disable_progress_bar()
     with progress_display(console) as progress:
         data = _prepare(steps, corpus_path, output, seed, progress)
         for notation in ARCHITECTURES:
