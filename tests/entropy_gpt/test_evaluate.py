@@ -59,6 +59,7 @@ def run_here(monkeypatch, capsys):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["entropy-gpt", "evaluate", *map(str, words)])
+        capsys.readouterr()  # the progress bars of models that the test saved
         status = main()
         output = capsys.readouterr()
         return subprocess.CompletedProcess(words, status, output.out, output.err)
