@@ -91,7 +91,7 @@ def test_evaluate_returns_what_the_command_writes(model, text, tmp_path, monkeyp
     options = {"text": text, "max_tokens": 400, "stride": 20, "per_position": True}
     (result,) = evaluate(model, **options, progress=progress)
     assert capfd.readouterr() == ("", "")
-    assert progress.stages["tiny: perplexity"] == 400
+    assert progress.stages["tiny: perplexity"] == result.likelihood.likelihood.tokens
     assert progress.stages["looking at the models"] == 1
     assert any("per token" in line for line in progress.said)
     arguments = [model, "--text", text, "--max-tokens", 400, "--stride", 20, "--per-position", "--output", output]
