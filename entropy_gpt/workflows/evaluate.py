@@ -120,9 +120,13 @@ def evaluate(
 
     Example:
 
-        results = entropy_gpt.evaluate(["runs/baseline/model", "runs/proposal/model"], text="my_texts", stride=64)
-        for result in results:
-            print(result.title, result.likelihood.likelihood.perplexity)
+    ```python
+    import entropy_gpt
+
+    results = entropy_gpt.evaluate(["runs/baseline/model", "runs/proposal/model"], text="my_texts", stride=64)
+    for result in results:
+        print(result.title, result.likelihood.likelihood.perplexity)
+    ```
     """
     options = read_options(
         EvaluationOptions,

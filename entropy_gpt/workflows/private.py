@@ -108,11 +108,15 @@ def open_server(
 
     Example:
 
-        server = open_server("runs/proposal/model", "127.0.0.1:9000", report=print)
-        try:
-            server.serve_forever()
-        finally:
-            server.close()
+    ```python
+    from entropy_gpt.workflows.private import open_server
+
+    server = open_server("runs/proposal/model", "127.0.0.1:9000", report=print)
+    try:
+        server.serve_forever()
+    finally:
+        server.close()
+    ```
     """
     check_engine()
     settings = read_options(PrivateSettings, protocol=protocol, embedding=embedding, answer=answer)
@@ -153,8 +157,12 @@ def ask(
 
     Example:
 
-        answer = ask("def main(", "127.0.0.1:9000", tokenizer="runs/proposal/model", new_tokens=3)
-        print(answer.text, answer.cost.total_bytes)
+    ```python
+    from entropy_gpt.workflows.private import ask
+
+    answer = ask("def main(", "127.0.0.1:9000", tokenizer="runs/proposal/model", new_tokens=3)
+    print(answer.text, answer.cost.total_bytes)
+    ```
     """
     check_engine()
     host, port = parse_address(address)
@@ -205,8 +213,12 @@ def demonstrate(
 
     Example:
 
-        answer = demonstrate("runs/proposal/model", "def main(", new_tokens=3)
-        print(answer.text, answer.check.same)
+    ```python
+    from entropy_gpt.workflows.private import demonstrate
+
+    answer = demonstrate("runs/proposal/model", "def main(", new_tokens=3)
+    print(answer.text, answer.check.same)
+    ```
     """
     check_engine()
     settings = read_options(PrivateSettings, protocol=protocol, embedding=embedding, answer=answer)

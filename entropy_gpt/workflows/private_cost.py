@@ -84,8 +84,12 @@ def private_cost(
 
     Example:
 
-        baseline, proposal = private_cost(["SM+LN+G", "EReg(SM(t)+ScFuFFN)"], length=256)
-        print(baseline.total_bytes / proposal.total_bytes)
+    ```python
+    from entropy_gpt.workflows.private_cost import private_cost
+
+    baseline, proposal = private_cost(["SM+LN+G", "EReg(SM(t)+ScFuFFN)"], length=256)
+    print(baseline.total_bytes / proposal.total_bytes)
+    ```
     """
     settings = read_options(PrivateSettings, embedding=embedding)
     span = Span(kept, length, length if all_positions else 1)

@@ -72,8 +72,12 @@ def private_table(
 
     Example:
 
-        table = private_table(["SM+LN+G", "SM+ScFuFFN"], output="runs/private", n_layer=2, n_embd=64, context=16)
-        print(table.headings, *table.rows)
+    ```python
+    from entropy_gpt.workflows.private_table import private_table
+
+    table = private_table(["SM+LN+G", "SM+ScFuFFN"], output="runs/private", n_layer=2, n_embd=64, context=16)
+    print(table.headings, *table.rows)
+    ```
     """
     plan = plan_table(
         notations,

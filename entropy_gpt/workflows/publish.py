@@ -154,8 +154,12 @@ def publish(
 
     Example:
 
-        publication = entropy_gpt.publish("runs/proposal/model", "my-name/my-model", licence="mit", dry_run=True)
-        print(publication.files)
+    ```python
+    import entropy_gpt
+
+    publication = entropy_gpt.publish("runs/proposal/model", "my-name/my-model", licence="mit", dry_run=True)
+    print(publication.files)
+    ```
     """
     options = read_options(
         PublicationOptions,
@@ -281,7 +285,11 @@ def write_card(folder: str | Path, *, results: Sequence[str | Path] = (), licenc
 
     Example:
 
-        write_card("converted_model", results=["evaluation_output"], licence="apache-2.0")
+    ```python
+    from entropy_gpt.workflows.publish import write_card
+
+    write_card("converted_model", results=["evaluation_output"], licence="apache-2.0")
+    ```
     """
     folder = Path(folder)
     _, _, result = _read(folder, results, SILENT)

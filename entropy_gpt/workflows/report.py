@@ -40,7 +40,11 @@ def report(
 
     Example:
 
-        entropy_gpt.report(["evaluation_output", "runs/proposal"], "report.html")
+    ```python
+    import entropy_gpt
+
+    entropy_gpt.report(["evaluation_output", "runs/proposal"], "report.html")
+    ```
     """
     output = Path(output)
     check_output(output)
