@@ -18,7 +18,7 @@ def plot(
         str | None,
         typer.Option(
             metavar="STEP,...",
-            help="Steps of the heat maps of heads, such as 0,500,1500. Default: first, middle and last.",
+            help="Steps of the heat maps, such as 0,500,1500. Default: first, middle and last.",
         ),
     ] = None,
 ):
