@@ -57,5 +57,6 @@ def progress_display(console: Console, transient: bool = False) -> Iterator[Bars
         TimeRemainingColumn(elapsed_when_finished=True, compact=True),
         TextColumn("{task.fields[status]}"),
     )
-    with Progress(*columns, console=console, transient=transient) as display:
+    invisible = transient and not console.is_terminal  # otherwise, an empty line would remain
+    with Progress(*columns, console=console, transient=transient, disable=invisible) as display:
         yield Bars(display)
