@@ -17,7 +17,7 @@ from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.simplification import target_config
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.measuring.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
-from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.records.measurement import (
     KEPT_APART,
     MeasuredText,
@@ -155,9 +155,7 @@ def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, prog
         "steps": steps,
         "seed": seed,
         "corpus": f"{corpus.name} ({corpus.revision})",
-        "versions": recorded_versions(),
-        "git_revision": git_revision(),
-        "machine": machine_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        **collect_origin(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     _check_output(output, settings)
     folder = output / "data"
