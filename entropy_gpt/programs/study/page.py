@@ -11,9 +11,8 @@ from pathlib import Path
 from entropy_gpt.evaluation.origin import ROOT
 from entropy_gpt.evaluation.records.conditions import describe_origins, describe_windows
 from entropy_gpt.evaluation.records.results import load_results
-from entropy_gpt.evaluation.showing.markdown import replace_block
+from entropy_gpt.evaluation.showing.markdown import fold_away, replace_block
 from entropy_gpt.evaluation.showing.model_card import model_card
-from entropy_gpt.programs.quickstart.readme import README
 
 from .pictures import plot_conversion, plot_heads, plot_others, plot_pareto, plot_tolerance
 from .records import Study, StudyRun
@@ -39,6 +38,7 @@ from .tables import (
     parts_table,
     private_table,
     rates_table,
+    readme_table,
     same_seeds,
     settings_table,
     ways_table,
@@ -49,6 +49,7 @@ RECORD = ROOT / "model_cards" / "results" / "study.json"
 MODELS = ROOT / "model_cards" / "results" / "study_models.json"
 CARDS = ROOT / "model_cards" / "study"
 PAGE = ROOT / "docs" / "study.md"
+README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "study"
 # What is generated of the page and of the README stands between comments of this name; the rest is written by hand.
 BLOCK = "study"
@@ -94,7 +95,8 @@ def study_page(study: Study) -> str:
         f"{group} ({count})" for group, count in study.missing.items() if not group.startswith("smoke")
     )
     parts = [
-        f"Protocol: {study.protocol}. {conditions(study, LADDER, study.runs.values())}\n",
+        fold_away("Conditions", (f"Protocol: {study.protocol}.", *list_conditions(study, LADDER, study.runs.values())))
+        + "\n",
         f"Not measured yet, rows of each group: {missing}.\n" if missing else "",
         *(text(study) for groups, text in SECTIONS.items() if _is_shown(study, groups)),
     ]
@@ -248,22 +250,24 @@ SECTIONS = {
 }
 
 
-def conditions(study: Study, group: str, measured: Iterable[StudyRun]) -> str:
-    """What the runs of a ladder have in common, and where those that are told of ran."""
+def list_conditions(study: Study, group: str, measured: Iterable[StudyRun]) -> list[str]:
+    """What the runs of a ladder have in common, and what computed those that are shown; a sentence for each."""
     run = list_trained(study.group(group))[0]
-    told, validation = run.settings, run.validation
+    settings, validation = run.settings, run.validation
     common = validation.conditions
     tests = "; ".join(result.conditions.corpus_revision for result in run.test.values())
     origins = [other.validation.conditions for other in measured if other.validation is not None]
-    return (
-        f"Models of {told['n_layer']} layers, {told['n_head']} heads and width {told['n_embd']}, with "
-        f"{common.vocab_size:,} tokens in the vocabulary and {told['context']} positions, trained on "
-        f"{run.tokens:,} tokens of {told['dataset']} ({common.corpus_revision}): "
-        f"{told['max_steps']:,} steps of {told['per_device_train_batch_size']} sequences. Validation on "
-        f"{validation.likelihood.tokens:,} tokens of documents kept apart; test on other projects' code ({tests}), "
-        f"{sum(result.likelihood.tokens for result in run.test.values()):,} tokens; "
-        f"{describe_windows(validation.likelihood.windows)}. {describe_origins(origins)}."
-    )
+    return [
+        f"Models: {settings['n_layer']} layers, {settings['n_head']} heads, width {settings['n_embd']}, "
+        f"{common.vocab_size:,} tokens in the vocabulary, {settings['context']} positions.",
+        f"Training: {run.tokens:,} tokens of {settings['dataset']} ({common.corpus_revision}), {settings['max_steps']:,} "
+        f"steps of {settings['per_device_train_batch_size']} sequences.",
+        f"Validation: {validation.likelihood.tokens:,} tokens of documents kept apart.",
+        f"Test: {sum(result.likelihood.tokens for result in run.test.values()):,} tokens of other projects' code "
+        f"({tests}).",
+        f"Evaluation: {describe_windows(validation.likelihood.windows)}.",
+        f"Measured with {describe_origins(origins)}.",
+    ]
 
 
 def gain_text(study: Study, group: str) -> str:
@@ -287,15 +291,22 @@ def gain_text(study: Study, group: str) -> str:
 
 
 def readme_text(study: Study) -> str:
-    """What the README shows: the main architectures, and what temperatures and penalty are worth."""
+    """What the README shows: the main architectures, their picture and the conditions."""
+    run = list_trained(study.group(WARM))[0]
     return "\n\n".join(
-        filter(
-            None,
-            (
-                ladder_table(study, WARM),
-                f"{_warm_up(study, WARM)} {conditions(study, WARM, study.group(WARM))}",
-                gain_text(study, WARM),
-                "![Test perplexity against private bytes](docs/study/pareto.png)",
+        (
+            readme_table(study, WARM),
+            "![Test perplexity against private bytes](docs/study/pareto.png)",
+            fold_away(
+                "Conditions",
+                (
+                    f"{_warm_up(study, WARM)} ± is the standard deviation over seeds.",
+                    *list_conditions(study, WARM, study.group(WARM))[:2],
+                    f"Learning rates: the best of four for each architecture, on validation with seed "
+                    f"{run.settings['seed']}.",
+                    "Test: code of other projects. Paper: GPT-2 small, 2.1 billion tokens of CodeParrot.",
+                    "Private GB: one answer of GPT-2 small to 128 tokens, predicted from the architecture.",
+                ),
             ),
         )
     )
