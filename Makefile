@@ -63,6 +63,9 @@ interoperability: $(INSTALLED)  ## Compares the model with other tools and relea
 	mv $(COMPARISONS).new $(COMPARISONS)
 	$(BIN)/python -m entropy_gpt.evaluation.showing.interoperability
 
+docs: $(INSTALLED)  ## Builds the documentation, with a reference from the docstrings, into build/site.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mended.
 	$(BIN)/ruff check $(if $(FIX),--fix) $(SOURCES)
 	$(BIN)/ruff format $(if $(FIX),,--check) $(SOURCES)

@@ -73,13 +73,14 @@ class EntropyGPTModelOutput(BaseModelOutputWithPast):
             Attention probabilities of each layer, `(batch_size, heads, query_length, key_length)`, after dropout.
         attention_entropies (`tuple(torch.Tensor)`, *optional*, returned when `output_entropies=True`):
             Entropies of the attention rows of each layer in nats, `(batch_size, heads, query_length)`, before dropout.
-        visible_keys (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*, returned when
-            `output_entropies=True`): Number of keys each row may attend to; 0 for padding.
-        entropy_thresholds (`tuple(torch.Tensor)`, *optional*, returned when `output_entropies=True` by a model with
-            `entropy_regularization`): Thresholds of the heads of each layer, `(heads,)`.
-        packed_sequences (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*, returned with
-            `entropy_thresholds` where positions or a 4D mask allow several sequences in one row): Which of them each
-            position belongs to, from 0.
+        visible_keys (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*):
+            Number of keys each row may attend to, 0 for padding; returned when `output_entropies=True`.
+        entropy_thresholds (`tuple(torch.Tensor)`, *optional*):
+            Thresholds of the heads of each layer, `(heads,)`; returned when `output_entropies=True` by a model with
+            `entropy_regularization`.
+        packed_sequences (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*):
+            The sequence that each position belongs to, from 0; returned with `entropy_thresholds` if positions or a 4D
+            mask allow several sequences in one row.
     """
 
     attention_entropies: tuple[torch.Tensor, ...] | None = None
@@ -581,12 +582,13 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Tokens to predict, shifted inside the model, so `labels = input_ids`. -100 is ignored.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Logits of the last so many positions only (0: of all), or of the positions given.
+                Number of last positions to compute logits for (0: all), or the positions themselves.
             smoothing (`float`, *optional*, defaults to 0.0):
                 Part of each label's weight, from 0 to 1, that all tokens of the vocabulary share in the loss, as the
                 `Trainer`'s `label_smoothing_factor` has it; `cross_entropy_loss` is without it.
-            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
-            output_entropies:
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids:
+                As for [`EntropyGPTModel`].
+            inputs_embeds, use_cache, output_entropies:
                 As for [`EntropyGPTModel`].
 
         Example:
@@ -684,8 +686,9 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
         Args:
             labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
                 Classes, or values for a regression (`config.problem_type`).
-            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
-            output_entropies:
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids:
+                As for [`EntropyGPTModel`].
+            inputs_embeds, use_cache, output_entropies:
                 As for [`EntropyGPTModel`].
         """
         check_keywords(self, kwargs, past_key_values)
