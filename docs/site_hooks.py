@@ -51,3 +51,11 @@ def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri in ADDED:
         return re.sub(r"(?<=\]\()docs/", "", markdown)
     return OUTSIDE.sub(lambda found: found[1], markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Docstrings mark up types and names as transformers' own do; the reference shows them plain."""
+    if not page.file.src_uri.startswith("reference/"):
+        return html
+    html = re.sub(r"(?<=<code>)[^<]*[`*][^<]*(?=</code>\))", lambda found: re.sub("[`*]", "", found[0]), html)
+    return re.sub(r"\[<code>~?([^<]*)</code>\]", r"<code>\1</code>", html)
