@@ -27,8 +27,12 @@ WORDS = {
 }
 LONGEST_SENTENCE = 25  # words
 LONGEST_PARAGRAPH = 5  # lines
+# From Python 3.12 on, the text of an f-string is a token of its own.
+TOKENS = (tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
 FENCE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 COMMENT = re.compile(r"<!--.*?-->")
+# Conditions that are folded away are lists of settings and versions.
+FOLDED = re.compile(r"^<details.*?^</details>$", re.DOTALL | re.MULTILINE)
 # Tables, equations, headings, pictures and markup are no sentences.
 NO_PROSE = re.compile(r"^(?:\||    |#|!\[|<|---)")
 ITEM = re.compile(r"^ *(?:[-*]|\d+\.) ")
@@ -44,7 +48,7 @@ def find_words(text: str) -> Iterator[tuple[int, str]]:
 
 def find_length(text: str) -> Iterator[tuple[int, str]]:
     """Sentences and paragraphs of a page that are too long."""
-    for first, lines in _paragraphs(text):
+    for first, lines in _paragraphs(_blank(FOLDED, text)):
         if len(lines) > LONGEST_PARAGRAPH:
             yield first, f"a paragraph of {len(lines)} lines: {LONGEST_PARAGRAPH} at most"
         for sentence in re.split(r"(?<=[.!?])\W*\s+(?=\W*[A-Z0-9])|(?<=[.!?:;])$", _plain(" ".join(lines))):
@@ -57,13 +61,18 @@ def read_prose(path: Path) -> str:
     """The text of a page without code, or the strings and comments of a module; lines keep their numbers."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        return COMMENT.sub("", FENCE.sub(lambda found: "\n" * found[0].count("\n"), text))
+        return COMMENT.sub("", _blank(FENCE, text))
     lines = [""] * (text.count("\n") + 1)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type in (tokenize.STRING, tokenize.COMMENT, tokenize.FSTRING_MIDDLE):
+        if token.type in TOKENS:
             for number, line in enumerate(token.string.splitlines(), start=token.start[0] - 1):
                 lines[number] += line
     return "\n".join(lines)
+
+
+def _blank(pattern: re.Pattern, text: str) -> str:
+    """Without what the pattern matches; lines keep their numbers."""
+    return pattern.sub(lambda found: "\n" * found[0].count("\n"), text)
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, list[str]]]:

@@ -61,9 +61,19 @@ PLOTS = {
     "tolerance": (plot_tolerance, ("tolerance",)),
     "conversion": (plot_conversion, ("conversion",)),
 }
-# Groups that tell what each part of the proposal does; and those that are held against the ladder with its warm-up.
+# Groups that show what each part of the proposal does, and those compared with the ladder of the longer warm-up.
 PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability")
 CAUSES = ("causes_with_norm", "causes", "threshold_rate_warm")
+COLUMNS = (
+    "Perplexities are per token: the geometric mean over seeds, with the standard deviation.",
+    "The learning rate was chosen on validation with the first seed, among the same values for all. Nothing was chosen "
+    "on the test text.",
+    '"Above GPT-2" is how far the test perplexity is above that of SM+LN+G, here and in the paper (GPT-2 small, 2.1 '
+    "billion tokens of CodeParrot).",
+    "Overloaded heads have a mean entropy of at least three quarters of that of uniform attention.",
+    "Seconds per step were measured with other runs on the same machine.",
+    "Private MB were measured between two processes, for one answer to 128 tokens. Those of GPT-2 small are predicted.",
+)
 # Groups that vary how the same conversion is done.
 WAYS = ("conversion_ways", "conversion_rate")
 # Groups that vary one setting of the proposal, and which.
@@ -108,9 +118,8 @@ def _is_shown(study: Study, groups: Sequence[str]) -> bool:
 
 
 def _main(study: Study) -> str:
-    causes = f"""LayerNorm without an activation in the FFN, and the proposal with FFNs of two layers, without an
-activation and with one, and with thresholds that learn ten times as fast. Each at the rate of the one that it is
-nearest to.
+    causes = f"""LayerNorm without an activation in the FFN. The proposal with FFNs of two layers, with and without an activation. The
+proposal with thresholds that learn ten times as fast. Each has the rate of the architecture that it is closest to.
 
 {parts_table(study, CAUSES, WARM)}
 """
@@ -120,12 +129,7 @@ nearest to.
 
 {ladder_table(study, WARM)}
 
-Perplexities per token: the geometric mean over seeds, with the standard deviation. The learning rate was chosen on
-validation with the first seed, among the same values for all; nothing was chosen on the test text. "Above GPT-2" is by
-how much the test perplexity is above that of {BASELINE}, here and in the paper (GPT-2 small, 2.1 billion tokens of
-CodeParrot). Overloaded are heads with a mean entropy of at least three quarters of what uniform attention has. Seconds
-a step are as they came, with other runs beside each. Private megabytes were measured between two processes, of one
-answer to 128 tokens; those of GPT-2 small are predicted.
+{fold_away("What the columns mean", COLUMNS)}
 
 ![Test perplexity against private bytes](study/pareto.png)
 
@@ -133,13 +137,13 @@ answer to 128 tokens; those of GPT-2 small are predicted.
 
 ![Mean entropy of every head](study/heads.png)
 
-Validation perplexity of the first seed, by which the rate was chosen. "Diverged": the guard ended the training, since
-the loss or the gradient ran away.
+Validation perplexity of the first seed, by which the rate was chosen. "Diverged": the guard ended the training because
+the loss or the gradient exploded.
 
 {rates_table(study, "warm_rates")}
 
-Architectures from best to worst as the paper has them, each with the next. "Undecided" is a difference of less than
-twice its standard error, which is that of the seeds on each side, and tells nothing of other text or other rates.
+Architectures in the paper's order, from best to worst, each compared with the next. "Undecided" is a difference below
+twice its standard error. That error is from the seeds alone; it says nothing about other texts or rates.
 
 {order_table(study, (WARM,))}
 
@@ -150,7 +154,7 @@ def _ladder(study: Study) -> str:
     return f"""## With the paper's warm-up
 
 {_warm_up(study, LADDER)}
-This is what the protocol asked for before the first run, and all that follows is trained so too.
+This is what the protocol asked for before the first run. Everything below is trained like this too.
 
 {ladder_table(study, LADDER)}
 
@@ -171,8 +175,8 @@ def _warm_up(study: Study, group: str) -> str:
 def _parts(study: Study) -> str:
     return f"""## Temperatures and penalty apart
 
-Parts of the proposal alone, and with LayerNorm and GELU; and models without the penalty at a learning rate that the
-proposal takes. "Above GPT-2": above {BASELINE} of the last section, with the same seeds.
+Parts of the proposal alone, and with LayerNorm and GELU. Then models without the penalty, at a learning rate that works
+for the proposal. "Above GPT-2" refers to {BASELINE} of the last section, with the same seeds.
 
 {parts_table(study, PARTS, LADDER)}
 """
@@ -182,9 +186,9 @@ def _others(study: Study) -> str:
     picture = "![Test perplexity against private bytes, of these and of what was converted](study/others.png)\n"
     return f"""## Other architectures
 
-One seed each: a direction and no more. The price of a pruned model is that of GPT-2 small with the same part of its
-FFNs pruned. Normalised weights (WN, SN) are folded into plain ones, and cost what SM does; the picture leaves them
-out.
+One seed each: a direction and no more. The price of a pruned model is that of GPT-2 small with the same share of its
+FFNs pruned. Normalised weights (WN, SN) are folded into plain ones. They cost what SM does and are not in the
+picture.
 
 {others_table(study, OTHERS)}
 
@@ -210,13 +214,13 @@ def _larger(study: Study) -> str:
 
 
 def _conversion(study: Study) -> str:
-    told = f"What distilling, fitting and the learning rate of healing are worth, one seed, {PROPOSAL}:"
-    ways = f"{told}\n\n{ways_table(study, WAYS)}\n"
-    return f"""## Converting beside training from scratch
+    title = f"What distilling, fitting and the learning rate of healing are worth, one seed, {PROPOSAL}:"
+    ways = f"{title}\n\n{ways_table(study, WAYS)}\n"
+    return f"""## Converting and training from scratch
 
-Each model was converted from the {BASELINE} of the same seed and healed, drawn to its predictions. The first column
-of tokens is what it was trained or healed with, the second counts its teacher's training too; what the teacher reads
-again while it is drawn to is in neither. Training from scratch has the rate that is best for 1,000 steps.
+Each model was converted from the {BASELINE} of the same seed and healed with distillation. "Own tokens" are those it was
+trained or healed with; the next column adds those of its teacher's training. Neither counts what the teacher reads
+during distillation. Training from scratch has the rate that is best for 1,000 steps.
 
 {conversion_table(study)}
 
@@ -228,8 +232,8 @@ again while it is drawn to is in neither. Training from scratch has the rate tha
 def _private(study: Study) -> str:
     return f"""## Private answers
 
-One answer to 128 tokens between two processes, and the most likely tokens and the perplexity in the ring (emulated to
-the engine's last bit) beside those in the clear.
+The cost is of one answer to 128 tokens between two processes. The most likely tokens and the perplexity were computed
+in the ring (emulated to the engine's last bit) and in the clear.
 
 {private_table(study)}
 
@@ -271,7 +275,7 @@ def list_conditions(study: Study, group: str, measured: Iterable[StudyRun]) -> l
 
 
 def gain_text(study: Study, group: str) -> str:
-    """What temperatures and penalty are worth, beside the paper; nothing as long as one of them is not measured."""
+    """What temperatures and penalty are worth, here and in the paper; empty while one of them is not measured."""
     ladder = by_notation(study.group(group))
     if not {FUSED, UNREGULARIZED, PROPOSAL} <= ladder.keys():
         return ""
@@ -282,8 +286,8 @@ def gain_text(study: Study, group: str) -> str:
     error = (1 + penalty) * math.hypot(*map(error_of, pairs[UNREGULARIZED]))
     diverged = len(study.group(group)) - len(list_trained(study.group(group)))
     return (
-        "Each at its own learning rate, temperatures and penalty together change the test perplexity of "
-        f"{FUSED} by {both:+.1%} (the paper: {-PAPER_GAIN:+.1%}), and the penalty that of {UNREGULARIZED} by "
+        "Each architecture has its own learning rate. Temperatures and penalty together change the test perplexity of "
+        f"{FUSED} by {both:+.1%} (the paper: {-PAPER_GAIN:+.1%}). The penalty changes that of {UNREGULARIZED} by "
         f"{penalty:+.1%}"
         + ("." if math.isnan(error) else f", with a standard error of {error:.1%}.")
         + (" Seeds with which one of them diverged are left out." if diverged else "")

@@ -224,14 +224,14 @@ def test_conditions_name_every_commit_once():
 
 def test_what_the_penalty_is_worth_is_told_with_its_error():
     told = gain_text(make_study(warm=LADDER), "warm")
-    assert f"that of SM(t)+ScFuFFN by {math.expm1(-0.1):+.1%}, with a standard error of" in told
+    assert f"changes that of SM(t)+ScFuFFN by {math.expm1(-0.1):+.1%}, with a standard error of" in told
     assert f"of {math.exp(-0.1) * 0.1 * math.sqrt(2 / 3):.1%}." in told
     one_seed = make_study(warm=[*BASELINE, *FUSED, *TEMPERED, PROPOSAL[0]])
     assert gain_text(one_seed, "warm").endswith("%.") and "nan" not in gain_text(one_seed, "warm")
     diverged = [make_run(run.notation, None) for run in TEMPERED[:1]]
     assert gain_text(make_study(warm=[*BASELINE, *FUSED, *diverged, *PROPOSAL]), "warm") == ""
     told = gain_text(make_study(warm=[*BASELINE, *FUSED, *diverged, *TEMPERED[1:], *PROPOSAL]), "warm")
-    assert f"that of SM(t)+ScFuFFN by {math.expm1(-0.1):+.1%}" in told
+    assert f"changes that of SM(t)+ScFuFFN by {math.expm1(-0.1):+.1%}" in told
     assert told.endswith("Seeds with which one of them diverged are left out.")
 
 
