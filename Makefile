@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 NEWEST := .venv-newest
 COMPARISONS := model_cards/results/interoperability.jsonl
-SOURCES := modeling_entropy_gpt conversion training evaluation entropy_gpt tests
+SOURCES := modeling_entropy_gpt conversion training evaluation entropy_gpt tests docs/site_hooks.py
 
 .PHONY: install docs quickstart results runs study test test-all test-newest interoperability style bench clean
 
@@ -66,9 +66,10 @@ interoperability: $(INSTALLED)  ## Compares the model with other tools and relea
 docs: $(INSTALLED)  ## Builds the documentation, with a reference from the docstrings, into build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mended.
+style: $(INSTALLED)  ## Checks code and prose; `make style FIX=1` mends what ruff can.
 	$(BIN)/ruff check $(if $(FIX),--fix) $(SOURCES)
 	$(BIN)/ruff format $(if $(FIX),,--check) $(SOURCES)
+	$(BIN)/python -m tests.check_prose
 
 bench: $(INSTALLED)  ## Runs every benchmark, side by side with what it is held against.
 	for benchmark in evaluation/benchmarks/[a-z]*.py; do \

@@ -31,16 +31,19 @@ LONGEST_PARAGRAPH = 5  # lines
 TOKENS = (tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
 FENCE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 COMMENT = re.compile(r"<!--.*?-->")
+CODE = re.compile(r"`[^`]*`")
 # Conditions that are folded away are lists of settings and versions.
 FOLDED = re.compile(r"^<details.*?^</details>$", re.DOTALL | re.MULTILINE)
-# Tables, equations, headings, pictures and markup are no sentences.
-NO_PROSE = re.compile(r"^(?:\||    |#|!\[|<|---)")
+# Tables, equations, headings, pictures, markup and rows of links are no sentences.
+NO_PROSE = re.compile(r"^(?:\||    |#|!\[|<|---|\[.*\) ·$)")
 ITEM = re.compile(r"^ *(?:[-*]|\d+\.) ")
 
 
 def find_words(text: str) -> Iterator[tuple[int, str]]:
     """Lines with words that have a better one, and the remedy."""
     for number, line in enumerate(text.splitlines(), start=1):
+        if line.startswith("|"):  # rows of tables hold data
+            continue
         for pattern, remedy in WORDS.items():
             if found := re.search(pattern, line):
                 yield number, f"{found[0]!r}: {remedy}"
@@ -51,7 +54,7 @@ def find_length(text: str) -> Iterator[tuple[int, str]]:
     for first, lines in _paragraphs(_blank(FOLDED, text)):
         if len(lines) > LONGEST_PARAGRAPH:
             yield first, f"a paragraph of {len(lines)} lines: {LONGEST_PARAGRAPH} at most"
-        for sentence in re.split(r"(?<=[.!?])\W*\s+(?=\W*[A-Z0-9])|(?<=[.!?:;])$", _plain(" ".join(lines))):
+        for sentence in re.split(r"(?<=[.!?])[)*\"]*\s+(?=\W*[A-Z0-9])", _plain(" ".join(lines))):
             if (count := len(sentence.split())) > LONGEST_SENTENCE:
                 start = " ".join(sentence.split()[:6])
                 yield first, f"a sentence of {count} words ({start} ...): {LONGEST_SENTENCE} at most"
@@ -61,7 +64,7 @@ def read_prose(path: Path) -> str:
     """The text of a page without code, or the strings and comments of a module; lines keep their numbers."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        return COMMENT.sub("", _blank(FENCE, text))
+        return CODE.sub("Code", COMMENT.sub("", _blank(FENCE, text)))
     lines = [""] * (text.count("\n") + 1)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in TOKENS:
@@ -88,8 +91,7 @@ def _paragraphs(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _plain(text: str) -> str:
-    """Code as one word, links as their text."""
-    text = re.sub(r"`[^`]*`", "code", text)
+    """Links as their text."""
     return ITEM.sub("", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text))
 
 

@@ -53,8 +53,8 @@ def comparison_rows(results: list[ModelResult]) -> list[tuple[str, ...]]:
 
 def comparison_markdown(results: list[ModelResult]) -> str:
     """
-    The comparison as a Markdown table, with a column for private answers if there are any, followed by the conditions, folded
-    away.
+    The comparison as a Markdown table, with a column for private answers if there are any, followed by the conditions,
+    folded away.
 
     Raises:
         `ValueError`: If the results were not measured under the same conditions, or some are missing.
@@ -101,7 +101,11 @@ def list_conditions(results: list[ModelResult]) -> list[str]:
         f"{origin} on {training.text or f'{conditions.corpus} ({conditions.corpus_revision})'} for {training.steps:,} "
         f"steps, {training.tokens:,} tokens of a vocabulary of {conditions.vocab_size:,} "
         f"({list_settings(shared)}; seed {conditions.seed}, {conditions.dtype}).",
-        *(f"{result.title} alone: {list_settings(own)}." for result in results if (own := _own_settings(result, shared))),
+        *(
+            f"{result.title} alone: {list_settings(own)}."
+            for result in results
+            if (own := _own_settings(result, shared))
+        ),
         *(_healing_text(result) for result in results if result.training.converted_from is not None),
         f"Evaluated on {likelihood.tokens:,} tokens of text kept out of training, in "
         f"{describe_windows(likelihood.windows)}.",

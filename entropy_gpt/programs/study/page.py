@@ -66,13 +66,13 @@ PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability")
 CAUSES = ("causes_with_norm", "causes", "threshold_rate_warm")
 COLUMNS = (
     "Perplexities are per token: the geometric mean over seeds, with the standard deviation.",
-    "The learning rate was chosen on validation with the first seed, among the same values for all. Nothing was chosen "
-    "on the test text.",
+    "The learning rate was chosen on validation with the first seed, among the same values for all. Nothing was "
+    "chosen on the test text.",
     '"Above GPT-2" is how far the test perplexity is above that of SM+LN+G, here and in the paper (GPT-2 small, 2.1 '
     "billion tokens of CodeParrot).",
     "Overloaded heads have a mean entropy of at least three quarters of that of uniform attention.",
     "Seconds per step were measured with other runs on the same machine.",
-    "Private MB were measured between two processes, for one answer to 128 tokens. Those of GPT-2 small are predicted.",
+    "Private MB were measured between two processes, for one answer to 128 tokens. GPT-2 small's are predicted.",
 )
 # Groups that vary how the same conversion is done.
 WAYS = ("conversion_ways", "conversion_rate")
@@ -118,8 +118,9 @@ def _is_shown(study: Study, groups: Sequence[str]) -> bool:
 
 
 def _main(study: Study) -> str:
-    causes = f"""LayerNorm without an activation in the FFN. The proposal with FFNs of two layers, with and without an activation. The
-proposal with thresholds that learn ten times as fast. Each has the rate of the architecture that it is closest to.
+    causes = f"""LayerNorm without an activation in the FFN. The proposal with FFNs of two layers, with and without an
+activation. The proposal with thresholds that learn ten times as fast. Each has the rate of the architecture that it is
+closest to.
 
 {parts_table(study, CAUSES, WARM)}
 """
@@ -175,8 +176,8 @@ def _warm_up(study: Study, group: str) -> str:
 def _parts(study: Study) -> str:
     return f"""## Temperatures and penalty apart
 
-Parts of the proposal alone, and with LayerNorm and GELU. Then models without the penalty, at a learning rate that works
-for the proposal. "Above GPT-2" refers to {BASELINE} of the last section, with the same seeds.
+Parts of the proposal alone, and with LayerNorm and GELU. Then models without the penalty, at a learning rate that
+works for the proposal. "Above GPT-2" refers to {BASELINE} of the last section, with the same seeds.
 
 {parts_table(study, PARTS, LADDER)}
 """
@@ -218,8 +219,8 @@ def _conversion(study: Study) -> str:
     ways = f"{title}\n\n{ways_table(study, WAYS)}\n"
     return f"""## Converting and training from scratch
 
-Each model was converted from the {BASELINE} of the same seed and healed with distillation. "Own tokens" are those it was
-trained or healed with; the next column adds those of its teacher's training. Neither counts what the teacher reads
+Each model was converted from the {BASELINE} of the same seed and healed with distillation. "Own tokens" are those it
+was trained or healed with; the next column adds those of its teacher's training. Neither counts what the teacher reads
 during distillation. Training from scratch has the rate that is best for 1,000 steps.
 
 {conversion_table(study)}
@@ -264,8 +265,8 @@ def list_conditions(study: Study, group: str, measured: Iterable[StudyRun]) -> l
     return [
         f"Models: {settings['n_layer']} layers, {settings['n_head']} heads, width {settings['n_embd']}, "
         f"{common.vocab_size:,} tokens in the vocabulary, {settings['context']} positions.",
-        f"Training: {run.tokens:,} tokens of {settings['dataset']} ({common.corpus_revision}), {settings['max_steps']:,} "
-        f"steps of {settings['per_device_train_batch_size']} sequences.",
+        f"Training: {run.tokens:,} tokens of {settings['dataset']} ({common.corpus_revision}), "
+        f"{settings['max_steps']:,} steps of {settings['per_device_train_batch_size']} sequences.",
         f"Validation: {validation.likelihood.tokens:,} tokens of documents kept apart.",
         f"Test: {sum(result.likelihood.tokens for result in run.test.values()):,} tokens of other projects' code "
         f"({tests}).",
