@@ -382,7 +382,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             visible_keys = count_visible_keys(position_ids, given_mask, past_length)
         is_flash = "flash" in self.config._attn_implementation
         if is_flash and output_entropies and causal_mask is None and past_length is None:
-            # Flash attention tells packed sequences by their positions; here it takes a mask.
+            # Flash attention finds packed sequences by their positions; here it takes a mask.
             causal_mask = self._packed_mask(visible_keys)
         if self.config.weight_normalization == "spectral" and self.training and torch.is_grad_enabled():
             self._update_singular_vectors()

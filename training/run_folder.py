@@ -1,4 +1,4 @@
-"""A training run's folder: whose it is, what its run was told, and where that goes on from."""
+"""A training run's folder: whose it is, the settings of its run, and where that continues from."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def check_folder(recipe: Recipe, config: EntropyGPTConfig) -> Path | None:
         changed = _changes(_read_settings(told), _settings(recipe)) if told.exists() else {}
         if kept := [text for name, text in changed.items() if name.startswith(OF_THE_OPTIMIZER)]:
             raise UserError(
-                f"{given} keeps what its optimiser was told ({'; '.join(kept)}): leave these as they were, or start "
+                f"{given} keeps its optimiser's settings ({'; '.join(kept)}): leave these as they were, or start "
                 "from its weights, with model_name_or_path."
             )
     if checkpoint is not None:
@@ -67,9 +67,9 @@ def check_architecture(checkpoint: Path, recipe: Recipe, config: EntropyGPTConfi
 
     Args:
         checkpoint (`Path`): Its folder.
-        recipe ([`Recipe`]): What the run is told.
+        recipe ([`Recipe`]): The run's settings.
         config ([`EntropyGPTConfig`]): Of the model to train.
-        names (`str`): What is compared; one of adapters tells none of it.
+        names (`str`): What is compared; a checkpoint of adapters holds none of it.
     """
     adapted = (checkpoint / "adapter_config.json").exists()
     if adapted != (recipe.lora.lora_r is not None):
@@ -106,7 +106,7 @@ def check_text(recipe: Recipe, text: str):
 
 
 def take_folder(recipe: Recipe, checkpoint: Path | None, text: str):
-    """Leaves in the folder what the run is told, with the text, and no checkpoint after the one it goes on from."""
+    """Leaves in the folder the run's settings, with the text, and no checkpoint after the one it continues from."""
     output = Path(recipe.training.output_dir)
     with written_whole(output / RUN_SETTINGS) as path:
         path.write_text(json.dumps({**_settings(recipe), "text": text}, indent=1) + "\n", encoding="utf-8")

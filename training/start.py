@@ -115,7 +115,7 @@ def _check_settings(recipe: Recipe, start: Start):
 
 
 def _check_vocabulary(recipe: Recipe, config: EntropyGPTConfig):
-    """As far as it can be told before the text is read."""
+    """As far as it is known before the text is read."""
     place = recipe.data.tokenizer or recipe.model.model_name_or_path
     if place is not None:
         fit_vocabulary(copy.deepcopy(config), recipe, load_tokenizer(place))
@@ -139,8 +139,8 @@ def _config_of_source(config: EntropyGPTConfig, recipe: Recipe) -> EntropyGPTCon
     allowed = {*TRAINING_FIELDS, "final_normalization"}
     if foreign := sorted(recipe.config_fields.keys() - allowed):
         raise UserError(
-            f"{foreign[0]}={recipe.config_fields[foreign[0]]} can't be set beside model_name_or_path: sizes are those "
-            f"of the model, and its architecture is told by notation. These can: {', '.join(sorted(allowed))}."
+            f"{foreign[0]}={recipe.config_fields[foreign[0]]} can't be set with model_name_or_path: sizes are those "
+            f"of the model, and notation sets its architecture. These can: {', '.join(sorted(allowed))}."
         )
     fields = {"final_normalization": config.final_normalization, **recipe.config_fields}
     return target_config(config, recipe.model.notation or config.notation, **fields)

@@ -336,7 +336,7 @@ def test_a_run_goes_on_elsewhere_under_other_settings(run, finished):
     for settings, message in (
         (["n_layer=3"], "n_layer 2, and this run is to train one with 3"),
         (["notation=SM+LN+G"], "notation EReg(SM(t)+ScFuFFN)"),
-        (["learning_rate=2e-3"], "keeps what its optimiser was told (learning_rate 0.001 then, 0.002 now)"),
+        (["learning_rate=2e-3"], "keeps its optimiser's settings (learning_rate 0.001 then, 0.002 now)"),
         (["lora_r=2"], "holds all weights, and this run is to train adapters"),
     ):
         process = run(*settings, checkpoint, output="elsewhere")
