@@ -206,8 +206,8 @@ class PaperTable:
             "MB are 10^6 bytes, sent by both parties together, for the logits of one token after "
             f"{self.baseline.context}. The set-up of a connection, {set_up:.0f} MB, is not counted. A model is the "
             "sum of its blocks, the norm before the head, the embedding and the head. The first block, one of each "
-            "kind between and the last were measured. Seconds on a network are estimates: those measured, and those that "
-            "bytes and round trips take there."
+            "kind between and the last were measured. Seconds on a network are estimates: those measured, and those "
+            "that bytes and round trips take there."
         )
 
     def _describe_ends(self) -> str:
