@@ -2,7 +2,6 @@
 """PyTorch EntropyGPT: GPT-2 whose non-linearities can be removed, with entropy-guided attention (arXiv 2501.03489)."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,13 +9,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
@@ -32,17 +24,9 @@ from .blocks import EntropyGPTAttention, EntropyGPTBlock
 from .blockwise_attention import blockwise_attention  # noqa: F401
 from .configuration_entropy_gpt import EntropyGPTConfig
 from .entropy_attention import entropy_attention  # noqa: F401
-from .entropy_regularization import (
-    count_tokens,
-    count_visible_keys,
-    entropy_penalty,
-    mean_over_sequences,
-    mean_over_tokens,
-    number_sequences,
-    penalized_share,
-    reduce_over_batch,
-)
+from .entropy_regularization import count_visible_keys, number_sequences
 from .forward_keywords import CACHE, check_keywords, is_paged, slice_logits_to_keep, takes_cache
+from .heads import EntropyGPTHead, smoothed_cross_entropy
 from .layers import (
     EntropyGPTEntropyThreshold,
     EntropyGPTLearnableLeakyReLU,
@@ -52,92 +36,18 @@ from .layers import (
     EntropyGPTTemperature,
     build_norm,
 )
+from .model_outputs import (
+    EntropyGPTCausalLMOutput,
+    EntropyGPTModelOutput,
+    EntropyGPTQuestionAnsweringOutput,
+    EntropyGPTSequenceClassifierOutput,
+    EntropyGPTTokenClassifierOutput,
+)
 from .notation import format_notation  # noqa: F401
 from .releases import TESTED  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class EntropyGPTModelOutput(BaseModelOutputWithPast):
-    """
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            Hidden states after the last block and the final norm.
-        past_key_values (`Cache`, *optional*, returned when `use_cache=True`):
-            Keys and values for decoding; `cache` from transformers 5.24 on.
-        hidden_states (`tuple(torch.Tensor)`, *optional*, returned when `output_hidden_states=True`):
-            Hidden states after the embeddings and after each block.
-        attentions (`tuple(torch.Tensor)`, *optional*, returned when `output_attentions=True`):
-            Attention probabilities of each layer, `(batch_size, heads, query_length, key_length)`, after dropout.
-        attention_entropies (`tuple(torch.Tensor)`, *optional*, returned when `output_entropies=True`):
-            Entropies of the attention rows of each layer in nats, `(batch_size, heads, query_length)`, before dropout.
-        visible_keys (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*):
-            Number of keys each row may attend to, 0 for padding; returned when `output_entropies=True`.
-        entropy_thresholds (`tuple(torch.Tensor)`, *optional*):
-            Thresholds of the heads of each layer, `(heads,)`; returned when `output_entropies=True` by a model with
-            `entropy_regularization`.
-        packed_sequences (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*):
-            The sequence that each position belongs to, from 0; returned with `entropy_thresholds` if positions or a 4D
-            mask allow several sequences in one row.
-    """
-
-    attention_entropies: tuple[torch.Tensor, ...] | None = None
-    visible_keys: torch.Tensor | None = None
-    entropy_thresholds: tuple[torch.Tensor, ...] | None = None
-    packed_sequences: torch.Tensor | None = None
-
-
-@dataclass
-class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
-    """
-    Args:
-        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
-            In training `cross_entropy_loss + entropy_coefficient * entropy_loss`, else the cross-entropy; with
-            `smoothing`, of smoothed labels.
-        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
-        past_key_values, hidden_states, attentions, attention_entropies, visible_keys:
-            As in [`EntropyGPTModelOutput`].
-        cross_entropy_loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
-            Cross-entropy of the next token.
-        entropy_loss (`torch.Tensor` of shape `(1,)`, *optional*):
-            Penalty on the attention entropies, not multiplied by its coefficient; returned when `labels` is given to a
-            model with `entropy_regularization` that is in training or asked for entropies.
-        penalized_share (`torch.Tensor` of shape `(1,)`, *optional*, returned with `entropy_loss`):
-            Share of the heads (of their rows, where rows are penalised) whose deviation exceeds the margin, averaged
-            over the predicted tokens; without gradient. Parts of a split batch add up to that of the whole.
-    """
-
-    cross_entropy_loss: torch.Tensor | None = None
-    entropy_loss: torch.Tensor | None = None
-    penalized_share: torch.Tensor | None = None
-    attention_entropies: tuple[torch.Tensor, ...] | None = None
-    visible_keys: torch.Tensor | None = None
-
-
-@dataclass
-class EntropyGPTSequenceClassifierOutput(SequenceClassifierOutputWithPast):
-    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
-
-    attention_entropies: tuple[torch.Tensor, ...] | None = None
-    visible_keys: torch.Tensor | None = None
-
-
-@dataclass
-class EntropyGPTTokenClassifierOutput(TokenClassifierOutput):
-    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
-
-    attention_entropies: tuple[torch.Tensor, ...] | None = None
-    visible_keys: torch.Tensor | None = None
-
-
-@dataclass
-class EntropyGPTQuestionAnsweringOutput(QuestionAnsweringModelOutput):
-    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
-
-    attention_entropies: tuple[torch.Tensor, ...] | None = None
-    visible_keys: torch.Tensor | None = None
 
 
 class EntropyGPTPreTrainedModel(PreTrainedModel):
@@ -198,12 +108,6 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
         """Whether the loss contains the entropy penalty: in training, where the config says so."""
         return self.training and self.config.entropy_regularization
 
-    def needs_entropies(self, labels: torch.Tensor | None) -> bool:
-        """Whether this forward pass yields a loss with the penalty; says so once if the penalty is lost."""
-        if self.penalizes_entropy and labels is None:
-            self._warn_of_a_lost_penalty("No labels are given")
-        return self.penalizes_entropy and labels is not None
-
     @staticmethod
     def _warn_of_a_lost_penalty(reason: str):
         if not torch.compiler.is_compiling():
@@ -213,67 +117,6 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
                 "entropy_regularization=True asks for: give labels, and smoothing if need be, or "
                 "output_entropies=True and add the penalty."
             )
-
-    def entropy_loss(
-        self,
-        outputs: EntropyGPTModelOutput,
-        predicted: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """
-        The penalty on the attention entropies (Algorithm 1), not multiplied by its coefficient.
-
-        Args:
-            outputs ([`EntropyGPTModelOutput`]): The base model's, with entropies.
-            predicted (`torch.Tensor` of shape `(batch_size, sequence_length)`):
-                Whether the cross-entropy is of the token after each position.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Number of such tokens of the whole batch.
-        """
-        penalties = entropy_penalty(**self._penalty_arguments(outputs))
-        tokens = count_tokens(predicted, outputs.packed_sequences)
-        return reduce_over_batch(penalties, tokens, num_items_in_batch, self.config.entropy_penalty)
-
-    @torch.no_grad()
-    def penalized_share(
-        self,
-        outputs: EntropyGPTModelOutput,
-        predicted: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """The share of heads or rows that are penalised, without gradient; arguments as for [`entropy_loss`]."""
-        shares = penalized_share(**self._penalty_arguments(outputs))
-        return mean_over_tokens(shares, count_tokens(predicted, outputs.packed_sequences), num_items_in_batch)
-
-    def _penalty_arguments(self, outputs: EntropyGPTModelOutput) -> dict:
-        """What [`entropy_penalty`] and [`penalized_share`] take."""
-        device = outputs.last_hidden_state.device
-        return {
-            "entropies": torch.stack([entropies.to(device) for entropies in outputs.attention_entropies]),
-            "thresholds": torch.stack([thresholds.to(device) for thresholds in outputs.entropy_thresholds]),
-            "visible_keys": outputs.visible_keys.to(device),
-            "tolerance": self.config.entropy_tolerance,
-            "maximum": self.config.entropy_maximum,
-            "penalty": self.config.entropy_penalty,
-            "sequences": outputs.packed_sequences,
-        }
-
-    def add_entropy_loss(self, loss: torch.Tensor, outputs: EntropyGPTModelOutput) -> torch.Tensor:
-        """The loss of a head that predicts one thing for each sequence, with the penalty added in training."""
-        if self.penalizes_entropy and outputs.attention_entropies is not None:
-            # A mean over sequences, whatever the penalty: so is the loss of these heads, over parts of a batch too.
-            penalties = entropy_penalty(**self._penalty_arguments(outputs))
-            penalty = mean_over_sequences(penalties, outputs.packed_sequences).to(loss.device)
-            loss = loss + self.config.entropy_coefficient * penalty
-        return self.check_loss(loss)
-
-    def check_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Returns the loss; raises `FloatingPointError` if divergence is to be detected and it is not finite."""
-        if self.config.detect_divergence and self.training and not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} while the hidden states of every layer are finite: the head or the "
-                "entropy penalty diverged. Lower the learning rate or clip gradients."
-            )
-        return loss
 
 
 class EntropyGPTModel(EntropyGPTPreTrainedModel):
@@ -510,44 +353,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             )
 
 
-def smoothed_cross_entropy(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    smoothing: float,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-) -> torch.Tensor:
-    """
-    Cross-entropy of the next token in which all tokens of the vocabulary share a part of the label's weight.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
-        targets (`torch.Tensor` of shape `(batch_size, sequence_length)`): The token after each position.
-        smoothing (`float`): That part.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Predicted tokens of the whole batch.
-        ignore_index (`int`, *optional*, defaults to -100): The target that is not predicted.
-
-    Raises:
-        `ValueError`: If the part is not between 0 and 1.
-    """
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing={smoothing} has to be between 0 and 1, such as 0.1.")
-    targets = targets.to(logits.device)
-    total = nn.functional.cross_entropy(
-        logits.float().flatten(0, -2),
-        targets.flatten(),
-        ignore_index=ignore_index,
-        reduction="sum",
-        label_smoothing=smoothing,
-    )
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets != ignore_index).sum()
-    elif torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(logits.device)
-    return total / num_items_in_batch
-
-
-class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
+class EntropyGPTForCausalLM(EntropyGPTHead, EntropyGPTPreTrainedModel, GenerationMixin):
     """The model with a language modelling head, tied to the token embeddings by default."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -604,17 +410,17 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
         (torch.Size([1, 3, 100]), torch.Size([1, 4, 3]))
         ```
         """
-        check_keywords(self, kwargs, past_key_values)
-        outputs: EntropyGPTModelOutput = self.transformer(
-            input_ids,
-            **{CACHE: past_key_values},
+        outputs = self.run_base_model(
+            labels,
+            output_entropies,
+            kwargs,
+            input_ids=input_ids,
+            past_key_values=past_key_values,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_entropies=output_entropies or self.needs_entropies(labels),
-            **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
 
@@ -642,17 +448,14 @@ class EntropyGPTForCausalLM(EntropyGPTPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             **{CACHE: getattr(outputs, CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
             cross_entropy_loss=cross_entropy_loss,
             entropy_loss=entropy_loss,
             penalized_share=penalized_share,
-            attention_entropies=outputs.attention_entropies if output_entropies else None,
-            visible_keys=outputs.visible_keys if output_entropies else None,
+            **self.handed_on(outputs, output_entropies),
         )
 
 
-class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
+class EntropyGPTForSequenceClassification(EntropyGPTHead, EntropyGPTPreTrainedModel):
     """The model with a linear classification (or regression) head on the last token that is not padding."""
 
     # The losses of this and the following heads are means over the batch, so the Trainer has to average them itself.
@@ -691,17 +494,17 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
             inputs_embeds, use_cache, output_entropies:
                 As for [`EntropyGPTModel`].
         """
-        check_keywords(self, kwargs, past_key_values)
-        outputs: EntropyGPTModelOutput = self.transformer(
-            input_ids,
-            **{CACHE: past_key_values},
+        outputs = self.run_base_model(
+            labels,
+            output_entropies,
+            kwargs,
+            input_ids=input_ids,
+            past_key_values=past_key_values,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_entropies=output_entropies or self.needs_entropies(labels),
-            **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
         batch_index = torch.arange(logits.shape[0], device=logits.device)
@@ -716,10 +519,7 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
             loss=loss,
             logits=pooled_logits,
             **{CACHE: getattr(outputs, CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            attention_entropies=outputs.attention_entropies if output_entropies else None,
-            visible_keys=outputs.visible_keys if output_entropies else None,
+            **self.handed_on(outputs, output_entropies),
         )
 
     def _last_token(self, input_ids: torch.LongTensor | None, logits: torch.Tensor) -> torch.Tensor | int:
@@ -737,7 +537,7 @@ class EntropyGPTForSequenceClassification(EntropyGPTPreTrainedModel):
         return (torch.arange(input_ids.shape[1], device=logits.device, dtype=torch.int32) * not_padding).argmax(dim=-1)
 
 
-class EntropyGPTForTokenClassification(EntropyGPTPreTrainedModel):
+class EntropyGPTForTokenClassification(EntropyGPTHead, EntropyGPTPreTrainedModel):
     """The model with a linear classification head on every token."""
 
     accepts_loss_kwargs = False
@@ -770,15 +570,15 @@ class EntropyGPTForTokenClassification(EntropyGPTPreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_entropies:
                 As for [`EntropyGPTModel`].
         """
-        check_keywords(self, kwargs, None)
-        outputs: EntropyGPTModelOutput = self.transformer(
-            input_ids,
+        outputs = self.run_base_model(
+            labels,
+            output_entropies,
+            kwargs,
+            input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            output_entropies=output_entropies or self.needs_entropies(labels),
-            **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
 
@@ -790,14 +590,11 @@ class EntropyGPTForTokenClassification(EntropyGPTPreTrainedModel):
         return EntropyGPTTokenClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            attention_entropies=outputs.attention_entropies if output_entropies else None,
-            visible_keys=outputs.visible_keys if output_entropies else None,
+            **self.handed_on(outputs, output_entropies),
         )
 
 
-class EntropyGPTForQuestionAnswering(EntropyGPTPreTrainedModel):
+class EntropyGPTForQuestionAnswering(EntropyGPTHead, EntropyGPTPreTrainedModel):
     """The model with a head that scores each token as the start and as the end of the answer."""
 
     accepts_loss_kwargs = False
@@ -830,15 +627,15 @@ class EntropyGPTForQuestionAnswering(EntropyGPTPreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_entropies:
                 As for [`EntropyGPTModel`].
         """
-        check_keywords(self, kwargs, None)
-        outputs: EntropyGPTModelOutput = self.transformer(
-            input_ids,
+        outputs = self.run_base_model(
+            start_positions,
+            output_entropies,
+            kwargs,
+            input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            output_entropies=output_entropies or self.needs_entropies(start_positions),
-            **kwargs,
         )
         start_logits, end_logits = (
             logits.squeeze(-1).contiguous() for logits in self.qa_outputs(outputs.last_hidden_state).split(1, dim=-1)
@@ -853,10 +650,7 @@ class EntropyGPTForQuestionAnswering(EntropyGPTPreTrainedModel):
             loss=loss,
             start_logits=start_logits,
             end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            attention_entropies=outputs.attention_entropies if output_entropies else None,
-            visible_keys=outputs.visible_keys if output_entropies else None,
+            **self.handed_on(outputs, output_entropies),
         )
 
 

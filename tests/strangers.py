@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-REMOTE_LOADING = Path(__file__).resolve().parents[1] / "evaluation" / "remote_loading.py"
+REMOTE_LOADING = Path(__file__).resolve().parents[1] / "evaluation" / "measuring" / "remote_loading.py"
 DEEDS = Path(__file__).with_name("deeds_of_strangers.py")
 
 

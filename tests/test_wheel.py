@@ -96,7 +96,7 @@ def test_a_script_beside_folders_with_our_names(environment, folder):
         (["--version"], "entropy-gpt"),
         (["train"], "python-stdlib-small"),
         (["private", "cost", "SM+ScFuFFN", "--n-layer", "1"], "exponential"),
-        (["study", "--dry-run"], "SM+LN+G"),
+        (["study", "--dry-run"], "runs/study"),
         (["report", str(ROOT / "model_cards/results/quickstart.json"), "-o", "page.md"], "page.md"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -61,8 +61,8 @@ class Record(StoredRecord):
         largest_difference (`float`): Of the two log-likelihoods, as a part of them.
         heads (`list[Timing]`): Of the same batch.
         memory (`dict[int, float]`): Peak memory in MiB of the diagnostics of a sequence beside the model, by length.
-        versions (`dict[str, str]`): Of what computes.
-        git_revision (`str`, *optional*): Of this project.
+        versions (`dict[str, str]`): Versions of the packages that compute.
+        git_revision (`str`, *optional*): Commit of this project.
         machine (`str`): Processor and threads.
     """
 

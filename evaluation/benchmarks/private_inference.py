@@ -96,7 +96,7 @@ class Record(StoredRecord):
         decoding ([`InferenceCost`]): The typical block for one more token, keys and values kept.
         softmax (`list[Softmax]`): In threads.
         agreement (`list[Agreement]`): In threads.
-        git_revision (`str`, *optional*): Of this project.
+        git_revision (`str`, *optional*): Commit of this project.
         remark (`str`, *optional*): What else is to be known, such as other work on the machine meanwhile.
     """
 

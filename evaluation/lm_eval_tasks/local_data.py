@@ -1,7 +1,7 @@
 """Readers of the tasks in this folder: files of the user's as data sets for lm-eval.
 
 lm-eval runs this file by its path, wherever it lies, so it needs lm-eval's own requirements and nothing of this
-project. Which files are read, and what a line of them may be, is told in README.md.
+project. README.md says which files are read, and what a line of them may be.
 """
 
 import bz2
@@ -32,7 +32,7 @@ def read_arc_easy(task_data: str | None = None, **metadata) -> dict[str, Dataset
 
     Args:
         task_data (`str`): The folder.
-        metadata: What else lm-eval tells of the task and the model.
+        metadata: Other fields that lm-eval passes about the task and the model.
 
     Raises:
         `ValueError`: If the file is not there, or damaged.

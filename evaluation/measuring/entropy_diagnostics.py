@@ -1,4 +1,4 @@
-"""What attention heads do, told by the Shannon entropy of their rows (arXiv 2501.03489, section 3) and more."""
+"""What attention heads do: Shannon entropy of their rows (arXiv 2501.03489, section 3), sinks, diversity."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ RANGE_BEGINNINGS = (1 / 4, 1 / 2, OVERLOAD)
 QUANTILE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 # For the quantiles, row entropies are counted by the nearest of 0, 1 / 4096, 2 / 4096 ... of log T.
 ENTROPY_STEPS = 4096
-# The diversity is taken from so many rows of a sequence at most.
+# The largest number of rows of a sequence from which the diversity is taken.
 DIVERSITY_ROWS = 64
 # Enough for three right digits of a singular value, however close the others come (see `logit_spectral_norms`).
 SQUARINGS = 10
@@ -233,7 +233,7 @@ def first_key_probabilities(
 
     Args:
         query, key (`torch.Tensor` of shape `(batch, heads, rows, head_dim)`): With temperatures, without scaling.
-        log_sum_exp (`torch.Tensor` of shape `(batch, heads, rows)`): Of the rows' logits, to base 2.
+        log_sum_exp (`torch.Tensor` of shape `(batch, heads, rows)`): Log-sum-exp of the rows' logits, to base 2.
         scaling (`float`): What the products are multiplied by.
     """
     query, first_key = query.to(log_sum_exp.dtype), key[:, :, :1].to(log_sum_exp.dtype)
@@ -270,7 +270,7 @@ class _LayerSums:
     Sums over sequences of what the heads of a layer do.
 
     Args:
-        heads (`int`): Of the layer.
+        heads (`int`): Number of heads in the layer.
         length (`int`): Rows of a sequence.
         device (`torch.device`): Where the sums are kept.
     """

@@ -120,7 +120,7 @@ class LMEvalModel(HFLM):
 
 
 class _AnswerHook(CacheHook):
-    """What lm-eval tells every answer, in the place of its cache."""
+    """Receives every answer in place of lm-eval's cache."""
 
     def __init__(self, on_answer: Callable[[tuple, object], None]):
         super().__init__(None)

@@ -29,7 +29,7 @@ class NonlinearOperation:
 
     Args:
         name (`str`): Such as "softmax", "LayerNorm" or "GELU".
-        shape (`list[int]`): Of one tensor.
+        shape (`list[int]`): Shape of one tensor.
         count (`int`): Tensors of this shape.
     """
 
@@ -67,7 +67,7 @@ class OperationCounts:
         apart (`list[NonlinearOperation]`):
             What the paper does not count: the choice of the token embeddings, which is a product of one-hot rows with
             the table where tokens are secret; the final norm; the choice of the most likely token at each position.
-        head_flops (`int`): Of the logits of all positions.
+        head_flops (`int`): FLOPs of the logits of all positions.
     """
 
     context: int
@@ -89,7 +89,7 @@ def count_operations(config: EntropyGPTConfig, context: int) -> OperationCounts:
         context (`int`): Tokens of the sequence.
 
     Raises:
-        `ValueError`: If the model has no so many positions.
+        `ValueError`: If the model has fewer positions.
     """
     if not 1 <= context <= config.n_positions:
         raise ValueError(f"context={context} is not possible: the model has positions for 1 to {config.n_positions}.")

@@ -20,7 +20,7 @@ from .tokenized_text import TokenizedText
 
 # The largest power of e that a float holds is a little above.
 LARGEST_EXPONENT = 700
-# Logits of so many numbers are computed at once: they are read again while the processor's cache holds them.
+# Numbers of the logits that are computed at once: few enough that the processor's cache still holds them.
 LOGITS_AT_ONCE = 1 << 21
 # Models whose logits are their head's linear map of the last hidden states: computed only for what is predicted.
 PLAIN_HEADS = ("entropy_gpt", "gpt2")

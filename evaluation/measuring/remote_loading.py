@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-# Of logits with a cache, as a part of the largest.
+# Largest difference of logits with a cache, as a part of the largest logit.
 LARGEST_ROUNDING = 1e-3
 PROJECT_PACKAGES = ("modeling_entropy_gpt", "entropy_gpt")
 

@@ -42,10 +42,10 @@ class TaskResult:
         context (`int`): The most tokens that the model is shown.
         limit (`int`, *optional*): Samples taken of each task, if not all.
         data (`str`): Where the samples come from, with a hash of what was read.
-        dtype (`str`): Of weights and computation.
-        seed (`int`): Of lm-eval.
-        versions (`dict[str, str]`): Of Python, of the packages that compute, and of lm-eval.
-        git_revision (`str`, *optional*): Of this project.
+        dtype (`str`): Type of weights and computation.
+        seed (`int`): Seed of lm-eval.
+        versions (`dict[str, str]`): Versions of Python, of the packages that compute, and of lm-eval.
+        git_revision (`str`, *optional*): Commit of this project.
         machine (`str`): Processor and number of threads.
         seconds (`float`): Duration.
     """

@@ -32,9 +32,9 @@ LOCAL_TASKS = {
     "local_hellaswag": "HellaSwag, four endings of a text: acc, acc_norm",
     "local_lambada_openai": "LAMBADA in OpenAI's version, the last word of a passage: perplexity, acc",
 }
-# Of lm-eval's 100,000, which take minutes for LAMBADA and change the third digit of a standard error.
+# lm-eval takes 100,000: minutes for LAMBADA, to change the third digit of a standard error.
 BOOTSTRAP_SAMPLES = 1000
-# More sources of data are told by their number.
+# If there are more sources of data, their number is given instead.
 NAMED_SOURCES = 4
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def score_tasks(
         task_data (`Path`, *optional*): The folder that local tasks read.
         batch_size (`int`): Requests in a forward pass; it changes speed and memory alone.
         limit (`int`, *optional*): Samples to take of each task, the first ones.
-        seed (`int`): Of what lm-eval draws, such as examples shown before a sample.
+        seed (`int`): Seed of what lm-eval draws, such as examples shown before a sample.
         on_requests: Called with the number of requests answered and of those known so far, for progress.
 
     Returns:

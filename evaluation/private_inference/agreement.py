@@ -13,16 +13,16 @@ from .inference import PLAINTEXT, PrivateModel
 @dataclass(config=RECORD)
 class Agreement:
     """
-    A trained model's private answers beside those in the clear.
+    A trained model's private answers compared with those in the clear.
 
     Args:
         name (`str`): Architecture.
         runs (`int`): Sequences.
-        positions (`int`): Of all sequences.
+        positions (`int`): Number of positions, over all sequences.
         agreeing (`int`): At which the most likely token is the same.
-        largest_error (`float`): Of a logit.
+        largest_error (`float`): Largest error of a logit.
         largest_logit (`float`): In the clear, in magnitude.
-        perplexity, private_perplexity (`float`): Of the same tokens.
+        perplexity, private_perplexity (`float`): Perplexities of the same tokens.
         out_of_range (`int`): Runs whose logits were beyond twice the largest in the clear.
     """
 

@@ -30,7 +30,7 @@ NETWORKS = {IN_PROCESS: "threads of one process", TWO_PARTY: "loopback, two proc
 # No logit is beyond it: answers are shown as they are in every mode, and none is computed twice.
 LOGIT_BOUND = 2.0**RING_BITS
 TIMEOUT_SECONDS = 1200
-# What a server may take to tell why it ended: its client may know of the end before.
+# Seconds in which a server may say why it ended; its client may know of the end earlier.
 SILENCE_SECONDS = 2
 
 
@@ -41,7 +41,7 @@ class InferenceResult:
 
     Args:
         mode (`str`): One of `MODES`.
-        answers (`list[np.ndarray]`): Of each prompt, logits `(answers, vocabulary)` in float32.
+        answers (`list[np.ndarray]`): For each prompt, logits `(answers, vocabulary)` in float32.
         seconds (`float`): By the clock for all prompts, with compiling and set-up.
         costs (`list[InferenceCost]`, *optional*):
             Of each prompt; `None` where nothing is sent. Prompts of one length that follow one another share their
@@ -87,7 +87,7 @@ class PrivateModel:
                 "plaintext" (the model itself), "emulated" (the ring in numpy), "in_process" (all parties of the
                 protocol as threads; the engine's log of this process is taken over) or "two_party" (a server and a
                 client on the loopback, whose engines are processes of their own).
-            answers (`int`): Of so many last positions the logits are wanted.
+            answers (`int`): Number of last positions whose logits are wanted.
 
         Raises:
             `PrivateInferenceError`: If the protocol has no such mode, the model can't answer so much, the engine is

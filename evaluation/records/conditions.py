@@ -9,7 +9,7 @@ from entropy_gpt.evaluation.measuring.scores import TaskResult, TaskScore
 from .results import AnswerCheck, Conditions, ModelResult, PrivateCost
 
 
-# A commit is told from any other by so many of its letters.
+# The number of a commit's letters that distinguish it from any other.
 SHORT_COMMIT = 12
 # What a number depends on: the name of each condition, and its value in words.
 Facts = dict[str, str]

@@ -45,7 +45,7 @@ class HealingRecord:
         steps (`int`): Optimiser steps.
         tokens (`int`): Tokens seen.
         seconds (`float`): Duration, evaluations included.
-        settings (`dict`): What training was told.
+        settings (`dict`): Hyperparameters of the training.
         validation_nats (`list[list[float]]`): Steps, and the negative log-likelihood of a token of validation text.
         events (`list[list]`): Steps, and what was removed then, or why the guard went back.
     """
@@ -68,15 +68,15 @@ class ConversionReport(StoredRecord):
         source_notation, target_notation (`str`): Both architectures in the paper's notation.
         source_final_normalization, target_final_normalization (`str`): The norms before the head.
         original_nats (`float`): Negative log-likelihood of a token under the original.
-        original_parameters (`int`): Of the original; tied ones count once.
-        source_operations, target_operations ([`OperationCounts`]): Of one sequence.
+        original_parameters (`int`): Parameters of the original; tied ones count once.
+        source_operations, target_operations ([`OperationCounts`]): Operations of one sequence.
         pruning_damage (`dict[str, float]`): KL that pruning each FFN alone would cost, by layer, if it was measured.
         calibration_tokens (`int`): Tokens that the steps were fitted to.
         naive (`bool`): Whether norms and linear maps were not fitted, but copied.
         steps (`list[StepRecord]`): What was done, in order; healing is a step too.
         healing ([`HealingRecord`], *optional*): How it went.
-        seconds (`float`): Of all, measurements included; of the last run alone, if there was an interruption.
-        peak_memory_bytes (`int`): Of the process.
+        seconds (`float`): Whole duration, with measurements; that of the last run alone after an interruption.
+        peak_memory_bytes (`int`): Peak memory of the process.
         conditions ([`Conditions`]): What the numbers depend on.
     """
 

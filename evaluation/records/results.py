@@ -20,7 +20,7 @@ KIND, SCHEMA_VERSION = "results of models", 2
 @dataclass(config=RECORD)
 class Conditions:
     """
-    What a number depends on beside the model.
+    What a number depends on besides the model.
 
     Args:
         corpus (`str`): Name of the text.
@@ -28,10 +28,10 @@ class Conditions:
         vocab_size (`int`): Number of tokens of the tokenizer.
         context (`int`): Length of a sequence in tokens.
         evaluated_tokens (`int`): Number of tokens that were predicted, or whose rows of attention were looked at.
-        dtype (`str`): Of weights and computation.
-        seed (`int`, *optional*): Of all that was drawn, in training (weights, the order of the data) and in measuring.
-        versions (`dict[str, str]`): Of Python and of the packages that compute.
-        git_revision (`str`, *optional*): Of this project, "+changes" at its end if the tree had uncommitted ones.
+        dtype (`str`): Type of weights and computation.
+        seed (`int`, *optional*): Seed of training (weights, order of the data) and of measuring.
+        versions (`dict[str, str]`): Versions of Python and of the packages that compute.
+        git_revision (`str`, *optional*): Commit of this project, with "+changes" if there were uncommitted ones.
         machine (`str`): Processor and number of threads.
     """
 
@@ -54,7 +54,7 @@ class Architecture:
 
     Args:
         notation (`str`): The blocks, in the paper's notation.
-        final_normalization (`str`): The norm before the head, which the notation does not tell.
+        final_normalization (`str`): The norm before the head, which the notation does not contain.
         parameters (`int`): Tied ones count once.
         n_layer, n_head, n_embd, n_positions, vocab_size (`int`): As in the configuration.
     """
@@ -90,7 +90,7 @@ class TrainingResult:
         steps (`int`): Optimiser steps.
         tokens (`int`): Tokens seen.
         seconds (`float`): Duration, with the evaluations in its course.
-        hyperparameters (`dict`): What training was told.
+        hyperparameters (`dict`): Hyperparameters of the training.
         converted_from (`str`, *optional*): Notation of the trained model that this one was converted from.
         text (`str`, *optional*): What it was trained on, with its revision.
         started_from (`str`, *optional*): Name of the trained model that this training went on from.
@@ -134,7 +134,7 @@ class AnswerCheck:
         answers (`int`): Tokens answered.
         same (`int`): Those that are the most likely ones in the clear too.
         largest_logit (`float`): In the clear, by its absolute value.
-        largest_error (`float`, *optional*): Of the logits; where the client learns tokens alone, there is none.
+        largest_error (`float`, *optional*): Largest error of the logits; missing where the client learns tokens alone.
     """
 
     answers: int
@@ -156,8 +156,8 @@ class PrivateCost:
         rounds (`int`): How often a message has to travel there and back, as in [`InferenceCost`].
         seconds (`float`): On the machine and network below.
         network (`str`): Such as "loopback".
-        versions (`dict[str, str]`): Of the packages that compute.
-        git_revision (`str`, *optional*): Of this project.
+        versions (`dict[str, str]`): Versions of the packages that compute.
+        git_revision (`str`, *optional*): Commit of this project.
         machine (`str`): Processor and number of threads.
         check ([`AnswerCheck`], *optional*): How the answer compares with the clear.
     """
@@ -181,7 +181,7 @@ class ModelResult:
     All that is known of a model; what was not measured is missing.
 
     Args:
-        name (`str`): What tells it from others, such as its folder.
+        name (`str`): A name that distinguishes it from others, such as its folder.
         weights (`str`): Hash of its weights.
         architecture ([`Architecture`]): What it is.
         operations ([`OperationCounts`]): What a forward pass takes, from the configuration.
@@ -189,7 +189,7 @@ class ModelResult:
         likelihood ([`LikelihoodResult`], *optional*): How well it predicts a text.
         heads ([`HeadResult`], *optional*): What its attention heads do.
         tasks ([`TaskResult`], *optional*): Scores of lm-eval.
-        costs (`list[PrivateCost]`): Of private inference.
+        costs (`list[PrivateCost]`): Costs of private inferences.
     """
 
     name: str
@@ -227,10 +227,10 @@ def load_results(path: Path) -> list[ModelResult]:
 
 def find_results(results: list[ModelResult], model: ModelResult) -> ModelResult | None:
     """
-    All that records tell of one model, whatever they call it: of each part the first, and every cost.
+    Collects what records contain about one model under any name: the first of each part, and every cost.
 
     Args:
-        results (`list[ModelResult]`): Of any models.
+        results (`list[ModelResult]`): Results of any models.
         model ([`ModelResult`]): What is known of it without them: its weights and its architecture.
 
     Returns:

@@ -20,7 +20,7 @@ ACTIONS = ("stop", "rollback")
 @dataclass(frozen=True)
 class RunDescription:
     """
-    What a run was told, and where it ran.
+    The settings of a run, and where it ran.
 
     Args:
         notation (`str`): The architecture in the paper's notation.
@@ -29,9 +29,9 @@ class RunDescription:
         max_steps (`int`): Optimiser steps that were planned.
         tokens_per_step (`int`): Tokens of an optimiser step.
         context (`int`): Length of a sequence in tokens.
-        seed (`int`): Of the weights and of the order of the training data.
-        versions (`dict[str, str]`, *optional*): Of Python and of the packages that compute.
-        git_revision (`str`, *optional*): Of this project.
+        seed (`int`): Seed of the weights and of the order of the training data.
+        versions (`dict[str, str]`, *optional*): Versions of Python and of the packages that compute.
+        git_revision (`str`, *optional*): Commit of this project.
         machine (`str`, *optional*): Processor and number of threads.
     """
 
@@ -58,7 +58,7 @@ class TrainingRecord:
         cross_entropy_loss (`float`, *optional*): Without it.
         entropy_loss (`float`, *optional*): The penalty.
         penalized_share (`float`, *optional*): Part of the heads (or rows) outside of the tolerance.
-        learning_rate (`float`, *optional*): Of the step.
+        learning_rate (`float`, *optional*): Learning rate of the step.
         grad_norm (`float`, *optional*): Before clipping.
     """
 
@@ -154,7 +154,7 @@ class RunLog:
 
     Args:
         path (`Path`): The file.
-        description ([`RunDescription`]): What the run was told.
+        description ([`RunDescription`]): The settings of the run.
         training (`list[TrainingRecord]`): By step.
         evaluations (`list[EvaluationRecord]`): By step.
         entropies (`list[EntropyRecord]`): By step.

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic.dataclasses import dataclass
 
-from entropy_gpt.evaluation.json_records import RECORD, load_record, save_record
+from entropy_gpt.evaluation.json_records import RECORD, StoredRecord, load_record, save_record
 
 
 @dataclass(config=RECORD)
@@ -84,3 +84,43 @@ def test_other_files_are_refused_in_a_line(tmp_path, text, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"nothing.json can't be read: No such file"):
         load_record(Inner, "things", 1, tmp_path / "nothing.json")
+
+
+@dataclass(config=RECORD)
+class Renamed(StoredRecord):
+    """A record whose only field had another name in version 1, and was a text in version 0."""
+
+    KIND = "things"
+    SCHEMA_VERSION = 2
+
+    name: str
+
+    @classmethod
+    def migrate(cls, content, version):
+        return {"name": content["title"]} if version == 1 else None
+
+
+def test_older_versions_are_brought_up_to_date(tmp_path):
+    path = tmp_path / "things.json"
+    path.write_text('{"kind": "things", "schema_version": 1, "content": {"title": "a name"}}')
+    assert Renamed.load(path) == Renamed("a name")
+    Renamed.load(path).save(path)
+    assert json.loads(path.read_text())["schema_version"] == 2
+    for version in (0, 3, "1", None):
+        path.write_text(json.dumps({"kind": "things", "schema_version": version, "content": {"title": "a name"}}))
+        with pytest.raises(ValueError, match=f"is of schema version {version}, where 2 is read"):
+            Renamed.load(path)
+
+
+def test_records_have_a_line_each(tmp_path):
+    """So that a changed record is a changed line."""
+    records = [Outer([Inner([1.0]), Inner([2.0])], 1, {}, {}) for _ in range(3)]
+    path = tmp_path / "things.json"
+    save_record(records, list[Outer], "things", 1, path)
+    before = path.read_text().splitlines()
+    records[1].count = 2
+    save_record(records, list[Outer], "things", 1, path)
+    after = path.read_text().splitlines()
+    assert sum(line != old for line, old in zip(after, before, strict=True)) == 1
+    save_record(records[0], Outer, "things", 1, path)
+    assert sum('"values"' in line for line in path.read_text().splitlines()) == 2

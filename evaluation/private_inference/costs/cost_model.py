@@ -22,7 +22,7 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 
 PRICES = Path(__file__).parent / "prices.json"
-# Of keys and oblivious transfers, once a connection, sent by both parties: the same for all models.
+# Bytes of keys and oblivious transfers, once a connection, sent by both parties: the same for all models.
 SET_UP_BYTES = 25.9e6
 
 
@@ -50,11 +50,11 @@ class Prices(StoredRecord):
     What Cheetah sends, by what it is counted in.
 
     Args:
-        bytes (`dict[str, float]`): Of each part, sent by both parties.
+        bytes (`dict[str, float]`): Bytes of each part, sent by both parties.
         samples (`list[Sample]`): What the prices were fitted on.
-        settings ([`PrivateSettings`]): Of these runs; prices hold for other forms of the operations too.
-        versions (`dict[str, str]`): Of the packages that computed.
-        git_revision (`str`, *optional*): Of this project.
+        settings ([`PrivateSettings`]): Settings of these runs; prices hold for other forms of the operations too.
+        versions (`dict[str, str]`): Versions of the packages that computed.
+        git_revision (`str`, *optional*): Commit of this project.
         machine (`str`): Processor and number of threads.
     """
 
@@ -126,7 +126,7 @@ def predict(
 
     Args:
         config ([`EntropyGPTConfig`]): Any architecture, folded or not. Linear FFNs count as [`program_config`] has it.
-        settings ([`PrivateSettings`]): Of the protocol "cheetah".
+        settings ([`PrivateSettings`]): Settings with the protocol "cheetah".
         span ([`Span`]): The tokens.
         prices ([`Prices`], *optional*): Those of this package, if none are given.
 

@@ -29,7 +29,7 @@ from .cost_model import predict, program_config
 
 # Embeddings so far apart that attention is not uniform.
 EMBEDDING_SCALE = 20
-# By which a record is told from those of other inferences.
+# What distinguishes a record from those of other inferences.
 CONDITIONS = (
     "notation",
     "n_layer",
@@ -75,7 +75,7 @@ class Inference:
         Runs it between two processes over this machine's loopback.
 
         Args:
-            new_tokens (`int`): Of the answer.
+            new_tokens (`int`): Number of tokens in the answer.
             timeout_seconds (`int`): For which nothing may happen.
             on_event (`Callable`): As of [`Client.ask`].
 
@@ -165,7 +165,7 @@ def make_random_model(config: EntropyGPTConfig) -> EntropyGPTForCausalLM:
 
 def make_config(notation: str, context: int, **sizes) -> EntropyGPTConfig:
     """
-    A model of so many positions without special tokens.
+    A model with random weights and without special tokens.
 
     Raises:
         `ValueError`: If the notation is not known, or the sizes do not fit.

@@ -108,8 +108,8 @@ def add_up(whole: Inference, blocks: InferenceCost, ends: InferenceCost) -> Infe
 
     Args:
         whole ([`Inference`]): One of [`list_rows`].
-        blocks ([`InferenceCost`]): Of [`take_blocks`].
-        ends ([`InferenceCost`]): Of [`take_ends`].
+        blocks ([`InferenceCost`]): Cost of [`take_blocks`].
+        ends ([`InferenceCost`]): Cost of [`take_ends`].
     """
     config, (_, measured) = whole.config, _choose_blocks(whole.config)
     steps = steps_of(ends, EMBEDDING)
@@ -129,7 +129,7 @@ def add_up_all(
 
 
 def find_cheapest(rows: list[Inference], total_bytes: dict[str, float]) -> Inference:
-    """Of the rows with the economies of this package, that of the fewest bytes, which are given by title."""
+    """The optimised row that sends the fewest bytes (`total_bytes` is keyed by row title)."""
     return min(rows[1:], key=lambda row: total_bytes[row.title])
 
 
@@ -153,10 +153,10 @@ class PaperTable:
     The table, measured.
 
     Args:
-        sums (`dict[str, InferenceCost]`): Of [`add_up_all`]; the first is what others are compared with.
+        sums (`dict[str, InferenceCost]`): Result of [`add_up_all`]; the others are compared with the first.
         ends ([`InferenceCost`]): The embedding and the head.
         whole ([`InferenceCost`], *optional*): A whole run of one of the architectures.
-        networks (`tuple[Network, ...]`): On which the seconds are told too.
+        networks (`tuple[Network, ...]`): Networks for which seconds are shown.
     """
 
     sums: dict[str, InferenceCost]
@@ -171,7 +171,7 @@ class PaperTable:
 
     @property
     def headings(self) -> list[str]:
-        """Of the columns."""
+        """The headings of the columns."""
         measured = ("MB", "times\nfewer", "in the\npaper", "s", "times\nfaster", "in the\npaper")
         return ["architecture", *measured, *(f"s on\n{network.name}" for network in self.networks)]
 

@@ -1,11 +1,11 @@
-"""What the results of a model tell of a private inference."""
+"""The cost of a private inference, as a model's results record it."""
 
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.records.results import AnswerCheck, PrivateCost
 
 
 def as_private_cost(cost: InferenceCost, check: AnswerCheck | None = None) -> PrivateCost:
-    """What the results of a model tell of the inference, and of how its answer compares with the clear."""
+    """The cost as a model's results record it, with how the answer compares with the model in the clear."""
     return PrivateCost(
         protocol=cost.settings.protocol,
         context=cost.context,

@@ -246,7 +246,7 @@ def _parse(content: bytes) -> dict:
 
 
 def clean(text: object, kept: str = "", most: int | None = MAX_REASON_CHARACTERS) -> str:
-    """What a peer wrote, without what could drive a terminal, but for a few letters; not more than so many."""
+    """A peer's text without characters that could drive a terminal, except those in `kept`; at most `most` long."""
     visible = (letter for letter in str(text) if letter in kept or unicodedata.category(letter)[0] != "C")
     return "".join(visible)[:most]
 

@@ -46,7 +46,7 @@ def check_engine():
 
 
 def engine_versions() -> dict[str, str]:
-    """Of the packages that decide what the compiled program is; "missing" where there is none."""
+    """Versions of the packages that decide what the compiled program is; "missing" for one not installed."""
     found = {}
     for package in ("entropy-gpt", "spu", "jax"):
         try:
@@ -162,7 +162,7 @@ def compiled_digest(compiled: list[CompiledStep], settings: PrivateSettings) -> 
 
 
 class EngineLog:
-    """The engine's log of this process, which alone tells what went over a link. One party a process may write it."""
+    """The engine's log of this process: the only source of what went over a link. One party a process may write it."""
 
     def __init__(self):
         from spu import libspu

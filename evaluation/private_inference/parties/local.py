@@ -24,10 +24,10 @@ TIMEOUT_MS = 3_600_000
 class LocalRun:
     """
     Args:
-        answers (`list[np.ndarray]`): Of each prompt, `(positions, vocabulary)`.
-        set_up (`list[StepCost]`): Of all together.
-        steps (`list[list[StepCost]]`): Of each prompt.
-        seconds (`list[float]`): Of each prompt.
+        answers (`list[np.ndarray]`): For each prompt, logits `(positions, vocabulary)`.
+        set_up (`list[StepCost]`): Cost of the set-up, shared by all prompts.
+        steps (`list[list[StepCost]]`): For each prompt, the cost of its steps.
+        seconds (`list[float]`): Seconds of each prompt.
     """
 
     answers: list[np.ndarray]
@@ -51,8 +51,8 @@ def infer_locally(
         config, weights: Of [`prepare_weights`].
         settings ([`PrivateSettings`]): Any protocol.
         prompts (`Sequence[Sequence[int]]`): Tokens, as many in each.
-        answers (`int`): Of so many last positions the logits are wanted.
-        log ([`EngineLog`], *optional*): Of the server's counts; without it, costs have no bytes.
+        answers (`int`): Number of last positions whose logits are wanted.
+        log ([`EngineLog`], *optional*): Log of the server's counts; without it, costs have no bytes.
 
     Raises:
         `PrivateInferenceError`: If the engine is not installed, or the prompts are too long.
@@ -90,7 +90,7 @@ def run_parties(settings: PrivateSettings, take_part: Callable) -> list:
     Runs each party of a protocol in a thread.
 
     Args:
-        settings ([`PrivateSettings`]): Of which the protocol says how many they are.
+        settings ([`PrivateSettings`]): Its protocol determines the number of parties.
         take_part (`Callable`): Called with a party's link to the others.
 
     Returns:

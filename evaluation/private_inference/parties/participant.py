@@ -65,8 +65,8 @@ class Participant:
 
     def set_up(self) -> list[StepCost]:
         """
-        What is paid once a connection: keys and oblivious transfers, brought forward by a program of every kind. Round
-        trips are not known of it: those that are counted are of a program for which all that is there.
+        Runs one program of each kind so that one-off set-up (keys, oblivious transfers) is paid here. Round trips are
+        not reported, because the counts assume that set-up is done.
         """
         value = np.full((2, 2), 0.5, np.float32)
         client = client_rank(self.settings)
@@ -93,7 +93,7 @@ class Participant:
         Runs a program together with the other parties; each has its share of the answer then.
 
         Args:
-            program (`list[CompiledStep]`): Of [`compile_pass`].
+            program (`list[CompiledStep]`): Result of [`compile_pass`].
             span ([`Span`]): The tokens.
             value (`np.ndarray`, *optional*): The client's input; `None` at the others.
             on_step (`Callable`): Called with what each step took.

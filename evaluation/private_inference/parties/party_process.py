@@ -1,7 +1,7 @@
 """
 The process that holds one party's engine, apart from the command: a program that the engine can't run ends a process.
 
-Its standard input gives a job, and then the word to start; on its standard output it tells events, as lines of JSON.
+It reads a job and then the word to start from standard input, and writes events to standard output, one JSON a line.
 It knows nothing of the network: the peer is a port on this machine, behind which `tunnel.py` is.
 """
 
@@ -44,11 +44,11 @@ class Job:
 
     Args:
         rank (`int`): 0 the server, 1 the client.
-        config ([`ProgramConfig`]): Of the program, public.
+        config ([`ProgramConfig`]): Configuration of the program, public.
         settings ([`PrivateSettings`]): Public.
         prompt_length (`int`): Public.
-        new_tokens (`int`): Of the answer, public; of so many positions.
-        answers (`int`): Of so many last positions of the prompt the logits are wanted; 1 where tokens are generated.
+        new_tokens (`int`): Number of tokens in the answer, public.
+        answers (`int`): Number of last positions whose logits are wanted; 1 where tokens are generated.
         timeout_seconds (`int`): For which a silent peer is waited for.
         logit_bound (`float`): Logits beyond it can't be right.
         weights (`Path`, *optional*): The server's alone.
@@ -70,13 +70,13 @@ class Job:
 
 
 def spans(job: Job) -> list[Span]:
-    """Of the prompt, and of each new token but the last."""
+    """The spans of the passes: the prompt, then each new token except the last."""
     first = Span(0, job.prompt_length, job.answers)
     return [first, *(Span(job.prompt_length + index, 1) for index in range(job.new_tokens - 1))]
 
 
 class PartyProcess:
-    """One party at work; `tell` hands on events."""
+    """One party at work; `tell` receives its events."""
 
     def __init__(self, job: Job, tell):
         self.job, self.tell = job, tell

@@ -35,7 +35,7 @@ FAREWELL_SECONDS = 60
 
 @dataclass(frozen=True)
 class Terms:
-    """What a client is told, checked."""
+    """What a server sends a client at first, checked."""
 
     config: ProgramConfig
     notation: str
@@ -140,7 +140,7 @@ class EngineProcess:
         self._folder.cleanup()
 
     def _say(self, line: str):
-        with contextlib.suppress(BrokenPipeError):  # its end is told as an event
+        with contextlib.suppress(BrokenPipeError):  # its end arrives as an event
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 

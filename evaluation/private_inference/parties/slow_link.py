@@ -74,7 +74,7 @@ class SlowLink:
         delivery.join()
 
     def _leave(self, direction: str, size: int) -> float:
-        """The moment at which so many bytes have left."""
+        """The moment at which `size` more bytes have left."""
         with self._lock:
             begin = max(self._free_at[direction], time.monotonic())
             self._free_at[direction] = begin + size * 8 / self.network.bits_per_second

@@ -43,7 +43,7 @@ class Tunnel:
 
     Attributes:
         local_port (`int`): Where this side's engine reaches the other's.
-        sent_bytes, received_bytes (`int`): Of the engines, carried to and from the other side.
+        sent_bytes, received_bytes (`int`): The engines' bytes, carried to and from the other side.
         on_failure (`Callable`): Told why a connection could not be carried.
         failure (`str`, *optional*): How a connection broke off that neither engine had ended.
     """

@@ -87,7 +87,7 @@ class Model:
 
 class Server:
     """
-    Answers one client after another; others are told that it is busy.
+    Answers one client after another; others learn that it is busy.
 
     Args:
         model ([`Model`]): What it offers.
@@ -312,8 +312,8 @@ class Client:
         """
         Args:
             prompt (`list[int]`): Tokens; they stay here.
-            new_tokens (`int`): Of the answer; public.
-            answers (`int`): Of so many last positions of the prompt the logits are wanted.
+            new_tokens (`int`): Number of tokens in the answer; public.
+            answers (`int`): Number of last positions of the prompt whose logits are wanted.
             on_event (`Callable`): Told what happens, for progress.
 
         Raises:

@@ -59,16 +59,16 @@ class InferenceCost(StoredRecord):
         notation (`str`): The architecture, in the paper's notation.
         n_layer, n_embd, n_head, vocab_size (`int`): Its sizes.
         context (`int`): Tokens that went in.
-        answers (`int`): Of how many last tokens the logits were computed.
+        answers (`int`): Number of last tokens whose logits were computed.
         settings ([`PrivateSettings`]): The protocol and the form of each operation.
         network (`str`): Such as "loopback, two processes" or "threads of one process".
         set_up (`list[StepCost]`):
             What the first use of a connection takes (keys, extension of oblivious transfers; with "client_table", the
             tables that the server sends): paid once a connection, and in no other number here.
-        steps (`list[StepCost]`): Of the inference itself, in their order.
+        steps (`list[StepCost]`): Steps of the inference itself, in order.
         seconds (`float`): By the clock, from the first step's beginning to the last one's end.
-        versions (`dict[str, str]`): Of the packages that compute.
-        git_revision (`str`, *optional*): Of this project.
+        versions (`dict[str, str]`): Versions of the packages that compute.
+        git_revision (`str`, *optional*): Commit of this project.
         machine (`str`): Processor and number of threads.
     """
 
@@ -101,7 +101,7 @@ class InferenceCost(StoredRecord):
 
     @property
     def set_up_bytes(self) -> int:
-        """Of the set-up, sent by all parties together."""
+        """Bytes of the set-up, sent by all parties together."""
         return self.all_parties(sum(step.total_bytes for step in self.set_up))
 
     @property
@@ -176,7 +176,7 @@ def table_rows(sums: list[CostSum], total_name: str = "total") -> list[tuple[str
 
     Args:
         sums (`list[CostSum]`): Such as those of [`by_operation`].
-        total_name (`str`): Of the last row.
+        total_name (`str`): Name of the last row.
 
     Returns:
         `list[tuple[str, ...]]`: Rows of a name and of `TABLE_COLUMNS`. Sent, received and messages are those of the

@@ -1,7 +1,7 @@
 """
 What the engine does for a step, counted on shapes: no weights, no engine, no second party.
 
-What Cheetah sends follows from shapes: so many ciphertexts for each product, so many bits of oblivious transfer for
+What Cheetah sends follows from shapes: a number of ciphertexts for each product, of bits of oblivious transfer for
 each comparison. And so does how often it waits: operations come one after the other, and each has round trips of its
 own. These depend on how many matrices there are, and on whether there are few numbers to multiply, for which there are
 triples in stock, but no further on how long tensors are.
@@ -32,8 +32,8 @@ RECIPROCALS, ROOTS, TANHS, ERFS = "reciprocals", "reciprocal roots", "hyperbolic
 PRODUCTS, TRUNCATIONS, HALVINGS = "products of matrices", "truncations", "halvings"
 OWNED_FACTORS, SHARED_FACTORS, OPENINGS, SQUARES = "owned factors", "shared factors", "openings", "squares"
 COMPARISONS, CHOICES = "comparisons", "comparisons with places"
-# Of SPU 0.9.5, measured over a link that has nothing but a delay (the tests do it again). What the engine's own forms
-# wait for beside the products and squares within.
+# Round trips of SPU 0.9.5, measured over a link that has nothing but a delay (the tests repeat it): those of the
+# engine's own operations, without the products and squares within.
 ROUND_TRIPS = {
     PRODUCTS: 1.0,
     TRUNCATIONS: 0.5,
@@ -113,7 +113,7 @@ class Stock:
         self.triples = TRIPLES
 
     def take(self, numbers: int) -> int:
-        """How many batches have to be made for so many products."""
+        """How many batches these products take."""
         batches = 0
         if self.triples < numbers:
             batches = math.ceil(numbers / TRIPLES)
@@ -139,7 +139,7 @@ class CountingArithmetic(CheapArithmetic):
         shape = (*left.shape[:-1], right.shape[-1])
         rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
         matrices = math.prod(left.shape[:-2])
-        # Of two shared factors, each party multiplies its share with both of the other's.
+        # With two shared factors, each party multiplies its share by both of the other's.
         times = matrices * (2 if _owner(left) is None and _owner(right) is None else 1)
         for part, count in count_product(rows, inner, columns).items():
             self.counts[part] += times * count
@@ -257,7 +257,7 @@ def _owner(tensor) -> int | None:
 
 
 def _levels(numbers: int) -> int:
-    """Of the engine's search for the largest: halves against each other, and then what was left over of odd ones."""
+    """Comparisons of the engine's search for the largest: halves against each other, then what odd sizes left over."""
     return numbers.bit_length() + numbers.bit_count() - 2
 
 

@@ -13,7 +13,7 @@ from .settings import RING_BITS, PrivateSettings
 from .variables import client_input, input_shape
 
 
-# Numbers and products before their truncation have to be smaller than 2^62: two parties tell signs by what is above.
+# Numbers and products before truncation must be below 2^62: two parties read signs from the bits above.
 SAFE_BITS = RING_BITS - 2
 
 # The engine's approximations: of 1/x on [0.5, 1), where one step of Goldschmidt's method follows another; of 1/sqrt(x)
@@ -28,7 +28,7 @@ TANH_SERIES = (
 )
 ERF_BOUND = 3.0
 ERF_POLYNOMIAL = (1.0, 0.278393, 0.230389, 0.000972, 0.078108)
-# From so many fraction bits on, the engine makes three steps of Goldschmidt's method at least.
+# From this number of fraction bits on, the engine makes at least three steps of Goldschmidt's method.
 FINE_BITS, FINE_ITERATIONS = 30, 3
 
 
@@ -40,7 +40,7 @@ class FixedPointArithmetic(CheapArithmetic):
 
     Args:
         settings ([`PrivateSettings`]): Protocol, fraction bits, squarings and iterations.
-        seed (`int`): Of the chance.
+        seed (`int`): Seed of the random truncation.
 
     Attributes:
         overflows (`int`): Numbers so far that did not fit.
@@ -202,10 +202,10 @@ def emulate(
 
     Args:
         config ([`EntropyGPTConfig`]), weights (`dict`): Those of [`prepare_weights`].
-        settings ([`PrivateSettings`]): Of the inference.
+        settings ([`PrivateSettings`]): Settings of the inference.
         tokens (`np.ndarray`): Ids of one sequence.
-        answers (`int`): Of so many last positions.
-        seed (`int`): Of the chance that decides on last bits.
+        answers (`int`): Number of last positions whose logits are computed.
+        seed (`int`): Seed of the random truncation, which decides on last bits.
 
     Returns:
         `np.ndarray`: Logits `(answers, vocabulary)`.
@@ -228,7 +228,7 @@ def exact_logits(
 ) -> np.ndarray:
     """
     The logits of the model itself, with its own exponential and GELU, in float64; arguments as of [`emulate`]. They
-    are NaN where scores are so far below those of masked keys that not even float64 can tell them apart.
+    are NaN where scores are so far below those of masked keys that float64 cannot distinguish them.
     """
     gelu = "tanh" if config.activation_function in TANH_GELUS else "erf"
     steps = build_steps(config, replace(settings, softmax="stock", gelu=gelu), Span(0, len(tokens), answers))

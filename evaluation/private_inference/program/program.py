@@ -81,7 +81,7 @@ class Step:
     Args:
         operation (`str`): Such as "exponential"; what costs are summed by.
         layer (`int`, *optional*): `None` around the blocks.
-        function (`Callable`): Of an [`Arithmetic`] and of tensors; hashable, and equal for equal steps.
+        function (`Callable`): Takes an [`Arithmetic`] and tensors; hashable, and equal for equal steps.
         inputs, outputs (`tuple[str]`): Variables.
     """
 
@@ -100,7 +100,7 @@ class Span:
     Args:
         start (`int`): Tokens before, whose keys and values are kept.
         length (`int`): Tokens.
-        answers (`int`): Of so many last tokens the logits are wanted.
+        answers (`int`): Number of last tokens whose logits are wanted.
     """
 
     start: int
@@ -148,7 +148,7 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
-    """Of the embeddings as a client is sent them with "client_table": single precision in base64, but for padding."""
+    """Bytes of the embeddings as sent to a client with "client_table": single precision in base64, without padding."""
     return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize * 4 // 3
 
 
@@ -163,7 +163,7 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) ->
         span ([`Span`]): The tokens.
 
     Raises:
-        `PrivateInferenceError`: If the model has no so many positions, or an operation no private form.
+        `PrivateInferenceError`: If the model has fewer positions, or an operation has no private form.
     """
     check_config(config)
     if not span.length >= 1 or span.end > config.n_positions:
@@ -389,7 +389,7 @@ def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
         starts, pairs = np.cumsum(lengths) - lengths, lengths // 2
         first = np.concatenate([start + 2 * np.arange(count) for start, count in zip(starts, pairs, strict=True)])
         larger = ops.larger(tensor[:, first], tensor[:, first + 1])
-        # Of an odd part one is left over, and goes behind the larger ones of its pairs.
+        # An odd part leaves one over, which goes behind the larger ones of its pairs.
         odd = np.flatnonzero(lengths % 2)
         tensor = ops.xp.concatenate([larger, tensor[:, (starts + lengths - 1)[odd]]], axis=1)
         lengths = pairs + lengths % 2

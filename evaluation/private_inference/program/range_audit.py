@@ -61,7 +61,7 @@ class RangeReport:
 
     Args:
         fraction_bits, exponential_squarings (`int`): The settings' own.
-        positions (`int`): Logits were compared at so many.
+        positions (`int`): Number of positions whose logits were compared.
         largest_error, typical_error (`float`):
             Of the emulated logits against the model's own, and the root of their mean square.
         rounding_error (`float`): The part of the typical error that rounding makes; the rest are approximations.
@@ -174,7 +174,7 @@ def lowest_exponent(squarings: int, fraction_bits: int) -> float:
 
 
 def largest_radicand(fraction_bits: int) -> float:
-    """Of larger numbers the engine's 1 / sqrt(x) is 0; it has bits by twos."""
+    """The largest number whose 1 / sqrt(x) the engine does not compute as 0; it has bits by twos."""
     return 2.0 ** (fraction_bits - (3 if fraction_bits % 2 else 1))
 
 
@@ -300,7 +300,7 @@ class _ObservedArithmetic(Float64Arithmetic):
 
 
 class _Tally:
-    """Of the numbers of a tensor, over sequences."""
+    """Statistics of the numbers of a tensor, over sequences."""
 
     def __init__(self):
         self.least, self.most = math.inf, -math.inf

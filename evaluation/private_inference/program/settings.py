@@ -27,7 +27,7 @@ RING_BITS = 64
 @dataclass(config=RECORD, frozen=True)
 class PrivateSettings:
     """
-    All that both parties have to agree on beside the architecture. The defaults are the cheapest whose answers agree.
+    What both parties have to agree on besides the architecture. The defaults are the cheapest whose answers agree.
 
     Args:
         protocol (`str`):
@@ -44,7 +44,7 @@ class PrivateSettings:
         exponential_squarings (`int`):
             Of the other softmaxes: n of exp(x) = (1 + x / 2^n)^(2^n), of use for x from a little above -2^(n + 1)
             to 0.
-        reciprocal_iterations (`int`): Of Goldschmidt's method.
+        reciprocal_iterations (`int`): Iterations of Goldschmidt's method.
         embedding (`str`):
             "one_hot" (a product of the client's one-hot rows with the server's table: neither learns anything) or
             "client_table" (the server gives the client its table of token and position embeddings).

@@ -22,7 +22,7 @@ def input_shape(config: ProgramConfig, settings: PrivateSettings, span: Span) ->
 
 
 def kept_shapes(config: ProgramConfig, span: Span) -> dict[str, tuple[int, int, int]]:
-    """Of the keys and values that a pass finds."""
+    """Shapes of the keys and values that a pass finds."""
     shape = (config.n_head, span.start, config.n_embd // config.n_head)
     layers = range(config.n_layer if span.start else 0)
     return {f"h.{layer}.{name}": shape for layer in layers for name in ("keys", "values")}
@@ -52,7 +52,7 @@ def client_input(
     What the client gives.
 
     Args:
-        config ([`ProgramConfig`]), settings ([`PrivateSettings`]): Of the program.
+        config ([`ProgramConfig`]), settings ([`PrivateSettings`]): Configuration and settings of the program.
         span ([`Span`]): Where the tokens stand.
         tokens (`Sequence[int]`): As many.
         tables (`dict`): With "client_table", the embeddings "wte" and "wpe".

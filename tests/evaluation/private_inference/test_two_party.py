@@ -139,7 +139,7 @@ def wait_for_line(process: subprocess.Popen, word: str):
 
 
 def test_an_engines_process_needs_neither_torch_nor_transformers():
-    code = "import sys, evaluation.private_inference.party_process; print(*sys.modules)"
+    code = "import sys, entropy_gpt.evaluation.private_inference.parties.party_process; print(*sys.modules)"
     imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "datasets"} & {*imported.stdout.split()}
 

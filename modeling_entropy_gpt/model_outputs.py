@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the models return: transformers' outputs, with the entropies of attention and their penalty."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+
+
+@dataclass
+class EntropyGPTModelOutput(BaseModelOutputWithPast):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Hidden states after the last block and the final norm.
+        past_key_values (`Cache`, *optional*, returned when `use_cache=True`):
+            Keys and values for decoding; `cache` from transformers 5.24 on.
+        hidden_states (`tuple(torch.Tensor)`, *optional*, returned when `output_hidden_states=True`):
+            Hidden states after the embeddings and after each block.
+        attentions (`tuple(torch.Tensor)`, *optional*, returned when `output_attentions=True`):
+            Attention probabilities of each layer, `(batch_size, heads, query_length, key_length)`, after dropout.
+        attention_entropies (`tuple(torch.Tensor)`, *optional*, returned when `output_entropies=True`):
+            Entropies of the attention rows of each layer in nats, `(batch_size, heads, query_length)`, before dropout.
+        visible_keys (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*):
+            Number of keys each row may attend to, 0 for padding; returned when `output_entropies=True`.
+        entropy_thresholds (`tuple(torch.Tensor)`, *optional*):
+            Thresholds of the heads of each layer, `(heads,)`; returned when `output_entropies=True` by a model with
+            `entropy_regularization`.
+        packed_sequences (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*):
+            The sequence that each position belongs to, from 0; returned with `entropy_thresholds` if positions or a 4D
+            mask allow several sequences in one row.
+    """
+
+    attention_entropies: tuple[torch.Tensor, ...] | None = None
+    visible_keys: torch.Tensor | None = None
+    entropy_thresholds: tuple[torch.Tensor, ...] | None = None
+    packed_sequences: torch.Tensor | None = None
+
+
+@dataclass
+class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+            In training `cross_entropy_loss + entropy_coefficient * entropy_loss`, else the cross-entropy; with
+            `smoothing`, of smoothed labels.
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
+        past_key_values, hidden_states, attentions, attention_entropies, visible_keys:
+            As in [`EntropyGPTModelOutput`].
+        cross_entropy_loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+            Cross-entropy of the next token.
+        entropy_loss (`torch.Tensor` of shape `(1,)`, *optional*):
+            Penalty on the attention entropies, not multiplied by its coefficient; returned when `labels` is given to a
+            model with `entropy_regularization` that is in training or asked for entropies.
+        penalized_share (`torch.Tensor` of shape `(1,)`, *optional*, returned with `entropy_loss`):
+            Share of the heads (of their rows, where rows are penalised) whose deviation exceeds the margin, averaged
+            over the predicted tokens; without gradient. Parts of a split batch add up to that of the whole.
+    """
+
+    cross_entropy_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
+    penalized_share: torch.Tensor | None = None
+    attention_entropies: tuple[torch.Tensor, ...] | None = None
+    visible_keys: torch.Tensor | None = None
+
+
+@dataclass
+class EntropyGPTSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
+
+    attention_entropies: tuple[torch.Tensor, ...] | None = None
+    visible_keys: torch.Tensor | None = None
+
+
+@dataclass
+class EntropyGPTTokenClassifierOutput(TokenClassifierOutput):
+    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
+
+    attention_entropies: tuple[torch.Tensor, ...] | None = None
+    visible_keys: torch.Tensor | None = None
+
+
+@dataclass
+class EntropyGPTQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
+
+    attention_entropies: tuple[torch.Tensor, ...] | None = None
+    visible_keys: torch.Tensor | None = None
