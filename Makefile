@@ -5,14 +5,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 NEWEST := .venv-newest
 COMPARISONS := model_cards/results/interoperability.jsonl
-SOURCES := modeling_entropy_gpt conversion training evaluation entropy_gpt tests
+SOURCES := modeling_entropy_gpt conversion training evaluation entropy_gpt tests docs/site_hooks.py
 
-.PHONY: quickstart results runs study test test-all test-newest interoperability style bench clean
+.PHONY: install docs quickstart results runs study test test-all test-newest interoperability style bench clean
+
+install: $(INSTALLED)  ## Installs everything into .venv.
 
 quickstart: $(INSTALLED)  ## Trains, converts, compares, draws, saves and reloads small models, and runs two privately.
 	$(BIN)/entropy-gpt quickstart $(ARGS)
 
-results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in the README; keeps two of its models.
+results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in docs/quickstart.md; keeps two of its models.
 	rm -rf quickstart_output
 	$(BIN)/entropy-gpt quickstart
 	cp quickstart_output/results.json model_cards/results/quickstart.json
@@ -20,7 +22,7 @@ results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in t
 	for model in sm-ln-g converted; do \
 		cp quickstart_output/models/$$model/*.json quickstart_output/models/$$model/*.safetensors \
 			model_cards/models/$$model/ || exit 1; done
-	$(BIN)/python -m entropy_gpt.programs.quickstart.readme
+	$(BIN)/python -m entropy_gpt.programs.quickstart.page
 
 runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectures, for docs/training.md.
 	rm -rf runs/sm-ln-g runs/sm-scfuffn runs/ereg-smt-scfuffn
@@ -61,9 +63,13 @@ interoperability: $(INSTALLED)  ## Compares the model with other tools and relea
 	mv $(COMPARISONS).new $(COMPARISONS)
 	$(BIN)/python -m entropy_gpt.evaluation.showing.interoperability
 
-style: $(INSTALLED)  ## Checks style; `make style FIX=1` mends what can be mended.
+docs: $(INSTALLED)  ## Builds the documentation, with a reference from the docstrings, into build/site.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+style: $(INSTALLED)  ## Checks code and prose; `make style FIX=1` mends what ruff can.
 	$(BIN)/ruff check $(if $(FIX),--fix) $(SOURCES)
 	$(BIN)/ruff format $(if $(FIX),,--check) $(SOURCES)
+	$(BIN)/python -m tests.check_prose
 
 bench: $(INSTALLED)  ## Runs every benchmark, side by side with what it is held against.
 	for benchmark in evaluation/benchmarks/[a-z]*.py; do \

@@ -22,10 +22,10 @@ from modeling_entropy_gpt.layers import build_activation
 from .errors import ConversionError
 
 
-# Rows of the residual stream that differ from others, and so are told apart: in trained GPT-2s the first position is
+# Rows of the residual stream that differ from others, and so are kept apart: in trained GPT-2s the first position is
 # several times as large as the rest (arXiv 2409.13710, 2507.02559).
 FIRST_POSITION, END_OF_TEXT, OTHERS = range(3)
-# One block in so many is held out of the fit.
+# One block in this many is held out of the fit.
 HELD_OUT_EVERY = 5
 # A least squares fit wants several rows for each feature; below this, it follows chance.
 LEAST_ROWS_PER_FEATURE = 4
@@ -287,7 +287,7 @@ def _check(calibration: Calibration):
             rows, features = int(tensor[0, 0]), len(tensor) - 1
             if rows < LEAST_ROWS_PER_FEATURE * features:
                 raise ConversionError(
-                    f"Too little calibration text: {rows:,} tokens to fit {features:,} features to, and at least "
-                    f"{LEAST_ROWS_PER_FEATURE} for each are taken, beside one block in {HELD_OUT_EVERY} that is held "
-                    f"out. Give more text."
+                    f"Too little calibration text: {rows:,} tokens to fit {features:,} features to, without the one "
+                    f"block in {HELD_OUT_EVERY} that is held out. Each feature takes at least "
+                    f"{LEAST_ROWS_PER_FEATURE}: give more text."
                 )

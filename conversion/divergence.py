@@ -17,7 +17,7 @@ MOST_LOGITS = 2**24
 @dataclass(frozen=True)
 class Divergence:
     """
-    A model beside the original, on one text.
+    A model compared with the original, on one text.
 
     Args:
         kl (`float`): Mean of KL(original || model) of the next token's distribution, in nats.

@@ -1,4 +1,4 @@
-"""Exact folding for inference: what is an affine map beside another affine map becomes part of it.
+"""Exact folding for inference: an affine map next to another one becomes part of it.
 
 Each fold takes a model, keeps its function and leaves less of it; [`fold`] does all of them. After it, a softmax-only
 model consists of embeddings, linear maps and softmax. All is computed in double precision.

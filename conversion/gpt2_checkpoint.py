@@ -59,7 +59,7 @@ HEAD_OF_PARAMETER = {
     "qa_outputs.": EntropyGPTForQuestionAnswering,
     "lm_head.": EntropyGPTForCausalLM,
 }
-# As transformers looks for weights: the first that is there, or its shards, which the index beside it lists.
+# As transformers looks for weights: the first that is there, or its shards, which the index next to it lists.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "transformer."
@@ -74,7 +74,7 @@ NORM_WEIGHT = re.compile(r"(ln_1|ln_2|ln_f)\.weight$")
 # Fields that both configurations have, but for what belongs to a file rather than to a model.
 SHARED_FIELDS = {f.name for f in fields(EntropyGPTConfig)} & {f.name for f in fields(GPT2Config)}
 SHARED_FIELDS -= {"architectures", "transformers_version", "dtype"}
-# What an import reads beside them: GPT-2's constants are refused by the configuration if they differ.
+# What an import also reads: GPT-2's constants are refused by the configuration if they differ.
 READ_FIELDS = SHARED_FIELDS | {*GPT2_CONSTANTS, "classifier_dropout"}
 # Sizes by the names that a configuration and nanoGPT have for them.
 NANOGPT_SIZES = {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"n_positions": "block_size"}
@@ -90,7 +90,7 @@ class Checkpoint:
         config (`dict`): The fields of its `config.json`, or what stands for them.
         tensors (`dict[str, torch.Tensor]`): Its weights by GPT-2's names, in GPT-2's layout.
         model_class (`type`): The class of this project that takes them.
-        generation_config (`GenerationConfig`, *optional*): How it generates, if that is told apart.
+        generation_config (`GenerationConfig`, *optional*): How it generates, if a file of its own says so.
     """
 
     config: dict
@@ -190,7 +190,7 @@ def read_nanogpt(path: Path) -> Checkpoint:
     sizes = content["model_args"]
     if not isinstance(sizes, dict) or not sizes.keys() >= {*NANOGPT_SIZES.values()}:
         raise ConversionError(
-            f"model_args={sizes!r} in {path} does not tell the sizes of a model: {', '.join(NANOGPT_SIZES.values())} "
+            f"model_args={sizes!r} in {path} lacks the sizes of a model: {', '.join(NANOGPT_SIZES.values())} "
             "have to be in it."
         )
     named = _check_tensor_types(content["model"], path).items()
@@ -284,7 +284,7 @@ def _shards(index: Path) -> list[str]:
     if outside := [shard for shard in shards if _leaves_its_folder(shard)]:
         raise ConversionError(
             f"{index} lists files outside of its folder: {_shorten(outside)}. Files are read from there alone: take a "
-            "checkpoint from another source, or put its files beside the index."
+            "checkpoint from another source, or put its files next to the index."
         )
     if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
         raise ConversionError(f"{index} lists files that are not there: {_shorten(missing)}. Download or save them.")
@@ -334,7 +334,7 @@ def _gather(named_tensors: Iterable[tuple[str, torch.Tensor]], source: str | Pat
 
 
 def _find_class(config: dict, tensors: Iterable[str]) -> type[EntropyGPTPreTrainedModel]:
-    """The class for what the config names, or without one, for what the names of the parameters tell."""
+    """The class for what the config names, or without one, for the names of the parameters."""
     is_gpt2 = config["model_type"] == GPT2Config.model_type
     known = {theirs if is_gpt2 else ours: ours for theirs, ours in TWINS.items()}
     if named := config.get("architectures"):
@@ -408,7 +408,8 @@ def _with_our_names(tensors: dict[str, torch.Tensor], model_class: type, source:
 
 
 def _with_static_norms(tensors: dict[str, torch.Tensor], epsilon: float) -> dict[str, torch.Tensor]:
-    """(x - mean) / sqrt(variance + epsilon) * gain, the variance being nothing beside epsilon, as true numbers."""
+    """(x - mean) / sqrt(variance + epsilon) * gain, in exact arithmetic: the variance is
+    negligible compared with epsilon."""
     converted = {}
     for name, tensor in tensors.items():
         if NORM_WEIGHT.search(name):

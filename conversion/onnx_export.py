@@ -1,6 +1,6 @@
 """A language model as an ONNX graph for inference: folded, with eager attention, for batches of any size and length.
 
-The graph is written by torch's exporter, run by onnxruntime beside the model it comes from, and looked through for
+The graph is written by torch's exporter, compared in onnxruntime with the model it comes from, and searched for
 what is not linear in it. Left-padded batches are right with the mask and the positions that `generate` gives.
 """
 
@@ -40,10 +40,10 @@ LINEAR_IN_THE_FIRST = ("Div", "Expand", "Gather", "ReduceMean", "ReduceSum", "Re
 LINEAR_IN_THE_FIRST += ("Transpose", "Unsqueeze")
 # Those that are linear in each of their first two inputs, and multiply them.
 PRODUCTS = ("Mul", "MatMul", "Gemm")
-# What tells of a tensor's shape alone; shapes are public.
+# Operators that read a tensor's shape alone; shapes are public.
 OF_SHAPES = ("Shape", "Size")
 LONGEST_CHECKED, STEPS_CHECKED = 64, 4
-# Of the largest logit.
+# The largest difference, as a share of the largest logit.
 LARGEST_SHARE = 1e-4
 GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -55,7 +55,7 @@ Reference = tuple[list[torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Comparison:
     """
-    One run of the graph beside the model.
+    One run of the graph, compared with the model.
 
     Args:
         lengths (`list[int]`): Tokens of each sequence of the batch; shorter ones are padded on the left.
@@ -74,9 +74,9 @@ class ExportReport:
     What an export holds.
 
     Args:
-        notation (`str`): Of the model that was given.
-        folded_notation (`str`): Of what is left of it in the graph.
-        parameters (`int`): Of the folded model.
+        notation (`str`): Notation of the model that was given.
+        folded_notation (`str`): Notation of the folded model in the graph.
+        parameters (`int`): Number of parameters of the folded model.
         opset (`int`): Version of ONNX's operators.
         inputs (`dict[str, list]`): The shape of each, whose sizes are numbers, or names where they may differ.
         outputs (`dict[str, list]`): The same of what comes out.
@@ -85,8 +85,8 @@ class ExportReport:
             but for products.
         products (`dict[str, int]`): Those that multiply two tensors that descend from the embeddings.
         comparisons (`list[Comparison]`): How the graph was checked.
-        files (`dict[str, int]`): Bytes of each file beside this report.
-        versions (`dict[str, str]`): Of the packages that took part.
+        files (`dict[str, int]`): Bytes of each file next to this report.
+        versions (`dict[str, str]`): Versions of the packages that took part.
     """
 
     notation: str
@@ -126,9 +126,9 @@ def export_onnx(
 
     Args:
         model ([`EntropyGPTForCausalLM`]): Any architecture, in float32, on the CPU; it is not changed.
-        folder (`Path`): An empty one. Weights beyond ONNX's limit of 2 GB lie beside the graph in it.
+        folder (`Path`): An empty one. Weights beyond ONNX's limit of 2 GB lie next to the graph.
         cached (`bool`): Whether the graph takes and gives keys and values.
-        tokenizer (`PreTrainedTokenizerFast`, *optional*): To be written beside it.
+        tokenizer (`PreTrainedTokenizerFast`, *optional*): A tokenizer to write next to it.
 
     Raises:
         `ValueError`: If the model has another dtype.
@@ -320,7 +320,7 @@ def run_graph(session: onnxruntime.InferenceSession, sequences: list[torch.Tenso
     The logits that a graph gives for a batch, padded on the left.
 
     Args:
-        session (`onnxruntime.InferenceSession`): Of the graph.
+        session (`onnxruntime.InferenceSession`): The session that runs the graph.
         sequences (`list[torch.Tensor]`): Tokens of each, of shape `(1, length)`.
         steps (`int`): How many of the last tokens are given one by one; with them, the graph needs a cache.
 

@@ -1,9 +1,9 @@
 """From one architecture to a simpler one: a function for each step, and the plan that leads to a target.
 
-Every step takes a model and gives a new one, which shares with it the parameters that the step leaves alone: copy it
-(`copy.deepcopy`) before training it beside the original. Steps that are fitted to data take a [`Calibration`] of the
-model they are given. What is lost by them is measured by [`divergence`]; the others are exact. Beside a
-step stands its naive version, weights copied and nothing fitted, so that the worth of the calibration can be seen.
+Every step takes a model and gives a new one, which shares with it the parameters that the step leaves alone. Copy it
+(`copy.deepcopy`) before training it together with the original. Steps fitted to data take a [`Calibration`] of
+the model they are given. [`divergence`] measures their loss; the other steps are exact. Each fitted step has a naive
+version, which copies weights and fits nothing, to show what the calibration is worth.
 """
 
 import copy
@@ -203,7 +203,7 @@ def prune_ffns(model: Model, layers: Sequence[int], calibration: Calibration | N
     attention before it.
 
     Raises:
-        `ConversionError`: If the residual stream is scaled (beta) beside one of these FFNs.
+        `ConversionError`: If the residual stream is scaled (beta) in the layer of one of these FFNs.
     """
     tensors = model.state_dict()
     for layer in layers:
@@ -211,7 +211,7 @@ def prune_ffns(model: Model, layers: Sequence[int], calibration: Calibration | N
         scaling = f"{block}.residual_scaling"
         if model.config.ffn_residual_scaling and (beta := tensors[f"{scaling}.ffn_beta"].item()) != 1:
             raise ConversionError(
-                f"The FFN of layer {layer} can't be pruned: the residual stream beside it is scaled by {beta:.3g}. "
+                f"The FFN of layer {layer} can't be pruned: its residual stream is scaled by {beta:.3g}. "
                 "Fold that into the weights first (entropy_gpt.conversion.folding.fold)."
             )
         if calibration is not None:
@@ -237,7 +237,7 @@ def measure_pruning_damage(
 
 
 def set_training_fields(model: Model, target: EntropyGPTConfig) -> Model:
-    """The model with what its target tells of training alone: dropout, and what the entropy penalty is."""
+    """The model with its target's fields for training alone: dropout and the entropy penalty."""
     return _rebuild(model, model.state_dict(), **{name: getattr(target, name) for name in TRAINING_FIELDS})
 
 
@@ -307,7 +307,7 @@ def target_config(source: EntropyGPTConfig, notation: str, **fields) -> EntropyG
     Args:
         source ([`EntropyGPTConfig`]): Of the model there is.
         notation (`str`): The architecture wanted, as `EntropyGPTConfig.from_notation` reads it.
-        fields: What the notation does not tell: `final_normalization`, and any of `TRAINING_FIELDS`.
+        fields: What the notation leaves open: `final_normalization`, and any of `TRAINING_FIELDS`.
 
     Raises:
         `ConversionError`: If the notation is not understood, or can't be had.

@@ -28,7 +28,7 @@ from .modeling_entropy_gpt import (
 
 
 AutoConfig.register(EntropyGPTConfig.model_type, EntropyGPTConfig, exist_ok=True)
-# `register_for_auto_class` makes `save_pretrained` write these files beside the weights, for `trust_remote_code`.
+# `register_for_auto_class` makes `save_pretrained` write these files next to the weights, for `trust_remote_code`.
 EntropyGPTConfig.register_for_auto_class()
 for auto_class, model_class in (
     (AutoModel, EntropyGPTModel),

@@ -52,7 +52,7 @@ def to_additive(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 
 def check_dtype(attention_mask: torch.Tensor):
-    """Refuses numbers of which nobody knows whether they are added or tell what is visible, with a `ValueError`."""
+    """Refuses integers with a `ValueError`: they could be addends, or mark what is visible."""
     if attention_mask.dtype != torch.bool and not attention_mask.dtype.is_floating_point:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}: with four "

@@ -33,7 +33,7 @@ NOTHING_VISIBLE = MASKED / 10
 BLOCK_ROWS = 128
 BLOCK_ELEMENTS = 2**20
 MOST_HEADS = 12
-# Rows of the matrices that carry one more column are a multiple of so many numbers apart: 64 bytes.
+# Rows of the matrices that carry one more column are padded to a multiple of this many numbers: 64 bytes.
 ALIGNMENT = 16
 
 # Two copies of this file may be loaded side by side, the package's and one that came with weights: an operator each.

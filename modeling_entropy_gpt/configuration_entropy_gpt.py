@@ -39,7 +39,7 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_entropy_gpt.EntropyGPTForQuestionAnswering",
 }
 
-# What transformers itself, or a GPT-2 config.json, hands to `__post_init__` beside the declared fields.
+# What transformers itself, or a GPT-2 config.json, hands to `__post_init__` in addition to the declared fields.
 INHERITED_FIELDS = frozenset(
     {
         *PreTrainedConfig().to_dict(),
@@ -58,7 +58,7 @@ GPT2_CONSTANTS = {
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
 }
-# Token ids that transformers' tools set beside the declared ones, which are no misspelling of those.
+# Token ids that transformers' tools set in addition to the declared ones, which are no misspelling of those.
 TOKEN_IDS = frozenset({"sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id"})
 # What other models call fields of this one.
 FOREIGN_NAMES = {
@@ -154,7 +154,7 @@ class EntropyGPTConfig(PreTrainedConfig):
             2.5e-6 here.
         detect_divergence (`bool`, *optional*, defaults to `False`):
             Whether training stops at the first non-finite value with an error that names the layer.
-        code_version (`int`, *optional*): Of the code that the configuration was written for.
+        code_version (`int`, *optional*): Version of the code that the configuration was written for.
 
     Raises:
         `StrictDataclassError`: If a value has the wrong type, is not allowed, or does not go with another.
@@ -279,7 +279,7 @@ class EntropyGPTConfig(PreTrainedConfig):
         n_layer = sizes.get("n_layer", sizes.get("num_hidden_layers", cls.n_layer))
         architecture = parse_notation(text, n_layer)
         if clashes := sorted(architecture.keys() & sizes.keys()):
-            raise ValueError(f"{', '.join(clashes)} can't be given beside the notation {text!r}, which sets it.")
+            raise ValueError(f"{', '.join(clashes)} can't be given with the notation {text!r}, which sets it.")
         try:
             return cls(**architecture, **sizes)
         except StrictDataclassClassValidationError as error:

@@ -256,8 +256,8 @@ def _stock_attention(route, attention_mask, is_causal, scaling) -> Callable[...,
 
 def _center_if_half(key: torch.Tensor) -> torch.Tensor:
     """
-    Half precision loses what keys have beside an offset that they share; neither output nor entropy depends on it, so
-    it is taken off, without a gradient.
+    Subtracts the offset that all keys share, without a gradient. Neither output nor entropy depends on it, and in half
+    precision it would swallow the differences between keys.
     """
     if key.dtype not in HALF_PRECISION:
         return key

@@ -5,7 +5,7 @@
     penalty = delta ** 2  where  |delta| > gamma * maximum,  else 0
 
 The paper leaves open what a batch, padding, packing, accumulation and several ranks do to it. Here it is computed for
-each sequence on its own, from its valid rows alone, and averaged with the weights of the cross-entropy beside it, the
+each sequence on its own, from its valid rows alone, and averaged with the weights of the cross-entropy, the
 predicted tokens: so it does not depend on how a batch is split, nor on whether sequences are packed in one row.
 """
 

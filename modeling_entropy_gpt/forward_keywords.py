@@ -18,7 +18,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 # The name of keys and values for decoding among arguments and outputs; 5.24 renamed it.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
-# What transformers itself hands down, beside the keywords that it declares.
+# What transformers itself hands down, in addition to the keywords that it declares.
 OF_DECORATORS = ("return_dict", "debug_io", "debug_io_dir", "prune_layers")
 OF_LOSSES = ("ignore_index", "shift_labels")
 OF_EARLIER_RELEASES = ("cache_position",)  # tools still give it; transformers' own models do without it too

@@ -27,13 +27,14 @@ class EntropyGPTModelOutput(BaseModelOutputWithPast):
             Attention probabilities of each layer, `(batch_size, heads, query_length, key_length)`, after dropout.
         attention_entropies (`tuple(torch.Tensor)`, *optional*, returned when `output_entropies=True`):
             Entropies of the attention rows of each layer in nats, `(batch_size, heads, query_length)`, before dropout.
-        visible_keys (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*, returned when
-            `output_entropies=True`): Number of keys each row may attend to; 0 for padding.
-        entropy_thresholds (`tuple(torch.Tensor)`, *optional*, returned when `output_entropies=True` by a model with
-            `entropy_regularization`): Thresholds of the heads of each layer, `(heads,)`.
-        packed_sequences (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*, returned with
-            `entropy_thresholds` where positions or a 4D mask allow several sequences in one row): Which of them each
-            position belongs to, from 0.
+        visible_keys (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*):
+            Number of keys each row may attend to, 0 for padding; returned when `output_entropies=True`.
+        entropy_thresholds (`tuple(torch.Tensor)`, *optional*):
+            Thresholds of the heads of each layer, `(heads,)`; returned when `output_entropies=True` by a model with
+            `entropy_regularization`.
+        packed_sequences (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*):
+            The sequence that each position belongs to, from 0; returned with `entropy_thresholds` if positions or a 4D
+            mask allow several sequences in one row.
     """
 
     attention_entropies: tuple[torch.Tensor, ...] | None = None

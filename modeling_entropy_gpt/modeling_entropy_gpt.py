@@ -225,7 +225,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             visible_keys = count_visible_keys(position_ids, given_mask, past_length)
         is_flash = "flash" in self.config._attn_implementation
         if is_flash and output_entropies and causal_mask is None and past_length is None:
-            # Flash attention tells packed sequences by their positions; here it takes a mask.
+            # Flash attention finds packed sequences by their positions; here it takes a mask.
             causal_mask = self._packed_mask(visible_keys)
         if self.config.weight_normalization == "spectral" and self.training and torch.is_grad_enabled():
             self._update_singular_vectors()
@@ -388,12 +388,13 @@ class EntropyGPTForCausalLM(EntropyGPTHead, EntropyGPTPreTrainedModel, Generatio
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Tokens to predict, shifted inside the model, so `labels = input_ids`. -100 is ignored.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Logits of the last so many positions only (0: of all), or of the positions given.
+                Number of last positions to compute logits for (0: all), or the positions themselves.
             smoothing (`float`, *optional*, defaults to 0.0):
                 Part of each label's weight, from 0 to 1, that all tokens of the vocabulary share in the loss, as the
                 `Trainer`'s `label_smoothing_factor` has it; `cross_entropy_loss` is without it.
-            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
-            output_entropies:
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids:
+                As for [`EntropyGPTModel`].
+            inputs_embeds, use_cache, output_entropies:
                 As for [`EntropyGPTModel`].
 
         Example:
@@ -488,8 +489,9 @@ class EntropyGPTForSequenceClassification(EntropyGPTHead, EntropyGPTPreTrainedMo
         Args:
             labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
                 Classes, or values for a regression (`config.problem_type`).
-            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
-            output_entropies:
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids:
+                As for [`EntropyGPTModel`].
+            inputs_embeds, use_cache, output_entropies:
                 As for [`EntropyGPTModel`].
         """
         outputs = self.run_base_model(

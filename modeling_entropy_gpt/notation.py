@@ -53,11 +53,11 @@ def parse_notation(text: str, n_layer: int) -> dict:
         `dict`: One value for each field that a notation determines.
 
     Raises:
-        `ValueError`: If a token is unknown (the message names the nearest known one) or given twice, or there can't be
-            so many layers.
+        `ValueError`: If a token is unknown (the message names the nearest known one) or given twice, or the model
+            has fewer layers than it names.
     """
     if not isinstance(n_layer, int) or isinstance(n_layer, bool):
-        raise ValueError(f"n_layer={n_layer!r}, beside the notation {text!r}, has to be a whole number.")
+        raise ValueError(f"n_layer={n_layer!r}, given with the notation {text!r}, has to be a whole number.")
     compact = re.sub(r"\s+", "", text)
     regularized = compact.startswith("EReg(") and compact.endswith(")")
     tokens = _split_outside_brackets(compact[len("EReg(") : -1] if regularized else compact)

@@ -1,31 +1,37 @@
-"""The pages that tell readers what to run, and the code and commands on them."""
+"""The documentation's pages, and the code and commands on them."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS, ROOT / "evaluation/lm_eval_tasks/README.md"]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS, ROOT / "evaluation/lm_eval_tasks/README.md"]
+
+# The language of blocks that show what the block above them prints.
+OUTPUT = "text"
 
 
 @dataclass(frozen=True)
 class Block:
     """
-    What a page has between two fences.
+    The lines between two fences.
 
     Args:
-        page (`str`): Relative to the project's root.
-        line (`int`): Of the first fence.
-        language (`str`): What is said after it.
-        text (`str`): What is between them.
+        page (`str`): The page's path, relative to the project's root.
+        line (`int`): The line number of the first fence.
+        language (`str`): The words after the first fence.
+        text (`str`): The lines between the fences.
+        output (`str`, *optional*): The block of language `text` that follows: what the code prints.
     """
 
     page: str
     line: int
     language: str
     text: str
+    output: str | None = None
 
     @property
     def name(self) -> str:
@@ -51,7 +57,11 @@ def read_blocks(page: Path) -> list[Block]:
                 opened = number
             else:
                 language = lines[opened].strip().removeprefix("```")
-                blocks.append(Block(name, opened + 1, language, "\n".join(lines[opened + 1 : number]) + "\n"))
+                text = "\n".join(lines[opened + 1 : number]) + "\n"
+                if language == OUTPUT:
+                    blocks[-1] = replace(blocks[-1], output=text)
+                else:
+                    blocks.append(Block(name, opened + 1, language, text))
                 opened = None
     assert opened is None, f"{name}:{opened + 1} is never closed"
     return blocks

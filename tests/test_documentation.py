@@ -1,4 +1,4 @@
-"""What the pages tell to run, run: every command and code block, each in a folder with what the pages speak of."""
+"""Runs every command and code block of the documentation, in a folder with the files that the pages name."""
 
 import importlib.util
 import os
@@ -25,16 +25,18 @@ from entropy_gpt.commands.main import main
 from tests.evaluation.task_files import write_task_data
 
 from .hub_server import USER, HubServer
-from .pages import BLOCKS, PAGES, ROOT, Block
+from .pages import BLOCKS, DOCS, PAGES, README, ROOT, Block
 
 
 FIGURES = sorted((ROOT / "docs").glob("*.svg"))
 LANGUAGES = ("bash", "python", "yaml")
 COMMANDS = Path(sys.executable).parent
 # Of the working copy that pages are read in: they are named relative to it.
-LINKED = ("evaluation/lm_eval_tasks", "training/accelerate", ".pre-commit-config.yaml")
+LINKED = ("evaluation/lm_eval_tasks", "model_cards/models", "training/accelerate", ".pre-commit-config.yaml")
 GPT2 = "openai-community/gpt2"
 LISTENING = "listening on "
+README_WORDS = 1200
+TASKS = ("quickstart", "train", "convert", "evaluate", "private", "publish", "study", "python")
 BETWEEN_TWO = ("entropy-gpt private demo", "entropy-gpt private serve")
 
 # What stands for something of the reader's own, or takes long, and what is there in its place.
@@ -294,7 +296,7 @@ def test_blocks_say_their_language(block):
 
 @pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated")  # by PEFT and TRL
 @pytest.mark.parametrize("block", blocks("python"))
-def test_code(block, reader):
+def test_code(block, reader, capfd):
     code = replace(block.text)
     for name, command in MADE_BY.items():
         if name in code:
@@ -303,7 +305,10 @@ def test_code(block, reader):
         (reader.folder / "block.py").write_text(code, encoding="utf-8")
         reader.shell("python block.py")
     else:
+        capfd.readouterr()
         exec(compile(code, block.name, "exec"), {"__name__": "__main__"})
+        if block.output is not None:
+            assert capfd.readouterr().out == block.output
     if "save_model()" in code:
         assert AutoModelForCausalLM.from_pretrained("fine_tuned", trust_remote_code=True).config.notation
 
@@ -348,6 +353,21 @@ def test_no_entry_of_a_table_is_left_over():
     assert {*MADE_BY.values()} <= {without_comment(command) for command in all_commands}
     for name in REPLACED:
         assert any(re.search(_as_word(name), block.text) for block in BLOCKS), name
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").split()) <= README_WORDS
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_pages_of_tasks_begin_with_what_to_run(name):
+    (page,) = (page for page in DOCS if page.stem == name)
+    assert re.match(r"# .+\n\n```(bash|python)\n", page.read_text(encoding="utf-8"))
+
+
+def test_the_index_has_every_page():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert {*LINK.findall(text)} == {page.name for page in DOCS} - {"index.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])

@@ -1,4 +1,4 @@
-"""What a training run is told: model, data, training, adapters. Recipes and the command line fill these in."""
+"""The settings of a training run: model, data, training, adapters. Recipes and the command line fill these in."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -68,7 +68,7 @@ class DataArguments:
     validation_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Evaluate on at most so many tokens: spread evenly over all, or the first ones of a stream, which "
+            "help": "Evaluate on at most N tokens: spread evenly over all, or the first ones of a stream, which "
             "needs it. What the trained model is worth is measured on the first ones."
         },
     )
@@ -116,10 +116,10 @@ class LoraArguments:
         default_factory=lambda: ["c_attn"], metadata={"help": "Linear maps that get adapters, or all-linear."}
     )
     train_temperatures: bool = field(
-        default=True, metadata={"help": "Whether learnable temperatures are trained beside adapters."}
+        default=True, metadata={"help": "Whether learnable temperatures are trained with adapters."}
     )
     train_thresholds: bool = field(
-        default=True, metadata={"help": "Whether entropy thresholds are trained beside adapters."}
+        default=True, metadata={"help": "Whether entropy thresholds are trained with adapters."}
     )
 
 
@@ -141,7 +141,7 @@ class EntropyTrainingArguments(TrainingArguments):
     )
     entropy_logging_steps: int = field(
         default=50,
-        metadata={"help": "Write entropies, thresholds, temperatures and scales every so many steps; 0: never."},
+        metadata={"help": "Write entropies, thresholds, temperatures and scales every N steps; 0: never."},
     )
     on_divergence: Literal["stop", "rollback"] = field(
         default="stop",
@@ -150,7 +150,7 @@ class EntropyTrainingArguments(TrainingArguments):
             "state at half the learning rate (which keeps a copy of it in memory)."
         },
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log losses every so many steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Log losses every N steps."})
     report_to: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "Who looks on: tensorboard, wandb and the like, or none."}
     )

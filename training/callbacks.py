@@ -1,4 +1,4 @@
-"""What happens beside the steps of a training run: its duration, and its progress."""
+"""What accompanies the steps of a training run: its duration, and its progress."""
 
 import time
 from collections.abc import Callable

@@ -49,7 +49,7 @@ class Corpus:
 
     Args:
         name (`str`): What the text is.
-        revision (`str`): What tells this text from any other: a version where there is one, and a hash.
+        revision (`str`): Identifies the text: a version where there is one, and a hash.
         training (`tuple[Document, ...]`): Documents to train on.
         validation (`tuple[Document, ...]`): Documents to evaluate on.
     """

@@ -11,8 +11,8 @@ from transformers.trainer_callback import ExportableState
 from modeling_entropy_gpt import EntropyGPTModel
 
 
-# A running mean of the loss so many nats above that of the last good state has run away. Single batches are no reason:
-# they scatter.
+# A running mean of the loss this many nats above that of the last good state has run away. Single batches
+# scatter, and are no reason.
 LARGEST_RISE = 1.0
 SMOOTHING = 0.1
 FIRST_BATCHES = 5

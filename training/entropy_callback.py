@@ -16,7 +16,7 @@ from .run_log import RunLogWriter
 logger = logging.get_logger(__name__)
 
 # A head with a mean entropy below the first part of the most that a causal mask allows has collapsed; one above the
-# second spreads its attention all but evenly. A layer is worth an alarm if so many of its heads do.
+# second spreads its attention all but evenly. A layer is worth an alarm if half of its heads do.
 COLLAPSED, OVERLOADED = 0.05, 0.95
 ALARMING_SHARE = 0.5
 # What the trainer logs of its own speed.

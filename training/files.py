@@ -13,9 +13,9 @@ UNFINISHED = "_unfinished-"
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """
-    Gives a temporary path beside `path` to write a file or folder to; it takes its place once the body is through, and
-    is deleted if the body fails, as are the folders around it that were made for it. What an earlier process left
-    behind when it was killed is deleted first.
+    Gives a temporary path next to `path` to write a file or folder to. It takes its place once the body is through. If
+    the body fails, it is deleted, with the folders that were made for it. What a killed process left behind is deleted
+    first.
     """
     missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,20 +14,20 @@ from .removal_schedule import RemovalSchedule
 from .trainer import EntropyTrainer
 
 
-# A residual stream so many times as large as in the last good state has run away.
+# A residual stream this many times as large as in the last good state has run away.
 LARGEST_SCALE = 4.0
-# Of a batch, what the original is given.
+# The parts of a batch that the original is given.
 READ_BY_ORIGINAL = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
 class HealingLoss:
     """
-    What the loss of healing consists of, beside the model's own.
+    The terms of healing's loss, in addition to the model's own.
 
     Args:
         logits (`float`): Weight of the KL to the original, between 0 and 1; the model's own loss has the rest.
-        temperature (`float`): Of that KL.
+        temperature (`float`): Temperature of that KL.
         hidden_states (`float`): Weight of the distance of the residual streams.
         residual_scale (`float`): Weight of the distance from the residual stream's scale.
     """

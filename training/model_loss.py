@@ -8,7 +8,7 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 class ModelLoss:
     """
     To be inherited from before a kind of `Trainer`: the loss is the model's, whatever that kind computes. For a
-    language model of this family, wrapped or not, it is that of labels smoothed by `label_smoothing_factor`, beside
+    language model of this family, wrapped or not, it is that of labels smoothed by `label_smoothing_factor`, plus
     the penalty; of other models the `Trainer` smooths the labels. In evaluation a language model's loss is the
     cross-entropy alone, without smoothing as without penalty, so that it stands for a perplexity.
 

@@ -16,7 +16,7 @@ from .errors import CorpusError
 from .text_pieces import cut_pieces
 
 
-# Of a batch of documents: work for all threads of the tokenizer, and little memory.
+# The size of a batch of documents: work for all threads of the tokenizer, and little memory.
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
 
@@ -38,7 +38,7 @@ def pack(
         block_size (`int`): Length of a block in tokens. What is left at the end is dropped.
         on_documents: Called with the number of documents, whenever some are done, for progress.
         path (`Path`, *optional*): An Arrow file to write the blocks to; without, they are in memory.
-        most_blocks (`int`, *optional*): Documents are read until there are so many blocks.
+        most_blocks (`int`, *optional*): Documents are read until there are this many blocks.
 
     Returns:
         `Dataset`: Column `input_ids`, of `block_size` tokens a row, as `uint16` where the vocabulary allows it.

@@ -26,7 +26,7 @@ from .tokenizer import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# A tokenizer is trained on the first documents, up to so many characters.
+# A tokenizer is trained on the first documents, up to this many characters.
 TOKENIZER_CHARACTERS = 100_000_000
 # Goes up when the same documents and arguments come to give other blocks.
 CACHE_FORMAT = 2
@@ -41,7 +41,7 @@ class PreparedData:
 
     Args:
         name (`str`): What the text is.
-        revision (`str`): What tells this text from any other: a version where there is one, and a hash.
+        revision (`str`): Identifies the text: a version where there is one, and a hash.
         tokenizer (`PreTrainedTokenizerFast`): A tokenizer with an end-of-text token.
         training (`Dataset` or [`PackedStream`]): Column `input_ids`, of `context` tokens a row.
         validation (`Dataset`): The same, of other documents.
@@ -72,7 +72,7 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be prepared, with the tokenizer that is given, if one is, and who is told of the progress."""
+    """What to prepare, the tokenizer if one is given, and the callback for progress."""
 
     arguments: DataArguments
     context: int
@@ -84,7 +84,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Record:
-    """What is known of cached blocks beside them."""
+    """What is recorded of cached blocks, in a file next to them."""
 
     revision: str
     training_documents: int
@@ -110,7 +110,7 @@ def prepare_data(
     Args:
         arguments ([`DataArguments`]): What to read and how.
         context (`int`): Tokens of a block.
-        seed (`int`): Of the order of a stream.
+        seed (`int`): Seed of a stream's order.
         default_tokenizer (`str`, *optional*):
             Folder or repository of the tokenizer if the arguments name none; without either, one is trained on the
             first documents.
@@ -125,7 +125,7 @@ def prepare_data(
     place = arguments.tokenizer or default_tokenizer
     if place and arguments.tokenizer_vocab_size != DataArguments.tokenizer_vocab_size:
         raise CorpusError(
-            f"tokenizer_vocab_size={arguments.tokenizer_vocab_size} does nothing beside the tokenizer of {place}: "
+            f"tokenizer_vocab_size={arguments.tokenizer_vocab_size} has no effect on the tokenizer of {place}: "
             "leave it out."
         )
     tokenizer = load_tokenizer(place) if place else None
@@ -163,7 +163,7 @@ def _check_ranges(arguments: DataArguments, context: int):
             f"validation_tokens={arguments.validation_tokens} has to be at least {context}, the tokens of one block."
         )
     if arguments.streaming and arguments.validation_tokens is None:
-        raise CorpusError("streaming needs validation_tokens: so many are read before training begins.")
+        raise CorpusError("streaming needs validation_tokens, the number of tokens to read before training begins.")
 
 
 def _prepare_stream(job: _Job, seed: int) -> PreparedData:
@@ -258,7 +258,7 @@ def _train_tokenizer(job: _Job) -> PreTrainedTokenizerFast:
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """The first texts, up to so many characters in all."""
+    """The first texts, up to this many characters in all."""
     for text in texts:
         yield text[:characters]
         if (characters := characters - len(text)) <= 0:

@@ -32,11 +32,11 @@ CONFIG_FIELDS = {
 @dataclass(frozen=True)
 class Recipe:
     """
-    What a run is told.
+    The settings of a run.
 
     Args:
         name (`str`): The recipe's name, without suffix.
-        settings (`dict`): Every setting by its name, as it was told.
+        settings (`dict`): Every setting by its name, as it was given.
         model ([`ModelArguments`]): Where the model comes from.
         config_fields (`dict`): Fields of its configuration.
         data ([`DataArguments`]): What it is trained on.

@@ -21,7 +21,7 @@ from modeling_entropy_gpt.layers import EntropyGPTStaticLayerNorm
 
 ScheduleKind = Literal["gate", "staircase"]
 
-# Of the moments that a gated norm goes by, a training step's rows make up so much.
+# The weight of a training step's rows in the running moments of a gated norm.
 REFRESHMENT = 0.05
 # On a cosine, rows with constants of their own give them up in the last part of the schedule.
 SPECIAL_ROWS_FROM = 0.8

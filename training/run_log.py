@@ -1,4 +1,4 @@
-"""The file in which a run tells what happened, line by line, and from which its pictures are drawn."""
+"""The log of a run: written line by line, and the source of its pictures."""
 
 import json
 from pathlib import Path

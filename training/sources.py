@@ -32,7 +32,7 @@ class Source:
     Args:
         name (`str`): What the text is.
         version (`str`): A commit where the documents come from the Hub, else nothing.
-        revision (`str`, *optional*): What tells this text from any other, if that is known without reading it again.
+        revision (`str`, *optional*): Identifies the text, if that is known without reading it again.
         fingerprint (`str`): Changes with the documents.
         training ([`Texts`]): Documents to train on.
         validation ([`Texts`]): Documents to evaluate on.
@@ -127,7 +127,7 @@ def _builder(path: Path) -> str | None:
 
 
 def _holds_data(folder: Path, without: Path | None) -> bool:
-    """Whether a folder is one of data files. JSON beside text files is not: folders of code hold some."""
+    """Whether a folder is one of data files. JSON next to text files is not: folders of code hold some."""
     files = list(find_files(folder, frozenset({*TEXT_SUFFIXES, *BUILDERS, COMPRESSED}), without))
     data = [file for file in files if _builder(file)]
     text = [file for file in files if file.suffix in TEXT_SUFFIXES and file.name != "README.md"]
@@ -197,7 +197,7 @@ def _make_builder(arguments: DataArguments, dataset: str, kind: str) -> DatasetB
 
 
 def _read_split(builder: DatasetBuilder, split: str, streaming: bool) -> tuple[Rows, str]:
-    """As `load_dataset` does, which does not tell the commit."""
+    """As `load_dataset` does, which does not return the commit."""
     if streaming:
         return builder.as_streaming_dataset(split), f"{builder.hash} {builder.config_id} {split}"
     builder.download_and_prepare()

@@ -50,7 +50,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         texts ([`Texts`]): Documents.
         tokenizer (`PreTrainedTokenizerFast`): A tokenizer with an end-of-text token.
         block_size (`int`): Length of a block in tokens.
-        seed (`int`): Of the order.
+        seed (`int`): Seed of the order.
         shuffle_buffer (`int`): Documents among which each is drawn.
         passes (`int`, *optional*): How often the documents are read; without end if left out.
     """

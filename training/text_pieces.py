@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 
-# A document longer than so many characters is tokenised in pieces, if the tokenizer joins nothing between a word and
+# A document longer than this many characters is tokenised in pieces, if the tokenizer joins nothing between a word and
 # the end of its line.
 PIECE_CHARACTERS = 1 << 18
 PLACE_TO_CUT = re.compile(r"(?<=[^\W_])\n(?=\S)")

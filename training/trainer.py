@@ -31,7 +31,7 @@ LEARNING_RATE_MULTIPLIERS = {
     "gain": "gain_lr_multiplier",
 }
 NOT_DECAYED = (*LEARNING_RATE_MULTIPLIERS, "negative_slope", "ln_1.weight", "ln_2.weight", "ln_f.weight")
-# Outputs of the model that are logged beside its loss.
+# Outputs of the model that are logged with its loss.
 LOGGED = ("cross_entropy_loss", "entropy_loss", "penalized_share")
 # What the guard looks at where there is no cross-entropy.
 OTHER_LOSS = "other_loss"
@@ -45,9 +45,9 @@ class EntropyTrainer(ModelLoss, Trainer):
       of the learning rate for them;
     - `cross_entropy_loss`, `entropy_loss` and `penalized_share` in the logs, means over the steps since the last log
       and over all ranks;
-    - labels that `label_smoothing_factor` smooths in the model's own loss, beside the penalty ([`ModelLoss`]);
+    - labels that `label_smoothing_factor` smooths in the model's own loss, together with the penalty ([`ModelLoss`]);
     - a [`DivergenceGuard`], which stops a run whose loss is not finite or explodes, or takes it back to the last
-      checkpoint's state (or the run's beginning) at half the learning rate, and tells where it began;
+      checkpoint's state (or the run's beginning) at half the learning rate, and reports where it began;
     - checkpoints that get their name once they are whole, sealed by hashes.
 
     Args:

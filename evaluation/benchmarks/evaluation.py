@@ -25,7 +25,7 @@ from entropy_gpt.evaluation.measuring.entropy_diagnostics import diagnose_heads
 from entropy_gpt.evaluation.measuring.perplexity import Windows, measure_likelihood
 from entropy_gpt.evaluation.measuring.tokenized_text import tokenize
 from entropy_gpt.evaluation.origin import ROOT, collect_origin, recorded_versions
-from entropy_gpt.evaluation.records.conditions import list_settings
+from entropy_gpt.evaluation.records.conditions import describe_origin
 from entropy_gpt.training.corpus import load_standard_library
 from entropy_gpt.training.tokenizer import train_tokenizer
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
@@ -176,10 +176,10 @@ pass. Medians of {record.perplexity[0].runs} runs that take turns; in brackets t
 
 ## Perplexity
 
-`measure_likelihood` beside `loglikelihood_rolling` of lm-eval, from the same text to the same log-likelihood: they
-differ by {record.largest_difference:.0e} of it at most. T is the window and the stride.
+`measure_likelihood` is compared with `loglikelihood_rolling` of lm-eval on the same text. Their log-likelihoods differ
+by at most {record.largest_difference:.0e}, relative. T is the window and the stride.
 
-"As many" are as many windows in a forward pass as ours; "one" is what lm-eval does if no batch size is given.
+"As many windows" means the batch size that ours uses. "One window" is lm-eval's default.
 
 | T | {OURS} (ms) | {THEIRS} (ms) | ratio | {ONE_BY_ONE} (ms) | ratio |
 | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -187,21 +187,21 @@ differ by {record.largest_difference:.0e} of it at most. T is the window and the
 
 ## Attention heads
 
-`diagnose_heads` (entropies and their quantiles, sinks, diversity, spectral norms of all heads) beside a plain forward
-pass of the same batch, up to the logits and without them kept.
+`diagnose_heads` measures entropies and their quantiles, sinks, diversity and spectral norms of all heads. It is
+compared with a plain forward pass of the same batch, up to the logits, which are not kept.
 
 | T | {DIAGNOSTICS} (ms) | {PLAIN} (ms) | ratio |
 | ---: | ---: | ---: | ---: |
 {head_table}
 
-Peak memory of the diagnostics of one sequence beside the model, one of {QUICK["n_layer"]} layers, each length in a
-fresh process. Memory that is linear in T at most doubles with it: {growth}.
+Peak memory of the diagnostics of one sequence, without the model of {QUICK["n_layer"]} layers, each length in a fresh
+process. If memory is linear in T, it at most doubles when T does. Here it grows by {growth}.
 
 | T | MiB |
 | ---: | ---: |
 {memory}
 
-Measured with {list_settings(record.versions)}; commit {record.git_revision or "unknown"}; {record.machine}.
+Measured with {describe_origin(record.versions, record.git_revision, record.machine)}.
 """
 
 

@@ -10,6 +10,7 @@ from entropy_gpt.evaluation.records.conditions import (
 )
 from entropy_gpt.evaluation.records.results import ModelResult, PrivateCost
 
+from .markdown import fold_away
 from .measures import main_costs
 
 
@@ -52,7 +53,8 @@ def comparison_rows(results: list[ModelResult]) -> list[tuple[str, ...]]:
 
 def comparison_markdown(results: list[ModelResult]) -> str:
     """
-    The comparison as a Markdown table, with a column for private answers if there are any, followed by the conditions.
+    The comparison as a Markdown table, with a column for private answers if there are any, followed by the conditions,
+    folded away.
 
     Raises:
         `ValueError`: If the results were not measured under the same conditions, or some are missing.
@@ -63,7 +65,7 @@ def comparison_markdown(results: list[ModelResult]) -> str:
         column = [COST_COLUMN, "---:", *map(_megabytes, costs)]
         rows = [(*row, cell) for row, cell in zip(rows, column, strict=True)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{table}\n\n{conditions_text(results)}\n"
+    return f"{table}\n\n{fold_away('Conditions', list_conditions(results))}\n"
 
 
 def _megabytes(cost: PrivateCost | None) -> str:
@@ -72,7 +74,17 @@ def _megabytes(cost: PrivateCost | None) -> str:
 
 def conditions_text(results: list[ModelResult]) -> str:
     """
-    What all models have in common, and after it what each was told alone.
+    The conditions of a comparison in one paragraph.
+
+    Raises:
+        `ValueError`: If the results were not measured under the same conditions, or some are missing.
+    """
+    return " ".join(list_conditions(results))
+
+
+def list_conditions(results: list[ModelResult]) -> list[str]:
+    """
+    What all models have in common, and what each has alone, a sentence or two for each condition.
 
     Raises:
         `ValueError`: If the results were not measured under the same conditions, or some are missing.
@@ -82,38 +94,46 @@ def conditions_text(results: list[ModelResult]) -> str:
     first = results[0]
     training, heads = first.training, first.heads.heads
     likelihood, conditions = first.likelihood.likelihood, first.likelihood.conditions
-    told = [result.training.hyperparameters.items() for result in results]
-    shared = {name: value for name, value in told[0] if all((name, value) in items for items in told)}
-    alone = ""
-    for result in results:
-        own = {name: value for name, value in result.training.hyperparameters.items() if name not in shared}
-        if own:
-            alone += f"{result.title} alone: {list_settings(own)}. "
-    for result in results:
-        if result.training.converted_from is not None:
-            alone += (
-                f"{result.title}: fitted step by step, then healed for {result.training.steps:,} steps, "
-                f"{result.training.tokens:,} tokens, beside those of the model it comes from. "
-            )
+    settings = [result.training.hyperparameters.items() for result in results]
+    shared = {name: value for name, value in settings[0] if all((name, value) in items for items in settings)}
     origin = "Trained from scratch" if training.converted_from is None else "Converted and healed"
-    return (
+    return [
         f"{origin} on {training.text or f'{conditions.corpus} ({conditions.corpus_revision})'} for {training.steps:,} "
         f"steps, {training.tokens:,} tokens of a vocabulary of {conditions.vocab_size:,} "
-        f"({list_settings(shared)}; seed {conditions.seed}, {conditions.dtype}). {alone}Evaluated on "
-        f"{likelihood.tokens:,} tokens of text kept out of training, in {describe_windows(likelihood.windows)}. "
+        f"({list_settings(shared)}; seed {conditions.seed}, {conditions.dtype}).",
+        *(
+            f"{result.title} alone: {list_settings(own)}."
+            for result in results
+            if (own := _own_settings(result, shared))
+        ),
+        *(_healing_text(result) for result in results if result.training.converted_from is not None),
+        f"Evaluated on {likelihood.tokens:,} tokens of text kept out of training, in "
+        f"{describe_windows(likelihood.windows)}.",
         f"Entropies: of {heads.rows:,} rows of each head. Overloaded: a mean entropy of at least 3/4 of "
-        f"{heads.entropy.maximum:.2f} nats, which uniform attention has. {_private_conditions(results)}Versions: "
-        f"{describe_origin(conditions.versions, conditions.git_revision, conditions.machine)}."
+        f"{heads.entropy.maximum:.2f} nats, which uniform attention has.",
+        *_private_conditions(results),
+        f"Versions: {describe_origin(conditions.versions, conditions.git_revision, conditions.machine)}.",
+    ]
+
+
+def _own_settings(result: ModelResult, shared: dict) -> dict:
+    return {name: value for name, value in result.training.hyperparameters.items() if name not in shared}
+
+
+def _healing_text(result: ModelResult) -> str:
+    return (
+        f"{result.title}: fitted step by step, then healed for {result.training.steps:,} steps, "
+        f"{result.training.tokens:,} tokens, in addition to those of its source."
     )
 
 
-def _private_conditions(results: list[ModelResult]) -> str:
-    """What private answers depend on, in a sentence; nothing where there are none."""
+def _private_conditions(results: list[ModelResult]) -> list[str]:
+    """What private answers depend on; empty if no model has any."""
     cost = next(filter(None, main_costs(results)), None)
     if cost is None:
-        return ""
-    told = list_facts(traffic_facts(cost))
-    return f"Private answers: sent by all parties, without the set-up of their connection ({told}). "
+        return []
+    facts = list_facts(traffic_facts(cost))
+    return [f"Private answers: sent by all parties, without the set-up of their connection ({facts})."]
 
 
 def _check_complete(results: list[ModelResult]):

@@ -33,7 +33,14 @@ MOST_COLUMNS = 3
 PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.6g}")
 
 
-def plot_tradeoff(names: list[str], costs: list[float], perplexities: list[float], cost_title: str, path: Path):
+def plot_tradeoff(
+    names: list[str],
+    costs: list[float],
+    perplexities: list[float],
+    cost_title: str,
+    path: Path,
+    deviations: list[float] | None = None,
+):
     """
     Draws perplexity against cost, on a logarithmic scale, with the front: the models that none other surpasses in one
     without being worse in the other.
@@ -44,10 +51,12 @@ def plot_tradeoff(names: list[str], costs: list[float], perplexities: list[float
         perplexities (`list[float]`): Of each.
         cost_title (`str`): What the costs are.
         path (`Path`): The PNG to write.
+        deviations (`list[float]`, *optional*): Of each perplexity, drawn as an error bar; NaN where it is unknown.
     """
+    deviations = deviations or [math.nan] * len(names)
     for height in itertools.count(4.6, GROWTH):
         figure = Figure(figsize=(7.4, height), dpi=DOTS_PER_INCH, layout="constrained")
-        if _draw_tradeoff(figure, names, list(zip(costs, perplexities, strict=True)), cost_title):
+        if _draw_tradeoff(figure, names, list(zip(costs, perplexities, strict=True)), deviations, cost_title):
             break
     figure.savefig(path, format="png")
 
@@ -188,13 +197,21 @@ def shorten(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _draw_tradeoff(figure: Figure, names: list[str], points: list[tuple[float, float]], cost_title: str) -> bool:
+def _draw_tradeoff(
+    figure: Figure,
+    names: list[str],
+    points: list[tuple[float, float]],
+    deviations: list[float],
+    cost_title: str,
+) -> bool:
     """Whether the labels had room."""
     axes = figure.add_subplot(xscale="log", xlabel=cost_title, ylabel="perplexity per token")
     front = pareto_front(points)
     behind = [index for index in range(len(points)) if index not in front]
     for indices, color in ((behind, BEHIND_COLOR), (front, FRONT_COLOR)):
-        axes.plot(*_columns([points[index] for index in indices]), "o", ms=8, color=color, mec="white", zorder=3)
+        chosen = [points[index] for index in indices]
+        axes.errorbar(*_columns(chosen), [deviations[index] for index in indices], fmt="none", ecolor=color, capsize=3)
+        axes.plot(*_columns(chosen), "o", ms=8, color=color, mec="white", zorder=3)
     axes.margins(x=0.16, y=0.16)
     _scale_perplexities(axes)
     number_plainly(axes.xaxis, axes.get_xlim())

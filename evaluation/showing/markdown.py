@@ -18,6 +18,12 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], text_
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
 
 
+def fold_away(title: str, items: Iterable[str]) -> str:
+    """A list that a reader opens by its title, on GitHub and on the built pages."""
+    lines = "\n".join(f"- {item}" for item in items)
+    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{lines}\n\n</details>'
+
+
 def find_block(text: str, name: str) -> re.Match | None:
     """What stands between the two comments that enclose a generated part."""
     return re.search(f"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", text, re.DOTALL)

@@ -571,7 +571,7 @@ def test_pickled_files_without_tensors_by_name_are_refused(content, message, tmp
 @pytest.mark.parametrize("sizes", [None, {}, {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 101}])
 def test_a_nanogpt_without_sizes_is_refused(sizes, tmp_path):
     torch.save({"model": {}, "model_args": sizes}, tmp_path / "ckpt.pt")
-    with pytest.raises(ConversionError, match=r"does not tell the sizes of a model: .*block_size have to be"):
+    with pytest.raises(ConversionError, match=r"lacks the sizes of a model: .*block_size have to be"):
         load_gpt2(tmp_path / "ckpt.pt")
 
 

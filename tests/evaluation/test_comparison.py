@@ -1,4 +1,4 @@
-"""Models that were trained alike in one table, in a model card and in the README."""
+"""Models that were trained alike in one table, in a model card and on the quickstart's page."""
 
 import copy
 import dataclasses
@@ -10,7 +10,7 @@ import pytest
 from entropy_gpt.evaluation.records.results import load_results, save_results
 from entropy_gpt.evaluation.showing.comparison import COLUMNS, comparison_markdown, comparison_rows, conditions_text
 from entropy_gpt.evaluation.showing.model_card import model_card
-from entropy_gpt.programs.quickstart.readme import QUICKSTART_RESULTS, README, update_readme
+from entropy_gpt.programs.quickstart.page import PAGE, QUICKSTART_RESULTS, update_page
 
 from .example_results import example_cost, example_heads, example_likelihood, example_result, example_training
 
@@ -110,26 +110,33 @@ def test_parts_that_are_missing_are_named(result):
         comparison_rows([])
 
 
-def test_the_readme_shows_the_committed_results(tmp_path):
-    copied = tmp_path / "README.md"
-    shutil.copy(README, copied)
-    update_readme(copied)
-    assert copied.read_text() == README.read_text(), "run: python -m entropy_gpt.programs.quickstart.readme"
+def test_conditions_are_folded_away_below_the_table(result):
+    _, conditions = comparison_markdown([result]).split("\n\n", 1)
+    assert conditions.startswith('<details markdown="1">\n<summary>Conditions</summary>\n\n- Trained from scratch')
+    assert conditions.endswith("</details>\n")
 
 
-def test_the_readme_shows_private_answers(result, tmp_path):
+def test_the_page_shows_the_committed_results(tmp_path):
+    copied = tmp_path / PAGE.name
+    shutil.copy(PAGE, copied)
+    update_page(copied)
+    assert copied.read_text() == PAGE.read_text(), "run: python -m entropy_gpt.programs.quickstart.page"
+
+
+def test_the_page_shows_private_answers(result, tmp_path):
     save_results([dataclasses.replace(result, costs=[example_cost()]), result], tmp_path / "results.json")
-    shutil.copy(README, tmp_path / "README.md")
-    update_readme(tmp_path / "README.md", tmp_path / "results.json")
-    text = (tmp_path / "README.md").read_text()
+    copied = tmp_path / PAGE.name
+    shutil.copy(PAGE, copied)
+    update_page(copied, tmp_path / "results.json")
+    text = copied.read_text()
     assert "| training (s) | private answer (MB) |" in text
     assert "| 25,320.0 |" in text
 
 
-def test_a_readme_without_a_place_for_the_table_is_refused(tmp_path):
-    (tmp_path / "README.md").write_text("# Nothing\n")
+def test_a_page_without_a_place_for_the_table_is_refused(tmp_path):
+    (tmp_path / "page.md").write_text("# Nothing\n")
     with pytest.raises(ValueError, match="no place for the part"):
-        update_readme(tmp_path / "README.md")
+        update_page(tmp_path / "page.md")
 
 
 def test_committed_results_are_of_one_commit_without_changes():

@@ -1,6 +1,7 @@
 """Pictures of models side by side: the front, labels that do not overlap, and curves with gaps."""
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -83,6 +84,16 @@ def test_costs_and_perplexities_may_be_near_or_far_apart(perplexities, tmp_path)
     for costs in ([1.0, 1.0], [1e-3, 1e9]):
         plot_tradeoff(["$a$", "_b"], costs, perplexities, "cost", tmp_path / "tradeoff.png")
         assert picture_size(tmp_path / "tradeoff.png") > 5000
+
+
+def test_deviations_are_drawn_where_they_are_known(tmp_path):
+    def draw(name, deviations):
+        plot_tradeoff(["a", "b"], [1.0, 2.0], [3.0, 2.0], "cost", tmp_path / name, deviations)
+        return (tmp_path / name).read_bytes()
+
+    plain = draw("plain.png", None)
+    assert draw("unknown.png", [math.nan, math.nan]) == plain
+    assert draw("one.png", [0.5, math.nan]) != plain
 
 
 def test_curves_are_drawn_of_one_and_of_many(tmp_path):

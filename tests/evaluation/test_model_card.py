@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from entropy_gpt.evaluation.records.results import AnswerCheck, TrainingResult
 from entropy_gpt.evaluation.showing.model_card import describe_architecture, describe_training, model_card
-from entropy_gpt.programs.quickstart.readme import CARDS, write_cards
+from entropy_gpt.programs.quickstart.page import CARDS, write_cards
 from modeling_entropy_gpt.releases import TESTED
 
 from .example_results import (
@@ -169,4 +169,4 @@ def test_the_committed_cards_are_those_of_the_committed_results(tmp_path):
     write_cards(tmp_path)
     fresh = {path.name: path.read_text() for path in tmp_path.iterdir()}
     committed = {path.name: path.read_text() for path in CARDS.glob("*.md")}
-    assert committed == fresh, "run: python -m entropy_gpt.programs.quickstart.readme"
+    assert committed == fresh, "run: python -m entropy_gpt.programs.quickstart.page"

@@ -146,5 +146,7 @@ def test_a_keyword_that_contradicts_the_notation_is_refused():
 
 @pytest.mark.parametrize("n_layer", [True, "6", 6.0, None])
 def test_a_number_of_layers_that_is_none_is_named(n_layer):
-    with pytest.raises(ValueError, match=f"n_layer={n_layer!r}, beside the notation 'SM', has to be a whole number"):
+    with pytest.raises(
+        ValueError, match=f"n_layer={n_layer!r}, given with the notation 'SM', has to be a whole number"
+    ):
         EntropyGPTConfig.from_notation("SM", n_layer=n_layer)

@@ -11,9 +11,8 @@ from pathlib import Path
 from entropy_gpt.evaluation.origin import ROOT
 from entropy_gpt.evaluation.records.conditions import describe_origins, describe_windows
 from entropy_gpt.evaluation.records.results import load_results
-from entropy_gpt.evaluation.showing.markdown import replace_block
+from entropy_gpt.evaluation.showing.markdown import fold_away, replace_block
 from entropy_gpt.evaluation.showing.model_card import model_card
-from entropy_gpt.programs.quickstart.readme import README
 
 from .pictures import plot_conversion, plot_heads, plot_others, plot_pareto, plot_tolerance
 from .records import Study, StudyRun
@@ -39,6 +38,7 @@ from .tables import (
     parts_table,
     private_table,
     rates_table,
+    readme_table,
     same_seeds,
     settings_table,
     ways_table,
@@ -49,6 +49,7 @@ RECORD = ROOT / "model_cards" / "results" / "study.json"
 MODELS = ROOT / "model_cards" / "results" / "study_models.json"
 CARDS = ROOT / "model_cards" / "study"
 PAGE = ROOT / "docs" / "study.md"
+README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "study"
 # What is generated of the page and of the README stands between comments of this name; the rest is written by hand.
 BLOCK = "study"
@@ -60,9 +61,19 @@ PLOTS = {
     "tolerance": (plot_tolerance, ("tolerance",)),
     "conversion": (plot_conversion, ("conversion",)),
 }
-# Groups that tell what each part of the proposal does; and those that are held against the ladder with its warm-up.
+# Groups that show what each part of the proposal does, and those compared with the ladder of the longer warm-up.
 PARTS = ("parts", "parts_by_head", "parts_with_norm", "stability")
 CAUSES = ("causes_with_norm", "causes", "threshold_rate_warm")
+COLUMNS = (
+    "Perplexities are per token: the geometric mean over seeds, with the standard deviation.",
+    "The learning rate was chosen on validation with the first seed, among the same values for all. Nothing was "
+    "chosen on the test text.",
+    '"Above GPT-2" is how far the test perplexity is above that of SM+LN+G, here and in the paper (GPT-2 small, 2.1 '
+    "billion tokens of CodeParrot).",
+    "Overloaded heads have a mean entropy of at least three quarters of that of uniform attention.",
+    "Seconds per step were measured with other runs on the same machine.",
+    "Private MB were measured between two processes, for one answer to 128 tokens. GPT-2 small's are predicted.",
+)
 # Groups that vary how the same conversion is done.
 WAYS = ("conversion_ways", "conversion_rate")
 # Groups that vary one setting of the proposal, and which.
@@ -94,7 +105,8 @@ def study_page(study: Study) -> str:
         f"{group} ({count})" for group, count in study.missing.items() if not group.startswith("smoke")
     )
     parts = [
-        f"Protocol: {study.protocol}. {conditions(study, LADDER, study.runs.values())}\n",
+        fold_away("Conditions", (f"Protocol: {study.protocol}.", *list_conditions(study, LADDER, study.runs.values())))
+        + "\n",
         f"Not measured yet, rows of each group: {missing}.\n" if missing else "",
         *(text(study) for groups, text in SECTIONS.items() if _is_shown(study, groups)),
     ]
@@ -106,9 +118,9 @@ def _is_shown(study: Study, groups: Sequence[str]) -> bool:
 
 
 def _main(study: Study) -> str:
-    causes = f"""LayerNorm without an activation in the FFN, and the proposal with FFNs of two layers, without an
-activation and with one, and with thresholds that learn ten times as fast. Each at the rate of the one that it is
-nearest to.
+    causes = f"""LayerNorm without an activation in the FFN. The proposal with FFNs of two layers, with and without an
+activation. The proposal with thresholds that learn ten times as fast. Each has the rate of the architecture that it is
+closest to.
 
 {parts_table(study, CAUSES, WARM)}
 """
@@ -118,12 +130,7 @@ nearest to.
 
 {ladder_table(study, WARM)}
 
-Perplexities per token: the geometric mean over seeds, with the standard deviation. The learning rate was chosen on
-validation with the first seed, among the same values for all; nothing was chosen on the test text. "Above GPT-2" is by
-how much the test perplexity is above that of {BASELINE}, here and in the paper (GPT-2 small, 2.1 billion tokens of
-CodeParrot). Overloaded are heads with a mean entropy of at least three quarters of what uniform attention has. Seconds
-a step are as they came, with other runs beside each. Private megabytes were measured between two processes, of one
-answer to 128 tokens; those of GPT-2 small are predicted.
+{fold_away("What the columns mean", COLUMNS)}
 
 ![Test perplexity against private bytes](study/pareto.png)
 
@@ -131,13 +138,13 @@ answer to 128 tokens; those of GPT-2 small are predicted.
 
 ![Mean entropy of every head](study/heads.png)
 
-Validation perplexity of the first seed, by which the rate was chosen. "Diverged": the guard ended the training, since
-the loss or the gradient ran away.
+Validation perplexity of the first seed, by which the rate was chosen. "Diverged": the guard ended the training because
+the loss or the gradient exploded.
 
 {rates_table(study, "warm_rates")}
 
-Architectures from best to worst as the paper has them, each with the next. "Undecided" is a difference of less than
-twice its standard error, which is that of the seeds on each side, and tells nothing of other text or other rates.
+Architectures in the paper's order, from best to worst, each compared with the next. "Undecided" is a difference below
+twice its standard error. That error is from the seeds alone; it says nothing about other texts or rates.
 
 {order_table(study, (WARM,))}
 
@@ -148,7 +155,7 @@ def _ladder(study: Study) -> str:
     return f"""## With the paper's warm-up
 
 {_warm_up(study, LADDER)}
-This is what the protocol asked for before the first run, and all that follows is trained so too.
+This is what the protocol asked for before the first run. Everything below is trained like this too.
 
 {ladder_table(study, LADDER)}
 
@@ -169,8 +176,8 @@ def _warm_up(study: Study, group: str) -> str:
 def _parts(study: Study) -> str:
     return f"""## Temperatures and penalty apart
 
-Parts of the proposal alone, and with LayerNorm and GELU; and models without the penalty at a learning rate that the
-proposal takes. "Above GPT-2": above {BASELINE} of the last section, with the same seeds.
+Parts of the proposal alone, and with LayerNorm and GELU. Then models without the penalty, at a learning rate that
+works for the proposal. "Above GPT-2" refers to {BASELINE} of the last section, with the same seeds.
 
 {parts_table(study, PARTS, LADDER)}
 """
@@ -180,9 +187,9 @@ def _others(study: Study) -> str:
     picture = "![Test perplexity against private bytes, of these and of what was converted](study/others.png)\n"
     return f"""## Other architectures
 
-One seed each: a direction and no more. The price of a pruned model is that of GPT-2 small with the same part of its
-FFNs pruned. Normalised weights (WN, SN) are folded into plain ones, and cost what SM does; the picture leaves them
-out.
+One seed each: a direction and no more. The price of a pruned model is that of GPT-2 small with the same share of its
+FFNs pruned. Normalised weights (WN, SN) are folded into plain ones. They cost what SM does and are not in the
+picture.
 
 {others_table(study, OTHERS)}
 
@@ -208,13 +215,13 @@ def _larger(study: Study) -> str:
 
 
 def _conversion(study: Study) -> str:
-    told = f"What distilling, fitting and the learning rate of healing are worth, one seed, {PROPOSAL}:"
-    ways = f"{told}\n\n{ways_table(study, WAYS)}\n"
-    return f"""## Converting beside training from scratch
+    title = f"What distilling, fitting and the learning rate of healing are worth, one seed, {PROPOSAL}:"
+    ways = f"{title}\n\n{ways_table(study, WAYS)}\n"
+    return f"""## Converting and training from scratch
 
-Each model was converted from the {BASELINE} of the same seed and healed, drawn to its predictions. The first column
-of tokens is what it was trained or healed with, the second counts its teacher's training too; what the teacher reads
-again while it is drawn to is in neither. Training from scratch has the rate that is best for 1,000 steps.
+Each model was converted from the {BASELINE} of the same seed and healed with distillation. "Own tokens" are those it
+was trained or healed with; the next column adds those of its teacher's training. Neither counts what the teacher reads
+during distillation. Training from scratch has the rate that is best for 1,000 steps.
 
 {conversion_table(study)}
 
@@ -226,8 +233,8 @@ again while it is drawn to is in neither. Training from scratch has the rate tha
 def _private(study: Study) -> str:
     return f"""## Private answers
 
-One answer to 128 tokens between two processes, and the most likely tokens and the perplexity in the ring (emulated to
-the engine's last bit) beside those in the clear.
+The cost is of one answer to 128 tokens between two processes. The most likely tokens and the perplexity were computed
+in the ring (emulated to the engine's last bit) and in the clear.
 
 {private_table(study)}
 
@@ -248,26 +255,28 @@ SECTIONS = {
 }
 
 
-def conditions(study: Study, group: str, measured: Iterable[StudyRun]) -> str:
-    """What the runs of a ladder have in common, and where those that are told of ran."""
+def list_conditions(study: Study, group: str, measured: Iterable[StudyRun]) -> list[str]:
+    """What the runs of a ladder have in common, and what computed those that are shown; a sentence for each."""
     run = list_trained(study.group(group))[0]
-    told, validation = run.settings, run.validation
+    settings, validation = run.settings, run.validation
     common = validation.conditions
     tests = "; ".join(result.conditions.corpus_revision for result in run.test.values())
     origins = [other.validation.conditions for other in measured if other.validation is not None]
-    return (
-        f"Models of {told['n_layer']} layers, {told['n_head']} heads and width {told['n_embd']}, with "
-        f"{common.vocab_size:,} tokens in the vocabulary and {told['context']} positions, trained on "
-        f"{run.tokens:,} tokens of {told['dataset']} ({common.corpus_revision}): "
-        f"{told['max_steps']:,} steps of {told['per_device_train_batch_size']} sequences. Validation on "
-        f"{validation.likelihood.tokens:,} tokens of documents kept apart; test on other projects' code ({tests}), "
-        f"{sum(result.likelihood.tokens for result in run.test.values()):,} tokens; "
-        f"{describe_windows(validation.likelihood.windows)}. {describe_origins(origins)}."
-    )
+    return [
+        f"Models: {settings['n_layer']} layers, {settings['n_head']} heads, width {settings['n_embd']}, "
+        f"{common.vocab_size:,} tokens in the vocabulary, {settings['context']} positions.",
+        f"Training: {run.tokens:,} tokens of {settings['dataset']} ({common.corpus_revision}), "
+        f"{settings['max_steps']:,} steps of {settings['per_device_train_batch_size']} sequences.",
+        f"Validation: {validation.likelihood.tokens:,} tokens of documents kept apart.",
+        f"Test: {sum(result.likelihood.tokens for result in run.test.values()):,} tokens of other projects' code "
+        f"({tests}).",
+        f"Evaluation: {describe_windows(validation.likelihood.windows)}.",
+        f"Measured with {describe_origins(origins)}.",
+    ]
 
 
 def gain_text(study: Study, group: str) -> str:
-    """What temperatures and penalty are worth, beside the paper; nothing as long as one of them is not measured."""
+    """What temperatures and penalty are worth, here and in the paper; empty while one of them is not measured."""
     ladder = by_notation(study.group(group))
     if not {FUSED, UNREGULARIZED, PROPOSAL} <= ladder.keys():
         return ""
@@ -278,8 +287,8 @@ def gain_text(study: Study, group: str) -> str:
     error = (1 + penalty) * math.hypot(*map(error_of, pairs[UNREGULARIZED]))
     diverged = len(study.group(group)) - len(list_trained(study.group(group)))
     return (
-        "Each at its own learning rate, temperatures and penalty together change the test perplexity of "
-        f"{FUSED} by {both:+.1%} (the paper: {-PAPER_GAIN:+.1%}), and the penalty that of {UNREGULARIZED} by "
+        "Each architecture has its own learning rate. Temperatures and penalty together change the test perplexity of "
+        f"{FUSED} by {both:+.1%} (the paper: {-PAPER_GAIN:+.1%}). The penalty changes that of {UNREGULARIZED} by "
         f"{penalty:+.1%}"
         + ("." if math.isnan(error) else f", with a standard error of {error:.1%}.")
         + (" Seeds with which one of them diverged are left out." if diverged else "")
@@ -287,15 +296,22 @@ def gain_text(study: Study, group: str) -> str:
 
 
 def readme_text(study: Study) -> str:
-    """What the README shows: the main architectures, and what temperatures and penalty are worth."""
+    """What the README shows: the main architectures, their picture and the conditions."""
+    run = list_trained(study.group(WARM))[0]
     return "\n\n".join(
-        filter(
-            None,
-            (
-                ladder_table(study, WARM),
-                f"{_warm_up(study, WARM)} {conditions(study, WARM, study.group(WARM))}",
-                gain_text(study, WARM),
-                "![Test perplexity against private bytes](docs/study/pareto.png)",
+        (
+            readme_table(study, WARM),
+            "![Test perplexity against private bytes](docs/study/pareto.png)",
+            fold_away(
+                "Conditions",
+                (
+                    f"{_warm_up(study, WARM)} ± is the standard deviation over seeds.",
+                    *list_conditions(study, WARM, study.group(WARM))[:2],
+                    f"Learning rates: the best of four for each architecture, on validation with seed "
+                    f"{run.settings['seed']}.",
+                    "Test: code of other projects. Paper: GPT-2 small, 2.1 billion tokens of CodeParrot.",
+                    "Private GB: one answer of GPT-2 small to 128 tokens, predicted from the architecture.",
+                ),
             ),
         )
     )

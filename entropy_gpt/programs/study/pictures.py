@@ -53,7 +53,7 @@ def plot_others(study: Study, path: Path):
 
 
 def _plot_tradeoff(study: Study, groups: Sequence[str], path: Path):
-    names, costs, perplexities = [], [], []
+    names, costs, perplexities, deviations = [], [], [], []
     runs = list_trained(study.group(*groups))
     longest = max((run.settings["heal_steps"] for run in runs if run.source), default=0)
     kept = [run for run in runs if run.source is None or run.settings["heal_steps"] == longest]
@@ -64,7 +64,9 @@ def _plot_tradeoff(study: Study, groups: Sequence[str], path: Path):
         names.append(title)
         costs.append(gpt2_bytes(gpt2_notation(members[0])) / 1e9)
         perplexities.append(perplexity_of(mean_nats(members)))
-    plot_tradeoff(names, costs, perplexities, "private inference of GPT-2 small, T=128 (GB, predicted)", path)
+        deviations.append(perplexities[-1] * spread_of(members))
+    title = "private inference of GPT-2 small, T=128 (GB, predicted)"
+    plot_tradeoff(names, costs, perplexities, title, path, deviations)
 
 
 def plot_conversion(study: Study, path: Path):

@@ -145,6 +145,22 @@ def ladder_table(study: Study, group: str) -> str:
     return markdown_table(headings, rows)
 
 
+def readme_table(study: Study, group: str) -> str:
+    """The main architectures in the few columns of the README."""
+    ladder = by_notation(study.group(group))
+    rows = [
+        (
+            _code(notation),
+            perplexity_cell(runs),
+            _above_cell(runs, ladder[BASELINE]),
+            _paper_above(notation),
+            f"{gpt2_bytes(notation) / 1e9:.2f}",
+        )
+        for notation, runs in ladder.items()
+    ]
+    return markdown_table(("architecture", "test perplexity", "above GPT-2", "in the paper", "private GB"), rows)
+
+
 def rates_table(study: Study, group: str) -> str:
     """Validation perplexity of each architecture at each learning rate: what the rate was chosen by."""
     by_rate: dict[float, dict[str, StudyRun]] = {}

@@ -22,7 +22,7 @@ OPERATION_COLORS = {
     "scores": "#009E73",
     "maximum": "#7a3300",
     "exponential": "#D55E00",
-    "softmax": "#D55E00",
+    "softmax": "#E69F00",
     "values": "#8fd6c0",
     "division": "#F0C27A",
     "output": "#0072B2",

@@ -204,19 +204,19 @@ class PaperTable:
         set_up = self.baseline.set_up_bytes / MEGA
         return (
             "MB are 10^6 bytes, sent by both parties together, for the logits of one token after "
-            f"{self.baseline.context}; the set-up of a connection, {set_up:.0f} MB, is apart. A model is the sum of "
-            "its blocks, of which the first, one of each kind between and the last were measured, of the norm before "
-            "the head, the embedding and the head. Seconds on a network are estimates: those measured, and those that "
-            "bytes and round trips take there."
+            f"{self.baseline.context}. The set-up of a connection, {set_up:.0f} MB, is not counted. A model is the "
+            "sum of its blocks, the norm before the head, the embedding and the head. The first block, one of each "
+            "kind between and the last were measured. Seconds on a network are estimates: those measured, and those "
+            "that bytes and round trips take there."
         )
 
     def _describe_ends(self) -> str:
         embedding, head = (_describe_steps(self.ends, operation) for operation in (EMBEDDING, HEAD))
         table = tables_bytes(self.ends.vocab_size, self.ends.context, self.ends.n_embd) / MEGA
         return (
-            f"In every sum, at a vocabulary of {self.ends.vocab_size:,}: the embedding by one-hot rows, {embedding}, "
-            f"in place of which client_table sends the client the tables, {table:,.1f} MB once a connection if there "
-            f"are {self.ends.context} positions; and the head, {head}."
+            f"Every sum has a vocabulary of {self.ends.vocab_size:,}: the embedding by one-hot rows takes "
+            f"{embedding}, and the head {head}. Instead of one-hot rows, client_table sends the tables to the client: "
+            f"{table:,.1f} MB once per connection, for {self.ends.context} positions."
         )
 
     def _compare_alike(self) -> str | None:

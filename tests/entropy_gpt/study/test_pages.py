@@ -7,15 +7,15 @@ import shutil
 
 import pytest
 
-from entropy_gpt.programs.quickstart.readme import README
 from entropy_gpt.programs.study.page import (
     CARDS,
     PAGE,
     PICTURES,
     PRIVATE,
+    README,
     RECORD,
-    conditions,
     gain_text,
+    list_conditions,
     study_page,
     write,
     write_cards,
@@ -31,6 +31,7 @@ from entropy_gpt.programs.study.tables import (
     others_table,
     parts_table,
     rates_table,
+    readme_table,
     settings_table,
     ways_table,
 )
@@ -212,25 +213,25 @@ def test_conditions_name_every_commit_once():
         run.validation.conditions.git_revision = revision
 
     def told():
-        return conditions(study, "ladder", study.runs.values())
+        return list_conditions(study, "ladder", study.runs.values())[-1]
 
     assert f"torch 2; commit {'a' * 12} or {'b' * 12}; a machine." in told()
     run.validation.conditions.machine = "another"
     assert f" or {'b' * 12}; a machine; or torch 2; commit " in told()
     assert told().endswith("; another.")
-    assert conditions(study, "ladder", BASELINE).endswith("a machine.")
+    assert list_conditions(study, "ladder", BASELINE)[-1].endswith("a machine.")
 
 
 def test_what_the_penalty_is_worth_is_told_with_its_error():
     told = gain_text(make_study(warm=LADDER), "warm")
-    assert f"that of SM(t)+ScFuFFN by {math.expm1(-0.1):+.1%}, with a standard error of" in told
+    assert f"changes that of SM(t)+ScFuFFN by {math.expm1(-0.1):+.1%}, with a standard error of" in told
     assert f"of {math.exp(-0.1) * 0.1 * math.sqrt(2 / 3):.1%}." in told
     one_seed = make_study(warm=[*BASELINE, *FUSED, *TEMPERED, PROPOSAL[0]])
     assert gain_text(one_seed, "warm").endswith("%.") and "nan" not in gain_text(one_seed, "warm")
     diverged = [make_run(run.notation, None) for run in TEMPERED[:1]]
     assert gain_text(make_study(warm=[*BASELINE, *FUSED, *diverged, *PROPOSAL]), "warm") == ""
     told = gain_text(make_study(warm=[*BASELINE, *FUSED, *diverged, *TEMPERED[1:], *PROPOSAL]), "warm")
-    assert f"that of SM(t)+ScFuFFN by {math.expm1(-0.1):+.1%}" in told
+    assert f"changes that of SM(t)+ScFuFFN by {math.expm1(-0.1):+.1%}" in told
     assert told.endswith("Seeds with which one of them diverged are left out.")
 
 
@@ -253,9 +254,9 @@ def test_everything_is_drawn(tmp_path):
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
         *("pareto.png", "others.png", "heads.png", "tolerance.png", "conversion.png")
     }
-    for page in ("README.md", "study.md"):
+    for page, table in (("README.md", readme_table), ("study.md", ladder_table)):
         text = (tmp_path / page).read_text()
-        assert ladder_table(study, "warm_ladder") in text
+        assert table(study, "warm_ladder") in text
         assert text.startswith("By hand.\n<!--")
         assert text.endswith("-->\nBy hand too.\n")
 

@@ -9,7 +9,7 @@ from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.origin import hash_weights
 from entropy_gpt.evaluation.private_inference.inference import EMULATED, PLAINTEXT, PrivateModel
 from entropy_gpt.evaluation.records.results import RESULTS, load_results
-from entropy_gpt.programs.quickstart.readme import CARDS
+from entropy_gpt.programs.quickstart.page import CARDS
 
 
 MODELS = sorted(path for path in (CARDS / "models").iterdir())

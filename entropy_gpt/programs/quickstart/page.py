@@ -1,7 +1,7 @@
 """
-Writes the README's table and the committed cards from committed results:
+Writes the table of docs/quickstart.md and the committed cards from committed results:
 
-    python -m entropy_gpt.programs.quickstart.readme
+    python -m entropy_gpt.programs.quickstart.page
 """
 
 from pathlib import Path
@@ -14,19 +14,19 @@ from entropy_gpt.evaluation.showing.model_card import model_card
 
 
 QUICKSTART_RESULTS = ROOT / "model_cards" / "results" / "quickstart.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "quickstart.md"
 CARDS = ROOT / "model_cards"
-QUICKSTART_BLOCK = "quickstart results"
+BLOCK = "quickstart results"
 
 
-def update_readme(readme: Path = README, results: Path = QUICKSTART_RESULTS):
+def update_page(page: Path = PAGE, results: Path = QUICKSTART_RESULTS):
     """
-    Replaces the table in the README by one of the committed results.
+    Replaces the page's table by one of the committed results.
 
     Raises:
-        `ValueError`: If the README has no place for it, or the results can't be shown.
+        `ValueError`: If the page has no place for it, or the results can't be shown.
     """
-    replace_block(readme, QUICKSTART_BLOCK, comparison_markdown(load_results(results)))
+    replace_block(page, BLOCK, comparison_markdown(load_results(results)))
 
 
 def write_cards(folder: Path = CARDS, results: Path = QUICKSTART_RESULTS):
@@ -36,5 +36,5 @@ def write_cards(folder: Path = CARDS, results: Path = QUICKSTART_RESULTS):
 
 
 if __name__ == "__main__":
-    update_readme()
+    update_page()
     write_cards()
