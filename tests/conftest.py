@@ -22,8 +22,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure():
-    """One thread for the processes that tests start: two workers share the machine."""
+    """One thread, here and in the processes that tests start: two workers share the machine."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
