@@ -25,7 +25,7 @@ from tests.evaluation.example_results import example_training
 from tests.hub_server import FIRST_FILES, TOKEN, WRONG_TOKEN, HubServer
 from tests.strangers import do
 
-from . import run_forks
+from .forks import Forks
 from .outcome import Outcome
 
 
@@ -54,34 +54,6 @@ def run(environment: dict[str, str], *arguments) -> Outcome:
     return Outcome(process.returncode, process.stdout, process.stderr)
 
 
-class Forks:
-    """Commands, run in forks of one process; the Hub is that of its variables."""
-
-    def __init__(self, hub: HubServer, folder: Path):
-        self.hub, self.folder = hub, folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", run_forks.__name__],
-            cwd=ROOT,
-            env=hub.environment(folder / "home"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, *arguments, token: str | None = TOKEN, **variables: str) -> Outcome:
-        printed = [self.folder / f"{time.monotonic_ns()}-{name}" for name in ("output", "error")]
-        told = {
-            "arguments": list(map(str, arguments)),
-            "environment": self.hub.environment(self.folder / "home", token, **variables),
-            "output": str(printed[0]),
-            "error": str(printed[1]),
-        }
-        self.process.stdin.write(json.dumps(told) + "\n")
-        self.process.stdin.flush()
-        status = int(self.process.stdout.readline())
-        return Outcome(status, *(path.read_text(encoding="utf-8") for path in printed))
-
-
 @pytest.fixture(scope="module")
 def server():
     with HubServer() as hub:
@@ -98,10 +70,16 @@ def hub(server):
 
 @pytest.fixture(scope="module")
 def command(server, tmp_path_factory):
-    forks = Forks(server, tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.process.stdin.close()
-    forks.process.wait()
+    """Runs commands in forks of one process, whose Hub is the module's."""
+    home = tmp_path_factory.mktemp("home")
+    forks = Forks(server.environment(home))
+
+    def run(*arguments, token: str | None = TOKEN, **variables: str) -> Outcome:
+        process = forks(*arguments, env=server.environment(home, token, **variables))
+        return Outcome(process.returncode, process.stdout, process.stderr)
+
+    yield run
+    forks.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The quickstart from end to end, as a process of its own on a tiny corpus: whole, interrupted, and misused."""
+"""The quickstart from end to end on a tiny corpus: whole, interrupted, and misused."""
 
 import importlib.util
 import math
@@ -17,6 +17,8 @@ from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import load_results
 from entropy_gpt.programs.quickstart.quickstart import ARCHITECTURES, CONVERTED, PRIVATE, TARGET, slug
 
+from .forks import run_command
+
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
 MODELS = [*map(slug, ARCHITECTURES), CONVERTED]
@@ -28,13 +30,14 @@ def arguments(corpus, output, **options):
 
 
 def run(corpus, output, **options):
-    return subprocess.run(arguments(corpus, output, **options), capture_output=True, text=True)
+    _, *words = arguments(corpus, output, **options)
+    return run_command(*words)
 
 
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "output"
-    return output, run(text, output)
+    return output, subprocess.run(arguments(text, output), capture_output=True, text=True)
 
 
 def test_everything_is_there(finished):

@@ -1,4 +1,4 @@
-"""The study as a process of its own: a trial from end to end, interrupted, and misused."""
+"""The study: a trial from end to end, interrupted, and misused."""
 
 import json
 import math
@@ -14,6 +14,8 @@ from filelock import FileLock
 from entropy_gpt.commands.study import PROTOCOL
 from entropy_gpt.evaluation.records.results import load_results, save_results
 from entropy_gpt.programs.study.records import Study, StudyRun
+
+from .forks import run_command
 
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
@@ -57,7 +59,7 @@ DIVERGING = """
 
 
 def study(*words, **options):
-    return subprocess.run([COMMAND, "study", *map(str, words)], capture_output=True, text=True, **options)
+    return run_command("study", *words, **options)
 
 
 def tiny(text: Path, folder: Path, **changes) -> Path:
