@@ -122,6 +122,7 @@ def test_an_earlier_conversion_is_replaced_only_when_told(finished, source, text
     assert report.healing is None
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on_to_the_same_end(finished, source, text, tmp_path):
     whole, _ = finished
     output = tmp_path / "parts" / "model"
@@ -286,6 +287,7 @@ def test_an_output_may_be_reached_by_a_link(source, text, tmp_path):
     assert (tmp_path / "large_disk" / "conversion_report.json").exists()
 
 
+@pytest.mark.slow
 def test_work_on_another_source_of_the_same_name_is_not_taken_up(source, text, tmp_path):
     shutil.copytree(source, tmp_path / "source")
     output = tmp_path / "model"

@@ -75,6 +75,7 @@ def tiny(text: Path, folder: Path, **changes) -> Path:
     return folder / "protocol.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.private
 def test_the_trial_of_the_committed_protocol(tmp_path):
     output = tmp_path / "study"
@@ -117,6 +118,7 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
     assert load_results(output / "models.json") == models
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(text, tmp_path):
     protocol, output = tiny(text, tmp_path, steps=300), tmp_path / "study"
     with subprocess.Popen(
@@ -149,6 +151,7 @@ def test_two_commands_do_not_share_a_folder(text, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_what_diverges_is_a_result(text, tmp_path):
     protocol, output = tiny(text, tmp_path, notation="SM+LN+G"), tmp_path / "study"
     with protocol.open("a") as file:
@@ -166,6 +169,7 @@ def test_what_diverges_is_a_result(text, tmp_path):
     assert run.diverged is None and math.isfinite(run.validation_nats)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_tried_again(text, tmp_path):
     output = tmp_path / "study"
     output.mkdir()

@@ -148,6 +148,7 @@ def wait_until(condition, process, seconds=120):
     return True
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_at_the_same_weights_and_log(run, finished):
     """Three times: in the middle of a save, between saves, and while a checkpoint is given its name."""
     output = run.folder / "killed"
@@ -199,6 +200,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, finished):
     assert run.records("damaged") == run.records()
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_course_of_one(run, finished):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     settings = ("resid_pdrop=0", "embd_pdrop=0", "attn_pdrop=0", "label_smoothing_factor=0.1")
