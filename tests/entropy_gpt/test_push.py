@@ -180,6 +180,7 @@ def test_a_model_converted_from_the_hub_names_its_base_model(hub, command, model
     assert ModelCard(hub.files(heir)["README.md"].decode()).data.base_model == repository
 
 
+@pytest.mark.slow
 def test_another_push_replaces_the_first_in_one_commit(hub, command, model, other_model, repository, tmp_path):
     first = command("push", model, repository, "--folded", "beside", "--max-shard-size", "100KB").succeeded()
     sent = hub.repositories[repository]
@@ -224,6 +225,7 @@ def test_a_pull_request_to_a_repository_of_others(hub, command, model, repositor
     assert f"{repository}/discussions/1" in outcome.output
 
 
+@pytest.mark.slow
 def test_a_folded_model_takes_the_place_of_its_own(hub, command, model, repository, tmp_path):
     command("push", model, repository, "--folded", "instead").succeeded()
     assert hub.files(repository).keys() == PUBLISHED | FIRST_FILES.keys()
@@ -291,6 +293,7 @@ def test_a_hub_that_fails_from_the_start(hub, command, model, repository):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_not_there(model, repository, server, tmp_path):
     with socket.socket() as taken:  # and not listening
         taken.bind(("127.0.0.1", 0))
@@ -317,6 +320,7 @@ def test_without_a_good_token(token, remedy, hub, command, model, repository):
     assert hub.changes == []
 
 
+@pytest.mark.slow
 def test_offline(hub, model, repository, tmp_path):
     assert "HF_HUB_OFFLINE" in run(hub.environment(tmp_path, HF_HUB_OFFLINE="1"), "push", model, repository).complaint
     assert hub.requests == []
