@@ -29,14 +29,8 @@ from entropy_gpt.training.files import UNFINISHED, delete
 from entropy_gpt.training.packing import collate_blocks
 from entropy_gpt.training.preparation import PreparedData, prepare_data
 from entropy_gpt.training.progress import Progress, Stage
-from entropy_gpt.training.recipe import (
-    ARGUMENT_FIELDS,
-    CONFIG_FIELDS,
-    RECIPES,
-    Recipe,
-    list_recipes,
-    read_recipe,
-)
+from entropy_gpt.training.recipe import ARGUMENT_FIELDS, CONFIG_FIELDS, Recipe, read_recipe
+from entropy_gpt.training.recipe_file import RECIPES, list_recipes
 from entropy_gpt.training.run_folder import ADAPTER, MODEL, check_architecture, check_folder, check_text, take_folder
 from entropy_gpt.training.start import Start, find_start, fit_vocabulary, make_model
 from entropy_gpt.training.trainer import EntropyTrainer
