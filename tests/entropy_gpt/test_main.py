@@ -67,3 +67,13 @@ def test_help_and_what_is_refused_by_its_name_wait_for_no_imports(arguments):
     code = "import sys; from entropy_gpt.commands.main import main; print(main(), 'torch' in sys.modules)"
     process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert process.stdout.splitlines()[-1] in ("0 False", "1 False", "2 False"), process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["evaluate", "plot", "report", "study --protocol", "export --onnx", "card"])
+def test_commands_that_other_tests_run_in_forks_start_by_themselves(command, tmp_path):
+    process = run(*command.split(), tmp_path / "nowhere")
+    assert process.returncode == 1, process.stderr
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("entropy-gpt: ")
+    assert "nowhere" in line
