@@ -147,6 +147,7 @@ def test_documents_alone_with_their_beginning(models, tmp_path):
     assert likelihood.tokens == sum(len(tokenizer(text)["input_ids"]) for text in texts)
 
 
+@pytest.mark.slow
 def test_the_default_is_what_training_keeps_apart(models, tmp_path):
     words = ("--frequency-text", "training", "--max-tokens", "500", "--head-tokens", "128")
     process = run(models / "gpt2", *words, "--output", tmp_path / "out")
