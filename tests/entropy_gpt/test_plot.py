@@ -1,7 +1,5 @@
-"""`entropy-gpt plot` from end to end, as a process of its own, and misused."""
+"""`entropy-gpt plot` from end to end, and misused."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,15 @@ from tests.evaluation.test_run_log import (
     write_log,
 )
 
+from .forks import run_command
 
-COMMAND = Path(sys.executable).with_name("entropy-gpt")
+
 OF_ENTROPIES = ["entropy_ranges.png", "head_entropies.png", "layer_entropies.png"]
 ALL = sorted([*OF_ENTROPIES, "losses.png", "penalty.png", "scales.png", "thresholds.png"])
 
 
 def run(*arguments, folder):
-    return subprocess.run([COMMAND, "plot", *arguments], capture_output=True, text=True, cwd=folder)
+    return run_command("plot", *arguments, cwd=folder)
 
 
 def contents(folder):
