@@ -18,13 +18,18 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 import entropy_gpt
+from entropy_gpt.commands.card import card as card_command
 from entropy_gpt.commands.convert import convert as convert_command
+from entropy_gpt.commands.evaluate import evaluate as evaluate_command
 from entropy_gpt.commands.export import export as export_command
 from entropy_gpt.commands.main import main
+from entropy_gpt.commands.push import push as push_command
 from entropy_gpt.conversion.onnx_export import REPORT as EXPORT_REPORT
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.convert_inputs import ConversionOptions
+from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
+from entropy_gpt.workflows.publish import PublicationOptions, write_card
 
 
 WORKFLOWS = Path(__file__).parents[2] / "entropy_gpt" / "workflows"
@@ -160,25 +165,39 @@ def test_other_names_are_no_attributes():
 
 
 @pytest.mark.parametrize(
-    ("workflow", "command", "of_python", "of_the_command"),
+    ("workflow", "command", "of_the_command", "other_defaults"),
     [
-        (entropy_gpt.convert, convert_command, {"progress"}, {"dry_run"}),
-        (entropy_gpt.export, export_command, {"progress"}, {"onnx"}),
+        (entropy_gpt.convert, convert_command, {"dry_run"}, set()),
+        (entropy_gpt.export, export_command, {"onnx"}, set()),
+        (
+            entropy_gpt.evaluate,
+            evaluate_command,
+            {"dry_run"},
+            {"output"},
+        ),  # from Python, nothing is written by default
+        (entropy_gpt.publish, push_command, set(), {"results"}),
+        (write_card, card_command, set(), {"results"}),
     ],
 )
-def test_arguments_are_the_options_of_the_command(workflow, command, of_python, of_the_command):
+def test_arguments_are_the_options_of_the_command(workflow, command, of_the_command, other_defaults):
     arguments, options = (dict(inspect.signature(function).parameters) for function in (workflow, command))
-    assert arguments.keys() - options.keys() == of_python
-    assert options.keys() - arguments.keys() == of_the_command
-    for name in arguments.keys() & options.keys():
+    assert arguments.keys() - {"progress"} == options.keys() - of_the_command
+    for name in arguments.keys() & options.keys() - other_defaults:
         assert str(arguments[name].default) == str(options[name].default), name
-    assert all(each.kind == each.KEYWORD_ONLY for each in list(arguments.values())[1:])
 
 
-def test_options_of_a_conversion_have_one_default():
-    arguments = inspect.signature(entropy_gpt.convert).parameters
-    fields = {field.name: field for field in dataclasses.fields(ConversionOptions)}
-    assert [*fields] == [name for name in arguments if name != "progress"]
+@pytest.mark.parametrize(
+    ("workflow", "options"),
+    [
+        (entropy_gpt.convert, ConversionOptions),
+        (entropy_gpt.evaluate, EvaluationOptions),
+        (entropy_gpt.publish, PublicationOptions),
+    ],
+)
+def test_options_have_one_default(workflow, options):
+    arguments = inspect.signature(workflow).parameters
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    assert fields.keys() <= arguments.keys()
     for name, field in fields.items():
         if field.default is not dataclasses.MISSING:
             assert arguments[name].default == field.default, name

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import subprocess
 import sys
@@ -11,21 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from entropy_gpt.commands.card import card as card_command
-from entropy_gpt.commands.evaluate import evaluate as evaluate_command
 from entropy_gpt.commands.main import main
-from entropy_gpt.commands.push import push as push_command
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.measurement import measure_model, read_text
 from entropy_gpt.evaluation.records.results import ModelResult, load_results, save_results
 from entropy_gpt.training.progress import SILENT
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.evaluate import evaluate
-from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
 from entropy_gpt.workflows.private import demonstrate, open_server
 from entropy_gpt.workflows.private_cost import private_cost
 from entropy_gpt.workflows.private_table import private_table
-from entropy_gpt.workflows.publish import PublicationOptions, publish, write_card
+from entropy_gpt.workflows.publish import publish, write_card
 from entropy_gpt.workflows.report import report
 from tests.architectures import make_model
 from tests.evaluation.example_results import example_training
@@ -211,28 +206,3 @@ def test_wrong_values_of_private_inference(model):
         demonstrate(model, "")
     with pytest.raises(UserError, match="'nowhere' is no address"):
         open_server(model, "nowhere")
-
-
-@pytest.mark.parametrize(
-    ("workflow", "command", "of_the_command", "other_defaults"),
-    [
-        (evaluate, evaluate_command, {"dry_run"}, {"output"}),  # from Python, nothing is written by default
-        (publish, push_command, set(), {"results"}),
-        (write_card, card_command, set(), {"results"}),
-    ],
-)
-def test_arguments_are_the_options_of_the_command(workflow, command, of_the_command, other_defaults):
-    arguments, options = (dict(inspect.signature(function).parameters) for function in (workflow, command))
-    assert arguments.keys() - {"progress"} == options.keys() - of_the_command
-    for name in arguments.keys() & options.keys() - other_defaults:
-        assert str(arguments[name].default) == str(options[name].default), name
-
-
-@pytest.mark.parametrize(("workflow", "options"), [(evaluate, EvaluationOptions), (publish, PublicationOptions)])
-def test_options_have_one_default(workflow, options):
-    arguments = inspect.signature(workflow).parameters
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    assert fields.keys() <= arguments.keys()
-    for name, field in fields.items():
-        if field.default is not dataclasses.MISSING:
-            assert arguments[name].default == field.default, name
