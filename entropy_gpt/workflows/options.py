@@ -32,6 +32,21 @@ def read_options(options: type[Options], **values) -> Options:
         raise UserError(f"{option_name(str(first['loc'][0]))} {first['input']}: {first['msg']}.") from error
 
 
+def check_positive(**numbers: int):
+    """
+    Refuses numbers below 1.
+
+    Args:
+        numbers (`int`): By the names of their options, such as `max_tokens`.
+
+    Raises:
+        `UserError`: If a number is below 1; the message names the option and the number.
+    """
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{option_name(name)} {number}: give a number of at least 1.")
+
+
 def option_name(field: str) -> str:
     """The command's option for a keyword argument: `max_tokens` is `--max-tokens`."""
     return f"--{field.replace('_', '-')}"

@@ -24,7 +24,7 @@ from entropy_gpt.evaluation.private_inference.parties.session import Outcome, ch
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.range_audit import audit
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.measurement import describe_model
@@ -36,7 +36,7 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .evaluate_inputs import default_context, short_names
 from .library_bars import library_bars_hidden
-from .options import read_options
+from .options import check_positive, read_options
 
 
 # The range audit and the bound of the logits use random tokens, so that they reveal nobody's text.
@@ -119,7 +119,8 @@ def open_server(
     ```
     """
     check_engine()
-    settings = read_options(PrivateSettings, protocol=protocol, embedding=embedding, answer=answer)
+    check_positive(max_new_tokens=longest, timeout=timeout)
+    settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer)
     host, port = parse_address(listen)
     _check_connection(host, tls, insecure, settings)
     offer, _, _ = _make_offer(str(model), tokenizer, settings, progress)
@@ -165,8 +166,9 @@ def ask(
     ```
     """
     check_engine()
+    check_positive(max_new_tokens=new_tokens, timeout=timeout)
     host, port = parse_address(address)
-    _check_connection(host, tls, insecure, read_options(PrivateSettings, protocol=protocol))
+    _check_connection(host, tls, insecure, _read_settings(protocol=protocol))
     words = load_tokenizer(str(tokenizer))
     client = Client(host, port, tls, timeout, protocol)
     try:
@@ -221,7 +223,8 @@ def demonstrate(
     ```
     """
     check_engine()
-    settings = read_options(PrivateSettings, protocol=protocol, embedding=embedding, answer=answer)
+    check_positive(max_new_tokens=new_tokens, timeout=timeout)
+    settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer)
     offer, clear, words = _make_offer(str(model), tokenizer, settings, progress)
     tokens = _tokenize(prompt, words)
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
@@ -239,6 +242,15 @@ def describe_cost(model: str | Path, answer: PrivateAnswer) -> ModelResult:
     windows = Windows(context, context, separate=False, bos=False)
     result = describe_model(loaded, *short_names([str(model)]), windows)
     return replace(result, costs=[as_private_cost(answer.cost, answer.check)])
+
+
+def _read_settings(**settings: str) -> PrivateSettings:
+    """Settings for two parties; other protocols run only in one process."""
+    read = read_options(PrivateSettings, **settings)
+    if PARTIES[read.protocol] != 2:
+        two = " or ".join(name for name, parties in PARTIES.items() if parties == 2)
+        raise UserError(f"--protocol {read.protocol} is not for two parties: give {two}.")
+    return read
 
 
 def _check_connection(host: str, tls: TLSFiles | None, insecure: bool, settings: PrivateSettings):

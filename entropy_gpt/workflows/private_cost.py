@@ -10,7 +10,7 @@ from entropy_gpt.evaluation.private_inference.program.program import Span, table
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .options import read_options
+from .options import check_positive, read_options
 
 
 HEAD_SIZE = 64
@@ -91,6 +91,9 @@ def private_cost(
     print(baseline.total_bytes / proposal.total_bytes)
     ```
     """
+    check_positive(n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, seq=length)
+    if kept < 0:
+        raise UserError(f"--kept {kept}: give a number of at least 0.")
     settings = read_options(PrivateSettings, embedding=embedding)
     span = Span(kept, length, length if all_positions else 1)
     tables = tables_bytes(vocab_size, span.end, n_embd) if embedding == "client_table" else 0

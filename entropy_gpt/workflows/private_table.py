@@ -24,6 +24,7 @@ from entropy_gpt.evaluation.private_inference.program.cost import LAN, MEGA, WAN
 from entropy_gpt.training.files import is_finished, written_whole
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 
+from .options import check_positive
 from .private import show_event
 from .private_cost import count_heads
 
@@ -161,6 +162,7 @@ def plan_table(
     Raises:
         `UserError`: If an architecture or a network is not known, or the folder holds something else.
     """
+    check_positive(n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, seq=context, timeout=timeout)
     sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head or count_heads(n_embd), "vocab_size": vocab_size}
     try:
         shown = tuple(dict.fromkeys((LAN, WAN, *map(parse_network, networks))))

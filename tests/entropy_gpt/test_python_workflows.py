@@ -188,6 +188,9 @@ def test_wrong_values_of_other_workflows(model, tmp_path, capfd):
         (lambda: write_card(tmp_path / "nothing"), "nothing"),
         (lambda: private_cost(["SM+LM"]), "SM+LM"),
         (lambda: private_cost(["SM"], embedding="two_hot"), "--embedding two_hot: "),
+        (lambda: private_cost(["SM"], length=0), "--seq 0: "),
+        (lambda: private_cost(["SM"], kept=-1), "--kept -1: "),
+        (lambda: private_table(["SM"], output=tmp_path / "table", n_layer=0), "--n-layer 0: "),
         (lambda: private_table(["SM"], output=tmp_path / "table", networks=["fast"]), "'fast'"),
     ]
     for call, message in cases:
@@ -202,6 +205,10 @@ def test_wrong_values_of_private_inference(model):
     pytest.importorskip("spu")
     with pytest.raises(UserError, match="--protocol cheater: "):
         demonstrate(model, "def main(", protocol="cheater")
+    with pytest.raises(UserError, match="--protocol aby3 is not for two parties: give cheetah or semi2k"):
+        open_server(model, protocol="aby3")
+    with pytest.raises(UserError, match="--max-new-tokens 0: "):
+        demonstrate(model, "def main(", new_tokens=0)
     with pytest.raises(UserError, match="the prompt is empty"):
         demonstrate(model, "")
     with pytest.raises(UserError, match="'nowhere' is no address"):
