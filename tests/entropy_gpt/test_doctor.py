@@ -46,14 +46,15 @@ def run(*arguments, environment: dict[str, str]) -> subprocess.CompletedProcess:
     return subprocess.run([COMMAND, "doctor", *arguments], capture_output=True, text=True, env=environment)
 
 
-def install(folder: Path, name: str, version: str, code: str = "", requirements: tuple[str, ...] = ()):
-    """Puts a distribution with a module of its name into a folder."""
+def install(folder: Path, name: str, version: str, code: str | None = "", requirements: tuple[str, ...] = ()):
+    """Puts a distribution with a module of its name into a folder; without code, the distribution alone."""
     information = folder / f"{name}-{version}.dist-info"
     information.mkdir()
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", "Requires-Python: >=3.11"]
     lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
     (information / "METADATA").write_text("\n".join(lines) + "\n")
-    (folder / f"{name}.py").write_text(code)
+    if code is not None:
+        (folder / f"{name}.py").write_text(code)
 
 
 @pytest.fixture
@@ -63,7 +64,8 @@ def project(tmp_path, monkeypatch) -> Callable:
     monkeypatch.syspath_prepend(tmp_path)
 
     def make(*requirements: str):
-        install(tmp_path, "entropy_gpt", "9.9", requirements=requirements)
+        # Without a module, which would stand in for this project's own package.
+        install(tmp_path, "entropy_gpt", "9.9", code=None, requirements=requirements)
 
     return make
 
