@@ -69,6 +69,7 @@ def test_from_embeddings(twins, with_ids, options):
     assert torch.equal(generated[1][:, -12:], expected[:, -12:])
 
 
+@pytest.mark.slow
 def test_continuous_batching(compared):
     prompts, options = [[5, 6, 7, 8], [9, 10, 11]], GenerationConfig(**GREEDY, num_blocks=64, max_batch_tokens=64)
     generated = []

@@ -159,6 +159,7 @@ def test_the_default_is_what_training_keeps_apart(models, tmp_path):
     assert result.heads.heads.rows == 128
 
 
+@pytest.mark.slow
 def test_tasks_of_ones_own_data(models, text, tmp_path, run_here):
     data = tmp_path / "data"
     data.mkdir()

@@ -82,6 +82,7 @@ def test_the_folded_model_is_there_and_folded(folder, model):
     torch.testing.assert_close(folded(tokens).logits, model.eval()(tokens).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_folded_model_is_noticed(folder, model):
     other = fold(make_model("EReg(SM(t)+ScFuFFN)", vocab_size=model.config.vocab_size, initializer_range=0.5))
     other.save_pretrained(folder / FOLDED, max_shard_size="20KB")
@@ -91,12 +92,14 @@ def test_another_folded_model_is_noticed(folder, model):
         check(folder, model, fold(model))
 
 
+@pytest.mark.slow
 def test_other_weights_are_noticed(folder, model):
     other = make_model("EReg(SM(t)+ScFuFFN)", vocab_size=model.config.vocab_size, initializer_range=0.5)
     with pytest.raises(PublicationError, match="computes other logits with the model"):
         check_loading(folder, other)
 
 
+@pytest.mark.slow
 def test_code_that_needs_this_project_is_noticed(folder, model):
     with (folder / "layers.py").open("a") as file:
         file.write("\nfrom modeling_entropy_gpt import layers\n")
@@ -151,6 +154,7 @@ def test_cards_that_the_hub_would_not_read_are_noticed(tmp_path, content):
         check_card(tmp_path / CARD)
 
 
+@pytest.mark.slow
 def test_half_precision_survives(tokenizer, result, tmp_path):
     model = make_model("SM+ScFuFFN", vocab_size=len(tokenizer)).to(torch.bfloat16)
     assemble(model, tokenizer, result, tmp_path, folded=fold(model))

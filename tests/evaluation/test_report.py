@@ -367,6 +367,7 @@ def test_whatever_is_missing_there_is_a_page(without_drawing, results):
     check_page(results)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=4, derandomize=True)
 @given(st.lists(model_results(), min_size=2, max_size=3, unique_by=lambda result: result.name))
 def test_whatever_is_missing_there_are_pictures(results):
