@@ -1,1 +1,47 @@
-"""The `entropy-gpt` command, and its workflows for Python."""
+"""
+Workflows of `entropy-gpt` for Python. Each works like the command of the same name, prints nothing, and is imported
+when it is first used:
+
+    import entropy_gpt
+
+    run = entropy_gpt.train("python-stdlib-small", max_steps=500)
+    report = entropy_gpt.convert("openai-community/gpt2", to="EReg(SM(t)+ScFuFFN)", output="my_model")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from entropy_gpt.conversion.errors import UserError
+    from entropy_gpt.evaluation.private_inference.inference import PrivateModel
+    from entropy_gpt.workflows.convert import convert
+    from entropy_gpt.workflows.evaluate import evaluate
+    from entropy_gpt.workflows.export import export
+    from entropy_gpt.workflows.publish import publish
+    from entropy_gpt.workflows.report import report
+    from entropy_gpt.workflows.train import train
+
+
+__all__ = ["PrivateModel", "UserError", "convert", "evaluate", "export", "publish", "report", "train"]
+
+_MODULES = {
+    "PrivateModel": "evaluation.private_inference.inference",
+    "UserError": "conversion.errors",
+    "convert": "workflows.convert",
+    "evaluate": "workflows.evaluate",
+    "export": "workflows.export",
+    "publish": "workflows.publish",
+    "report": "workflows.report",
+    "train": "workflows.train",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions of packages, the commit, the machine, and a hash of the weights."""
+"""The origin of a result: versions of packages, the commit, the machine, and a hash of the weights."""
 
 import hashlib
 import platform
@@ -13,18 +13,36 @@ import torch
 from transformers import PreTrainedModel
 
 
-# The working tree that this code lies in, if there is one.
+# The working tree of this code, if it runs from one.
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED_VERSIONS = ("entropy-gpt", "torch", "transformers", "datasets", "tokenizers")
 
 
+def collect_origin(device: torch.device, versions: dict[str, str] | None = None) -> dict:
+    """
+    Collects the three fields with which every record says what computed it.
+
+    Args:
+        device (`torch.device`): The device that computed.
+        versions (`dict[str, str]`, *optional*): Versions of other packages than those of [`recorded_versions`].
+
+    Returns:
+        `dict`: `versions`, `git_revision` and `machine`, as keyword arguments of a record.
+    """
+    return {
+        "versions": recorded_versions() if versions is None else versions,
+        "git_revision": git_revision(),
+        "machine": machine_name(device),
+    }
+
+
 def recorded_versions(*others: str) -> dict[str, str]:
-    """Versions of Python and of the packages that take part in a result, and of others that do."""
+    """Versions of Python, of the packages that every result depends on, and of the other packages that are named."""
     return {"python": platform.python_version(), **{name: version(name) for name in (*RECORDED_VERSIONS, *others)}}
 
 
 def hash_weights(model: PreTrainedModel) -> str:
-    """A hash of a model's parameters and of buffers that are saved with them: of names, shapes, types and values."""
+    """Hashes a model's parameters and saved buffers: their names, shapes, types and values."""
     digest, saved = hashlib.sha256(), model.state_dict().keys()
     buffers = [(name, tensor) for name, tensor in model.named_buffers() if name in saved]
     for name, tensor in sorted([*model.named_parameters(), *buffers]):
@@ -34,7 +52,10 @@ def hash_weights(model: PreTrainedModel) -> str:
 
 
 def git_revision() -> str | None:
-    """The commit of this project's working tree, or `None` for an installation without one, or without git."""
+    """
+    The commit of this project's working tree, with "+changes" at its end if tracked files have changed. `None` if the
+    code does not run from a working tree, or git is not installed.
+    """
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
     commit = _git("rev-parse", "HEAD")
@@ -42,11 +63,11 @@ def git_revision() -> str | None:
 
 
 def machine_name(device: torch.device) -> str:
-    """The name of the processor that a model ran on, and for a CPU the number of threads used."""
+    """The name of the GPU, or of the CPU with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")  # Linux, where `platform` knows no more than the architecture
+    information = Path("/proc/cpuinfo")  # on Linux, `platform` knows only the architecture
     if information.exists():
         lines = information.read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
@@ -54,12 +75,12 @@ def machine_name(device: torch.device) -> str:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes."""
+    """The peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _git(*arguments: str) -> str:
-    # Whoever runs this code trusts the tree that it lies in, whose owner may be another (in a container, say).
+    # Git refuses the working tree of another user, which is common in containers. Whoever runs this code trusts it.
     command = ["git", "-C", ROOT, "-c", f"safe.directory={ROOT}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

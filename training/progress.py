@@ -1,4 +1,4 @@
-"""Progress of long work, as whoever runs it wants to see it: what workflows report to."""
+"""Progress of long work: the interface that workflows report to, and a caller implements."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -6,28 +6,28 @@ from typing import Protocol
 
 
 class Stage(Protocol):
-    """One part of the work."""
+    """A part of the work, under way."""
 
     def say(self, status: str):
-        """Reports a short text, such as the latest loss."""
+        """Reports a short text, such as the latest loss. It replaces the one before."""
 
     def advance(self, count: int = 1):
         """Reports that `count` more units are done."""
 
     def reach(self, completed: int, total: int | None = None):
-        """Reports how many units are done in all, and of how many if that is known only now."""
+        """Reports that `completed` units are done in all, and their total number if it is known only now."""
 
 
 class Progress(Protocol):
-    """The whole work. Pass an object of your own to see what a workflow does, or [`SILENT`]."""
+    """The work as a whole. Pass an object of your own to follow a workflow, or [`SILENT`]."""
 
     def stage(self, description: str, total: int | None = None) -> AbstractContextManager[Stage]:
         """
-        Begins a part of the work, which lasts as long as the context.
+        Begins a part of the work, which ends with the context.
 
         Args:
             description (`str`): What is being done.
-            total (`int`, *optional*): The number of units, if it is known.
+            total (`int`, *optional*): The number of units, such as tokens or steps, if it is known.
         """
 
 

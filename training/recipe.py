@@ -53,19 +53,19 @@ class Recipe:
     lora: LoraArguments
 
 
-def read_recipe(source: str, overrides: list[str]) -> Recipe:
+def read_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
     """
     Reads a recipe.
 
     Args:
         source (`str`): A YAML file, or the name of a recipe that comes with this package.
-        overrides (`list[str]`): `key=value` settings that replace those of the recipe; values as in YAML.
+        overrides (`dict[str, Any]`): Settings that replace those of the recipe, with values such as YAML has.
 
     Raises:
         `RecipeError`: If there is no such recipe, it is no flat YAML, or a setting is unknown or impossible.
     """
     path = find_recipe(source)
-    settings = read_yaml(path) | dict(map(_read_override, overrides))
+    settings = read_yaml(path) | overrides
     settings = {"output_dir": str(Path("runs", path.stem)), **settings}
     _refuse_unknown(settings)
     config_fields = {name: value for name, value in settings.items() if name not in ARGUMENT_FIELDS}
@@ -143,7 +143,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_override(text: str) -> tuple[str, Any]:
+def read_override(text: str) -> tuple[str, Any]:
+    """
+    The name and the value of a `key=value` setting; values as in YAML.
+
+    Raises:
+        `RecipeError`: If it is no such setting.
+    """
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise RecipeError(f"{text!r} is no setting: give key=value, such as learning_rate=1e-3.")

@@ -1,4 +1,4 @@
-"""What a training run starts from: architecture and model, refused before any work where they can't be had."""
+"""The start of a training run: its architecture and its first weights, checked before any work."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
@@ -21,11 +21,12 @@ from .tokenizer import load_tokenizer
 @dataclass(frozen=True)
 class Start:
     """
-    What a run starts from.
+    The start of a run.
 
     Args:
-        source ([`EntropyGPTForCausalLM`], *optional*): A trained model.
-        config ([`EntropyGPTConfig`]): Of the model to train, but for the vocabulary of a tokenizer to be trained.
+        source ([`EntropyGPTForCausalLM`], *optional*): A trained model to start from, in float32.
+        config ([`EntropyGPTConfig`]):
+            The configuration of the model to train. [`fit_vocabulary`] completes it once the tokenizer is known.
         context (`int`): Tokens of a sequence.
     """
 
@@ -35,7 +36,7 @@ class Start:
 
     @property
     def converts(self) -> bool:
-        """Whether the source is of another architecture."""
+        """Whether the source has another architecture, and is converted first."""
         if self.source is None:
             return False
         plan = plan_conversion(self.source.config, self.config)
@@ -44,10 +45,10 @@ class Start:
 
 def find_start(recipe: Recipe) -> Start:
     """
-    The architecture that a recipe asks for.
+    Finds the architecture that a recipe asks for, and loads the model to start from.
 
     Raises:
-        `UserError`: If it can't be had, or the model to start from can't be read.
+        `UserError`: If there is no such architecture, the model can't be loaded, or settings contradict each other.
     """
     try:
         if recipe.model.model_name_or_path is None:
@@ -68,9 +69,15 @@ def find_start(recipe: Recipe) -> Start:
     return start
 
 
-def fit_vocabulary(config: EntropyGPTConfig, recipe: Recipe, tokenizer) -> EntropyGPTConfig:
+def fit_vocabulary(config: EntropyGPTConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
     """
-    The configuration with the tokenizer's special tokens, and, where nothing says how large it is, its vocabulary.
+    Completes the configuration of a new model with the tokenizer's special tokens and, unless the recipe sets
+    `vocab_size`, with the size of its vocabulary.
+
+    Args:
+        config ([`EntropyGPTConfig`]): The configuration; it is changed.
+        recipe ([`Recipe`]): The settings.
+        tokenizer (`PreTrainedTokenizerFast`): The tokenizer.
 
     Raises:
         `UserError`: If the tokenizer has more tokens than the model.
@@ -80,16 +87,15 @@ def fit_vocabulary(config: EntropyGPTConfig, recipe: Recipe, tokenizer) -> Entro
         config.vocab_size = len(tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"The tokenizer has {len(tokenizer):,} tokens, and the model vocab_size={config.vocab_size:,}: "
-            + ("raise it, or leave it out." if from_scratch else "take the model's own tokenizer.")
+            f"The tokenizer has {len(tokenizer):,} tokens, more than the model's vocab_size={config.vocab_size:,}: "
+            + ("raise vocab_size, or leave it out." if from_scratch else "use the model's own tokenizer.")
         )
     if from_scratch:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return config
 
 
 def make_model(start: Start, seed: int) -> EntropyGPTForCausalLM:
-    """The model with its first weights: new ones, or those of a source of the same architecture."""
+    """The model before its first step: with new weights, or with those of a source of the same architecture."""
     if start.source is not None:
         return set_training_fields(start.source, start.config)
     set_seed(seed)
@@ -101,28 +107,30 @@ def _check_settings(recipe: Recipe, start: Start):
     if start.context > start.config.n_positions:
         raise UserError(f"context={start.context}: the model has n_positions={start.config.n_positions}. Lower it.")
     if recipe.data.streaming and start.converts:
-        raise UserError("streaming=true gives a conversion nothing to be fitted to: convert first, without it.")
+        raise UserError(
+            "streaming=true leaves no text to fit the conversion to: convert the model first, without streaming."
+        )
     if recipe.data.streaming and training.max_steps < 1:
-        raise UserError("streaming=true has no last document that would end the run: set max_steps.")
+        raise UserError("streaming=true needs max_steps, because the length of a stream is not known: set max_steps.")
     if training.on_divergence == "rollback" and training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         raise UserError(
-            f"on_divergence=rollback slows the learning rate down, which lr_scheduler_type="
-            f"{training.lr_scheduler_type.value} does itself: take another one, or on_divergence=stop."
+            f"on_divergence=rollback and lr_scheduler_type={training.lr_scheduler_type.value} would both lower the "
+            "learning rate: choose another lr_scheduler_type, or on_divergence=stop."
         )
     if training.save_only_model:
-        raise UserError("save_only_model=true leaves checkpoints that no run can go on from: leave it out.")
+        raise UserError("save_only_model=true saves checkpoints that no run can continue from: leave it out.")
     _check_vocabulary(recipe, start.config)
 
 
 def _check_vocabulary(recipe: Recipe, config: EntropyGPTConfig):
-    """As far as it is known before the text is read."""
+    """Checks the vocabulary as far as it is known before the text is read."""
     place = recipe.data.tokenizer or recipe.model.model_name_or_path
     if place is not None:
         fit_vocabulary(copy.deepcopy(config), recipe, load_tokenizer(place))
     elif recipe.data.tokenizer_vocab_size > (size := recipe.config_fields.get("vocab_size", math.inf)):
         raise UserError(
-            f"tokenizer_vocab_size={recipe.data.tokenizer_vocab_size} is more than vocab_size={size}: lower the one, "
-            "or leave out the other."
+            f"tokenizer_vocab_size={recipe.data.tokenizer_vocab_size} is more than vocab_size={size}: lower "
+            "tokenizer_vocab_size, or leave out vocab_size."
         )
 
 
@@ -139,8 +147,9 @@ def _config_of_source(config: EntropyGPTConfig, recipe: Recipe) -> EntropyGPTCon
     allowed = {*TRAINING_FIELDS, "final_normalization"}
     if foreign := sorted(recipe.config_fields.keys() - allowed):
         raise UserError(
-            f"{foreign[0]}={recipe.config_fields[foreign[0]]} can't be set with model_name_or_path: sizes are those "
-            f"of the model, and notation sets its architecture. These can: {', '.join(sorted(allowed))}."
+            f"{foreign[0]}={recipe.config_fields[foreign[0]]} can't be set together with model_name_or_path: sizes "
+            "come from the model, and its architecture from notation. Fields that can be set are "
+            f"{', '.join(sorted(allowed))}."
         )
     fields = {"final_normalization": config.final_normalization, **recipe.config_fields}
     return target_config(config, recipe.model.notation or config.notation, **fields)

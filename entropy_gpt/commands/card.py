@@ -1,17 +1,17 @@
-"""`entropy-gpt card`: a model's card, out of its results."""
+"""`entropy-gpt card`: writes a model's card from its results."""
 
 from .push import Licence, Model, Results
 
 
 def card(folder: Model, results: Results = None, licence: Licence = None):
     """
-    Write the card of a model's folder, README.md, from its results and nothing else; `push` makes one by itself.
+    Write the card of a model's folder, README.md, from its results. `push` writes a card by itself.
 
-    The results are those in the folder (results.json), or those that --results names; they are known by the hash of
-    the weights.
+    The results are those in the folder (results.json) and those of --results. They belong to the model if the hash of
+    their weights does.
 
     Example: entropy-gpt card converted_model --results evaluation_output --license apache-2.0
     """
-    from entropy_gpt.workflows.publish import write_card
+    from entropy_gpt.terminal.publish import run_card
 
-    write_card(folder, results or [], licence)
+    run_card(folder, results or [], licence)

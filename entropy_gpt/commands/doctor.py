@@ -1,4 +1,4 @@
-"""`entropy-gpt doctor`: whether this machine and environment can do what the project offers."""
+"""`entropy-gpt doctor`: checks what works on this machine and in this environment."""
 
 from typing import Annotated
 
@@ -10,17 +10,17 @@ from entropy_gpt.terminal.extras import Part
 def doctor(
     require: Annotated[
         list[Part] | None,
-        typer.Option(help="Fail if this is not there, in place of a note; as often as there are parts to name."),
+        typer.Option(help="Fail if this part is missing. Can be repeated."),
     ] = None,
 ):
     """
-    Tell what of this project works here, and what to install or do about the rest.
+    Check what works here, and show how to install or fix the rest.
 
-    Looks at Python and every package, each of which is imported, at the machine, the disk and the Hugging Face Hub
-    (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected), and has two processes answer a tiny secret prompt. Each
-    line begins with one of three marks: ok; missing, which is a note; failed, which has to be mended.
+    The command imports every package, and checks Python, the machine, the disk and the Hugging Face Hub (HF_ENDPOINT,
+    HF_TOKEN and HF_HUB_OFFLINE are respected). Two processes then answer a tiny secret prompt. Each line begins with a
+    mark: ok, missing (a note), or failed (must be fixed).
 
-    Exit status: 0 if all that is there works, 1 if something failed or --require names what is missing.
+    Exit status: 1 if something failed or a part of --require is missing, 0 otherwise.
 
     Example: entropy-gpt doctor --require train --require private
     """

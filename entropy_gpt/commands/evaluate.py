@@ -1,4 +1,4 @@
-"""`entropy-gpt evaluate`: what a model is worth, what its heads do, and what it takes."""
+"""`entropy-gpt evaluate`: measures perplexity, attention heads, operations and task scores of models."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +15,7 @@ class Dtype(StrEnum):
 
 def _list_tasks(tasks: str | None) -> str | None:
     if tasks == "list":
-        from entropy_gpt.workflows.evaluate import print_tasks
+        from entropy_gpt.terminal.evaluate import print_tasks
 
         print_tasks()
         raise typer.Exit
@@ -31,47 +31,50 @@ def evaluate(
         str | None,
         typer.Option(
             help="A text file, a folder of text files, a data file or folder (JSON lines, CSV, Parquet), or a data "
-            "set on the Hub. Else the part of Python's standard library that training here keeps apart."
+            "set on the Hub. Default: the held-out part of Python's standard library."
         ),
     ] = None,
     held_out: Annotated[
-        bool, typer.Option("--held-out", help="Of --text, only the part that training on it keeps apart.")
+        bool,
+        typer.Option("--held-out", help="Evaluate only the part of --text that training keeps for validation."),
     ] = False,
-    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
-    config: Annotated[str | None, typer.Option(help="Configuration of a data set.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column of a data set that holds the text.")] = "text",
-    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with each model.")] = None,
+    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
+    config: Annotated[str | None, typer.Option(help="The configuration of a data set.")] = None,
+    text_column: Annotated[str, typer.Option(help="The column of a data set that holds the text.")] = "text",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer of all models. Default: each model's own.")
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that a model sees at once (default: one less than the fewest positions of a model, up to "
-            "1023: trained on blocks of its own length, a model has never predicted from its last position)."
+            help="Tokens that a model sees at once. Default: one less than the fewest positions of a model, at most "
+            "1023. A model trained on blocks of its own length has never predicted from its last position."
         ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens predicted in each window after the first: fewer see more before them (all)."),
+        typer.Option(help="Tokens that each window predicts after the first. Fewer leave more context. Default: all."),
     ] = None,
     separate: Annotated[
         bool,
-        typer.Option("--separate", help="Predict each document alone; else they follow one another, as in training."),
+        typer.Option("--separate", help="Predict each document alone. Default: one after the other, as in training."),
     ] = False,
     bos: Annotated[
         bool, typer.Option("--bos", help="Begin with the beginning-of-text token, and predict the first token too.")
     ] = False,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Stop after so many tokens of text.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Stop after this many tokens of text.")] = None,
     per_position: Annotated[
-        bool, typer.Option("--per-position", help="Give the perplexity by the number of tokens seen too.")
+        bool, typer.Option("--per-position", help="Also show the perplexity by the number of tokens seen before.")
     ] = False,
     frequency_text: Annotated[
         str | None,
         typer.Option(
-            help="Give the perplexity by how often tokens are in this text too: as --text, or 'training' for what "
-            "training takes where the rest is evaluated."
+            help="Also show the perplexity by how often a token occurs in this text. Give it like --text, or as "
+            "'training' for the part of --text that is not evaluated."
         ),
     ] = None,
     head_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens whose attention is looked at, spread over the text; 0: none.")
+        int, typer.Option(min=0, help="Tokens whose rows of attention are measured, spread over the text; 0 for none.")
     ] = 65536,
     tasks: Annotated[
         str | None,
@@ -83,35 +86,37 @@ def evaluate(
         ),
     ] = None,
     task_data: Annotated[
-        Path | None, typer.Option(help="Folder with BLiMP, LAMBADA, HellaSwag or ARC, for the tasks local_*.")
+        Path | None, typer.Option(help="Folder with BLiMP, LAMBADA, HellaSwag or ARC, for tasks local_*.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take so many samples of each task alone.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The number of samples of each task. Default: all.")] = None,
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a forward pass: speed and memory, no results.")
+        int, typer.Option(min=1, help="Tokens in one forward pass. They affect speed and memory, not results.")
     ] = 4096,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and computation.")] = Dtype.float32,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0 (default: a GPU if there is one).")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of what lm-eval draws.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="The type of weights and computation.")] = Dtype.float32,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. Default: a GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples that lm-eval draws.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for numbers and pictures.")] = Path("evaluation_output"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another evaluation in the folder.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read models and text, and show what would be measured.")
+        bool, typer.Option("--dry-run", help="Check models and text, and show what would be measured.")
     ] = False,
 ):
     """
     Measure models: perplexity on text, attention heads, operations, and tasks of lm-eval.
 
-    All models see the same text in the same windows. The folder ends up with results.json, where each number has its
-    conditions, and with pictures of each model's heads; entropy-gpt report makes one page of it. Interrupted, the same
-    command goes on with the first model that is not done.
+    All models read the same text in the same windows. The output folder gets results.json, in which each number has
+    its conditions, and pictures of each model's heads. `entropy-gpt report` makes a page of it. If interrupted, run
+    the same command again: it continues with the first model that has no result.
 
     Example: entropy-gpt evaluate runs/baseline/model runs/proposal/model --text my_texts --stride 64 --per-position
     """
-    from entropy_gpt.workflows import evaluate as evaluate_job
-    from entropy_gpt.workflows.evaluate_inputs import Job
+    from entropy_gpt.terminal.evaluate import run
+    from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
+    from entropy_gpt.workflows.options import read_options
 
-    evaluate_job.run(
-        Job(
+    run(
+        read_options(
+            EvaluationOptions,
             models=tuple(models),
             text=text,
             held_out=held_out,

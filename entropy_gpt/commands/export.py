@@ -1,4 +1,4 @@
-"""`entropy-gpt export`: a model for other runtimes, checked there."""
+"""Options of `entropy-gpt export`, which writes a model as a graph for other runtimes and checks it there."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +13,10 @@ def export(
             metavar="MODEL", help="A GPT-2 or EntropyGPT: a folder, a repository on the Hub, or a nanoGPT file."
         ),
     ],
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX graph. Required: it is the only format so far.")],
-    output: Annotated[Path, typer.Option(help="Folder for the graph and all that goes with it.")] = Path(
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write an ONNX graph. Required, because it is the only format so far.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for graph, configuration, tokenizer and report.")] = Path(
         "exported_model"
     ),
     cached: Annotated[
@@ -24,9 +26,11 @@ def export(
             help="Make the keys and values of each layer inputs and outputs of the graph, to generate token by token.",
         ),
     ] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or repository of the tokenizer (default: the model).")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Export and check it, show what comes out, and keep nothing.")
+        bool, typer.Option("--dry-run", help="Export, check and show the report, but keep nothing.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --output.")] = False,
 ):
@@ -40,6 +44,6 @@ def export(
 
     Example: entropy-gpt export runs/python-stdlib-small/model --onnx --cache --output my_onnx_model
     """
-    from entropy_gpt.workflows.export import Job, run
+    from entropy_gpt.terminal.export import run
 
-    run(Job(source, output.resolve(), cached, tokenizer, dry_run, overwrite))
+    run(source, output, dry_run, cached=cached, tokenizer=tokenizer, overwrite=overwrite)

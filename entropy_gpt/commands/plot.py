@@ -1,4 +1,4 @@
-"""`entropy-gpt plot`: pictures of training runs, from their logs alone."""
+"""`entropy-gpt plot`: draws training runs from their logs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,24 +8,25 @@ import typer
 
 def plot(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Folders of training runs, or their training_log.jsonl.")
+        list[Path], typer.Argument(metavar="RUN", help="A folder of a training run, or its training_log.jsonl.")
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the pictures. Else RUN/pictures, or pictures here for several runs."),
+        typer.Option(help="Folder for the pictures. Default: RUN/pictures, or ./pictures for several runs."),
     ] = None,
     steps: Annotated[
         str | None,
         typer.Option(
-            metavar="STEP,...", help="Steps of the heat maps of heads, such as 0,500,1500. Else first, middle, last."
+            metavar="STEP,...",
+            help="Steps of the heat maps, such as 0,500,1500. Default: first, middle and last.",
         ),
     ] = None,
 ):
     """
     Draw training runs, alone or side by side: losses, entropies, thresholds, penalty and scales.
 
-    It needs nothing but the logs, of runs that have ended, are still going on or died. The table tells how each run
-    stands.
+    Only the logs are needed, of runs that have finished, are still running or died. A table shows the state of each
+    run.
 
     Example: entropy-gpt plot runs/baseline runs/proposal --steps 0,500,1500
     """

@@ -1,4 +1,4 @@
-"""`entropy-gpt private`: two parties compute an answer, of whom one keeps its weights and the other its prompt."""
+"""`entropy-gpt private`: a server keeps its weights secret, a client its prompt, and both compute the answer."""
 
 import signal
 import sys
@@ -10,14 +10,14 @@ import typer
 
 
 private = typer.Typer(
-    help="Answer a secret prompt with secret weights: two-party inference, checked and measured.",
+    help="Answer a secret prompt with secret weights, by two-party computation, and measure the cost.",
     no_args_is_help=True,
 )
 
 
 @private.callback()
 def end_in_order():
-    """Whoever ends a party gently lets it clear away what it keeps on disk."""
+    """Lets a terminated party delete its temporary files."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
@@ -38,12 +38,17 @@ class Learned(StrEnum):
 
 Certificate = Annotated[Path | None, typer.Option("--cert", help="This side's certificate, in PEM.")]
 Key = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
-Authority = Annotated[Path | None, typer.Option("--ca", help="Certificates of those who may sign the other side's.")]
+Authority = Annotated[
+    Path | None,
+    typer.Option("--ca", help="Certificates of the authorities that may sign the other side's certificate."),
+]
 Insecure = Annotated[
     bool,
-    typer.Option("--insecure", help="Plain TCP beyond this machine's loopback; only where the network is trusted."),
+    typer.Option(
+        "--insecure", help="Allow plain TCP beyond this machine's loopback. Use it only in a trusted network."
+    ),
 ]
-Timeout = Annotated[int, typer.Option(min=1, help="Seconds for which nothing may happen before a side gives up.")]
+Timeout = Annotated[int, typer.Option(min=1, help="Seconds without any event after which a side gives up.")]
 NewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Tokens of the answer; their number is public.")
 ]
@@ -51,34 +56,36 @@ Networks = Annotated[
     list[str] | None,
     typer.Option(
         "--network",
-        help="What to tell seconds for, in place of LAN and WAN: a bandwidth and a round trip, such as 300Mbps,20ms.",
+        help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms.",
     ),
 ]
 Layers = Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")]
 Width = Annotated[int, typer.Option("--n-embd", min=1, help="Width.")]
-Heads = Annotated[int | None, typer.Option("--n-head", min=1, help="Heads; of 64 numbers each if not given.")]
+Heads = Annotated[int | None, typer.Option("--n-head", min=1, help="Heads. Default: heads of 64 dimensions.")]
 Length = Annotated[int, typer.Option("--seq", min=1, help="Tokens of the prompt.")]
 Vocabulary = Annotated[int, typer.Option("--vocab-size", min=2, help="Tokens of the vocabulary.")]
-TokenizerPlace = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")]
+TokenizerPlace = Annotated[
+    str | None, typer.Option(help="The tokenizer's folder or repository. Default: the model's.")
+]
 ProtocolOption = Annotated[
     TwoPartyProtocol,
     typer.Option(
-        help="cheetah: neither side can learn more from what it receives. semi2k: the server deals the random numbers "
-        "that protect the prompt, so it could read it: for measuring alone."
+        help="cheetah: neither side learns anything from the messages it receives. semi2k: the server deals the "
+        "random numbers that protect the prompt, so it could read the prompt; use it only for measurements."
     ),
 ]
 EmbeddingOption = Annotated[
     Embedding,
     typer.Option(
-        help="one_hot: neither side learns anything, for a product with the whole vocabulary. client_table: the "
-        "client is given the embeddings, which are weights of the model, and of its head too where the two are tied."
+        help="one_hot: neither side learns anything, at the cost of a product with the whole vocabulary. "
+        "client_table: the client gets the embeddings. These are weights of the model (and of its head, if tied)."
     ),
 ]
 AnswerOption = Annotated[
     Learned,
     typer.Option(
-        help="What the client learns of each new token: its logits, or by a secure comparison the token alone. Logits "
-        "tell more of the weights, the more is asked; of a token alone nobody can see that it was out of range."
+        help="What the client learns of each new token: its logits, or only the token, by a secure comparison. Logits "
+        "reveal more about the weights with each question. With tokens only, nobody notices numbers out of range."
     ),
 ]
 
@@ -86,7 +93,7 @@ AnswerOption = Annotated[
 @private.command()
 def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="An EntropyGPT or GPT-2: a folder, or on the Hub.")],
-    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:9000",
+    listen: Annotated[str, typer.Option(help="HOST:PORT. Port 0 takes a free one.")] = "127.0.0.1:9000",
     certificate: Certificate = None,
     key: Key = None,
     authority: Authority = None,
@@ -95,35 +102,39 @@ def serve(
     embedding: EmbeddingOption = Embedding.one_hot,
     answer: AnswerOption = Learned.logits,
     tokenizer: TokenizerPlace = None,
-    longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Answers that a client may ask for.")] = 256,
+    longest: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="The most tokens that a client may ask for.")
+    ] = 256,
     timeout: Timeout = 600,
 ):
     """
     Hold the weights, and answer one client after another.
 
-    The client learns the answer, and what is public: architecture, sizes, settings, a hash of the tokenizer, and a
-    bound of the logits. The server learns how long the prompt and the answer are. Both are taken to follow the
-    protocol (semi-honest); docs/private_inference.md says what is not protected.
+    The client learns the answer and what is public: architecture, sizes, settings, a hash of the tokenizer, and a
+    bound on the logits. The server learns the lengths of the prompt and the answer. Both sides are assumed to follow
+    the protocol (semi-honest). docs/private_inference.md lists what is not protected.
 
     Example: entropy-gpt private serve runs/proposal/model --listen 0.0.0.0:9000 --cert s.pem --key s.key --ca ca.pem
     """
-    from entropy_gpt.workflows.private import serve as run
+    from entropy_gpt.terminal.private import serve as run
 
     run(
         model,
         listen,
         (certificate, key, authority),
-        insecure,
-        {"protocol": protocol.value, "embedding": embedding.value, "answer": answer.value},
-        tokenizer,
-        longest,
-        timeout,
+        insecure=insecure,
+        protocol=protocol.value,
+        embedding=embedding.value,
+        answer=answer.value,
+        tokenizer=tokenizer,
+        longest=longest,
+        timeout=timeout,
     )
 
 
 @private.command()
 def ask(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the model is to go on from; it stays here.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue. It stays on this machine.")],
     connect: Annotated[str, typer.Option(help="HOST:PORT of the server.")],
     tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
     certificate: Certificate = None,
@@ -133,35 +144,37 @@ def ask(
     new_tokens: NewTokens = 1,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     networks: Networks = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the costs go, as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the cost to this file, as JSON.")
+    ] = None,
     timeout: Timeout = 600,
 ):
     """
-    Hold the prompt, and ask a server to go on from it, most likely token by most likely token.
+    Hold the prompt, and ask a server to continue it, always with the most likely token.
 
     Example: entropy-gpt private ask "def main(" --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key
     --ca ca.pem
     """
-    from entropy_gpt.workflows.private import ask as run
+    from entropy_gpt.terminal.private import ask as run
 
     run(
         prompt,
         connect,
-        tokenizer,
         (certificate, key, authority),
-        insecure,
-        new_tokens,
-        protocol.value,
-        output,
-        timeout,
         networks or [],
+        output,
+        tokenizer=tokenizer,
+        insecure=insecure,
+        new_tokens=new_tokens,
+        protocol=protocol.value,
+        timeout=timeout,
     )
 
 
 @private.command()
 def demo(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="An EntropyGPT or GPT-2: a folder, or on the Hub.")],
-    prompt: Annotated[str, typer.Option(help="What the model is to go on from.")] = "def main(",
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "def main(",
     new_tokens: NewTokens = 1,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
@@ -169,23 +182,34 @@ def demo(
     tokenizer: TokenizerPlace = None,
     networks: Networks = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where the costs go, step by step, as JSON.")
+        Path | None, typer.Option("--output", "-o", help="Write the cost of each step to this file, as JSON.")
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Where the sum of the costs goes, as a result that report, card and push read."),
+        typer.Option(help="Write the total cost to this file, as a result for report, card and push."),
     ] = None,
     timeout: Timeout = 600,
 ):
     """
-    Start a server and a client on this machine, and compare their answer with the model's own in the clear.
+    Run a server and a client on this machine, and compare their answer with the model's own in the clear.
 
     Example: entropy-gpt private demo model_cards/models/converted --max-new-tokens 3
     """
-    from entropy_gpt.workflows.private import demo as run
+    from entropy_gpt.terminal.private import demo as run
 
-    settings = {"protocol": protocol.value, "embedding": embedding.value, "answer": answer.value}
-    run(model, prompt, new_tokens, settings, tokenizer, output, results, timeout, networks or [])
+    run(
+        model,
+        prompt,
+        networks or [],
+        output,
+        results,
+        new_tokens=new_tokens,
+        protocol=protocol.value,
+        embedding=embedding.value,
+        answer=answer.value,
+        tokenizer=tokenizer,
+        timeout=timeout,
+    )
 
 
 @private.command()
@@ -198,29 +222,39 @@ def cost(
     n_head: Heads = None,
     length: Length = 128,
     vocab_size: Vocabulary = 50257,
-    kept: Annotated[int, typer.Option(min=0, help="Tokens before, whose keys and values are kept.")] = 0,
+    kept: Annotated[int, typer.Option(min=0, help="Earlier tokens, whose keys and values are cached.")] = 0,
     all_positions: Annotated[
-        bool, typer.Option("--all-positions", help="Logits of every position, not of the last one alone.")
+        bool, typer.Option("--all-positions", help="Compute the logits of every position, not only of the last one.")
     ] = False,
     embedding: EmbeddingOption = Embedding.one_hot,
 ):
     """
-    Tell what a private inference would send and wait for, from the architecture alone: no weights, and no engine.
+    Predict the traffic and the round trips of a private inference from the architecture, without weights or engine.
 
-    Prices of Cheetah's parts were measured once; docs/private_inference.md says how near they come.
+    The prices of Cheetah's primitives were measured once. docs/private_inference.md compares predictions with
+    measurements.
 
     Example: entropy-gpt private cost SM+LN+G SM+LN+R 'EReg(SM(t)+ScFuFFN)' --seq 256
     """
     from entropy_gpt.terminal.private_cost import run
 
-    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "vocab_size": vocab_size}
-    run(notations, sizes, kept, length, all_positions, embedding.value)
+    run(
+        notations,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        vocab_size=vocab_size,
+        kept=kept,
+        length=length,
+        all_positions=all_positions,
+        embedding=embedding.value,
+    )
 
 
 @private.command()
 def benchmark(
     notations: Annotated[
-        list[str] | None, typer.Argument(metavar="NOTATION...", help="Architectures, in place of the paper's four.")
+        list[str] | None, typer.Argument(metavar="NOTATION...", help="Architectures. Default: the paper's four.")
     ] = None,
     n_layer: Layers = 12,
     n_embd: Width = 768,
@@ -229,28 +263,42 @@ def benchmark(
     vocab_size: Vocabulary = 50257,
     networks: Annotated[
         list[str] | None,
-        typer.Option("--network", help="Beside LAN and WAN: a bandwidth and a round trip, such as 300Mbps,20ms."),
+        typer.Option(
+            "--network", help="Another network besides LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms."
+        ),
     ] = None,
     whole: Annotated[
-        bool, typer.Option("--full", help="Run the cheapest architecture whole too, to prove the sum.")
+        bool,
+        typer.Option("--full", help="Also run the cheapest architecture as a whole, to verify the sum of its parts."),
     ] = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for what is measured, the table and the picture.")
-    ] = Path("private_benchmark_output"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for measurements, table and picture.")] = Path(
+        "private_benchmark_output"
+    ),
     timeout: Timeout = 1200,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be measured and the MB predicted; measure nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be measured, with predicted MB, and measure nothing.")
     ] = False,
 ):
     """
-    Measure the paper's table on this machine: what each architecture takes between two processes.
+    Measure the paper's table on this machine: the cost of each architecture between two processes.
 
-    The first and the last block, one of each kind between, the embedding and the head are measured, and added up. All
-    is compared with SM+LN+G as it is run today. The same command goes on after an interruption.
+    The first and the last block, one block of each kind in between, the embedding and the head are measured and added
+    up. The baseline is SM+LN+G as it is run today. If interrupted, run the same command again to continue.
 
     Example: entropy-gpt private benchmark --full --network 300Mbps,20ms -o runs/private
     """
-    from entropy_gpt.workflows.private_table import run
+    from entropy_gpt.terminal.private_table import run
 
-    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "vocab_size": vocab_size}
-    run(notations, sizes, length, networks or [], whole, output, timeout, dry_run)
+    run(
+        notations,
+        dry_run,
+        output=output,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        vocab_size=vocab_size,
+        context=length,
+        networks=networks or [],
+        whole=whole,
+        timeout=timeout,
+    )

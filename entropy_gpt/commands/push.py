@@ -1,4 +1,4 @@
-"""`entropy-gpt push`: a trained model to the Hub, looked through before anything is sent."""
+"""`entropy-gpt push`: checks a trained model and sends it to the Hub."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -14,14 +14,14 @@ class Folded(StrEnum):
 
 Model = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="Folder of a trained model with its tokenizer, as train and convert leave it."),
+    typer.Argument(metavar="DIR", help="Folder of a trained model with its tokenizer, as train and convert write it."),
 ]
 Results = Annotated[
     list[Path] | None,
     typer.Option(
         "--results",
-        help="Results of the model beside those in its folder (files, or folders with a results.json); can be "
-        "repeated. Those of other models in them are passed over.",
+        help="Results of the model besides those in its folder: a file, or a folder with a results.json. Can be "
+        "repeated. Results of other models are ignored.",
     ),
 ]
 Licence = Annotated[
@@ -32,56 +32,61 @@ Licence = Annotated[
 
 def push(
     folder: Model,
-    repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to, such as my-name/my-model.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="The repository, such as my-name/my-model.")],
     results: Results = None,
     licence: Licence = None,
     folded: Annotated[
         Folded | None,
         typer.Option(
-            help="Send the model folded for inference: beside it, in a folder of its own, or instead of it.",
+            help="Send the model folded for inference: beside the model, in a folder of its own, or instead of it.",
         ),
     ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="If the repository is new, let nobody else see it.")
-    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch that gets the commit; made if it is not there (default: main).")
+        str | None, typer.Option(help="Branch of the commit, created if it does not exist. Default: main.")
     ] = None,
     create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Propose the commit as a pull request to a repository that is there.")
+        bool, typer.Option("--create-pr", help="Propose the commit as a pull request to an existing repository.")
     ] = False,
-    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
-    shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="The most that one file of weights holds.")
-    ] = "5GB",
+    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+    shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest size of a file of weights.")] = "5GB",
     timeout: Annotated[
-        int, typer.Option(min=1, help="Seconds for which the Hub may be silent before it is asked again.")
+        int, typer.Option(min=1, help="Seconds without a reply after which the Hub is asked again.")
     ] = 60,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Put all together and check it, and send nothing. Needs no token.")
+        bool, typer.Option("--dry-run", help="Put the folder together and check it, but send nothing. Needs no token.")
     ] = False,
 ):
     """
     Send a trained model to the Hub, with its code, its tokenizer, and a card made from its results.
 
-    Before anything is sent, the folder has to load in a fresh process without this package and give the same logits;
-    its card has to be readable; and it is searched for what is private, such as tokens and paths of this machine. All
-    goes in one commit, or nothing does; a repository or branch that was made for it may stay, empty. Files of an
-    earlier push that this one does not have are deleted, the card is replaced, and what else lies there stays.
+    Before anything is sent, the folder must load in a fresh process without this package and give the same logits. Its
+    card must be readable, and it must contain nothing private, such as tokens and paths of this machine. All files go
+    in one commit. If sending fails, a repository or branch that was created for it may remain, empty. The commit
+    replaces the card and deletes files of an earlier push that this one does not have; other files stay.
 
-    The Hub is the one HF_ENDPOINT names, the token that of `hf auth login` or HF_TOKEN.
+    The Hub is HF_ENDPOINT, and the token is that of `hf auth login` or HF_TOKEN.
 
     Example: entropy-gpt push runs/python-stdlib-small/model my-name/my-model --license apache-2.0 --folded beside
     """
-    from entropy_gpt.workflows.publish import Target, run
+    from entropy_gpt.terminal.publish import run
+    from entropy_gpt.workflows.options import read_options
+    from entropy_gpt.workflows.publish import PublicationOptions
 
     run(
         folder,
-        Target(repository, private, revision, create_pr, message),
-        results or [],
-        licence,
-        folded and folded.value,
-        shard_size,
-        timeout,
-        dry_run,
+        read_options(
+            PublicationOptions,
+            repository=repository,
+            results=tuple(results or ()),
+            licence=licence,
+            folded=folded and folded.value,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+            shard_size=shard_size,
+            timeout=timeout,
+            dry_run=dry_run,
+        ),
     )

@@ -1,4 +1,4 @@
-"""`entropy-gpt report`: one page about evaluated models."""
+"""`entropy-gpt report`: makes a page about evaluated models."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,19 +11,20 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RESULTS...",
-            help="Results of models (results.json, or the folder it is in), and training runs (folders, or their "
-            "training_log.jsonl), whose curves are shown too.",
+            help="Results of models (results.json or its folder), and training runs (a folder or its "
+            "training_log.jsonl), whose curves are added.",
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The page: .html, in one file, or .md, with a folder of pictures.")
+        Path, typer.Option("--output", "-o", help="The page: an .html file, or an .md file with a folder of pictures.")
     ] = Path("report.html"),
 ):
     """
-    Make one page about evaluated models: tables, perplexity against cost, attention heads, and all conditions.
+    Make a page about evaluated models: tables, perplexity against cost, attention heads, and all conditions.
 
-    Numbers that were measured under other conditions than most are marked, and not compared with them. Two records of
-    one model, such as its perplexity and its costs, become one. The page loads nothing: it can be read offline.
+    Numbers that were measured under different conditions from most others are marked and not compared with them. Two
+    records of one model, such as its perplexity and its costs, are merged. The page loads nothing, so it can be read
+    offline.
 
     Example: entropy-gpt report evaluation_output runs/baseline runs/proposal -o report.html
     """

@@ -1,4 +1,4 @@
-"""`entropy-gpt train`: train a model of the family by a recipe."""
+"""Options of `entropy-gpt train`, which trains a model by a recipe."""
 
 from typing import Annotated
 
@@ -7,35 +7,39 @@ import typer
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="A YAML file, or the name of a recipe that comes along. Without: their list.")
+        str | None,
+        typer.Argument(
+            help="A YAML file, or the name of a recipe that comes with the package. Without one: list them."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the recipe, such as n_layer=6."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained, on what and how; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Show the architecture, the text and the amount of training; write nothing."),
     ] = False,
     show_settings: Annotated[
         bool, typer.Option("--settings", help="List every setting that a recipe can have, with its default.")
     ] = False,
 ):
     """
-    Train a model by a recipe, and show what its attention heads do meanwhile.
+    Train a model by a recipe, and draw what its attention heads do during training.
 
     A recipe names the architecture (or a model to start from), the text, and any of HuggingFace's TrainingArguments.
-    The run's folder (output_dir, else runs/RECIPE) holds training_log.jsonl, pictures drawn from it, checkpoints, and
-    at the end the model, ready for the Hub. Killed at any moment, the same command goes on to the same result.
+    The run's folder (output_dir, by default runs/RECIPE) holds training_log.jsonl, its pictures, checkpoints, and at
+    the end the model, ready for the Hub. A run that was killed continues with the same command, to the same result.
 
-    On several processes: accelerate launch $(which entropy-gpt) train RECIPE, or torchrun in its place.
+    To train on several processes: accelerate launch $(which entropy-gpt) train RECIPE, or torchrun instead.
 
     Example: entropy-gpt train python-stdlib-small notation='SM+ScFuFFN' max_steps=500
     """
-    from entropy_gpt.workflows import train as train_job
+    from entropy_gpt.terminal.train import print_recipes, print_settings, run
 
     if show_settings:
-        train_job.print_settings()
+        print_settings()
     elif recipe is None:
-        train_job.print_recipes()
+        print_recipes()
     else:
-        train_job.run(recipe, settings or [], dry_run)
+        run(recipe, settings or [], dry_run)

@@ -1,7 +1,7 @@
 """
-Looks at this environment and machine, and tells what works.
+Checks this environment and machine, and prints what works.
 
-Whatever may crash or hang is left to processes of their own, which tell what they find as lines of JSON.
+Checks that may crash or hang run in separate processes, which report their findings as lines of JSON.
 """
 
 import importlib
@@ -32,23 +32,23 @@ from .extras import Part
 PROJECT = "entropy-gpt"
 CORE = "core"
 EXTRAS = (Part.train, Part.eval, Part.private, Part.onnx)
-# What a process may take, on a slow disk of which nothing is in memory.
+# Time limits of separate processes, long enough for a slow disk with an empty cache.
 IMPORT_SECONDS, HUB_SECONDS, ENGINE_SECONDS = 120, 30, 120
-# For which the Hub may be silent.
+# How long the Hub may take to reply.
 ANSWER_SECONDS = 5
-# Of the instructions of a processor, as Linux names them, those that torch makes use of.
+# The instruction sets that torch uses, by their names in Linux.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
-# How far private logits may be from those in the clear, of which the largest are some units.
+# The tolerated difference between private logits and those in the clear, whose magnitude is a few units.
 TOLERATED_ERROR = 0.05
 MESSAGE_CHARACTERS = 200
-# What Python ends with after an exception, which is the last line that it says.
+# The exit status of Python after an uncaught exception, whose last line is the message.
 UNCAUGHT = 1
 
 console = Console()
 
 
 class Mark(IntEnum):
-    """How something stands; the worse, the larger."""
+    """The state of something; a worse one is larger."""
 
     ok = 0
     missing = 1
@@ -61,12 +61,12 @@ STYLES = {Mark.ok: "green", Mark.missing: "yellow", Mark.failed: "bold red"}
 @dataclass(frozen=True)
 class Finding:
     """
-    A line.
+    One line of the output.
 
     Args:
-        mark ([`Mark`]): How it stands.
-        subject (`str`): What was looked at.
-        found (`str`): What there is.
+        mark ([`Mark`]): The state of the subject.
+        subject (`str`): What was checked.
+        found (`str`): What was found.
     """
 
     mark: Mark
@@ -77,13 +77,13 @@ class Finding:
 @dataclass(frozen=True)
 class Section:
     """
-    What was found about one thing.
+    The findings about one topic.
 
     Args:
-        title (`str`): What it is called.
-        findings (`list[Finding]`): One at least.
-        remedies (`Sequence[str]`): What to do.
-        part ([`Part`], *optional*): Who needs this part needs all of the section.
+        title (`str`): The topic.
+        findings (`list[Finding]`): At least one.
+        remedies (`Sequence[str]`): Commands that fix what is missing or has failed.
+        part ([`Part`], *optional*): The part of the project that needs the whole section.
     """
 
     title: str
@@ -93,13 +93,13 @@ class Section:
 
     @property
     def mark(self) -> Mark:
-        """Of the worst finding."""
+        """The worst mark of the findings."""
         return max(finding.mark for finding in self.findings)
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a process told, and why it ended; nothing if it came to its end."""
+class Reported:
+    """The values that a process reported, and why it ended early; the reason is empty if it did not."""
 
     values: list = field(default_factory=list)
     ending: str = ""
@@ -107,13 +107,13 @@ class Told:
 
 def run(required: Sequence[Part]) -> bool:
     """
-    Looks at everything, and prints it.
+    Checks everything, and prints the findings.
 
     Args:
-        required (`Sequence[Part]`): What must not be missing.
+        required (`Sequence[Part]`): The parts that must not be missing.
 
     Returns:
-        `bool`: Whether nothing failed, and nothing that is required is missing.
+        `bool`: Whether nothing failed and no required part is missing.
     """
     sections = []
     for section in look():
@@ -123,11 +123,11 @@ def run(required: Sequence[Part]) -> bool:
     missing = [section for section in sections if section.mark is Mark.missing and section not in failed]
     console.print()
     if failed:
-        console.print(f"Failed: {_titles(failed)}. What to do is told above.", style=STYLES[Mark.failed])
+        console.print(f"Failed: {_titles(failed)}. The remedies are above.", style=STYLES[Mark.failed])
     elif missing:
-        console.print(f"What is there works. Missing: {_titles(missing)}.", style=STYLES[Mark.missing])
+        console.print(f"Everything installed works. Missing: {_titles(missing)}.", style=STYLES[Mark.missing])
     else:
-        console.print("All is well.", style=STYLES[Mark.ok])
+        console.print("Everything works.", style=STYLES[Mark.ok])
     return not failed
 
 
@@ -136,8 +136,8 @@ def is_failure(section: Section, required: Sequence[Part]) -> bool:
 
 
 def look() -> Iterator[Section]:
-    """Everything, each section as soon as it and those before it are known."""
-    with console.status("importing what is installed") as status:
+    """Runs all checks, and yields each section as soon as it and those before it are complete."""
+    with console.status("importing the installed packages") as status:
         with ThreadPoolExecutor(usable_cores() + 1) as pool:
             hub = pool.submit(in_process, ask_hub, seconds=HUB_SECONDS)
             torch = pool.submit(in_process, describe_torch, seconds=IMPORT_SECONDS)
@@ -166,19 +166,19 @@ def _titles(sections: list[Section]) -> str:
 
 
 def look_at_packages(group: str) -> Section:
-    """Python and what the project can't do without, or what one of its extras adds."""
+    """Checks the packages of an extra, or Python and the packages of the core."""
     needed = list_requirements(group)
     if group == CORE:
         return _judge_packages(CORE, needed, Mark.failed, f'pip install "{PROJECT}"', look_at_python())
     install = f'pip install "{PROJECT}[{group}]"'
     if not needed:
-        finding = Finding(Mark.missing, "Python", f"{platform.python_version()}, for which nothing of it is made")
+        finding = Finding(Mark.missing, "Python", f"{platform.python_version()}, for which this extra has no packages")
         return Section(group, [finding], [f"in an environment of Python 3.11: {install}"], Part(group))
     return _judge_packages(group, needed, Mark.missing, install, [])
 
 
 def look_at_python() -> list[Finding]:
-    """What runs this, and where it is."""
+    """The versions and places of Python and of this project."""
     current, supported = platform.python_version(), metadata(PROJECT)["Requires-Python"]
     mark = Mark.ok if SpecifierSet(supported).contains(current, prereleases=True) else Mark.failed
     return [
@@ -188,7 +188,7 @@ def look_at_python() -> list[Finding]:
 
 
 def list_requirements(group: str) -> list[Requirement]:
-    """What the installed project says that it needs in this Python, by itself or for an extra."""
+    """The requirements that the installed project declares for this Python: those of the core, or of an extra."""
 
     def holds(requirement: Requirement, extra: str) -> bool:
         return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
@@ -203,10 +203,10 @@ def list_requirements(group: str) -> list[Requirement]:
 def _judge_packages(
     group: str, needed: list[Requirement], absent: Mark, install: str, findings: list[Finding]
 ) -> Section:
-    """The packages of a group behind other findings; one that is not there has the mark `absent`."""
+    """Adds a finding for each package of a group. A package that is not installed gets the mark `absent`."""
     versions = {requirement.name: find_version(requirement.name) for requirement in needed}
     errors = import_packages([name for name, found in versions.items() if found])
-    # Where a part of an extra is missing, nobody has asked for it, and what is there of it is there for others.
+    # If an extra is only partly installed, it counts as not requested: its packages may belong to something else.
     outside = absent if None in versions.values() else Mark.failed
     remedies = []
     for requirement in needed:
@@ -233,27 +233,27 @@ def find_version(package: str) -> str | None:
 
 
 def import_packages(packages: list[str]) -> dict[str, str]:
-    """Imports packages, apart from this process; returns what those said that can't be imported."""
+    """Imports packages in separate processes, and returns the error of each one that can't be imported."""
     errors, left = {}, packages
     while left:
-        told = in_process(import_modules, [[name, *list_modules(name)] for name in left], seconds=IMPORT_SECONDS)
-        said = dict(told.values)
+        reported = in_process(import_modules, [[name, *list_modules(name)] for name in left], seconds=IMPORT_SECONDS)
+        said = dict(reported.values)
         left = [name for name in left if name not in said]
-        if left:  # the first of them has ended the process
-            said[left.pop(0)] = told.ending or "it ended Python"
+        if left:  # the first of them ended the process
+            said[left.pop(0)] = reported.ending or "it ended Python"
         errors |= {name: error for name, error in said.items() if error}
     return errors
 
 
 def list_modules(package: str) -> list[str]:
-    """What a package is imported as: the module of its name, or those that it says it has."""
+    """The modules of a package: the one with its name, or those that it declares."""
     own = canonicalize_name(package).replace("-", "_")
     declared = (distribution(package).read_text("top_level.txt") or own).split()
     return [own] if own in declared else [module for module in declared if not module.startswith("_")]
 
 
 def import_modules(packages: list[list[str]]) -> Iterator[list[str]]:
-    """For a process of its own: each package, and what it said when its modules were imported."""
+    """Yields each package with the error of its import, which may be empty. Runs in a separate process."""
     for package, *modules in packages:
         error = ""
         try:
@@ -264,32 +264,32 @@ def import_modules(packages: list[list[str]]) -> Iterator[list[str]]:
         yield [package, error]
 
 
-def look_at_machine(torch: Told) -> Section:
-    """Processor, memory and GPU, as the system and torch tell them."""
+def look_at_machine(torch: Reported) -> Section:
+    """Processor, memory and GPU, as the system and torch report them."""
     cpu, memory = read_table(Path("/proc/cpuinfo")), read_table(Path("/proc/meminfo"))
     name = cpu.get("model name") or platform.processor() or platform.machine()
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
     total = f"{_gigabytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
     if "MemAvailable" in memory:
-        total += f", {_gigabytes(1024 * int(memory['MemAvailable'].split()[0]))} of it available"
+        total += f", {_gigabytes(1024 * int(memory['MemAvailable'].split()[0]))} available"
     facts = {
-        "processor": f"{name}, {usable_cores()} cores to be used",
+        "processor": f"{name}, {usable_cores()} usable cores",
         "instructions": " ".join(feature for feature in FEATURES if feature in flags) or "unknown",
         "memory": total,
     }
     for known in torch.values:
-        facts["torch"] = f"{known['threads']} threads, instructions of the kind {known['capability']}"
-        facts["GPU"] = ", ".join(known["devices"]) or "none that torch sees"
+        facts["torch"] = f"{known['threads']} threads, instruction set {known['capability']}"
+        facts["GPU"] = ", ".join(known["devices"]) or "none visible to torch"
     return Section("machine", [Finding(Mark.ok, subject, found) for subject, found in facts.items()])
 
 
 def usable_cores() -> int:
-    """Those that this process may run on, where the system tells them from the others."""
+    """The number of cores that this process may use, where the system knows it; otherwise, all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def read_table(path: Path) -> dict[str, str]:
-    """A file of Linux with a name, a colon and a value in each line, the first of each name; nothing elsewhere."""
+    """Reads a file of Linux with `name: value` lines. The first line of a name counts; other systems have no file."""
     if not path.exists():
         return {}
     pairs = (line.partition(":") for line in reversed(path.read_text(encoding="utf-8").splitlines()))
@@ -297,7 +297,7 @@ def read_table(path: Path) -> dict[str, str]:
 
 
 def describe_torch() -> Iterator[dict]:
-    """For a process of its own: what torch makes of this machine."""
+    """Yields what torch knows about this machine. Runs in a separate process."""
     import torch
 
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -306,15 +306,15 @@ def describe_torch() -> Iterator[dict]:
     yield {"capability": capability, "threads": torch.get_num_threads(), "devices": devices}
 
 
-def look_at_disk(hub: Told) -> Section:
-    """The folders that are written to if nobody names others."""
+def look_at_disk(hub: Reported) -> Section:
+    """Checks the folders that are written to by default."""
     findings = [look_at_folder("this folder", Path.cwd())]
     findings += [look_at_folder("Hub's cache", Path(known["home"])) for known in hub.values[:1]]
     return Section("disk", findings)
 
 
 def look_at_folder(subject: str, folder: Path) -> Finding:
-    """Its free space, and whether it can be written to; of one that is not there yet, the next one above."""
+    """Checks a folder's free space and whether it is writable; if it does not exist, its nearest parent's."""
     existing = next(place for place in (folder, *folder.parents) if place.is_dir())
     found = f"{folder}, {_gigabytes(shutil.disk_usage(existing).free)} free"
     try:
@@ -328,19 +328,19 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def look_at_hub(told: Told) -> list[Section]:
-    """The Hub, and the token for it."""
-    facts = {name: fact for value in told.values for name, fact in value.items()}
-    sections = [Section("hub", [_judge_hub(facts, told.ending)], part=Part.hub)]
+def look_at_hub(reported: Reported) -> list[Section]:
+    """Judges the Hub and its token."""
+    facts = {name: fact for value in reported.values for name, fact in value.items()}
+    sections = [Section("hub", [_judge_hub(facts, reported.ending)], part=Part.hub)]
     return [*sections, _judge_token(facts)] if facts else sections
 
 
 def _judge_hub(facts: dict, ending: str) -> Finding:
     if not facts:
-        return Finding(Mark.missing, "Hub", f"can't be asked: {ending}")
+        return Finding(Mark.missing, "Hub", f"can't be checked: {ending}")
     endpoint = facts["endpoint"]
     if facts["offline"]:
-        return Finding(Mark.missing, endpoint, "not asked, for HF_HUB_OFFLINE is set")
+        return Finding(Mark.missing, endpoint, "not checked, because HF_HUB_OFFLINE is set")
     if "status" not in facts:
         return Finding(Mark.missing, endpoint, f"not reached: {ending}")
     if facts["status"] >= 500:
@@ -350,16 +350,16 @@ def _judge_hub(facts: dict, ending: str) -> Finding:
 
 def _judge_token(facts: dict) -> Section:
     if not facts["token"]:
-        found = "none: public models can be loaded, and none be pushed"
+        found = "none: public models can be loaded, but no model can be pushed"
         return Section("token", [Finding(Mark.missing, "token", found)], ["hf auth login"])
     if "refusal" in facts:
         return Section("token", [Finding(Mark.failed, "token", facts["refusal"])], ["hf auth login --force"])
-    user = f"of {facts['user']}" if "user" in facts else "there; whose it is was not told"
+    user = f"of {facts['user']}" if "user" in facts else "present; its owner is unknown"
     return Section("token", [Finding(Mark.ok, "token", user)])
 
 
 def ask_hub() -> Iterator[dict]:
-    """For a process of its own: where the Hub is, whether it answers, and whom the token belongs to."""
+    """Yields the Hub's address, its reply, and the owner of the token. Runs in a separate process."""
     from huggingface_hub import constants, get_token, whoami
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import get_session
@@ -368,7 +368,7 @@ def ask_hub() -> Iterator[dict]:
     yield {"endpoint": constants.ENDPOINT, "home": constants.HF_HOME, "offline": offline, "token": has_token}
     if offline:
         return
-    # Without the token, which an error could show.
+    # Without the token, which an error message could show.
     response = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", timeout=ANSWER_SECONDS)
     yield {"status": response.status_code}
     if not has_token:
@@ -381,29 +381,29 @@ def ask_hub() -> Iterator[dict]:
 
 
 def look_at_engine(needed: list[Section]) -> Section:
-    """A tiny inference between two processes, held against the clear."""
+    """Runs a tiny inference between two processes, and compares it with the clear."""
     if lacking := [section for section in needed if section.mark is not Mark.ok]:
-        finding = Finding(Mark.missing, "two processes", f"not tried, for want of {_titles(lacking)}")
+        finding = Finding(Mark.missing, "two processes", f"not tried: {_titles(lacking)} missing")
         return Section("private engine", [finding], part=Part.private)
-    told = in_process(answer_privately, seconds=ENGINE_SECONDS)
-    remedies = [f'pip install "{PROJECT}[all]"'] if _lacks_a_module(told) else []
-    return Section("private engine", [judge_answer(told)], remedies, Part.private)
+    reported = in_process(answer_privately, seconds=ENGINE_SECONDS)
+    remedies = [f'pip install "{PROJECT}[all]"'] if _lacks_a_module(reported) else []
+    return Section("private engine", [judge_answer(reported)], remedies, Part.private)
 
 
-def judge_answer(told: Told) -> Finding:
-    if not told.values:
-        return Finding(Mark.missing if _lacks_a_module(told) else Mark.failed, "two processes", told.ending)
-    (answer,) = told.values
+def judge_answer(reported: Reported) -> Finding:
+    if not reported.values:
+        return Finding(Mark.missing if _lacks_a_module(reported) else Mark.failed, "two processes", reported.ending)
+    (answer,) = reported.values
     found = f"answered in {answer['seconds']:.1f} s; logits differ by {answer['error']:.4f} from those in the clear"
     return Finding(Mark.ok if answer["error"] < TOLERATED_ERROR else Mark.failed, "two processes", found)
 
 
-def _lacks_a_module(told: Told) -> bool:
-    return told.ending.startswith(ModuleNotFoundError.__name__)
+def _lacks_a_module(reported: Reported) -> bool:
+    return reported.ending.startswith(ModuleNotFoundError.__name__)
 
 
 def answer_privately() -> Iterator[dict]:
-    """For a process of its own: how far a private answer is from the clear, and how long it took."""
+    """Yields the error and the seconds of a private inference. Runs in a separate process."""
     import numpy as np
 
     from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config, make_random_model
@@ -415,17 +415,18 @@ def answer_privately() -> Iterator[dict]:
     yield {"error": float(np.abs(secret.answers[0] - clear.answers[0]).max()), "seconds": secret.seconds}
 
 
-def in_process(function: Callable[..., Iterator], *arguments, seconds: float) -> Told:
+def in_process(function: Callable[..., Iterator], *arguments, seconds: float) -> Reported:
     """
-    What a generator yields in a process of its own, as far as it gets.
+    Runs a generator in a separate process, and collects the values that it yields before it ends.
 
     Args:
-        function (`Callable`): Of a module that can be imported.
-        arguments: JSON.
-        seconds (`float`): After which the process is ended.
+        function (`Callable`): A function of an importable module.
+        arguments: Its arguments, which JSON can hold.
+        seconds (`float`): Time limit, after which the process is killed.
     """
-    code = f"from {__name__} import tell; from {function.__module__} import {function.__name__} as run; tell(run)"
-    # Nothing is imported from the current folder, in which there may be a datasets.py.
+    imports = f"from {__name__} import print_values; from {function.__module__} import {function.__name__} as check"
+    code = f"{imports}; print_values(check)"
+    # -P: nothing is imported from the current folder, which may contain a datasets.py.
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", code, json.dumps(arguments)],
         stdin=subprocess.DEVNULL,
@@ -442,11 +443,14 @@ def in_process(function: Callable[..., Iterator], *arguments, seconds: float) ->
         output, _ = child.communicate()
         ending = f"not done after {seconds:g} s"
     *lines, _ = output.split("\n")
-    return Told([json.loads(line) for line in lines], ending)
+    return Reported([json.loads(line) for line in lines], ending)
 
 
-def tell(function: Callable[..., Iterator]):
-    """Runs a generator with the arguments of the command line; what libraries print is not taken for its values."""
+def print_values(function: Callable[..., Iterator]):
+    """
+    Runs a generator with the arguments of the command line, and prints each value as JSON. Output of libraries goes to
+    stderr.
+    """
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for value in function(*json.loads(sys.argv[1])):
@@ -463,6 +467,6 @@ def _describe_ending(status: int, error: str) -> str:
 
 
 def shorten(message: str) -> str:
-    """In one line, without what could drive a terminal."""
+    """A message in one line, without control characters."""
     line = " ".join(message.split())
     return "".join(letter for letter in line if letter.isprintable())[:MESSAGE_CHARACTERS]

@@ -1,10 +1,10 @@
-"""The parts of the project that not everybody needs."""
+"""The optional parts of the project."""
 
 from enum import StrEnum
 
 
 class Part(StrEnum):
-    """A part that needs packages of its own, or a service."""
+    """An optional part, which needs packages of an extra or the Hub."""
 
     train = "train"
     eval = "eval"

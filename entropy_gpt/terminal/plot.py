@@ -1,25 +1,13 @@
 """Pictures of training runs and the table beside them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.run_log import RunLog
-from entropy_gpt.evaluation.showing.run_plots import (
-    choose_records,
-    has_scales,
-    plot_entropy_ranges,
-    plot_head_entropies,
-    plot_layer_entropies,
-    plot_losses,
-    plot_penalty,
-    plot_scales,
-    plot_thresholds,
-)
-from entropy_gpt.training.files import written_whole
+from entropy_gpt.evaluation.showing.run_pictures import PICTURES, Drawing, draw_pictures
+from entropy_gpt.evaluation.showing.run_plots import choose_records
 
 from .tables import make_table
 
@@ -36,29 +24,8 @@ HEADINGS = (
     "alarms",
     "diverged\nat step",
 )
-PICTURES = "pictures"
 
 console = Console()
-
-
-@dataclass(frozen=True)
-class Picture:
-    """
-    A picture that the command draws.
-
-    Args:
-        name (`str`): Of the file.
-        shows (`str`): What is on it.
-        draw: Draws it for runs.
-        lacking (`str`): What is missing from the runs that it can't be drawn for.
-        is_for: Whether it can be drawn for a run.
-    """
-
-    name: str
-    shows: str
-    draw: Callable[[list[RunLog], Path], None]
-    lacking: str
-    is_for: Callable[[RunLog], bool]
 
 
 def run(paths: list[Path], output: Path | None, steps: str | None):
@@ -80,18 +47,24 @@ def run(paths: list[Path], output: Path | None, steps: str | None):
     output = output.resolve()
     if not next(place for place in (output, *output.parents) if place.exists()).is_dir():
         raise UserError(f"{output} is no folder that can be written to. Give another --output.")
-    drawable = [(picture, [run for run in runs if picture.is_for(run)]) for picture in _pictures(wanted)]
-    if not any(suited for _, suited in drawable):
-        raise UserError(f"{', '.join(str(run.path) for run in runs)}: nothing is logged yet. Draw it later.")
-    _print_table(runs)
-    if wanted is not None:
-        _say_which_steps(runs, wanted)
     with console.status("drawing"):
-        for picture, suited in drawable:
-            if suited:
-                with written_whole(output / picture.name) as path:
-                    picture.draw(suited, path)
-    _print_where(drawable, runs, output)
+        drawings = draw_pictures(runs, output, wanted)
+    show(runs, drawings, wanted)
+
+
+def show(runs: list[RunLog], drawings: list[Drawing], steps: list[int] | None = None):
+    """
+    Shows how each run stands, and where the pictures are.
+
+    Args:
+        runs (`list[RunLog]`): The runs.
+        drawings (`list[Drawing]`): The pictures of them.
+        steps (`list[int]`, *optional*): Steps of the heat maps of heads, if they were chosen.
+    """
+    _print_table(runs)
+    if steps is not None:
+        _say_which_steps(runs, steps)
+    _print_where(drawings, runs)
 
 
 def read_steps(text: str) -> list[int]:
@@ -114,25 +87,6 @@ def _load(paths: list[Path]) -> list[RunLog]:
         if run.path in [other.path for other in runs[:index]]:
             raise UserError(f"{run.place} is given twice. Give each run once.")
     return runs
-
-
-def _pictures(steps: list[int] | None) -> list[Picture]:
-    def plot_heads(runs: list[RunLog], path: Path):
-        plot_head_entropies(runs, path, steps)
-
-    losses = ("no losses", lambda run: run.has_losses)
-    entropies = ("no entropies", lambda run: bool(run.entropies))
-    thresholds = ("no thresholds", lambda run: run.has_thresholds)
-    penalty = ("no penalty", lambda run: run.has_penalty)
-    return [
-        Picture("losses.png", "training and evaluation loss", plot_losses, *losses),
-        Picture("layer_entropies.png", "mean entropy of each layer over training", plot_layer_entropies, *entropies),
-        Picture("head_entropies.png", "mean entropy of every head at some steps", plot_heads, *entropies),
-        Picture("entropy_ranges.png", "heads in four ranges of entropy, at the end", plot_entropy_ranges, *entropies),
-        Picture("thresholds.png", "learned entropy thresholds", plot_thresholds, *thresholds),
-        Picture("penalty.png", "entropy penalty over training", plot_penalty, *penalty),
-        Picture("scales.png", "temperatures and residual scales by layer", plot_scales, "no scales", has_scales),
-    ]
 
 
 def _print_table(runs: list[RunLog]):
@@ -177,13 +131,14 @@ def _say_which_steps(runs: list[RunLog], steps: list[int]):
                 )
 
 
-def _print_where(drawable: list[tuple[Picture, list[RunLog]]], runs: list[RunLog], output: Path):
-    for picture, suited in drawable:
-        without = [run.place.name for run in runs if run not in suited]
-        if not suited:
-            old = ", and the one that is there is older" if (output / picture.name).exists() else ""
+def _print_where(drawings: list[Drawing], runs: list[RunLog]):
+    for drawing in drawings:
+        picture, path = drawing.picture, drawing.path
+        without = [run.place.name for run in runs if run not in drawing.runs]
+        if not drawing.runs:
+            old = ", and the one that is there is older" if path.exists() else ""
             line = f"not drawn: {picture.name} ({picture.lacking} logged{old})"
         else:
-            line = f"{picture.shows}: {output / picture.name}"
+            line = f"{picture.shows}: {path}"
             line += f" (without {', '.join(without)}: {picture.lacking})" if without else ""
         console.print(line, markup=False, soft_wrap=True)

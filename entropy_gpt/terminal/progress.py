@@ -43,13 +43,20 @@ class Bars:
 
 
 @contextmanager
-def progress_display(console: Console) -> Iterator[Bars]:
-    """Shows each stage on a line: description, bar, time left (then time taken), status."""
+def progress_display(console: Console, transient: bool = False) -> Iterator[Bars]:
+    """
+    Shows each stage on a line: description, bar, time left (then time taken), status.
+
+    Args:
+        console (`Console`): The console.
+        transient (`bool`): Whether the lines disappear at the end; only terminals show them at all.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         TimeRemainingColumn(elapsed_when_finished=True, compact=True),
         TextColumn("{task.fields[status]}"),
     )
-    with Progress(*columns, console=console) as display:
+    invisible = transient and not console.is_terminal  # otherwise, an empty line would remain
+    with Progress(*columns, console=console, transient=transient, disable=invisible) as display:
         yield Bars(display)

@@ -11,13 +11,13 @@ def make_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1, folded: Collection[int] = ()
 ) -> Table:
     """
-    A table with its numbers to the right, as narrow as it can be.
+    A table as narrow as possible, with numbers aligned to the right.
 
     Args:
-        headings (`Sequence[str]`): Of the columns.
-        rows (`Iterable[Sequence[str]]`): What stands in them, as it is.
-        text_columns (`int`): How many columns, the first ones, hold text and stand to the left.
-        folded (`Collection[int]`): Columns that may be broken into lines; others are as wide as they need.
+        headings (`Sequence[str]`): The columns' headings.
+        rows (`Iterable[Sequence[str]]`): The cells of each row, shown without markup.
+        text_columns (`int`): The number of columns at the left that hold text, aligned to the left.
+        folded (`Collection[int]`): Columns whose cells may be broken into lines. Others are never broken.
     """
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for index, heading in enumerate(headings):

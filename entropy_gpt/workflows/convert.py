@@ -1,19 +1,15 @@
-"""The stages of a conversion: plan, simplify, heal, finish, save. What is interrupted goes on from its last stage."""
+"""Conversion of a trained GPT-2 to a simpler architecture: plan, simplify, heal, finish, save."""
 
 import copy
 import json
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import disable_progress_bars
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from entropy_gpt.conversion.calibration import Calibration, calibrate, fingerprint
 from entropy_gpt.conversion.divergence import Divergence, Reference
@@ -33,25 +29,16 @@ from entropy_gpt.evaluation.origin import git_revision, machine_name, peak_memor
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport, StepRecord
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import RESULTS, Conditions, ModelResult, TrainingResult, save_results
-from entropy_gpt.evaluation.showing.conversion_page import (
-    PICTURE,
-    format_perplexity,
-    operation_rows,
-    report_markdown,
-    step_rows,
-)
+from entropy_gpt.evaluation.showing.conversion_page import PICTURE, format_perplexity, report_markdown
 from entropy_gpt.evaluation.showing.plots import plot_healing
-from entropy_gpt.terminal.progress import progress_display
-from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.files import delete, written_whole
-from entropy_gpt.training.progress import Progress
+from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .convert_inputs import (
-    LONGEST_CONTEXT,
     REPORT,
-    Job,
+    ConversionOptions,
     Text,
     check_amount,
     check_options,
@@ -62,94 +49,231 @@ from .convert_inputs import (
     read_text,
 )
 from .heal import heal
+from .library_bars import library_bars_hidden
+from .options import read_options
 
 
-# The columns of the report's table, for a terminal of 80 characters.
-HEADINGS = ("step", "KL to the\noriginal", "ppl per\ntoken", "naive\nKL", "naive\nppl", "para-\nmeters", "sec-\nonds")
-
-console = Console()
-
-
-def run(job: Job, dry_run: bool):
+@dataclass(frozen=True)
+class Conversion:
     """
-    Runs all stages.
+    A conversion that was checked and can begin.
 
     Args:
-        job ([`Job`]): What is wanted.
-        dry_run (`bool`): Whether to show the plan and write nothing.
-
-    Raises:
-        `UserError`: If the source, the text, the target or the output can't be used, or healing runs away.
+        options ([`ConversionOptions`]): The options.
+        original ([`EntropyGPTForCausalLM`]): The model to convert, in float32, on the GPU if there is one.
+        target ([`EntropyGPTConfig`]): The configuration to convert it to.
     """
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    try:
-        check_options(job)
-        check_output(job)
-        with progress_display(console) as progress:
-            with progress.stage("loading the model") as line:
-                original = load_language_model(job.source).float()
-                original.to("cuda" if torch.cuda.is_available() else "cpu")
-                line.say(f"{original.config.notation}, {original.num_parameters():,} parameters")
-            target = find_target(original.config, job)
-            plan = plan_conversion(original.config, target)
-            if not dry_run:
-                report = convert(job, original, target, read_text(job, original.config, progress), progress)
-    except NotFiniteError as error:
-        raise DivergedError(str(error)) from error
-    if dry_run:
-        _show_plan(original, target, plan, job)
-    else:
-        _print_report(report, job)
+
+    options: ConversionOptions
+    original: EntropyGPTForCausalLM
+    target: EntropyGPTConfig
+
+    @property
+    def plan(self) -> Plan:
+        """The steps from the original to the target."""
+        return plan_conversion(self.original.config, self.target)
 
 
 def convert(
-    job: Job, original: EntropyGPTForCausalLM, target: EntropyGPTConfig, text: Text, progress: Progress
+    source: str | Path,
+    *,
+    to: str,
+    output: str | Path,
+    text: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    final_norm: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    prune_by_damage: bool = False,
+    naive: bool = False,
+    context: int | None = None,
+    calibration_tokens: int = 65536,
+    evaluation_tokens: int = 16384,
+    calibration: str | Path | None = None,
+    heal_steps: int = 0,
+    schedule: str = "none",
+    distill: bool = False,
+    distill_temperature: float = 1.0,
+    hidden_state_weight: float = 0.0,
+    residual_scale_weight: float = 0.0,
+    learning_rate: float = 1e-3,
+    batch_size: int = 8,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
 ) -> ConversionReport:
     """
-    Runs the plan from a model to a target, heals, and puts the whole folder in its place.
+    Converts a trained GPT-2 to a simpler architecture, step by step, as `entropy-gpt convert` does.
+
+    Each step is fitted to text and measured against the original on other text, next to its naive version: weights
+    copied, nothing fitted. Healing trains the result. An interrupted conversion continues when it is called again
+    with the same arguments.
+
+    Args:
+        source (`str` or `Path`): A GPT-2 or EntropyGPT: a folder, a repository on the Hub, or a nanoGPT checkpoint.
+        to (`str`): The target architecture in the paper's notation, such as `"EReg(SM(t)+ScFuFFN)"`.
+        output (`str` or `Path`): The folder for model, tokenizer and report.
+        text (`str` or `Path`, *optional*):
+            A text file or folder, similar to the training text of the source. Default: Python's standard library.
+        tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the source.
+        final_norm (`str`, *optional*):
+            The norm before the head: `"layernorm"`, `"static"` or `"none"`. Default: that of the source.
+        settings (`dict`, *optional*):
+            Configuration fields that act only in training, such as `{"resid_pdrop": 0.0}`.
+        prune_by_damage (`bool`): Prune as many FFNs as `to` says, but those whose removal does the least damage.
+        naive (`bool`): Copy weights and fit no norm and no linear map, to measure what fitting gains.
+        context (`int`, *optional*): Tokens of a sequence. Default: the model's positions, up to 1024.
+        calibration_tokens (`int`): Tokens that the steps are fitted to.
+        evaluation_tokens (`int`): Tokens that each step is measured on.
+        calibration (`str` or `Path`, *optional*):
+            A folder that keeps the statistics of the source, so that another conversion of it need not collect them.
+        heal_steps (`int`): Optimiser steps of healing; 0 heals nothing.
+        schedule (`str`):
+            When healing removes: `"none"` before its first step, `"gate"` gradually and everywhere at once,
+            `"staircase"` one part after another.
+        distill (`bool`): Whether healing also learns from the original's predictions, at equal weight.
+        distill_temperature (`float`): The temperature of these predictions.
+        hidden_state_weight (`float`): Weight of the distance to the original's residual stream.
+        residual_scale_weight (`float`): Weight of the loss that holds the residual stream's scale, for a static or
+            missing norm before the head.
+        learning_rate (`float`): Peak learning rate of healing: 5 % warm-up, then linear decay.
+        batch_size (`int`): Sequences of a healing step.
+        seed (`int`): Seed of the order of the healing text.
+        overwrite (`bool`): Whether to replace an earlier conversion in `output`.
+        progress (`Progress`): Follows the stages of the work; by default nobody does.
+
+    Returns:
+        [`ConversionReport`]: What each step cost, what healing gained, and under which conditions; also saved as
+        `conversion_report.json` in `output`.
 
     Raises:
-        `ConversionError`: If no steps lead to the target, or there is too little text.
-        `UserError`: If healing runs away.
+        `UserError`: If an argument, the source, the text or the output can't be used. Messages name arguments as
+            options of the command: `heal_steps` is `--heal-steps`.
+        `DivergedError`: If healing diverges, or predictions are not finite after a step.
+
+    Example:
+
+    ```python
+    import entropy_gpt
+
+    report = entropy_gpt.convert(
+        "openai-community/gpt2", to="EReg(SM(t)+ScFuFFN)", text="my_texts", output="my_model", heal_steps=1000
+    )
+    print([(step.title, step.kl) for step in report.steps])
+    ```
     """
-    check_amount(text, original, plan_conversion(original.config, target))
-    _begin_work(job, original, text)
+    options = read_options(
+        ConversionOptions,
+        source=source,
+        to=to,
+        output=output,
+        text=text,
+        tokenizer=tokenizer,
+        final_norm=final_norm,
+        settings=settings or {},
+        prune_by_damage=prune_by_damage,
+        naive=naive,
+        context=context,
+        calibration_tokens=calibration_tokens,
+        evaluation_tokens=evaluation_tokens,
+        calibration=calibration,
+        heal_steps=heal_steps,
+        schedule=schedule,
+        distill=distill,
+        distill_temperature=distill_temperature,
+        hidden_state_weight=hidden_state_weight,
+        residual_scale_weight=residual_scale_weight,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    return perform(prepare(options, progress), progress)
+
+
+@library_bars_hidden()
+def prepare(options: ConversionOptions, progress: Progress) -> Conversion:
+    """
+    Checks the options, loads the model and finds its target. Writes nothing.
+
+    Raises:
+        `UserError`: If the options, the source, the target or the output can't be used.
+    """
+    check_options(options)
+    check_output(options)
+    with progress.stage("loading the model") as line:
+        original = load_language_model(options.source).float()
+        original.to("cuda" if torch.cuda.is_available() else "cpu")
+        line.say(f"{original.config.notation}, {original.num_parameters():,} parameters")
+    target = find_target(original.config, options)
+    plan_conversion(original.config, target)  # to refuse a target that no steps lead to
+    return Conversion(options, original, target)
+
+
+@library_bars_hidden()
+def perform(conversion: Conversion, progress: Progress) -> ConversionReport:
+    """
+    Converts, and leaves the output folder.
+
+    Raises:
+        `UserError`: If the text can't be used.
+        `DivergedError`: If healing diverges, or predictions are not finite after a step.
+    """
+    text = read_text(conversion.options, conversion.original.config, progress)
     try:
-        report = _convert(job, original, target, text, progress)
-    except ConversionError:  # it would come again
-        delete(job.work)
+        return convert_with_text(conversion, text, progress)
+    except NotFiniteError as error:
+        raise DivergedError(str(error)) from error
+
+
+def convert_with_text(conversion: Conversion, text: Text, progress: Progress) -> ConversionReport:
+    """
+    Converts a model with text that is already tokenised, and leaves the output folder.
+
+    Raises:
+        `ConversionError`: If no steps lead to the target, there is too little text, or predictions are not finite.
+        `DivergedError`: If healing diverges.
+    """
+    options = conversion.options
+    check_amount(text, conversion.original, conversion.plan)
+    _begin_work(options, conversion.original, text, progress)
+    try:
+        return _convert(options, conversion.original, conversion.target, text, progress)
+    except ConversionError:  # the next attempt would end the same way
+        delete(options.work)
         raise
-    return report
 
 
 def _convert(
-    job: Job, original: EntropyGPTForCausalLM, target: EntropyGPTConfig, text: Text, progress: Progress
+    options: ConversionOptions,
+    original: EntropyGPTForCausalLM,
+    target: EntropyGPTConfig,
+    text: Text,
+    progress: Progress,
 ) -> ConversionReport:
     started = time.perf_counter()
     measure = _Measurement(original, text, progress)
-    calibrator = _Calibrator(text, job.calibration_folder or job.work / "calibration", progress)
+    calibrator = _Calibrator(text, options.calibration or options.work / "calibration", progress)
     original_nats = measure(original, "the original")[0].nats
 
     damage = {}
-    if job.prune_by_damage:
+    if options.prune_by_damage:
         target, damage = _choose_ffns(original, target, calibrator, text, progress)
     plan = plan_conversion(original.config, target)
     records: list[StepRecord] = []
     model = original
     for step in plan.simplifications:
-        model = _take(step, model, calibrator, measure, records, job.naive)
+        model = _take(step, model, calibrator, measure, records, options.naive)
     model = set_training_fields(model, target)
     healing = None
-    if job.heal_steps:
-        model, healing = heal(job, original, model, calibrator(original), text, progress)
+    if options.heal_steps:
+        model, healing = heal(options, original, model, calibrator(original), text, progress)
         divergence, *_ = measure(model, "healing")
-        records.append(_record(f"healed, {job.heal_steps:,} steps", model, [divergence], healing.seconds))
+        records.append(_record(f"healed, {options.heal_steps:,} steps", model, [divergence], healing.seconds))
     for step in plan.finish:
-        model = _take(step, model, calibrator, measure, records, job.naive)
+        model = _take(step, model, calibrator, measure, records, options.naive)
 
     report = ConversionReport(
-        source=job.source,
+        source=options.source,
         source_notation=original.config.notation,
         target_notation=model.config.notation,
         source_final_normalization=original.config.final_normalization,
@@ -159,7 +283,7 @@ def _convert(
         source_operations=count_operations(original.config, text.context),
         target_operations=count_operations(model.config, text.context),
         pruning_damage={str(layer): kl for layer, kl in damage.items()},
-        naive=job.naive,
+        naive=options.naive,
         calibration_tokens=text.calibration_tokens,
         steps=records,
         healing=healing,
@@ -172,36 +296,36 @@ def _convert(
             context=text.context,
             evaluated_tokens=sum(batch.numel() - len(batch) for batch in text.validation),
             dtype=str(model.dtype).removeprefix("torch."),
-            seed=job.seed,
+            seed=options.seed,
             versions=recorded_versions(),
             git_revision=git_revision(),
             machine=machine_name(model.device),
         ),
     )
-    _save(job, model.cpu(), text.tokenizer, report)
+    _save(options, model.cpu(), text.tokenizer, report)
     return report
 
 
-def _begin_work(job: Job, original: EntropyGPTForCausalLM, text: Text):
-    """Makes the folder of unfinished work, or empties it if it is that of another job."""
+def _begin_work(options: ConversionOptions, original: EntropyGPTForCausalLM, text: Text, progress: Progress):
+    """Makes the folder of unfinished work. One that an equal conversion left is kept; any other is deleted first."""
     settings = {
-        **{name: str(value) for name, value in vars(job).items()},
+        **{name: str(value) for name, value in vars(options).items()},
         "original": fingerprint(original, text.calibration, None),
         "corpus": text.revision,
         "versions": recorded_versions(),
         "git_revision": git_revision(),
     }
-    notes = job.work / "settings.json"
+    notes = options.work / "settings.json"
     if notes.exists() and notes.read_text(encoding="utf-8") == json.dumps(settings):
-        console.print(f"going on with what is in {job.work}", markup=False, soft_wrap=True)
-        return
-    delete(job.work)
+        with progress.stage("resuming earlier work"):
+            return
+    delete(options.work)
     with written_whole(notes) as path:
         path.write_text(json.dumps(settings), encoding="utf-8")
 
 
 class _Measurement:
-    """Holds models against the original on validation text."""
+    """Compares models with the original on validation text."""
 
     def __init__(self, original: EntropyGPTForCausalLM, text: Text, progress: Progress):
         self.reference, self.progress = Reference(original, text.validation), progress
@@ -211,12 +335,12 @@ class _Measurement:
             found = self.reference.compare([model, *others], line.advance)
             line.say(f"KL {found[0].kl:.4f}, perplexity {format_perplexity(found[0].nats)}")
         if not found[0].is_finite:
-            raise NotFiniteError(f"After {after}, the model's predictions are not finite: it can't be converted so.")
+            raise NotFiniteError(f"After {after}, the model's predictions are not finite: choose another target.")
         return found
 
 
 class _Calibrator:
-    """Takes statistics, or finds them where they were kept."""
+    """Collects the statistics of models, or loads those that were kept in a folder."""
 
     def __init__(self, text: Text, folder: Path, progress: Progress):
         self.batches, self.folder, self.progress = text.calibration, folder, progress
@@ -236,12 +360,25 @@ def _take(
     model: EntropyGPTForCausalLM,
     calibrator: _Calibrator,
     measure: _Measurement,
-    records: list,
+    records: list[StepRecord],
     naive: bool,
-):
-    """A step, beside its naive version; or what is fitted otherwise in its naive version alone."""
+) -> EntropyGPTForCausalLM:
+    """
+    Takes a step, measures it with its naive version, and adds the record.
+
+    Args:
+        step ([`Step`]): The step.
+        model ([`EntropyGPTForCausalLM`]): The model before it.
+        calibrator: Gives the statistics to fit to.
+        measure: Compares with the original.
+        records (`list[StepRecord]`): The records so far; one is added.
+        naive (`bool`): Whether a step that could be fitted is taken in its naive version alone.
+
+    Returns:
+        [`EntropyGPTForCausalLM`]: The model after it.
+    """
     started = time.perf_counter()
-    alone = _is_naive(step, naive)
+    alone = is_naive(step, naive)
     if alone:
         simpler = step.naive(model)
     else:
@@ -254,8 +391,11 @@ def _take(
     return simpler
 
 
-def _is_naive(step: Step, wanted: bool) -> bool:
-    """Where nothing is fitted; thresholds always are, which change no prediction."""
+def is_naive(step: Step, wanted: bool) -> bool:
+    """
+    Whether a step is taken in its naive version alone, if that is wanted. Thresholds have none: they are always
+    measured, and change no prediction.
+    """
     return wanted and step.calibrated and step.naive is not None
 
 
@@ -274,36 +414,52 @@ def _record(title: str, model: EntropyGPTForCausalLM, divergences: list[Divergen
     )
 
 
-def _choose_ffns(original, target: EntropyGPTConfig, calibrator: _Calibrator, text: Text, progress: Progress):
-    """The target with those FFNs pruned that are missed least, and what each would be missed, on calibration text."""
+def _choose_ffns(
+    original: EntropyGPTForCausalLM,
+    target: EntropyGPTConfig,
+    calibrator: _Calibrator,
+    text: Text,
+    progress: Progress,
+) -> tuple[EntropyGPTConfig, dict[int, float]]:
+    """
+    Finds the FFNs whose pruning does the least damage on calibration text.
+
+    Returns:
+        The target with these FFNs pruned, and the damage by layer: KL to the original, in nats per token.
+    """
     calibration = calibrator(original)
     batches = text.calibration[:: max(1, len(text.calibration) // len(text.validation))]
     with progress.stage("measuring each FFN", sum(map(len, batches))) as line:
         damage = measure_pruning_damage(original, batches, calibration, line.advance)
-    gone = original.config.pruned_ffn_layers
-    least = sorted(damage, key=damage.get)[: len(target.pruned_ffn_layers) - len(gone)]
+    pruned = original.config.pruned_ffn_layers
+    least = sorted(damage, key=damage.get)[: len(target.pruned_ffn_layers) - len(pruned)]
     target = copy.deepcopy(target)
-    target.pruned_ffn_layers = sorted([*gone, *least])
+    target.pruned_ffn_layers = sorted([*pruned, *least])
     return target, damage
 
 
-def _save(job: Job, model: EntropyGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, report: ConversionReport):
-    whole = job.work / "whole"
+def _save(
+    options: ConversionOptions,
+    model: EntropyGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    report: ConversionReport,
+):
+    whole = options.work / "whole"
     with written_whole(whole) as folder:
         model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
         report.save(folder / f"{REPORT}.json")
-        save_results([_describe(job, model, report)], folder / RESULTS)
+        save_results([_describe(options, model, report)], folder / RESULTS)
         (folder / f"{REPORT}.md").write_text(report_markdown(report), encoding="utf-8")
         if report.healing is not None:
             plot_healing(report, folder / PICTURE)
-    delete(job.output)
-    whole.replace(job.output)
-    delete(job.work)
+    delete(options.output)
+    whole.replace(options.output)
+    delete(options.work)
 
 
-def _describe(job: Job, model: EntropyGPTForCausalLM, report: ConversionReport) -> ModelResult:
-    """What is known of the model before anybody evaluates it."""
+def _describe(options: ConversionOptions, model: EntropyGPTForCausalLM, report: ConversionReport) -> ModelResult:
+    """The model's entry in `results.json`: what it is and how it was made, nothing measured yet."""
     conditions, healing = report.conditions, report.healing
     training = TrainingResult(
         steps=healing.steps if healing else 0,
@@ -312,47 +468,8 @@ def _describe(job: Job, model: EntropyGPTForCausalLM, report: ConversionReport) 
         hyperparameters={**(healing.settings if healing else {}), **({"fitted": False} if report.naive else {})},
         converted_from=report.source_notation,
         text=f"{conditions.corpus} ({conditions.corpus_revision})",
-        started_from=name_source(job.source),
-        base_model=find_base_model(job.source),
+        started_from=name_source(options.source),
+        base_model=find_base_model(options.source),
     )
     windows = Windows(conditions.context - 1, conditions.context - 1, separate=False, bos=False)
-    return replace(describe_model(model, job.output.name, windows), training=training)
-
-
-def _show_plan(original: EntropyGPTForCausalLM, target: EntropyGPTConfig, plan: Plan, job: Job):
-    with torch.device("meta"):
-        parameters = EntropyGPTForCausalLM(target).num_parameters()
-    context = job.context or min(target.n_positions, LONGEST_CONTEXT)
-    console.print(f"[bold]{escape(original.config.notation)}[/] to [bold]{escape(target.notation)}[/]")
-    for number, step in enumerate(plan.steps, 1):
-        if step in plan.finish[:1] and job.heal_steps:
-            console.print(f"    healing, {job.heal_steps:,} steps")
-        console.print(f"{number:3d} {step.title} ({_describe_step(step, job.naive)})")
-    if job.heal_steps and not plan.finish:
-        console.print(f"    healing, {job.heal_steps:,} steps")
-    table = Table("", "before", "after", box=SIMPLE_HEAD, pad_edge=False)
-    before, after = (count_operations(config, context) for config in (original.config, target))
-    rows = [("parameters", f"{original.num_parameters():,}", f"{parameters:,}"), *operation_rows(before, after)]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"of a sequence of {context} tokens. Nothing was written.")
-    if job.prune_by_damage:
-        console.print("Which FFNs go is decided by how much each is missed; here the deepest stand for them.")
-
-
-def _describe_step(step: Step, naive: bool) -> str:
-    if not step.calibrated:
-        return "exact"
-    return "naive" if _is_naive(step, naive) else "fitted to text"
-
-
-def _print_report(report: ConversionReport, job: Job):
-    console.print(make_table(HEADINGS, step_rows(report)))
-    console.print(
-        f"{report.seconds:.0f} s, at most {report.peak_memory_bytes / 2**30:.2f} GiB; measured on "
-        f"{report.conditions.evaluated_tokens:,} tokens that nothing was fitted to",
-        style="dim",
-    )
-    console.print(f"the model, ready for the Hub: {job.output}", markup=False, soft_wrap=True)
-    console.print(f"the report: {job.output / REPORT}.md", markup=False, soft_wrap=True)
+    return replace(describe_model(model, options.output.name, windows), training=training)

@@ -1,13 +1,15 @@
-"""What a conversion is asked to do and works on: options, target and text, refused before anything is written."""
+"""Inputs of a conversion: options, target and text. All of them are checked before anything is written."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import pydantic
 import torch
 from datasets import Dataset
+from pydantic import AfterValidator, Field
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.calibration import HELD_OUT_EVERY, least_rows
@@ -19,51 +21,63 @@ from entropy_gpt.training.packing import pack, spread_blocks
 from entropy_gpt.training.progress import Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
+from .options import Place, option_name
 from .output_folder import holds_earlier_output, refuse_to_delete
 
 
 REPORT = "conversion_report"
 LONGEST_CONTEXT = 1024
-# Tokens of a forward pass.
+# Tokens in one forward pass.
 BATCH_TOKENS = 4096
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the command was asked to do; the fields are its options."""
+@pydantic.dataclasses.dataclass(frozen=True)
+class ConversionOptions:
+    """The options of a conversion. [`~entropy_gpt.convert`] takes them as keyword arguments and describes each."""
 
-    source: str
-    notation: str
-    output: Path
+    source: Place
+    to: str
+    output: Annotated[Path, AfterValidator(Path.resolve)]
     text: Path | None = None
-    tokenizer: str | None = None
-    fields: dict = field(default_factory=dict)
+    tokenizer: Place | None = None
+    final_norm: Literal["layernorm", "static", "none"] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     prune_by_damage: bool = False
     naive: bool = False
-    context: int | None = None
-    calibration_tokens: int = 65536
-    evaluation_tokens: int = 16384
-    calibration_folder: Path | None = None
-    heal_steps: int = 0
-    schedule: str = "none"
+    context: Annotated[int, Field(ge=2)] | None = None
+    calibration_tokens: Annotated[int, Field(ge=1)] = 65536
+    evaluation_tokens: Annotated[int, Field(ge=1)] = 16384
+    calibration: Path | None = None
+    heal_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["none", "gate", "staircase"] = "none"
     distill: bool = False
-    distill_temperature: float = 1.0
-    hidden_state_weight: float = 0.0
-    residual_scale_weight: float = 0.0
-    learning_rate: float = 1e-3
-    batch_size: int = 8
-    seed: int = 0
+    distill_temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    hidden_state_weight: Annotated[float, Field(ge=0)] = 0.0
+    residual_scale_weight: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Annotated[float, Field(ge=1e-9)] = 1e-3
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     overwrite: bool = False
 
     @property
     def work(self) -> Path:
-        """Where everything lies until it is whole."""
+        """The folder of unfinished work, next to the output."""
         return self.output.with_name(f".converting-{self.output.name}")
 
 
 @dataclass(frozen=True)
 class Text:
-    """The text as the model sees it; name and revision as those of a corpus."""
+    """
+    The text, tokenised for one model.
+
+    Args:
+        name (`str`): The name of the corpus.
+        revision (`str`): What identifies its content, such as a hash.
+        tokenizer (`PreTrainedTokenizerFast`): The model's tokenizer.
+        training (`Dataset`): Blocks for healing: column `input_ids`, `context` tokens each.
+        calibration (`tuple[torch.Tensor, ...]`): Batches of training text to fit to, each `(rows, context)`.
+        validation (`tuple[torch.Tensor, ...]`): Batches of validation text to measure on, each `(rows, context)`.
+    """
 
     name: str
     revision: str
@@ -81,64 +95,49 @@ class Text:
         return self.validation[0].shape[1]
 
 
-def read_fields(settings: list[str], final_norm: str | None) -> dict:
+def check_options(options: ConversionOptions):
     """
-    Reads `FIELD=VALUE` settings of a target; values are JSON, or else text.
-
-    Raises:
-        `UserError`: If it is no setting, or not of a field that can be set.
-    """
-    fields = {} if final_norm is None else {"final_normalization": str(final_norm)}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or name not in TRAINING_FIELDS:
-            raise UserError(
-                f"--set {setting} is not FIELD=VALUE with one of {', '.join(TRAINING_FIELDS)}. The architecture is "
-                "told by --to and --final-norm, and sizes are those of the source."
-            )
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return fields
-
-
-def check_options(job: Job):
-    """
-    Refuses options that would do nothing, and what can't be done here.
+    Refuses options that would have no effect or contradict each other.
 
     Raises:
         `UserError`: If there is such an option.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(Job)}
+    for name, value in options.settings.items():
+        if name not in TRAINING_FIELDS:
+            raise UserError(
+                f"--set {name}={value}: only {', '.join(TRAINING_FIELDS)} can be set. Choose the architecture with "
+                "--to and --final-norm; sizes are those of the source."
+            )
+    defaults = {field.name: field.default for field in dataclasses.fields(ConversionOptions)}
     without_healing = ("schedule", "distill", "hidden_state_weight", "residual_scale_weight")
     needs = [(name, "heal_steps") for name in without_healing] + [("distill_temperature", "distill")]
     for name, other in needs:
-        if getattr(job, name) != defaults[name] and not getattr(job, other):
-            option, needed = (f"--{word.replace('_', '-')}" for word in (name, other))
-            raise UserError(f"{option} does nothing without {needed}: give that too, or leave it out.")
-    if job.naive and job.prune_by_damage:
-        raise UserError("--prune-by-damage fits what --naive does not: leave out one of them.")
-    if job.heal_steps and (devices := torch.cuda.device_count()) > 1:
-        raise UserError(f"Healing takes one device, and there are {devices}: set CUDA_VISIBLE_DEVICES=0.")
+        if getattr(options, name) != defaults[name] and not getattr(options, other):
+            option, needed = option_name(name), option_name(other)
+            raise UserError(f"{option} has no effect without {needed}: add {needed}, or leave out {option}.")
+    if options.naive and options.prune_by_damage:
+        raise UserError("--prune-by-damage needs fitted FFNs, and --naive fits none: leave out one of them.")
+    if options.heal_steps and (devices := torch.cuda.device_count()) > 1:
+        raise UserError(f"Healing uses one GPU, and {devices} are visible: set CUDA_VISIBLE_DEVICES=0.")
 
 
-def check_output(job: Job):
+def check_output(options: ConversionOptions):
     """
-    Refuses to replace what is no earlier conversion, or one without being told to, and a place that can't be written.
+    Refuses an output that can't be written, holds something else, or holds a conversion that is not to be replaced.
 
     Raises:
-        `UserError`: If the output, or the folder of statistics, can't be used.
+        `UserError`: If the output folder or the folder of statistics can't be used.
     """
-    if job.calibration_folder is not None and job.calibration_folder.exists() and not job.calibration_folder.is_dir():
-        raise UserError(f"--calibration {job.calibration_folder} is no folder: give one, or a new name.")
-    if holds_earlier_output(job.output, f"{REPORT}.json", "conversion", job.overwrite):
-        folders = {path for path in job.output.iterdir() if path.is_dir()}
-        refuse_to_delete({*_inputs_inside(job), *folders}, "conversion")
+    folder = options.calibration
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UserError(f"--calibration {folder} is not a folder: give a folder, or a new name.")
+    if holds_earlier_output(options.output, f"{REPORT}.json", "conversion", options.overwrite):
+        folders = {path for path in options.output.iterdir() if path.is_dir()}
+        refuse_to_delete({*_inputs_inside(options), *folders}, "conversion")
 
 
 def name_source(source: str) -> str:
-    """What a source is called elsewhere: without the place of a folder here."""
+    """How records name a source: a local path keeps its last two parts, so that nothing else of it is published."""
     if not Path(source).exists():
         return source
     path = Path(source).resolve()
@@ -146,47 +145,63 @@ def name_source(source: str) -> str:
 
 
 def find_base_model(source: str) -> str | None:
-    """A source as the Hub knows it, or nothing for a folder or a file here."""
+    """The repository of a source on the Hub, or `None` for a local folder or file."""
     return None if Path(source).exists() else source
 
 
-def find_target(config: EntropyGPTConfig, job: Job) -> EntropyGPTConfig:
+def find_target(config: EntropyGPTConfig, options: ConversionOptions) -> EntropyGPTConfig:
     """
-    The configuration that the model is to have. Where FFNs are pruned by damage, those named stand for as many others.
+    The configuration of the converted model. With `prune_by_damage`, only the number of its pruned FFNs is final: the
+    deepest ones stand in for those that will be chosen.
+
+    Args:
+        config ([`EntropyGPTConfig`]): The source's configuration.
+        options ([`ConversionOptions`]): The target's notation, final norm and training fields.
 
     Raises:
-        `UserError`, `ConversionError`: If it can't be had.
+        `ConversionError`: If no steps lead from the source to the target.
+        `UserError`: If an option does not suit the target.
     """
-    target = target_config(config, job.notation, **{"final_normalization": config.final_normalization, **job.fields})
-    if not target.entropy_regularization and (without := sorted(job.fields.keys() & {*ENTROPY_FIELDS})):
-        raise UserError(f"--set {without[0]} needs the entropy penalty: --to 'EReg({job.notation})'.")
-    if job.residual_scale_weight and target.final_normalization == "layernorm":
-        raise UserError("--residual-scale-weight does nothing for a LayerNorm before the head: give --final-norm.")
-    if job.prune_by_damage:
-        gone = config.pruned_ffn_layers
-        left = [layer for layer in range(config.n_layer) if layer not in gone]
-        if (more := len(target.pruned_ffn_layers) - len(gone)) < 1:
+    final_norm = options.final_norm or config.final_normalization
+    target = target_config(config, options.to, final_normalization=final_norm, **options.settings)
+    if not target.entropy_regularization and (without := sorted(options.settings.keys() & {*ENTROPY_FIELDS})):
+        raise UserError(f"--set {without[0]} needs the entropy penalty: --to 'EReg({options.to})'.")
+    if options.residual_scale_weight and target.final_normalization == "layernorm":
+        raise UserError(
+            "--residual-scale-weight has no effect with a LayerNorm before the head: add --final-norm static or none."
+        )
+    if options.prune_by_damage:
+        pruned = config.pruned_ffn_layers
+        left = [layer for layer in range(config.n_layer) if layer not in pruned]
+        if (more := len(target.pruned_ffn_layers) - len(pruned)) < 1:
             raise UserError(
-                f"--prune-by-damage: {job.notation} prunes no FFN more than the source. Say how many with FFNi<k>, "
-                f"such as FFNi{len(gone) + 1}."
+                f"--prune-by-damage: {options.to} prunes no more FFNs than the source. Add FFNi<k> to --to, where k "
+                f"is the number of pruned FFNs, such as FFNi{len(pruned) + 1}."
             )
-        target.pruned_ffn_layers = sorted([*gone, *left[-more:]])
+        target.pruned_ffn_layers = sorted([*pruned, *left[-more:]])
     return target
 
 
-def read_text(job: Job, config: EntropyGPTConfig, progress: Progress) -> Text:
+def read_text(options: ConversionOptions, config: EntropyGPTConfig, progress: Progress) -> Text:
     """
     Reads and tokenises the text.
 
+    Args:
+        options ([`ConversionOptions`]): Where text and tokenizer are, and how many tokens are used.
+        config ([`EntropyGPTConfig`]): The source's configuration.
+        progress (`Progress`): Shows both stages.
+
     Raises:
-        `UserError`, `CorpusError`: If text or tokenizer can't be used.
+        `CorpusError`: If the text or the tokenizer can't be used.
+        `UserError`: If the context is longer than the model allows.
     """
-    tokenizer = load_model_tokenizer(job.tokenizer, job.source, config.vocab_size)
-    context = job.context or min(config.n_positions, LONGEST_CONTEXT)
+    tokenizer = load_model_tokenizer(options.tokenizer, options.source, config.vocab_size)
+    context = options.context or min(config.n_positions, LONGEST_CONTEXT)
     if context > config.n_positions:
-        raise UserError(f"--context {context}: the model has {config.n_positions} positions.")
+        raise UserError(f"--context {context}: the model has {config.n_positions} positions. Lower it.")
     with progress.stage("reading the text") as line:
-        corpus = load_standard_library() if job.text is None else load_corpus(job.text, without=job.output)
+        without = options.output
+        corpus = load_standard_library() if options.text is None else load_corpus(options.text, without=without)
         line.say(f"{corpus.characters:,} characters")
     with progress.stage("tokenising", len(corpus.training) + len(corpus.validation)) as line:
         training, validation = (
@@ -199,13 +214,13 @@ def read_text(job: Job, config: EntropyGPTConfig, progress: Progress) -> Text:
         corpus.revision,
         tokenizer,
         training,
-        spread(training, job.calibration_tokens),
-        spread(validation, job.evaluation_tokens),
+        spread(training, options.calibration_tokens),
+        spread(validation, options.evaluation_tokens),
     )
 
 
 def spread(blocks: Dataset, tokens: int) -> tuple[torch.Tensor, ...]:
-    """As many blocks as make up the tokens, at least one, evenly over all of them, in batches."""
+    """Batches of about `tokens` tokens in all, at least one block, spread evenly over the data set."""
     context = len(blocks[0]["input_ids"])
     chosen = spread_blocks(blocks, max(1, tokens // context)).with_format("torch")
     return chosen[:]["input_ids"].split(max(1, BATCH_TOKENS // context))
@@ -213,22 +228,22 @@ def spread(blocks: Dataset, tokens: int) -> tuple[torch.Tensor, ...]:
 
 def check_amount(text: Text, model: EntropyGPTForCausalLM, plan: Plan):
     """
-    Refuses too little text before the work begins.
+    Refuses too little calibration text before the work begins.
 
     Raises:
-        `ConversionError`: If a step of the plan can't be fitted to it.
+        `ConversionError`: If a step of the plan needs more tokens than there are.
     """
     fitted = [step for step in plan.steps if step.calibrated]
     needed = [least_rows(model, step.hidden_activation) for step in fitted] + [HELD_OUT_EVERY * text.context]
     if fitted and text.calibration_tokens < max(needed):
         raise ConversionError(
-            f"Too little calibration text: {text.calibration_tokens:,} tokens, and a fit to this model takes "
+            f"Too little calibration text: {text.calibration_tokens:,} tokens, and fitting this model takes "
             f"{max(needed):,}. Give more text, or a larger --calibration-tokens."
         )
 
 
-def _inputs_inside(job: Job) -> Iterator[Path]:
-    """What the conversion reads, as far as it lies in the output folder."""
-    for place in (job.source, job.text, job.tokenizer, job.calibration_folder):
-        if place is not None and job.output in (path := Path(place).resolve()).parents:
+def _inputs_inside(options: ConversionOptions) -> Iterator[Path]:
+    """Inputs of the conversion that lie in the output folder."""
+    for place in (options.source, options.text, options.tokenizer, options.calibration):
+        if place is not None and options.output in (path := Path(place).resolve()).parents:
             yield path

@@ -1,31 +1,32 @@
-"""Runs `entropy-gpt evaluate`: each model's measurements, one after the other, kept as they are done."""
+"""Evaluation of models on one text, one model after the other. Each result is saved as soon as it is complete."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from datasets import disable_progress_bars
-from rich.console import Console
-from rich.markup import escape
-from transformers.utils import logging
+from types import ModuleType
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.measuring.perplexity import Windows
-from entropy_gpt.evaluation.records.conditions import describe_windows
-from entropy_gpt.evaluation.records.measurement import MeasuredText, describe_model, measure_heads, measure_text
+from entropy_gpt.evaluation.records.measurement import (
+    BATCH_TOKENS,
+    HEAD_TOKENS,
+    MeasuredText,
+    describe_model,
+    measure_heads,
+    measure_text,
+)
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results, save_results
 from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_head_diagnostics
-from entropy_gpt.terminal.progress import progress_display
-from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import delete, is_finished, written_whole
-from entropy_gpt.training.progress import Progress
+from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.sources import Source
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .evaluate_inputs import (
     Candidate,
-    Job,
+    EvaluationOptions,
     check_options,
     count_frequencies,
     find_candidates,
@@ -34,101 +35,245 @@ from .evaluate_inputs import (
     open_text,
     tokenize_text,
 )
+from .library_bars import library_bars_hidden
+from .options import read_options
 
 
 SETTINGS, PICTURES = "settings.json", "pictures"
-# The columns of the table, for a terminal of 80 characters.
-HEADINGS = (
-    "model",
-    "ppl per\ntoken",
-    "ppl per\nword",
-    "bits/\nbyte",
-    "entropy\n(nats)",
-    "over-\nloaded",
-    "col-\nlapsed",
-)
+# Options that do not change results.
+WITHOUT_EFFECT = ("models", "batch_tokens")
 
-console = Console()
+
+def evaluate(
+    models: str | Path | Sequence[str | Path],
+    *,
+    text: str | Path | None = None,
+    held_out: bool = False,
+    split: str = "train",
+    config: str | None = None,
+    text_column: str = "text",
+    tokenizer: str | Path | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    separate: bool = False,
+    bos: bool = False,
+    max_tokens: int | None = None,
+    per_position: bool = False,
+    frequency_text: str | Path | None = None,
+    head_tokens: int = HEAD_TOKENS,
+    tasks: Sequence[str] | None = None,
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    dtype: str = "float32",
+    device: str | None = None,
+    seed: int = 0,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> list[ModelResult]:
+    """
+    Measures models as `entropy-gpt evaluate` does: perplexity on a text, attention heads, operations, and tasks.
+
+    All models read the same text in the same windows. With an `output`, an interrupted evaluation continues when it is
+    called again with the same arguments.
+
+    Args:
+        models (`str`, `Path` or a sequence of them): EntropyGPTs or GPT-2s: folders, or repositories on the Hub.
+        text (`str` or `Path`, *optional*):
+            A text file, a folder of text files, a data file or folder (JSON lines, CSV, Parquet), or a data set on the
+            Hub. Default: the held-out part of Python's standard library.
+        held_out (`bool`): Evaluate only the part of `text` that training on it keeps for validation.
+        split (`str`): The split of a data set.
+        config (`str`, *optional*): The configuration of a data set.
+        text_column (`str`): The column of a data set that holds the text.
+        tokenizer (`str` or `Path`, *optional*): The tokenizer of all models. Default: that of each model.
+        context (`int`, *optional*):
+            Tokens that a model sees at once. Default: one less than the fewest positions of a model, at most 1023.
+        stride (`int`, *optional*):
+            Tokens that each window after the first predicts. With fewer, each prediction sees more text. Default: all.
+        separate (`bool`): Predict each document alone, not one after the other as in training.
+        bos (`bool`): Begin with the beginning-of-text token, so that the first token is predicted too.
+        max_tokens (`int`, *optional*): Stop after this many tokens of text, at least 2.
+        per_position (`bool`): Add the perplexity by the number of tokens seen before.
+        frequency_text (`str` or `Path`, *optional*):
+            Add the perplexity by how often a token occurs in this text, which is given like `text`. "training" means
+            the part of `text` that is not evaluated.
+        head_tokens (`int`): Tokens whose rows of attention are measured, spread over the text; 0 for none.
+        tasks (`Sequence[str]`, *optional*): Names of tasks of lm-eval.
+        task_data (`str` or `Path`, *optional*): Folder with BLiMP, LAMBADA, HellaSwag or ARC, for tasks `local_*`.
+        limit (`int`, *optional*): The number of samples of each task. Default: all.
+        batch_tokens (`int`): Tokens in one forward pass. They affect speed and memory, not results.
+        dtype (`str`): Of weights and computation: "float32", "bfloat16" or "float16".
+        device (`str`, *optional*): Such as "cpu" or "cuda:0". Default: a GPU if there is one.
+        seed (`int`): Seed of the samples that lm-eval draws.
+        output (`str` or `Path`, *optional*): Folder for `results.json` and pictures. Default: nothing is written.
+        overwrite (`bool`): Replace another evaluation in `output`.
+        progress (`Progress`): Receives each stage.
+
+    Returns:
+        `list[ModelResult]`: The result of each model, in the order of `models`.
+
+    Raises:
+        `UserError`: If an option, a model, the text or a task can't be used, or `output` holds something else. The
+            message names options as the command does, such as `--max-tokens`.
+
+    Example:
+
+    ```python
+    import entropy_gpt
+
+    results = entropy_gpt.evaluate(["runs/baseline/model", "runs/proposal/model"], text="my_texts", stride=64)
+    for result in results:
+        print(result.title, result.likelihood.likelihood.perplexity)
+    ```
+    """
+    options = read_options(
+        EvaluationOptions,
+        models=(models,) if isinstance(models, str | Path) else tuple(models),
+        text=text,
+        held_out=held_out,
+        split=split,
+        config=config,
+        text_column=text_column,
+        tokenizer=tokenizer,
+        context=context,
+        stride=stride,
+        separate=separate,
+        bos=bos,
+        max_tokens=max_tokens,
+        per_position=per_position,
+        frequency_text=frequency_text,
+        head_tokens=head_tokens,
+        tasks=None if tasks is None else ",".join(tasks),
+        task_data=task_data,
+        limit=limit,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    evaluation = prepare_evaluation(options, None if output is None else Path(output), overwrite, progress)
+    return measure_models(evaluation, progress)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A text as models of one vocabulary see it, and what [`measure_text`] is to tell beside the whole."""
-
-    text: MeasuredText
-    breakdown: dict
-
-
-def run(job: Job, output: Path, overwrite: bool, dry_run: bool):
+class Evaluation:
     """
-    Measures all models.
+    An evaluation that was checked and can begin.
 
     Args:
-        job ([`Job`]): What to measure, and on what.
-        output (`Path`): Folder for numbers and pictures.
-        overwrite (`bool`): Whether another evaluation that is there is replaced.
-        dry_run (`bool`): Whether to show only what would be measured.
+        options ([`EvaluationOptions`]): The options.
+        candidates (`list[Candidate]`): The models.
+        source ([`Source`]): The text.
+        windows ([`Windows`]): The windows in which all models read it.
+        output (`Path`, *optional*): Folder for numbers and pictures.
+        earlier (`list[ModelResult]`): Results in that folder, measured with the same settings.
+    """
+
+    options: EvaluationOptions
+    candidates: list[Candidate]
+    source: Source
+    windows: Windows
+    output: Path | None
+    earlier: list[ModelResult]
+
+    @property
+    def settings(self) -> dict:
+        """Everything that the results depend on except the models, as JSON stores it."""
+        return _describe(self.options, self.source, self.windows)
+
+
+def prepare_evaluation(
+    options: EvaluationOptions, output: Path | None, overwrite: bool, progress: Progress
+) -> Evaluation:
+    """
+    Looks at the models and opens the text; writes nothing.
+
+    Args:
+        options ([`EvaluationOptions`]): The options.
+        output (`Path`, *optional*): Folder for numbers and pictures.
+        overwrite (`bool`): Whether another evaluation there is replaced.
+        progress (`Progress`): Receives each stage.
 
     Raises:
         `UserError`: If a model, the text or a task can't be used, or the folder holds something else.
     """
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    check_options(job)
-    if job.task_names:
-        _lm_eval().check_tasks(job.task_names, job.task_data)
-    with progress_display(console) as progress:
-        with progress.stage("looking at the models", len(job.models)) as line:
+    check_options(options)
+    if options.task_names:
+        _task_scores().check_tasks(options.task_names, options.task_data)
+    with library_bars_hidden():
+        with progress.stage("looking at the models", len(options.models)) as line:
             candidates = []
-            for candidate in find_candidates(job):
+            for candidate in find_candidates(options):
                 candidates.append(candidate)
                 line.advance()
-        windows = find_windows(job, candidates)
+        windows = find_windows(options, candidates)
         with progress.stage("opening the text"):
-            source = open_text(job)
-        settings = _describe(job, source, windows)
-        earlier = _find_earlier(output, settings, overwrite)
-        if not dry_run:
-            _measure_all(candidates, source, windows, job, earlier, output, settings, progress)
-    if dry_run:
-        _print_plan(candidates, settings, output)
-        return
-    results = load_results(output / RESULTS)
-    _draw(results, output)
-    _print_results(results)
-    _print_where(results, output)
+            source = open_text(options)
+    earlier = [] if output is None else _find_earlier(output, _describe(options, source, windows), overwrite)
+    return Evaluation(options, candidates, source, windows, output, earlier)
 
 
-def print_tasks():
-    """Lists the tasks for data of one's own."""
-    for name, description in _lm_eval().local_tasks().items():
-        console.print(f"{name}: {description}", markup=False, soft_wrap=True)
-    console.print("Others are known by the names that lm-eval gives them, and fetched from the Hub.")
+def measure_models(evaluation: Evaluation, progress: Progress) -> list[ModelResult]:
+    """
+    Measures each model that has no result yet, and draws the heads. `results.json` grows by one model at a time.
+
+    Args:
+        evaluation ([`Evaluation`]): The evaluation.
+        progress (`Progress`): Receives each stage.
+
+    Returns:
+        `list[ModelResult]`: The result of each model, in order.
+
+    Raises:
+        `UserError`: If the text is too short, or a task fails.
+    """
+    with library_bars_hidden():
+        results: list[ModelResult] = []
+        prepared: dict[str, _PreparedText] = {}  # by vocabulary
+        for candidate in evaluation.candidates:
+            model = load_model(candidate.source, evaluation.options)
+            result = describe_model(model, candidate.name, evaluation.windows, candidate.weights)
+            known = [one for one in evaluation.earlier if (one.name, one.weights) == (result.name, result.weights)]
+            if not known:
+                if candidate.vocabulary not in prepared:
+                    prepared[candidate.vocabulary] = _prepare_text(candidate, evaluation, progress)
+                _measure(model, result, candidate, prepared[candidate.vocabulary], evaluation.options, progress)
+            results += known or [result]
+            if evaluation.output is not None:
+                _save(results, evaluation)
+    if evaluation.output is not None:
+        _draw(results, evaluation.output / PICTURES)
+    return results
 
 
-def _lm_eval():
-    """What calls lm-eval, which takes seconds to load: only where tasks are asked for."""
+def list_tasks() -> dict[str, str]:
+    """The tasks of `task_data`: name and description."""
+    return _task_scores().local_tasks()
+
+
+def _task_scores() -> ModuleType:
+    """The module that calls lm-eval. It takes seconds to import, so it is imported only for tasks."""
     from entropy_gpt.evaluation.measuring import task_scores
 
     return task_scores
 
 
-def _describe(job: Job, source: Source, windows: Windows) -> dict:
-    """All that the numbers depend on, but for the models."""
-    options = {**dataclasses.asdict(job), **dataclasses.asdict(windows), "fingerprint": source.fingerprint}
-    for name in ("models", "batch_tokens"):
-        del options[name]
-    return json.loads(json.dumps({"text_name": source.name, **options}, default=str))
+def _describe(options: EvaluationOptions, source: Source, windows: Windows) -> dict:
+    settings = {**dataclasses.asdict(options), **dataclasses.asdict(windows), "fingerprint": source.fingerprint}
+    for name in WITHOUT_EFFECT:
+        del settings[name]
+    return json.loads(json.dumps({"text_name": source.name, **settings}, default=str))
 
 
 def _find_earlier(output: Path, settings: dict, overwrite: bool) -> list[ModelResult]:
-    """What an earlier run with the same settings has measured."""
+    """The results of an earlier evaluation in the folder, which must have the same settings or be overwritten."""
     remedy = "give another --output, or --overwrite"
     if not output.exists() or (output.is_dir() and not any(map(is_finished, output.iterdir()))):
         return []
     if not output.is_dir() or not (output / SETTINGS).exists():
-        raise UserError(f"{output} is there already and holds no evaluation: give another --output.")
+        raise UserError(f"{output} exists and holds no evaluation: give another --output.")
     if overwrite:
         return []
     try:
@@ -144,161 +289,71 @@ def _find_earlier(output: Path, settings: dict, overwrite: bool) -> list[ModelRe
     return results
 
 
-def _measure_all(
-    candidates: list[Candidate],
-    source: Source,
-    windows: Windows,
-    job: Job,
-    earlier: list[ModelResult],
-    output: Path,
-    settings: dict,
-    progress: Progress,
-):
-    """Leaves results.json, which grows by a model at a time."""
-    results: list[ModelResult] = []
-    prepared: dict[str, Prepared] = {}  # by vocabulary
-    for candidate in candidates:
-        model = load_model(candidate.source, job)
-        result = describe_model(model, candidate.name, windows, candidate.weights)
-        known = [one for one in earlier if (one.name, one.weights) == (result.name, result.weights)]
-        if not known:
-            if candidate.vocabulary not in prepared:
-                prepared[candidate.vocabulary] = _prepare(candidate, source, windows, job, progress)
-            _measure(model, result, candidate, prepared[candidate.vocabulary], job, progress)
-        results += known or [result]
-        if len(results) == 1 and not earlier:  # nothing is written, or replaced, before something is measured
-            delete(output / RESULTS)
-            with written_whole(output / SETTINGS) as path:
-                path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        with written_whole(output / RESULTS) as path:
-            save_results(results, path)
+def _save(results: list[ModelResult], evaluation: Evaluation):
+    output = evaluation.output
+    if len(results) == 1 and not evaluation.earlier:  # an overwritten evaluation stays until a model is measured
+        delete(output / RESULTS)
+        with written_whole(output / SETTINGS) as path:
+            path.write_text(json.dumps(evaluation.settings, indent=1) + "\n", encoding="utf-8")
+    with written_whole(output / RESULTS) as path:
+        save_results(results, path)
 
 
-def _prepare(candidate: Candidate, source: Source, windows: Windows, job: Job, progress: Progress) -> Prepared:
-    name = candidate.name
-    with progress.stage(f"{name}: tokenising", source.documents if not job.evaluates_a_part else None) as line:
-        text = tokenize_text(source, candidate, windows, job, line.advance)
+@dataclass(frozen=True)
+class _PreparedText:
+    """A text tokenised for one vocabulary, and the further arguments of [`measure_text`]."""
+
+    text: MeasuredText
+    breakdown: dict
+
+
+def _prepare_text(candidate: Candidate, evaluation: Evaluation, progress: Progress) -> _PreparedText:
+    name, source, options = candidate.name, evaluation.source, evaluation.options
+    with progress.stage(f"{name}: tokenising", source.documents if not options.evaluates_a_part else None) as line:
+        text = tokenize_text(source, candidate, evaluation.windows, options, line.advance)
         line.say(f"{text.tokens:,} tokens")
-    breakdown = {"by_position": job.per_position}
-    if job.frequency_text is not None:
+    breakdown = {"by_position": options.per_position}
+    if options.frequency_text is not None:
         with progress.stage(f"{name}: counting tokens"):
-            breakdown["token_counts"], breakdown["frequency_text"] = count_frequencies(source, candidate, job)
-    return Prepared(text, breakdown)
+            counts, counted = count_frequencies(source, candidate, options)
+            breakdown |= {"token_counts": counts, "frequency_text": counted}
+    return _PreparedText(text, breakdown)
 
 
 def _measure(
     model: EntropyGPTForCausalLM,
     result: ModelResult,
     candidate: Candidate,
-    prepared: Prepared,
-    job: Job,
+    prepared: _PreparedText,
+    options: EvaluationOptions,
     progress: Progress,
 ):
-    """Adds what was asked for to the result."""
+    """Adds the measurements that the options ask for to the result."""
     name, text = candidate.name, prepared.text
-    result.likelihood = measure_text(model, text, progress, name, job.batch_tokens, **prepared.breakdown)
-    if job.head_tokens:
-        result.heads = measure_heads(model, text, progress, name, job.head_tokens, job.batch_tokens)
-    if job.task_names:
-        batch_size = max(1, job.batch_tokens // text.windows.context)
+    result.likelihood = measure_text(model, text, progress, name, options.batch_tokens, **prepared.breakdown)
+    if options.head_tokens:
+        result.heads = measure_heads(model, text, progress, name, options.head_tokens, options.batch_tokens)
+    if options.task_names:
+        batch_size = max(1, options.batch_tokens // text.windows.context)
         with progress.stage(f"{name}: tasks") as line:
-            result.tasks = _lm_eval().score_tasks(
+            result.tasks = _task_scores().score_tasks(
                 model,
                 candidate.tokenizer,
-                job.task_names,
-                job.task_data,
+                options.task_names,
+                options.task_data,
                 batch_size,
-                job.limit,
-                job.seed,
+                options.limit,
+                options.seed,
                 on_requests=line.reach,
             )
 
 
-def _draw(results: list[ModelResult], output: Path):
+def _draw(results: list[ModelResult], folder: Path):
+    """Draws the heads of each model, and a comparison of all."""
     measured = [result for result in results if result.heads is not None]
     for result in measured:
-        with written_whole(output / PICTURES / f"{result.name.replace('/', '-')}.png") as path:
+        with written_whole(folder / f"{result.name.replace('/', '-')}.png") as path:
             plot_head_diagnostics(result, path)
     if measured:
-        with written_whole(output / PICTURES / "entropy_comparison.png") as path:
+        with written_whole(folder / "entropy_comparison.png") as path:
             plot_comparison(measured, path)
-
-
-def _print_results(results: list[ModelResult]):
-    console.print(make_table(HEADINGS, map(table_row, results), folded={0}))
-    windows = results[0].likelihood.likelihood.windows
-    console.print(escape(describe_windows(windows)), style="dim", soft_wrap=True)
-    _print_parts(results)
-    if any(result.tasks is not None for result in results):
-        _print_scores(results)
-
-
-def table_row(result: ModelResult) -> tuple[str, ...]:
-    """A model in the order of `HEADINGS`; what was not measured is empty."""
-    likelihood = result.likelihood.likelihood
-    entropies = ("", "", "")
-    if result.heads is not None:
-        entropy = result.heads.heads.entropy
-        entropies = (f"{entropy.mean:.2f}", f"{entropy.overloaded_share:.0%}", f"{entropy.collapsed_share:.0%}")
-    return (
-        f"{result.name}\n {result.title}",
-        f"{likelihood.perplexity:.2f}",
-        f"{likelihood.word_perplexity:.4g}",
-        f"{likelihood.bits_per_byte:.3f}",
-        *entropies,
-    )
-
-
-def _print_parts(results: list[ModelResult]):
-    """Perplexities of some of the tokens, where they were asked for."""
-    likelihoods = [result.likelihood.likelihood for result in results]
-    kinds = {
-        "tokens seen before": [likelihood.by_position for likelihood in likelihoods],
-        f"times in {likelihoods[0].frequency_text}": [likelihood.by_frequency for likelihood in likelihoods],
-    }
-    for title, parts in kinds.items():
-        if None in parts:
-            continue
-        headings = [title, *(f"{result.name}\nppl per token" for result in results)]
-        ranges = {part.begin: part.range for model_parts in parts for part in model_parts}
-        shown = [{part.begin: f"{part.perplexity:.2f}" for part in model_parts} for model_parts in parts]
-        rows = [[ranges[begin], *(perplexities.get(begin, "") for perplexities in shown)] for begin in sorted(ranges)]
-        console.print(make_table(headings, rows, folded=range(len(headings))))
-
-
-def _print_scores(results: list[ModelResult]):
-    names = {(score.task, score.metric): None for result in results if result.tasks for score in result.tasks.scores}
-    headings = ["task", "metric", *(result.name for result in results)]
-    rows = [[task, metric, *(_find_score(result, task, metric) for result in results)] for task, metric in names]
-    console.print(make_table(headings, rows, text_columns=2, folded=range(len(headings))))
-
-
-def _find_score(result: ModelResult, task: str, metric: str) -> str:
-    for score in result.tasks.scores if result.tasks else []:
-        if (score.task, score.metric) == (task, metric):
-            error = "" if score.standard_error is None else f" ± {score.standard_error:.3f}"
-            return f"{score.value:.4g}{error}"
-    return ""
-
-
-def _print_plan(candidates: list[Candidate], settings: dict, output: Path):
-    for candidate in candidates:
-        config = candidate.config
-        sizes = f"{config.n_layer} layers, width {config.n_embd}, {config.n_positions} positions"
-        console.print(
-            f"{candidate.name}: {config.notation}, {sizes}, {len(candidate.tokenizer):,} tokens", markup=False
-        )
-    told = ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False))
-    console.print(f"to measure: {told}", markup=False, soft_wrap=True)
-    console.print(f"nothing is measured or written (dry run); it would go to {output}", markup=False, soft_wrap=True)
-
-
-def _print_where(results: list[ModelResult], output: Path):
-    if any(result.heads is not None for result in results):
-        console.print(f"pictures of the heads: {output / PICTURES}", markup=False, soft_wrap=True)
-    console.print(f"all numbers: {output / RESULTS}", markup=False, soft_wrap=True)
-    console.print(
-        f"one page of them: entropy-gpt report {output / RESULTS} -o {output / 'report.html'}",
-        markup=False,
-        soft_wrap=True,
-    )

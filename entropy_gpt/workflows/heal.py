@@ -1,4 +1,4 @@
-"""The healing of a conversion: training after the steps, or while a schedule removes what they remove."""
+"""Healing: training a converted model, after its steps or while a schedule removes what they remove."""
 
 import copy
 
@@ -20,19 +20,19 @@ from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.removal_schedule import RemovalSchedule, insert_gates, remove_gates
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .convert_inputs import Job, Text
+from .convert_inputs import ConversionOptions, Text
 
 
-# The result is evaluated, and its state kept, so many times in the course of healing.
+# How often healing evaluates the model, and how often it saves a checkpoint.
 HEALING_EVALUATIONS = 15
 CHECKPOINTS = 10
-# The schedule removes in this part of healing; the rest is without what was removed.
+# The share of the steps over which the schedule removes; the remaining steps train the target architecture.
 REMOVAL_SHARE = 0.6
 DISTILLATION_WEIGHT = 0.5
 
 
 def heal(
-    job: Job,
+    options: ConversionOptions,
     original: EntropyGPTForCausalLM,
     simplified: EntropyGPTForCausalLM,
     calibration: Calibration,
@@ -40,41 +40,45 @@ def heal(
     progress: Progress,
 ) -> tuple[EntropyGPTForCausalLM, HealingRecord]:
     """
-    Trains a simplified model, from its last checkpoint on, and removes what the schedule says on the way.
+    Trains a simplified model, from its last checkpoint if there is one. With a schedule, training starts from the
+    original, which the schedule simplifies step by step.
 
     Args:
-        job ([`Job`]): How to.
-        original ([`EntropyGPTForCausalLM`]): The model that was simplified.
-        simplified ([`EntropyGPTForCausalLM`]): What its steps up to the folding of norms made of it.
-        calibration ([`Calibration`]): Of the original.
-        text ([`Text`]): What to train and evaluate on.
-        progress (`Progress`): Where it shows.
+        options ([`ConversionOptions`]): Steps, losses, schedule and hyperparameters.
+        original ([`EntropyGPTForCausalLM`]): The model before conversion, which teaches.
+        simplified ([`EntropyGPTForCausalLM`]): The model after all steps but the last, exact ones.
+        calibration ([`Calibration`]): Statistics of the original.
+        text ([`Text`]): Text to train and evaluate on.
+        progress (`Progress`): Shows steps and loss.
+
+    Returns:
+        The healed model, and the record of the training.
 
     Raises:
-        `DivergedError`: If it runs away again and again.
+        `DivergedError`: If training diverges more often than it may go back.
     """
-    set_seed(job.seed)
-    with_gates = job.schedule != "none"
+    set_seed(options.seed)
+    with_gates = options.schedule != "none"
     model = copy.deepcopy(simplified)
     if with_gates:
         model = insert_gates(set_training_fields(original, simplified.config), simplified, calibration)
-    steps = job.heal_steps
-    hyperparameters = {"learning_rate": job.learning_rate, **PAPER_HYPERPARAMETERS}
+    steps = options.heal_steps
+    hyperparameters = {"learning_rate": options.learning_rate, **PAPER_HYPERPARAMETERS}
     loss = HealingLoss(
-        logits=DISTILLATION_WEIGHT * job.distill,
-        temperature=job.distill_temperature,
-        hidden_states=job.hidden_state_weight,
-        residual_scale=job.residual_scale_weight,
+        logits=DISTILLATION_WEIGHT * options.distill,
+        temperature=options.distill_temperature,
+        hidden_states=options.hidden_state_weight,
+        residual_scale=options.residual_scale_weight,
     )
     arguments = EntropyTrainingArguments(
-        output_dir=job.work / "checkpoints",
+        output_dir=options.work / "checkpoints",
         max_steps=steps,
-        per_device_train_batch_size=job.batch_size,
-        per_device_eval_batch_size=job.batch_size,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
         warmup_steps=round(PAPER_WARMUP_SHARE * steps),
         **hyperparameters,
-        seed=job.seed,
-        dataloader_drop_last=len(text.training) >= job.batch_size,
+        seed=options.seed,
+        dataloader_drop_last=len(text.training) >= options.batch_size,
         eval_strategy="steps",
         eval_steps=max(1, steps // HEALING_EVALUATIONS),
         eval_on_start=True,
@@ -97,25 +101,25 @@ def heal(
             original=original,
             residual_scale=calibration.norm_constant("transformer.ln_f"),
             removal_steps=max(1, round(REMOVAL_SHARE * steps)),
-            schedule=RemovalSchedule(model, job.schedule) if with_gates else None,
+            schedule=RemovalSchedule(model, options.schedule) if with_gates else None,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last_checkpoint(job.work / "checkpoints"))
+        trainer.train(resume_from_checkpoint=last_checkpoint(options.work / "checkpoints"))
     if (reason := trainer.progress.diverged) is not None:
         raise DivergedError(
-            f"{simplified.config.notation}: healing ran away {MOST_ROLLBACKS + 1} times, and was {reason}. Lower the "
-            "learning rate, or give it more steps."
+            f"{simplified.config.notation}: healing diverged {MOST_ROLLBACKS + 1} times, and was {reason}. Lower "
+            "--learning-rate, or give it more steps."
         )
     record = HealingRecord(
         steps=steps,
-        tokens=steps * min(job.batch_size, len(text.training)) * text.context,
+        tokens=steps * min(options.batch_size, len(text.training)) * text.context,
         seconds=find_callback(trainer, Stopwatch).seconds,
         settings={
             **hyperparameters,
             "warmup_share": PAPER_WARMUP_SHARE,
-            "batch_size": job.batch_size,
+            "batch_size": options.batch_size,
             **{name: getattr(simplified.config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
-            "schedule": job.schedule,
+            "schedule": options.schedule,
             "kl_weight": loss.logits,
             "kl_temperature": loss.temperature,
             "hidden_state_weight": loss.hidden_states,

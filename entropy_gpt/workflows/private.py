@@ -1,93 +1,64 @@
-"""Serves, asks and demonstrates private inference."""
+"""Private inference: a server with the weights, a client with the prompt, and a demonstration of both."""
 
-import os
-import select
-import subprocess
-import sys
-import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.conversion.folding import list_absorbable_ffns
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
-from entropy_gpt.evaluation.private_inference.parties.channel import (
-    TLSFiles,
-    check_plain_allowed,
-    clean,
-    parse_address,
-)
+from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY, serve_on_loopback
+from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, check_plain_allowed, parse_address
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
-from entropy_gpt.evaluation.private_inference.parties.session import Answer
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Model, Server
-from entropy_gpt.evaluation.private_inference.program.cost import (
-    LAN,
-    TABLE_COLUMNS,
-    WAN,
-    InferenceCost,
-    Network,
-    by_operation,
-    parse_network,
-    project,
-    set_up_by_operation,
-    table_rows,
-)
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
+from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.range_audit import audit
-from entropy_gpt.evaluation.private_inference.program.settings import TRUST, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.measurement import describe_model
-from entropy_gpt.evaluation.records.results import AnswerCheck, ModelResult, save_results
-from entropy_gpt.terminal.tables import make_table
-from entropy_gpt.training.files import written_whole
+from entropy_gpt.evaluation.records.results import AnswerCheck, ModelResult
 from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tokenizer
+from entropy_gpt.training.progress import SILENT, Progress, Stage
 from entropy_gpt.training.tokenizer import load_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .evaluate_inputs import default_context, short_names
+from .library_bars import library_bars_hidden
+from .options import read_options
 
 
-# What the audit and the bound of the logits look at: random tokens, so that they tell nothing of anybody's text.
+# The range audit and the bound of the logits use random tokens, so that they reveal nobody's text.
 AUDITED_SEQUENCES, AUDITED_TOKENS = 4, 64
-# Logits so many times as large as any seen are taken for an overflow.
+# Logits this many times larger than any seen are taken for an overflow.
 LOGIT_MARGIN = 4
-# How far private logits may be from those in the clear, beside a share of the largest.
+# The tolerated difference between private logits and those in the clear: a constant and a share of the largest.
 TOLERATED_ERROR, TOLERATED_SHARE = 0.05, 0.005
-DEFAULT_TIMEOUT = 600
-LISTENING = "listening on "
-# Of `python -c`, as `entropy-gpt private serve`.
-SERVE = (
-    "import sys; from entropy_gpt.commands.main import main; sys.argv[1:1] = ['private', 'serve']; sys.exit(main())"
-)
-SERVER_START_SECONDS, SERVER_STOP_SECONDS = 300, 15
-TLSOptions = tuple[Path | None, Path | None, Path | None]
-
-console = Console()
+DEFAULT_ADDRESS, DEFAULT_TIMEOUT, DEFAULT_LONGEST = "127.0.0.1:9000", 600, 256
 
 
 @dataclass(config=RECORD)
 class PrivateAnswer(StoredRecord):
     """
-    What a client learned, and what it took.
+    The client's answer as text, with its check and its cost.
 
     Args:
-        text (`str`): After the prompt.
-        check ([`AnswerCheck`], *optional*): How it compares with the model in the clear, where there is one.
-        seconds (`float`): By the clock, with compiling and set-up.
-        cost ([`InferenceCost`]): By the client's count.
+        text (`str`): The continuation of the prompt.
+        check ([`AnswerCheck`], *optional*): How it compares with the model in the clear, if that is at hand.
+        seconds (`float`): Wall-clock time, including compilation and set-up.
+        cost ([`InferenceCost`]): The cost by the client's count.
+        repeats (`int`): How many tokens were out of range and computed again.
     """
 
     KIND = "a private answer"
@@ -97,295 +68,264 @@ class PrivateAnswer(StoredRecord):
     check: AnswerCheck | None
     seconds: float
     cost: InferenceCost
+    repeats: int = 0
 
 
-def serve(
-    source: str,
-    listen: str,
-    tls: TLSOptions,
-    insecure: bool,
-    settings: dict,
-    tokenizer: str | None,
-    longest: int,
-    timeout: int,
-):
+def open_server(
+    model: str | Path,
+    listen: str = DEFAULT_ADDRESS,
+    *,
+    tls: TLSFiles | None = None,
+    insecure: bool = False,
+    protocol: str = "cheetah",
+    embedding: str = "one_hot",
+    answer: str = "logits",
+    tokenizer: str | Path | None = None,
+    longest: int = DEFAULT_LONGEST,
+    timeout: int = DEFAULT_TIMEOUT,
+    report: Callable[[str], None] = lambda line: None,
+    progress: Progress = SILENT,
+) -> Server:
     """
-    Serves until it is interrupted.
+    Opens a server that holds the weights. Call its `serve_forever`, and `close` in the end.
+
+    Args:
+        model (`str` or `Path`): An EntropyGPT or GPT-2: a folder, or a repository on the Hub.
+        listen (`str`): `HOST:PORT`; port 0 takes a free one.
+        tls ([`TLSFiles`], *optional*): This side's certificate and key. Required beyond the loopback.
+        insecure (`bool`): Allow plain TCP beyond the loopback.
+        protocol (`str`): "cheetah", or "semi2k" for measurements only.
+        embedding (`str`): "one_hot" or "client_table", as in [`PrivateSettings`].
+        answer (`str`): What the client learns of each new token: "logits" or "token".
+        tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
+        longest (`int`): The most tokens that a client may ask for.
+        timeout (`int`): Seconds without any event after which an inference ends.
+        report (`Callable`): Receives a line about each client.
+        progress (`Progress`): Receives the stages before the server is open.
 
     Raises:
-        `UserError`: If the model, the address or the certificates can't be used, or the engine is missing.
-    """
-    check_engine()
-    agreed = PrivateSettings(**settings)
-    (host, port), files = _network(listen, tls, insecure, agreed)
-    offer = _offer(source, tokenizer, agreed)
-    server = Server(offer, host, port, files, timeout, longest, _print_line)
-    host, port = server.address
-    _print_line(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
-    _print_line(f"{offer.settings.protocol}: {TRUST[offer.settings.protocol]}")
-    if layers := list_absorbable_ffns(offer.config):
-        names = ", ".join(map(str, layers))
-        _print_line(f"FFNs of layers {names} can't be absorbed: they stretch or shrink the stream too far")
+        `UserError`: If the model, the address or a certificate can't be used, or the engine is not installed.
+
+    Example:
+
+    ```python
+    from entropy_gpt.workflows.private import open_server
+
+    server = open_server("runs/proposal/model", "127.0.0.1:9000", report=print)
     try:
         server.serve_forever()
-    except KeyboardInterrupt:
-        _print_line("stopped")
     finally:
         server.close()
+    ```
+    """
+    check_engine()
+    settings = read_options(PrivateSettings, protocol=protocol, embedding=embedding, answer=answer)
+    host, port = parse_address(listen)
+    _check_connection(host, tls, insecure, settings)
+    offer, _, _ = _make_offer(str(model), tokenizer, settings, progress)
+    return Server(offer, host, port, tls, timeout, longest, report)
 
 
 def ask(
     prompt: str,
     address: str,
-    tokenizer: str,
-    tls: TLSOptions,
-    insecure: bool,
-    new_tokens: int,
-    protocol: str,
-    output: Path | None,
-    timeout: int,
-    networks: list[str],
-):
+    *,
+    tokenizer: str | Path,
+    tls: TLSFiles | None = None,
+    insecure: bool = False,
+    new_tokens: int = 1,
+    protocol: str = "cheetah",
+    timeout: int = DEFAULT_TIMEOUT,
+    progress: Progress = SILENT,
+) -> PrivateAnswer:
     """
-    Asks a server, and shows its answer and what it cost.
+    Asks a server to continue a prompt, always with the most likely token. The prompt stays on this machine.
+
+    Args:
+        prompt (`str`): The prompt.
+        address (`str`): `HOST:PORT` of the server.
+        tokenizer (`str` or `Path`): The server's tokenizer: a folder, or a repository on the Hub.
+        tls ([`TLSFiles`], *optional*): This side's certificate and key. Required beyond the loopback.
+        insecure (`bool`): Allow plain TCP beyond the loopback.
+        new_tokens (`int`): Tokens of the answer; their number is public.
+        protocol (`str`): The only protocol that the client accepts.
+        timeout (`int`): Seconds without any event after which the client gives up.
+        progress (`Progress`): Receives one stage, with a unit for each step.
 
     Raises:
-        `UserError`: If there is no answer, or a network is not known.
+        `UserError`: If the server does not answer, or a value can't be used.
+
+    Example:
+
+    ```python
+    from entropy_gpt.workflows.private import ask
+
+    answer = ask("def main(", "127.0.0.1:9000", tokenizer="runs/proposal/model", new_tokens=3)
+    print(answer.text, answer.cost.total_bytes)
+    ```
     """
-    shown = _read_networks(networks)
     check_engine()
-    (host, port), files = _network(address, tls, insecure, PrivateSettings(protocol))
-    words = load_tokenizer(tokenizer)
-    client = Client(host, port, files, timeout, protocol)
-    _, found = _ask(client, words, prompt, new_tokens, f"TCP to {host}")
-    print_answer(prompt, found)
-    _print_costs(found, shown)
-    _save(found.cost, output)
-
-
-def demo(
-    source: str,
-    prompt: str,
-    new_tokens: int,
-    settings: dict,
-    tokenizer: str | None,
-    output: Path | None,
-    results: Path | None,
-    timeout: int,
-    networks: list[str],
-):
-    """
-    Serves and asks on this machine, and compares with the model in the clear.
-
-    Raises:
-        `UserError`: As [`demonstrate`], or if a network is not known.
-    """
-    shown = _read_networks(networks)
-    found = demonstrate(source, prompt, new_tokens, settings, tokenizer, timeout)
-    print_answer(prompt, found)
-    _print_costs(found, shown)
-    _save(found.cost, output)
-    if results is not None:
-        with written_whole(results) as path:
-            save_results([_as_result(source, found)], path)
-        console.print(f"result: {results}", markup=False, soft_wrap=True)
+    host, port = parse_address(address)
+    _check_connection(host, tls, insecure, read_options(PrivateSettings, protocol=protocol))
+    words = load_tokenizer(str(tokenizer))
+    client = Client(host, port, tls, timeout, protocol)
+    try:
+        if hash_vocabulary(words, client.terms.config.vocab_size) != client.terms.tokenizer_hash:
+            raise PrivateInferenceError(
+                "the tokenizer is not the server's, so its tokens would have other meanings. Name the server's "
+                "tokenizer with --tokenizer."
+            )
+        tokens = _tokenize(prompt, words)
+    except PrivateInferenceError:
+        client.close()
+        raise
+    _, answer = _ask(client, words, tokens, new_tokens, f"TCP to {host}", progress)
+    return answer
 
 
 def demonstrate(
-    source: str,
+    model: str | Path,
     prompt: str,
-    new_tokens: int,
-    settings: dict | None = None,
-    tokenizer: str | None = None,
+    *,
+    new_tokens: int = 1,
+    protocol: str = "cheetah",
+    embedding: str = "one_hot",
+    answer: str = "logits",
+    tokenizer: str | Path | None = None,
     timeout: int = DEFAULT_TIMEOUT,
+    progress: Progress = SILENT,
 ) -> PrivateAnswer:
     """
-    A server and a client on this machine, whose answer is compared with the model's in the clear.
+    Runs a server and a client on this machine, whose engines are two processes, and compares the answer with the
+    model's own in the clear.
+
+    Args:
+        model (`str` or `Path`): An EntropyGPT or GPT-2: a folder, or a repository on the Hub.
+        prompt (`str`): The prompt.
+        new_tokens (`int`): Tokens of the answer.
+        protocol, embedding, answer (`str`): As of [`open_server`].
+        tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
+        timeout (`int`): Seconds without any event after which both sides give up.
+        progress (`Progress`): Receives each stage.
 
     Raises:
-        `UserError`: If there is no answer, or it is another than in the clear.
+        `UserError`: If there is no answer, or it differs from the one in the clear.
+
+    Example:
+
+    ```python
+    from entropy_gpt.workflows.private import demonstrate
+
+    answer = demonstrate("runs/proposal/model", "def main(", new_tokens=3)
+    print(answer.text, answer.check.same)
+    ```
     """
-    settings = settings or {}
     check_engine()
-    model, words = _load(source, tokenizer)
-    process, port = _start_server(source, settings, tokenizer, new_tokens, timeout)
-    try:
-        client = Client("127.0.0.1", port, None, timeout, PrivateSettings(**settings).protocol)
-        answer, found = _ask(client, words, prompt, new_tokens, "loopback, two processes")
-    finally:
-        _stop_server(process)
-    found.check = _compare(model, words(prompt)["input_ids"], answer)
+    settings = read_options(PrivateSettings, protocol=protocol, embedding=embedding, answer=answer)
+    offer, clear, words = _make_offer(str(model), tokenizer, settings, progress)
+    tokens = _tokenize(prompt, words)
+    check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
+    with serve_on_loopback(offer, timeout) as address:
+        client = Client(*address, None, timeout, protocol)
+        outcome, found = _ask(client, words, tokens, new_tokens, NETWORKS[TWO_PARTY], progress)
+    found.check = _compare(clear, tokens, outcome)
     return found
 
 
-def _as_result(source: str, found: PrivateAnswer) -> ModelResult:
-    """Named and described as `entropy-gpt evaluate` does, so that both become one in a report."""
-    model = load_language_model(source)
-    context = default_context(model.config.n_positions)
-    result = describe_model(model, *short_names([source]), Windows(context, context, separate=False, bos=False))
-    return replace(result, costs=[as_private_cost(found.cost, found.check)])
+def describe_cost(model: str | Path, answer: PrivateAnswer) -> ModelResult:
+    """The cost of an answer as a result of its model, named as `evaluate` names it, so that a report merges both."""
+    loaded = load_language_model(str(model))
+    context = default_context(loaded.config.n_positions)
+    windows = Windows(context, context, separate=False, bos=False)
+    result = describe_model(loaded, *short_names([str(model)]), windows)
+    return replace(result, costs=[as_private_cost(answer.cost, answer.check)])
 
 
-def _read_networks(texts: list[str]) -> list[Network]:
-    """Those that are named, or LAN and WAN."""
-    try:
-        return [parse_network(text) for text in texts] or [LAN, WAN]
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def _check_connection(host: str, tls: TLSFiles | None, insecure: bool, settings: PrivateSettings):
+    if tls is None:
+        check_plain_allowed(host, insecure, settings)
 
 
-def _network(
-    address: str, tls: TLSOptions, insecure: bool, settings: PrivateSettings
-) -> tuple[tuple[str, int], TLSFiles | None]:
-    host, port = parse_address(address)
-    given = [path for path in tls if path is not None]
-    if given and len(given) < len(tls):
-        raise PrivateInferenceError("TLS needs all three of --cert, --key and --ca.")
-    if given:
-        return (host, port), TLSFiles(*tls)
-    check_plain_allowed(host, insecure, settings)
-    return (host, port), None
-
-
-def _load(source: str, tokenizer: str | None) -> tuple[EntropyGPTForCausalLM, PreTrainedTokenizerFast]:
-    with console.status("loading the model"):
+def _make_offer(
+    source: str, tokenizer: str | Path | None, settings: PrivateSettings, progress: Progress
+) -> tuple[Offer, EntropyGPTForCausalLM, PreTrainedTokenizerFast]:
+    """What a server offers, if the model's numbers fit the ring, with the model in the clear and its tokenizer."""
+    with library_bars_hidden(), progress.stage("loading the model"):
         model = load_language_model(source).eval()
-        return model, load_model_tokenizer(tokenizer, source, model.config.vocab_size)
-
-
-def _offer(source: str, tokenizer: str | None, settings: PrivateSettings) -> Model:
-    """A model as it is served, if its numbers fit the ring."""
-    model, words = _load(source, tokenizer)
-    with console.status("looking at its numbers"):
+        words = load_model_tokenizer(tokenizer and str(tokenizer), source, model.config.vocab_size)
+    with progress.stage("checking the range of its numbers"):
         config, weights = prepare_weights(model)
         rng = np.random.default_rng(0)
         shape = (AUDITED_SEQUENCES, min(AUDITED_TOKENS, config.n_positions))
         tokens = rng.integers(0, config.vocab_size, shape)
-        report = audit(config, weights, settings, tokens)
-        if report.problems:
-            raise PrivateInferenceError(f"{source} does not fit the ring: {report.problems[0]}")
+        audited = audit(config, weights, settings, tokens)
+        if audited.problems:
+            raise PrivateInferenceError(f"{source} does not fit the ring: {audited.problems[0]}")
         with torch.no_grad():
             largest = model(torch.from_numpy(tokens), use_cache=False).logits.abs().max().item()
     bound = 2.0 ** np.ceil(np.log2(LOGIT_MARGIN * largest))
     vocabulary = hash_vocabulary(words, config.vocab_size)
-    return Model(config, weights, model.config.notation, settings, vocabulary, float(bound))
+    return Offer(config, weights, model.config.notation, settings, vocabulary, float(bound)), model, words
+
+
+def _tokenize(prompt: str, words: PreTrainedTokenizerFast) -> list[int]:
+    tokens = words(prompt)["input_ids"]
+    if not tokens:
+        raise PrivateInferenceError("the prompt is empty: give some text.")
+    return tokens
 
 
 def _ask(
-    client: Client, words: PreTrainedTokenizerFast, prompt: str, new_tokens: int, network: str
-) -> tuple[Answer, PrivateAnswer]:
-    terms = client.terms
-    if hash_vocabulary(words, terms.config.vocab_size) != terms.tokenizer_hash:
-        client.close()
-        raise PrivateInferenceError(
-            "the tokenizer is not the server's: its tokens would mean something else. Give the server's with "
-            "--tokenizer."
-        )
-    tokens = words(prompt)["input_ids"]
-    if not tokens:
-        client.close()
-        raise PrivateInferenceError("the prompt is empty: give some text.")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    client: Client,
+    words: PreTrainedTokenizerFast,
+    tokens: list[int],
+    new_tokens: int,
+    network: str,
+    progress: Progress,
+) -> tuple[Outcome, PrivateAnswer]:
     started = time.perf_counter()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("both sides compile the program", total=None)
-
-        def show(event: dict):
-            if event["event"] == "program":
-                progress.update(task, description="meeting the other side", total=event["steps"])
-            elif event["event"] == "step":
-                place = "" if event["cost"]["layer"] is None else f"layer {event['cost']['layer']}, "
-                progress.update(task, description=place + event["cost"]["operation"], advance=1)
-
-        answer = client.ask(tokens, new_tokens, on_event=show)
+    with progress.stage("answering privately") as line:
+        line.say("both sides compile the program")
+        outcome = client.ask(tokens, new_tokens, on_event=lambda event: show_event(event, line))
     seconds = time.perf_counter() - started
-    if repeats := answer.repeats.total():
-        console.print(f"{repeats} answer(s) were out of range and computed anew.")
-    cost = answer.cost(terms, len(tokens), new_tokens, network)
-    return answer, PrivateAnswer(text=words.decode(answer.tokens), check=None, seconds=seconds, cost=cost)
+    cost = outcome.cost(client.terms, len(tokens), new_tokens, network)
+    text, repeats = words.decode(outcome.tokens), outcome.repeats.total()
+    return outcome, PrivateAnswer(text=text, check=None, seconds=seconds, cost=cost, repeats=repeats)
 
 
-def _start_server(
-    source: str, settings: dict, tokenizer: str | None, longest: int, timeout: int
-) -> tuple[subprocess.Popen, int]:
-    """A server on a free port, in a process of its own."""
-    command = [sys.executable, "-P", "-c", SERVE]
-    command += [source, "--listen", "127.0.0.1:0"]
-    command += ["--max-new-tokens", str(longest), "--timeout", str(timeout)]
-    for name, value in {**settings, **({"tokenizer": tokenizer} if tokenizer else {})}.items():
-        command += [f"--{name}", value]
-    with tempfile.TemporaryFile("w+") as complaints, console.status("starting the server"):
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            text=True,
-            env=os.environ | {"FORCE_COLOR": "", "TTY_COMPATIBLE": "0"},  # its first line is read by a program
-        )
-        ready, _, _ = select.select([process.stdout], [], [], SERVER_START_SECONDS)
-        line = process.stdout.readline() if ready else ""
-        if not line.startswith(LISTENING):
-            _stop_server(process)
-            complaints.seek(0)
-            reason = complaints.read().strip().rpartition("\n")[2].removeprefix("entropy-gpt: ")
-            raise UserError(reason or f"the server did not start within {SERVER_START_SECONDS} seconds.")
-    return process, int(line.rpartition(":")[2])
-
-
-def _stop_server(process: subprocess.Popen):
-    """Lets it clear away what it keeps on disk."""
-    process.terminate()
-    try:
-        process.wait(SERVER_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def print_answer(prompt: str, found: PrivateAnswer):
-    """The prompt with what follows, without what could drive a terminal, and how that compares with the clear."""
-    prompt, text = (escape(clean(part, kept="\n\t", most=None)) for part in (prompt, found.text))
-    console.print(f"\n[dim]{prompt}[/dim][bold]{text}[/bold]", highlight=False)
-    if found.check:
-        console.print(f"in the clear, {describe_check(found.check)}", soft_wrap=True)
+def show_event(event: dict[str, Any], line: Stage):
+    """Reports an event of [`Client.ask`] to a stage: the number of steps, and each step with its layer."""
+    if event["event"] == "program":
+        line.reach(0, event["steps"])
+    elif event["event"] == "step":
+        layer = "" if event["cost"]["layer"] is None else f"layer {event['cost']['layer']}, "
+        line.say(layer + event["cost"]["operation"])
+        line.advance()
 
 
 @torch.no_grad()
-def _compare(model: EntropyGPTForCausalLM, prompt: list[int], answer: Answer) -> AnswerCheck:
-    """The same tokens; or, where two are as likely but for the error of the logits, one of the two."""
-    sequence = torch.tensor([prompt + answer.tokens])
+def _compare(model: EntropyGPTForCausalLM, prompt: list[int], outcome: Outcome) -> AnswerCheck:
+    """
+    Compares an answer with the model in the clear. Where two tokens are equally likely within the tolerated error of
+    the logits, the answer may have either.
+
+    Raises:
+        `UserError`: If logits or tokens differ by more.
+    """
+    sequence = torch.tensor([prompt + outcome.tokens])
     logits = model(sequence, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    chosen = logits.gather(-1, torch.tensor(answer.tokens)[:, None]).squeeze(-1)
+    chosen = logits.gather(-1, torch.tensor(outcome.tokens)[:, None]).squeeze(-1)
     behind = (logits.amax(dim=-1) - chosen).tolist()
     largest = logits.abs().max().item()
     error = TOLERATED_ERROR + TOLERATED_SHARE * largest
     check = AnswerCheck(len(behind), behind.count(0), largest)
-    if answer.logits:
-        check.largest_error = np.abs(np.concatenate(answer.logits) - logits.numpy()).max().item()
+    if outcome.logits:
+        check.largest_error = np.abs(np.concatenate(outcome.logits) - logits.numpy()).max().item()
         if check.largest_error > error:
             raise UserError(
-                f"the private logits are not those in the clear: {describe_check(check)}; {error:.2f} is tolerated."
+                f"the private logits differ from those in the clear: {describe_check(check)}; a difference of "
+                f"{error:.2f} is tolerated."
             )
     if max(behind) > 2 * error:
-        raise UserError(f"the private answer {answer.tokens} is not that in the clear.")
+        raise UserError(f"the private answer {outcome.tokens} differs from the one in the clear.")
     return check
-
-
-def _print_costs(found: PrivateAnswer, networks: list[Network]):
-    cost = found.cost
-    console.print(f"{found.seconds:.1f} s in all, with compiling and set-up")
-    console.print(make_table(("operation", *TABLE_COLUMNS), table_rows(by_operation(cost))))
-    console.print(make_table(("once a connection", *TABLE_COLUMNS), table_rows(set_up_by_operation(cost))[-1:]))
-    for network in networks:
-        console.print(f"on {network.name}: about {project(cost, network):,.0f} s", highlight=False)
-
-
-def _save(cost: InferenceCost, output: Path | None):
-    if output is not None:
-        with written_whole(output) as path:
-            cost.save(path)
-        console.print(f"costs: {output}", markup=False, soft_wrap=True)
-
-
-def _print_line(line: str):
-    print(line, flush=True)

@@ -1,10 +1,9 @@
-"""Measures the paper's table of private inference, and keeps what is measured."""
+"""Measurement of the paper's table of private inference. Each measurement is saved as soon as it is complete."""
 
 import re
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from rich.console import Console
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
@@ -22,154 +21,209 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
 )
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.program.cost import LAN, MEGA, WAN, InferenceCost, Network, parse_network
-from entropy_gpt.terminal.private_cost import HEAD_SIZE
-from entropy_gpt.terminal.progress import progress_display
-from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import is_finished, written_whole
-from entropy_gpt.training.progress import Stage
+from entropy_gpt.training.progress import SILENT, Progress, Stage
+
+from .private import show_event
+from .private_cost import count_heads
 
 
 MEASURED, TABLE, PICTURE = "measured", "table.md", "costs.png"
+DEFAULT_TIMEOUT = 1200
 
-console = Console()
 
-
-def run(
-    notations: list[str] | None,
-    sizes: dict,
-    context: int,
-    networks: list[str],
-    whole: bool,
-    output: Path,
-    timeout: int,
-    dry_run: bool,
-):
+def private_table(
+    notations: Sequence[str] | None = None,
+    *,
+    output: str | Path,
+    n_layer: int = 12,
+    n_embd: int = 768,
+    n_head: int | None = None,
+    vocab_size: int = 50257,
+    context: int = 128,
+    networks: Sequence[str] = (),
+    whole: bool = False,
+    timeout: int = DEFAULT_TIMEOUT,
+    progress: Progress = SILENT,
+) -> PaperTable:
     """
-    Measures what is not measured yet, and shows the table.
+    Measures the cost of architectures between two processes, as `entropy-gpt private benchmark` does.
+
+    The first and the last block, one block of each kind in between, the embedding and the head are measured and added
+    up. An interrupted measurement continues when it is called again with the same arguments.
 
     Args:
-        notations (`list[str]`, *optional*): Architectures, in place of the paper's.
-        sizes (`dict`): Fields of the config; of `n_head`, `None` stands for heads of 64 numbers.
+        notations (`Sequence[str]`, *optional*): Architectures, in the paper's notation. Default: the paper's four.
+        output (`str` or `Path`): Folder for measurements, table and picture.
+        n_layer, n_embd, vocab_size (`int`): The sizes of all models.
+        n_head (`int`, *optional*): Heads. Default: heads of 64 dimensions.
         context (`int`): Tokens of the prompt.
-        networks (`list[str]`): As [`parse_network`] reads them, beside LAN and WAN.
-        whole (`bool`): Whether the cheapest architecture is run whole too.
-        output (`Path`): Folder for records, table and picture.
-        timeout (`int`): Seconds for which nothing may happen.
-        dry_run (`bool`): Whether to show only what would be measured.
+        networks (`Sequence[str]`): Networks besides LAN and WAN to estimate seconds for, such as "300Mbps,20ms".
+        whole (`bool`): Also run the cheapest architecture as a whole, to verify the sum of its parts.
+        timeout (`int`): Seconds without any event after which a measurement fails.
+        progress (`Progress`): Receives a stage for each measurement.
+
+    Returns:
+        [`PaperTable`]: The table; the folder has it as `table.md` with a picture.
 
     Raises:
-        `UserError`: If an architecture or a network is not known, the engine is missing or fails, or the folder
-            holds something else.
+        `UserError`: If an architecture or a network is not known, the engine is missing or fails, or the folder holds
+            something else.
+
+    Example:
+
+    ```python
+    from entropy_gpt.workflows.private_table import private_table
+
+    table = private_table(["SM+LN+G", "SM+ScFuFFN"], output="runs/private", n_layer=2, n_embd=64, context=16)
+    print(table.headings, *table.rows)
+    ```
     """
-    sizes = {**sizes, "n_head": sizes["n_head"] or max(1, sizes["n_embd"] // HEAD_SIZE)}
+    plan = plan_table(
+        notations,
+        output=output,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        vocab_size=vocab_size,
+        context=context,
+        networks=networks,
+        whole=whole,
+        timeout=timeout,
+    )
+    return measure_table(plan, progress)
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """
+    A table that was checked and can be measured.
+
+    Args:
+        rows (`list[Inference]`): The whole models, the baseline first.
+        whole (`bool`): Whether the cheapest architecture is also run as a whole.
+        networks (`tuple[Network, ...]`): Networks to estimate seconds for.
+        output (`Path`): Folder for measurements, table and picture.
+        timeout (`int`): Seconds without any event after which a measurement fails.
+    """
+
+    rows: list[Inference]
+    whole: bool
+    networks: tuple[Network, ...]
+    output: Path
+    timeout: int
+
+    @property
+    def parts(self) -> list[Inference]:
+        """What is measured of each row, and at the end the embedding and the head."""
+        return [*map(take_blocks, self.rows), take_ends(self.rows[0])]
+
+    @property
+    def predicted_bytes(self) -> dict[str, float]:
+        """The predicted bytes of each row, by its title."""
+        return {row.title: row.predict_bytes() for row in self.rows}
+
+    def find_whole(self, total_bytes: dict[str, float]) -> Inference:
+        """The cheapest architecture by these bytes, titled as a whole model."""
+        return _name_whole(find_cheapest(self.rows, total_bytes))
+
+    def load(self, inference: Inference) -> InferenceCost | None:
+        """
+        The saved measurement, or `None`.
+
+        Raises:
+            `ValueError`: If it is damaged, or was made under other conditions.
+        """
+        return inference.load_measured(self.place(inference))
+
+    def place(self, inference: Inference) -> Path:
+        """The file of a measurement."""
+        name = re.sub(r"[^a-z0-9]+", "-", inference.title.lower()).strip("-")
+        return self.output / MEASURED / f"{name}.json"
+
+
+def plan_table(
+    notations: Sequence[str] | None,
+    *,
+    output: str | Path,
+    n_layer: int,
+    n_embd: int,
+    n_head: int | None,
+    vocab_size: int,
+    context: int,
+    networks: Sequence[str],
+    whole: bool,
+    timeout: int,
+) -> TablePlan:
+    """
+    Checks the arguments of [`private_table`] and the measurements in the folder; writes nothing.
+
+    Raises:
+        `UserError`: If an architecture or a network is not known, or the folder holds something else.
+    """
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head or count_heads(n_embd), "vocab_size": vocab_size}
     try:
         shown = tuple(dict.fromkeys((LAN, WAN, *map(parse_network, networks))))
-        rows = list_rows(notations or NOTATIONS, context, **sizes)
-        plan = [*map(take_blocks, rows), take_ends(rows[0])]
-        _check_output(output)
-        # Records of other conditions are refused before anything is measured.
-        for inference in (*plan, *(map(_name_whole, rows[1:]) if whole else ())):
-            _load(inference, output)
-        if not dry_run:
-            check_engine()
+        rows = list_rows(list(notations or NOTATIONS), context, **sizes)
+        plan = TablePlan(rows, whole, shown, Path(output), timeout)
+        _check_output(plan.output)
+        for inference in (*plan.parts, *(map(_name_whole, rows[1:]) if whole else ())):
+            plan.load(inference)
     except (PrivateInferenceError, ValueError) as error:
         raise UserError(str(error)) from error
-    if dry_run:
-        _print_plan(rows, plan, whole, output)
-        return
-    table = _measure_all(rows, plan, whole, shown, output, timeout)
-    _write(table, output)
-    _print(table, output)
+    return plan
+
+
+def measure_table(plan: TablePlan, progress: Progress) -> PaperTable:
+    """
+    Measures what is not measured yet, and writes the table and its picture.
+
+    Args:
+        plan ([`TablePlan`]): The plan.
+        progress (`Progress`): Receives a stage for each measurement.
+
+    Raises:
+        `UserError`: If the engine is missing or fails.
+    """
+    check_engine()
+    count = len(plan.parts) + plan.whole
+
+    def obtain(inference: Inference, number: int) -> InferenceCost:
+        with progress.stage(f"{number} of {count}: {inference.title}") as line:
+            cost = plan.load(inference)
+            if cost is None:
+                return _measure(inference, plan, line)
+            line.say("measured before")
+            return cost
+
+    *blocks, ends = (obtain(inference, number) for number, inference in enumerate(plan.parts, 1))
+    sums = add_up_all(plan.rows, {row.title: cost for row, cost in zip(plan.rows, blocks, strict=True)}, ends)
+    whole = None
+    if plan.whole:
+        whole = obtain(plan.find_whole({title: total.total_bytes for title, total in sums.items()}), count)
+    table = PaperTable(sums, ends, whole, plan.networks)
+    with written_whole(plan.output / TABLE) as path:
+        path.write_text(page_markdown(table, PICTURE), encoding="utf-8")
+    with written_whole(plan.output / PICTURE) as path:
+        draw_costs(table.sums, path)
+    return table
 
 
 def _check_output(output: Path):
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file. Give the name of a folder.")
     if output.exists() and any(map(is_finished, output.iterdir())) and not (output / MEASURED).is_dir():
-        raise UserError(f"{output} is there already and holds no benchmark: give another --output.")
+        raise UserError(f"{output} exists and holds no benchmark: give another --output.")
 
 
 def _name_whole(row: Inference) -> Inference:
-    """The same, told from its blocks."""
+    """The same inference, with a title that differs from the one of its blocks."""
     return replace(row, title=f"{row.title}, whole")
 
 
-def _load(inference: Inference, output: Path) -> InferenceCost | None:
-    return inference.load_measured(_place(inference, output))
-
-
-def _place(inference: Inference, output: Path) -> Path:
-    return output / MEASURED / f"{re.sub(r'[^a-z0-9]+', '-', inference.title.lower()).strip('-')}.json"
-
-
-def _measure_all(
-    rows: list[Inference],
-    plan: list[Inference],
-    whole: bool,
-    networks: tuple[Network, ...],
-    output: Path,
-    timeout: int,
-) -> PaperTable:
-    """The blocks of each row and the ends, as planned, and then the cheapest row whole if that is asked for."""
-    with progress_display(console) as progress:
-
-        def obtain(inference: Inference, number: int) -> InferenceCost:
-            with progress.stage(f"{number} of {len(plan) + whole}: {inference.title}") as line:
-                cost = _load(inference, output)
-                if cost is None:
-                    return _measure(inference, output, timeout, line)
-                line.say("measured before")
-                return cost
-
-        *blocks, ends = (obtain(inference, number) for number, inference in enumerate(plan, 1))
-        sums = add_up_all(rows, {row.title: cost for row, cost in zip(rows, blocks, strict=True)}, ends)
-        cheapest = find_cheapest(rows, {title: total.total_bytes for title, total in sums.items()})
-        return PaperTable(sums, ends, obtain(_name_whole(cheapest), len(plan) + 1) if whole else None, networks)
-
-
-def _measure(inference: Inference, output: Path, timeout: int, line: Stage) -> InferenceCost:
-    def show(event: dict):
-        if event["event"] == "program":
-            line.reach(0, event["steps"])
-        elif event["event"] == "step":
-            place = "" if event["cost"]["layer"] is None else f"layer {event['cost']['layer']}, "
-            line.say(place + event["cost"]["operation"])
-            line.advance()
-
-    cost = inference.measure(timeout_seconds=timeout, on_event=show)
-    with written_whole(_place(inference, output)) as path:
+def _measure(inference: Inference, plan: TablePlan, line: Stage) -> InferenceCost:
+    cost = inference.measure(timeout_seconds=plan.timeout, on_event=lambda event: show_event(event, line))
+    with written_whole(plan.place(inference)) as path:
         cost.save(path)
     line.say(f"{cost.total_bytes / MEGA:,.1f} MB")
     return cost
-
-
-def _print_plan(rows: list[Inference], plan: list[Inference], whole: bool, output: Path):
-    totals = {row.title: row.predict_bytes() for row in rows}
-    plan = [*plan, *([_name_whole(find_cheapest(rows, totals))] if whole else ())]
-    lines = [
-        (
-            inference.title,
-            str(inference.config.n_layer),
-            f"{inference.predict_bytes() / MEGA:,.1f}",
-            "measured before" if _load(inference, output) else "to be measured",
-        )
-        for inference in plan
-    ]
-    console.print(make_table(("inference", "blocks", "MB,\npredicted", ""), lines))
-    sums = [(title, f"{total / MEGA:,.1f}") for title, total in totals.items()]
-    console.print(make_table(("the whole model", "MB, predicted"), sums))
-
-
-def _write(table: PaperTable, output: Path):
-    with written_whole(output / TABLE) as path:
-        path.write_text(page_markdown(table, PICTURE), encoding="utf-8")
-    with written_whole(output / PICTURE) as path:
-        draw_costs(table.sums, path)
-
-
-def _print(table: PaperTable, output: Path):
-    console.print(make_table(table.headings, table.rows, folded={0}))
-    for note in table.notes:
-        console.print(note, markup=False, highlight=False)
-    for title, path in {"table": TABLE, "picture": PICTURE, "records": MEASURED}.items():
-        console.print(f"{title}: {output / path}", markup=False, soft_wrap=True)

@@ -1,133 +1,177 @@
-"""The stages of a training run: text, model, training, measurement, pictures. What is interrupted goes on."""
+"""Training by a recipe: text, model, training, measurement, pictures. An interrupted run continues."""
 
-import dataclasses
 import functools
+import json
+import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from datasets import disable_progress_bars
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.utils import logging
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
 from entropy_gpt.evaluation.records.measurement import KEPT_APART, describe_config, measure_model, read_text
-from entropy_gpt.evaluation.records.results import RESULTS, TrainingResult, load_results, save_results
+from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, TrainingResult, load_results, save_results
+from entropy_gpt.evaluation.records.run_log import Divergence, RunLog
 from entropy_gpt.evaluation.showing.model_card import model_card
-from entropy_gpt.terminal import plot as plot_job
-from entropy_gpt.terminal.progress import progress_display
+from entropy_gpt.evaluation.showing.run_pictures import PICTURES, Drawing, draw_pictures
 from entropy_gpt.training.adapters import attach_lora, merge_adapter
 from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callback
 from entropy_gpt.training.entropy_callback import EntropyCallback
+from entropy_gpt.training.errors import RecipeError
 from entropy_gpt.training.files import UNFINISHED, delete
 from entropy_gpt.training.packing import collate_blocks
 from entropy_gpt.training.preparation import PreparedData, prepare_data
-from entropy_gpt.training.progress import Progress, Stage
-from entropy_gpt.training.recipe import (
-    ARGUMENT_FIELDS,
-    CONFIG_FIELDS,
-    RECIPES,
-    Recipe,
-    list_recipes,
-    read_recipe,
-)
+from entropy_gpt.training.progress import SILENT, Progress, Stage
+from entropy_gpt.training.recipe import Recipe, read_recipe
 from entropy_gpt.training.run_folder import ADAPTER, MODEL, check_architecture, check_folder, check_text, take_folder
 from entropy_gpt.training.start import Start, find_start, fit_vocabulary, make_model
 from entropy_gpt.training.trainer import EntropyTrainer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .convert import convert
-from .convert_inputs import Job, Text, find_base_model, name_source, spread
+from .convert import Conversion, convert_with_text
+from .convert_inputs import ConversionOptions, Text, find_base_model, name_source, spread
+from .library_bars import library_bars_hidden
 
 
-# Sequences of validation text on which the heads are measured in the course of training.
+# Validation sequences on which the heads are measured during training.
 MOST_PROBED = 8
-# What a result tells of how its model was trained.
-TOLD = ("learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps")
+# Hyperparameters that a result records, if the recipe sets them.
+RECORDED = ("learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps")
 
 
-def print_recipes():
-    """The recipes that come along, with the first line of each."""
-    console = Console()
-    for name in list_recipes():
-        title = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        console.print(f"[bold]{name}[/]: {escape(title)}")
-    console.print("entropy-gpt train RECIPE, or your own YAML file in its place. --help tells more.")
-
-
-def print_settings():
-    """Every setting, with its default and what it does."""
-    for name, field in sorted({**CONFIG_FIELDS, **ARGUMENT_FIELDS}.items()):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        text = " ".join(str(field.metadata.get("help", "See EntropyGPTConfig.")).split())
-        print(f"{name} (default: {default}): {text}")
-
-
-def run(source: str, settings: list[str], dry_run: bool):
+@dataclass(frozen=True)
+class PlannedRun:
     """
-    Trains by a recipe, from the last whole checkpoint on, measures, draws and saves.
+    A training run that was checked and can begin, or continue.
 
     Args:
-        source (`str`): The recipe: a file, or a name.
-        settings (`list[str]`): `key=value` settings that replace those of the recipe.
-        dry_run (`bool`): Whether to show what would be done and write nothing.
+        recipe ([`Recipe`]): The settings.
+        start ([`Start`]): The model to begin with.
+        checkpoint (`Path`, *optional*): The checkpoint to continue from.
+    """
+
+    recipe: Recipe
+    start: Start
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """
+    A training run that has ended.
+
+    Args:
+        folder (`Path`): Its folder, with log, pictures, checkpoints and model.
+        log ([`RunLog`]): Losses, entropies and alarms, step by step.
+        drawings (`list[Drawing]`): The pictures of the log.
+        result ([`ModelResult`], *optional*): The measurements of the trained model; `None` if the run diverged.
+    """
+
+    folder: Path
+    log: RunLog
+    drawings: list[Drawing]
+    result: ModelResult | None
+
+    @property
+    def model(self) -> Path | None:
+        """The model's folder, ready for the Hub; `None` if the run diverged."""
+        return None if self.result is None else self.folder / MODEL
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The divergence that stopped the run, if one did."""
+        return self.log.divergences[-1] if self.result is None else None
+
+
+def train(recipe: str | Path, *, progress: Progress = SILENT, **settings: Any) -> TrainedRun | None:
+    """
+    Trains a model by a recipe, measures it and draws pictures of the run, as `entropy-gpt train` does.
+
+    An interrupted run continues from its last whole checkpoint when it is called again with the same arguments. A run
+    whose model is there already is not trained again.
+
+    Args:
+        recipe (`str` or `Path`): A YAML file, or the name of a recipe that comes with the package.
+        progress (`Progress`): Follows the stages of the work; by default nobody does.
+        settings: Settings that replace those of the recipe, such as `n_layer=6`, `max_steps=500` or
+            `output_dir="runs/mine"`. `entropy-gpt train --settings` lists them all.
+
+    Returns:
+        [`TrainedRun`]: The folder, the log and the measurements. `None` in all but the first of several processes.
 
     Raises:
-        `UserError`: If recipe, text, model, folder or checkpoint can't be used.
+        `UserError`: If the recipe, a setting, the text, the model, the folder or a checkpoint can't be used. A run
+            that diverges raises nothing: that is its result.
+
+    Example:
+
+    ```python
+    import entropy_gpt
+
+    run = entropy_gpt.train("python-stdlib-small", notation="SM+ScFuFFN", max_steps=500, output_dir="runs/mine")
+    print(run.model, run.result.likelihood.likelihood.perplexity)
+    ```
     """
-    disable_progress_bars()
-    logging.disable_progress_bar()
+    plain = {name: _plain_value(name, value) for name, value in settings.items()}
+    return perform(prepare(os.fspath(recipe), plain), progress)
+
+
+def _plain_value(name: str, value: Any) -> Any:
+    """A setting as a recipe could hold it: paths are text, tuples are lists."""
+    try:
+        return json.loads(json.dumps(value, default=os.fspath))
+    except TypeError as error:
+        raise RecipeError(f"{name}={value!r}: a setting is text, a number, a list or a dict of these.") from error
+
+
+@library_bars_hidden()
+def prepare(source: str, settings: dict[str, Any]) -> PlannedRun:
+    """
+    Reads a recipe, and checks what it starts from and the run's folder. Writes nothing.
+
+    Args:
+        source (`str`): A YAML file, or the name of a recipe.
+        settings (`dict[str, Any]`): Settings that replace those of the recipe.
+
+    Raises:
+        `UserError`: If the recipe, a setting, the model, the folder or a checkpoint can't be used.
+    """
     recipe = read_recipe(source, settings)
     start = find_start(recipe)
-    console = Console(quiet=not recipe.training.should_save)
-    _show_plan(recipe, start, console)
-    checkpoint = check_folder(recipe, start.config)
-    if dry_run:
-        return
-    if not (folder := Path(recipe.training.output_dir, MODEL)).exists():
-        with progress_display(console) as progress:
-            trainer, data = _train(recipe, start, checkpoint, progress)
-            _finish(trainer, start, data, recipe, progress)
-        if recipe.training.should_save and (reason := trainer.guard.diverged) is not None:
-            _tell_divergence(start.config.notation, trainer, reason, console)
-    if recipe.training.should_save:
-        _show_results(folder, console)
+    return PlannedRun(recipe, start, check_folder(recipe, start.config))
 
 
-def _show_plan(recipe: Recipe, start: Start, console: Console):
-    """What is going to be trained, before anything is."""
-    training, config = recipe.training, start.config
-    sequences = training.sequences_per_step
-    amount = f"{training.max_steps:,} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
-    rows = {
-        "architecture": f"{config.notation}, final norm: {config.final_normalization}",
-        "sizes": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {start.context}",
-        "starts from": recipe.model.model_name_or_path or f"new weights, seed {training.seed}",
-        "text": recipe.data.dataset + (", streamed" if recipe.data.streaming else ""),
-        "training": f"{amount} of {sequences} sequences, {sequences * start.context:,} tokens; learning rate "
-        f"{training.learning_rate:g}, {training.world_size} process(es) on {training.device.type}",
-        "folder": training.output_dir,
-    }
-    if start.converts:
-        rows["starts from"] += f" ({start.source.config.notation}), converted first"
-    if recipe.lora.lora_r is not None:
-        rows["adapters"] = f"rank {recipe.lora.lora_r} on {', '.join(recipe.lora.lora_target_modules)}"
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in rows.items():
-        table.add_row(name, escape(value))
-    console.print(table)
+@library_bars_hidden()
+def perform(planned: PlannedRun, progress: Progress) -> TrainedRun | None:
+    """
+    Trains, measures, saves and draws; only draws if the model is there already.
+
+    Returns:
+        The run, or `None` in all but the first of several processes.
+
+    Raises:
+        `UserError`: If the text can't be used, or the Trainer refuses its arguments.
+    """
+    training, folder = planned.recipe.training, Path(planned.recipe.training.output_dir)
+    if not (folder / MODEL).exists():
+        trainer, data = _train(planned, progress)
+        _finish(trainer, planned, data, progress)
+    if not training.should_save:
+        return None
+    log = RunLog.load(folder)
+    (result,) = load_results(folder / MODEL / RESULTS) if (folder / MODEL).exists() else [None]
+    return TrainedRun(folder, log, draw_pictures([log], log.place / PICTURES), result)
 
 
-def _train(
-    recipe: Recipe, start: Start, checkpoint: Path | None, progress: Progress
-) -> tuple[EntropyTrainer, PreparedData]:
-    """Trains to the end, or to where the run diverges."""
+def _train(planned: PlannedRun, progress: Progress) -> tuple[EntropyTrainer, PreparedData]:
+    """Trains to the end, or until the run diverges."""
+    recipe, start, checkpoint = planned.recipe, planned.start, planned.checkpoint
     training = recipe.training
     with training.main_process_first(desc="preparing the text"):
         data = _prepare(recipe, start, progress)
@@ -136,7 +180,7 @@ def _train(
     fit_vocabulary(start.config, recipe, data.tokenizer)
     if checkpoint is not None:
         check_architecture(checkpoint, recipe, start.config, "vocab_size")
-        training.eval_on_start = False  # it was done
+        training.eval_on_start = False  # it was evaluated then
     take = functools.partial(take_folder, recipe, checkpoint, text) if training.should_save else lambda: None
     if start.converts:
         take()
@@ -159,10 +203,10 @@ def _train(
                 data_collator=collate_blocks,
                 callbacks=[Stopwatch(), _watch_heads(recipe, data), observer],
             )
-            # Made here only to see whether their arguments will do.
+            # A trial, to refuse wrong arguments before the run's folder is taken.
             trainer.create_scheduler(2, trainer.create_optimizer())
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
-            if not any(Path(training.output_dir).iterdir()):  # the Trainer makes it
+            if not any(Path(training.output_dir).iterdir()):  # the Trainer made it
                 Path(training.output_dir).rmdir()
             raise UserError(f"{recipe.name}: the Trainer refuses its arguments: {error}") from error
         trainer.optimizer = trainer.lr_scheduler = None
@@ -208,21 +252,20 @@ def _watch_heads(recipe: Recipe, data: PreparedData) -> EntropyCallback:
 
 
 def _convert(recipe: Recipe, start: Start, data: PreparedData, progress: Progress) -> EntropyGPTForCausalLM:
-    """The source in the architecture wanted, fitted to the training text step by step; done once a run."""
+    """Converts the source to the architecture of the recipe, fitted to the training text; once in a run."""
     output = Path(recipe.training.output_dir, "converted")
     if not output.exists():
-        job = Job(source=recipe.model.model_name_or_path, notation=start.config.notation, output=output)
-        calibration, validation = (
-            spread(blocks, tokens)
-            for blocks, tokens in ((data.training, job.calibration_tokens), (data.validation, job.evaluation_tokens))
-        )
+        options = ConversionOptions(source=recipe.model.model_name_or_path, to=start.config.notation, output=output)
+        calibration = spread(data.training, options.calibration_tokens)
+        validation = spread(data.validation, options.evaluation_tokens)
         text = Text(data.name, data.revision, data.tokenizer, data.training, calibration, validation)
-        convert(job, start.source, start.config, text, progress)
+        convert_with_text(Conversion(options, start.source, start.config), text, progress)
     return load_language_model(output)
 
 
-def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: Recipe, progress: Progress):
-    """Leaves the trained model, measured, in the run's folder; nothing of a run that diverged."""
+def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, progress: Progress):
+    """Measures the trained model and saves it in the run's folder, unless the run diverged."""
+    recipe, start = planned.recipe, planned.start
     output = Path(recipe.training.output_dir)
     unfinished = output / f"{UNFINISHED}{MODEL}"
     diverged = trainer.guard.diverged is not None
@@ -248,7 +291,7 @@ def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: R
         tokens=steps * batch_size * data.context,
         seconds=find_callback(trainer, Stopwatch).seconds,
         hyperparameters={
-            **{name: recipe.settings[name] for name in TOLD if name in recipe.settings},
+            **{name: recipe.settings[name] for name in RECORDED if name in recipe.settings},
             "batch_size": batch_size,
             **(vars(recipe.lora) if recipe.lora.lora_r else {}),
             **describe_config(model.config),
@@ -266,22 +309,3 @@ def _finish(trainer: EntropyTrainer, start: Start, data: PreparedData, recipe: R
     save_results([result], unfinished / RESULTS)
     model_card(result).save(unfinished / "README.md")
     unfinished.replace(output / MODEL)
-
-
-def _tell_divergence(notation: str, trainer: EntropyTrainer, reason: str, console: Console):
-    step, _ = trainer.guard.events[-1]
-    console.print(f"[bold]{escape(notation)} diverged at step {step:,}[/], and was {escape(reason)}.")
-    console.print("That is this run's result: it leaves no model but those of its checkpoints.")
-
-
-def _show_results(folder: Path, console: Console):
-    """Pictures, the figures of the trained model if there is one, and where everything lies."""
-    plot_job.run([folder.parent], None, None)
-    if folder.exists():
-        (result,) = load_results(folder / RESULTS)
-        likelihood = result.likelihood.likelihood
-        console.print(
-            f"[bold]{escape(result.title)}[/]: perplexity {likelihood.perplexity:.2f} per token, "
-            f"{likelihood.bits_per_byte:.3f} bits per byte, on {likelihood.tokens:,} tokens kept out of training"
-        )
-        console.print(f"model, ready for the Hub: {folder}", markup=False, soft_wrap=True)

@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import ROOT, git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import ROOT, collect_origin
 from entropy_gpt.evaluation.records.conditions import describe_origin
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
 
@@ -261,7 +261,7 @@ def main(
     if redraw:
         publish(Record.load(RECORD))
         return
-    revision = git_revision()
+    origin = collect_origin(torch.device("cpu"))
     everything, pair = tuple(ATTENTIONS), (STOCK, OURS)
     runs = 3 if quick else runs
     times = [
@@ -280,7 +280,7 @@ def main(
     memory += [measure_memory(PUBLIC, length) for length in ((512,) if quick else (512, 1024))]
     if quick:
         return
-    record = Record(times, memory, recorded_versions(), revision, machine_name(torch.device("cpu")))
+    record = Record(times, memory, **origin)
     record.save(RECORD)
     publish(record)
     console.print(f"written: {RECORD}, {PAGE}, {PICTURE}")

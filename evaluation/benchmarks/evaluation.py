@@ -24,7 +24,7 @@ from entropy_gpt.evaluation.json_records import StoredRecord
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import diagnose_heads
 from entropy_gpt.evaluation.measuring.perplexity import Windows, measure_likelihood
 from entropy_gpt.evaluation.measuring.tokenized_text import tokenize
-from entropy_gpt.evaluation.origin import ROOT, git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import ROOT, collect_origin, recorded_versions
 from entropy_gpt.evaluation.records.conditions import describe_origin
 from entropy_gpt.training.corpus import load_standard_library
 from entropy_gpt.training.tokenizer import train_tokenizer
@@ -227,16 +227,15 @@ def main(
         return
     disable_progress_bars()
     logging.set_verbosity_error()
-    revision, runs, sizes = git_revision(), 3 if quick else runs, QUICK if quick else GPT2_SMALL
+    origin = collect_origin(torch.device("cpu"), recorded_versions("lm_eval"))
+    runs, sizes = 3 if quick else runs, QUICK if quick else GPT2_SMALL
     perplexities = [measure_perplexity(sizes, length, runs) for length in PERPLEXITY_LENGTHS]
     record = Record(
         perplexity=[timing for timing, _ in perplexities],
         largest_difference=max(difference for _, difference in perplexities),
         heads=[measure_heads(sizes, length, runs) for length in HEAD_LENGTHS],
         memory={length: measure_memory(length) for length in MEMORY_LENGTHS},
-        versions=recorded_versions("lm_eval"),
-        git_revision=revision,
-        machine=machine_name(torch.device("cpu")),
+        **origin,
     )
     if quick:
         return

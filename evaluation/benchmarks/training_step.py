@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import ROOT, git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import ROOT, collect_origin
 from entropy_gpt.evaluation.records.conditions import describe_origin
 from entropy_gpt.training.arguments import DataArguments
 from entropy_gpt.training.entropy_callback import measure_heads
@@ -242,7 +242,7 @@ def main(
         PAGE.write_text(page(Record.load(RECORD)), encoding="utf-8")
         return
     disable_progress_bars()
-    revision = git_revision()
+    origin = collect_origin(torch.device("cpu"))
     runs = 3 if quick else runs
     sizes = {**GPT2_SMALL, "n_layer": 2, "vocab_size": 8192} if quick else GPT2_SMALL
     steps = [measure_steps(sizes, length, batch, runs) for length, batch in LENGTHS.items()]
@@ -251,9 +251,7 @@ def main(
         steps=steps,
         watching=watching,
         pipeline=measure_pipeline(runs, steps[0]),
-        versions=recorded_versions(),
-        git_revision=revision,
-        machine=machine_name(torch.device("cpu")),
+        **origin,
     )
     if quick:
         return

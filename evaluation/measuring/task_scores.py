@@ -17,7 +17,7 @@ from lm_eval.tasks.manager import TaskDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from entropy_gpt.evaluation.errors import TaskError
-from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import collect_origin, recorded_versions
 
 from .lm_eval_model import LMEvalModel, quiet_loggers, quiet_streams
 from .perplexity import evaluation_mode
@@ -119,10 +119,8 @@ def score_tasks(
         data=_describe_data(list(loaded["tasks"].values())),
         dtype=str(model.dtype).removeprefix("torch."),
         seed=seed,
-        versions=recorded_versions("lm_eval"),
-        git_revision=git_revision(),
-        machine=machine_name(model.device),
         seconds=time.perf_counter() - begin,
+        **collect_origin(model.device, recorded_versions("lm_eval")),
     )
 
 

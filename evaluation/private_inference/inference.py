@@ -15,8 +15,8 @@ import torch
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, check_engine
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
-from entropy_gpt.evaluation.private_inference.parties.session import Answer, Terms, check_request
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Model, Server
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms, check_request
+from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, RING_BITS, PrivateSettings
@@ -107,10 +107,10 @@ class PrivateModel:
         if mode in NETWORKS:
             terms = Terms(self.config, self._model.config.notation, self.settings, "", LOGIT_BOUND)
             costs = [
-                answer.cost(terms, len(prompt), answers, NETWORKS[mode])
-                for prompt, answer in zip(prompts, found, strict=True)
+                outcome.cost(terms, len(prompt), answers, NETWORKS[mode])
+                for prompt, outcome in zip(prompts, found, strict=True)
             ]
-        return InferenceResult(mode, [answer.logits[0].astype(np.float32) for answer in found], seconds, costs)
+        return InferenceResult(mode, [outcome.logits[0].astype(np.float32) for outcome in found], seconds, costs)
 
     def _check(self, prompts: list[list[int]], mode: str, answers: int):
         if mode not in self.modes:
@@ -130,37 +130,37 @@ class PrivateModel:
             check_engine()
 
     @torch.no_grad()
-    def _compute(self, prompts: list[list[int]], answers: int) -> Iterator[Answer]:
+    def _compute(self, prompts: list[list[int]], answers: int) -> Iterator[Outcome]:
         for prompt in prompts:
             logits = self._model(torch.tensor([prompt]), use_cache=False).logits[0, -answers:]
-            yield Answer(logits=[logits.numpy()])
+            yield Outcome(logits=[logits.numpy()])
 
-    def _emulate(self, prompts: list[list[int]], answers: int) -> Iterator[Answer]:
+    def _emulate(self, prompts: list[list[int]], answers: int) -> Iterator[Outcome]:
         for seed, prompt in enumerate(prompts):
-            yield Answer(logits=[emulate(self.config, self.weights, self.settings, prompt, answers, seed)])
+            yield Outcome(logits=[emulate(self.config, self.weights, self.settings, prompt, answers, seed)])
 
-    def _ask_threads(self, prompts: list[list[int]], answers: int) -> Iterator[Answer]:
+    def _ask_threads(self, prompts: list[list[int]], answers: int) -> Iterator[Outcome]:
         log = EngineLog()
         for _, alike in itertools.groupby(prompts, key=len):
             run = infer_locally(self.config, self.weights, self.settings, list(alike), answers, log)
             for logits, steps in zip(run.answers, run.steps, strict=True):
-                yield Answer(logits=[logits], set_up=run.set_up, steps=steps)
+                yield Outcome(logits=[logits], set_up=run.set_up, steps=steps)
 
-    def _ask_processes(self, prompts: list[list[int]], answers: int) -> Iterator[Answer]:
+    def _ask_processes(self, prompts: list[list[int]], answers: int) -> Iterator[Outcome]:
         notation = self._model.config.notation
-        with serve_on_loopback(Model(self.config, self.weights, notation, self.settings, "", LOGIT_BOUND)) as address:
+        with serve_on_loopback(Offer(self.config, self.weights, notation, self.settings, "", LOGIT_BOUND)) as address:
             for prompt in prompts:
                 client = Client(*address, None, TIMEOUT_SECONDS, self.settings.protocol)
                 yield client.ask(prompt, answers=answers)
 
 
 @contextlib.contextmanager
-def serve_on_loopback(model: Model, timeout_seconds: int = TIMEOUT_SECONDS) -> Iterator[tuple[str, int]]:
+def serve_on_loopback(offer: Offer, timeout_seconds: int = TIMEOUT_SECONDS) -> Iterator[tuple[str, int]]:
     """
     A server in a thread of this process, for as long as the context lasts.
 
     Args:
-        model ([`Model`]): What it offers.
+        offer ([`Offer`]): What it offers.
         timeout_seconds (`int`): For which nothing may happen in an inference.
 
     Returns:
@@ -170,7 +170,7 @@ def serve_on_loopback(model: Model, timeout_seconds: int = TIMEOUT_SECONDS) -> I
         `PrivateInferenceError`: What is raised within, with the server's last word.
     """
     said: queue.Queue[str] = queue.Queue()
-    server = Server(model, "127.0.0.1", 0, None, timeout_seconds, model.config.n_positions, said.put)
+    server = Server(offer, "127.0.0.1", 0, None, timeout_seconds, offer.config.n_positions, said.put)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.address

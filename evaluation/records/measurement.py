@@ -1,11 +1,10 @@
-"""What a model is worth and what its heads do, as records: shared by the commands that measure."""
+"""Measures a model's predictions and attention heads, as records that name their conditions."""
 
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +12,7 @@ from entropy_gpt.evaluation.measuring.entropy_diagnostics import diagnose_heads
 from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.measuring.perplexity import Windows, measure_likelihood
 from entropy_gpt.evaluation.measuring.tokenized_text import TokenizedText, tokenize
-from entropy_gpt.evaluation.origin import git_revision, hash_weights, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import collect_origin, hash_weights
 from entropy_gpt.training.progress import Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
@@ -28,11 +27,11 @@ from .results import (
 
 
 SIZES = ("n_layer", "n_embd", "n_head")
-# Behind the name of a text of which a part was kept for validation.
+# Appended to a text's name if only the part kept for validation is measured.
 KEPT_APART = ", the part kept apart"
-# Tokens of a forward pass; speed and memory alone depend on it.
+# Tokens in one forward pass. They affect speed and memory, not results.
 BATCH_TOKENS = 4096
-# Tokens whose rows of attention are looked at, if nobody says otherwise.
+# Default number of tokens whose rows of attention are measured.
 HEAD_TOKENS = 65536
 
 
@@ -42,11 +41,11 @@ class MeasuredText:
     The text that a model is measured on.
 
     Args:
-        name (`str`): What it is.
-        revision (`str`): What tells it from any other.
-        tokenizer (`PreTrainedTokenizerBase`): What made the tokens.
+        name (`str`): Its name in records.
+        revision (`str`): A version and a hash that identify its content.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer that made the tokens.
         documents (`list[TokenizedText]`): The documents, tokenised for the windows.
-        windows ([`Windows`]): What the model sees at once.
+        windows ([`Windows`]): The windows in which the model reads the text.
     """
 
     name: str
@@ -57,11 +56,20 @@ class MeasuredText:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, those between documents included."""
+        """Number of tokens, including those between documents."""
         return sum(len(document.input_ids) for document in self.documents)
 
     def blocks(self, length: int, most_tokens: int) -> Dataset:
-        """Blocks of a length, or of the text's if that is shorter, evenly spread over it: column `input_ids`."""
+        """
+        Cuts the text into blocks and takes some of them, evenly spaced.
+
+        Args:
+            length (`int`): Tokens of a block; a shorter text is one block.
+            most_tokens (`int`): Tokens of all blocks together. At least one block is taken.
+
+        Returns:
+            `Dataset`: Column `input_ids`, of shape `(blocks, length)`.
+        """
         ends = [self.tokenizer.eos_token_id] if self.windows.separate else []
         stream = np.concatenate([ids for text in self.documents for ids in (text.input_ids, ends)]).astype(np.int64)
         length = min(length, len(stream))
@@ -79,8 +87,16 @@ def read_text(
     most_tokens: int | None = None,
 ) -> MeasuredText:
     """
-    The text as `entropy-gpt evaluate` reads it if nobody says otherwise: windows that hold a block of the training,
-    whose last token is predicted and not seen.
+    Tokenises a text for the default windows of `entropy-gpt evaluate`: each holds one block of training, whose last
+    token is predicted and not seen.
+
+    Args:
+        name (`str`): The text's name in records.
+        revision (`str`): A version and a hash that identify its content.
+        texts (`Iterable[str]`): Its documents.
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        block_size (`int`): Tokens of a block of training.
+        most_tokens (`int`, *optional*): Stop after this many tokens.
     """
     windows = Windows(block_size - 1, stride=block_size - 1, separate=False, bos=False)
     documents = [document.compact() for document in tokenize(texts, tokenizer, False, False, most_tokens)]
@@ -96,15 +112,15 @@ def measure_model(
     progress: Progress,
 ) -> ModelResult:
     """
-    Measures a model that was trained here.
+    Measures the predictions and the heads of a model that was trained here.
 
     Args:
         model ([`EntropyGPTForCausalLM`]): The model.
-        name (`str`): What it is called.
-        text ([`MeasuredText`]): What it is measured on.
-        training ([`TrainingResult`]): What training took.
-        seed (`int`): Of weights and data order.
-        progress (`Progress`): Where it shows.
+        name (`str`): Its name in the result.
+        text ([`MeasuredText`]): The text to measure it on.
+        training ([`TrainingResult`]): The record of its training.
+        seed (`int`): Seed of its weights and data order.
+        progress (`Progress`): Receives both stages.
     """
     result = describe_model(model, name, text.windows)
     result.training = training
@@ -117,8 +133,13 @@ def describe_model(
     model: EntropyGPTForCausalLM, name: str, windows: Windows, weights: str | None = None
 ) -> ModelResult:
     """
-    What a model is, and what a forward pass over a window takes; nothing measured yet. The hash of its weights is
-    given where they are known by that of another dtype.
+    The result of a model of which nothing is measured yet: its architecture, and the operations of a forward pass.
+
+    Args:
+        model ([`EntropyGPTForCausalLM`]): The model.
+        name (`str`): Its name in the result.
+        windows ([`Windows`]): The operations are counted for a window and the token after it.
+        weights (`str`, *optional*): The hash of its weights, if they were loaded in another dtype. Computed otherwise.
     """
     config = model.config
     return ModelResult(
@@ -149,11 +170,11 @@ def measure_text(
     Args:
         model ([`EntropyGPTForCausalLM`]): The model.
         text ([`MeasuredText`]): The text.
-        progress (`Progress`): Where it shows.
-        title (`str`): What the model is called there.
-        batch_tokens (`int`): Tokens of a forward pass.
-        seed (`int`, *optional*): Of the model's training, if that belongs to the result.
-        breakdown: What else [`measure_likelihood`] is to tell.
+        progress (`Progress`): Receives one stage.
+        title (`str`): The model's name in the stage.
+        batch_tokens (`int`): Tokens in one forward pass.
+        seed (`int`, *optional*): Seed of the model's training, if it belongs to the result.
+        breakdown: Further arguments of [`measure_likelihood`], such as `by_position`.
     """
     started = time.perf_counter()
     with progress.stage(f"{title}: perplexity", text.tokens) as line:
@@ -174,7 +195,18 @@ def measure_heads(
     batch_tokens: int = BATCH_TOKENS,
     seed: int | None = None,
 ) -> HeadResult:
-    """Measures what the heads do on blocks of the text; arguments as for [`measure_text`]."""
+    """
+    Measures the attention heads on blocks of a text.
+
+    Args:
+        model ([`EntropyGPTForCausalLM`]): The model.
+        text ([`MeasuredText`]): The text.
+        progress (`Progress`): Receives one stage.
+        title (`str`): The model's name in the stage.
+        most_tokens (`int`): Tokens whose rows of attention are measured, spread over the text.
+        batch_tokens (`int`): Tokens in one forward pass.
+        seed (`int`, *optional*): Seed of the model's training, if it belongs to the result.
+    """
     started = time.perf_counter()
     blocks = text.blocks(_block_length(model, text.windows), most_tokens)
     context = len(blocks[0]["input_ids"])
@@ -186,7 +218,7 @@ def measure_heads(
 
 
 def _block_length(model: EntropyGPTForCausalLM, windows: Windows) -> int:
-    """Tokens of a window with the last one predicted, as far as the model has positions for them."""
+    """Tokens of a window and the one predicted after it, limited by the model's positions."""
     return min(windows.context + 1, model.config.n_positions)
 
 
@@ -201,14 +233,12 @@ def _conditions(
         evaluated_tokens=evaluated_tokens,
         dtype=str(model.dtype).removeprefix("torch."),
         seed=seed,
-        versions=recorded_versions(),
-        git_revision=git_revision(),
-        machine=machine_name(torch.device(model.device)),
+        **collect_origin(model.device),
     )
 
 
 def describe_config(config: EntropyGPTConfig) -> dict:
-    """What a model was told beside its notation, of what has an effect on it."""
+    """The settings of a model that its notation does not show: sizes, dropout, temperature and penalty."""
     names = [*SIZES]
     if config.attention_temperature != "none":
         names += ["temperature_init"]
@@ -216,5 +246,5 @@ def describe_config(config: EntropyGPTConfig) -> dict:
         names += ["entropy_penalty", "entropy_coefficient", "entropy_tolerance", "entropy_threshold_init"]
         names += ["entropy_maximum"]
     dropouts = {name: getattr(config, name) for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")}
-    told = dropouts if len({*dropouts.values()}) > 1 else {"dropout": config.resid_pdrop}
-    return told | {name: getattr(config, name) for name in names}
+    dropout = dropouts if len({*dropouts.values()}) > 1 else {"dropout": config.resid_pdrop}
+    return dropout | {name: getattr(config, name) for name in names}

@@ -8,7 +8,7 @@ import os
 import sys
 
 from entropy_gpt.commands.main import main
-from entropy_gpt.workflows import publish as push_job  # noqa: F401
+from entropy_gpt.terminal import publish  # noqa: F401
 
 
 def run(arguments: list[str], environment: dict[str, str], output: str, error: str):

@@ -131,7 +131,7 @@ def test_a_killed_conversion_goes_on_to_the_same_end(finished, source, text, tmp
     assert not output.exists()
     again = run(source, text, output, *HEALING)
     assert again.returncode == 0, again.stderr
-    assert "going on with what is in" in again.stdout
+    assert "resuming earlier work" in again.stdout
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, output))
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
@@ -229,20 +229,21 @@ def test_wrong_sources_are_named_and_nothing_is_written(change, message, source,
         (
             ("--set", "entropy_coeficient=1"),
             1,
-            "=1 is not FIELD=VALUE with one of resid_pdrop",
+            "--set entropy_coeficient=1: only resid_pdrop",
         ),
+        (("--set", "n_layer"), 1, "--set n_layer is not FIELD=VALUE"),
         (("--set", "n_layer=3"), 1, "sizes are those of the source"),
-        (("--set", "activation_function=silu"), 1, "The architecture is told by --to"),
+        (("--set", "activation_function=silu"), 1, "Choose the architecture with --to"),
         (("--set", "entropy_tolerance=-1"), 1, "entropy_tolerance=-1 has to be at least 0"),
         (("--to", "SM", "--set", "entropy_coefficient=1"), 1, "needs the entropy penalty: --to 'EReg(SM)'"),
         (("--schedule", "spiral"), 2, "spiral"),
         (("--learning-rate", "0", "--heal-steps", "2"), 2, "'--learning-rate': Input should be greater than"),
-        (("--schedule", "gate"), 1, "--schedule does nothing without --heal-steps"),
-        (("--distill",), 1, "--distill does nothing without --heal-steps"),
-        (("--heal-steps", "2", "--distill-temperature", "2"), 1, "does nothing without --distill:"),
-        (("--heal-steps", "2", "--residual-scale-weight", "1"), 1, "for a LayerNorm before the head"),
-        (("--prune-by-damage",), 1, "prunes no FFN more than the source. Say how many with FFNi<k>, such as FFNi1"),
-        (("--calibration", __file__), 1, "test_convert.py is no folder"),
+        (("--schedule", "gate"), 1, "--schedule has no effect without --heal-steps"),
+        (("--distill",), 1, "--distill has no effect without --heal-steps"),
+        (("--heal-steps", "2", "--distill-temperature", "2"), 1, "has no effect without --distill:"),
+        (("--heal-steps", "2", "--residual-scale-weight", "1"), 1, "with a LayerNorm before the head"),
+        (("--prune-by-damage",), 1, "prunes no more FFNs than the source. Add FFNi<k> to --to"),
+        (("--calibration", __file__), 1, "test_convert.py is not a folder"),
     ],
     ids=lambda value: "".join(value).strip("-").replace("/", "_")[:40] if isinstance(value, tuple) else None,
 )
@@ -258,11 +259,11 @@ def test_folders_of_others_are_left_alone(source, text, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     process = run(source, text, tmp_path, "--overwrite")
     assert process.returncode == 1
-    assert "is there already and holds no conversion" in process.stderr
+    assert "exists and holds no conversion" in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     process = run(source, text, tmp_path / "notes.txt" / "model")
     assert process.returncode == 1
-    assert "notes.txt is no folder that can be written to. Give another --output" in process.stderr
+    assert "notes.txt is not a writable folder. Give another --output" in process.stderr
 
 
 def test_what_lies_in_an_earlier_conversion_is_not_deleted_with_it(finished, source, text, tmp_path):
@@ -297,7 +298,7 @@ def test_work_on_another_source_of_the_same_name_is_not_taken_up(source, text, t
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     again = run(tmp_path / "source", text, output, *words)
     assert again.returncode == 0, again.stderr
-    assert "going on with" not in again.stdout
+    assert "resuming earlier work" not in again.stdout
 
 
 def test_training_fields_arrive(source, text, tmp_path):

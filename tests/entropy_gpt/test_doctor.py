@@ -17,8 +17,8 @@ from entropy_gpt.terminal.doctor import (
     EXTRAS,
     Finding,
     Mark,
+    Reported,
     Section,
-    Told,
     ask_hub,
     in_process,
     is_failure,
@@ -83,7 +83,7 @@ def test_all_is_well_here(hub, tmp_path):
     result = run(*required, environment=hub.environment(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    assert lines[-1] == "All is well."
+    assert lines[-1] == "Everything works."
     assert {line.split()[0] for line in lines if line[:1].islower() and "   " in line} == {"ok"}
     for requirement in requirements_of_the_project():
         assert any(line.startswith(f"ok      {requirement.name} ") for line in lines), requirement
@@ -123,17 +123,17 @@ class TestWithTheCoreAlone:
         assert result.returncode == 0, result.stdout + result.stderr
         assert result.stderr == ""
         lines = result.stdout.splitlines()
-        assert lines[-1].startswith("What is there works. Missing: ")
+        assert lines[-1].startswith("Everything installed works. Missing: ")
         assert {"eval", "private", "hub"} <= {*lines[-1].removesuffix(".").replace(",", "").split()}
         assert "ok      here          1.5 (>=1)" in lines
         assert "missing gone          not installed (>=2)" in lines
         assert f"        {INSTALL_EVAL}" in lines
-        assert any("not tried, for want of private" in line for line in lines)
+        assert any("not tried: private missing" in line for line in lines)
 
     def test_what_is_required_and_missing_is_a_failure(self, environment):
         result = run("--require", "hub", "--require", "eval", environment=environment)
         assert result.returncode == 1
-        assert result.stdout.splitlines()[-1] == "Failed: eval, hub. What to do is told above."
+        assert result.stdout.splitlines()[-1] == "Failed: eval, hub. The remedies are above."
 
 
 def test_an_unknown_part_is_refused_with_what_is_allowed():
@@ -283,7 +283,7 @@ class TestHub:
         assert "Connection refused" in found(sections["hub"], endpoint)
         assert not is_failure(sections["hub"], [])
         assert is_failure(sections["hub"], ["hub"])
-        assert found(sections["token"], "token") == "there; whose it is was not told"
+        assert found(sections["token"], "token") == "present; its owner is unknown"
 
     def test_silence(self, ask):
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -298,34 +298,34 @@ class TestHub:
 
     def test_offline(self, ask, hub):
         section = ask(HF_HUB_OFFLINE="1")["hub"]
-        assert section.findings == [Finding(Mark.missing, hub.endpoint, "not asked, for HF_HUB_OFFLINE is set")]
+        assert section.findings == [Finding(Mark.missing, hub.endpoint, "not checked, because HF_HUB_OFFLINE is set")]
         assert hub.requests == []
         assert is_failure(section, ["hub"])
 
 
 class TestEngine:
     @pytest.mark.parametrize(
-        ("told", "mark"),
+        ("reported", "mark"),
         [
-            (Told([{"seconds": 1.0, "error": 0.001}]), Mark.ok),
-            (Told([{"seconds": 1.0, "error": 1.0}]), Mark.failed),
-            (Told([{"seconds": 1.0, "error": float("nan")}]), Mark.failed),
-            (Told([], "not done after 120 s"), Mark.failed),
-            (Told([], "ModuleNotFoundError: No module named 'datasets'"), Mark.missing),
+            (Reported([{"seconds": 1.0, "error": 0.001}]), Mark.ok),
+            (Reported([{"seconds": 1.0, "error": 1.0}]), Mark.failed),
+            (Reported([{"seconds": 1.0, "error": float("nan")}]), Mark.failed),
+            (Reported([], "not done after 120 s"), Mark.failed),
+            (Reported([], "ModuleNotFoundError: No module named 'datasets'"), Mark.missing),
         ],
     )
-    def test_is_judged_by_its_answer(self, told, mark):
-        assert doctor_job.judge_answer(told).mark is mark
+    def test_is_judged_by_its_answer(self, reported, mark):
+        assert doctor_job.judge_answer(reported).mark is mark
 
     def test_is_not_tried_where_it_can_not_work(self):
         absent = Section("private", [Finding(Mark.missing, "spu", "not installed")])
         section = look_at_engine([Section(CORE, [Finding(Mark.ok, "torch", "2")]), absent])
-        assert section.findings == [Finding(Mark.missing, "two processes", "not tried, for want of private")]
+        assert section.findings == [Finding(Mark.missing, "two processes", "not tried: private missing")]
         assert is_failure(section, ["private"])
 
 
 def test_the_machine_where_torch_is_broken():
-    assert [*marks(look_at_machine(Told()))] == ["processor", "instructions", "memory"]
+    assert [*marks(look_at_machine(Reported()))] == ["processor", "instructions", "memory"]
 
 
 @pytest.fixture
@@ -340,7 +340,7 @@ def unwritable() -> Iterator[Path]:
 def test_folders(tmp_path, unwritable, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache = tmp_path / "not" / "there"
-    section = look_at_disk(Told([{"home": str(cache)}]))
+    section = look_at_disk(Reported([{"home": str(cache)}]))
     assert marks(section) == {"this folder": Mark.ok, "Hub's cache": Mark.ok}
     assert found(section, "Hub's cache").startswith(f"{cache}, ")
     assert [*tmp_path.iterdir()] == []

@@ -210,7 +210,7 @@ def test_wrong_usage(source, tmp_path):
     assert "has no config.json" in run(tmp_path, "--onnx", "--output", tmp_path / "graph").complaint
     (tmp_path / "file").touch()
     refused = run(source, "--onnx", "--output", tmp_path / "file" / "graph").complaint
-    assert f"{tmp_path / 'file'} is no folder that can be written to" in refused
+    assert f"{tmp_path / 'file'} is not a writable folder" in refused
     root = run(source, "--onnx", "--output", "/", "--overwrite").complaint
-    assert root.startswith(("/ is there already and holds no export", "--output /: / is no folder that can be"))
+    assert root.startswith(("/ exists and holds no export", "--output /: / is not a writable folder"))
     assert "Example: entropy-gpt export" in run("--help").output

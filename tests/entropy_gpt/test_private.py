@@ -21,8 +21,9 @@ from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.records.results import load_results
+from entropy_gpt.terminal.private import print_answer
 from entropy_gpt.training.tokenizer import train_tokenizer
-from entropy_gpt.workflows.private import PrivateAnswer, print_answer
+from entropy_gpt.workflows.private import PrivateAnswer
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 

@@ -9,7 +9,8 @@ import pytest
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.private_inference.costs.paper_table import TODAY
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
-from entropy_gpt.workflows.private_table import MEASURED, run
+from entropy_gpt.terminal.private_table import run
+from entropy_gpt.workflows.private_table import MEASURED
 
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
@@ -18,7 +19,8 @@ ARGUMENTS = ["--n-layer", "2", "--n-embd", "32", "--n-head", "2", "--seq", "8", 
 
 
 def benchmark(output: Path, notations=("SM",), networks=(), dry_run=False, whole=False, **sizes):
-    run([*notations], {**SIZES, **sizes}, 8, [*networks], whole, output, 600, dry_run)
+    options = {**SIZES, **sizes, "context": 8, "networks": networks, "whole": whole, "timeout": 600}
+    run(notations, dry_run, output=output, **options)
 
 
 def test_what_can_not_be_measured_is_refused(tmp_path):

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from rich.console import Console
 
 from entropy_gpt.evaluation.measuring.remote_loading import save_reference
 from entropy_gpt.evaluation.records.measurement import measure_model, read_text
 from entropy_gpt.evaluation.records.results import load_results, save_results
-from entropy_gpt.terminal.progress import progress_display
+from entropy_gpt.training.progress import SILENT
 from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import make_model
 from tests.evaluation.example_results import example_training
@@ -120,8 +119,7 @@ def make_folder(folder: Path, text: Path, seed: int) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     measured = read_text("some code", "sha256:0", texts, tokenizer, 32, 1000)
-    with progress_display(Console(quiet=True)) as progress:
-        result = measure_model(model, "tiny", measured, example_training(), 0, progress)
+    result = measure_model(model, "tiny", measured, example_training(), 0, SILENT)
     save_results([result], folder / "results.json")
     for name, content in STRAY.items():
         path = folder / name
@@ -392,7 +390,7 @@ def test_a_folder_without_results(hub, command, model, repository, tmp_path):
 def test_results_of_other_weights(hub, command, model, other_model, repository, tmp_path):
     folder = copy(model, tmp_path / "model", "results.json")
     results = other_model / "results.json"
-    assert f"{results} tell of other weights" in refuse(hub, command, folder, repository, "--results", results)
+    assert f"{results} describe other weights" in refuse(hub, command, folder, repository, "--results", results)
 
 
 def test_results_that_are_none(hub, command, model, repository, tmp_path):

@@ -12,8 +12,9 @@ from PIL import Image
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.results import save_results
-from entropy_gpt.terminal import report as report_job
-from entropy_gpt.workflows.report_inputs import merge_results, read_inputs
+from entropy_gpt.terminal import report as report_command
+from entropy_gpt.workflows import report as report_workflow
+from entropy_gpt.workflows.report import merge_results, read_inputs
 from tests.browser import Browser, find_browser
 from tests.evaluation.example_results import (
     example_cost,
@@ -77,8 +78,8 @@ def pages(inputs):
     process = run("evaluation", "run", folder=inputs)
     assert process.returncode == 0, process.stderr
     assert (process.stdout, process.stderr) == ("page about 6 models and 1 training run: report.html\n", "")
-    report_job.run([inputs / "evaluation", inputs / "run" / LOG_NAME], inputs / "page of all.md")
-    report_job.run([inputs / "counts.json"], inputs / "counts.html")
+    report_command.run([inputs / "evaluation", inputs / "run" / LOG_NAME], inputs / "page of all.md")
+    report_command.run([inputs / "counts.json"], inputs / "counts.html")
     return inputs
 
 
@@ -160,9 +161,9 @@ def test_a_page_that_fails_leaves_the_one_before(pages, tmp_path, monkeypatch):
     for name, function in (("report.html", "page_html"), ("report.md", "page_markdown")):
         output = tmp_path / name
         output.write_text("before")
-        monkeypatch.setattr(report_job, function, fail)
+        monkeypatch.setattr(report_workflow, function, fail)
         with pytest.raises(OSError, match="no space left"):
-            report_job.run([pages / "counts.json"], output)
+            report_command.run([pages / "counts.json"], output)
         assert output.read_text() == "before"
     assert [name for name in contents(tmp_path) if "unfinished" in name] == []
 
@@ -174,7 +175,7 @@ def test_pictures_of_an_earlier_page_are_deleted_and_nothing_else(tmp_path):
         for result in results:
             result.heads = None
         save_results(results[:count], tmp_path / "results.json")
-        report_job.run([tmp_path / "results.json"], tmp_path / "report.md")
+        report_command.run([tmp_path / "results.json"], tmp_path / "report.md")
         (pictures / "mine.png").write_bytes(b"")
     markdown = (tmp_path / "report.md").read_text()
     assert set(re.findall(r"\(report_pictures/(.+?)\)", markdown)) == set(contents(pictures)) - {"mine.png"}
@@ -226,8 +227,8 @@ def test_a_folder_may_hold_results_and_a_run(tmp_path):
         (["good.json", "good.json"], "report.html", "good.json is given twice"),
         (["good.json", "run", f"run/{LOG_NAME}"], "report.html", "training_log.jsonl is given twice"),
         (["good.json", "damaged"], "report.html", "line 2 is damaged"),
-        (["good.json"], "report.pdf", "--output report.pdf: pages end in .html or .md"),
-        (["good.json"], "report", "--output report: pages end in"),
+        (["good.json"], "report.pdf", "--output report.pdf: the name of a page ends in .html or .md"),
+        (["good.json"], "report", "--output report: the name of a page ends in"),
         (["good.json"], "missing/report.html", "there is no folder missing"),
         (["good.json"], "folder.html", "--output folder.html is a folder"),
     ],
@@ -247,7 +248,7 @@ def test_what_can_not_be_done_is_told_and_nothing_is_written(given, output, mess
     Path("broken.json").write_text("{")
     before = contents(tmp_path)
     with pytest.raises(UserError, match=message):
-        report_job.run([Path(path) for path in given], Path(output))
+        report_command.run([Path(path) for path in given], Path(output))
     assert contents(tmp_path) == before
 
 

@@ -290,7 +290,7 @@ def test_a_dry_run_writes_nothing(run):
         (["notation=SM+LM"], "nearest known one is 'LN'"),
         (["context=64", "n_positions=32"], "context=64: the model has n_positions=32"),
         (["vocab_size=100"], "tokenizer_vocab_size=300 is more than vocab_size=100"),
-        (["save_only_model=true"], "save_only_model=true leaves checkpoints that no run can go on from"),
+        (["save_only_model=true"], "save_only_model=true saves checkpoints that no run can continue from"),
         (["learning_rate=[1, 2]"], "learning_rate=[1, 2] is a list"),
         (["dataset=nowhere.txt"], "nowhere.txt"),
         (["streaming=true", "max_steps=-1"], "max_steps"),
@@ -334,10 +334,10 @@ def test_a_run_goes_on_elsewhere_under_other_settings(run, finished):
     """But for what the optimiser's state keeps; a text that changed is noticed."""
     checkpoint = "resume_from_checkpoint=run/checkpoint-8"
     for settings, message in (
-        (["n_layer=3"], "n_layer 2, and this run is to train one with 3"),
+        (["n_layer=3"], "n_layer 2, and this run trains one with 3"),
         (["notation=SM+LN+G"], "notation EReg(SM(t)+ScFuFFN)"),
-        (["learning_rate=2e-3"], "keeps its optimiser's settings (learning_rate 0.001 then, 0.002 now)"),
-        (["lora_r=2"], "holds all weights, and this run is to train adapters"),
+        (["learning_rate=2e-3"], "optimiser that can't change (learning_rate 0.001 then, 0.002 now)"),
+        (["lora_r=2"], "holds all weights, and this run trains adapters"),
     ):
         process = run(*settings, checkpoint, output="elsewhere")
         assert process.returncode == 1

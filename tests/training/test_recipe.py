@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entropy_gpt.training.errors import RecipeError
-from entropy_gpt.training.recipe import RECIPES, list_recipes, read_recipe
+from entropy_gpt.training.recipe import RECIPES, list_recipes, read_override, read_recipe
 from modeling_entropy_gpt import EntropyGPTConfig
 
 
@@ -22,10 +22,15 @@ def write(tmp_path):
     return write
 
 
+def read_with(source, *words):
+    """A recipe with settings as a command line has them."""
+    return read_recipe(source, dict(map(read_override, words)))
+
+
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_can_be_read(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = read_recipe(name, ["use_cpu=true", "fp16=false", "bf16=false"])
+    recipe = read_recipe(name, {"use_cpu": True, "fp16": False, "bf16": False})
     assert recipe.model.notation == "EReg(SM(t)+ScFuFFN)"
     assert recipe.training.output_dir == f"runs/{name}"
     assert recipe.training.weight_decay > 0
@@ -44,7 +49,7 @@ def test_recipes_are_the_papers():
         ("codeparrot-128-18layers", 18, 128),
         ("languini-512", 12, 512),
     ):
-        recipe = read_recipe(name, ["use_cpu=true", "fp16=false"])
+        recipe = read_recipe(name, {"use_cpu": True, "fp16": False})
         is_code = name.startswith("codeparrot")
         assert (recipe.config_fields["n_layer"], recipe.data.context) == (layers, context)
         assert recipe.config_fields["n_embd"] == 64 * recipe.config_fields["n_head"] == 768
@@ -64,7 +69,7 @@ def test_settings_go_where_they_belong_and_overrides_win(write):
         "notation: SM+R\nn_layer: 2\ndataset: a.txt\nlearning_rate: 1e-3\nlora_target_modules: [c_attn, c_fc]\n"
     )
     overrides = ["learning_rate=2.5e-4", "n_layer=3", "streaming=true", "lr_scheduler_kwargs={power: 2}"]
-    recipe = read_recipe(path, [*overrides, "report_to=[tensorboard, tensorboard]"])
+    recipe = read_with(path, *overrides, "report_to=[tensorboard, tensorboard]")
     assert recipe.config_fields == {"n_layer": 3}
     assert (recipe.model.notation, recipe.data.dataset, recipe.data.streaming) == ("SM+R", "a.txt", True)
     assert recipe.training.learning_rate == 2.5e-4
@@ -72,7 +77,7 @@ def test_settings_go_where_they_belong_and_overrides_win(write):
     assert recipe.lora.lora_target_modules == ["c_attn", "c_fc"]
     assert recipe.settings["learning_rate"] == 2.5e-4
     assert recipe.training.report_to == ["tensorboard", "tensorboard"]
-    assert read_recipe(path, []).training.report_to == []
+    assert read_recipe(path, {}).training.report_to == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ def test_settings_go_where_they_belong_and_overrides_win(write):
 )
 def test_what_can_not_be_is_named(settings, message, write):
     with pytest.raises(RecipeError) as error:
-        read_recipe(write("notation: SM\nuse_cpu: true\n"), [settings])
+        read_with(write("notation: SM\nuse_cpu: true\n"), settings)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -117,7 +122,7 @@ def test_what_can_not_be_is_named(settings, message, write):
     ],
 )
 def test_texts_are_not_taken_for_something_else(setting, name, expected, write):
-    assert getattr(read_recipe(write("notation: SM\nuse_cpu: true\n"), [setting]).training, name) == expected
+    assert getattr(read_with(write("notation: SM\nuse_cpu: true\n"), setting).training, name) == expected
 
 
 @pytest.mark.parametrize(
@@ -134,14 +139,14 @@ def test_texts_are_not_taken_for_something_else(setting, name, expected, write):
 )
 def test_files_that_are_no_recipe_are_refused(text, message, write):
     with pytest.raises(RecipeError) as error:
-        read_recipe(write(text), [])
+        read_recipe(write(text), {})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_recipe_that_is_not_there_is_named_with_the_nearest():
     with pytest.raises(RecipeError, match=r"no recipe python-stdlib-smal; did you mean 'python-stdlib-small'\? Give"):
-        read_recipe("python-stdlib-smal", [])
+        read_recipe("python-stdlib-smal", {})
 
 
 @given(
@@ -149,7 +154,7 @@ def test_a_recipe_that_is_not_there_is_named_with_the_nearest():
 )
 def test_any_value_is_read_back(rate, steps, text):
     overrides = [f"learning_rate={rate!r}", f"max_steps={steps}", f"dataset={json.dumps(text or 'x')}", "use_cpu=true"]
-    recipe = read_recipe("python-stdlib-small", overrides)
+    recipe = read_with("python-stdlib-small", *overrides)
     assert recipe.training.learning_rate == rate
     assert recipe.training.max_steps == steps
     assert recipe.data.dataset == (text or "x")

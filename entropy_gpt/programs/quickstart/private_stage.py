@@ -11,9 +11,11 @@ from entropy_gpt.evaluation.private_inference.costs.published_cost import as_pri
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.program.cost import by_operation
 from entropy_gpt.evaluation.records.results import PrivateCost
+from entropy_gpt.terminal.private import print_answer
+from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import written_whole
-from entropy_gpt.workflows.private import PrivateAnswer, demonstrate, print_answer
+from entropy_gpt.workflows.private import PrivateAnswer, demonstrate
 
 
 NEW_TOKENS = 2
@@ -80,7 +82,8 @@ def private_costs(name: str, output: Path) -> list[PrivateCost]:
 def _answer(folder: Path, prompt: str, output: Path) -> PrivateAnswer:
     place = _place(folder.name, output)
     if not place.exists():
-        answer = demonstrate(str(folder), prompt, NEW_TOKENS)
+        with progress_display(console, transient=True) as progress:
+            answer = demonstrate(folder, prompt, new_tokens=NEW_TOKENS, progress=progress)
         with written_whole(place) as path:
             answer.save(path)
     return _load(place)

@@ -7,18 +7,17 @@ import re
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars, load_from_disk
+from datasets import Dataset, load_from_disk
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
-from transformers.utils import logging
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.simplification import target_config
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.measuring.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
-from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.records.measurement import (
     KEPT_APART,
     MeasuredText,
@@ -42,8 +41,9 @@ from entropy_gpt.training.packing import collate_blocks, pack, spread_blocks
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.training.trainer import EntropyTrainer
-from entropy_gpt.workflows.convert import convert
-from entropy_gpt.workflows.convert_inputs import Job, Text, spread
+from entropy_gpt.workflows.convert import Conversion, convert_with_text
+from entropy_gpt.workflows.convert_inputs import ConversionOptions, Text, spread
+from entropy_gpt.workflows.library_bars import library_bars_hidden
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .private_stage import answer_privately, private_costs
@@ -104,6 +104,7 @@ class Data:
         return read_text(self.corpus.name + KEPT_APART, self.corpus.revision, texts, self.tokenizer, CONTEXT)
 
 
+@library_bars_hidden()
 def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
     """
     Runs all stages.
@@ -118,8 +119,6 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
         `UserError`: If the text can't be used, the folder holds something else, or a model diverges or does not
             load in a fresh process.
     """
-    disable_progress_bars()
-    logging.disable_progress_bar()
     with progress_display(console) as progress:
         data = _prepare(steps, corpus_path, output, seed, progress)
         for notation in ARCHITECTURES:
@@ -156,9 +155,7 @@ def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, prog
         "steps": steps,
         "seed": seed,
         "corpus": f"{corpus.name} ({corpus.revision})",
-        "versions": recorded_versions(),
-        "git_revision": git_revision(),
-        "machine": machine_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        **collect_origin(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     _check_output(output, settings)
     folder = output / "data"
@@ -225,9 +222,9 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
     source = output / "models" / slug(next(iter(ARCHITECTURES)))
     original = load_language_model(source)
     heal_steps = max(1, round(HEALING_SHARE * steps))
-    job = Job(
+    options = ConversionOptions(
         source=str(source),
-        notation=TARGET,
+        to=TARGET,
         output=output / "conversion",
         heal_steps=heal_steps,
         distill=True,
@@ -240,12 +237,12 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
         data.corpus.revision,
         data.tokenizer,
         data.training,
-        spread(data.training, job.calibration_tokens),
-        spread(data.validation, job.evaluation_tokens),
+        spread(data.training, options.calibration_tokens),
+        spread(data.validation, options.evaluation_tokens),
     )
-    target = target_config(original.config, TARGET)
-    report = convert(job, original, target, text, progress)
-    model = load_language_model(job.output)
+    conversion = Conversion(options, original, target_config(original.config, TARGET))
+    report = convert_with_text(conversion, text, progress)
+    model = load_language_model(options.output)
     training = _describe_training(model, data, heal_steps, report.healing.seconds)
     training.converted_from = report.source_notation
     of_healing = ("learning_rate", "warmup_share", "kl_weight", "schedule")

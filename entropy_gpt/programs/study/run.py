@@ -28,7 +28,6 @@ from entropy_gpt.evaluation.private_inference.inference import EMULATED, PLAINTE
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText, measure_heads, measure_text, read_text
 from entropy_gpt.evaluation.records.results import RESULTS, AnswerCheck, load_results, save_results
-from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.training.arguments import STANDARD_LIBRARY
@@ -38,9 +37,10 @@ from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.files import delete, written_whole
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.run_folder import MODEL
-from entropy_gpt.workflows import convert as convert_job
-from entropy_gpt.workflows import train as train_job
-from entropy_gpt.workflows.convert_inputs import REPORT, Job, find_target
+from entropy_gpt.workflows.convert import convert
+from entropy_gpt.workflows.convert_inputs import REPORT, ConversionOptions, find_target
+from entropy_gpt.workflows.options import read_options
+from entropy_gpt.workflows.train import train
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .protocol import DATASET, Run
@@ -92,9 +92,9 @@ def perform(place: Place):
     plan = json.loads((place.folder / PLAN).read_text(encoding="utf-8"))
     run = Run(**plan["run"])
     act = {TRAINED: _train, CONVERTED: _convert}.get(run.kind, _answer)
-    result = act(place, run)
-    if run.kind in (TRAINED, CONVERTED) and result.diverged is None:
-        with progress_display(Console()) as progress:
+    with progress_display(Console()) as progress:
+        result = act(place, run, progress)
+        if run.kind in (TRAINED, CONVERTED) and result.diverged is None:
             _measure(place, run, plan["test"], result, progress)
     with written_whole(place.result) as path:
         result.save(path)
@@ -102,7 +102,7 @@ def perform(place: Place):
         delete(checkpoint)
 
 
-def _train(place: Place, run: Run) -> StudyRun:
+def _train(place: Place, run: Run, progress: Progress) -> StudyRun:
     output = place.folder / TRAINING
     settings = {
         **run.settings,
@@ -112,8 +112,7 @@ def _train(place: Place, run: Run) -> StudyRun:
     }
     recipe = place.folder / "recipe.yaml"  # JSON is YAML
     recipe.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    train_job.run(str(recipe), [], dry_run=False)
-    log = RunLog.load(output)
+    log = train(recipe, progress=progress).log
     events = [f"step {event.step:,}: {event.text} ({event.action})" for event in log.divergences]
     events += [f"step {alarm.step:,}, layer {alarm.layer}: {alarm.text}" for alarm in log.alarms]
     found = _begin_record(run, log.description.notation, log.description.parameters)
@@ -125,17 +124,19 @@ def _train(place: Place, run: Run) -> StudyRun:
     return replace(found, events=events, tokens=training.tokens, seconds_per_step=seconds)
 
 
-def _convert(place: Place, run: Run) -> StudyRun:
+def _convert(place: Place, run: Run, progress: Progress) -> StudyRun:
     source = Place(place.study, run.source).model
     if place.model is None:
         settings = {name: value for name, value in run.settings.items() if name not in (DATASET, VALIDATION_TOKENS)}
         dataset = run.settings[DATASET]
         text = None if dataset == STANDARD_LIBRARY else Path(dataset)
-        job = Job(source=str(source), output=place.folder / CONVERSION, text=text, **settings)
+        options = {"to": settings.pop("notation"), "output": place.folder / CONVERSION, "text": text, **settings}
         try:
-            convert_job.run(job, dry_run=False)
+            convert(source, **options, progress=progress)
         except DivergedError as error:
-            target = find_target(AutoConfig.from_pretrained(job.source), job)
+            target = find_target(
+                AutoConfig.from_pretrained(source), read_options(ConversionOptions, source=source, **options)
+            )
             with torch.device("meta"):
                 parameters = EntropyGPTForCausalLM(target).num_parameters()
             return replace(_begin_record(run, target.notation, parameters), diverged=str(error))
@@ -148,7 +149,7 @@ def _convert(place: Place, run: Run) -> StudyRun:
     return replace(found, events=events, tokens=healing.tokens, seconds_per_step=healing.seconds / healing.steps)
 
 
-def _answer(place: Place, run: Run) -> StudyRun:
+def _answer(place: Place, run: Run, progress: Progress) -> StudyRun:
     model = load_language_model(Place(place.study, run.source).model).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(place.study / TOKENIZER)
     length, sequences = run.settings["length"], run.settings["sequences"]

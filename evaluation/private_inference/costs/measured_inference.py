@@ -15,9 +15,9 @@ from entropy_gpt.evaluation.private_inference.inference import (
     TWO_PARTY,
     serve_on_loopback,
 )
-from entropy_gpt.evaluation.private_inference.parties.session import Answer, Terms
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms
 from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Model
+from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, Network
 from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps, check_config
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -114,15 +114,15 @@ class Inference:
     def _served(self, timeout_seconds: int) -> contextlib.AbstractContextManager[tuple[str, int]]:
         config, weights = prepare_weights(make_random_model(self.config))
         return serve_on_loopback(
-            Model(config, weights, self.config.notation, self.settings, "", LOGIT_BOUND), timeout_seconds
+            Offer(config, weights, self.config.notation, self.settings, "", LOGIT_BOUND), timeout_seconds
         )
 
     def _ask(
         self, address: tuple[str, int], new_tokens: int, timeout_seconds: int, on_event: Callable[[dict], None]
     ) -> InferenceCost:
         prompt = np.random.default_rng(0).integers(0, self.config.vocab_size, self.context).tolist()
-        answer = Client(*address, None, timeout_seconds).ask(prompt, new_tokens, on_event=on_event)
-        return self._record(answer, new_tokens)
+        outcome = Client(*address, None, timeout_seconds).ask(prompt, new_tokens, on_event=on_event)
+        return self._record(outcome, new_tokens)
 
     def load_measured(self, path: Path) -> InferenceCost | None:
         """
@@ -134,7 +134,7 @@ class Inference:
         if not path.exists():
             return None
         cost = InferenceCost.load(path)
-        then, now = _conditions(cost), _conditions(self._record(Answer(), 1))
+        then, now = _conditions(cost), _conditions(self._record(Outcome(), 1))
         changed = [
             f"{name} {then.get(name)} then, {value} now" for name, value in now.items() if then.get(name) != value
         ]
@@ -145,9 +145,9 @@ class Inference:
             )
         return cost
 
-    def _record(self, answer: Answer, new_tokens: int) -> InferenceCost:
+    def _record(self, outcome: Outcome, new_tokens: int) -> InferenceCost:
         terms = Terms(self.config, self.config.notation, self.settings, "", LOGIT_BOUND)
-        return answer.cost(terms, self.context, new_tokens, NETWORKS[TWO_PARTY])
+        return outcome.cost(terms, self.context, new_tokens, NETWORKS[TWO_PARTY])
 
 
 def _conditions(cost: InferenceCost) -> dict[str, object]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from entropy_gpt.evaluation.origin import git_revision, machine_name
+from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.private_inference.parties.engine import (
     CompiledStep,
     EngineLog,
@@ -154,7 +154,7 @@ def measure_prices(log: EngineLog) -> Prices:
     found = fit(samples)
     for sample in samples:
         sample.fitted_bytes = price_of(sample.counts, found)
-    return Prices(found, samples, settings, engine_versions(), git_revision(), machine_name(torch.device("cpu")))
+    return Prices(found, samples, settings, **collect_origin(torch.device("cpu"), engine_versions()))
 
 
 def main():

@@ -18,7 +18,7 @@ import torch
 from pydantic import TypeAdapter
 
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
-from entropy_gpt.evaluation.origin import git_revision, machine_name
+from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -45,7 +45,7 @@ class Terms:
 
 
 @dataclass
-class Answer:
+class Outcome:
     """What the client learned, what it cost by its count, and how often each token was computed anew."""
 
     tokens: list[int] = field(default_factory=list)
@@ -67,9 +67,7 @@ class Answer:
             set_up=self.set_up,
             steps=self.steps,
             seconds=sum(step.seconds for step in self.steps),
-            versions=engine_versions(),
-            git_revision=git_revision(),
-            machine=machine_name(torch.device("cpu")),
+            **collect_origin(torch.device("cpu"), engine_versions()),
         )
 
 
@@ -202,28 +200,28 @@ def check_request(config: ProgramConfig, settings: PrivateSettings, length: int,
         raise PrivateInferenceError(f"answers={answers} positions are not possible with {length} tokens and more.")
 
 
-def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_event: Callable[[dict], None]) -> Answer:
+def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_event: Callable[[dict], None]) -> Outcome:
     """
     One party's part of an inference, from the comparison of programs to the farewell.
 
     Raises:
         `PrivateInferenceError`: If the programs differ, the engine fails, or the peer ends, hangs or breaks rules.
     """
-    events, answer = Events(), Answer()
+    events, outcome = Events(), Outcome()
     tunnel.on_failure = lambda reason: events.put(PrivateInferenceError(reason))
     try:
         with contextlib.closing(EngineProcess(job, events)) as process:
             listen_to_peer(channel, events)
             _compare_programs(job, channel, events, on_event)
             process.start(own_port, tunnel.local_port)
-            _follow(job, channel, events, answer, on_event)
-        return answer
+            _follow(job, channel, events, outcome, on_event)
+        return outcome
     except PrivateInferenceError as error:
         for event in events.rest():  # the peer's end may have been heard of before this side's last repeat
             if event["event"] == "repeat":
-                _note(answer, event)
+                _note(outcome, event)
                 on_event(event)
-        if REPEATS in answer.repeats.values():
+        if REPEATS in outcome.repeats.values():
             raise PrivateInferenceError(OUT_OF_RANGE) from error
         raise
 
@@ -245,7 +243,7 @@ def _compare_programs(job: Job, channel: Channel, events: Events, on_event: Call
         )
 
 
-def _follow(job: Job, channel: Channel, events: Events, answer: Answer, on_event: Callable[[dict], None]):
+def _follow(job: Job, channel: Channel, events: Events, outcome: Outcome, on_event: Callable[[dict], None]):
     """Notes what the engine does until both sides are done."""
     peer_done = False
     while True:
@@ -253,7 +251,7 @@ def _follow(job: Job, channel: Channel, events: Events, answer: Answer, on_event
         if event["event"] == "peer's done":
             peer_done = True
             continue
-        _note(answer, event)
+        _note(outcome, event)
         on_event(event)
         if event["event"] == "done":
             break
@@ -262,10 +260,10 @@ def _follow(job: Job, channel: Channel, events: Events, answer: Answer, on_event
         events.expect(FAREWELL_SECONDS, "peer's done")
 
 
-def _note(answer: Answer, event: dict):
+def _note(outcome: Outcome, event: dict):
     if event["event"] == "token":
-        answer.tokens.append(event["token"])
+        outcome.tokens.append(event["token"])
     elif event["event"] == "repeat":
-        answer.repeats[event["index"]] += 1
+        outcome.repeats[event["index"]] += 1
     elif "cost" in event:
-        (answer.set_up if event["event"] == "set-up" else answer.steps).append(StepCost(**event["cost"]))
+        (outcome.set_up if event["event"] == "set-up" else outcome.steps).append(StepCost(**event["cost"]))

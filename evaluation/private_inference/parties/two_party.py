@@ -29,7 +29,7 @@ from modeling_entropy_gpt import EntropyGPTConfig
 from .channel import Channel, Listener, TLSFiles, clean, connect, shut_down
 from .engine import engine_versions
 from .party_process import Job
-from .session import Answer, Terms, check_request, free_port, run_party
+from .session import Outcome, Terms, check_request, free_port, run_party
 from .tunnel import ClientTunnel, ServerTunnel
 
 
@@ -53,7 +53,7 @@ MAX_GREETINGS = 64
 
 
 @dataclass(frozen=True)
-class Model:
+class Offer:
     """
     What a server offers; its weights are its own, the rest is public.
 
@@ -90,7 +90,7 @@ class Server:
     Answers one client after another; others learn that it is busy.
 
     Args:
-        model ([`Model`]): What it offers.
+        offer ([`Offer`]): What it offers.
         host (`str`), port (`int`): Where it listens.
         tls ([`TLSFiles`], *optional*): Without them, whoever is between could listen or change what is sent.
         timeout_seconds (`int`): For which nothing may happen in an inference.
@@ -100,7 +100,7 @@ class Server:
 
     def __init__(
         self,
-        model: Model,
+        offer: Offer,
         host: str,
         port: int,
         tls: TLSFiles | None,
@@ -108,7 +108,7 @@ class Server:
         longest: int = 256,
         report: Callable[[str], None] = print,
     ):
-        self.model, self.timeout_seconds, self.longest, self.report = model, timeout_seconds, longest, report
+        self.offer, self.timeout_seconds, self.longest, self.report = offer, timeout_seconds, longest, report
         self.listener = Listener(host, port, tls)
         self.address = self.listener.address
         self._busy = threading.Lock()
@@ -198,12 +198,12 @@ class Server:
     def _serve(self, channel: Channel, hello: dict):
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
-        channel.send({"kind": "terms", **self.model.terms()})
+        channel.send({"kind": "terms", **self.offer.terms()})
         request = channel.receive(HANDSHAKE_SECONDS, ("request",))
         length, new_tokens, answers = (self._number(request, name) for name in ("length", "new_tokens", "answers"))
         if (asked := max(new_tokens, answers)) > self.longest:
             raise PrivateInferenceError(f"{asked} answers are asked for; {self.longest} is the most here.")
-        check_request(self.model.config, self.model.settings, length, new_tokens, answers)
+        check_request(self.offer.config, self.offer.settings, length, new_tokens, answers)
         if not self._busy.acquire(timeout=PARTING_SECONDS):
             raise PrivateInferenceError("the server is busy with another client: try again later.")
         try:
@@ -226,20 +226,20 @@ class Server:
             with tempfile.TemporaryDirectory(prefix="entropy-gpt-server-") as folder:
                 channel.send({"kind": "accepted", "session": token})
                 weights = Path(folder) / "weights.safetensors"
-                save_file(self.model.weights, weights)
+                save_file(self.offer.weights, weights)
                 job = Job(
                     rank=SERVER,
-                    config=ProgramConfig.of(self.model.config),
-                    settings=self.model.settings,
+                    config=ProgramConfig.of(self.offer.config),
+                    settings=self.offer.settings,
                     prompt_length=length,
                     new_tokens=new_tokens,
                     answers=answers,
                     timeout_seconds=self.timeout_seconds,
-                    logit_bound=self.model.logit_bound,
+                    logit_bound=self.offer.logit_bound,
                     weights=weights,
                 )
-                answer = run_party(job, channel, self._tunnel, own_port, lambda event: None)
-            total = sum(cost.total_bytes for cost in (*answer.set_up, *answer.steps)) / 1e6
+                outcome = run_party(job, channel, self._tunnel, own_port, lambda event: None)
+            total = sum(cost.total_bytes for cost in (*outcome.set_up, *outcome.steps)) / 1e6
             self.report(f"answered; {total:.1f} MB went over the link")
         except (PrivateInferenceError, OSError) as error:
             self._refuse(channel, error)  # before the streams end, which the client would take for the reason
@@ -308,8 +308,10 @@ class Client:
         new_tokens: int = 1,
         answers: int = 1,
         on_event: Callable[[dict], None] = lambda event: None,
-    ) -> Answer:
+    ) -> Outcome:
         """
+        Asks for the continuation of a prompt, and ends the connection.
+
         Args:
             prompt (`list[int]`): Tokens; they stay here.
             new_tokens (`int`): Number of tokens in the answer; public.
@@ -328,7 +330,7 @@ class Client:
 
     def _infer(
         self, session: str, prompt: list[int], new_tokens: int, answers: int, on_event: Callable[[dict], None]
-    ) -> Answer:
+    ) -> Outcome:
         own_port = free_port()
         with (
             contextlib.closing(ClientTunnel(self._connect, session, own_port)) as tunnel,
@@ -346,9 +348,9 @@ class Client:
                 prompt=prompt,
                 logits=Path(folder),
             )
-            answer = run_party(job, self.channel, tunnel, own_port, on_event)
-            answer.logits = [np.load(path) for path in sorted(Path(folder).glob("*.npy"), key=_index)]
-        return answer
+            outcome = run_party(job, self.channel, tunnel, own_port, on_event)
+            outcome.logits = [np.load(path) for path in sorted(Path(folder).glob("*.npy"), key=_index)]
+        return outcome
 
     def close(self):
         self.channel.close()

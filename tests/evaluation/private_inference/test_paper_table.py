@@ -23,7 +23,7 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     take_typical_block,
 )
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY
-from entropy_gpt.evaluation.private_inference.parties.session import Answer, Terms
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms
 from entropy_gpt.evaluation.private_inference.program.cost import LAN, Network, StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import OWNED_BATCHES
 from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
@@ -37,7 +37,7 @@ SMALL_GPT2 = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
 def record(inference: Inference, steps: list[StepCost]):
     """Steps with the conditions that a measurement would have here and now."""
     terms = Terms(inference.config, inference.config.notation, inference.settings, "", 1.0)
-    return Answer(steps=steps).cost(terms, inference.context, 1, NETWORKS[TWO_PARTY])
+    return Outcome(steps=steps).cost(terms, inference.context, 1, NETWORKS[TWO_PARTY])
 
 
 def predicted(inference: Inference):

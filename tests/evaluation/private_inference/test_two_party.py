@@ -32,7 +32,7 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES
 from entropy_gpt.evaluation.private_inference.parties.channel import Channel, TLSFiles, connect
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
-from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION, Client, Model, Server
+from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION, Client, Offer, Server
 from entropy_gpt.evaluation.private_inference.program.program import TOKENS
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import encode_tokens
@@ -46,7 +46,7 @@ SECONDS = 60
 SCALE = 2**18
 
 
-def make_offer(notation: str = "SM") -> tuple[Model, list[int]]:
+def make_offer(notation: str = "SM") -> tuple[Offer, list[int]]:
     """A tiny model as a server offers it, and what it generates in the clear after the prompt."""
     torch.manual_seed(0)
     model = make_model(notation, n_layer=1)
@@ -54,7 +54,7 @@ def make_offer(notation: str = "SM") -> tuple[Model, list[int]]:
     with torch.no_grad():
         for _ in range(2):
             tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return Model(*prepare_weights(model), notation, PrivateSettings(), "hash", 1e3), tokens[0, len(PROMPT) :].tolist()
+    return Offer(*prepare_weights(model), notation, PrivateSettings(), "hash", 1e3), tokens[0, len(PROMPT) :].tolist()
 
 
 @dataclass
@@ -72,10 +72,10 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    model: Model, expected: list[int], tls: TLSFiles | None = None, host: str = "127.0.0.1"
+    offer: Offer, expected: list[int], tls: TLSFiles | None = None, host: str = "127.0.0.1"
 ) -> Iterator[Served]:
     lines: list[str] = []
-    server = Server(model, host, 0, tls, SECONDS, longest=8, report=lines.append)
+    server = Server(offer, host, 0, tls, SECONDS, longest=8, report=lines.append)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield Served(server, expected, thread, lines)
@@ -229,20 +229,20 @@ def test_a_busy_server_says_so_and_another_program_is_no_match(served):
 
 
 def test_the_clients_table_is_paid_for_with_the_set_up():
-    model, expected = make_offer()
-    with serving(replace(model, settings=PrivateSettings(embedding="client_table")), expected) as served:
+    offer, expected = make_offer()
+    with serving(replace(offer, settings=PrivateSettings(embedding="client_table")), expected) as served:
         answer = Client(*served.server.address, None, SECONDS).ask(PROMPT, 2)
     assert answer.tokens == expected
     tables, keys = answer.set_up
-    size = sum(model.weights[name].nbytes for name in ("wte", "wpe"))
+    size = sum(offer.weights[name].nbytes for name in ("wte", "wpe"))
     assert (tables.operation, tables.sent_bytes) == ("tables", 0)
     assert size * 4 / 3 - 4 < tables.received_bytes < size * 4 / 3 + 4
     assert keys.total_bytes == pytest.approx(SET_UP_BYTES, rel=0.02)
 
 
 def test_what_ails_the_servers_engine_is_not_the_clients_business(served):
-    weights = {name: weight for name, weight in served.server.model.weights.items() if name != "head.bias"}
-    with serving(replace(served.server.model, weights=weights), []) as broken:
+    weights = {name: weight for name, weight in served.server.offer.weights.items() if name != "head.bias"}
+    with serving(replace(served.server.offer, weights=weights), []) as broken:
         with pytest.raises(PrivateInferenceError, match=r"the peer|the server") as failure:
             ask(broken, 1)
         assert "head.bias" not in str(failure.value)
@@ -335,9 +335,9 @@ def test_a_client_that_is_refused_closes_its_connection(served):
 
 
 def test_an_answer_out_of_range_is_repeated_and_then_refused(served):
-    model, expected = served.server.model, []
+    offer, expected = served.server.offer, []
     events: list[str] = []
-    with serving(replace(model, logit_bound=1e-6), expected) as doubtful:
+    with serving(replace(offer, logit_bound=1e-6), expected) as doubtful:
         with pytest.raises(PrivateInferenceError, match="out of range 3 times"):
             ask(doubtful, 1, on_event=lambda event: events.append(event["event"]))
         assert doubtful.said("out of range 3 times", 10)
@@ -414,7 +414,7 @@ def found(needles: list[bytes], recording: bytes) -> bool:
 
 
 def test_what_goes_over_the_wire_shows_neither_prompt_nor_weights(served):
-    weights = served.server.model.weights
+    weights = served.server.offer.weights
     runs = []
     for _ in range(2):
         recorder = Recorder(served.server.address)
@@ -448,7 +448,7 @@ def test_what_goes_over_the_wire_shows_neither_prompt_nor_weights(served):
 def test_a_partys_placeholders_hold_nothing():
     from spu import libspu
 
-    model, _ = make_offer()
+    offer, _ = make_offer()
     description = libspu.link.Desc()
     for name in ("server", "client"):
         description.add_party(name, name)
@@ -456,7 +456,7 @@ def test_a_partys_placeholders_hold_nothing():
 
     def join(rank: int):
         link = libspu.link.create_mem(description, rank)
-        parties[rank] = Participant(link, model.config, model.settings, model.weights if rank == SERVER else None)
+        parties[rank] = Participant(link, offer.config, offer.settings, offer.weights if rank == SERVER else None)
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in (SERVER, CLIENT)]
     for thread in threads:
@@ -468,12 +468,12 @@ def test_a_partys_placeholders_hold_nothing():
     parties[SERVER].party.set_foreign(TOKENS, one_hot.shape, CLIENT)
 
     def content(rank: int, name: str) -> bytes:
-        size = 8 * int(np.prod(one_hot.shape if name == TOKENS else model.weights[name].shape))
+        size = 8 * int(np.prod(one_hot.shape if name == TOKENS else offer.weights[name].shape))
         (chunk,) = parties[rank].party.share(name).share_chunks
         assert size < len(chunk) < size + 20
         return chunk[-size:]
 
-    for name, weight in model.weights.items():
+    for name, weight in offer.weights.items():
         assert not any(content(CLIENT, name)), name
         assert any(content(SERVER, name)) == bool(np.any(weight)), name
     assert not any(content(SERVER, TOKENS))

@@ -1,0 +1,111 @@
+"""Shows a conversion: its plan, its progress, and what each step cost."""
+
+import json
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.conversion.simplification import Step
+from entropy_gpt.evaluation.measuring.operation_counts import count_operations
+from entropy_gpt.evaluation.records.conversion_report import ConversionReport
+from entropy_gpt.evaluation.showing.conversion_page import operation_rows, step_rows
+from entropy_gpt.workflows.convert import Conversion, is_naive, perform, prepare
+from entropy_gpt.workflows.convert_inputs import LONGEST_CONTEXT, REPORT, ConversionOptions
+from entropy_gpt.workflows.options import read_options
+from modeling_entropy_gpt import EntropyGPTForCausalLM
+
+from .progress import progress_display
+from .tables import make_table
+
+
+# The columns of the report's table, for a terminal of 80 characters.
+HEADINGS = ("step", "KL to the\noriginal", "ppl per\ntoken", "naive\nKL", "naive\nppl", "para-\nmeters", "sec-\nonds")
+
+console = Console()
+
+
+def run(settings: list[str], dry_run: bool, **options):
+    """
+    Converts a model and shows the report, or shows only the plan.
+
+    Args:
+        settings (`list[str]`): `FIELD=VALUE` settings of the target; values are JSON, or else text.
+        dry_run (`bool`): Whether to show the plan and write nothing.
+        options: The other arguments of [`~entropy_gpt.convert`].
+
+    Raises:
+        `UserError`: If an option, the source, the text, the target or the output can't be used, or healing diverges.
+    """
+    checked = read_options(ConversionOptions, settings=_read_settings(settings), **options)
+    with progress_display(console) as progress:
+        conversion = prepare(checked, progress)
+        report = None if dry_run else perform(conversion, progress)
+    if report is None:
+        _show_plan(conversion)
+    else:
+        _show_report(report, checked)
+
+
+def _read_settings(settings: list[str]) -> dict:
+    fields = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting} is not FIELD=VALUE. Give a field and its value, such as resid_pdrop=0.")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+def _show_plan(conversion: Conversion):
+    options, plan = conversion.options, conversion.plan
+    original, target = conversion.original.config, conversion.target
+    with torch.device("meta"):
+        parameters = EntropyGPTForCausalLM(target).num_parameters()
+    context = options.context or min(target.n_positions, LONGEST_CONTEXT)
+    console.print(f"[bold]{escape(original.notation)}[/] to [bold]{escape(target.notation)}[/]")
+    for number, step in enumerate(plan.steps, 1):
+        if step in plan.finish[:1]:
+            _show_healing(options)
+        console.print(f"{number:3d} {step.title} ({_describe_step(step, options.naive)})")
+    if not plan.finish:
+        _show_healing(options)
+    table = Table("", "before", "after", box=SIMPLE_HEAD, pad_edge=False)
+    before, after = (count_operations(config, context) for config in (original, target))
+    table.add_row("parameters", f"{conversion.original.num_parameters():,}", f"{parameters:,}")
+    for row in operation_rows(before, after):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"Counted for a sequence of {context} tokens. Nothing was written.")
+    if options.prune_by_damage:
+        console.print(
+            "The conversion will choose the FFNs to prune by their damage; this plan shows the deepest ones."
+        )
+
+
+def _show_healing(options: ConversionOptions):
+    if options.heal_steps:
+        console.print(f"    healing, {options.heal_steps:,} steps")
+
+
+def _describe_step(step: Step, naive: bool) -> str:
+    if not step.calibrated:
+        return "exact"
+    return "naive" if is_naive(step, naive) else "fitted to text"
+
+
+def _show_report(report: ConversionReport, options: ConversionOptions):
+    console.print(make_table(HEADINGS, step_rows(report)))
+    console.print(
+        f"{report.seconds:.0f} s, at most {report.peak_memory_bytes / 2**30:.2f} GiB; measured on "
+        f"{report.conditions.evaluated_tokens:,} tokens that nothing was fitted to",
+        style="dim",
+    )
+    console.print(f"the model, ready for the Hub: {options.output}", markup=False, soft_wrap=True)
+    console.print(f"the report: {options.output / REPORT}.md", markup=False, soft_wrap=True)

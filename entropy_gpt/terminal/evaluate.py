@@ -1,0 +1,144 @@
+"""Runs an evaluation and prints its plan or its results."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from transformers.utils import logging
+
+from entropy_gpt.evaluation.records.conditions import describe_windows
+from entropy_gpt.evaluation.records.results import RESULTS, ModelResult
+from entropy_gpt.workflows.evaluate import PICTURES, Evaluation, list_tasks, measure_models, prepare_evaluation
+from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
+
+from .progress import progress_display
+from .tables import make_table
+
+
+# The columns of the table, for a terminal of 80 characters.
+HEADINGS = (
+    "model",
+    "ppl per\ntoken",
+    "ppl per\nword",
+    "bits/\nbyte",
+    "entropy\n(nats)",
+    "over-\nloaded",
+    "col-\nlapsed",
+)
+
+console = Console()
+
+
+def run(options: EvaluationOptions, output: Path, overwrite: bool, dry_run: bool):
+    """
+    Measures all models and prints their results, or only prints what would be measured.
+
+    Args:
+        options ([`EvaluationOptions`]): The options.
+        output (`Path`): Folder for numbers and pictures.
+        overwrite (`bool`): Whether another evaluation there is replaced.
+        dry_run (`bool`): Whether to measure and write nothing.
+
+    Raises:
+        `UserError`: If a model, the text or a task can't be used, or the folder holds something else.
+    """
+    logging.set_verbosity_error()
+    with progress_display(console) as progress:
+        evaluation = prepare_evaluation(options, output, overwrite, progress)
+        results = [] if dry_run else measure_models(evaluation, progress)
+    if dry_run:
+        _print_plan(evaluation)
+    else:
+        _print_results(results)
+        _print_files(results, output)
+
+
+def print_tasks():
+    """Prints the tasks for `--task-data`."""
+    for name, description in list_tasks().items():
+        console.print(f"{name}: {description}", markup=False, soft_wrap=True)
+    console.print("All other tasks have the names that lm-eval gives them, and are fetched from the Hub.")
+
+
+def _print_results(results: list[ModelResult]):
+    console.print(make_table(HEADINGS, map(table_row, results), folded={0}))
+    windows = results[0].likelihood.likelihood.windows
+    console.print(escape(describe_windows(windows)), style="dim", soft_wrap=True)
+    _print_parts(results)
+    if any(result.tasks is not None for result in results):
+        _print_scores(results)
+
+
+def table_row(result: ModelResult) -> tuple[str, ...]:
+    """The cells of a model in the order of `HEADINGS`; those of what was not measured are empty."""
+    likelihood = result.likelihood.likelihood
+    entropies = ("", "", "")
+    if result.heads is not None:
+        entropy = result.heads.heads.entropy
+        entropies = (f"{entropy.mean:.2f}", f"{entropy.overloaded_share:.0%}", f"{entropy.collapsed_share:.0%}")
+    return (
+        f"{result.name}\n {result.title}",
+        f"{likelihood.perplexity:.2f}",
+        f"{likelihood.word_perplexity:.4g}",
+        f"{likelihood.bits_per_byte:.3f}",
+        *entropies,
+    )
+
+
+def _print_parts(results: list[ModelResult]):
+    """Prints the perplexity by position and by frequency, where it was measured."""
+    likelihoods = [result.likelihood.likelihood for result in results]
+    kinds = {
+        "tokens seen before": [likelihood.by_position for likelihood in likelihoods],
+        f"times in {likelihoods[0].frequency_text}": [likelihood.by_frequency for likelihood in likelihoods],
+    }
+    for title, parts in kinds.items():
+        if None in parts:
+            continue
+        headings = [title, *(f"{result.name}\nppl per token" for result in results)]
+        ranges = {part.begin: part.range for model_parts in parts for part in model_parts}
+        shown = [{part.begin: f"{part.perplexity:.2f}" for part in model_parts} for model_parts in parts]
+        rows = [[ranges[begin], *(perplexities.get(begin, "") for perplexities in shown)] for begin in sorted(ranges)]
+        console.print(make_table(headings, rows, folded=range(len(headings))))
+
+
+def _print_scores(results: list[ModelResult]):
+    names = {(score.task, score.metric): None for result in results if result.tasks for score in result.tasks.scores}
+    headings = ["task", "metric", *(result.name for result in results)]
+    rows = [[task, metric, *(_find_score(result, task, metric) for result in results)] for task, metric in names]
+    console.print(make_table(headings, rows, text_columns=2, folded=range(len(headings))))
+
+
+def _find_score(result: ModelResult, task: str, metric: str) -> str:
+    for score in result.tasks.scores if result.tasks else []:
+        if (score.task, score.metric) == (task, metric):
+            error = "" if score.standard_error is None else f" ± {score.standard_error:.3f}"
+            return f"{score.value:.4g}{error}"
+    return ""
+
+
+def _print_plan(evaluation: Evaluation):
+    for candidate in evaluation.candidates:
+        config = candidate.config
+        sizes = f"{config.n_layer} layers, width {config.n_embd}, {config.n_positions} positions"
+        console.print(
+            f"{candidate.name}: {config.notation}, {sizes}, {len(candidate.tokenizer):,} tokens", markup=False
+        )
+    settings = (f"{name} {value}" for name, value in evaluation.settings.items() if value not in (None, False))
+    console.print(f"to measure: {', '.join(settings)}", markup=False, soft_wrap=True)
+    console.print(
+        f"Dry run: nothing was measured or written. Results would go to {evaluation.output}.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _print_files(results: list[ModelResult], output: Path):
+    if any(result.heads is not None for result in results):
+        console.print(f"pictures of the heads: {output / PICTURES}", markup=False, soft_wrap=True)
+    console.print(f"all numbers: {output / RESULTS}", markup=False, soft_wrap=True)
+    console.print(
+        f"make a page of them: entropy-gpt report {output / RESULTS} -o {output / 'report.html'}",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,173 @@
+"""Serves, asks and demonstrates private inference, and prints answers with their costs."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.conversion.folding import list_absorbable_ffns
+from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, clean
+from entropy_gpt.evaluation.private_inference.program.cost import (
+    LAN,
+    TABLE_COLUMNS,
+    WAN,
+    Network,
+    by_operation,
+    parse_network,
+    project,
+    set_up_by_operation,
+    table_rows,
+)
+from entropy_gpt.evaluation.private_inference.program.settings import TRUST
+from entropy_gpt.evaluation.records.conditions import describe_check
+from entropy_gpt.evaluation.records.results import save_results
+from entropy_gpt.training.files import written_whole
+from entropy_gpt.workflows import private
+from entropy_gpt.workflows.private import PrivateAnswer, describe_cost, open_server
+
+from .progress import progress_display
+from .tables import make_table
+
+
+LISTENING = "listening on "
+
+console = Console()
+
+
+def serve(model: str, listen: str, certificates: tuple[Path | None, Path | None, Path | None], **options):
+    """
+    Serves until it is interrupted, and prints a line about each client.
+
+    Args:
+        model (`str`): A folder, or a repository on the Hub.
+        listen (`str`): `HOST:PORT`.
+        certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
+        options: Further arguments of [`open_server`].
+
+    Raises:
+        `UserError`: If the model, the address or a certificate can't be used, or the engine is not installed.
+    """
+    tls = read_certificates(certificates)
+    with progress_display(console, transient=True) as progress:
+        server = open_server(model, listen, tls=tls, report=_print_line, progress=progress, **options)
+    host, port = server.address
+    _print_line(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
+    protocol = server.offer.settings.protocol
+    _print_line(f"{protocol}: {TRUST[protocol]}")
+    if layers := list_absorbable_ffns(server.offer.config):
+        names = ", ".join(map(str, layers))
+        _print_line(f"FFNs of layers {names} can't be absorbed: they stretch or shrink the stream too far")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        _print_line("stopped")
+    finally:
+        server.close()
+
+
+def ask(
+    prompt: str,
+    address: str,
+    certificates: tuple[Path | None, Path | None, Path | None],
+    networks: list[str],
+    output: Path | None,
+    **options,
+):
+    """
+    Asks a server, and prints the answer and its cost.
+
+    Args:
+        prompt (`str`): The prompt.
+        address (`str`): `HOST:PORT` of the server.
+        certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
+        networks (`list[str]`): Networks to estimate seconds for; LAN and WAN if there are none.
+        output (`Path`, *optional*): The file for the cost.
+        options: Further arguments of [`~entropy_gpt.workflows.private.ask`].
+
+    Raises:
+        `UserError`: If the server does not answer, or a value can't be used.
+    """
+    shown, tls = _read_networks(networks), read_certificates(certificates)
+    with progress_display(console, transient=True) as progress:
+        answer = private.ask(prompt, address, tls=tls, progress=progress, **options)
+    print_answer(prompt, answer)
+    _print_cost(answer, shown)
+    _save(answer, output)
+
+
+def demo(model: str, prompt: str, networks: list[str], output: Path | None, results: Path | None, **options):
+    """
+    Runs both sides on this machine, and prints the answer, its check and its cost.
+
+    Args:
+        model (`str`): A folder, or a repository on the Hub.
+        prompt (`str`): The prompt.
+        networks (`list[str]`): Networks to estimate seconds for; LAN and WAN if there are none.
+        output (`Path`, *optional*): The file for the cost of each step.
+        results (`Path`, *optional*): The file for the sum of the cost, as a result of the model.
+        options: Further arguments of [`~entropy_gpt.workflows.private.demonstrate`].
+
+    Raises:
+        `UserError`: If there is no answer, or it differs from the one in the clear.
+    """
+    shown = _read_networks(networks)
+    with progress_display(console, transient=True) as progress:
+        answer = private.demonstrate(model, prompt, progress=progress, **options)
+    print_answer(prompt, answer)
+    _print_cost(answer, shown)
+    _save(answer, output)
+    if results is not None:
+        with written_whole(results) as path:
+            save_results([describe_cost(model, answer)], path)
+        console.print(f"result: {results}", markup=False, soft_wrap=True)
+
+
+def read_certificates(paths: tuple[Path | None, Path | None, Path | None]) -> TLSFiles | None:
+    """
+    The files of `--cert`, `--key` and `--ca`, or `None` if none is given.
+
+    Raises:
+        `UserError`: If some are given and others are not.
+    """
+    given = [path for path in paths if path is not None]
+    if given and len(given) < len(paths):
+        raise UserError("TLS needs all three of --cert, --key and --ca.")
+    return TLSFiles(*paths) if given else None
+
+
+def print_answer(prompt: str, answer: PrivateAnswer):
+    """Prints the prompt and the answer, without control characters, and how the answer compares with the clear."""
+    prompt, text = (escape(clean(part, kept="\n\t", most=None)) for part in (prompt, answer.text))
+    if answer.repeats:
+        console.print(f"{answer.repeats} token(s) were out of range and computed again.")
+    console.print(f"\n[dim]{prompt}[/dim][bold]{text}[/bold]", highlight=False)
+    if answer.check:
+        console.print(f"in the clear, {describe_check(answer.check)}", soft_wrap=True)
+
+
+def _read_networks(texts: list[str]) -> list[Network]:
+    try:
+        return [parse_network(text) for text in texts] or [LAN, WAN]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _print_cost(answer: PrivateAnswer, networks: list[Network]):
+    cost = answer.cost
+    console.print(f"{answer.seconds:.1f} s in all, including compilation and set-up")
+    console.print(make_table(("operation", *TABLE_COLUMNS), table_rows(by_operation(cost))))
+    console.print(make_table(("once a connection", *TABLE_COLUMNS), table_rows(set_up_by_operation(cost))[-1:]))
+    for network in networks:
+        console.print(f"on {network.name}: about {project(cost, network):,.0f} s", highlight=False)
+
+
+def _save(answer: PrivateAnswer, output: Path | None):
+    if output is not None:
+        with written_whole(output) as path:
+            answer.cost.save(path)
+        console.print(f"costs: {output}", markup=False, soft_wrap=True)
+
+
+def _print_line(line: str):
+    print(line, flush=True)

@@ -1,0 +1,38 @@
+"""The progress bars of libraries, which would appear between those of the caller."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging
+
+
+@contextmanager
+def library_bars_hidden() -> Iterator[None]:
+    """Hides the progress bars of transformers and datasets in the body; afterwards they are as before."""
+    with _transformers_bars_hidden(), _datasets_bars_hidden():
+        yield
+
+
+@contextmanager
+def _transformers_bars_hidden() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _datasets_bars_hidden() -> Iterator[None]:
+    datasets = sys.modules.get("datasets")  # an export does without it
+    if datasets is None or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
