@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 NEWEST := .venv-newest
 COMPARISONS := model_cards/results/interoperability.jsonl
+# A file's tests run in one process; files are begun in the order of tests/conftest.py, the longest first.
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := modeling_entropy_gpt conversion training evaluation entropy_gpt tests docs/site_hooks.py
 
-.PHONY: install docs quickstart results runs study test test-all test-newest interoperability style bench clean
+.PHONY: install docs quickstart results runs study test test-all test-releases test-newest interoperability style bench clean
 
 install: $(INSTALLED)  ## Installs everything into .venv.
 
@@ -43,22 +45,25 @@ study: $(INSTALLED)  ## Does what the study's record lacks (hours), and writes i
 	cp runs/study/models.json model_cards/results/study_models.json
 	$(BIN)/python -m entropy_gpt.programs.study.page
 
-test: $(INSTALLED)  ## Runs the default test suite, offline.
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(INSTALLED)  ## Runs the default tests, offline, in minutes.
+	$(BIN)/$(PYTEST) $(ARGS)
 
-test-all: $(INSTALLED)  ## Runs every test, also slow ones and those with other releases and tools.
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
+test-all: $(INSTALLED)  ## Runs every test that needs neither a GPU nor another environment, also slow ones; offline.
+	$(BIN)/$(PYTEST) -m "not gpu and not releases" $(ARGS)
+
+test-releases: $(INSTALLED)  ## Runs the tests with other releases and other tools, which pip installs for them.
+	$(BIN)/$(PYTEST) -m releases $(ARGS)
 
 test-newest:  ## Runs the default tests with the newest releases that pip finds, torch apart.
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,private]"
-	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(NEWEST)/bin/$(PYTEST) $(ARGS)
 
 interoperability: $(INSTALLED)  ## Compares the model with other tools and releases, and writes the table of what came of it.
 	rm -f $(COMPARISONS).new
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $$(grep -rl --include='test_*.py' compared tests) \
+	$(BIN)/$(PYTEST) -m "not gpu" $$(grep -rl --include='test_*.py' compared tests) \
 		--record-comparisons $(COMPARISONS).new
 	mv $(COMPARISONS).new $(COMPARISONS)
 	$(BIN)/python -m entropy_gpt.evaluation.showing.interoperability

@@ -12,6 +12,27 @@ from accelerate.state import AcceleratorState
 from .hub_server import HubServer
 
 
+TESTS = Path(__file__).parent
+# Files that take longest. They are begun first, or one of them would keep a worker busy when the others have ended.
+LONG = (
+    "entropy_gpt/test_quickstart.py",
+    "test_documentation.py",
+    "entropy_gpt/test_study.py",
+    "modeling_entropy_gpt/test_training.py",
+    "compatibility/test_trl.py",
+    "entropy_gpt/test_train.py",
+    "entropy_gpt/test_convert.py",
+    "evaluation/private_inference/test_two_party.py",
+    "entropy_gpt/test_push.py",
+    "training/test_healing.py",
+    "training/test_trainer.py",
+    "modeling_entropy_gpt/test_modeling.py",
+    "entropy_gpt/test_evaluate.py",
+    "conversion/test_gpt2_checkpoint.py",
+    "evaluation/private_inference/test_fixed_point.py",
+)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--record-comparisons",
@@ -22,8 +43,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure():
-    """One thread for the processes that tests start: two workers share the machine."""
+    """One thread, here and in the processes that tests start: two workers share the machine."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    places = {TESTS / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -300,6 +300,7 @@ def test_blocks_say_their_language(block):
     assert block.language.partition(" ")[0] in LANGUAGES
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated")  # by PEFT and TRL
 @pytest.mark.parametrize("block", blocks("python"))
 def test_code(block, reader, capfd):
@@ -319,6 +320,7 @@ def test_code(block, reader, capfd):
         assert AutoModelForCausalLM.from_pretrained("fine_tuned", trust_remote_code=True).config.notation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_commands(command, reader):
     follow(reader, command)
@@ -328,6 +330,7 @@ def test_commands(command, reader):
         assert ModelCard.load(reader.folder / "path/to/folder/README.md").data.license == "apache-2.0"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_recipes(block, reader):

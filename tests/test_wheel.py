@@ -83,6 +83,7 @@ def test_the_wheel_holds_every_module(wheel):
     assert held == wanted
 
 
+@pytest.mark.slow
 def test_a_script_beside_folders_with_our_names(environment, folder):
     (folder / "script.py").write_text(SCRIPT)
     module, payload = run(environment / "python", "script.py", folder=folder).split()
@@ -90,6 +91,7 @@ def test_a_script_beside_folders_with_our_names(environment, folder):
     assert Path(payload).is_relative_to(environment.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -105,6 +107,7 @@ def test_commands_from_a_folder_with_our_names(environment, folder, words, said)
     assert said in run(environment / "entropy-gpt", *words, folder=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.private
 def test_private_answers_from_a_folder_with_our_names(environment, folder):
     """Its parties are processes of their own."""

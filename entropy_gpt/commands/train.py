@@ -35,6 +35,10 @@ def train(
 
     Example: entropy-gpt train python-stdlib-small notation='SM+ScFuFFN' max_steps=500
     """
+    if recipe is not None:  # refused before the imports, which take seconds
+        from entropy_gpt.training.recipe_file import read_override, read_settings
+
+        read_settings(recipe, dict(map(read_override, settings or [])))
     from entropy_gpt.terminal.train import print_recipes, print_settings, run
 
     if show_settings:

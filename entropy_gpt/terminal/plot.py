@@ -1,4 +1,4 @@
-"""Pictures of training runs and the table beside them."""
+"""Draws training runs, and prints a table of them."""
 
 from pathlib import Path
 
@@ -30,15 +30,15 @@ console = Console()
 
 def run(paths: list[Path], output: Path | None, steps: str | None):
     """
-    Draws what there is to draw, and prints how each run stands.
+    Draws everything that the runs have logged, and prints the state of each run.
 
     Args:
         paths (`list[Path]`): Folders of runs, or their logs.
         output (`Path`, *optional*): Folder for the pictures.
-        steps (`str`, *optional*): Steps of the heat maps, with commas between them.
+        steps (`str`, *optional*): Steps of the heat maps, separated by commas.
 
     Raises:
-        `UserError`: If a run can't be read, is given twice or has logged nothing, or an option can't be followed.
+        `UserError`: If a run can't be read, is given twice or has logged nothing, or an option has a wrong value.
     """
     wanted = None if steps is None else read_steps(steps)
     runs = _load(paths)
@@ -46,7 +46,7 @@ def run(paths: list[Path], output: Path | None, steps: str | None):
         output = runs[0].path.parent / PICTURES if len(runs) == 1 else Path(PICTURES)
     output = output.resolve()
     if not next(place for place in (output, *output.parents) if place.exists()).is_dir():
-        raise UserError(f"{output} is no folder that can be written to. Give another --output.")
+        raise UserError(f"{output} is not a writable folder. Give another --output.")
     with console.status("drawing"):
         drawings = draw_pictures(runs, output, wanted)
     show(runs, drawings, wanted)
@@ -54,30 +54,30 @@ def run(paths: list[Path], output: Path | None, steps: str | None):
 
 def show(runs: list[RunLog], drawings: list[Drawing], steps: list[int] | None = None):
     """
-    Shows how each run stands, and where the pictures are.
+    Prints the state of each run, and where the pictures are.
 
     Args:
         runs (`list[RunLog]`): The runs.
-        drawings (`list[Drawing]`): The pictures of them.
-        steps (`list[int]`, *optional*): Steps of the heat maps of heads, if they were chosen.
+        drawings (`list[Drawing]`): Their pictures.
+        steps (`list[int]`, *optional*): The chosen steps of the heat maps.
     """
     _print_table(runs)
     if steps is not None:
-        _say_which_steps(runs, steps)
+        _print_nearest_steps(runs, steps)
     _print_where(drawings, runs)
 
 
 def read_steps(text: str) -> list[int]:
     """
-    Reads steps with commas between them.
+    Reads steps that are separated by commas.
 
     Raises:
-        `UserError`: If it is something else.
+        `UserError`: If a part is not a whole number.
     """
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
         if not (part.isascii() and part.isdigit()):
-            raise UserError(f"--steps {text}: {part!r} is no step. Give whole numbers, such as 0,500,1500.")
+            raise UserError(f"--steps {text}: {part!r} is not a step. Give whole numbers, such as 0,500,1500.")
     return sorted({int(part) for part in parts})
 
 
@@ -92,14 +92,14 @@ def _load(paths: list[Path]) -> list[RunLog]:
 def _print_table(runs: list[RunLog]):
     console.print(make_table(HEADINGS, map(table_row, runs), folded={0}))
     console.print(
-        "entropies: of the last record, the mean of all heads; collapsed: below 5 % of what uniform attention has, "
-        "overloaded: from 3/4 of it on",
+        "entropy: mean of all heads in the last record; collapsed: below 5 % of the entropy of uniform attention; "
+        "overloaded: at least 3/4 of it",
         style="dim",
     )
 
 
 def table_row(run: RunLog) -> tuple[str, ...]:
-    """How a run stands, in the order of `HEADINGS`; what was not logged is empty."""
+    """The cells of a run in the order of `HEADINGS`; those of what was not logged are empty."""
     losses = [record.cross_entropy for record in run.training if record.cross_entropy is not None]
     entropies = ("", "", "")
     if run.entropies:
@@ -118,14 +118,14 @@ def table_row(run: RunLog) -> tuple[str, ...]:
     )
 
 
-def _say_which_steps(runs: list[RunLog], steps: list[int]):
+def _print_nearest_steps(runs: list[RunLog], steps: list[int]):
     for run in runs:
         if not run.entropies:
             continue
         for step, record in zip(steps, choose_records(run, steps), strict=True):
             if record.step != step:
                 console.print(
-                    f"{run.place.name}: step {record.step:,} stands for {step:,}, where no entropies were recorded",
+                    f"{run.place.name}: no entropies were recorded at step {step:,}; step {record.step:,} is shown",
                     highlight=False,
                     markup=False,
                 )
@@ -136,7 +136,7 @@ def _print_where(drawings: list[Drawing], runs: list[RunLog]):
         picture, path = drawing.picture, drawing.path
         without = [run.place.name for run in runs if run not in drawing.runs]
         if not drawing.runs:
-            old = ", and the one that is there is older" if path.exists() else ""
+            old = "; the existing file is older" if path.exists() else ""
             line = f"not drawn: {picture.name} ({picture.lacking} logged{old})"
         else:
             line = f"{picture.shows}: {path}"

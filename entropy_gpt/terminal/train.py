@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from entropy_gpt.training.recipe import ARGUMENT_FIELDS, CONFIG_FIELDS, RECIPES, list_recipes, read_override
+from entropy_gpt.training.recipe import ARGUMENT_FIELDS, CONFIG_FIELDS
+from entropy_gpt.training.recipe_file import RECIPES, list_recipes, read_override
 from entropy_gpt.workflows.train import PlannedRun, TrainedRun, perform, prepare
 
 from . import plot

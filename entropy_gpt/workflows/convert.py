@@ -25,7 +25,7 @@ from entropy_gpt.conversion.simplification import (
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.measuring.perplexity import Windows
-from entropy_gpt.evaluation.origin import git_revision, machine_name, peak_memory, recorded_versions
+from entropy_gpt.evaluation.origin import collect_origin, git_revision, peak_memory, recorded_versions
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport, StepRecord
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import RESULTS, Conditions, ModelResult, TrainingResult, save_results
@@ -297,9 +297,7 @@ def _convert(
             evaluated_tokens=sum(batch.numel() - len(batch) for batch in text.validation),
             dtype=str(model.dtype).removeprefix("torch."),
             seed=options.seed,
-            versions=recorded_versions(),
-            git_revision=git_revision(),
-            machine=machine_name(model.device),
+            **collect_origin(model.device),
         ),
     )
     _save(options, model.cpu(), text.tokenizer, report)

@@ -14,7 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
-from entropy_gpt.evaluation.origin import git_revision, machine_name, recorded_versions
+from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.records.measurement import KEPT_APART, describe_config, measure_model, read_text
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, TrainingResult, load_results, save_results
 from entropy_gpt.evaluation.records.run_log import Divergence, RunLog
@@ -242,12 +242,7 @@ def _prepare(recipe: Recipe, start: Start, progress: Progress) -> PreparedData:
 def _watch_heads(recipe: Recipe, data: PreparedData) -> EntropyCallback:
     count = min(MOST_PROBED, recipe.training.per_device_train_batch_size, len(data.validation))
     probe = collate_blocks([data.validation[index] for index in range(count)])["input_ids"]
-    about = {
-        "corpus": f"{data.name} ({data.revision})",
-        "versions": recorded_versions(),
-        "git_revision": git_revision(),
-        "machine": machine_name(recipe.training.device),
-    }
+    about = {"corpus": f"{data.name} ({data.revision})", **collect_origin(recipe.training.device)}
     return EntropyCallback(probe, recipe.training.entropy_logging_steps, about)
 
 

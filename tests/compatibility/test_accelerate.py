@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
+from tests.slow import slow_but
 from tests.twins import make_twins
 
 
@@ -102,9 +103,7 @@ def answer(model, tokens):
 KINDS = ("SM+LN+G", PROPOSAL, "EReg(SM(t_h)+StaticLN+LearnableLeakyR+ScFFN)", "SM+ScFuFFN+SN(QKVO+FFN)")
 
 
-@pytest.mark.parametrize(
-    "notation", [pytest.param(n, marks=[] if n in KINDS else pytest.mark.slow) for n in ARCHITECTURES]
-)
+@pytest.mark.parametrize("notation", slow_but(KINDS, ARCHITECTURES))
 def test_placing_and_offloading_change_nothing(notation, tmp_path, compared):
     model, tokens = make_calibrated(notation), make_tokens()
     model.save_pretrained(tmp_path / "model")

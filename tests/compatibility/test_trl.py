@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 from entropy_gpt.training.tokenizer import train_tokenizer
 from modeling_entropy_gpt import EntropyGPTForSequenceClassification
 from tests.architectures import make_model
+from tests.slow import slow_but
 from tests.strangers import do
 from tests.twins import make_twins
 
@@ -105,9 +106,7 @@ FINE_TUNING = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "defaults" else pytest.mark.slow) for kind in FINE_TUNING]
-)
+@pytest.mark.parametrize("kind", slow_but(["defaults"], FINE_TUNING))
 def test_fine_tuning(kind, folders, tokenizer, compared):
     data, options = FINE_TUNING[kind]
     theirs, ours = (fine_tune(folder, tokenizer, data, **options) for folder in folders)

@@ -499,6 +499,7 @@ except ConversionError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["safetensors", "pickled", "pickled shards"])
 def test_a_repository_of_the_hub(weights, tmp_path):
     original = make_gpt2()

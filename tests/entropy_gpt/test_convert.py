@@ -1,4 +1,4 @@
-"""`entropy-gpt convert` from end to end, as a process of its own: whole, interrupted, planned and misused."""
+"""`entropy-gpt convert` from end to end: whole, interrupted, planned and misused."""
 
 import json
 import math
@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Co
 from entropy_gpt.evaluation.measuring.remote_loading import load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.training.tokenizer import train_tokenizer
+
+from .forks import run_command
 
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
@@ -47,7 +49,8 @@ def arguments(source, text, output, *words, to="EReg(SM(t)+ScFuFFN)"):
 
 
 def run(*args, **options):
-    return subprocess.run(arguments(*args, **options), capture_output=True, text=True)
+    _, *words = arguments(*args, **options)
+    return run_command(*words)
 
 
 HEALING = ("--heal-steps", "12", "--schedule", "staircase", "--distill", "--final-norm", "none")
@@ -56,7 +59,8 @@ HEALING = ("--heal-steps", "12", "--schedule", "staircase", "--distill", "--fina
 @pytest.fixture(scope="module")
 def finished(source, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "a[" / "b]" / "model"  # as markup, it would end in an error
-    return output, run(source, text, output, *HEALING)
+    command = arguments(source, text, output, *HEALING)
+    return output, subprocess.run(command, capture_output=True, text=True)
 
 
 def test_everything_is_there_and_true(finished, source, tmp_path):
@@ -118,6 +122,7 @@ def test_an_earlier_conversion_is_replaced_only_when_told(finished, source, text
     assert report.healing is None
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on_to_the_same_end(finished, source, text, tmp_path):
     whole, _ = finished
     output = tmp_path / "parts" / "model"
@@ -283,6 +288,7 @@ def test_an_output_may_be_reached_by_a_link(source, text, tmp_path):
     assert (tmp_path / "large_disk" / "conversion_report.json").exists()
 
 
+@pytest.mark.slow
 def test_work_on_another_source_of_the_same_name_is_not_taken_up(source, text, tmp_path):
     shutil.copytree(source, tmp_path / "source")
     output = tmp_path / "model"

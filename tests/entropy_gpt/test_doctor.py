@@ -76,6 +76,7 @@ def found(section: Section, subject: str) -> str:
     return next(finding.found for finding in section.findings if finding.subject == subject)
 
 
+@pytest.mark.slow
 @pytest.mark.private
 def test_all_is_well_here(hub, tmp_path):
     pytest.importorskip("spu")
@@ -107,6 +108,7 @@ def test_what_is_needed_is_what_the_project_declares():
     assert len(ours) > 10
 
 
+@pytest.mark.slow
 class TestWithTheCoreAlone:
     """As a command, where no package of an extra can be imported and there is no network."""
 

@@ -1,4 +1,4 @@
-"""`entropy-gpt evaluate` from end to end, as a process of its own: models side by side, parts, misuse, going on."""
+"""`entropy-gpt evaluate` from end to end: models side by side, parts, misuse, going on."""
 
 import json
 import math
@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +19,9 @@ from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.evaluate_inputs import short_names
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
+from .forks import run_command
 
-COMMAND = Path(sys.executable).with_name("entropy-gpt")
+
 SIZES = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64}
 
 
@@ -42,14 +42,8 @@ def models(text, tmp_path_factory):
     return folder
 
 
-def run(*words, cwd=None, **environment):
-    return subprocess.run(
-        [COMMAND, "evaluate", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "120", "HF_HUB_OFFLINE": "1", **environment},
-    )
+def run(*words):
+    return run_command("evaluate", *words, env={**os.environ, "COLUMNS": "120"})
 
 
 @pytest.fixture
@@ -154,6 +148,7 @@ def test_documents_alone_with_their_beginning(models, tmp_path):
     assert likelihood.tokens == sum(len(tokenizer(text)["input_ids"]) for text in texts)
 
 
+@pytest.mark.slow
 def test_the_default_is_what_training_keeps_apart(models, tmp_path):
     words = ("--frequency-text", "training", "--max-tokens", "500", "--head-tokens", "128")
     process = run(models / "gpt2", *words, "--output", tmp_path / "out")

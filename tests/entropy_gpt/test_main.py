@@ -49,3 +49,31 @@ def test_help_shows_an_example():
 
 def test_version():
     assert run("--version").stdout == f"entropy-gpt {version('entropy-gpt')}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["quickstart", "--steps", "0"],
+        ["train", "no-such-recipe"],
+        ["train", "python-stdlib-small", "lerning_rate=1"],
+        ["train", "python-stdlib-small", "learning_rate"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_what_is_refused_by_its_name_wait_for_no_imports(arguments):
+    code = "import sys; from entropy_gpt.commands.main import main; print(main(), 'torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert process.stdout.splitlines()[-1] in ("0 False", "1 False", "2 False"), process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["evaluate", "plot", "report", "study --protocol", "export --onnx", "card"])
+def test_commands_that_other_tests_run_in_forks_start_by_themselves(command, tmp_path):
+    process = run(*command.split(), tmp_path / "nowhere")
+    assert process.returncode == 1, process.stderr
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("entropy-gpt: ")
+    assert "nowhere" in line

@@ -1,7 +1,5 @@
-"""`entropy-gpt plot` from end to end, as a process of its own, and misused."""
+"""`entropy-gpt plot` from end to end, and misused."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,15 @@ from tests.evaluation.test_run_log import (
     write_log,
 )
 
+from .forks import run_command
 
-COMMAND = Path(sys.executable).with_name("entropy-gpt")
+
 OF_ENTROPIES = ["entropy_ranges.png", "head_entropies.png", "layer_entropies.png"]
 ALL = sorted([*OF_ENTROPIES, "losses.png", "penalty.png", "scales.png", "thresholds.png"])
 
 
 def run(*arguments, folder):
-    return subprocess.run([COMMAND, "plot", *arguments], capture_output=True, text=True, cwd=folder)
+    return run_command("plot", *arguments, cwd=folder)
 
 
 def contents(folder):
@@ -52,7 +51,7 @@ def test_one_run_is_drawn_in_its_folder(proposal, tmp_path):
     assert process.returncode == 0, process.stderr
     assert contents(proposal / "pictures") == ALL
     assert all((proposal / "pictures" / name).stat().st_size > 5000 for name in ALL)
-    assert "proposal: step 20 stands for 17, where no entropies were recorded" in process.stdout
+    assert "proposal: no entropies were recorded at step 17; step 20 is shown" in process.stdout
     for words in ("EReg(SM(t)+ScFuFFN)", "3.250", "12.18", "0.84", "25%", f"{proposal / 'pictures' / 'losses.png'}"):
         assert words in process.stdout
     assert max(map(len, process.stdout.partition("overloaded")[0].splitlines())) <= 80
@@ -74,7 +73,7 @@ def test_what_there_is_nothing_of_is_not_drawn(plain, tmp_path, capsys):
     assert "not drawn: penalty.png (no penalty logged)" in capsys.readouterr().out
     (folder / "penalty.png").write_bytes(b"")
     plot_job.run([plain], folder, None)
-    assert "not drawn: penalty.png (no penalty logged, and the one that is there is older)" in capsys.readouterr().out
+    assert "not drawn: penalty.png (no penalty logged; the existing file is older)" in capsys.readouterr().out
 
 
 def test_a_picture_that_fails_leaves_the_one_before(plain, tmp_path, monkeypatch):
@@ -111,11 +110,11 @@ def test_how_a_run_stands(tmp_path):
     [
         (["nowhere"], {}, "There is no .*nowhere"),
         (["proposal", "plain", "proposal/"], {}, "proposal is given twice"),
-        (["proposal"], {"steps": "0,soon"}, "--steps 0,soon: 'soon' is no step"),
-        (["proposal"], {"steps": ""}, "'' is no step"),
-        (["proposal"], {"steps": "-1"}, "'-1' is no step"),
-        (["proposal"], {"output": f"plain/{LOG_NAME}"}, "is no folder that can be written to"),
-        (["proposal"], {"output": f"plain/{LOG_NAME}/new"}, "is no folder that can be written to"),
+        (["proposal"], {"steps": "0,soon"}, "--steps 0,soon: 'soon' is not a step"),
+        (["proposal"], {"steps": ""}, "'' is not a step"),
+        (["proposal"], {"steps": "-1"}, "'-1' is not a step"),
+        (["proposal"], {"output": f"plain/{LOG_NAME}"}, "is not a writable folder"),
+        (["proposal"], {"output": f"plain/{LOG_NAME}/new"}, "is not a writable folder"),
         (["proposal", "damaged"], {}, "line 2 is damaged"),
         (["begun"], {}, "nothing is logged yet"),
     ],

@@ -185,6 +185,7 @@ class TestTwoProcesses:
         assert [(each.total_bytes, each.answers, each.check.same) for each in told.costs] == [(cost.total_bytes, 2, 2)]
         assert told.costs[0].check.largest_error < 0.01
 
+    @pytest.mark.slow
     def test_ffns_that_are_not_absorbed_are_told_once_the_server_listens(self, text, tmp_path):
         source = "\n".join(path.read_text() for path in text.iterdir())
         folder = save_model(tmp_path / "model", source, n_layer=4)
@@ -208,6 +209,7 @@ class TestTwoProcesses:
         assert first == f"listening on {address}"
         assert "FFNs of layers 1, 2 can't be absorbed" in rest
 
+    @pytest.mark.slow
     def test_a_server_that_is_told_to_end_leaves_no_weights_behind(self, model, tmp_path):
         command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0"]
         environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -223,6 +225,7 @@ class TestTwoProcesses:
                 assert server.wait(20) == 128 + signal.SIGTERM
         assert not list(tmp_path.glob("entropy-gpt-*"))
 
+    @pytest.mark.slow
     def test_one_client_after_another(self, model, address, run_here):
         arguments = ("ask", PROMPT, "--connect", address, "--tokenizer", model)
         first = run(*arguments)

@@ -56,6 +56,7 @@ def test_a_plan_measures_nothing(tmp_path, capsys):
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.private
 def test_what_was_measured_is_not_measured_again(tmp_path, capsys):
     pytest.importorskip("spu")

@@ -24,7 +24,7 @@ from tests.evaluation.example_results import example_training
 from tests.hub_server import FIRST_FILES, TOKEN, WRONG_TOKEN, HubServer
 from tests.strangers import do
 
-from . import run_forks
+from .forks import Forks
 from .outcome import Outcome
 
 
@@ -53,34 +53,6 @@ def run(environment: dict[str, str], *arguments) -> Outcome:
     return Outcome(process.returncode, process.stdout, process.stderr)
 
 
-class Forks:
-    """Commands, run in forks of one process; the Hub is that of its variables."""
-
-    def __init__(self, hub: HubServer, folder: Path):
-        self.hub, self.folder = hub, folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", run_forks.__name__],
-            cwd=ROOT,
-            env=hub.environment(folder / "home"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, *arguments, token: str | None = TOKEN, **variables: str) -> Outcome:
-        printed = [self.folder / f"{time.monotonic_ns()}-{name}" for name in ("output", "error")]
-        told = {
-            "arguments": list(map(str, arguments)),
-            "environment": self.hub.environment(self.folder / "home", token, **variables),
-            "output": str(printed[0]),
-            "error": str(printed[1]),
-        }
-        self.process.stdin.write(json.dumps(told) + "\n")
-        self.process.stdin.flush()
-        status = int(self.process.stdout.readline())
-        return Outcome(status, *(path.read_text(encoding="utf-8") for path in printed))
-
-
 @pytest.fixture(scope="module")
 def server():
     with HubServer() as hub:
@@ -97,10 +69,16 @@ def hub(server):
 
 @pytest.fixture(scope="module")
 def command(server, tmp_path_factory):
-    forks = Forks(server, tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.process.stdin.close()
-    forks.process.wait()
+    """Runs commands in forks of one process, whose Hub is the module's."""
+    home = tmp_path_factory.mktemp("home")
+    forks = Forks(server.environment(home))
+
+    def run(*arguments, token: str | None = TOKEN, **variables: str) -> Outcome:
+        process = forks(*arguments, env=server.environment(home, token, **variables))
+        return Outcome(process.returncode, process.stdout, process.stderr)
+
+    yield run
+    forks.close()
 
 
 @pytest.fixture
@@ -200,6 +178,7 @@ def test_a_model_converted_from_the_hub_names_its_base_model(hub, command, model
     assert ModelCard(hub.files(heir)["README.md"].decode()).data.base_model == repository
 
 
+@pytest.mark.slow
 def test_another_push_replaces_the_first_in_one_commit(hub, command, model, other_model, repository, tmp_path):
     first = command("push", model, repository, "--folded", "beside", "--max-shard-size", "100KB").succeeded()
     sent = hub.repositories[repository]
@@ -244,6 +223,7 @@ def test_a_pull_request_to_a_repository_of_others(hub, command, model, repositor
     assert f"{repository}/discussions/1" in outcome.output
 
 
+@pytest.mark.slow
 def test_a_folded_model_takes_the_place_of_its_own(hub, command, model, repository, tmp_path):
     command("push", model, repository, "--folded", "instead").succeeded()
     assert hub.files(repository).keys() == PUBLISHED | FIRST_FILES.keys()
@@ -311,6 +291,7 @@ def test_a_hub_that_fails_from_the_start(hub, command, model, repository):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_not_there(model, repository, server, tmp_path):
     with socket.socket() as taken:  # and not listening
         taken.bind(("127.0.0.1", 0))
@@ -337,6 +318,7 @@ def test_without_a_good_token(token, remedy, hub, command, model, repository):
     assert hub.changes == []
 
 
+@pytest.mark.slow
 def test_offline(hub, model, repository, tmp_path):
     assert "HF_HUB_OFFLINE" in run(hub.environment(tmp_path, HF_HUB_OFFLINE="1"), "push", model, repository).complaint
     assert hub.requests == []

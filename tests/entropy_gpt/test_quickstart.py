@@ -1,4 +1,4 @@
-"""The quickstart from end to end, as a process of its own on a tiny corpus: whole, interrupted, and misused."""
+"""The quickstart from end to end on a tiny corpus: whole, interrupted, and misused."""
 
 import importlib.util
 import math
@@ -17,6 +17,8 @@ from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import load_results
 from entropy_gpt.programs.quickstart.quickstart import ARCHITECTURES, CONVERTED, PRIVATE, TARGET, slug
 
+from .forks import run_command
+
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
 MODELS = [*map(slug, ARCHITECTURES), CONVERTED]
@@ -28,15 +30,17 @@ def arguments(corpus, output, **options):
 
 
 def run(corpus, output, **options):
-    return subprocess.run(arguments(corpus, output, **options), capture_output=True, text=True)
+    _, *words = arguments(corpus, output, **options)
+    return run_command(*words)
 
 
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "output"
-    return output, run(text, output)
+    return output, subprocess.run(arguments(text, output), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_everything_is_there(finished):
     output, process = finished
     assert process.returncode == 0, process.stderr
@@ -78,6 +82,7 @@ def test_everything_is_there(finished):
     assert not list(output.rglob("_unfinished-*"))
 
 
+@pytest.mark.slow
 def test_a_second_run_shows_the_same_without_training_anew(finished, text):
     output, process = finished
     before = {path: path.stat().st_mtime_ns for path in (output / "models").rglob("*")}
@@ -94,6 +99,7 @@ def test_a_second_run_shows_the_same_without_training_anew(finished, text):
     assert shown == shown_again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_to_the_same_result(sent, finished, text, tmp_path):
     output, _ = finished
@@ -146,6 +152,7 @@ def test_a_bad_corpus_leaves_nothing(content, message, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_another_runs_folder_is_not_touched(finished, text):
     output, _ = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
@@ -172,6 +179,7 @@ def test_a_folder_that_holds_nothing_whole_counts_as_empty(tmp_path):
     assert "too short" in process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", ["settings.json", "models/sm-ln-g/results.json"])
 def test_damaged_files_are_named(damaged, finished, text, tmp_path):
     shutil.copytree(finished[0], tmp_path / "output")

@@ -1,10 +1,8 @@
-"""`entropy-gpt report` from end to end, as a process of its own, misused, and its pages in a browser."""
+"""`entropy-gpt report` from end to end, misused, and its pages in a browser."""
 
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,8 +32,9 @@ from tests.evaluation.test_run_log import (
     write_log,
 )
 
+from .forks import run_command
 
-COMMAND = Path(sys.executable).with_name("entropy-gpt")
+
 ATTACK = "<script>alert(1)</script>"
 PHONE = 400
 # One of perplexity against cost, two each of positions and frequencies for there are two contexts, entropies,
@@ -44,7 +43,7 @@ PICTURES = 15
 
 
 def run(*arguments, folder):
-    return subprocess.run([COMMAND, "report", *arguments], capture_output=True, text=True, cwd=folder)
+    return run_command("report", *arguments, cwd=folder)
 
 
 def contents(folder):

@@ -1,4 +1,4 @@
-"""The study as a process of its own: a trial from end to end, interrupted, and misused."""
+"""The study: a trial from end to end, interrupted, and misused."""
 
 import json
 import math
@@ -14,6 +14,8 @@ from filelock import FileLock
 from entropy_gpt.commands.study import PROTOCOL
 from entropy_gpt.evaluation.records.results import load_results, save_results
 from entropy_gpt.programs.study.records import Study, StudyRun
+
+from .forks import run_command
 
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
@@ -57,7 +59,7 @@ DIVERGING = """
 
 
 def study(*words, **options):
-    return subprocess.run([COMMAND, "study", *map(str, words)], capture_output=True, text=True, **options)
+    return run_command("study", *words, **options)
 
 
 def tiny(text: Path, folder: Path, **changes) -> Path:
@@ -73,6 +75,7 @@ def tiny(text: Path, folder: Path, **changes) -> Path:
     return folder / "protocol.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.private
 def test_the_trial_of_the_committed_protocol(tmp_path):
     output = tmp_path / "study"
@@ -115,6 +118,7 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
     assert load_results(output / "models.json") == models
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(text, tmp_path):
     protocol, output = tiny(text, tmp_path, steps=300), tmp_path / "study"
     with subprocess.Popen(
@@ -147,6 +151,7 @@ def test_two_commands_do_not_share_a_folder(text, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_what_diverges_is_a_result(text, tmp_path):
     protocol, output = tiny(text, tmp_path, notation="SM+LN+G"), tmp_path / "study"
     with protocol.open("a") as file:
@@ -164,6 +169,7 @@ def test_what_diverges_is_a_result(text, tmp_path):
     assert run.diverged is None and math.isfinite(run.validation_nats)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_tried_again(text, tmp_path):
     output = tmp_path / "study"
     output.mkdir()

@@ -1,4 +1,4 @@
-"""`entropy-gpt train` from end to end, as a process of its own: whole, killed, on two ranks, adapted, and misused."""
+"""`entropy-gpt train` from end to end: whole, killed, on two ranks, adapted, and misused."""
 
 import json
 import os
@@ -20,6 +20,8 @@ from entropy_gpt.evaluation.records.results import load_results
 from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.training.checkpoints import STAGING, list_checkpoints
 from modeling_entropy_gpt import EntropyGPTForCausalLM
+
+from .forks import run_command
 
 
 COMMAND = str(Path(sys.executable).with_name("entropy-gpt"))
@@ -63,6 +65,11 @@ class Runner:
         return [*launcher, COMMAND, "train", recipe, *settings]
 
     def __call__(self, *settings, **options):
+        _, *words = self.command(*settings, **options)
+        return run_command(*words, cwd=self.folder)
+
+    def alone(self, *settings, **options):
+        """The same in a process of its own."""
         return subprocess.run(self.command(*settings, **options), cwd=self.folder, capture_output=True, text=True)
 
     def start(self, *settings, **options):
@@ -84,7 +91,7 @@ def run(text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(run):
-    return run()
+    return run.alone()
 
 
 def assert_same(weights, expected):
@@ -141,6 +148,7 @@ def wait_until(condition, process, seconds=120):
     return True
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_at_the_same_weights_and_log(run, finished):
     """Three times: in the middle of a save, between saves, and while a checkpoint is given its name."""
     output = run.folder / "killed"
@@ -192,11 +200,12 @@ def test_a_damaged_checkpoint_is_passed_over(run, finished):
     assert run.records("damaged") == run.records()
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_course_of_one(run, finished):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     settings = ("resid_pdrop=0", "embd_pdrop=0", "attn_pdrop=0", "label_smoothing_factor=0.1")
     one = run(*settings, output="one")
-    two = run(*settings, "per_device_train_batch_size=4", output="ranks", launcher=launcher)
+    two = run.alone(*settings, "per_device_train_batch_size=4", output="ranks", launcher=launcher)
     for process in (one, two):
         assert process.returncode == 0, process.stderr[-3000:]
         assert process.stdout.count("model, ready for the Hub") == 1
@@ -217,8 +226,7 @@ def test_a_trained_model_is_adapted_to_other_text(run, finished, tmp_path):
         f"dataset: {tmp_path / 'mine.txt'}\ndata_cache: {tmp_path / 'cache'}\noutput_dir: {tmp_path / 'run'}\n"
         "train_temperatures: false\n"
     )
-    command = [COMMAND, "train", tmp_path / "lora.yaml"]
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = run_command("train", tmp_path / "lora.yaml")
     assert process.returncode == 0, process.stderr
     base = EntropyGPTForCausalLM.from_pretrained(source)
     merged = EntropyGPTForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -275,7 +283,7 @@ def test_labels_are_smoothed_beside_the_penalty(run):
 
 def test_a_dry_run_writes_nothing(run):
     before = sorted(run.folder.rglob("*"))
-    process = subprocess.run([*run.command(output="dry"), "--dry-run"], cwd=run.folder, capture_output=True, text=True)
+    process = run("--dry-run", output="dry")
     assert process.returncode == 0, process.stderr
     assert "EReg(SM(t)+ScFuFFN)" in process.stdout
     assert "12 steps" in process.stdout
@@ -369,9 +377,9 @@ def test_a_folder_of_something_else_is_not_touched(run, tmp_path):
 
 
 def test_recipes_and_settings_are_listed():
-    recipes = subprocess.run([COMMAND, "train"], capture_output=True, text=True)
+    recipes = run_command("train")
     assert "codeparrot-128-18layers" in recipes.stdout
-    settings = subprocess.run([COMMAND, "train", "--settings"], capture_output=True, text=True)
+    settings = run_command("train", "--settings")
     assert "temperature_lr_multiplier (default: 1.0): Learning rate of temperatures" in settings.stdout
     assert "per_device_train_batch_size" in settings.stdout
     assert "entropy_coefficient (default: 0.16)" in settings.stdout

@@ -299,6 +299,7 @@ def test_neither_tasks_nor_data_depend_on_the_working_directory(tmp_path, monkey
     assert len(manager.load(["local_lambada_openai"])["tasks"]["local_lambada_openai"].eval_docs) == 3
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_tasks(tmp_path):
     wheel = build_wheel(tmp_path)
     wanted = {
@@ -331,6 +332,7 @@ def fresh_process(cache: Path) -> dict:
     return {"cwd": cache, "env": {**os.environ, **offline}, "capture_output": True, "text": True}
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_all_architectures_without_this_project(tokenizer, task_data, tmp_path):
     """In one process, as it loads them by itself, beside this one's scores of the same models."""
     tasks = ["local_lambada_openai", "local_arc_easy", "local_blimp_causative"]
@@ -351,6 +353,7 @@ def test_lm_eval_scores_all_architectures_without_this_project(tokenizer, task_d
         assert len(ours.scores) == 5
 
 
+@pytest.mark.slow
 def test_lm_eval_command_scores_as_this_project(tokenizer, task_data, tmp_path):
     torch.manual_seed(0)
     model = make_model_with(tokenizer, "EReg(SM(t)+ScFuFFN)")

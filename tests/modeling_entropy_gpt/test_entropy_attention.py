@@ -425,6 +425,7 @@ def test_two_copies_of_the_file_live_side_by_side():
         torch.autograd.grad(attend(*states, None, True, SCALING, 0.0, None)[0].sum(), states)
 
 
+@pytest.mark.slow
 def test_threads_do_not_change_the_result():
     code = (
         "import torch, sys; from modeling_entropy_gpt import entropy_attention as attend;"

@@ -18,7 +18,8 @@ from modeling_entropy_gpt import (
     EntropyGPTForTokenClassification,
 )
 from modeling_entropy_gpt.forward_keywords import CACHE
-from tests.architectures import ARCHITECTURES, NO_DROPOUT, SIZES, make_config, make_model, make_tokens
+from tests.architectures import ARCHITECTURES, NO_DROPOUT, SIZES, TABLE_1, make_config, make_model, make_tokens
+from tests.slow import slow_but
 
 
 # One for each way in which the forward pass differs; the whole list is for what is cheap.
@@ -40,6 +41,8 @@ HEADS = (
 
 every_architecture = pytest.mark.parametrize("notation", ARCHITECTURES)
 representatives = pytest.mark.parametrize("notation", REPRESENTATIVES)
+# Compilation takes its time: the default tests compile the first and the last of the paper's table alone.
+compiled_representatives = pytest.mark.parametrize("notation", slow_but((TABLE_1[0], TABLE_1[-1]), REPRESENTATIVES))
 
 
 def assert_close(got, expected, **options):
@@ -100,7 +103,7 @@ def test_eager_and_sdpa_train_alike(notation, padding):
 
 
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers sets it
-@representatives
+@compiled_representatives
 def test_flex_and_sdpa_agree(notation):
     model = make_model(notation)
     inputs = pad(make_tokens(), "left")
@@ -345,7 +348,7 @@ def test_half_precision(notation, dtype):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@representatives
+@compiled_representatives
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_compiles_to_one_graph(notation, training):
     torch._dynamo.reset()
@@ -358,7 +361,7 @@ def test_compiles_to_one_graph(notation, training):
     assert_close(got.logits, expected.logits)
 
 
-@representatives
+@compiled_representatives
 @pytest.mark.parametrize("output_entropies", [False, True], ids=["logits", "entropies"])
 def test_exports_for_every_batch_and_length(notation, output_entropies):
     model = make_model(notation)

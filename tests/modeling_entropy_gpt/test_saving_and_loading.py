@@ -183,6 +183,7 @@ def test_a_fresh_process_with_the_folder_alone_gives_the_same_logits(saved):
     assert loaded.completion.startswith("def ")
 
 
+@pytest.mark.slow
 def test_a_fresh_process_notices_code_that_needs_this_project(saved):
     folder, reference = saved
     with (folder / "layers.py").open("a") as file:
@@ -191,6 +192,7 @@ def test_a_fresh_process_notices_code_that_needs_this_project(saved):
         load_in_fresh_process(folder, reference, prompt="def ")
 
 
+@pytest.mark.slow
 def test_a_fresh_process_notices_a_cache_that_is_lost(saved):
     folder, reference = saved
     path = folder / "modeling_entropy_gpt.py"
@@ -201,6 +203,7 @@ def test_a_fresh_process_notices_a_cache_that_is_lost(saved):
         load_in_fresh_process(folder, reference, prompt="def ")
 
 
+@pytest.mark.slow
 def test_a_fresh_process_notices_other_weights(saved):
     folder, reference = saved
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -210,6 +213,7 @@ def test_a_fresh_process_notices_other_weights(saved):
     assert load_in_fresh_process(folder, reference, prompt="def ").max_difference > 1e-3
 
 
+@pytest.mark.slow
 def test_every_head_loads_in_a_fresh_process_from_any_folder(tmp_path):
     """A causal model's folder serves every auto class: one process, all of them."""
     make_model("EReg(SM(t)+ScFuFFN)").save_pretrained(tmp_path / "model")

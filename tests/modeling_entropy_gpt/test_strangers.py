@@ -16,6 +16,7 @@ from tests.hub_server import HubServer
 from tests.strangers import do, run_stranger
 
 
+pytestmark = pytest.mark.slow  # processes of their own, with cold caches
 NOTATION = "EReg(SM(t)+ScFuFFN)"
 MODEL, SHARDED = "somebody/model", "somebody/sharded"
 TASK = """

@@ -113,6 +113,7 @@ def assert_same_run(got, expected):
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", ["head_mean", "row_sum"])
 def test_the_trajectory_does_not_depend_on_the_number_of_ranks(penalty, tmp_path):
     """Two processes with four sequences each, by both configurations, and one with eight, end at the same weights."""

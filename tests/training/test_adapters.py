@@ -93,6 +93,7 @@ def test_merging_changes_nothing(notation, tmp_path):
     torch.testing.assert_close(answer(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), expected)
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_gives_the_same_in_a_fresh_process(tmp_path):
     """One process, which can't import this project, for all architectures."""
     for index, notation in enumerate(ARCHITECTURES):

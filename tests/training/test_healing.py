@@ -48,6 +48,13 @@ def make_pair(notation="EReg(SM(t)+ScFuFFN)", final="static"):
     return original, simplified, calibrate(original, batches)
 
 
+@pytest.fixture(scope="module")
+def gated():
+    """Gated models by the final norm of what they become; schedules set their gates anew."""
+    torch.manual_seed(0)
+    return {final: insert_gates(*make_pair("SM+ScFuFFN", final)) for final in ("layernorm", "static")}
+
+
 def logits(model, tokens):
     with torch.no_grad():
         return model(tokens).logits
@@ -89,10 +96,10 @@ def test_a_staircase_removes_in_the_published_order():
 
 
 @given(kind=st.sampled_from(["gate", "staircase"]), clocks=st.tuples(st.floats(0, 1), st.floats(0, 1)))
-def test_gates_only_close(kind, clocks):
+def test_gates_only_close(gated, kind, clocks):
     removals = []
     for clock in sorted(clocks):
-        schedule = RemovalSchedule(GATED, kind)
+        schedule = RemovalSchedule(gated["static"], kind)
         schedule.set_clock(clock)
         removals.append([r.gate.gate for r in schedule.removals if r.gate] + [schedule.norms[0].apartness])
     assert all(0 <= later <= earlier <= 1 for earlier, later in zip(*removals, strict=True))
@@ -102,9 +109,9 @@ def test_gates_only_close(kind, clocks):
 @pytest.mark.parametrize("steps", [1, 3, 7, 10, 30, 49, 1000, 12345])
 @pytest.mark.parametrize("final", ["static", "layernorm"])
 @pytest.mark.parametrize("kind", ["gate", "staircase"])
-def test_each_thing_is_removed_at_its_step(kind, final, steps):
+def test_each_thing_is_removed_at_its_step(gated, kind, final, steps):
     """The last one, the final norm's or its special rows, after all steps of the schedule and not one later."""
-    schedule = RemovalSchedule(GATED if final == "static" else GATED_BEFORE_LAST, kind)
+    schedule = RemovalSchedule(gated[final], kind)
     names = [removal.name for removal in schedule.removals]
     assert ("ln_f" in names) == (final == "static")
     progress, removed_at = HealingProgress(first_pace=1 / steps), {}
@@ -131,11 +138,6 @@ def test_a_schedule_as_long_as_training_ends_with_it(kind, tmp_path):
 def test_smoothed_labels_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1: .*leave it out"):
         make_trainer(tmp_path, label_smoothing_factor=0.1)
-
-
-torch.manual_seed(0)
-GATED_BEFORE_LAST = insert_gates(*make_pair("SM+ScFuFFN", "layernorm"))
-GATED = insert_gates(*make_pair("SM+ScFuFFN"))
 
 
 def test_special_rows_have_constants_of_their_own_until_the_end():

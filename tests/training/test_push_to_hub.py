@@ -18,6 +18,7 @@ from . import push_while_training
 from .push_while_training import STRATEGIES, TRAINERS
 
 
+pytestmark = pytest.mark.slow  # processes of their own, with cold caches
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORIES = [f"somebody/{name}-{strategy}" for name in TRAINERS for strategy in STRATEGIES]
 RECIPE = """

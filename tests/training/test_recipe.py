@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entropy_gpt.training.errors import RecipeError
-from entropy_gpt.training.recipe import RECIPES, list_recipes, read_override, read_recipe
+from entropy_gpt.training.recipe import ARGUMENT_FIELDS, CONFIG_FIELDS, read_recipe
+from entropy_gpt.training.recipe_file import RECIPES, argument_names, config_names, list_recipes, read_override
 from modeling_entropy_gpt import EntropyGPTConfig
 
 
@@ -39,6 +40,11 @@ def test_every_recipe_can_be_read(name, tmp_path, monkeypatch):
     assert config.entropy_regularization
     assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
     assert not list(tmp_path.iterdir())
+
+
+def test_names_in_the_sources_are_those_of_the_classes():
+    assert argument_names() == ARGUMENT_FIELDS.keys()
+    assert config_names() == CONFIG_FIELDS.keys()
 
 
 def test_recipes_are_the_papers():

@@ -12,7 +12,7 @@ from typing import Any
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.training.arguments import STANDARD_LIBRARY
 from entropy_gpt.training.errors import RecipeError
-from entropy_gpt.training.recipe import read_yaml
+from entropy_gpt.training.recipe_file import read_yaml
 
 from .records import ANSWERED, CONVERTED, KINDS, TRAINED, StudyRun
 

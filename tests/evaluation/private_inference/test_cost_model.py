@@ -226,6 +226,7 @@ def log() -> EngineLog:
     return EngineLog()
 
 
+@pytest.mark.slow
 @pytest.mark.private
 @pytest.mark.parametrize(
     ("notation", "private", "layers"),

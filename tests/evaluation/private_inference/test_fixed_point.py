@@ -20,6 +20,7 @@ from entropy_gpt.evaluation.private_inference.program.range_audit import audit, 
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
+from tests.slow import slow_but
 
 
 EXACT_ERRORS = {"ref2k": (-0.5, 0.5), "semi2k": (-1, 1), "aby3": (-1, 1), "cheetah": (-2, 1)}
@@ -305,8 +306,8 @@ def on_the_engine(chosen: PrivateSettings, x: np.ndarray, y: np.ndarray) -> list
 
 
 @pytest.mark.private
-@pytest.mark.parametrize("bits", [13, 18, 21])
-@pytest.mark.parametrize("softmax", ["stock", "efficient"])
+@pytest.mark.parametrize("bits", slow_but([18], [13, 18, 21]))
+@pytest.mark.parametrize("softmax", slow_but(["efficient"], ["stock", "efficient"]))
 def test_operations_are_the_engines_to_the_last_bit(softmax, bits):
     random = np.random.default_rng(bits)
     x, y = random.normal(size=(2, 1000)).astype(np.float32) * 3
@@ -320,11 +321,12 @@ def test_operations_are_the_engines_to_the_last_bit(softmax, bits):
 
 
 @pytest.mark.private
-@pytest.mark.parametrize("notation", ARCHITECTURES)
+@pytest.mark.parametrize("notation", slow_but(["EReg(SM(t)+ScFuFFN)"], ARCHITECTURES))
 def test_emulated_logits_are_the_engines(notation):
     assert_the_engine_agrees(*prepared(notation), PrivateSettings(protocol="ref2k"))
 
 
+@pytest.mark.slow
 @pytest.mark.private
 @pytest.mark.parametrize("bits", [12, 15, 20])
 @pytest.mark.parametrize(
@@ -341,6 +343,7 @@ def test_emulated_logits_are_the_engines_with_other_settings(notation, fields, b
     assert_the_engine_agrees(*prepared(notation, seed=bits), chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.private
 @pytest.mark.parametrize(
     ("softmax", "protocol"),

@@ -135,6 +135,7 @@ class TestEngine:
         assert {mode: cost.network for mode, cost in costs.items()} == NETWORKS
         assert costs["two_party"].total_bytes == pytest.approx(costs["in_process"].total_bytes, rel=0.1)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("protocol", ["aby3", "ref2k"])
     def test_protocols_that_have_no_two_parties_run_in_one_process(self, protocol):
         private = PrivateModel(make_model("SM", **SIZES), PrivateSettings(protocol))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.architectures import make_model
+from tests.slow import slow_but
 
 
 pytest.importorskip("spu")
@@ -35,7 +36,7 @@ def clear_logits(model, tokens: list[int]) -> np.ndarray:
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
-@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
+@pytest.mark.parametrize("notation", slow_but(["SM+LN+G"], ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"]))
 def test_fixed_point_keeps_the_answer(notation):
     model = make_model(notation)
     run = infer_locally(*prepare_weights(model), PrivateSettings("ref2k"), prompts(2), LENGTH)
@@ -45,6 +46,7 @@ def test_fixed_point_keeps_the_answer(notation):
         assert (logits.argmax(-1) == clear.argmax(-1)).mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("notation", "protocol"),
     [("SM+LN+G", "semi2k"), ("SM+LN+G", "aby3"), ("EReg(SM(t)+ScFuFFN)", "cheetah"), ("EReg(SM(t)+ScFuFFN)", "aby3")],
@@ -60,6 +62,7 @@ def test_every_protocol_keeps_the_answer(notation, protocol, log):
     assert second == pytest.approx(first, rel=0.2), "the set-up is paid apart"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["ref2k", "cheetah"])
 def test_embeddings_looked_up_by_the_client_and_a_secure_comparison(protocol, log):
     model = make_model("SM+ScFuFFN", n_layer=1)

@@ -19,7 +19,7 @@ from entropy_gpt.evaluation.private_inference.program.cost import Network
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 
 
-pytestmark = pytest.mark.private
+pytestmark = [pytest.mark.private, pytest.mark.slow]
 FAR = Network("far", 1e12, 0.1)
 # The first run of an operation may pay for keys. Of the others, the fastest on each link counts: load only adds time.
 NEAR_RUNS = 6

@@ -22,7 +22,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 from .test_two_party import PROMPT, SECONDS, Served, make_offer, run_here, serve_until_killed, serving
 
 
-pytestmark = pytest.mark.private
+pytestmark = [pytest.mark.private, pytest.mark.slow]
 SERVER_ADDRESS, CLIENT_ADDRESS = "192.0.2.1", "192.0.2.2"
 DEVICE = "shaped"
 # Of a projection: what is measured lies between.

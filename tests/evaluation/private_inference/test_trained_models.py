@@ -44,6 +44,7 @@ def test_they_predict_code(folder):
     assert nats < 0.75 * np.log(model.config.vocab_size), "much better than a guess, on code that it has not seen"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 def test_private_answers_are_theirs(folder):
     model, tokenizer = load_language_model(folder).eval(), AutoTokenizer.from_pretrained(folder)

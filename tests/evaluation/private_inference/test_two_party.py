@@ -154,6 +154,7 @@ def test_layernorms_and_gelu_under_tls(tmp_path):
     assert sum(cost.total_bytes for cost in answer.steps) > 0
 
 
+@pytest.mark.slow
 def test_a_request_that_is_none_is_refused_and_the_next_client_is_served(served):
     absurd = [
         *({"length": value} for value in (0, -1, 65, True, "4", 4.0, None, [4], 10**30, 10**4299)),
@@ -210,6 +211,7 @@ def test_a_client_refuses_broken_terms_in_one_line(changed):
     assert len(str(refused.value)) < 700
 
 
+@pytest.mark.slow
 def test_a_busy_server_says_so_and_another_program_is_no_match(served):
     with contextlib.closing(greet(served)) as first, contextlib.closing(greet(served)) as second:
         refusals = []
@@ -228,6 +230,7 @@ def test_a_busy_server_says_so_and_another_program_is_no_match(served):
     assert served.said("different programs", 5)
 
 
+@pytest.mark.slow
 def test_the_clients_table_is_paid_for_with_the_set_up():
     offer, expected = make_offer()
     with serving(replace(offer, settings=PrivateSettings(embedding="client_table")), expected) as served:
@@ -240,6 +243,7 @@ def test_the_clients_table_is_paid_for_with_the_set_up():
     assert keys.total_bytes == pytest.approx(SET_UP_BYTES, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_ails_the_servers_engine_is_not_the_clients_business(served):
     weights = {name: weight for name, weight in served.server.offer.weights.items() if name != "head.bias"}
     with serving(replace(served.server.offer, weights=weights), []) as broken:
@@ -249,6 +253,7 @@ def test_what_ails_the_servers_engine_is_not_the_clients_business(served):
         assert broken.said("head.bias", 10)
 
 
+@pytest.mark.slow
 def test_a_client_that_is_killed_leaves_the_server_ready(served):
     client = run_here(ask_aloud, served.server.address[1])
     wait_for_line(client, "step")
@@ -260,6 +265,7 @@ def test_a_client_that_is_killed_leaves_the_server_ready(served):
     assert not psutil.Process().children(recursive=True)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_ends_the_client_and_its_own_engine(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other tests leave and clear theirs at the same time
     server = run_here(serve_until_killed)
@@ -282,6 +288,7 @@ def test_a_server_that_is_killed_ends_the_client_and_its_own_engine(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_closing_the_server_ends_the_inference():
     with serving(*make_offer()) as served, ThreadPoolExecutor(1) as pool:
         compiled = threading.Event()
@@ -334,6 +341,7 @@ def test_a_client_that_is_refused_closes_its_connection(served):
         assert client.channel.connection.fileno() == -1
 
 
+@pytest.mark.slow
 def test_an_answer_out_of_range_is_repeated_and_then_refused(served):
     offer, expected = served.server.offer, []
     events: list[str] = []
@@ -413,6 +421,7 @@ def found(needles: list[bytes], recording: bytes) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_what_goes_over_the_wire_shows_neither_prompt_nor_weights(served):
     weights = served.server.offer.weights
     runs = []
