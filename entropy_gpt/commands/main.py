@@ -25,6 +25,7 @@ from .train import train
 
 
 INTERRUPTED = 130
+OUR_PACKAGES = ("entropy_gpt", "modeling_entropy_gpt")
 # What goes on with what is done already, if it is started again.
 RESUMED = ("quickstart", "train", "convert", "evaluate", "study", "private benchmark")
 
@@ -94,6 +95,8 @@ def _run_app() -> int:
             print(f"entropy-gpt: {message} (entropy-gpt --help tells more)", file=sys.stderr)
         return wrong_usage.exit_code
     except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] in OUR_PACKAGES:
+            raise  # a defect of this package; no installation would mend it
         print(
             f"entropy-gpt: this command needs {missing.name}, which is not installed: pip install 'entropy-gpt[all]'.",
             file=sys.stderr,
