@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Folders at the top of the repository that are installed below `entropy_gpt`.
 PARTS = ("conversion", "training", "evaluation")
 OUTSIDE = re.compile(r"(?<=\]\()(?:\.\./)+(?!\.)([^)#]+)")
+# A type in the reference, marked up: in brackets, or with a mark at its beginning.
+TYPE = re.compile(r"(?<=<code>)(?:[^<]*[`*][^<]*(?=</code>\))|`[^<]*(?=</code>))")
 # Pages of the site that lie outside of docs/.
 ADDED = ("CONTRIBUTING.md", "CHANGELOG.md")
 
@@ -57,5 +59,5 @@ def on_page_content(html, page, config, files):
     """Docstrings mark up types and names as transformers' own do; the reference shows them plain."""
     if not page.file.src_uri.startswith("reference/"):
         return html
-    html = re.sub(r"(?<=<code>)[^<]*[`*][^<]*(?=</code>\))", lambda found: re.sub("[`*]", "", found[0]), html)
+    html = TYPE.sub(lambda found: re.sub("[`*]", "", found[0]), html)
     return re.sub(r"\[<code>~?([^<]*)</code>\]", r"<code>\1</code>", html)

@@ -39,7 +39,13 @@ README_WORDS = 1200
 TASKS = ("quickstart", "train", "convert", "evaluate", "private", "publish", "study", "python")
 BETWEEN_TWO = ("entropy-gpt private demo", "entropy-gpt private serve")
 
-# What stands for something of the reader's own, or takes long, and what is there in its place.
+SHORT = "max_steps=2 save_steps=2 eval_steps=2 logging_steps=1 validation_tokens=1024 data_cache=cache use_cpu=true"
+SMALL = f"{SHORT} dataset=my_texts n_layer=1 n_head=2 n_embd=32"
+SHORT_SETTINGS = {name: yaml.safe_load(value) for name, value in (word.split("=") for word in SMALL.split())} | {
+    "tokenizer_vocab_size": 300
+}
+
+# Words that stand for something of the reader's own, or for long work, and their replacements.
 REPLACED = {
     "MODEL": "path/to/folder",
     "DIR": "path/to/folder",
@@ -49,14 +55,14 @@ REPLACED = {
     "HOST:9000": "ADDRESS",
     "local_blimp": "local_blimp_anaphor_gender_agreement",
     "max_steps=100": "max_steps=2",
+    "max_steps=500": f"**{SHORT_SETTINGS}",
+    'output="my_evaluation"': 'output="my_evaluation", max_tokens=2000, head_tokens=1024',
     "--max-new-tokens 3": "--max-new-tokens 1",
     '"emulated", "in_process", "two_party"': '"emulated"',
     "accelerate launch": "accelerate launch --num_processes 1",
     "bash .ci/run": "bash -n .ci/run",
     ".venv/bin/": f"{COMMANDS}/",
 }
-SHORT = "max_steps=2 save_steps=2 eval_steps=2 logging_steps=1 validation_tokens=1024 data_cache=cache use_cpu=true"
-SMALL = f"{SHORT} dataset=my_texts n_layer=1 n_head=2 n_embd=32"
 # What makes commands short, by their beginnings.
 ADDED = {
     "entropy-gpt train python-stdlib-small": f"{SMALL} tokenizer_vocab_size=300 entropy_logging_steps=1",
