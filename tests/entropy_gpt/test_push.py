@@ -22,6 +22,7 @@ from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import make_model
 from tests.evaluation.example_results import example_training
 from tests.hub_server import FIRST_FILES, TOKEN, WRONG_TOKEN, HubServer
+from tests.slow import slow_but
 from tests.strangers import do
 
 from .forks import Forks
@@ -145,6 +146,7 @@ def put_earlier(hub, repository, folder):
 # What arrives
 
 
+@pytest.mark.slow
 def test_a_model_is_sent_and_loads_from_a_cold_cache(hub, model, repository, tmp_path):
     """By the command itself, in a process of its own."""
     arguments = ["push", model, repository, "--license", "apache-2.0", "--message", "First"]
@@ -167,6 +169,7 @@ def test_a_model_is_sent_and_loads_from_a_cold_cache(hub, model, repository, tmp
     assert difference(hub, model, tmp_path, repository) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_model_converted_from_the_hub_names_its_base_model(hub, command, model, text, repository, tmp_path):
     original = copy(model, tmp_path / "original", without="results.json")
     make_model("SM+LN+G", vocab_size=300, pad_token_id=None).save_pretrained(original)
@@ -212,6 +215,7 @@ def test_a_branch_of_a_new_private_repository(hub, command, model, repository):
     assert hub.files(repository, "variant/small").keys() == PUBLISHED | FIRST_FILES.keys()
 
 
+@pytest.mark.slow
 def test_a_pull_request_to_a_repository_of_others(hub, command, model, repository, tmp_path):
     repository = repository.replace("somebody", "others")
     earlier = put_earlier(hub, repository, tmp_path / "earlier")
@@ -230,6 +234,7 @@ def test_a_folded_model_takes_the_place_of_its_own(hub, command, model, reposito
     assert difference(hub, model, tmp_path, repository) <= 1e-3
 
 
+@pytest.mark.slow
 def test_a_dry_run_with_results_from_elsewhere_sends_nothing(hub, command, model, other_model, repository, tmp_path):
     """Among those of other models; a folder and a file are both fine. No token is needed."""
     folder = copy(model, tmp_path / "model", "results.json")
@@ -244,6 +249,7 @@ def test_a_dry_run_with_results_from_elsewhere_sends_nothing(hub, command, model
 # The Hub fails
 
 
+@pytest.mark.slow
 def test_what_fails_once_is_asked_again(hub, command, model, repository):
     for place in ("whoami", "repos/create", "tree", "preupload"):
         hub.fail(rf"/api/.*{place}")
@@ -253,6 +259,7 @@ def test_what_fails_once_is_asked_again(hub, command, model, repository):
     assert len(hub.repositories[repository].commits) == 2
 
 
+@pytest.mark.slow
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, command, model, repository):
     hub.drop("/commit/", is_late=True)
     command("push", model, repository).succeeded()
@@ -260,6 +267,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, command, model, re
     assert len(hub.repositories[repository].commits) == 2
 
 
+@pytest.mark.slow
 def test_a_pull_request_whose_answer_is_lost_is_not_made_twice(hub, command, model, repository, tmp_path):
     put_earlier(hub, repository, tmp_path / "earlier")
     hub.drop("POST .*/(commit|discussions)", is_late=True)
@@ -268,7 +276,8 @@ def test_a_pull_request_whose_answer_is_lost_is_not_made_twice(hub, command, mod
     assert hub.repositories[repository].pull_requests == 1
 
 
-@pytest.mark.parametrize("status", [503, pytest.param(None, marks=pytest.mark.slow)], ids=["503", "dropped"])
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [503, None], ids=["503", "dropped"])
 def test_a_hub_that_fails_for_ever_keeps_its_old_revision(status, hub, command, model, repository, tmp_path):
     earlier = put_earlier(hub, repository, tmp_path / "earlier")
     if status is None:
@@ -301,7 +310,7 @@ def test_a_hub_that_is_not_there(model, repository, server, tmp_path):
     assert place in complaint
 
 
-@pytest.mark.parametrize("pattern", ["/api/whoami", "GET /api/models/", "/commit/"])
+@pytest.mark.parametrize("pattern", slow_but(["/api/whoami"], ["/api/whoami", "GET /api/models/", "/commit/"]))
 def test_a_hub_that_is_silent(pattern, hub, command, model, repository):
     hub.be_silent(pattern, times=math.inf)
     started = time.monotonic()

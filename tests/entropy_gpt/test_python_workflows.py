@@ -113,6 +113,7 @@ def test_a_report_is_the_page_of_the_command(model, tmp_path, monkeypatch, capfd
     assert Path("python.html").read_text() == Path("command.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_model_is_published_from_python(model, hub, tmp_path):
     output = tmp_path / "published.json"
     command = [sys.executable, "-c", PUBLISH, str(model), str(output)]
@@ -144,6 +145,7 @@ def test_the_predicted_cost_of_architectures(capfd):
 
 
 @pytest.mark.private
+@pytest.mark.slow
 def test_a_private_answer_is_that_in_the_clear(model, capfd):
     pytest.importorskip("spu")
     progress = Recorder()

@@ -182,6 +182,7 @@ def test_a_run_that_fails_is_told_and_tried_again(text, tmp_path):
     assert study("--protocol", tiny(text, tmp_path), "--output", output).returncode == 0
 
 
+@pytest.mark.slow
 def test_code_of_another_release_is_not_tested_on(text, tmp_path):
     process = study("--protocol", tiny(text, tmp_path, release="0.1"), "--output", tmp_path / "study")
     assert process.returncode == 1

@@ -56,6 +56,7 @@ def folder(assembled, tmp_path):
     return shutil.copytree(assembled, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_the_folder_is_whole_and_passes(folder, model, result):
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     shards = {name for name in names if name.endswith(".safetensors")}

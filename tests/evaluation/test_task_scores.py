@@ -294,6 +294,7 @@ def test_tasks_are_checked_before_the_work(tokenizer, task_data):
         score_tasks(make_model_with(tokenizer), tokenizer, [], task_data)
 
 
+@pytest.mark.slow
 def test_unknown_names_and_data_that_is_out_of_reach(monkeypatch):
     """In one test, since to read the names of all tasks takes seconds."""
     with pytest.raises(TaskError, match=r"'local_lambda_openai' is no task.*Near it are local_lambada_openai.*"):

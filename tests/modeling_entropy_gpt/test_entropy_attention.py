@@ -17,7 +17,6 @@ from modeling_entropy_gpt import blockwise_attention as module
 from modeling_entropy_gpt import entropy_attention, row_entropies
 from modeling_entropy_gpt.blockwise_attention import BLOCK_ROWS, blockwise_attention
 from modeling_entropy_gpt.entropy_attention import _entropies
-from tests.slow import slow_but
 
 
 # Not by `from`: the package has a function of this name.
@@ -146,7 +145,8 @@ def test_masks(kind, length):
     torch.testing.assert_close(row_entropies(*states[:2], mask, is_causal, SCALING), got[1])
 
 
-@pytest.mark.parametrize("dropout", slow_but([0.3], [0.0, 0.3]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradients_by_finite_differences(dropout):
     def attend(*states):
         torch.manual_seed(1)
