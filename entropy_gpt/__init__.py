@@ -40,7 +40,15 @@ _MODULES = {
 def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").startswith((__name__, "modeling_")):
+            raise  # a defect of this package; no installation would mend it
+        raise ModuleNotFoundError(
+            f"entropy_gpt.{name} needs {missing.name}, which is not installed: pip install 'entropy-gpt[all]'.",
+            name=missing.name,
+        ) from missing
 
 
 def __dir__() -> list[str]:

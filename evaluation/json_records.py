@@ -61,7 +61,9 @@ def load_record(type_: type, kind: str, version: int, path: Path, migrate: Calla
         is_older = isinstance(written, int) and written < version
         content = migrate(content, written) if is_older and migrate is not None else None
         if content is None:
-            raise RecordError(f"{path} is of schema version {written}, where {version} is read: make it anew.")
+            is_newer = isinstance(written, int) and written > version
+            remedy = "update entropy-gpt" if is_newer else "make it anew"
+            raise RecordError(f"{path} is of schema version {written}, where {version} is read: {remedy}.")
     try:
         return _adapter(type_).validate_python(content)
     except ValidationError as error:

@@ -35,7 +35,7 @@ def train(
 
     Example: entropy-gpt train python-stdlib-small notation='SM+ScFuFFN' max_steps=500
     """
-    if recipe is not None:  # refused before the imports, which take seconds
+    if recipe is not None and not show_settings:  # refused before the imports, which take seconds
         from entropy_gpt.training.recipe_file import read_override, read_settings
 
         read_settings(recipe, dict(map(read_override, settings or [])))

@@ -36,7 +36,7 @@ from .evaluate_inputs import (
     tokenize_text,
 )
 from .library_bars import library_bars_hidden
-from .options import read_options
+from .options import as_tuple, read_options
 
 
 SETTINGS, PICTURES = "settings.json", "pictures"
@@ -130,7 +130,7 @@ def evaluate(
     """
     options = read_options(
         EvaluationOptions,
-        models=(models,) if isinstance(models, str | Path) else tuple(models),
+        models=as_tuple(models),
         text=text,
         held_out=held_out,
         split=split,
@@ -145,7 +145,7 @@ def evaluate(
         per_position=per_position,
         frequency_text=frequency_text,
         head_tokens=head_tokens,
-        tasks=None if tasks is None else ",".join(tasks),
+        tasks=None if tasks is None else ",".join(as_tuple(tasks)),
         task_data=task_data,
         limit=limit,
         batch_tokens=batch_tokens,
@@ -200,9 +200,9 @@ def prepare_evaluation(
         `UserError`: If a model, the text or a task can't be used, or the folder holds something else.
     """
     check_options(options)
-    if options.task_names:
-        _task_scores().check_tasks(options.task_names, options.task_data)
     with library_bars_hidden():
+        if options.task_names:
+            _task_scores().check_tasks(options.task_names, options.task_data)
         with progress.stage("looking at the models", len(options.models)) as line:
             candidates = []
             for candidate in find_candidates(options):

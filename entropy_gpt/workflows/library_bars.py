@@ -4,25 +4,28 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging
 
 
 @contextmanager
 def library_bars_hidden() -> Iterator[None]:
-    """Hides the progress bars of transformers and datasets in the body; afterwards they are as before."""
+    """Hides the bars of transformers, huggingface_hub and datasets in the body; afterwards they are as before."""
     with _transformers_bars_hidden(), _datasets_bars_hidden():
         yield
 
 
 @contextmanager
 def _transformers_bars_hidden() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown, hub_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # those of huggingface_hub too
     try:
         yield
     finally:
         if shown:
             logging.enable_progress_bar()
+        if not hub_shown:
+            disable_progress_bars()
 
 
 @contextmanager

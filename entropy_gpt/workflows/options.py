@@ -1,6 +1,7 @@
 """Options of workflows: their types and ranges, checked alike for commands and for callers from Python."""
 
 import os
+from collections.abc import Iterable
 from typing import Annotated, TypeVar
 
 import pydantic
@@ -12,6 +13,7 @@ from entropy_gpt.conversion.errors import UserError
 # A folder, a file, or a repository or data set on the Hub.
 Place = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 Options = TypeVar("Options")
+OPTIONS_OF_OTHER_NAMES = {"settings": "--set", "shard_size": "--max-shard-size", "licence": "--license"}
 
 
 def read_options(options: type[Options], **values) -> Options:
@@ -47,6 +49,11 @@ def check_positive(**numbers: int):
             raise UserError(f"{option_name(name)} {number}: give a number of at least 1.")
 
 
+def as_tuple(values: str | os.PathLike | Iterable) -> tuple:
+    """Several values, or a single one given by itself."""
+    return (values,) if isinstance(values, str | os.PathLike) else tuple(values)
+
+
 def option_name(field: str) -> str:
     """The command's option for a keyword argument: `max_tokens` is `--max-tokens`."""
-    return f"--{field.replace('_', '-')}"
+    return OPTIONS_OF_OTHER_NAMES.get(field, f"--{field.replace('_', '-')}")

@@ -62,13 +62,18 @@ class PrivateAnswer(StoredRecord):
     """
 
     KIND = "a private answer"
-    SCHEMA_VERSION = 3
+    SCHEMA_VERSION = 4
 
     text: str
     check: AnswerCheck | None
     seconds: float
     cost: InferenceCost
     repeats: int = 0
+
+    @classmethod
+    def migrate(cls, content: dict, version: int) -> dict | None:
+        """Version 3 had no `repeats`."""
+        return content if version == 3 else None
 
 
 def open_server(

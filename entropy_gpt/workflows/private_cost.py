@@ -10,7 +10,7 @@ from entropy_gpt.evaluation.private_inference.program.program import Span, table
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .options import check_positive, read_options
+from .options import as_tuple, check_positive, read_options
 
 
 HEAD_SIZE = 64
@@ -100,7 +100,7 @@ def private_cost(
     sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head or count_heads(n_embd), "vocab_size": vocab_size}
     return [
         PredictedCost(notation, _predict(notation, sizes, settings, span), SET_UP_BYTES, tables)
-        for notation in notations
+        for notation in as_tuple(notations)
     ]
 
 

@@ -24,7 +24,7 @@ from entropy_gpt.evaluation.private_inference.program.cost import LAN, MEGA, WAN
 from entropy_gpt.training.files import is_finished, written_whole
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 
-from .options import check_positive
+from .options import as_tuple, check_positive
 from .private import show_event
 from .private_cost import count_heads
 
@@ -166,7 +166,7 @@ def plan_table(
     sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head or count_heads(n_embd), "vocab_size": vocab_size}
     try:
         shown = tuple(dict.fromkeys((LAN, WAN, *map(parse_network, networks))))
-        rows = list_rows(list(notations or NOTATIONS), context, **sizes)
+        rows = list_rows(list(as_tuple(notations or NOTATIONS)), context, **sizes)
         plan = TablePlan(rows, whole, shown, Path(output), timeout)
         _check_output(plan.output)
         for inference in (*plan.parts, *(map(_name_whole, rows[1:]) if whole else ())):

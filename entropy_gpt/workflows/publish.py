@@ -61,7 +61,7 @@ from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .library_bars import library_bars_hidden
-from .options import read_options
+from .options import as_tuple, read_options
 
 
 # A file of every saved EntropyGPT.
@@ -142,7 +142,8 @@ def publish(
         create_pr (`bool`): Propose the commit as a pull request to an existing repository.
         message (`str`, *optional*): The commit's message.
         shard_size (`str`): Largest size of a file of weights.
-        timeout (`int`): Seconds without a reply after which the Hub is asked again.
+        timeout (`int`): Seconds without a reply after which the Hub is asked again. It stays the timeout of
+            huggingface_hub in this process.
         dry_run (`bool`): Put the folder together and check it, but send nothing. Needs no token.
         progress (`Progress`): Receives each stage.
 
@@ -164,7 +165,7 @@ def publish(
     options = read_options(
         PublicationOptions,
         repository=repository,
-        results=tuple(results),
+        results=as_tuple(results),
         licence=licence,
         folded=folded,
         private=private,

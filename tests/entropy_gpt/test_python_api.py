@@ -335,3 +335,15 @@ def test_workflows_have_no_console(path):
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"line {node.lineno}"
         assert not {"rich", "typer"} & {name.partition(".")[0] for name in names}
+
+
+def test_a_missing_package_is_named_with_the_remedy(tmp_path):
+    code = (
+        "import sys, entropy_gpt; sys.modules['onnxruntime'] = None\n"
+        "try: entropy_gpt.export\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    process = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout == (
+        "entropy_gpt.export needs onnxruntime, which is not installed: pip install 'entropy-gpt[all]'.\n"
+    )

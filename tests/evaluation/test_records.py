@@ -108,7 +108,8 @@ def test_older_versions_are_brought_up_to_date(tmp_path):
     assert json.loads(path.read_text())["schema_version"] == 2
     for version in (0, 3, "1", None):
         path.write_text(json.dumps({"kind": "things", "schema_version": version, "content": {"title": "a name"}}))
-        with pytest.raises(ValueError, match=f"is of schema version {version}, where 2 is read"):
+        remedy = "update entropy-gpt" if version == 3 else "make it anew"
+        with pytest.raises(ValueError, match=f"is of schema version {version}, where 2 is read: {remedy}"):
             Renamed.load(path)
 
 
