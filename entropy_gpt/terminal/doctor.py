@@ -123,9 +123,11 @@ def run(required: Sequence[Part]) -> bool:
     missing = [section for section in sections if section.mark is Mark.missing and section not in failed]
     console.print()
     if failed:
-        console.print(f"Failed: {_titles(failed)}. The remedies are above.", style=STYLES[Mark.failed])
+        console.print(f"Failed: {_titles(failed)}. The remedies are above.", style=STYLES[Mark.failed], soft_wrap=True)
     elif missing:
-        console.print(f"Everything installed works. Missing: {_titles(missing)}.", style=STYLES[Mark.missing])
+        console.print(
+            f"Everything installed works. Missing: {_titles(missing)}.", style=STYLES[Mark.missing], soft_wrap=True
+        )
     else:
         console.print("Everything works.", style=STYLES[Mark.ok])
     return not failed
