@@ -8,6 +8,18 @@ class UserError(Exception):
     """
 
 
+def missing_package(wanted: str, missing: ModuleNotFoundError) -> str:
+    """
+    The message for a package that something needs and that is not installed.
+
+    Raises:
+        `ModuleNotFoundError`: The given error, if a module of this project is missing: no installation mends that.
+    """
+    if (missing.name or "").partition(".")[0] in ("entropy_gpt", "modeling_entropy_gpt"):
+        raise missing
+    return f"{wanted} needs {missing.name}, which is not installed: pip install 'entropy-gpt[all]'."
+
+
 class ConversionError(UserError, ValueError):
     """The given model can't be converted, loaded or folded."""
 

@@ -43,12 +43,9 @@ def __getattr__(name: str):
     try:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ModuleNotFoundError as missing:
-        if (missing.name or "").startswith((__name__, "modeling_")):
-            raise  # a defect of this package; no installation would mend it
-        raise ModuleNotFoundError(
-            f"entropy_gpt.{name} needs {missing.name}, which is not installed: pip install 'entropy-gpt[all]'.",
-            name=missing.name,
-        ) from missing
+        from entropy_gpt.conversion.errors import missing_package
+
+        raise ModuleNotFoundError(missing_package(f"{__name__}.{name}", missing), name=missing.name) from missing
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.conversion.errors import UserError, missing_package
 
 from .card import card
 from .convert import convert
@@ -25,7 +25,6 @@ from .train import train
 
 
 INTERRUPTED = 130
-OUR_PACKAGES = ("entropy_gpt", "modeling_entropy_gpt")
 # What goes on with what is done already, if it is started again.
 RESUMED = ("quickstart", "train", "convert", "evaluate", "study", "private benchmark")
 
@@ -95,12 +94,7 @@ def _run_app() -> int:
             print(f"entropy-gpt: {message} (entropy-gpt --help tells more)", file=sys.stderr)
         return wrong_usage.exit_code
     except ModuleNotFoundError as missing:
-        if (missing.name or "").partition(".")[0] in OUR_PACKAGES:
-            raise  # a defect of this package; no installation would mend it
-        print(
-            f"entropy-gpt: this command needs {missing.name}, which is not installed: pip install 'entropy-gpt[all]'.",
-            file=sys.stderr,
-        )
+        print(f"entropy-gpt: {missing_package('this command', missing)}", file=sys.stderr)
         return 1
     except (UserError, OSError) as failure:
         print(f"entropy-gpt: {' '.join(str(failure).split())}", file=sys.stderr)  # libraries write paragraphs

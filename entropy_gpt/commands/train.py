@@ -35,10 +35,11 @@ def train(
 
     Example: entropy-gpt train python-stdlib-small notation='SM+ScFuFFN' max_steps=500
     """
-    if recipe is not None and not show_settings:  # refused before the imports, which take seconds
+    if recipe is not None and not show_settings:
         from entropy_gpt.training.recipe_file import read_override, read_settings
 
-        read_settings(recipe, dict(map(read_override, settings or [])))
+        overrides = dict(map(read_override, settings or []))
+        read_settings(recipe, overrides)  # refused before the imports, which take seconds
     from entropy_gpt.terminal.train import print_recipes, print_settings, run
 
     if show_settings:
@@ -46,4 +47,4 @@ def train(
     elif recipe is None:
         print_recipes()
     else:
-        run(recipe, settings or [], dry_run)
+        run(recipe, overrides, dry_run)

@@ -1,13 +1,14 @@
 """Shows training: recipes and settings, the plan of a run, its progress and its result."""
 
 import dataclasses
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from entropy_gpt.training.recipe import ARGUMENT_FIELDS, CONFIG_FIELDS
-from entropy_gpt.training.recipe_file import RECIPES, list_recipes, read_override
+from entropy_gpt.training.recipe_file import RECIPES, list_recipes
 from entropy_gpt.workflows.train import PlannedRun, TrainedRun, perform, prepare
 
 from . import plot
@@ -31,19 +32,19 @@ def print_settings():
         print(f"{name} (default: {default}): {text}")
 
 
-def run(source: str, settings: list[str], dry_run: bool):
+def run(source: str, overrides: dict[str, Any], dry_run: bool):
     """
     Shows the plan of a run, trains, and shows the result.
 
     Args:
         source (`str`): The recipe: a YAML file, or a name.
-        settings (`list[str]`): `key=value` settings that replace those of the recipe.
+        overrides (`dict[str, Any]`): Settings that replace those of the recipe.
         dry_run (`bool`): Whether to show the plan and write nothing.
 
     Raises:
         `UserError`: If the recipe, the text, the model, the folder or a checkpoint can't be used.
     """
-    planned = prepare(source, dict(map(read_override, settings)))
+    planned = prepare(source, overrides)
     console = Console(quiet=not planned.recipe.training.should_save)  # one of several processes speaks
     _show_plan(planned, console)
     if dry_run:

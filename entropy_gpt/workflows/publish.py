@@ -30,9 +30,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
     get_session,
     validate_repo_id,
 )
@@ -176,7 +173,7 @@ def publish(
         timeout=timeout,
         dry_run=dry_run,
     )
-    with _hub_bars_hidden(), prepare_package(Path(folder), options, progress) as package:
+    with library_bars_hidden(), prepare_package(Path(folder), options, progress) as package:
         url = None
         if not dry_run:
             with progress.stage(f"sending it to {package.options.repository}"):
@@ -305,17 +302,6 @@ def write_card(folder: str | Path, *, results: Sequence[str | Path] = (), licenc
     with written_whole(folder / CARD) as path:
         card.save(path)
     return folder / CARD
-
-
-@contextmanager
-def _hub_bars_hidden() -> Iterator[None]:
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 def _read(

@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
@@ -29,6 +30,7 @@ from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.convert_inputs import ConversionOptions
 from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
+from entropy_gpt.workflows.library_bars import library_bars_hidden
 from entropy_gpt.workflows.publish import PublicationOptions, write_card
 
 
@@ -347,3 +349,23 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path):
     assert process.stdout == (
         "entropy_gpt.export needs onnxruntime, which is not installed: pip install 'entropy-gpt[all]'.\n"
     )
+
+
+@pytest.mark.parametrize("transformers_shown", [True, False])
+@pytest.mark.parametrize("hub_shown", [True, False])
+def test_the_bars_of_libraries_are_as_before(transformers_shown, hub_shown):
+    """Those of transformers and of the Hub each, although transformers changes both."""
+
+    def shown():
+        return logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+
+    before = shown()
+    try:
+        (logging.enable_progress_bar if transformers_shown else logging.disable_progress_bar)()
+        (enable_progress_bars if hub_shown else disable_progress_bars)()
+        with library_bars_hidden():
+            assert shown() == (False, False)
+        assert shown() == (transformers_shown, hub_shown)
+    finally:
+        (logging.enable_progress_bar if before[0] else logging.disable_progress_bar)()
+        (enable_progress_bars if before[1] else disable_progress_bars)()
