@@ -96,9 +96,7 @@ def blockwise_attention_forward(
     if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1])) is None:
         from .triton_attention import run_forward
 
-        run_forward(
-            query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp
-        )
+        run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp)
         return output, entropies, log_sum_exp
     plan = _Plan(query, key, visible, is_causal)
 
@@ -223,8 +221,9 @@ def obstacle_to_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) 
     if not is_triton_available():
         return "triton is not installed"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        found, needed = (".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(device), LEAST_CAPABILITY))
-        return f"it needs compute capability {needed}, and the device has {found}"
+        return "it needs compute capability {}.{}, and the device has {}.{}".format(
+            *LEAST_CAPABILITY, *torch.cuda.get_device_capability(device)
+        )
     return None
 
 

@@ -234,8 +234,10 @@ def backward_key_kernel(
 
 def run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp):
     """Computes output, entropies and log-sum-exp of the operator [`blockwise_attention_forward`]."""
+    if value is None:  # one column of values, whose output nobody takes
+        value, output = key[..., :1], query.new_empty(*query.shape[:3], 1)
     launch = _Launch(query, key, value, visible, is_causal, scaling, dropout)
-    launch(forward_kernel, *launch.inputs, _matrices(output), entropies, log_sum_exp, seed)
+    launch(forward_kernel, *launch.inputs, _matrices(output), entropies, log_sum_exp, _on(query, seed))
 
 
 def run_backward(
@@ -243,9 +245,12 @@ def run_backward(
     grad_output, grad_entropies, grad_query, grad_key, grad_value,
 ):  # fmt: skip
     """Computes the gradients of the operator [`blockwise_attention_backward`]."""
+    if value is None:
+        value, grad_value = key[..., :1], torch.empty_like(key[..., :1])
+        output = grad_output = query.new_zeros(1).expand(*query.shape[:3], 1)
     launch = _Launch(query, key, value, visible, is_causal, scaling, dropout)
     grad_entropies, constants = grad_entropies.contiguous(), torch.empty_like(entropies)
-    common = (log_sum_exp, seed, _matrices(grad_output), grad_entropies, constants)
+    common = (log_sum_exp, _on(query, seed), _matrices(grad_output), grad_entropies, constants)
     launch(backward_query_kernel, *launch.inputs, *common, _matrices(output), entropies, _matrices(grad_query))
     launch(backward_key_kernel, *launch.inputs, *common, _matrices(grad_key), _matrices(grad_value))
 
@@ -268,6 +273,7 @@ class _Launch:
             "IS_CAUSAL": is_causal,
             "MASK": "none" if visible is None else "keys" if visible.shape[2] == 1 else "pairs",
             "DROPOUT": dropout > 0,
+            "enable_fp_fusion": True,
             **dict(zip(("WIDTH", "VALUE_WIDTH"), widths, strict=True)),
         }
 
@@ -284,9 +290,24 @@ def _matrices(tensor: torch.Tensor) -> tuple:
     return (tensor, *tensor.stride())
 
 
+def _on(query: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor | None:
+    return None if seed is None else seed.to(query.device, non_blocking=True)
+
+
 def block_sizes(kernel, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows and keys of a block, and how the compiler spreads a block over a processor."""
-    return {"ROWS": 64, "KEYS": 32, "num_warps": 4, "num_stages": 2}
+    """Rows and keys of a block, and over how many warps and stages the compiler spreads it."""
+    if dtype == torch.float32:
+        rows, keys, warps = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 32, 4), 128: (32, 32, 4), 256: (16, 32, 4)}[
+            width
+        ]
+        return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": 1}
+    if kernel is forward_kernel:
+        rows, keys, warps = (128, 64, 4) if width <= 64 else (128, 64, 8) if width == 128 else (64, 32, 4)
+    elif kernel is backward_query_kernel:
+        rows, keys, warps = (128, 64, 8) if width <= 64 else (64, 64, 8) if width == 128 else (64, 32, 8)
+    else:
+        rows, keys, warps = (64, 128, 8) if width <= 64 else (64, 64, 8) if width == 128 else (32, 64, 8)
+    return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": 2}
 
 
 __all__ = ["run_backward", "run_forward"]
