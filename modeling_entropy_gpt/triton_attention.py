@@ -295,19 +295,17 @@ def _on(query: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def block_sizes(kernel, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows and keys of a block, and over how many warps and stages the compiler spreads it."""
-    if dtype == torch.float32:
-        rows, keys, warps = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 32, 4), 128: (32, 32, 4), 256: (16, 32, 4)}[
-            width
-        ]
-        return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": 1}
-    if kernel is forward_kernel:
-        rows, keys, warps = (128, 64, 4) if width <= 64 else (128, 64, 8) if width == 128 else (64, 32, 4)
-    elif kernel is backward_query_kernel:
-        rows, keys, warps = (128, 64, 8) if width <= 64 else (64, 64, 8) if width == 128 else (64, 32, 8)
+    """Rows and keys of a block, and the warps and stages it is spread over: what fits registers and shared memory."""
+    if dtype == torch.float32:  # without tensor cores
+        rows, keys, warps = (64, 32, 8) if width <= 64 else (16, 32, 8)
+    elif width > 128:
+        rows, keys, warps = (32, 64, 8) if kernel is backward_key_kernel else (64, 32, 8)
+    elif width > 64:
+        rows, keys, warps = (128, 64, 8) if kernel is forward_kernel else (64, 64, 8)
     else:
-        rows, keys, warps = (64, 128, 8) if width <= 64 else (64, 64, 8) if width == 128 else (32, 64, 8)
-    return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": 2}
+        rows, keys, warps = (64, 128, 8) if kernel is backward_key_kernel else (128, 64, 8)
+    stages = 1 if dtype == torch.float32 or width > 128 else 2
+    return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
 __all__ = ["run_backward", "run_forward"]
