@@ -8,8 +8,10 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -30,7 +32,9 @@ pytest.importorskip("triton")
 BLOCKS = {"ROWS": 32, "KEYS": 16}
 ON_DEVICES = []  # the function that chooses the blocks on devices
 LENGTH = 40  # a whole block of rows and a part of one
+KERNELS = ("forward", "backward_query", "backward_key")
 NAMES = ("query", "key", "value")
+SIZES_OF_HEADS = [(20, 5), (64, 64), (128, 128), (256, 256)]
 # Names of parts that a mutation leaves out, and what stands in their place.
 MUTATIONS = {
     "the raised maximum": (" + total * (maximum - raised)", ""),
@@ -154,7 +158,7 @@ def test_lengths_and_cached_keys(lengths, is_causal, interpreter):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dims", [(1, 1), (16, 16), (17, 64), (64, 64), (100, 100), (128, 8), (200, 3), (256, 256)])
+@pytest.mark.parametrize("dims", [(1, 1), (17, 64), (100, 100), (200, 3), *SIZES_OF_HEADS])
 def test_head_sizes(dims, interpreter):
     assert_small(interpreter(compare, dims=dims))
 
@@ -378,6 +382,75 @@ def test_the_comparison_notices_what_is_left_out(part, interpreter):
     assert max(errors.values()) > 1e-2
 
 
+@pytest.fixture
+def compile_for(monkeypatch, tmp_path) -> Callable:
+    """A function that compiles all kernels for a device that need not be there, and gives what became of each."""
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    def compile_instead(function, *arguments, **options):
+        kernels.append(run(function, *arguments, **{**options, "warmup": True}))
+
+    def compile_all(target: tuple, dtype: torch.dtype, head_dim: int, kind: str = "none", dropout: float = 0.0):
+        machine = SimpleNamespace(
+            get_current_target=lambda: GPUTarget(*target),
+            get_current_device=lambda: str(target),
+            get_current_stream=lambda device: 0,
+        )
+        monkeypatch.setattr(driver, "_active", machine)
+        states = torch.zeros(1, LENGTH, 2, 3 * head_dim, dtype=dtype).transpose(1, 2).split(head_dim, dim=-1)
+        rows, seed = torch.zeros(1, 2, LENGTH), torch.zeros(1, dtype=torch.long)
+        visible = {"none": None, "keys": torch.ones(1, 1, 1, LENGTH), "pairs": torch.ones(1, 1, LENGTH, LENGTH)}[kind]
+        visible = None if visible is None else visible.bool()
+        common = (*states, visible, True, 0.1, dropout, seed if dropout else None, states[0], rows, rows)
+        triton_attention.run_forward(*common)
+        triton_attention.run_backward(*common, states[0], rows, *states)
+        return kernels
+
+    from modeling_entropy_gpt import triton_attention
+
+    kernels, run = [], JITFunction.run
+    monkeypatch.setattr(JITFunction, "run", compile_instead)
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    return compile_all
+
+
+# With the shared memory of the least device of a kind, in bytes.
+TARGETS = {
+    "sm_80": (("cuda", 80, 32), 99 * 1024),
+    "sm_90": (("cuda", 90, 32), 227 * 1024),
+    "gfx942": (("hip", "gfx942", 64), 64 * 1024),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_compiles_for_devices_that_are_not_here(name, compile_for, monkeypatch):
+    """The least blocks, which take the compiler least time."""
+    from modeling_entropy_gpt import triton_attention
+
+    monkeypatch.setattr(triton_attention, "block_sizes", lambda *_: {"ROWS": 16, "KEYS": 16, "num_warps": 1})
+    kernels = compile_for(TARGETS[name][0], torch.bfloat16, 16)
+    assert [kernel.metadata.name for kernel in kernels] == [f"{each}_kernel" for each in KERNELS]
+    assert all(("hsaco" if name == "gfx942" else "cubin") in kernel.asm for kernel in kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"kind": "keys"}, {"kind": "pairs", "dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.bfloat16, 64), (torch.float16, 128), (torch.bfloat16, 256), (torch.float32, 64), (torch.float32, 256)],
+)
+@pytest.mark.parametrize("name", TARGETS)
+def test_blocks_fit_into_shared_memory(name, dtype, head_dim, options, compile_for):
+    target, shared = TARGETS[name]
+    kernels = compile_for(target, dtype, head_dim, **options)
+    assert {
+        kernel.metadata.name: kernel.metadata.shared for kernel in kernels if kernel.metadata.shared > shared
+    } == {}
+
+
 @pytest.mark.gpu
 class TestOnADevice:
     @pytest.fixture(autouse=True)
@@ -386,8 +459,9 @@ class TestOnADevice:
             assert operators.obstacle_to_kernel(torch.empty(0).device, torch.float32, 64) is None
             yield
 
-    @pytest.mark.parametrize("dims", [(64, 64), (20, 5), (128, 128), (256, 256)])
-    @pytest.mark.parametrize("kind", [None, *masks(LENGTH)])
+    @pytest.mark.parametrize(
+        ("kind", "dims"), [*((kind, (64, 64)) for kind in masks(LENGTH)), *((None, dims) for dims in SIZES_OF_HEADS)]
+    )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_agrees_with_float64(self, dtype, kind, dims):
         errors = compare(kind, lengths=(300, 300), dims=dims, dtype=dtype, heads=HEADS, alone=True)
