@@ -72,16 +72,26 @@ def _hide(scores, mask, pair, heads, rows, keys, row_count, key_count, IS_CAUSAL
 
 
 @triton.jit
+def _ends(first_row, row_count, key_count, ROWS: tl.constexpr, KEYS, IS_CAUSAL: tl.constexpr, MASK: tl.constexpr):
+    """Where the keys end that any of some rows may see, and where the whole blocks end that all of the rows see."""
+    end, whole = key_count, key_count
+    if IS_CAUSAL:
+        diagonal = first_row + key_count - row_count + 1
+        end, whole = tl.minimum(key_count, diagonal + ROWS - 1), tl.minimum(key_count, diagonal)
+    return end, whole // KEYS * KEYS if MASK == "none" else 0
+
+
+@triton.jit
 def _kept(seed, pair, rows, keys, dropout):
     """1 / (1 - dropout) where a probability is kept, else 0: by its place alone, the same in all kernels."""
     zeros = 0 * (rows + keys)
     random, _, _, _ = tl.philox(tl.load(seed), zeros + keys, zeros + rows, zeros + pair, zeros)
-    return tl.where(tl.uint_to_uniform_float(random) >= dropout, 1 / (1 - dropout), 0.0)
+    return tl.where(tl.uint_to_uniform_float(random) >= dropout, 1 / tl.maximum(1 - dropout, 1e-9), 0.0)
 
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def forward_kernel(
-    query, key, value, mask, output, entropies, log_sum_exp, seed,
+    query, key, value, mask, seed, output, entropies, log_sum_exp,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -98,10 +108,7 @@ def forward_kernel(
     product = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
 
-    end, whole = key_count, key_count
-    if IS_CAUSAL:
-        end, whole = tl.minimum(key_count, first_row + ROWS + past), tl.minimum(key_count, first_row + past + 1)
-    whole = whole // KEYS * KEYS if MASK == "none" else 0
+    end, whole = _ends(first_row, row_count, key_count, ROWS, KEYS, IS_CAUSAL, MASK)
     for EDGE in tl.static_range(2):  # first the keys that all rows see, then those that some may not
         for first_key in range(whole if EDGE else 0, end if EDGE else whole, KEYS):
             columns = first_key + tl.arange(0, KEYS)
@@ -134,7 +141,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def backward_query_kernel(
-    query, key, value, mask, log_sum_exp, seed, grad_output, grad_entropies, constants, output, entropies, grad_query,
+    query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants, output, entropies, grad_query,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -156,10 +163,7 @@ def backward_query_kernel(
     tl.store(constants + place, constant, mask=inside)
     grad_queries = tl.zeros([ROWS, WIDTH], tl.float32)
 
-    end, whole = key_count, key_count
-    if IS_CAUSAL:
-        end, whole = tl.minimum(key_count, first_row + ROWS + past), tl.minimum(key_count, first_row + past + 1)
-    whole = whole // KEYS * KEYS if MASK == "none" else 0
+    end, whole = _ends(first_row, row_count, key_count, ROWS, KEYS, IS_CAUSAL, MASK)
     for EDGE in tl.static_range(2):
         for first_key in range(whole if EDGE else 0, end if EDGE else whole, KEYS):
             columns = first_key + tl.arange(0, KEYS)
@@ -183,7 +187,7 @@ def backward_query_kernel(
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def backward_key_kernel(
-    query, key, value, mask, log_sum_exp, seed, grad_output, grad_entropies, constants, grad_key, grad_value,
+    query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants, grad_key, grad_value,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -236,8 +240,8 @@ def run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, o
     """Computes output, entropies and log-sum-exp of the operator [`blockwise_attention_forward`]."""
     if value is None:  # one column of values, whose output nobody takes
         value, output = key[..., :1], query.new_empty(*query.shape[:3], 1)
-    launch = _Launch(query, key, value, visible, is_causal, scaling, dropout)
-    launch(forward_kernel, *launch.inputs, _matrices(output), entropies, log_sum_exp, _on(query, seed))
+    launch = _Launch(query, key, value, visible, is_causal, scaling, dropout, seed)
+    launch(forward_kernel, _matrices(output), entropies, log_sum_exp)
 
 
 def run_backward(
@@ -248,23 +252,22 @@ def run_backward(
     if value is None:
         value, grad_value = key[..., :1], torch.empty_like(key[..., :1])
         output = grad_output = query.new_zeros(1).expand(*query.shape[:3], 1)
-    launch = _Launch(query, key, value, visible, is_causal, scaling, dropout)
-    grad_entropies, constants = grad_entropies.contiguous(), torch.empty_like(entropies)
-    common = (log_sum_exp, _on(query, seed), _matrices(grad_output), grad_entropies, constants)
-    launch(backward_query_kernel, *launch.inputs, *common, _matrices(output), entropies, _matrices(grad_query))
-    launch(backward_key_kernel, *launch.inputs, *common, _matrices(grad_key), _matrices(grad_value))
+    launch = _Launch(query, key, value, visible, is_causal, scaling, dropout, seed)
+    common = (log_sum_exp, _matrices(grad_output), grad_entropies.contiguous(), torch.empty_like(entropies))
+    launch(backward_query_kernel, *common, _matrices(output), entropies, _matrices(grad_query))
+    launch(backward_key_kernel, *common, _matrices(grad_key), _matrices(grad_value))
 
 
 class _Launch:
     """Runs kernels over all blocks of all heads."""
 
-    def __init__(self, query, key, value, visible, is_causal, scaling, dropout):
+    def __init__(self, query, key, value, visible, is_causal, scaling, dropout, seed):
         batch_size, heads, row_count, head_dim = query.shape
-        if visible is not None:
-            visible = visible.expand(batch_size, heads, -1, key.shape[2]).view(torch.uint8)
-        self.inputs = (*map(_matrices, (query, key, value)), None if visible is None else _matrices(visible))
+        mask = None if visible is None else visible.expand(batch_size, heads, -1, key.shape[2]).view(torch.uint8)
+        seed = None if seed is None else seed.to(query.device, non_blocking=True)
+        self.inputs = (*map(_matrices, (query, key, value, mask)), seed)
         self.query, self.pairs, self.lengths = query, batch_size * heads, (row_count, key.shape[2])
-        self.numbers = (*self.lengths, heads, scaling, min(dropout, 1 - 1e-6))
+        self.numbers = (*self.lengths, heads, scaling, float(dropout))
         widths = [max(16, triton.next_power_of_2(dim)) for dim in (head_dim, value.shape[-1])]
         self.width = max(widths)
         self.options = {
@@ -283,15 +286,11 @@ class _Launch:
         blocks = triton.cdiv(self.lengths[over_keys], sizes["KEYS" if over_keys else "ROWS"])
         if blocks * self.pairs:
             with torch.cuda.device_of(self.query):
-                kernel[(blocks * self.pairs,)](*tensors, *self.numbers, **self.options, **sizes)
+                kernel[(blocks * self.pairs,)](*self.inputs, *tensors, *self.numbers, **self.options, **sizes)
 
 
-def _matrices(tensor: torch.Tensor) -> tuple:
-    return (tensor, *tensor.stride())
-
-
-def _on(query: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor | None:
-    return None if seed is None else seed.to(query.device, non_blocking=True)
+def _matrices(tensor: torch.Tensor | None) -> tuple | None:
+    return None if tensor is None else (tensor, *tensor.stride())
 
 
 def block_sizes(kernel, width: int, dtype: torch.dtype) -> dict[str, int]:

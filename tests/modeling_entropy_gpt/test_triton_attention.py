@@ -67,12 +67,10 @@ def interpret():
 @pytest.fixture(scope="module")
 def interpreter():
     """A process in which Triton interprets: it decides when it is imported, as torch has done here."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), interpret) as pool:
-            yield lambda function, *arguments, **options: pool.submit(function, *arguments, **options).result()
-    finally:
-        del os.environ["TRITON_INTERPRET"]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), interpret) as pool:
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+            pool.submit(int).result()  # starts the process
+        yield lambda function, *arguments, **options: pool.submit(function, *arguments, **options).result()
 
 
 def make_states(query_length, key_length, head_dim, value_dim, dtype, deviation=1.0, heads=1):
