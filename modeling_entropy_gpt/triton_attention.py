@@ -96,7 +96,6 @@ def forward_kernel(
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    past = key_count - row_count
     blocks = tl.cdiv(row_count, ROWS)
     pair = tl.program_id(0) // blocks
     # Under a causal mask the last rows take longest, and are begun first.
@@ -146,7 +145,6 @@ def backward_query_kernel(
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    past = key_count - row_count
     blocks = tl.cdiv(row_count, ROWS)
     pair = tl.program_id(0) // blocks
     first_row = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
