@@ -17,6 +17,8 @@ import pyarrow as pa
 from huggingface_hub import metadata_load
 from pyarrow import parquet
 
+from entropy_gpt.conversion.foreign_files import BEGINNINGS, LFS_POINTER
+
 from .errors import CorpusError
 
 
@@ -197,8 +199,10 @@ def _is_compressed(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    with _named_errors(path), gzip.open(path) if _is_compressed(path) else path.open("rb") as file:
-        yield file
+    with _named_errors(path), path.open("rb") as raw:
+        if raw.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+            raise CorpusError(f"{path} is {BEGINNINGS[LFS_POINTER]}.")
+        yield gzip.GzipFile(fileobj=raw) if _is_compressed(path) else raw
 
 
 @contextmanager

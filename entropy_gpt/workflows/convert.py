@@ -80,7 +80,12 @@ def convert(
     to: str,
     output: str | Path,
     text: str | Path | None = None,
+    split: str = "train",
+    config: str | None = None,
+    text_column: str = "text",
     tokenizer: str | Path | None = None,
+    eos_token: str | None = None,
+    activation: str | None = None,
     final_norm: str | None = None,
     settings: Mapping[str, Any] | None = None,
     prune_by_damage: bool = False,
@@ -113,8 +118,15 @@ def convert(
         to (`str`): The target architecture in the paper's notation, such as `"EReg(SM(t)+ScFuFFN)"`.
         output (`str` or `Path`): The folder for model, tokenizer and report.
         text (`str` or `Path`, *optional*):
-            A text file or folder, similar to the training text of the source. Default: Python's standard library.
-        tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the source.
+            Text similar to the training text of the source: a text or data file (JSON lines, CSV, Parquet), a folder
+            of such, or a data set on the Hub. Default: Python's standard library.
+        split, config, text_column (`str`): The split, configuration and column of a data set.
+        tokenizer (`str` or `Path`, *optional*):
+            The tokenizer's folder, file or repository. Default: the source. Not needed where the text is not.
+        eos_token (`str`, *optional*): The tokenizer's token for the end of a text, if it names none itself.
+        activation (`str`, *optional*):
+            The activation function of a nanoGPT file: `"gelu"` (default) or `"gelu_new"`, the approximation by tanh
+            that nanoGPT used before June 2023.
         final_norm (`str`, *optional*):
             The norm before the head: `"layernorm"`, `"static"` or `"none"`. Default: that of the source.
         settings (`dict`, *optional*):
@@ -167,7 +179,12 @@ def convert(
         to=to,
         output=output,
         text=text,
+        split=split,
+        config=config,
+        text_column=text_column,
         tokenizer=tokenizer,
+        eos_token=eos_token,
+        activation=activation,
         final_norm=final_norm,
         settings=settings or {},
         prune_by_damage=prune_by_damage,
@@ -201,7 +218,7 @@ def prepare(options: ConversionOptions, progress: Progress) -> Conversion:
     check_options(options)
     check_output(options)
     with progress.stage("loading the model") as line:
-        original = load_language_model(options.source).float()
+        original = load_language_model(options.source, options.activation).float()
         original.to("cuda" if torch.cuda.is_available() else "cpu")
         line.say(f"{original.config.notation}, {original.num_parameters():,} parameters")
     target = find_target(original.config, options)
