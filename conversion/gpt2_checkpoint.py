@@ -291,8 +291,8 @@ def _read(source: str | Path, model_types: list[str], activation: str | None) ->
         if (folder / ADAPTER_CONFIG).is_file():
             base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
             raise ConversionError(
-                f"{folder} holds an adapter of {base or 'a model'}, not a model. Give a model that it was merged into: "
-                "in the folder of a run, that is the folder model."
+                f"{folder} holds an adapter of {base or 'a model'}, not a model. Give the model that it was merged "
+                "into: in the folder of a run, that is the folder model."
             )
         raise ConversionError(f"{folder} has no config.json, so it is no model that transformers saved.")
     if activation is not None:

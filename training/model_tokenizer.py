@@ -1,10 +1,13 @@
 """The tokenizer of a model that a command was given."""
 
 import hashlib
+from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.conversion.tokenizer_files import VOCABULARY
 
 from .errors import CorpusError
 from .tokenizer import fits, load_tokenizer
@@ -37,6 +40,14 @@ def load_model_tokenizer(
             "together. Give the model's own with --tokenizer."
         )
     return tokenizer
+
+
+def has_tokenizer(place: str) -> bool:
+    """Whether a folder or repository holds files of a tokenizer. Files are looked for, and not read."""
+    folder = Path(place)
+    if not folder.exists():  # on the Hub, whose client complains if none of the files is there
+        folder = Path(snapshot_download(place, allow_patterns=["config.json", *VOCABULARY]))
+    return any((folder / name).exists() for name in VOCABULARY)
 
 
 def hash_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> str:
