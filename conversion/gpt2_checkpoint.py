@@ -86,7 +86,7 @@ NANOGPT_SIZES = {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_s
 NANOGPT_OPTIONS = frozenset({"bias", "dropout"})
 # What DistributedDataParallel and torch.compile put before names, in whatever order.
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
-# Of nanoGPT: the exact GELU, and the approximation by tanh that it had until 14 June 2023.
+# The exact GELU of nanoGPT, and the approximation by tanh that it had until 14 June 2023.
 NANOGPT_ACTIVATIONS = (GELU, TANH_GELU) = ("gelu", "gelu_new")
 ADAPTER_CONFIG = "adapter_config.json"
 # How the unpickler of torch names what it refuses.

@@ -174,11 +174,10 @@ def _prepare_stream(job: _Job, seed: int) -> PreparedData:
     tokenizer = job.tokenizer or _train_tokenizer(job)
     job.on_stage("tokenising the text for validation", None)
     source, context = job.source, job.context
-    fingerprint = hashlib.sha256(source.fingerprint.encode()).hexdigest()[:16]
     validation = _pack_validation(job, source.validation, tokenizer, most_blocks=_most_validation_blocks(job))
     return PreparedData(
         source.name,
-        source.revision or f"{source.version} fingerprint:{fingerprint}".strip(),
+        source.identity,
         tokenizer,
         PackedStream(source.training, tokenizer, context, seed, job.arguments.shuffle_buffer),
         validation.with_format("numpy"),

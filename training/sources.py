@@ -60,6 +60,12 @@ class Source:
     documents: int | None
     left_out: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def identity(self) -> str:
+        """What identifies the text without reading it: its revision, or else the time and size of its files."""
+        digest = hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]
+        return self.revision or f"{self.version} fingerprint:{digest}".strip()
+
 
 @dataclass(frozen=True)
 class _Place:

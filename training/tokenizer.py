@@ -89,8 +89,8 @@ def check_end_of_text(tokenizer: PreTrainedTokenizerFast):
 
 def fits(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> bool:
     """
-    Whether a model with so many tokens can read whatever the tokenizer makes of a text. Special tokens beyond them,
-    such as an appended `[PAD]`, are never made of a text.
+    Whether a model knows every token that the tokenizer makes of a text. Special tokens beyond its vocabulary, such as
+    an appended `[PAD]`, are never made of a text.
     """
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - ends
