@@ -134,6 +134,16 @@ def test_the_largest_of_visible_scores_takes_no_comparison_more():
     assert first.waits[COMPARISONS] == math.ceil(math.log2(LENGTH))
 
 
+def test_products_with_temperatures_are_counted_by_themselves():
+    """Of rows with few visible scores they multiply these, and of others their queries."""
+    plain, tempered = (
+        {step.operation: counts for step, counts in count_steps(config, PrivateSettings(), Span(0, 64))}
+        for config in (make_config(notation, n_layer=1, n_positions=64) for notation in ("SM", "SM(t)"))
+    )
+    assert tempered.keys() - plain.keys() == {"temperatures"}
+    assert all(counts == tempered[operation] for operation, counts in plain.items())
+
+
 def test_longer_matrices_wait_no_longer_and_more_of_them_do():
     def waits(length: int, heads: int) -> dict[str, float]:
         config = make_config("SM", n_layer=2, n_embd=48 * heads, n_head=heads, n_positions=length)
