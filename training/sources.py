@@ -9,9 +9,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset_builder
 from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
 from datasets.exceptions import DatasetsError
+from pyarrow import compute
 
 from .arguments import STANDARD_LIBRARY, DataArguments
 from .corpus import (
@@ -298,6 +300,7 @@ def _source_of_rows(
     documents = None
     if isinstance(rows, Dataset):
         documents = len(rows)
+        left_out = left_out + Counter({"rows without text": _count_blank(rows, column)})
         rows = rows.to_iterable_dataset(num_shards=min(PARTS, documents))
     rows = rows.select_columns(column)
     training, validation = (
@@ -311,6 +314,16 @@ def _source_of_rows(
     text_of = operator.itemgetter(column)
     training, validation = Texts(training, text_of), Texts(validation, text_of)
     return Source(name, version, None, fingerprint, training, validation, documents, left_out)
+
+
+def _count_blank(rows: Dataset, column: str) -> int:
+    texts = rows.data.column(column)
+    if pa.types.is_null(texts.type):
+        return len(texts)
+    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+        return 0  # a row that is no text is refused when it is read
+    trimmed = (compute.utf8_trim_whitespace(chunk.fill_null("")) for chunk in texts.chunks)
+    return sum(compute.sum(compute.equal(compute.utf8_length(chunk), 0)).as_py() or 0 for chunk in trimmed)
 
 
 def _belong(texts: list[str | None], validation_share: float, held_out: bool) -> list[bool]:

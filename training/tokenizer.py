@@ -6,6 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from entropy_gpt.conversion.foreign_files import identify
+
 from .errors import CorpusError
 from .text_pieces import cut_pieces
 
@@ -56,6 +58,7 @@ def load_tokenizer(place: str, eos_token: str | None = None) -> PreTrainedTokeni
     Raises:
         `CorpusError`: If there is none, it is no fast one, or it lacks the token.
     """
+    _check_file(place)
     try:
         tokenizer = _load(place)
     except Exception as error:  # readers raise whatever a damaged file makes them
@@ -97,9 +100,24 @@ def fits(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> bool:
     return all(number < vocab_size or number in special for number in tokenizer.get_vocab().values())
 
 
+def _check_file(place: str):
+    """Refuses a file that can't be opened, or is not there but for a pointer to it."""
+    if not (file := _file_of(place)).is_file():
+        return
+    try:
+        kind = identify(file)
+    except OSError as error:
+        raise CorpusError(f"{file} can't be read ({error.strerror}). Make it readable.") from error
+    if kind is not None:
+        raise CorpusError(f"{file} is {kind}.")
+
+
+def _file_of(place: str) -> Path:
+    return Path(place) if Path(place).is_file() else Path(place, "tokenizer.json")
+
+
 def _load(place: str):
-    path = Path(place)
-    file = path if path.is_file() else path / "tokenizer.json"
+    path, file = Path(place), _file_of(place)
     if file.is_file() and (file == path or not (path / "tokenizer_config.json").is_file()):
         return PreTrainedTokenizerFast(tokenizer_file=str(file))  # transformers would take it for GPT-2's
     return AutoTokenizer.from_pretrained(place, trust_remote_code=False)

@@ -52,6 +52,12 @@ def test_a_bare_file_is_loaded(tokenizer, tmp_path):
         assert again.eos_token_id == tokenizer.eos_token_id
 
 
+def test_a_pointer_to_a_file_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n")
+    with pytest.raises(CorpusError, match=r"tokenizer\.json is a Git LFS pointer"):
+        load_tokenizer(str(tmp_path))
+
+
 @pytest.fixture
 def bert(tmp_path):
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
