@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 NEWEST := .venv-newest
-GPU := .venv-gpu
+# For `make gpu`: .venv, or without one the torch and triton that PYTHON has.
+GPU := $(if $(wildcard $(INSTALLED)),$(VENV),.venv-gpu)
 COMPARISONS := model_cards/results/interoperability.jsonl
 # A file's tests run in one process; files are begun in the order of tests/conftest.py, the longest first.
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -62,13 +63,9 @@ test-newest:  ## Runs the default tests with the newest releases that pip finds,
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,private]"
 	$(NEWEST)/bin/$(PYTEST) $(ARGS)
 
-# With the torch and the triton of PYTHON, and no network: this project alone is installed, into an environment of its own.
-gpu:  ## Runs all tests that need a GPU, and the benchmark of docs/performance.md, in minutes.
-	test -d $(GPU) || $(PYTHON) -m venv --system-site-packages --without-pip $(GPU)
-	$(PYTHON) -m pip --python $(GPU)/bin/python install --quiet --disable-pip-version-check \
-		--no-index --no-deps --no-build-isolation -e .
+gpu: $(GPU)/installed  ## Runs all tests that need a GPU, and the benchmark of docs/performance.md, in minutes, offline.
 	$(GPU)/bin/entropy-gpt doctor --gpu
-	$(GPU)/bin/python -m pytest -m gpu $(ARGS)
+	$(GPU)/bin/python -m pytest -m gpu $$(grep -rl --include='test_*.py' mark.gpu tests) $(ARGS)
 	$(GPU)/bin/python -m entropy_gpt.evaluation.benchmarks.gpu
 
 interoperability: $(INSTALLED)  ## Compares the model with other tools and releases, and writes the table of what came of it.
@@ -91,7 +88,7 @@ bench: $(INSTALLED)  ## Runs every benchmark but that of `make gpu`, side by sid
 		$(BIN)/python -m entropy_gpt.evaluation.benchmarks.$$(basename $$benchmark .py) || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(GPU) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) .venv-gpu build *.egg-info
 
 # torch first and alone: on a machine that holds a CPU build of it, any other order may replace it by a larger one.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -100,3 +97,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,private]"
 	touch $(INSTALLED)
+
+.venv-gpu/installed:
+	$(PYTHON) -m venv --system-site-packages --without-pip .venv-gpu
+	$(PYTHON) -m pip --python .venv-gpu/bin/python install --quiet --disable-pip-version-check \
+		--no-index --no-deps --no-build-isolation -e .
+	touch $@

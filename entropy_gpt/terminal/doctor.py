@@ -43,7 +43,7 @@ TOLERATED_ERROR = 0.05
 # The tolerated difference, in nats, between entropies of the kernel in bfloat16 and those in float64.
 TOLERATED_NATS = 1e-3
 # What the tests that need a GPU are run with.
-TESTING = ("pytest", "hypothesis", "psutil", "trustme", "accelerate", "datasets")
+TESTING = ("pytest", "hypothesis", "accelerate", "datasets")
 MESSAGE_CHARACTERS = 200
 # The exit status of Python after an uncaught exception, whose last line is the message.
 UNCAUGHT = 1
