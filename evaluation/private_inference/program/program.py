@@ -148,8 +148,8 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
-    """Bytes of the embeddings as sent to a client with "client_table": single precision in base64, without padding."""
-    return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize * 4 // 3
+    """Bytes of the embeddings as sent to a client with "client_table": single precision."""
+    return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize
 
 
 def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[Step]:
