@@ -26,10 +26,10 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 
 MAX_MESSAGE_BYTES = 2**20
 MAX_REASON_CHARACTERS = 300
-HANDSHAKE_SECONDS = 10
+HANDSHAKE_SECONDS, PARTING_SECONDS = 10, 1
 LENGTH = struct.Struct(">I")
 # The first bytes of TLS, where a message's length belongs.
-TLS_ALERT, TLS_HANDSHAKE = b"\x15\x03", b"\x16\x03"
+TLS_HANDSHAKE = b"\x16\x03"
 # What to do about OpenSSL's X509_V_ERR_... of the peer's certificate.
 UNKNOWN_AUTHORITY = "it is not signed by an authority of this side's --ca"
 OTHER_NAME = "its subjectAltName has to name the host that --connect names (a common name does not count)"
@@ -305,8 +305,6 @@ def _parse(content: bytes) -> dict:
 def _describe_announced(length: int) -> str:
     """What it means that a peer begins with these four bytes, which are the length of no message."""
     begin = LENGTH.pack(length)
-    if begin.startswith(TLS_ALERT):
-        return "the peer wants TLS: give --cert, --key and --ca."
     if begin.startswith(TLS_HANDSHAKE):
         return "the peer wants TLS, and this side has none: give --cert, --key and --ca on both sides or on neither."
     return f"the peer announces a message of {length:,} bytes: it speaks another way."
@@ -392,10 +390,45 @@ def _secure(connection: socket.socket, context: ssl.SSLContext | None, server_na
         connection.settimeout(None)
         return connection
     connection.settimeout(HANDSHAKE_SECONDS)
+    is_server = server_name is None
     try:
-        secured = context.wrap_socket(connection, server_side=server_name is None, server_hostname=server_name)
+        if is_server:
+            _expect_tls(connection)
+        secured = context.wrap_socket(
+            connection, server_side=is_server, server_hostname=server_name, do_handshake_on_connect=False
+        )
     except OSError as error:
         connection.close()
         raise PrivateInferenceError(f"TLS failed: {_reason(error)}.") from error
+    try:
+        secured.do_handshake()
+    except OSError as error:
+        _part(secured)
+        raise PrivateInferenceError(f"TLS failed: {_reason(error)}.") from error
     secured.settimeout(None)
     return secured
+
+
+def _expect_tls(connection: socket.socket):
+    """
+    Raises:
+        `PrivateInferenceError`: If a client begins with something else; it is told.
+    """
+    begin = connection.recv(1, socket.MSG_PEEK)
+    if begin and begin != TLS_HANDSHAKE[:1]:
+        refusal = json.dumps({"kind": "refusal", "reason": "TLS is wanted: give --cert, --key and --ca."}).encode()
+        connection.sendall(LENGTH.pack(len(refusal)) + refusal)
+        _part(connection)
+        raise PrivateInferenceError(f"TLS failed: {NO_TLS}.")
+
+
+def _part(connection: socket.socket):
+    """Ends a connection such that the peer still reads what it was told, which a reset would take from it."""
+    plain = socket.socket
+    with contextlib.suppress(OSError):
+        plain.shutdown(connection, socket.SHUT_WR)
+        connection.settimeout(PARTING_SECONDS)
+        until = time.monotonic() + PARTING_SECONDS
+        while time.monotonic() < until and plain.recv(connection, 2**16):
+            pass
+    connection.close()

@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, RING_BITS, SERVER, TRUST, PrivateSettings
 from modeling_entropy_gpt import EntropyGPTConfig
@@ -229,15 +230,15 @@ class Server:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
         channel.send({"kind": "terms", **self.offer.terms()})
         message = channel.receive(HANDSHAKE_SECONDS, ("request",))
-        request, use, left = self._read_request(channel, message)
         if not self._busy.acquire(timeout=PARTING_SECONDS):
             raise PrivateInferenceError("the server is busy with another client: try again later.")
         try:
+            asked = self._read_request(channel, message)
             self._leave(channel.connection)
             with self._opened(channel) as session:
-                self._answer(session, channel, address, request, use, left)
+                self._answer(session, address, *asked)
                 while message := self._next_request(session):
-                    self._answer(session, channel, address, *self._read_request(channel, message))
+                    self._answer(session, address, *self._read_request(channel, message))
         finally:
             self._busy.release()
 
@@ -292,7 +293,7 @@ class Server:
         except SilenceError as error:
             raise PrivateInferenceError(f"no further prompt came for {KEPT_SECONDS} seconds.") from error
 
-    def _answer(self, session: Session, channel: Channel, address: str, request: Request, use: Use, left: Limits):
+    def _answer(self, session: Session, address: str, request: Request, use: Use, left: Limits):
         self._say(address, f"asks for {request.new_tokens} token(s) after {request.length}")
         began = time.monotonic()
 
@@ -305,8 +306,8 @@ class Server:
             outcome = session.answer(request, note, left.seconds)
         finally:
             use.seconds = time.monotonic() - began
-        total = sum(cost.total_bytes for cost in (*outcome.set_up, *outcome.steps)) / 1e6
-        self._say(address, f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link")
+        total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
+        self._say(address, f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up")
 
 
 def _address_of(connection: socket.socket) -> str:
