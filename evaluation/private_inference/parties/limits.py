@@ -43,6 +43,7 @@ class Use:
     began: float
     positions: int
     seconds: float = 0.0
+    kept_seconds: float = 0.0
 
 
 class Accounts:
@@ -83,7 +84,7 @@ class Accounts:
                 answers=self.limits.answers,
                 requests=self.limits.requests - len(uses),
                 positions=self.limits.positions - sum(use.positions for use in uses),
-                seconds=self.limits.seconds - round(sum(use.seconds for use in uses)),
+                seconds=self.limits.seconds - round(sum(use.seconds + use.kept_seconds for use in uses)),
             )
             for name, asked in (("requests", 1), ("positions", positions), ("seconds", 1)):
                 if asked > getattr(left, name):

@@ -9,8 +9,8 @@ from pathlib import Path
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 
 
-# Of a weight that an engine holds, and of one that it is being given.
-HELD_BYTES, PEAK_BYTES = 8, 20
+# What an engine takes for a weight while it is given them; later it holds 8 of these bytes.
+PEAK_BYTES = 20
 GIGA = 1e9
 # Address space that the engine's threads reserve for each processor and never use.
 RESERVED_BYTES = 2**30
@@ -26,18 +26,12 @@ def machine_memory() -> int:
     return found
 
 
-def needed_memory(shapes: Iterable[tuple[int, ...]]) -> int:
-    """Bytes that an engine needs for weights of some shapes, which it is given one after another."""
-    sizes = [math.prod(shape) for shape in shapes]
-    return HELD_BYTES * sum(sizes) + PEAK_BYTES * max(sizes)
-
-
 def check_memory(shapes: Iterable[tuple[int, ...]]):
     """
     Raises:
         `PrivateInferenceError`: If an engine on this machine can't hold weights of such shapes.
     """
-    needed, there = needed_memory(shapes), machine_memory()
+    needed, there = PEAK_BYTES * sum(map(math.prod, shapes)), machine_memory()
     if needed > there:
         raise PrivateInferenceError(
             f"the model's weights need {needed / GIGA:,.0f} GB of memory as secret numbers, and this machine has "

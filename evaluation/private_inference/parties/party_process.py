@@ -113,14 +113,13 @@ class PartyProcess:
         program = self._program.result()
         self.tell({"event": "program", "digest": self._digest(program), "steps": len(program) * request.new_tokens})
 
-    def start(self, own_port: int, peer_port: int, weights: BinaryIO):
+    def start(self, own_port: int, peer_port: int, weights: dict[str, np.ndarray] | None):
         """Meets the peer, and pays the set-up."""
         limit_address_space()
         job = self.job
-        own = read_weights(weights, job.config) if job.rank == SERVER else None
         self.link = make_link(job.rank, own_port, peer_port, job.timeout_seconds)
-        self.participant = Participant(self.link, job.config, job.settings, own, self.log)
-        for cost in [*self._share_tables(own), *self.participant.set_up()]:
+        self.participant = Participant(self.link, job.config, job.settings, weights, self.log)
+        for cost in [*self._share_tables(weights), *self.participant.set_up()]:
             self.tell({"event": "set-up", "cost": asdict(cost)})
 
     def answer(self):
@@ -312,11 +311,14 @@ def _read_lines(source: BinaryIO) -> queue.Queue[bytes]:
 
 def work(source: BinaryIO, tell: Callable[[dict], None]):
     """Answers one request after another, until the process is ended."""
-    process = PartyProcess(TypeAdapter(Job).validate_json(source.readline()), tell)
+    job = TypeAdapter(Job).validate_json(source.readline())
+    process = PartyProcess(job, tell)
     process.prepare(TypeAdapter(Request).validate_json(source.readline()))
     word = json.loads(source.readline())
-    process.start(word["own_port"], word["peer_port"], source)
+    weights = read_weights(source, job.config) if job.rank == SERVER else None
     lines = _read_lines(source)
+    process.start(word["own_port"], word["peer_port"], weights)
+    del weights  # the engine has them
     while True:
         process.answer()
         process.prepare(TypeAdapter(Request).validate_json(lines.get()))

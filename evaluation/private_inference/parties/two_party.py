@@ -37,8 +37,8 @@ from .tunnel import ClientTunnel, ServerTunnel
 
 PROTOCOL_VERSION = 3
 HANDSHAKE_SECONDS = 30
-# For which a client may keep the engine between two prompts.
-KEPT_SECONDS = 30
+# For which a client may keep the engine between two prompts, unless another one waits for it.
+KEPT_SECONDS, KEPT_CHECK_SECONDS = 30, 0.5
 # The largest model that a client believes in, whatever memory it has.
 LARGEST = {
     "n_layer": 1024,
@@ -118,6 +118,7 @@ class Server:
         self._report = report
         self._accounts = Accounts(self.limits)
         self._busy = threading.Lock()
+        self._queued = 0
         self._lock = threading.Lock()
         self._waiting: dict[socket.socket, str] = {}
         self._channels: set[Channel] = set()
@@ -230,17 +231,27 @@ class Server:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
         channel.send({"kind": "terms", **self.offer.terms()})
         message = channel.receive(HANDSHAKE_SECONDS, ("request",))
-        if not self._busy.acquire(timeout=PARTING_SECONDS):
+        if not self._take_engine():
             raise PrivateInferenceError("the server is busy with another client: try again later.")
         try:
             asked = self._read_request(channel, message)
             self._leave(channel.connection)
             with self._opened(channel) as session:
-                self._answer(session, address, *asked)
-                while message := self._next_request(session):
-                    self._answer(session, address, *self._read_request(channel, message))
+                while asked:
+                    self._answer(session, address, *asked)
+                    message = self._next_request(session, asked[1])
+                    asked = message and self._read_request(channel, message)
         finally:
             self._busy.release()
+
+    def _take_engine(self) -> bool:
+        with self._lock:
+            self._queued += 1
+        try:
+            return self._busy.acquire(timeout=PARTING_SECONDS)
+        finally:
+            with self._lock:
+                self._queued -= 1
 
     def _read_request(self, channel: Channel, message: dict) -> tuple[Request, Use, Limits]:
         """
@@ -283,15 +294,22 @@ class Server:
             self._tunnel.close()
             self._tunnel = None
 
-    @staticmethod
-    def _next_request(session: Session) -> dict | None:
-        """The client's next request on its connection, if there is one."""
-        try:
-            return session.events.expect(KEPT_SECONDS, "peer's request")
-        except ClosedError:
-            return None
-        except SilenceError as error:
-            raise PrivateInferenceError(f"no further prompt came for {KEPT_SECONDS} seconds.") from error
+    def _next_request(self, session: Session, use: Use) -> dict | None:
+        """
+        The client's next request on its connection, if there is one. The engine is kept for it, at the client's
+        expense, until another client wants it.
+        """
+        began = time.monotonic()
+        while True:
+            try:
+                return session.events.expect(KEPT_CHECK_SECONDS, "peer's request")
+            except ClosedError:
+                return None
+            except SilenceError as error:
+                if self._queued or time.monotonic() - began > KEPT_SECONDS:
+                    raise PrivateInferenceError("no further prompt came in time: connect again.") from error
+            finally:
+                use.kept_seconds = time.monotonic() - began
 
     def _answer(self, session: Session, address: str, request: Request, use: Use, left: Limits):
         self._say(address, f"asks for {request.new_tokens} token(s) after {request.length}")

@@ -17,7 +17,7 @@ import torch
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties import limits, memory, party_process, tunnel, two_party
 from entropy_gpt.evaluation.private_inference.parties.channel import connect, one_line
-from entropy_gpt.evaluation.private_inference.parties.limits import DAY_SECONDS, Accounts, Limits
+from entropy_gpt.evaluation.private_inference.parties.limits import DAY_SECONDS, Accounts, Limits, Use
 from entropy_gpt.evaluation.private_inference.parties.party_process import (
     Job,
     PartyProcess,
@@ -27,7 +27,7 @@ from entropy_gpt.evaluation.private_inference.parties.party_process import (
     write_array,
     write_weights,
 )
-from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Allowance
+from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Allowance, Events
 from entropy_gpt.evaluation.private_inference.parties.shares import join_share, read_share
 from entropy_gpt.evaluation.private_inference.parties.two_party import (
     MAX_GREETINGS,
@@ -44,6 +44,8 @@ from tests.architectures import make_model
 from .test_tunnel import eventually, linked
 
 
+# Seconds: far less than the deadlines of those who wait, on a machine that has other work too.
+WITHOUT_WAITING = 5
 FEW = Limits(answers=8, requests=3, positions=10, seconds=100)
 
 
@@ -66,14 +68,14 @@ def program_config() -> ProgramConfig:
 
 
 class TestGreetings:
-    def test_idle_connections_keep_an_honest_client_waiting_no_second(self):
+    def test_idle_connections_keep_nobody_waiting(self):
         with serving() as server, contextlib.ExitStack() as idle:
             for _ in range(3 * MAX_GREETINGS):
                 idle.enter_context(socket.create_connection(server.address))
             started = time.monotonic()
             with contextlib.closing(Client(*server.address, None)) as client:
                 assert client.terms.notation == "SM"
-            assert time.monotonic() - started < 1
+            assert time.monotonic() - started < WITHOUT_WAITING
 
     def test_those_who_said_hello_and_stopped_keep_nobody_waiting_either(self):
         with serving() as server, contextlib.ExitStack() as idle:
@@ -82,7 +84,7 @@ class TestGreetings:
                 channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
             started = time.monotonic()
             with contextlib.closing(Client(*server.address, None)):
-                assert time.monotonic() - started < 1
+                assert time.monotonic() - started < WITHOUT_WAITING
             assert eventually(lambda: len(server._waiting) <= MAX_GREETINGS)
 
     def test_the_address_with_most_connections_gives_way(self):
@@ -156,6 +158,17 @@ class TestLimits:
                     with pytest.raises(PrivateInferenceError, match=r"the peer refuses: this client has 1 of 1 posit"):
                         channel.receive(5, ("accepted",))
 
+    def test_an_engine_is_kept_at_its_clients_expense_until_another_wants_it(self, monkeypatch):
+        monkeypatch.setattr(two_party, "KEPT_CHECK_SECONDS", 0.1)
+        with serving() as server:
+            session, use = SimpleNamespace(events=Events()), Use(0.0, 1)
+            server._queued = 1
+            with pytest.raises(PrivateInferenceError, match="no further prompt came in time: connect again"):
+                server._next_request(session, use)
+            assert 0.1 < use.kept_seconds < 5
+            session.events.put({"event": "peer's request"})
+            assert server._next_request(session, use) == {"event": "peer's request"}
+
     def test_repeats_count_against_what_a_request_may_have_answered(self):
         process = PartyProcess.__new__(PartyProcess)
         process.request, process.positions = Request(4, 2, 1, most_positions=2), 0
@@ -223,8 +236,7 @@ class TestMemory:
 
     def test_terms_beyond_the_memory_of_this_machine_are_refused(self, monkeypatch):
         shapes = [(1000, 1000), (500,)]
-        needed = 8 * 1_000_500 + 20 * 1_000_000
-        assert memory.needed_memory(shapes) == needed
+        needed = 20 * 1_000_500
         monkeypatch.setattr(memory, "machine_memory", lambda: needed)
         memory.check_memory(shapes)
         monkeypatch.setattr(memory, "machine_memory", lambda: needed - 1)

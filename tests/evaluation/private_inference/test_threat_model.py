@@ -149,3 +149,12 @@ def _multiply_twice(ops, server, client):
 
 def _compare(ops, server, client):
     return ops.positive_part(server + client)
+
+
+def test_every_test_that_the_page_names_is_there():
+    named = set(re.findall(r"`(test_\w+)`", PAGE.read_text(encoding="utf-8")))
+    there = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)\(", path.read_text())
+    }
+    assert len(named) > 10
+    assert named <= there

@@ -32,6 +32,7 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES
 from entropy_gpt.evaluation.private_inference.parties.channel import Channel, TLSFiles, connect
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED, Limits
+from entropy_gpt.evaluation.private_inference.parties.memory import RESERVED_BYTES, machine_memory
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
 from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Outcome, free_port
 from entropy_gpt.evaluation.private_inference.parties.tunnel import ClientTunnel
@@ -441,6 +442,7 @@ def test_a_flood_is_not_taken_into_memory(served):
         wait_for_line(client, "flooding")
         (engine,) = engines_here()
         begin, most = engine.memory_info().rss, 0
+        assert engine.rlimit(psutil.RLIMIT_AS)[0] <= machine_memory() + RESERVED_BYTES * os.cpu_count()
         while not served.said("ended early", 0.2) and len(served.lines) < 2:
             with contextlib.suppress(psutil.NoSuchProcess):
                 most = max(most, engine.memory_info().rss)
