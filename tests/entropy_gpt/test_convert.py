@@ -1,6 +1,7 @@
 """`entropy-gpt convert` from end to end: whole, interrupted, planned and misused."""
 
 import copy
+import gzip
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel
 
@@ -129,6 +131,36 @@ def test_an_earlier_conversion_is_replaced_only_when_told(finished, source, text
     report = ConversionReport.load(output.with_name("other") / "conversion_report.json")
     assert (report.source_notation, report.target_notation) == ("SM+LN+G", "SM+R+FFNi1")
     assert report.healing is None
+
+
+def test_a_checkpoint_without_tokenizer_is_imported(source, tmp_path):
+    """Nothing is fitted, so no text is read."""
+    shutil.copytree(source, tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
+    words = ("convert", tmp_path / "bare", "--to", "SM+LN+G", "--output", tmp_path / "model")
+    process = run_command(*words)
+    assert process.returncode == 0, process.stderr
+    assert "nothing was measured, because there is no tokenizer" in process.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    original = GPT2LMHeadModel.from_pretrained(source)
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(model(tokens).logits, original(tokens).logits, rtol=0, atol=1e-5)
+    assert ConversionReport.load(tmp_path / "model" / "conversion_report.json").original_nats is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt.gz"])
+def test_text_is_read_as_every_command_reads_it(kind, source, text, tmp_path):
+    rows = Dataset.from_dict({"body": [path.read_text() for path in sorted(text.iterdir())]})
+    path = tmp_path / f"br[1].{kind}"
+    if kind == "txt.gz":
+        path.write_bytes(gzip.compress("".join(rows["body"]).encode()))
+    else:
+        getattr(rows, {"jsonl": "to_json", "csv": "to_csv", "parquet": "to_parquet"}[kind])(path)
+    column = () if kind == "txt.gz" else ("--text-column", "body")
+    process = run(source, path, tmp_path / "model", *column, to="SM+LN+R")
+    assert process.returncode == 0, process.stderr
+    report = ConversionReport.load(tmp_path / "model" / "conversion_report.json")
+    assert report.conditions.corpus == path.name
+    assert report.conditions.corpus_revision.startswith("sha256:")
 
 
 @pytest.mark.slow
