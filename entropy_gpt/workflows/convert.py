@@ -450,7 +450,7 @@ def _save(
         save_results([_describe(options, model, report)], folder / RESULTS)
         (folder / f"{REPORT}.md").write_text(report_markdown(report), encoding="utf-8")
         if report.healing is not None:
-            plot_healing(report, folder / PICTURE)
+            plot_healing(report).savefig(folder / PICTURE, format="png")
     delete(options.output)
     whole.replace(options.output)
     delete(options.work)

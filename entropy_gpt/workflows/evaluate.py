@@ -18,7 +18,7 @@ from entropy_gpt.evaluation.records.measurement import (
     measure_text,
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results, save_results
-from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_head_diagnostics
+from entropy_gpt.evaluation.showing.head_plots import compare_models, plot_head_diagnostics
 from entropy_gpt.training.files import delete, is_finished, written_whole
 from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.sources import Source
@@ -353,7 +353,8 @@ def _draw(results: list[ModelResult], folder: Path):
     measured = [result for result in results if result.heads is not None]
     for result in measured:
         with written_whole(folder / f"{result.name.replace('/', '-')}.png") as path:
-            plot_head_diagnostics(result, path)
+            figure = plot_head_diagnostics(result.heads.heads, f"{result.name}: {result.title}")
+            figure.savefig(path, format="png")
     if measured:
         with written_whole(folder / "entropy_comparison.png") as path:
-            plot_comparison(measured, path)
+            compare_models(measured).savefig(path, format="png")

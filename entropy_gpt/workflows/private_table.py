@@ -207,7 +207,7 @@ def measure_table(plan: TablePlan, progress: Progress) -> PaperTable:
     with written_whole(plan.output / TABLE) as path:
         path.write_text(page_markdown(table, PICTURE), encoding="utf-8")
     with written_whole(plan.output / PICTURE) as path:
-        draw_costs(table.sums, path)
+        draw_costs(table.sums).savefig(path, format="png")
     return table
 
 

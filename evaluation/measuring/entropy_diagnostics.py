@@ -1,5 +1,6 @@
 """What attention heads do: Shannon entropy of their rows (arXiv 2501.03489, section 3), sinks, diversity."""
 
+import bisect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ ENTROPY_STEPS = 4096
 DIVERSITY_ROWS = 64
 # Enough for three right digits of a singular value, however close the others come (see `logit_spectral_norms`).
 SQUARINGS = 10
+# Longer than any sequence.
+LONGEST = 1 << 24
 
 
 @dataclass(config=RECORD)
@@ -54,6 +57,23 @@ class HeadwiseEntropy:
     def mean(self) -> float:
         """Mean over all heads, in nats."""
         return torch.tensor(self.nats).mean().item()
+
+    @property
+    def length(self) -> int:
+        """Tokens T of a sequence: those for which the mean of log i over rows with i keys is the maximum."""
+        lengths = range(1, LONGEST)
+        return lengths[bisect.bisect_left(lengths, self.maximum * (1 - 1e-10), key=uniform_mean)]
+
+    def uniform_quantile(self, level: float) -> float:
+        """
+        A quantile of the row entropies of uniform attention, in nats.
+
+        Args:
+            level (`float`): Such as 0.5 for the median, which is above the mean: log i over rows with i keys.
+        """
+        rank = level * (self.length - 1)
+        below, above = (math.log(1 + edge) for edge in (math.floor(rank), math.ceil(rank)))
+        return below + (above - below) * (rank % 1)
 
     @property
     def overloaded_share(self) -> float:
@@ -124,6 +144,11 @@ class HeadDiagnostics:
     diversity_rows: int
 
 
+def uniform_mean(length: int) -> float:
+    """Mean row entropy of uniform attention to a sequence of this length, in nats: the mean of log i over its rows."""
+    return math.lgamma(length + 1) / length
+
+
 def diagnose_heads(
     model: EntropyGPTPreTrainedModel,
     blocks: Dataset,
@@ -152,7 +177,7 @@ def diagnose_heads(
             model.base_model(input_ids, use_cache=False)
             on_blocks(len(input_ids))
     return HeadDiagnostics(
-        entropy=HeadwiseEntropy([layer.mean_entropies() for layer in layers], math.lgamma(length + 1) / length),
+        entropy=HeadwiseEntropy([layer.mean_entropies() for layer in layers], uniform_mean(length)),
         quantile_levels=list(QUANTILE_LEVELS),
         entropy_quantiles=[layer.entropy_quantiles() for layer in layers],
         sink_share=[layer.sink_shares() for layer in layers],

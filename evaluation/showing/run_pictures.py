@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.training.files import written_whole
@@ -31,14 +33,14 @@ class Picture:
     Args:
         name (`str`): The name of the file.
         shows (`str`): What it shows.
-        draw: Draws it for runs, to a path.
+        draw: Draws it for runs.
         lacking (`str`): What a run has not logged if the picture can't be drawn for it.
         is_for: Whether the picture can be drawn for a run.
     """
 
     name: str
     shows: str
-    draw: Callable[[list[RunLog], Path], None]
+    draw: Callable[[list[RunLog]], Figure]
     lacking: str
     is_for: Callable[[RunLog], bool]
 
@@ -80,13 +82,13 @@ def draw_pictures(runs: list[RunLog], folder: Path, steps: Sequence[int] | None 
     for drawing in drawings:
         if drawing.runs:
             with written_whole(drawing.path) as path:
-                drawing.picture.draw(drawing.runs, path)
+                drawing.picture.draw(drawing.runs).savefig(path, format="png")
     return drawings
 
 
 def _list_pictures(steps: Sequence[int] | None) -> list[Picture]:
-    def plot_heads(runs: list[RunLog], path: Path):
-        plot_head_entropies(runs, path, steps)
+    def plot_heads(runs: list[RunLog]) -> Figure:
+        return plot_head_entropies(runs, steps)
 
     losses = ("no losses", lambda run: run.has_losses)
     entropies = ("no entropies", lambda run: bool(run.entropies))

@@ -47,7 +47,7 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path):
         console.print(f"\n[bold]{escape(title)}[/bold], between two processes that keep prompt and weights secret:")
         print_answer(prompt, answer)
     with written_whole(output / "pictures" / "private_costs.png") as path:
-        draw_costs(costs, path)
+        draw_costs(costs).savefig(path, format="png")
     operations = list(dict.fromkeys(part.name for cost in costs.values() for part in by_operation(cost)))
     parts = [{part.name: part.total_bytes for part in by_operation(cost)} for cost in costs.values()]
     rows = [(name, *(f"{part.get(name, 0) / 1e6:.2f}" for part in parts)) for name in operations]

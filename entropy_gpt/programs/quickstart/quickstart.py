@@ -27,7 +27,7 @@ from entropy_gpt.evaluation.records.measurement import (
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, TrainingResult, load_results, save_results
 from entropy_gpt.evaluation.showing.comparison import comparison_rows, conditions_text
-from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_headwise_entropy
+from entropy_gpt.evaluation.showing.head_plots import compare_models
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
@@ -331,9 +331,9 @@ def _draw(results: list[ModelResult], output: Path):
     """Redrawn in every run: it takes a second."""
     for result in results:
         with written_whole(output / "pictures" / f"entropy_{result.name}.png") as path:
-            plot_headwise_entropy(result, path)
+            compare_models([result]).savefig(path, format="png")
     with written_whole(output / "pictures" / "entropy_comparison.png") as path:
-        plot_comparison(results, path)
+        compare_models(results).savefig(path, format="png")
 
 
 def _save_all(results: list[ModelResult], output: Path):
