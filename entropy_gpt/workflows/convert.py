@@ -33,6 +33,7 @@ from entropy_gpt.evaluation.showing.conversion_page import PICTURE, format_perpl
 from entropy_gpt.evaluation.showing.plots import plot_healing
 from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
@@ -49,7 +50,6 @@ from .convert_inputs import (
     read_text,
 )
 from .heal import heal
-from .library_bars import library_bars_hidden
 from .options import read_options
 
 

@@ -20,6 +20,7 @@ from entropy_gpt.evaluation.records.measurement import (
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results, save_results
 from entropy_gpt.evaluation.showing.head_plots import compare_models, plot_head_diagnostics
 from entropy_gpt.training.files import delete, is_finished, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.sources import Source
 from modeling_entropy_gpt import EntropyGPTForCausalLM
@@ -35,7 +36,6 @@ from .evaluate_inputs import (
     open_text,
     tokenize_text,
 )
-from .library_bars import library_bars_hidden
 from .options import as_tuple, read_options
 
 

@@ -16,10 +16,10 @@ from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.onnx_export import REPORT, ExportReport, export_onnx
 from entropy_gpt.conversion.tokenizer_files import VOCABULARY
 from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress
 
-from .library_bars import library_bars_hidden
 from .output_folder import holds_earlier_output, refuse_to_delete
 
 

@@ -53,11 +53,11 @@ from entropy_gpt.evaluation.showing.publication import (
     is_published,
 )
 from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .library_bars import library_bars_hidden
 from .options import as_tuple, read_options
 
 

@@ -25,6 +25,7 @@ from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callbac
 from entropy_gpt.training.entropy_callback import EntropyCallback
 from entropy_gpt.training.errors import RecipeError
 from entropy_gpt.training.files import UNFINISHED, delete
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.packing import collate_blocks
 from entropy_gpt.training.preparation import PreparedData, prepare_data
 from entropy_gpt.training.progress import SILENT, Progress, Stage
@@ -36,7 +37,6 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .convert import Conversion, convert_with_text
 from .convert_inputs import ConversionOptions, Text, find_base_model, name_source, spread
-from .library_bars import library_bars_hidden
 
 
 # Validation sequences on which the heads are measured during training.

@@ -15,7 +15,8 @@ from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTPreTrainedModel
 from modeling_entropy_gpt.blockwise_attention import LOG2_E, blockwise_attention
 
-from .perplexity import batches, evaluation_mode
+from .modes import evaluation_mode
+from .perplexity import batches
 
 
 # A head counts as overloaded from this part of the largest possible mean entropy on: the paper's highest quarter.

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from entropy_gpt.evaluation.json_records import RECORD
 
+from .modes import evaluation_mode
 from .tokenized_text import TokenizedText
 
 
@@ -354,18 +354,6 @@ def _parts(edges: list[int | None], tokens: np.ndarray, nats: np.ndarray) -> lis
         for (begin, end), count, sum_ in zip(itertools.pairwise(edges), tokens, nats, strict=True)
         if count
     ]
-
-
-@contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """The model without dropout and gradients for the body, and afterwards as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def batches(blocks: Dataset, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:

@@ -27,10 +27,10 @@ from entropy_gpt.commands.main import main
 from entropy_gpt.commands.push import push as push_command
 from entropy_gpt.conversion.onnx_export import REPORT as EXPORT_REPORT
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.convert_inputs import ConversionOptions
 from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
-from entropy_gpt.workflows.library_bars import library_bars_hidden
 from entropy_gpt.workflows.publish import PublicationOptions, write_card
 
 

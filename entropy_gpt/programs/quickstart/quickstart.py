@@ -37,13 +37,13 @@ from entropy_gpt.training.checkpoints import last_checkpoint
 from entropy_gpt.training.corpus import Corpus, load_corpus, load_standard_library
 from entropy_gpt.training.errors import CorpusError
 from entropy_gpt.training.files import delete, is_finished, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.packing import collate_blocks, pack, spread_blocks
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.training.trainer import EntropyTrainer
 from entropy_gpt.workflows.convert import Conversion, convert_with_text
 from entropy_gpt.workflows.convert_inputs import ConversionOptions, Text, spread
-from entropy_gpt.workflows.library_bars import library_bars_hidden
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .private_stage import answer_privately, private_costs
