@@ -76,6 +76,16 @@ def evaluate(
     head_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens whose rows of attention are measured, spread over the text; 0 for none.")
     ] = 65536,
+    prompt: Annotated[
+        str | None, typer.Option(help="A text: the report shows the entropy of every head at each of its tokens.")
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER,HEAD",
+            help="The head whose attention to --prompt is shown. Default: the one with the lowest entropy.",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -132,6 +142,8 @@ def evaluate(
             per_position=per_position,
             frequency_text=frequency_text,
             head_tokens=head_tokens,
+            prompt=prompt,
+            head=head,
             tasks=tasks,
             task_data=task_data,
             limit=limit,

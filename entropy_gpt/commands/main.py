@@ -12,6 +12,7 @@ from entropy_gpt.conversion.errors import UserError, missing_package
 
 from .card import card
 from .convert import convert
+from .diagnose import diagnose
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
@@ -38,6 +39,7 @@ app.command()(quickstart)
 app.command()(train)
 app.command()(convert)
 app.command()(evaluate)
+app.command()(diagnose)
 app.command()(plot)
 app.command()(report)
 app.command()(study)

@@ -14,6 +14,7 @@ from entropy_gpt.evaluation.records.measurement import (
     HEAD_TOKENS,
     MeasuredText,
     describe_model,
+    measure_attention,
     measure_heads,
     measure_text,
 )
@@ -61,6 +62,8 @@ def evaluate(
     per_position: bool = False,
     frequency_text: str | Path | None = None,
     head_tokens: int = HEAD_TOKENS,
+    prompt: str | None = None,
+    head: tuple[int, int] | None = None,
     tasks: Sequence[str] | None = None,
     task_data: str | Path | None = None,
     limit: int | None = None,
@@ -100,6 +103,9 @@ def evaluate(
             Add the perplexity by how often a token occurs in this text, which is given like `text`. "training" means
             the part of `text` that is not evaluated.
         head_tokens (`int`): Tokens whose rows of attention are measured, spread over the text; 0 for none.
+        prompt (`str`, *optional*): Add the entropy of every head at every token of this text, for pictures of it.
+        head (`tuple[int, int]`, *optional*):
+            Layer and head, from 0, whose attention to `prompt` is kept. Default: the head with the lowest entropy.
         tasks (`Sequence[str]`, *optional*): Names of tasks of lm-eval.
         task_data (`str` or `Path`, *optional*): Folder with BLiMP, LAMBADA, HellaSwag or ARC, for tasks `local_*`.
         limit (`int`, *optional*): The number of samples of each task. Default: all.
@@ -145,6 +151,8 @@ def evaluate(
         per_position=per_position,
         frequency_text=frequency_text,
         head_tokens=head_tokens,
+        prompt=prompt,
+        head=head,
         tasks=None if tasks is None else ",".join(as_tuple(tasks)),
         task_data=task_data,
         limit=limit,
@@ -333,6 +341,8 @@ def _measure(
     result.likelihood = measure_text(model, text, progress, name, options.batch_tokens, **prepared.breakdown)
     if options.head_tokens:
         result.heads = measure_heads(model, text, progress, name, options.head_tokens, options.batch_tokens)
+    if options.prompt is not None:
+        result.attention = measure_attention(model, candidate.tokenizer, options.prompt, options.head, progress, name)
     if options.task_names:
         batch_size = max(1, options.batch_tokens // text.windows.context)
         with progress.stage(f"{name}: tasks") as line:

@@ -5,9 +5,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_entropy_gpt  # noqa: F401  registers the architecture
 from entropy_gpt.evaluation.errors import TextError
@@ -44,6 +45,19 @@ class TextDiagnostics:
     def uniform(self) -> torch.Tensor:
         """Entropies of uniform attention in nats, of shape `(tokens,)`: the largest possible ones."""
         return torch.arange(1, len(self.tokens) + 1, dtype=self.entropies.dtype).log()
+
+    def find_head(self, head: tuple[int, int] | None) -> tuple[int, int]:
+        """
+        Layer and head that were asked for, or the most focused head.
+
+        Raises:
+            `TextError`: If there is no such head.
+        """
+        if head is None:
+            return self.most_focused_head
+        layers, heads, _ = self.entropies.shape
+        check_head(head, layers, heads)
+        return head
 
     @property
     def most_focused_head(self) -> tuple[int, int]:
@@ -95,8 +109,7 @@ def diagnose_text(
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = _load(AutoTokenizer, tokenizer)
     body = _find_body(model)
-    input_ids, tokens = _encode(text, tokenizer)
-    _check_tokens(input_ids, body.config)
+    input_ids, tokens = encode_text(text, tokenizer, body.config)
     rows = []
     with evaluation_mode(model), eager_attention(body), _watched(body, rows, weights):
         body(torch.tensor([input_ids], device=body.wte.weight.device), use_cache=False)
@@ -109,7 +122,8 @@ def _load(auto_class: type, place: str | os.PathLike):
         with library_bars_hidden():
             return auto_class.from_pretrained(os.fspath(place))
     except Exception as error:  # readers raise whatever a damaged file makes them
-        raise TextError(f"{place} can't be loaded: {' '.join(str(error).split())}") from error
+        missing = "" if Path(place).exists() else "there is no such folder; "
+        raise TextError(f"{place} can't be loaded: {missing}{' '.join(str(error).split())}") from error
 
 
 def _find_body(model: torch.nn.Module) -> PreTrainedModel:
@@ -120,7 +134,7 @@ def _find_body(model: torch.nn.Module) -> PreTrainedModel:
     raise TextError(f"{type(model).__name__} is no GPT-2: give a GPT-2 of transformers or an EntropyGPT.")
 
 
-def _check_tokens(input_ids: list[int], config):
+def _check_tokens(input_ids: list[int], config: PreTrainedConfig):
     if not input_ids:
         raise TextError("The text has no tokens: give at least one.")
     if len(input_ids) > config.n_positions:
@@ -131,6 +145,25 @@ def _check_tokens(input_ids: list[int], config):
         raise TextError(
             f"The tokenizer makes a token {max(input_ids)}, and the model knows 0 to {config.vocab_size - 1}: give "
             "the one that it was trained with."
+        )
+
+
+def check_head(head: tuple[int, int], layers: int, heads: int):
+    """
+    Refuses a layer and head that a model does not have.
+
+    Args:
+        head (`tuple[int, int]`): Layer and head, from 0.
+        layers (`int`): The model's layers.
+        heads (`int`): Heads of a layer.
+
+    Raises:
+        `TextError`: If there is no such head.
+    """
+    if not (0 <= head[0] < layers and 0 <= head[1] < heads):
+        raise TextError(
+            f"There is no head {head[1]} in a layer {head[0]}: give layer and head, from 0,0 to "
+            f"{layers - 1},{heads - 1}."
         )
 
 
@@ -153,11 +186,24 @@ def _watched(
             handle.remove()
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str]]:
-    """The tokens of a text, and what each is called."""
+def encode_text(
+    text: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> tuple[list[int], list[str]]:
+    """
+    The tokens of a text, and what each is called.
+
+    Args:
+        text (`str`): The text.
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        config (`PreTrainedConfig`): The model's configuration.
+
+    Raises:
+        `TextError`: If the text has no tokens or too many for the model, or the model does not know one.
+    """
     encoding = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     input_ids = encoding["input_ids"]
     pieces = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in input_ids]
+    _check_tokens(input_ids, config)
     return input_ids, _name_parts(text, pieces, encoding["offset_mapping"]) if tokenizer.is_fast else pieces
 
 

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from io import BytesIO
 
+import torch
 from matplotlib.figure import Figure
 
+from entropy_gpt.evaluation.measuring.text_diagnostics import TextDiagnostics
 from entropy_gpt.evaluation.records.conditions import (
     Facts,
     common_facts,
@@ -32,6 +34,7 @@ from .measures import Measure, nonlinear_measure, perplexity_measure, traffic_me
 from .page import Paragraph, Picture
 from .report_summary import list_names
 from .run_plots import has_scales, plot_layer_entropies, plot_losses, plot_penalty, plot_scales, plot_thresholds
+from .text_plots import draw_attention, plot_text_entropies
 
 
 def tradeoff_blocks(results: list[ModelResult]) -> list[Paragraph | Picture]:
@@ -117,6 +120,7 @@ def head_pictures(results: list[ModelResult]) -> list[Picture]:
         )
         for number, result in enumerate(with_heads, 1)
     ]
+    texts = [result for result in results if result.attention is not None]
     return [
         *_draw_alike(
             "entropies",
@@ -136,6 +140,31 @@ def head_pictures(results: list[ModelResult]) -> list[Picture]:
             ),
         ),
         *alone,
+        *(picture for number, result in enumerate(texts, 1) for picture in _text_pictures(number, result)),
+    ]
+
+
+def _text_pictures(number: int, result: ModelResult) -> list[Picture]:
+    attention = result.attention
+    layer, head = attention.head
+    title = f"{shorten(result.name)}: {result.title}"
+    diagnostics = TextDiagnostics(attention.tokens, torch.tensor(attention.entropies))
+    entropies = (
+        f"Entropy of every head of {result.name} at every token of one text of {len(attention.tokens):,} tokens, and "
+        "that of uniform attention."
+    )
+    rows = (
+        f"Attention of head {head} in layer {layer} of {result.name} over the same text: each row shows what a token "
+        "attends to."
+    )
+    return [
+        _draw(f"text-entropies-{number}", entropies, entropies, partial(plot_text_entropies, diagnostics, title)),
+        _draw(
+            f"text-attention-{number}",
+            rows,
+            rows,
+            partial(draw_attention, torch.tensor(attention.weights), attention.tokens, layer, head, title),
+        ),
     ]
 
 
