@@ -31,7 +31,7 @@ from .extras import Part
 
 PROJECT = "entropy-gpt"
 CORE = "core"
-EXTRAS = (Part.train, Part.eval, Part.private, Part.onnx)
+EXTRAS = (Part.train, Part.eval, Part.tasks, Part.private, Part.onnx)
 # Time limits of separate processes, long enough for a slow disk with an empty cache.
 IMPORT_SECONDS, HUB_SECONDS, ENGINE_SECONDS = 120, 30, 120
 # How long the Hub may take to reply.

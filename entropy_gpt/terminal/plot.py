@@ -7,7 +7,6 @@ from rich.console import Console
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.evaluation.showing.run_pictures import PICTURES, Drawing, draw_pictures
-from entropy_gpt.evaluation.showing.run_plots import choose_records
 
 from .tables import make_table
 
@@ -119,6 +118,8 @@ def table_row(run: RunLog) -> tuple[str, ...]:
 
 
 def _print_nearest_steps(runs: list[RunLog], steps: list[int]):
+    from entropy_gpt.evaluation.showing.run_plots import choose_records
+
     for run in runs:
         if not run.entropies:
             continue

@@ -88,6 +88,13 @@ def _show_result(trained: TrainedRun, console: Console):
             "leaves no model except its checkpoints."
         )
     plot.show([trained.log], trained.drawings)
+    if not trained.drawings:
+        console.print(
+            f"no pictures, since matplotlib is not installed: pip install 'entropy-gpt[eval]', then entropy-gpt plot "
+            f"{trained.folder}",
+            markup=False,
+            soft_wrap=True,
+        )
     if trained.result is not None:
         likelihood = trained.result.likelihood.likelihood
         console.print(

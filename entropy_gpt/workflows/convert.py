@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from entropy_gpt.evaluation.records.conversion_report import ConversionReport, S
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import RESULTS, Conditions, ModelResult, TrainingResult, save_results
 from entropy_gpt.evaluation.showing.conversion_page import PICTURE, format_perplexity, report_markdown
-from entropy_gpt.evaluation.showing.plots import plot_healing
 from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.files import delete, written_whole
 from entropy_gpt.training.library_bars import library_bars_hidden
@@ -449,7 +449,9 @@ def _save(
         report.save(folder / f"{REPORT}.json")
         save_results([_describe(options, model, report)], folder / RESULTS)
         (folder / f"{REPORT}.md").write_text(report_markdown(report), encoding="utf-8")
-        if report.healing is not None:
+        if report.healing is not None and find_spec("matplotlib"):
+            from entropy_gpt.evaluation.showing.plots import plot_healing
+
             plot_healing(report).savefig(folder / PICTURE, format="png")
     delete(options.output)
     whole.replace(options.output)

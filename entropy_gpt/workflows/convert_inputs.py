@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import torch
-from datasets import Dataset
 from pydantic import AfterValidator, Field
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +22,10 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .options import Place, option_name
 from .output_folder import holds_earlier_output, refuse_to_delete
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 REPORT = "conversion_report"

@@ -19,7 +19,6 @@ from entropy_gpt.evaluation.records.measurement import (
     measure_text,
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results, save_results
-from entropy_gpt.evaluation.showing.head_plots import compare_models, plot_head_diagnostics
 from entropy_gpt.training.files import delete, is_finished, written_whole
 from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.progress import SILENT, Progress
@@ -360,6 +359,8 @@ def _measure(
 
 def _draw(results: list[ModelResult], folder: Path):
     """Draws the heads of each model, and a comparison of all."""
+    from entropy_gpt.evaluation.showing.head_plots import compare_models, plot_head_diagnostics
+
     measured = [result for result in results if result.heads is not None]
     for result in measured:
         with written_whole(folder / f"{result.name.replace('/', '-')}.png") as path:

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference
 from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     NOTATIONS,
@@ -65,7 +65,7 @@ def private_table(
         progress (`Progress`): Receives a stage for each measurement.
 
     Returns:
-        [`PaperTable`]: The table; the folder has it as `table.md` with a picture.
+        [`PaperTable`]: The table; the folder has it as `table.md`, with a picture if matplotlib is there.
 
     Raises:
         `UserError`: If an architecture or a network is not known, the engine is missing or fails, or the folder holds
@@ -204,10 +204,14 @@ def measure_table(plan: TablePlan, progress: Progress) -> PaperTable:
     if plan.whole:
         whole = obtain(plan.find_whole({title: total.total_bytes for title, total in sums.items()}), count)
     table = PaperTable(sums, ends, whole, plan.networks)
+    can_draw = find_spec("matplotlib") is not None
     with written_whole(plan.output / TABLE) as path:
-        path.write_text(page_markdown(table, PICTURE), encoding="utf-8")
-    with written_whole(plan.output / PICTURE) as path:
-        draw_costs(table.sums).savefig(path, format="png")
+        path.write_text(page_markdown(table, PICTURE if can_draw else None), encoding="utf-8")
+    if can_draw:
+        from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
+
+        with written_whole(plan.output / PICTURE) as path:
+            draw_costs(table.sums).savefig(path, format="png")
     return table
 
 

@@ -42,7 +42,6 @@ from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, find_results, load_results
-from entropy_gpt.evaluation.showing.head_plots import compare_models
 from entropy_gpt.evaluation.showing.model_card import list_missing, model_card
 from entropy_gpt.evaluation.showing.publication import (
     CARD,
@@ -297,6 +296,8 @@ def write_card(folder: str | Path, *, results: Sequence[str | Path] = (), licenc
             "the card."
         )
     card = model_card(result, licence, picture=PICTURE)
+    from entropy_gpt.evaluation.showing.head_plots import compare_models
+
     with written_whole(folder / PICTURE) as path:
         compare_models([result]).savefig(path, format="png")
     with written_whole(folder / CARD) as path:

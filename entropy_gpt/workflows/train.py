@@ -5,6 +5,7 @@ import json
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class TrainedRun:
     Args:
         folder (`Path`): Its folder, with log, pictures, checkpoints and model.
         log ([`RunLog`]): Losses, entropies and alarms, step by step.
-        drawings (`list[Drawing]`): The pictures of the log.
+        drawings (`list[Drawing]`): The pictures of the log; none where matplotlib is not installed.
         result ([`ModelResult`], *optional*): The measurements of the trained model; `None` if the run diverged.
     """
 
@@ -166,7 +167,11 @@ def perform(planned: PlannedRun, progress: Progress) -> TrainedRun | None:
         return None
     log = RunLog.load(folder)
     (result,) = load_results(folder / MODEL / RESULTS) if (folder / MODEL).exists() else [None]
-    return TrainedRun(folder, log, draw_pictures([log], log.place / PICTURES), result)
+    return TrainedRun(folder, log, _draw(log), result)
+
+
+def _draw(log: RunLog) -> list[Drawing]:
+    return draw_pictures([log], log.place / PICTURES) if find_spec("matplotlib") else []
 
 
 def _train(planned: PlannedRun, progress: Progress) -> tuple[EntropyTrainer, PreparedData]:

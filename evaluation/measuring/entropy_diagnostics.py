@@ -4,10 +4,9 @@ import bisect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import pyarrow.compute
 import torch
-from datasets import Dataset
 from pydantic.dataclasses import dataclass
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -17,6 +16,10 @@ from modeling_entropy_gpt.blockwise_attention import LOG2_E, blockwise_attention
 
 from .modes import evaluation_mode
 from .perplexity import batches
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # A head counts as overloaded from this part of the largest possible mean entropy on: the paper's highest quarter.
@@ -194,6 +197,8 @@ def _common_length(blocks: Dataset) -> int:
     """The length of all blocks; `ValueError` if there is no such one, or it is too short."""
     if not len(blocks):
         raise ValueError("There are no blocks: give at least one, of at least 2 tokens.")
+    import pyarrow.compute  # the datasets' own: a model's records are read without it
+
     rows = blocks.with_format("arrow")[:]["input_ids"]
     lengths = sorted(pyarrow.compute.unique(pyarrow.compute.list_value_length(rows)).to_pylist())
     if len(lengths) > 1:

@@ -4,10 +4,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
 from pydantic.dataclasses import dataclass as record
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,6 +16,10 @@ from entropy_gpt.evaluation.json_records import RECORD
 
 from .modes import evaluation_mode
 from .tokenized_text import TokenizedText
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # The largest power of e that a float holds is a little above.

@@ -4,9 +4,9 @@ import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import diagnose_heads
@@ -27,6 +27,10 @@ from .results import (
     ModelResult,
     TrainingResult,
 )
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 SIZES = ("n_layer", "n_embd", "n_head")
@@ -62,7 +66,7 @@ class MeasuredText:
         """Number of tokens, including those between documents."""
         return sum(len(document.input_ids) for document in self.documents)
 
-    def blocks(self, length: int, most_tokens: int) -> Dataset:
+    def blocks(self, length: int, most_tokens: int) -> "Dataset":
         """
         Cuts the text into blocks and takes some of them, evenly spaced.
 
@@ -73,6 +77,8 @@ class MeasuredText:
         Returns:
             `Dataset`: Column `input_ids`, of shape `(blocks, length)`.
         """
+        from datasets import Dataset
+
         ends = [self.tokenizer.eos_token_id] if self.windows.separate else []
         stream = np.concatenate([ids for text in self.documents for ids in (text.input_ids, ends)]).astype(np.int64)
         length = min(length, len(stream))
