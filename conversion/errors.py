@@ -5,7 +5,7 @@ from importlib.metadata import requires
 
 
 # Modules that come with a requirement of the project, and with which.
-BROUGHT_BY = {"pyarrow": "datasets", "jaxlib": "jax", "libspu": "spu"}
+BROUGHT_BY = {"yaml": "pyyaml", "jaxlib": "jax", "libspu": "spu"}
 # Extras that hold what others bring.
 COLLECTIONS = ("all", "dev", "docs")
 PROJECT = "entropy-gpt"

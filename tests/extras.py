@@ -1,4 +1,4 @@
-"""Environments that hold what one extra of the project brings and nothing else, linked from the packages installed here."""
+"""Environments with what one extra of the project brings and nothing else, linked from the packages installed here."""
 
 import importlib.metadata
 import re

@@ -13,10 +13,9 @@ from .wheel import ROOT, build_wheel
 
 
 MODELS = ROOT / "model_cards" / "models"
-TRAIN = (
-    "dataset=texts n_layer=1 n_head=2 n_embd=32 max_steps=2 save_steps=2 eval_steps=2 logging_steps=1 n_positions=64 "
-    "validation_tokens=512 data_cache=cache use_cpu=true tokenizer_vocab_size=300 output_dir=run"
-).split()
+SMALL = "n_layer=1 n_head=2 n_embd=32 n_positions=64 context=64 tokenizer_vocab_size=300"
+SHORT = "max_steps=2 save_steps=2 eval_steps=2 logging_steps=1 validation_tokens=512 use_cpu=true"
+TRAIN = (*SMALL.split(), *SHORT.split(), "dataset=texts", "data_cache=cache", "output_dir=run")
 EVALUATE = ("evaluate", MODELS / "sm-ln-g", "--text", "texts", "--max-tokens", "300", "--head-tokens", "128")
 
 

@@ -27,7 +27,7 @@ from .train import train
 
 INTERRUPTED = 130
 # The extra that each command is made for, where not all commands of a group need it.
-EXTRAS = {"train": "train", "export": "onnx", "private": "private"}
+EXTRAS = {"train": "train", "convert": "train", "export": "onnx", "private": "private"}
 # What goes on with what is done already, if it is started again.
 RESUMED = ("quickstart", "train", "convert", "evaluate", "study", "private benchmark")
 

@@ -49,7 +49,6 @@ from .convert_inputs import (
     name_source,
     read_text,
 )
-from .heal import heal
 from .options import read_options
 
 
@@ -266,6 +265,8 @@ def _convert(
     model = set_training_fields(model, target)
     healing = None
     if options.heal_steps:
+        from .heal import heal  # conversions that train nothing do without accelerate
+
         model, healing = heal(options, original, model, calibrator(original), text, progress)
         divergence, *_ = measure(model, "healing")
         records.append(_record(f"healed, {options.heal_steps:,} steps", model, [divergence], healing.seconds))

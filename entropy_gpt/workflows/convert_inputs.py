@@ -85,7 +85,7 @@ class Text:
     name: str
     revision: str
     tokenizer: PreTrainedTokenizerFast
-    training: Dataset
+    training: "Dataset"
     calibration: tuple[torch.Tensor, ...]
     validation: tuple[torch.Tensor, ...]
 
@@ -222,7 +222,7 @@ def read_text(options: ConversionOptions, config: EntropyGPTConfig, progress: Pr
     )
 
 
-def spread(blocks: Dataset, tokens: int) -> tuple[torch.Tensor, ...]:
+def spread(blocks: "Dataset", tokens: int) -> tuple[torch.Tensor, ...]:
     """Batches of about `tokens` tokens in all, at least one block, spread evenly over the data set."""
     context = len(blocks[0]["input_ids"])
     chosen = spread_blocks(blocks, max(1, tokens // context)).with_format("torch")

@@ -155,7 +155,7 @@ def uniform_mean(length: int) -> float:
 
 def diagnose_heads(
     model: EntropyGPTPreTrainedModel,
-    blocks: Dataset,
+    blocks: "Dataset",
     batch_size: int = 32,
     on_blocks: Callable[[int], None] = lambda count: None,
 ) -> HeadDiagnostics:
@@ -193,7 +193,7 @@ def diagnose_heads(
     )
 
 
-def _common_length(blocks: Dataset) -> int:
+def _common_length(blocks: "Dataset") -> int:
     """The length of all blocks; `ValueError` if there is no such one, or it is too short."""
     if not len(blocks):
         raise ValueError("There are no blocks: give at least one, of at least 2 tokens.")

@@ -360,7 +360,7 @@ def _parts(edges: list[int | None], tokens: np.ndarray, nats: np.ndarray) -> lis
     ]
 
 
-def batches(blocks: Dataset, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
+def batches(blocks: "Dataset", batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
     """Yields `input_ids` of shape `(batch, block_size)`."""
     for batch in blocks.with_format("torch").iter(batch_size):
         yield batch["input_ids"].to(device)

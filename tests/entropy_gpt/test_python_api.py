@@ -347,7 +347,7 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path):
     )
     process = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout == (
-        "entropy_gpt.export needs onnxruntime, which is not installed: pip install 'entropy-gpt[all]'.\n"
+        "entropy_gpt.export needs onnxruntime, which is not installed: pip install 'entropy-gpt[onnx]'.\n"
     )
 
 
