@@ -102,10 +102,11 @@ def _describe_step(step: Step, naive: bool) -> str:
 
 def _show_report(report: ConversionReport, options: ConversionOptions):
     console.print(make_table(HEADINGS, step_rows(report)))
+    measured = f"measured on {report.conditions.evaluated_tokens:,} tokens that nothing was fitted to"
+    if report.original_nats is None:
+        measured = "nothing was measured, because there is no tokenizer"
     console.print(
-        f"{report.seconds:.0f} s, at most {report.peak_memory_bytes / 2**30:.2f} GiB; measured on "
-        f"{report.conditions.evaluated_tokens:,} tokens that nothing was fitted to",
-        style="dim",
+        f"{report.seconds:.0f} s, at most {report.peak_memory_bytes / 2**30:.2f} GiB; {measured}", style="dim"
     )
     console.print(f"the model, ready for the Hub: {options.output}", markup=False, soft_wrap=True)
     console.print(f"the report: {options.output / REPORT}.md", markup=False, soft_wrap=True)
