@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .extras import Part
+from .progress import progress_display
 
 
 PROJECT = "entropy-gpt"
@@ -139,8 +140,8 @@ def is_failure(section: Section, required: Sequence[Part]) -> bool:
 
 def look() -> Iterator[Section]:
     """Runs all checks, and yields each section as soon as it and those before it are complete."""
-    with console.status("importing the installed packages") as status:
-        with ThreadPoolExecutor(usable_cores() + 1) as pool:
+    with progress_display(console, transient=True) as progress:
+        with progress.stage("importing the installed packages"), ThreadPoolExecutor(usable_cores() + 1) as pool:
             hub = pool.submit(in_process, ask_hub, seconds=HUB_SECONDS)
             torch = pool.submit(in_process, describe_torch, seconds=IMPORT_SECONDS)
             packages = {}
@@ -150,8 +151,8 @@ def look() -> Iterator[Section]:
             yield look_at_machine(torch.result())
             yield look_at_disk(hub.result())
             yield from look_at_hub(hub.result())
-        status.update("two processes answer a secret prompt")
-        yield look_at_engine([packages[CORE], packages[Part.private]])
+        with progress.stage("two processes answer a secret prompt"):
+            yield look_at_engine([packages[CORE], packages[Part.private]])
 
 
 def show(section: Section):

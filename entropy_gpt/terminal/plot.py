@@ -9,6 +9,7 @@ from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.evaluation.showing.run_pictures import PICTURES, Drawing, draw_pictures
 from entropy_gpt.evaluation.showing.run_plots import choose_records
 
+from .progress import progress_display
 from .tables import make_table
 
 
@@ -47,7 +48,7 @@ def run(paths: list[Path], output: Path | None, steps: str | None):
     output = output.resolve()
     if not next(place for place in (output, *output.parents) if place.exists()).is_dir():
         raise UserError(f"{output} is not a writable folder. Give another --output.")
-    with console.status("drawing"):
+    with progress_display(console, transient=True) as progress, progress.stage("drawing"):
         drawings = draw_pictures(runs, output, wanted)
     show(runs, drawings, wanted)
 

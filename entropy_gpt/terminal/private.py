@@ -89,7 +89,7 @@ def ask(
         `UserError`: If the server does not answer, or a value can't be used.
     """
     shown, tls = _read_networks(networks), read_certificates(certificates)
-    with progress_display(console, transient=True) as progress:
+    with progress_display(console) as progress:
         answer = private.ask(prompt, address, tls=tls, progress=progress, **options)
     print_answer(prompt, answer)
     _print_cost(answer, shown)
@@ -112,7 +112,7 @@ def demo(model: str, prompt: str, networks: list[str], output: Path | None, resu
         `UserError`: If there is no answer, or it differs from the one in the clear.
     """
     shown = _read_networks(networks)
-    with progress_display(console, transient=True) as progress:
+    with progress_display(console) as progress:
         answer = private.demonstrate(model, prompt, progress=progress, **options)
     print_answer(prompt, answer)
     _print_cost(answer, shown)

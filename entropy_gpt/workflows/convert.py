@@ -1,9 +1,11 @@
 """Conversion of a trained GPT-2 to a simpler architecture: plan, simplify, heal, finish, save."""
 
 import copy
+import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -261,16 +263,20 @@ def _convert(
     plan = plan_conversion(original.config, target)
     records: list[StepRecord] = []
     model = original
-    for step in plan.simplifications:
-        model = _take(step, model, calibrator, measure, records, options.naive)
-    model = set_training_fields(model, target)
-    healing = None
-    if options.heal_steps:
-        model, healing = heal(options, original, model, calibrator(original), text, progress)
-        divergence, *_ = measure(model, "healing")
-        records.append(_record(f"healed, {options.heal_steps:,} steps", model, [divergence], healing.seconds))
-    for step in plan.finish:
-        model = _take(step, model, calibrator, measure, records, options.naive)
+    with _counted_steps(plan, options, text, progress) as begin_step:
+        for step in plan.simplifications:
+            begin_step()
+            model = _take(step, model, calibrator, measure, records, options.naive)
+        model = set_training_fields(model, target)
+        healing = None
+        if options.heal_steps:
+            begin_step()
+            model, healing = heal(options, original, model, calibrator(original), text, progress)
+            divergence, *_ = measure(model, "healing")
+            records.append(_record(f"healed, {options.heal_steps:,} steps", model, [divergence], healing.seconds))
+        for step in plan.finish:
+            begin_step()
+            model = _take(step, model, calibrator, measure, records, options.naive)
 
     report = ConversionReport(
         source=options.source,
@@ -302,6 +308,33 @@ def _convert(
     )
     _save(options, model.cpu(), text.tokenizer, report)
     return report
+
+
+@contextmanager
+def _counted_steps(
+    plan: Plan, options: ConversionOptions, text: Text, progress: Progress
+) -> Iterator[Callable[[], None]]:
+    """A stage over all steps, by the tokens that go through a model; yields what is called as each step begins."""
+    # A backward pass takes as long as two forward passes.
+    healing = 3 * options.heal_steps * options.batch_size * text.context
+    work = [_count_tokens(step, options, text) for step in plan.simplifications]
+    work += [healing] * bool(healing) + [_count_tokens(step, options, text) for step in plan.finish]
+    numbers = itertools.count()
+    with progress.stage("all steps of the conversion", sum(work)) as line:
+
+        def begin_step():
+            number = next(numbers)
+            line.reach(sum(work[:number]))
+            line.say(f"step {number + 1} of {len(work)}")
+
+        yield begin_step
+
+
+def _count_tokens(step: Step, options: ConversionOptions, text: Text) -> int:
+    """Tokens that go through a model for a step: it is fitted, and measured with its naive version."""
+    alone = is_naive(step, options.naive)
+    measured = sum(batch.numel() for batch in text.validation) * (1 if alone or step.naive is None else 2)
+    return measured + text.calibration_tokens * (step.calibrated and not alone)
 
 
 def _begin_work(options: ConversionOptions, original: EntropyGPTForCausalLM, text: Text, progress: Progress):
