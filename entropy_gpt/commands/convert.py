@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_notation, check_place
+
 
 class Norm(StrEnum):
     layernorm = "layernorm"
@@ -110,6 +112,10 @@ def convert(
     Example: entropy-gpt convert openai-community/gpt2 --to 'EReg(SM(t)+ScFuFFN)' --text my_texts --output my_model
     --heal-steps 1000 --distill
     """
+    check_model(source)
+    check_notation(to)
+    for place in filter(None, (text, tokenizer)):
+        check_place(place)
     from entropy_gpt.terminal.convert import run
 
     run(

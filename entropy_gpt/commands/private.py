@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_notation, check_place
+
 
 private = typer.Typer(
     help="Answer a secret prompt with secret weights, by two-party computation, and measure the cost.",
@@ -116,6 +118,9 @@ def serve(
 
     Example: entropy-gpt private serve runs/proposal/model --listen 0.0.0.0:9000 --cert s.pem --key s.key --ca ca.pem
     """
+    check_model(model)
+    if tokenizer is not None:
+        check_place(tokenizer)
     from entropy_gpt.terminal.private import serve as run
 
     run(
@@ -155,6 +160,7 @@ def ask(
     Example: entropy-gpt private ask "def main(" --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key
     --ca ca.pem
     """
+    check_place(tokenizer)
     from entropy_gpt.terminal.private import ask as run
 
     run(
@@ -195,6 +201,9 @@ def demo(
 
     Example: entropy-gpt private demo model_cards/models/converted --max-new-tokens 3
     """
+    check_model(model)
+    if tokenizer is not None:
+        check_place(tokenizer)
     from entropy_gpt.terminal.private import demo as run
 
     run(
@@ -287,6 +296,8 @@ def benchmark(
 
     Example: entropy-gpt private benchmark --full --network 300Mbps,20ms -o runs/private
     """
+    for notation in notations or ():
+        check_notation(notation, n_layer)
     from entropy_gpt.terminal.private_table import run
 
     run(

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_path
+
 
 DEFAULT_STEPS = 1300
 DEFAULT_OUTPUT = Path("quickstart_output")
@@ -31,6 +33,8 @@ def quickstart(
 
     Example: entropy-gpt quickstart --corpus ~/my_project/src --steps 500 --output my_run
     """
+    if corpus is not None:
+        check_path(corpus)
     from entropy_gpt.programs.quickstart import quickstart as quickstart_job
 
     quickstart_job.run(steps=steps, corpus_path=corpus, output=output, seed=seed)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import PAGE_SUFFIXES, check_path, check_suffix
+
 
 def report(
     results: Annotated[
@@ -28,6 +30,9 @@ def report(
 
     Example: entropy-gpt report evaluation_output runs/baseline runs/proposal -o report.html
     """
+    check_suffix("--output", output, PAGE_SUFFIXES)
+    for path in results:
+        check_path(path)
     from entropy_gpt.terminal.report import run
 
     run(results, output)
