@@ -12,7 +12,7 @@ from entropy_gpt.workflows.evaluate import PICTURES, Evaluation, list_tasks, mea
 from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
 
 from .progress import progress_display
-from .tables import make_table
+from .tables import break_path, make_table, print_side_by_side
 
 
 # The columns of the table, for a terminal of 80 characters.
@@ -95,18 +95,18 @@ def _print_parts(results: list[ModelResult]):
     for title, parts in kinds.items():
         if None in parts:
             continue
-        headings = [title, *(f"{result.name}\nppl per token" for result in results)]
+        headings = [title, *(f"{break_path(result.name)}\nppl per\ntoken" for result in results)]
         ranges = {part.begin: part.range for model_parts in parts for part in model_parts}
         shown = [{part.begin: f"{part.perplexity:.2f}" for part in model_parts} for model_parts in parts]
         rows = [[ranges[begin], *(perplexities.get(begin, "") for perplexities in shown)] for begin in sorted(ranges)]
-        console.print(make_table(headings, rows, folded=range(len(headings))))
+        print_side_by_side(console, headings, rows)
 
 
 def _print_scores(results: list[ModelResult]):
     names = {(score.task, score.metric): None for result in results if result.tasks for score in result.tasks.scores}
-    headings = ["task", "metric", *(result.name for result in results)]
+    headings = ["task", "metric", *(break_path(result.name) for result in results)]
     rows = [[task, metric, *(_find_score(result, task, metric) for result in results)] for task, metric in names]
-    console.print(make_table(headings, rows, text_columns=2, folded=range(len(headings))))
+    print_side_by_side(console, headings, rows, text_columns=2)
 
 
 def _find_score(result: ModelResult, task: str, metric: str) -> str:
