@@ -61,7 +61,9 @@ def convert(
         int | None, typer.Option(min=2, help="Tokens of a sequence (default: the model's positions, up to 1024).")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the steps are fitted to.")] = 65536,
-    evaluation_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each step is measured on.")] = 16384,
+    evaluation_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that each step and the result are measured on.")
+    ] = 16384,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps the statistics, so that another conversion can use them again."),

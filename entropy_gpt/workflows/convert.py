@@ -29,7 +29,7 @@ from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.origin import collect_origin, git_revision, peak_memory, recorded_versions
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport, StepRecord
-from entropy_gpt.evaluation.records.measurement import describe_model
+from entropy_gpt.evaluation.records.measurement import describe_model, measure_model
 from entropy_gpt.evaluation.records.results import RESULTS, Conditions, ModelResult, TrainingResult, save_results
 from entropy_gpt.evaluation.showing.conversion_page import PICTURE, format_perplexity, report_markdown
 from entropy_gpt.evaluation.showing.plots import plot_healing
@@ -108,7 +108,7 @@ def convert(
 
     Each step is fitted to text and measured against the original on other text, next to its naive version: weights
     copied, nothing fitted. Healing trains the result. An interrupted conversion continues when it is called again
-    with the same arguments.
+    with the same arguments. The result is evaluated on text kept apart, for its card.
 
     Args:
         source (`str` or `Path`): A GPT-2 or EntropyGPT: a folder, a repository on the Hub, or a nanoGPT checkpoint.
@@ -125,7 +125,7 @@ def convert(
         naive (`bool`): Copy weights and fit no norm and no linear map, to measure what fitting gains.
         context (`int`, *optional*): Tokens of a sequence. Default: the model's positions, up to 1024.
         calibration_tokens (`int`): Tokens that the steps are fitted to.
-        evaluation_tokens (`int`): Tokens that each step is measured on.
+        evaluation_tokens (`int`): Tokens that each step is measured on, and the result is evaluated on.
         calibration (`str` or `Path`, *optional*):
             A folder that keeps the statistics of the source, so that another conversion of it need not collect them.
         heal_steps (`int`): Optimiser steps of healing; 0 heals nothing.
@@ -306,7 +306,13 @@ def _convert(
             **collect_origin(model.device),
         ),
     )
-    _save(options, model.cpu(), text.tokenizer, report)
+    training = _describe_training(options, report)
+    if text.evaluated is None:
+        windows = Windows(text.context - 1, text.context - 1, separate=False, bos=False)
+        result = replace(describe_model(model, options.output.name, windows), training=training)
+    else:
+        result = measure_model(model, options.output.name, text.evaluated, training, options.seed, progress)
+    _save(options, model.cpu(), text.tokenizer, report, result)
     return report
 
 
@@ -474,13 +480,14 @@ def _save(
     model: EntropyGPTForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     report: ConversionReport,
+    result: ModelResult,
 ):
     whole = options.work / "whole"
     with written_whole(whole) as folder:
         model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
         report.save(folder / f"{REPORT}.json")
-        save_results([_describe(options, model, report)], folder / RESULTS)
+        save_results([result], folder / RESULTS)
         (folder / f"{REPORT}.md").write_text(report_markdown(report), encoding="utf-8")
         if report.healing is not None:
             plot_healing(report, folder / PICTURE)
@@ -489,10 +496,10 @@ def _save(
     delete(options.work)
 
 
-def _describe(options: ConversionOptions, model: EntropyGPTForCausalLM, report: ConversionReport) -> ModelResult:
-    """The model's entry in `results.json`: what it is and how it was made, nothing measured yet."""
+def _describe_training(options: ConversionOptions, report: ConversionReport) -> TrainingResult:
+    """How the model was made, for its entry in `results.json`."""
     conditions, healing = report.conditions, report.healing
-    training = TrainingResult(
+    return TrainingResult(
         steps=healing.steps if healing else 0,
         tokens=healing.tokens if healing else 0,
         seconds=healing.seconds if healing else 0.0,
@@ -502,5 +509,3 @@ def _describe(options: ConversionOptions, model: EntropyGPTForCausalLM, report: 
         started_from=name_source(options.source),
         base_model=find_base_model(options.source),
     )
-    windows = Windows(conditions.context - 1, conditions.context - 1, separate=False, bos=False)
-    return replace(describe_model(model, options.output.name, windows), training=training)

@@ -100,3 +100,8 @@ class ConversionReport(StoredRecord):
     peak_memory_bytes: int
     conditions: Conditions
     naive: bool = False
+
+    @property
+    def final_nats(self) -> float:
+        """Negative log-likelihood of a token under the converted model, on the text of `original_nats`."""
+        return self.steps[-1].nats if self.steps else self.original_nats
