@@ -7,7 +7,6 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -81,15 +80,19 @@ def check_place(source: str | os.PathLike):
         raise ConversionError(_missing(source, nearest))
 
 
-def check_path(path: Path):
+def check_path(path: Path, remedy: str = "Check the path."):
     """
     Refuses a file or folder that does not exist.
+
+    Args:
+        path (`Path`): The file or folder.
+        remedy (`str`): What the message says where nothing has nearly the same path.
 
     Raises:
         `UserError`: If there is no such file or folder. The message suggests another one.
     """
     if not path.expanduser().exists():
-        raise UserError(_missing(path, find_nearest(path.expanduser())))
+        raise UserError(_missing(path, find_nearest(path.expanduser()), remedy))
 
 
 def find_nearest(path: Path) -> Path | None:
@@ -105,17 +108,17 @@ def find_nearest(path: Path) -> Path | None:
     return found
 
 
-def check_suffix(option: str, path: Path, suffixes: Sequence[str]):
+def check_page(output: Path):
     """
-    Refuses the name of a file that ends otherwise.
+    Refuses a page whose name has another suffix than those of [`PAGE_SUFFIXES`].
 
     Raises:
-        `UserError`: If it does. The message names the nearest suffix.
+        `UserError`: If it has. The message names the nearest suffix.
     """
-    if path.suffix not in suffixes:
-        raise UserError(
-            f"{option} {path}: the name ends in {' or '.join(suffixes)}{suggest(path.suffix, list(suffixes))}"
-        )
+    if output.suffix not in PAGE_SUFFIXES:
+        allowed = " or ".join(PAGE_SUFFIXES)
+        nearest = suggest(output.suffix, list(PAGE_SUFFIXES))
+        raise UserError(f"--output {output}: the name of a page ends in {allowed}{nearest}")
 
 
 def suggest(name: str, known: list[str]) -> str:
@@ -124,9 +127,9 @@ def suggest(name: str, known: list[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else "."
 
 
-def _missing(path: str | os.PathLike, nearest: Path | None) -> str:
+def _missing(path: str | os.PathLike, nearest: Path | None, remedy: str = "Check the path.") -> str:
     if nearest is None:
-        return f"There is no {path}. Check the path."
+        return f"There is no {path}. {remedy}"
     return f"There is no {path}; did you mean {nearest}?"
 
 

@@ -33,7 +33,7 @@ def plot(
     Example: entropy-gpt plot runs/baseline runs/proposal --steps 0,500,1500
     """
     for path in runs:
-        check_path(path)
+        check_path(path, "Give the folder of a training run, or its training_log.jsonl.")
     from entropy_gpt.terminal.plot import run
 
     run(runs, output, steps)

@@ -34,7 +34,7 @@ Licence = Annotated[
 
 def check_folder(folder: Path, results: list[Path] | None):
     """Refuses a wrong path or a folder without a model before the imports, which take seconds."""
-    check_path(folder)
+    check_path(folder, "Give the folder of a trained model.")
     check_model(folder)
     for path in results or ():
         check_path(path)

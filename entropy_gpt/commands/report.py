@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from entropy_gpt.conversion.early_checks import PAGE_SUFFIXES, check_path, check_suffix
+from entropy_gpt.conversion.early_checks import check_page, check_path
 
 
 def report(
@@ -30,9 +30,9 @@ def report(
 
     Example: entropy-gpt report evaluation_output runs/baseline runs/proposal -o report.html
     """
-    check_suffix("--output", output, PAGE_SUFFIXES)
+    check_page(output)
     for path in results:
-        check_path(path)
+        check_path(path, "Give files of results, as entropy-gpt evaluate writes them, or training runs.")
     from entropy_gpt.terminal.report import run
 
     run(results, output)

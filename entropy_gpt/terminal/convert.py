@@ -14,7 +14,7 @@ from entropy_gpt.conversion.simplification import Step
 from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import RESULTS, load_results
-from entropy_gpt.evaluation.showing.conversion_page import format_perplexity, operation_rows, step_rows
+from entropy_gpt.evaluation.showing.conversion_page import STEP_COLUMNS, format_perplexity, operation_rows, step_rows
 from entropy_gpt.workflows.convert import Conversion, is_naive, perform, prepare
 from entropy_gpt.workflows.convert_inputs import LONGEST_CONTEXT, REPORT, ConversionOptions
 from entropy_gpt.workflows.options import read_options
@@ -23,9 +23,6 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 from .progress import progress_display
 from .tables import make_table
 
-
-# The columns of the report's table, for a terminal of 80 characters.
-HEADINGS = ("step", "KL to the\noriginal", "ppl per\ntoken", "naive\nKL", "naive\nppl", "para-\nmeters", "sec-\nonds")
 
 console = Console()
 
@@ -120,7 +117,7 @@ def show_evaluation(report: ConversionReport, output: Path):
 
 
 def _show_report(report: ConversionReport, options: ConversionOptions):
-    console.print(make_table(HEADINGS, step_rows(report)))
+    console.print(make_table([*STEP_COLUMNS.values()], step_rows(report)))
     console.print(
         f"{report.seconds:.0f} s, at most {report.peak_memory_bytes / 2**30:.2f} GiB; measured on "
         f"{report.conditions.evaluated_tokens:,} tokens that nothing was fitted to",

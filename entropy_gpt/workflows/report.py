@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from entropy_gpt.conversion.early_checks import PAGE_SUFFIXES, check_suffix
+from entropy_gpt.conversion.early_checks import check_page
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results
 from entropy_gpt.evaluation.records.run_log import LOG_NAME, RunLog
@@ -61,7 +61,7 @@ def check_output(output: Path):
     Raises:
         `UserError`: If its name ends otherwise, its folder does not exist, or it is a folder.
     """
-    check_suffix("--output", output, PAGE_SUFFIXES)
+    check_page(output)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}. Make it, or give another.")
     if output.is_dir():

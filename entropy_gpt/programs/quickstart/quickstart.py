@@ -26,7 +26,7 @@ from entropy_gpt.evaluation.records.measurement import (
     read_text,
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, TrainingResult, load_results, save_results
-from entropy_gpt.evaluation.showing.comparison import comparison_rows, conditions_text
+from entropy_gpt.evaluation.showing.comparison import COLUMNS, comparison_rows, conditions_text
 from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_headwise_entropy
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal.progress import progress_display
@@ -77,18 +77,6 @@ TEXT, CONVERSION, LOADING, ANSWERS = "text", "conversion", "loading in a fresh p
 REPORT = "report.html"
 PROMPT = "def __init__(self, "
 LARGEST_DIFFERENCE = 1e-5
-
-# The columns of the report's tables, for a terminal of 80 characters.
-HEADINGS = (
-    "architecture",
-    "final\nnorm",
-    "para-\nmeters",
-    "ppl per\ntoken",
-    "bits/\nbyte",
-    "entropy\n(nats)",
-    "over-\nloaded",
-    "training\nseconds",
-)
 
 console = Console()
 
@@ -394,7 +382,7 @@ def _load_back(name: str, title: str, output: Path, progress: Progress):
 
 def _print_table(results: list[ModelResult]):
     rows = [[cell.replace(" from ", "\n  from ") for cell in row] for row in comparison_rows(results)]
-    console.print(make_table(HEADINGS, rows, text_columns=2))
+    console.print(make_table([column.narrow for column in COLUMNS], rows, text_columns=2))
     console.print(escape(conditions_text(results)), style="dim")
 
 
