@@ -15,6 +15,11 @@ class Norm(StrEnum):
     none = "none"
 
 
+class Activation(StrEnum):
+    gelu = "gelu"
+    gelu_new = "gelu_new"
+
+
 class Schedule(StrEnum):
     none = "none"
     gate = "gate"
@@ -30,13 +35,27 @@ def convert(
     ],
     output: Annotated[Path, typer.Option(help="Folder for the model and the report.")],
     text: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A folder or file of text, similar to the model's training text (default: Python's standard library)."
+            help="Text similar to the model's training text: a text file, a folder of text files, a data file or "
+            "folder (JSON lines, CSV, Parquet), or a data set on the Hub. Default: Python's standard library."
         ),
     ] = None,
+    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
+    config: Annotated[str | None, typer.Option(help="The configuration of a data set.")] = None,
+    text_column: Annotated[str, typer.Option(help="The column of a data set that holds the text.")] = "text",
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or repository of the tokenizer (default: the source).")
+        str | None, typer.Option(help="Folder or repository of the tokenizer. Default: the source.")
+    ] = None,
+    eos_token: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="The tokenizer's token for the end of a text. Default: what it names."),
+    ] = None,
+    activation: Annotated[
+        Activation | None,
+        typer.Option(
+            help="The activation of a nanoGPT file: gelu (default), or gelu_new, which nanoGPT used before June 2023."
+        ),
     ] = None,
     final_norm: Annotated[
         Norm | None, typer.Option(help="The norm before the head (default: that of the source).")
@@ -127,7 +146,12 @@ def convert(
         to=to,
         output=output,
         text=text,
+        split=split,
+        config=config,
+        text_column=text_column,
         tokenizer=tokenizer,
+        eos_token=eos_token,
+        activation=activation and activation.value,
         final_norm=final_norm and final_norm.value,
         prune_by_damage=prune_by_damage,
         naive=naive,

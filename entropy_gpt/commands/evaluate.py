@@ -46,6 +46,10 @@ def evaluate(
     tokenizer: Annotated[
         str | None, typer.Option(help="The tokenizer of all models. Default: each model's own.")
     ] = None,
+    eos_token: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="The tokenizer's token for the end of a text. Default: what it names."),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -130,6 +134,7 @@ def evaluate(
             config=config,
             text_column=text_column,
             tokenizer=tokenizer,
+            eos_token=eos_token,
             context=context,
             stride=stride,
             separate=separate,

@@ -19,8 +19,10 @@ private = typer.Typer(
 
 @private.callback()
 def end_in_order():
-    """Lets a terminated party delete its temporary files."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Lets a terminated party, or one whose terminal is closed, end what it has begun."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
 
 
 class TwoPartyProtocol(StrEnum):
@@ -105,12 +107,24 @@ def serve(
     answer: AnswerOption = Learned.logits,
     tokenizer: TokenizerPlace = None,
     longest: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="The most tokens that a client may ask for.")
+        int,
+        typer.Option("--max-new-tokens", min=1, help="The most answers of one request, with those that are repeated."),
     ] = 256,
+    requests: Annotated[
+        int, typer.Option("--max-requests", min=1, help="The most requests of a client in a day.")
+    ] = 256,
+    positions: Annotated[
+        int, typer.Option("--max-positions", min=1, help="The most positions answered to a client in a day.")
+    ] = 512,
+    seconds: Annotated[
+        int, typer.Option("--max-seconds", min=1, help="The most seconds that a client may hold the engine in a day.")
+    ] = 14_400,
     timeout: Timeout = 600,
 ):
     """
     Hold the weights, and answer one client after another.
+
+    A client is known by its certificate, or without TLS by its address.
 
     The client learns the answer and what is public: architecture, sizes, settings, a hash of the tokenizer, and a
     bound on the logits. The server learns the lengths of the prompt and the answer. Both sides are assumed to follow
@@ -132,16 +146,27 @@ def serve(
         embedding=embedding.value,
         answer=answer.value,
         tokenizer=tokenizer,
-        longest=longest,
+        limits=(longest, requests, positions, seconds),
         timeout=timeout,
     )
 
 
 @private.command()
 def ask(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue. It stays on this machine.")],
     connect: Annotated[str, typer.Option(help="HOST:PORT of the server.")],
     tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="The text to continue, or - to read it from standard input. It stays on this machine, but other "
+            "users of the machine can see a command line (ps) while the command runs: give a secret one by - or "
+            "--prompt-file.",
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the prompt from this file, in UTF-8.")
+    ] = None,
     certificate: Certificate = None,
     key: Key = None,
     authority: Authority = None,
@@ -157,14 +182,15 @@ def ask(
     """
     Hold the prompt, and ask a server to continue it, always with the most likely token.
 
-    Example: entropy-gpt private ask "def main(" --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key
-    --ca ca.pem
+    Example: entropy-gpt private ask - --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key --ca ca.pem
+    < prompt.txt
     """
     check_place(tokenizer)
     from entropy_gpt.terminal.private import ask as run
 
     run(
         prompt,
+        prompt_file,
         connect,
         (certificate, key, authority),
         networks or [],

@@ -17,7 +17,7 @@ def quickstart(
     corpus: Annotated[
         Path | None,
         typer.Option(
-            help="Text to train on: a folder of text files, or one file. Otherwise the Python standard library."
+            help="Text to train on: a text or data file, or a folder of such. Default: Python's standard library."
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for models, pictures and results.")] = DEFAULT_OUTPUT,

@@ -118,10 +118,11 @@ def show_evaluation(report: ConversionReport, output: Path):
 
 def _show_report(report: ConversionReport, options: ConversionOptions):
     console.print(make_table([*STEP_COLUMNS.values()], step_rows(report)))
+    measured = f"measured on {report.conditions.evaluated_tokens:,} tokens that nothing was fitted to"
+    if report.original_nats is None:
+        measured = "nothing was measured, because there is no tokenizer"
     console.print(
-        f"{report.seconds:.0f} s, at most {report.peak_memory_bytes / 2**30:.2f} GiB; measured on "
-        f"{report.conditions.evaluated_tokens:,} tokens that nothing was fitted to",
-        style="dim",
+        f"{report.seconds:.0f} s, at most {report.peak_memory_bytes / 2**30:.2f} GiB; {measured}", style="dim"
     )
     show_evaluation(report, options.output)
     console.print(f"the model, ready for the Hub: {options.output}", markup=False, soft_wrap=True)

@@ -53,6 +53,7 @@ def evaluate(
     config: str | None = None,
     text_column: str = "text",
     tokenizer: str | Path | None = None,
+    eos_token: str | None = None,
     context: int | None = None,
     stride: int | None = None,
     separate: bool = False,
@@ -88,6 +89,7 @@ def evaluate(
         config (`str`, *optional*): The configuration of a data set.
         text_column (`str`): The column of a data set that holds the text.
         tokenizer (`str` or `Path`, *optional*): The tokenizer of all models. Default: that of each model.
+        eos_token (`str`, *optional*): The tokenizer's token for the end of a text, if it names none itself.
         context (`int`, *optional*):
             Tokens that a model sees at once. Default: one less than the fewest positions of a model, at most 1023.
         stride (`int`, *optional*):
@@ -137,6 +139,7 @@ def evaluate(
         config=config,
         text_column=text_column,
         tokenizer=tokenizer,
+        eos_token=eos_token,
         context=context,
         stride=stride,
         separate=separate,

@@ -44,6 +44,7 @@ class EvaluationOptions:
     config: str | None = None
     text_column: str = "text"
     tokenizer: Place | None = None
+    eos_token: str | None = None
     context: int | None = None
     stride: int | None = None
     separate: bool = False
@@ -165,7 +166,7 @@ def find_candidates(options: EvaluationOptions) -> Iterator[Candidate]:
         raise UserError(f"{twice[0]} is given twice. Give each model once.")
     for source, name in zip(options.models, short_names(options.models), strict=True):
         model = load_language_model(source)
-        tokenizer = load_model_tokenizer(options.tokenizer, source, model.config.vocab_size)
+        tokenizer = load_model_tokenizer(options.tokenizer, source, model.config.vocab_size, options.eos_token)
         yield Candidate(name, source, model.config, hash_weights(model), tokenizer)
 
 
@@ -271,7 +272,7 @@ def tokenize_text(
     )
     if not any(len(document.input_ids) for document in documents):
         raise UserError(f"{source.name} is empty: there is no text to evaluate. Give another --text.")
-    if not any(len(document.input_ids) > 1 for document in documents) and (windows.separate or text.tokens < 2):
+    if not any(document.bytes for document in documents):  # the first token is not predicted
         raise UserError(
             f"{source.name} has no document of two tokens or more, so there is no token to predict: give more text, "
             "or add --bos."

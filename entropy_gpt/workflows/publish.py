@@ -43,6 +43,7 @@ from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, find_results, load_results
 from entropy_gpt.evaluation.showing.head_plots import plot_headwise_entropy
+from entropy_gpt.evaluation.showing.licences import check_licence
 from entropy_gpt.evaluation.showing.model_card import list_missing, model_card
 from entropy_gpt.evaluation.showing.publication import (
     CARD,
@@ -221,6 +222,7 @@ def prepare_package(source: Path, options: PublicationOptions, progress: Progres
         validate_repo_id(options.repository)
     except HFValidationError as error:
         raise UserError(f"{options.repository!r} can't be the name of a repository: {error}") from error
+    check_licence(options.licence)
     if not options.dry_run:
         api = HfApi()
         _limit_silence(options.timeout)
@@ -290,6 +292,7 @@ def write_card(folder: str | Path, *, results: Sequence[str | Path] = (), licenc
     ```
     """
     folder = Path(folder)
+    check_licence(licence)
     _, _, result = _read(folder, results, SILENT)
     if not (folder / CODE).exists():
         raise UserError(

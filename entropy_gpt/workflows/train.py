@@ -39,6 +39,8 @@ from .convert_inputs import ConversionOptions, Text, find_base_model, name_sourc
 from .library_bars import library_bars_hidden
 
 
+# The folder of a model that was converted before training.
+CONVERTED = "converted"
 # Validation sequences on which the heads are measured during training.
 MOST_PROBED = 8
 # Hyperparameters that a result records, if the recipe sets them.
@@ -190,7 +192,7 @@ def _train(planned: PlannedRun, progress: Progress) -> tuple[EntropyTrainer, Pre
         model = make_model(start, training.seed)
     if recipe.lora.lora_r is not None:
         set_seed(training.seed)
-        model = attach_lora(model, recipe.lora)
+        model = attach_lora(model, recipe.lora, _find_base(recipe, start))
     training.prediction_loss_only = True
     with progress.stage(f"training {start.config.notation}") as line:
         observer = StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))
@@ -248,7 +250,7 @@ def _watch_heads(recipe: Recipe, data: PreparedData) -> EntropyCallback:
 
 def _convert(recipe: Recipe, start: Start, data: PreparedData, progress: Progress) -> EntropyGPTForCausalLM:
     """Converts the source to the architecture of the recipe, fitted to the training text; once in a run."""
-    output = Path(recipe.training.output_dir, "converted")
+    output = Path(recipe.training.output_dir, CONVERTED)
     if not output.exists():
         options = ConversionOptions(source=recipe.model.model_name_or_path, to=start.config.notation, output=output)
         calibration = spread(data.training, options.calibration_tokens)
@@ -256,6 +258,14 @@ def _convert(recipe: Recipe, start: Start, data: PreparedData, progress: Progres
         text = Text(data.name, data.revision, data.tokenizer, data.training, calibration, validation)
         convert_with_text(Conversion(options, start.source, start.config), text, progress)
     return load_language_model(output)
+
+
+def _find_base(recipe: Recipe, start: Start) -> str | None:
+    """The place of the model that an adapter belongs to, whatever folder it is loaded from."""
+    origin = recipe.model.model_name_or_path
+    if start.converts:
+        return str(Path(recipe.training.output_dir, CONVERTED).resolve())
+    return str(Path(origin).resolve()) if origin is not None and Path(origin).exists() else origin
 
 
 def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, progress: Progress):
@@ -276,6 +286,7 @@ def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, pr
     if recipe.lora.lora_r:
         with trainer.given_configuration():
             merge_adapter(trainer.model).save_pretrained(unfinished)
+        save_tokenizer(data.tokenizer, saved)
     save_tokenizer(data.tokenizer, unfinished)
     model = load_language_model(unfinished).to(recipe.training.device)
     steps = trainer.state.global_step
@@ -303,4 +314,6 @@ def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, pr
     result = measure_model(model, output.name, text, training, recipe.training.seed, progress)
     save_results([result], unfinished / RESULTS)
     model_card(result).save(unfinished / "README.md")
+    if recipe.lora.lora_r:
+        model_card(result, adapter=True).save(saved / "README.md")
     unfinished.replace(output / MODEL)

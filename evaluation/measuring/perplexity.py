@@ -117,8 +117,8 @@ class Likelihood:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model takes for a byte of text; comparable between tokenizers."""
-        return self.nats / math.log(2) / self.bytes
+        """Bits that the model takes for a byte of text; comparable between tokenizers. NaN without bytes."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
 def perplexity_of(nats: float) -> float:

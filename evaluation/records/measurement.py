@@ -70,7 +70,8 @@ class MeasuredText:
         Returns:
             `Dataset`: Column `input_ids`, of shape `(blocks, length)`.
         """
-        ends = [self.tokenizer.eos_token_id] if self.windows.separate else []
+        eos = self.tokenizer.eos_token_id
+        ends = [eos] if self.windows.separate and eos is not None else []
         stream = np.concatenate([ids for text in self.documents for ids in (text.input_ids, ends)]).astype(np.int64)
         length = min(length, len(stream))
         rows = stream[: len(stream) // length * length].reshape(-1, length)

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from entropy_gpt.commands.main import main
 from entropy_gpt.evaluation.records.results import load_results
@@ -217,6 +225,7 @@ def break_folder(models, folder, name):
         (("--held-out",), "--held-out has no effect without --text"),
         (("--text", "/nowhere"), "There is no /nowhere"),
         (("--text", "EMPTY"), "is empty"),
+        (("--text", "SHORT", "--separate"), "there is no token to predict"),
         (("--text", "SHORT"), "there is no token to predict"),
         (("--limit", "3"), "--limit has no effect without --tasks"),
         (("--tasks", " , "), "--tasks names no task"),
@@ -230,8 +239,7 @@ def test_misuse_is_told_in_a_line_and_writes_nothing(words, message, models, tex
     (tmp_path / "short.txt").write_text("x")
     places = {"EMPTY": tmp_path / "empty.txt", "SHORT": tmp_path / "short.txt", "TEXT": text}
     words = [places.get(word, word) for word in words]
-    separate = ("--separate",) if places["SHORT"] in words else ()
-    process = run_here(models / "gpt2", *words, *separate, "--output", tmp_path / "out")
+    process = run_here(models / "gpt2", *words, "--output", tmp_path / "out")
     assert process.returncode == 1
     assert message in process.stderr
     assert len(process.stderr.splitlines()) == 1
@@ -253,6 +261,33 @@ def test_models_that_can_not_be_measured(name, message, models, text, tmp_path, 
     assert message in process.stderr
     assert len(process.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_tokenizers_are_used_as_far_as_they_go(models, text, tmp_path, run_here):
+    """One with an appended token, a bare file, and one that names no end of text."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "gpt2")
+    folder = break_folder(models, tmp_path / "model", "no tokenizer")
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "padded")
+    tokenizer.eos_token = tokenizer.bos_token = tokenizer.pad_token = None
+    PreTrainedTokenizerFast(tokenizer_object=renamed(tokenizer)).save_pretrained(tmp_path / "endless")
+    place = tmp_path / "endless"
+    words = ("--text", text, "--max-tokens", 4000, "--head-tokens", 0, "--overwrite", "--output", tmp_path / "out")
+    perplexities = set()
+    for more in ((), ("--tokenizer", tmp_path / "padded"), ("--tokenizer", place, "--eos-token", "<end>")):
+        assert run_here(folder, *words, *more).returncode == 0
+        (result,) = load_results(tmp_path / "out" / "results.json")
+        perplexities.add(result.likelihood.likelihood.perplexity)
+    assert len(perplexities) == 1
+    refused = run_here(folder, *words, "--tokenizer", place)
+    assert "name one of its tokens with --eos-token, or evaluate each document separately" in refused.stderr
+    assert run_here(folder, *words, "--tokenizer", place, "--separate").returncode == 0
+
+
+def renamed(tokenizer) -> Tokenizer:
+    """The same, whose end of text has a name that says nothing."""
+    return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace("<|endoftext|>", "<end>"))
 
 
 def test_folders_that_hold_no_model_of_the_family(models, text, tmp_path, run_here):

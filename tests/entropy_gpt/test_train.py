@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -241,8 +241,16 @@ def test_a_trained_model_is_adapted_to_other_text(run, finished, tmp_path):
     tokens = torch.arange(20)[None]
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     torch.testing.assert_close(adapted(tokens).logits, merged.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
-    card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "lora\\_r 4" in card and "train\\_temperatures False" in card
+    for folder in ("model", "adapter"):
+        card = (tmp_path / "run" / folder / "README.md").read_text()
+        assert "lora\\_r 4" in card and "train\\_temperatures False" in card
+    assert "library_name: peft" in card and "AutoPeftModelForCausalLM" in card
+    automatic = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").eval()
+    torch.testing.assert_close(automatic(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").eos_token_id is not None
+    refused = run_command("evaluate", tmp_path / "run" / "adapter", "--output", tmp_path / "evaluation")
+    assert f"holds an adapter of {source}, not a model" in refused.stderr.replace("\n", " ")
+    assert merged.config.use_cache and merged.generation_config.use_cache
 
 
 def test_another_architecture_is_converted_first(run, finished):

@@ -31,14 +31,19 @@ from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_head
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
-from entropy_gpt.training.arguments import PAPER_HYPERPARAMETERS, EntropyTrainingArguments
+from entropy_gpt.training.arguments import (
+    PAPER_HYPERPARAMETERS,
+    STANDARD_LIBRARY,
+    DataArguments,
+    EntropyTrainingArguments,
+)
 from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callback
 from entropy_gpt.training.checkpoints import last_checkpoint
-from entropy_gpt.training.corpus import Corpus, load_corpus, load_standard_library
 from entropy_gpt.training.errors import CorpusError
 from entropy_gpt.training.files import delete, is_finished, written_whole
 from entropy_gpt.training.packing import collate_blocks, pack, spread_blocks
 from entropy_gpt.training.progress import Progress
+from entropy_gpt.training.sources import Source, open_source
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.training.trainer import EntropyTrainer
 from entropy_gpt.workflows.convert import Conversion, convert_with_text
@@ -85,7 +90,7 @@ console = Console()
 class Data:
     """The text as a model sees it."""
 
-    corpus: Corpus
+    source: Source
     tokenizer: PreTrainedTokenizerFast
     training: Dataset
     validation: Dataset
@@ -93,8 +98,8 @@ class Data:
     @functools.cached_property
     def measured(self) -> MeasuredText:
         """All that is kept for validation."""
-        texts = (document.text for document in self.corpus.validation)
-        return read_text(self.corpus.name + KEPT_APART, self.corpus.revision, texts, self.tokenizer, CONTEXT)
+        source = self.source
+        return read_text(source.name + KEPT_APART, source.identity, source.validation, self.tokenizer, CONTEXT)
 
 
 @library_bars_hidden()
@@ -159,18 +164,19 @@ def slug(notation: str) -> str:
 def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, progress: Progress) -> Data:
     """Reads and tokenises the text. Nothing is written before all of it is known to be good."""
     with progress.stage("reading the text") as line:
-        corpus = load_standard_library() if corpus_path is None else load_corpus(corpus_path, without=output)
-        line.say(f"{corpus.characters:,} characters")
+        dataset = STANDARD_LIBRARY if corpus_path is None else str(corpus_path.absolute())
+        source = open_source(DataArguments(dataset=dataset), without=output)
+        line.say(f"{source.documents:,} documents")
     settings = {
         "steps": steps,
         "seed": seed,
-        "corpus": f"{corpus.name} ({corpus.revision})",
+        "corpus": f"{source.name} ({source.identity})",
         **collect_origin(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     _check_output(output, settings)
     folder = output / "data"
     if not folder.exists():
-        data = _tokenize(corpus, progress)
+        data = _tokenize(source, progress)
         with written_whole(output / "settings.json") as path:
             path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         with written_whole(folder) as temporary:
@@ -178,7 +184,7 @@ def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, prog
             data.training.save_to_disk(temporary / "training")
             data.validation.save_to_disk(temporary / "validation")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    return Data(corpus, tokenizer, load_from_disk(folder / "training"), load_from_disk(folder / "validation"))
+    return Data(source, tokenizer, load_from_disk(folder / "training"), load_from_disk(folder / "validation"))
 
 
 def _check_output(output: Path, settings: dict):
@@ -199,20 +205,18 @@ def _check_output(output: Path, settings: dict):
         raise UserError(f"{output} holds a quickstart with other settings ({'; '.join(changed)}): {remedy}.")
 
 
-def _tokenize(corpus: Corpus, progress: Progress) -> Data:
+def _tokenize(source: Source, progress: Progress) -> Data:
     with progress.stage("training the tokenizer") as line:
-        tokenizer = train_tokenizer((document.text for document in corpus.training), VOCAB_SIZE)
+        tokenizer = train_tokenizer(source.training, VOCAB_SIZE)
         line.say(f"{len(tokenizer):,} tokens")
-    with progress.stage("tokenising", len(corpus.training) + len(corpus.validation)) as line:
-        training = pack((document.text for document in corpus.training), tokenizer, CONTEXT, line.advance)
+    with progress.stage("tokenising", source.documents) as line:
+        training = pack(source.training, tokenizer, CONTEXT, line.advance)
         try:
-            validation = pack((document.text for document in corpus.validation), tokenizer, CONTEXT, line.advance)
+            validation = pack(source.validation, tokenizer, CONTEXT, line.advance)
         except CorpusError as error:
-            length = sum(document.length for document in corpus.validation)
-            part = f"the part kept for validation, {length:,} of {corpus.characters:,} characters"
-            raise CorpusError(f"In {part}: {error}") from error
+            raise CorpusError(f"In the part kept for validation: {error}") from error
         line.say(f"{len(training) + len(validation):,} blocks of {CONTEXT} tokens")
-    return Data(corpus, tokenizer, training, spread_blocks(validation, EVALUATED_BLOCKS))
+    return Data(source, tokenizer, training, spread_blocks(validation, EVALUATED_BLOCKS))
 
 
 def _train_and_save(
@@ -245,8 +249,8 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
         seed=seed,
     )
     text = Text(
-        data.corpus.name,
-        data.corpus.revision,
+        data.source.name,
+        data.source.identity,
         data.tokenizer,
         data.training,
         spread(data.training, options.calibration_tokens),
@@ -341,7 +345,7 @@ def _describe_training(model: EntropyGPTForCausalLM, data: Data, steps: int, sec
             **describe_config(model.config),
             **({"threshold_lr_multiplier": THRESHOLD_LR_MULTIPLIER} if has_thresholds else {}),
         },
-        text=f"{data.corpus.name} ({data.corpus.revision})",
+        text=f"{data.source.name} ({data.source.identity})",
     )
 
 

@@ -138,8 +138,7 @@ def _prepare(protocol: Protocol, output: Path, progress: Progress):
     if place.exists():
         return
     with progress.stage("training the tokenizer"), written_whole(place) as folder:
-        texts = (document.text for document in load_text(protocol.dataset).training)
-        save_tokenizer(train_tokenizer(texts, protocol.vocabulary), folder)
+        save_tokenizer(train_tokenizer(load_text(protocol.dataset).training, protocol.vocabulary), folder)
 
 
 def _work(

@@ -20,6 +20,7 @@ OPERATION_COLORS = {
     "norm": "#CC79A7",
     "query, key, value": "#003f66",
     "scores": "#009E73",
+    "temperatures": "#005c43",
     "maximum": "#7a3300",
     "exponential": "#D55E00",
     "softmax": "#E69F00",
