@@ -33,13 +33,12 @@ from entropy_gpt.evaluation.private_inference.program.weights import prepare_wei
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import AnswerCheck, ModelResult
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 from entropy_gpt.training.tokenizer import load_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .evaluate_inputs import default_context, short_names
-from .library_bars import library_bars_hidden
 from .options import check_positive, read_options
 
 
@@ -252,6 +251,8 @@ def demonstrate(
 def describe_cost(model: str | Path, answer: PrivateAnswer) -> ModelResult:
     """The cost of an answer as a result of its model, named as `evaluate` names it, so that a report merges both."""
     loaded = load_language_model(str(model))
+    from .evaluate_inputs import default_context, short_names  # private answers do without data sets
+
     context = default_context(loaded.config.n_positions)
     windows = Windows(context, context, separate=False, bos=False)
     result = describe_model(loaded, *short_names([str(model)]), windows)
