@@ -110,12 +110,12 @@ def forward_kernel(
     end, whole = _ends(first_row, row_count, key_count, ROWS, KEYS, IS_CAUSAL, MASK)
     for EDGE in tl.static_range(2):  # first the keys that all rows see, then those that some may not
         for first_key in range(whole if EDGE else 0, end if EDGE else whole, KEYS):
-            columns = first_key + tl.arange(0, KEYS)
+            columns = (first_key + tl.arange(0, KEYS))[None, :]
             keys = _load(key, pair, heads, first_key, key_count, HEAD_DIM, KEYS, WIDTH)
             scores = _dot(queries, tl.trans(keys)) * (scaling * LOG2_E)
             if EDGE:
                 scores = _hide(
-                    scores, mask, pair, heads, rows[:, None], columns[None, :], row_count, key_count, IS_CAUSAL, MASK
+                    scores, mask, pair, heads, rows[:, None], columns, row_count, key_count, IS_CAUSAL, MASK
                 )
             raised = tl.maximum(maximum, tl.max(scores, 1))
             shrink = tl.exp2(maximum - raised)
@@ -125,7 +125,7 @@ def forward_kernel(
             total = shrink * total + tl.sum(exponentials, 1)
             maximum = raised
             if DROPOUT:
-                exponentials *= _kept(seed, pair, rows[:, None], columns[None, :], dropout)
+                exponentials *= _kept(seed, pair, rows[:, None], columns, dropout)
             values = _load(value, pair, heads, first_key, key_count, VALUE_DIM, KEYS, VALUE_WIDTH)
             attended = attended * shrink[:, None] + _dot(exponentials.to(values.dtype), values)
 
@@ -164,18 +164,18 @@ def backward_query_kernel(
     end, whole = _ends(first_row, row_count, key_count, ROWS, KEYS, IS_CAUSAL, MASK)
     for EDGE in tl.static_range(2):
         for first_key in range(whole if EDGE else 0, end if EDGE else whole, KEYS):
-            columns = first_key + tl.arange(0, KEYS)
+            columns = (first_key + tl.arange(0, KEYS))[None, :]
             keys = _load(key, pair, heads, first_key, key_count, HEAD_DIM, KEYS, WIDTH)
             values = _load(value, pair, heads, first_key, key_count, VALUE_DIM, KEYS, VALUE_WIDTH)
             scores = _dot(queries, tl.trans(keys)) * (scaling * LOG2_E)
             if EDGE:
                 scores = _hide(
-                    scores, mask, pair, heads, rows[:, None], columns[None, :], row_count, key_count, IS_CAUSAL, MASK
+                    scores, mask, pair, heads, rows[:, None], columns, row_count, key_count, IS_CAUSAL, MASK
                 )
             scores -= log_sums[:, None]  # log2 of the probabilities
             grads = _dot(upstream, tl.trans(values))
             if DROPOUT:
-                grads *= _kept(seed, pair, rows[:, None], columns[None, :], dropout)
+                grads *= _kept(seed, pair, rows[:, None], columns, dropout)
             grads = tl.exp2(scores) * (grads - constant[:, None] - slopes[:, None] * (LN_2 * scores))
             grad_queries += _dot(grads.to(keys.dtype), keys)
 
@@ -194,7 +194,7 @@ def backward_key_kernel(
     blocks = tl.cdiv(key_count, KEYS)
     pair = tl.program_id(0) // blocks
     first_key = tl.program_id(0) % blocks * KEYS  # the first keys are seen by most rows
-    columns = first_key + tl.arange(0, KEYS)
+    columns = (first_key + tl.arange(0, KEYS))[:, None]
     keys = _load(key, pair, heads, first_key, key_count, HEAD_DIM, KEYS, WIDTH)
     values = _load(value, pair, heads, first_key, key_count, VALUE_DIM, KEYS, VALUE_WIDTH)
     grad_keys = tl.zeros([KEYS, WIDTH], tl.float32)
@@ -217,13 +217,13 @@ def backward_key_kernel(
             scores = _dot(keys, tl.trans(queries)) * (scaling * LOG2_E)  # transposed, like what follows
             if not WHOLE:
                 scores = _hide(
-                    scores, mask, pair, heads, rows[None, :], columns[:, None], row_count, key_count, IS_CAUSAL, MASK
+                    scores, mask, pair, heads, rows[None, :], columns, row_count, key_count, IS_CAUSAL, MASK
                 )
             scores -= log_sums[None, :]
             probabilities = tl.exp2(scores)
             grads, used = _dot(values, tl.trans(upstream)), probabilities
             if DROPOUT:
-                kept = _kept(seed, pair, rows[None, :], columns[:, None], dropout)
+                kept = _kept(seed, pair, rows[None, :], columns, dropout)
                 grads, used = grads * kept, used * kept
             grad_values += _dot(used.to(upstream.dtype), upstream)
             grads = probabilities * (grads - constant[None, :] - slopes[None, :] * (LN_2 * scores))
