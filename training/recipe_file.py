@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from .errors import RecipeError
+from .files import expanded
 
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -31,7 +32,7 @@ def find_recipe(source: str) -> Path:
     Raises:
         `RecipeError`: If there is none.
     """
-    for path in (Path(source), RECIPES / f"{source.removesuffix('.yaml')}.yaml"):
+    for path in (Path(expanded(source)), RECIPES / f"{source.removesuffix('.yaml')}.yaml"):
         if path.is_file():
             return path
     hint = _nearest(Path(source).stem, list_recipes())
@@ -40,7 +41,8 @@ def find_recipe(source: str) -> Path:
 
 def read_settings(source: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """
-    The settings of a recipe by their names; without `output_dir`, that is `runs/` and the recipe's name.
+    The settings of a recipe by their names; without `output_dir`, that is `runs/` and the recipe's name. In texts, a
+    leading `~` stands for the home folder.
 
     Args:
         source (`str`): A YAML file, or the name of a recipe that comes with this package.
@@ -51,6 +53,7 @@ def read_settings(source: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """
     path = find_recipe(source)
     settings = {"output_dir": str(Path("runs", path.stem)), **read_yaml(path), **overrides}
+    settings = {name: expanded(value) if isinstance(value, str) else value for name, value in settings.items()}
     known = sorted({*argument_names(), *config_names()})
     for name in settings:
         if name not in known:

@@ -1,5 +1,7 @@
 """`entropy-gpt card`: writes a model's card from its results."""
 
+from entropy_gpt.training.storage import check_folder
+
 from .push import Licence, Model, Results
 
 
@@ -12,6 +14,8 @@ def card(folder: Model, results: Results = None, licence: Licence = None):
 
     Example: entropy-gpt card converted_model --results evaluation_output --license apache-2.0
     """
+    if folder.is_dir():
+        check_folder(folder, "DIR")  # before the imports, which take seconds
     from entropy_gpt.terminal.publish import run_card
 
     run_card(folder, results or [], licence)

@@ -6,6 +6,11 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.workflows.output_folder import CONVERSION
+
+from .paths import read_path
+
 
 class Norm(StrEnum):
     layernorm = "layernorm"
@@ -26,7 +31,7 @@ def convert(
     to: Annotated[
         str, typer.Option(help="The target architecture, such as 'EReg(SM(t)+ScFuFFN)' or 'SM+StaticLN+G'.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the model and the report.")],
+    output: Annotated[Path, typer.Option(callback=read_path, help="Folder for the model and the report.")],
     text: Annotated[
         Path | None,
         typer.Option(
@@ -110,6 +115,9 @@ def convert(
     Example: entropy-gpt convert openai-community/gpt2 --to 'EReg(SM(t)+ScFuFFN)' --text my_texts --output my_model
     --heal-steps 1000 --distill
     """
+    CONVERSION.is_replaced_in(output.resolve(), overwrite)  # before the imports, which take seconds
+    if not dry_run:
+        refuse_claimed(CONVERSION.work(output.resolve()))
     from entropy_gpt.terminal.convert import run
 
     run(

@@ -5,14 +5,24 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.training.storage import check_folder
+
+from .paths import read_path, read_paths
+
 
 def plot(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="A folder of a training run, or its training_log.jsonl.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN", callback=read_paths, help="A folder of a training run, or its training_log.jsonl."
+        ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the pictures. Default: RUN/pictures, or ./pictures for several runs."),
+        typer.Option(
+            callback=read_path,
+            help="Folder for the pictures. Default: RUN/pictures, or ./pictures for several runs.",
+        ),
     ] = None,
     steps: Annotated[
         str | None,
@@ -30,6 +40,8 @@ def plot(
 
     Example: entropy-gpt plot runs/baseline runs/proposal --steps 0,500,1500
     """
+    if output is not None:
+        check_folder(output)  # before the imports, which take seconds
     from entropy_gpt.terminal.plot import run
 
     run(runs, output, steps)

@@ -8,6 +8,12 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.training.storage import check_file
+from entropy_gpt.workflows.output_folder import BENCHMARK
+
+from .paths import read_path
+
 
 private = typer.Typer(
     help="Answer a secret prompt with secret weights, by two-party computation, and measure the cost.",
@@ -36,11 +42,17 @@ class Learned(StrEnum):
     token = "token"
 
 
-Certificate = Annotated[Path | None, typer.Option("--cert", help="This side's certificate, in PEM.")]
-Key = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
+Certificate = Annotated[
+    Path | None, typer.Option("--cert", callback=read_path, help="This side's certificate, in PEM.")
+]
+Key = Annotated[Path | None, typer.Option("--key", callback=read_path, help="Its private key.")]
 Authority = Annotated[
     Path | None,
-    typer.Option("--ca", help="Certificates of the authorities that may sign the other side's certificate."),
+    typer.Option(
+        "--ca",
+        callback=read_path,
+        help="Certificates of the authorities that may sign the other side's certificate.",
+    ),
 ]
 Insecure = Annotated[
     bool,
@@ -145,7 +157,8 @@ def ask(
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     networks: Networks = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the cost to this file, as JSON.")
+        Path | None,
+        typer.Option("--output", "-o", callback=read_path, help="Write the cost to this file, as JSON."),
     ] = None,
     timeout: Timeout = 600,
 ):
@@ -155,6 +168,7 @@ def ask(
     Example: entropy-gpt private ask "def main(" --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key
     --ca ca.pem
     """
+    _check_files(output)
     from entropy_gpt.terminal.private import ask as run
 
     run(
@@ -182,11 +196,14 @@ def demo(
     tokenizer: TokenizerPlace = None,
     networks: Networks = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the cost of each step to this file, as JSON.")
+        Path | None,
+        typer.Option("--output", "-o", callback=read_path, help="Write the cost of each step to this file, as JSON."),
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Write the total cost to this file, as a result for report, card and push."),
+        typer.Option(
+            callback=read_path, help="Write the total cost to this file, as a result for report, card and push."
+        ),
     ] = None,
     timeout: Timeout = 600,
 ):
@@ -195,6 +212,7 @@ def demo(
 
     Example: entropy-gpt private demo model_cards/models/converted --max-new-tokens 3
     """
+    _check_files(output, results)
     from entropy_gpt.terminal.private import demo as run
 
     run(
@@ -271,9 +289,9 @@ def benchmark(
         bool,
         typer.Option("--full", help="Also run the cheapest architecture as a whole, to verify the sum of its parts."),
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for measurements, table and picture.")] = Path(
-        "private_benchmark_output"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=read_path, help="Folder for measurements, table and picture.")
+    ] = Path("private_benchmark_output"),
     timeout: Timeout = 1200,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be measured, with predicted MB, and measure nothing.")
@@ -287,6 +305,9 @@ def benchmark(
 
     Example: entropy-gpt private benchmark --full --network 300Mbps,20ms -o runs/private
     """
+    BENCHMARK.is_in(output)  # before the imports, which take seconds
+    if not dry_run:
+        refuse_claimed(output)
     from entropy_gpt.terminal.private_table import run
 
     run(
@@ -302,3 +323,10 @@ def benchmark(
         whole=whole,
         timeout=timeout,
     )
+
+
+def _check_files(*files: Path | None):
+    """Refuses files that can't be written, before the imports and the work, which take long."""
+    for file in files:
+        if file is not None:
+            check_file(file)

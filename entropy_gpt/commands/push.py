@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .paths import read_path, read_paths
+
 
 class Folded(StrEnum):
     beside = "beside"
@@ -14,12 +16,17 @@ class Folded(StrEnum):
 
 Model = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="Folder of a trained model with its tokenizer, as train and convert write it."),
+    typer.Argument(
+        metavar="DIR",
+        callback=read_path,
+        help="Folder of a trained model with its tokenizer, as train and convert write it.",
+    ),
 ]
 Results = Annotated[
     list[Path] | None,
     typer.Option(
         "--results",
+        callback=read_paths,
         help="Results of the model besides those in its folder: a file, or a folder with a results.json. Can be "
         "repeated. Results of other models are ignored.",
     ),

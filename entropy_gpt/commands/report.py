@@ -5,18 +5,29 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.workflows.output_folder import check_page
+
+from .paths import read_path, read_paths
+
 
 def report(
     results: Annotated[
         list[Path],
         typer.Argument(
             metavar="RESULTS...",
+            callback=read_paths,
             help="Results of models (results.json or its folder), and training runs (a folder or its "
             "training_log.jsonl), whose curves are added.",
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The page: an .html file, or an .md file with a folder of pictures.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            callback=read_path,
+            help="The page: an .html file, or an .md file with a folder of pictures.",
+        ),
     ] = Path("report.html"),
 ):
     """
@@ -28,6 +39,7 @@ def report(
 
     Example: entropy-gpt report evaluation_output runs/baseline runs/proposal -o report.html
     """
+    check_page(output)  # before the imports, which take seconds
     from entropy_gpt.terminal.report import run
 
     run(results, output)

@@ -31,8 +31,9 @@ from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import RESULTS, Conditions, ModelResult, TrainingResult, save_results
 from entropy_gpt.evaluation.showing.conversion_page import PICTURE, format_perplexity, report_markdown
 from entropy_gpt.evaluation.showing.plots import plot_healing
+from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.errors import DivergedError
-from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.training.files import begun_move, delete, empty_folder, put_in_place, written_whole
 from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
@@ -48,9 +49,14 @@ from .convert_inputs import (
     name_source,
     read_text,
 )
-from .heal import heal
+from .heal import CHECKPOINTS, heal
 from .library_bars import library_bars_hidden
 from .options import read_options
+from .output_folder import CONVERSION
+
+
+# The folder of statistics, in that of unfinished work.
+KEPT_STATISTICS = "calibration"
 
 
 @dataclass(frozen=True)
@@ -218,11 +224,14 @@ def perform(conversion: Conversion, progress: Progress) -> ConversionReport:
         `UserError`: If the text can't be used.
         `DivergedError`: If healing diverges, or predictions are not finite after a step.
     """
-    text = read_text(conversion.options, conversion.original.config, progress)
-    try:
-        return convert_with_text(conversion, text, progress)
-    except NotFiniteError as error:
-        raise DivergedError(str(error)) from error
+    options = conversion.options
+    with claimed(options.work, lambda: _goes_on(options)):
+        check_output(options)  # another command may have written there meanwhile
+        text = read_text(options, conversion.original.config, progress)
+        try:
+            return convert_with_text(conversion, text, progress)
+        except NotFiniteError as error:
+            raise DivergedError(str(error)) from error
 
 
 def convert_with_text(conversion: Conversion, text: Text, progress: Progress) -> ConversionReport:
@@ -236,11 +245,26 @@ def convert_with_text(conversion: Conversion, text: Text, progress: Progress) ->
     options = conversion.options
     check_amount(text, conversion.original, conversion.plan)
     _begin_work(options, conversion.original, text, progress)
-    try:
-        return _convert(options, conversion.original, conversion.target, text, progress)
-    except ConversionError:  # the next attempt would end the same way
-        delete(options.work)
-        raise
+    if not _is_complete(options):
+        try:
+            _convert(options, conversion.original, conversion.target, text, progress)
+        except ConversionError:  # the next attempt would end the same way
+            delete(options.work)
+            raise
+    put_in_place(CONVERSION.content(options.output), options.output, last=CONVERSION.record)
+    delete(options.work)
+    return ConversionReport.load(options.output / CONVERSION.record)
+
+
+def _is_complete(options: ConversionOptions) -> bool:
+    """Whether an earlier attempt has left everything, and was interrupted while it put that in place."""
+    content = CONVERSION.content(options.output)
+    return content.exists() or begun_move(content).exists()
+
+
+def _goes_on(options: ConversionOptions) -> bool:
+    """Whether the folder of unfinished work holds more than settings."""
+    return any((options.work / name).exists() for name in (KEPT_STATISTICS, CHECKPOINTS)) or _is_complete(options)
 
 
 def _convert(
@@ -249,10 +273,11 @@ def _convert(
     target: EntropyGPTConfig,
     text: Text,
     progress: Progress,
-) -> ConversionReport:
+):
+    """Leaves everything that the output is going to hold in the folder of unfinished work."""
     started = time.perf_counter()
     measure = _Measurement(original, text, progress)
-    calibrator = _Calibrator(text, options.calibration or options.work / "calibration", progress)
+    calibrator = _Calibrator(text, options.calibration or options.work / KEPT_STATISTICS, progress)
     original_nats = measure(original, "the original")[0].nats
 
     damage = {}
@@ -301,7 +326,6 @@ def _convert(
         ),
     )
     _save(options, model.cpu(), text.tokenizer, report)
-    return report
 
 
 def _begin_work(options: ConversionOptions, original: EntropyGPTForCausalLM, text: Text, progress: Progress):
@@ -317,7 +341,10 @@ def _begin_work(options: ConversionOptions, original: EntropyGPTForCausalLM, tex
     if notes.exists() and notes.read_text(encoding="utf-8") == json.dumps(settings):
         with progress.stage("resuming earlier work"):
             return
-    delete(options.work)
+    if begun_move(CONVERSION.content(options.output)).exists():
+        empty_folder(options.output)
+    if options.work.exists():
+        empty_folder(options.work)
     with written_whole(notes) as path:
         path.write_text(json.dumps(settings), encoding="utf-8")
 
@@ -442,18 +469,14 @@ def _save(
     tokenizer: PreTrainedTokenizerFast,
     report: ConversionReport,
 ):
-    whole = options.work / "whole"
-    with written_whole(whole) as folder:
+    with written_whole(CONVERSION.content(options.output)) as folder:
         model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
-        report.save(folder / f"{REPORT}.json")
+        report.save(folder / CONVERSION.record)
         save_results([_describe(options, model, report)], folder / RESULTS)
         (folder / f"{REPORT}.md").write_text(report_markdown(report), encoding="utf-8")
         if report.healing is not None:
             plot_healing(report, folder / PICTURE)
-    delete(options.output)
-    whole.replace(options.output)
-    delete(options.work)
 
 
 def _describe(options: ConversionOptions, model: EntropyGPTForCausalLM, report: ConversionReport) -> ModelResult:

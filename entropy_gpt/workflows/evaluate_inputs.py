@@ -25,7 +25,7 @@ from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tok
 from entropy_gpt.training.sources import Source, open_source
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .options import Place, option_name
+from .options import LocalPath, Place, option_name
 
 
 LONGEST_BLOCK = 1024
@@ -53,7 +53,7 @@ class EvaluationOptions:
     frequency_text: Place | None = None
     head_tokens: Annotated[int, Field(ge=0)] = HEAD_TOKENS
     tasks: str | None = None
-    task_data: Path | None = None
+    task_data: LocalPath | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_tokens: Annotated[int, Field(ge=1)] = BATCH_TOKENS
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

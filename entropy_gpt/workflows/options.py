@@ -2,16 +2,24 @@
 
 import os
 from collections.abc import Iterable
-from typing import Annotated, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 from pydantic import BeforeValidator
 
 from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.training.files import expanded
+
+
+def _expanded(value: Any) -> Any:
+    return expanded(value) if isinstance(value, str | os.PathLike) else value
 
 
 # A folder, a file, or a repository or data set on the Hub.
-Place = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
+Place = Annotated[str, BeforeValidator(_expanded)]
+# A folder or a file.
+LocalPath = Annotated[Path, BeforeValidator(_expanded)]
 Options = TypeVar("Options")
 OPTIONS_OF_OTHER_NAMES = {"settings": "--set", "shard_size": "--max-shard-size", "licence": "--license"}
 

@@ -38,8 +38,9 @@ from entropy_gpt.training.files import delete, written_whole
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.run_folder import MODEL
 from entropy_gpt.workflows.convert import convert
-from entropy_gpt.workflows.convert_inputs import REPORT, ConversionOptions, find_target
+from entropy_gpt.workflows.convert_inputs import ConversionOptions, find_target
 from entropy_gpt.workflows.options import read_options
+from entropy_gpt.workflows.output_folder import CONVERSION
 from entropy_gpt.workflows.train import train
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
@@ -49,7 +50,7 @@ from .records import CONVERTED, TRAINED, StudyRun
 
 PLAN, RESULT, TOKENIZER, RUNS = "plan.json", "result.json", "tokenizer", "runs"
 # Folders of a run, with what trained or converted it.
-TRAINING, CONVERSION = "training", "conversion"
+TRAINING, CONVERTING = "training", "conversion"
 VALIDATION_TOKENS = "validation_tokens"
 NOT_TESTED_ON = frozenset({"test", "tests", "testing"})
 
@@ -72,8 +73,8 @@ class Place:
     @property
     def model(self) -> Path | None:
         """Its model, if it has one."""
-        places = (self.folder / TRAINING / MODEL, self.folder / CONVERSION)
-        return next((place for place in places if (place / "config.json").exists()), None)
+        last_files = (self.folder / TRAINING / MODEL / "config.json", self.folder / CONVERTING / CONVERSION.record)
+        return next((file.parent for file in last_files if file.exists()), None)
 
 
 def write_plan(place: Place, run: Run, test: dict[str, dict[str, Any]]):
@@ -130,7 +131,7 @@ def _convert(place: Place, run: Run, progress: Progress) -> StudyRun:
         settings = {name: value for name, value in run.settings.items() if name not in (DATASET, VALIDATION_TOKENS)}
         dataset = run.settings[DATASET]
         text = None if dataset == STANDARD_LIBRARY else Path(dataset)
-        options = {"to": settings.pop("notation"), "output": place.folder / CONVERSION, "text": text, **settings}
+        options = {"to": settings.pop("notation"), "output": place.folder / CONVERTING, "text": text, **settings}
         try:
             convert(source, **options, progress=progress)
         except DivergedError as error:
@@ -142,7 +143,7 @@ def _convert(place: Place, run: Run, progress: Progress) -> StudyRun:
             return replace(_begin_record(run, target.notation, parameters), diverged=str(error))
     (result,) = load_results(place.model / RESULTS)
     found = _begin_record(run, result.architecture.notation, result.architecture.parameters)
-    healing = ConversionReport.load(place.model / f"{REPORT}.json").healing
+    healing = ConversionReport.load(place.model / CONVERSION.record).healing
     if healing is None:
         return found
     events = [f"step {step:,.0f}: {text}" for step, text in healing.events]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
@@ -20,12 +19,14 @@ from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.records.results import RESULTS, load_results, save_results
 from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
+from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.storage import check_folder
 from entropy_gpt.training.tokenizer import train_tokenizer
 
 from .protocol import Protocol, Row, Run, read_protocol, resolve
 from .records import ANSWERED, Study, StudyRun
-from .run import RESULT, RUNS, TOKENIZER, Place, load_text, write_plan
+from .run import RESULT, RUNS, TOKENIZER, TRAINING, Place, load_text, write_plan
 
 
 RECORD, MODELS, SHARED, LOG = "study.json", "models.json", "shared.json", "log.txt"
@@ -68,7 +69,7 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
         _print_plan(rows, finished, output)
         return
     failed: dict[str, str] = {}
-    with _locked(output):
+    with claimed(output, lambda: _goes_on(output)):
         _prepare(protocol, output)
         with progress_display(console) as progress, progress.stage("study") as line:
             clock = _Clock(rows, finished)
@@ -117,6 +118,7 @@ class _Clock:
 
 def _check_output(protocol: Protocol, output: Path):
     """Refuses a folder whose runs have another text or tokenizer, or were tested on other code."""
+    check_folder(output)
     path = output / SHARED
     if not path.exists():
         return
@@ -127,14 +129,9 @@ def _check_output(protocol: Protocol, output: Path):
         raise UserError(f"{output} holds a study of another kind ({'; '.join(changed)}): give another --output.")
 
 
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / "lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise UserError(f"Another command is at work in {output}: wait, or give another --output.") from error
+def _goes_on(output: Path) -> bool:
+    """Whether there is something that another attempt does not do again."""
+    return any(True for name in (RESULT, f"{TRAINING}/checkpoint-*") for _ in (output / RUNS).glob(f"*/{name}"))
 
 
 def _load_finished(output: Path) -> dict[str, StudyRun]:
