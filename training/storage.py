@@ -11,11 +11,14 @@ from pathlib import Path
 from entropy_gpt.conversion.errors import UserError
 
 
+# Stands for the number of an error that a library does not give.
+CUT = -1
 # Errors that only writing causes, and what to do about each.
 OF_WRITING = {
-    errno.ENOSPC: "the disk is full. Make room, then run the same command again.",
-    errno.EDQUOT: "the disk quota is used up. Make room, then run the same command again.",
+    errno.ENOSPC: "the disk is full. Make room there, and try again.",
+    errno.EDQUOT: "the disk quota is used up. Make room there, and try again.",
     errno.EFBIG: "files may not be so large here (see ulimit -f). Raise the limit, or write to another disk.",
+    CUT: "the disk is full, or a quota or a limit (see ulimit -f) is reached. Make room there, and try again.",
     errno.EROFS: "the file system is read-only. Write to another place.",
 }
 # Errors that reading causes too. They are about writing if they name the place that is written to.
@@ -27,7 +30,6 @@ OF_A_PLACE = {
     errno.ENAMETOOLONG: "its name is too long. Give a shorter one.",
     errno.EIO: "the disk reports an error. Check it, or write to another place.",
 }
-CUT = "the disk is full, or a quota or a limit (see ulimit -f) is reached. Make room, then run the same command again."
 # How safetensors and tokenizers give the number of an error.
 NUMBER = re.compile(r"\(os error (\d+)\)")
 # What torch and numpy say of a file that was cut, without a number.
@@ -113,22 +115,28 @@ def find_storage_error(error: Exception, path: Path | None = None) -> StorageErr
             places are named where libraries write by themselves.
     """
     number, place = _find_cause(error)
+    if number is None and CUT_BY_A_LIBRARY.search(str(error)):
+        number = errno.ENOSPC if path is not None and _is_full(path.parent) else CUT
     if number in OF_WRITING:
         reason = OF_WRITING[number]
     elif number in OF_A_PLACE and None not in (place, path) and _is_near(place, path):
         reason = OF_A_PLACE[number]
-    elif number is None and CUT_BY_A_LIBRARY.search(str(error)):
-        reason = CUT
     else:
         return None
-    return StorageError(f"{place or path or _list_library_places()} can't be written: {reason}")
+    if path is not None and (place is None or path.absolute().parent in place.absolute().parents):
+        place = path  # not one of the temporary files next to it
+    return StorageError(f"{place or _list_library_places()} can't be written: {reason}")
+
+
+def _is_full(folder: Path) -> bool:
+    return folder.exists() and shutil.disk_usage(folder).free < LITTLE_ROOM
 
 
 def _list_library_places() -> str:
     """The folders of libraries, or those of them whose disk is full."""
     cache = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     places = [Path(os.environ.get("TMPDIR") or "/tmp"), Path(cache).expanduser()]
-    full = [place for place in places if place.exists() and shutil.disk_usage(place).free < LITTLE_ROOM]
+    full = list(filter(_is_full, places))
     return " or ".join(map(str, full or places))
 
 

@@ -131,8 +131,11 @@ def check_output(options: ConversionOptions):
     Raises:
         `UserError`: If the output folder or the folder of statistics can't be used.
     """
-    if options.calibration is not None:
-        check_folder(options.calibration, "--calibration")
+    folder = options.calibration
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UserError(f"--calibration {folder} is not a folder: give a folder, or a new name.")
+    if folder is not None:
+        check_folder(folder, "--calibration")
     if CONVERSION.is_replaced_in(options.output, options.overwrite):
         folders = {path for path in options.output.iterdir() if path.is_dir() and is_finished(path)}
         refuse_to_delete({*_inputs_inside(options), *folders}, CONVERSION)
