@@ -28,7 +28,7 @@ WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
-def claimed(folder: Path, goes_on: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def claimed(folder: Path, goes_on: Callable[[], bool] = lambda: False, output: Path | None = None) -> Iterator[None]:
     """
     Keeps other commands out of a folder while the body runs. The system ends the claim of a process that is killed.
 
@@ -36,6 +36,7 @@ def claimed(folder: Path, goes_on: Callable[[], bool] = lambda: False) -> Iterat
         folder (`Path`): The folder; it is made, and deleted again if the body fails and leaves it empty.
         goes_on (`Callable`): Whether the folder holds work that the same command goes on from. An error of the disk or
             an interruption gets a note that says so.
+        output (`Path`, *optional*): What messages call the folder, if that is not its own name.
 
     Raises:
         `UserError`: If another process works in the folder.
@@ -44,7 +45,7 @@ def claimed(folder: Path, goes_on: Callable[[], bool] = lambda: False) -> Iterat
     with ExitStack() as stack:
         with storing(folder):
             stack.enter_context(folder_made(folder))
-            stack.enter_context(_locked(folder))
+            stack.enter_context(_locked(folder, output or folder))
         try:
             yield
         except (StorageError, KeyboardInterrupt) as error:
@@ -53,20 +54,24 @@ def claimed(folder: Path, goes_on: Callable[[], bool] = lambda: False) -> Iterat
             raise
 
 
-def refuse_claimed(folder: Path):
+def refuse_claimed(folder: Path, output: Path | None = None):
     """
     Refuses a folder in which another process works.
+
+    Args:
+        folder (`Path`): The folder.
+        output (`Path`, *optional*): What messages call it, if that is not its own name.
 
     Raises:
         `UserError`: If one does.
     """
     if (folder / LOCK).exists() and os.access(folder / LOCK, os.W_OK):
-        with _locked(folder):
+        with _locked(folder, output or folder):
             pass
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, output: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         with warnings.catch_warnings():  # filelock's own words on a file system without locks
@@ -74,13 +79,13 @@ def _locked(folder: Path) -> Iterator[None]:
             lock.acquire()
     except Timeout as error:
         raise UserError(
-            f"Another command is at work in {folder}{_describe_holder(folder)}. Wait until it ends, or give another "
+            f"Another command is at work in {output}{_describe_holder(folder)}. Wait until it ends, or give another "
             "folder."
         ) from error
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
-        logger.warning(f"The file system of {folder} has no locks: start no second command there.")
+        logger.warning(f"The file system of {output} has no locks: start no second command there.")
     try:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M}"}
         (folder / HOLDER).write_text(json.dumps(holder) + "\n", encoding="utf-8")

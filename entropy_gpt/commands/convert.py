@@ -115,9 +115,10 @@ def convert(
     Example: entropy-gpt convert openai-community/gpt2 --to 'EReg(SM(t)+ScFuFFN)' --text my_texts --output my_model
     --heal-steps 1000 --distill
     """
-    CONVERSION.is_replaced_in(output.resolve(), overwrite)  # before the imports, which take seconds
+    output = output.resolve()
+    CONVERSION.is_replaced_in(output, overwrite)  # before the imports, which take seconds
     if not dry_run:
-        refuse_claimed(CONVERSION.work(output.resolve()))
+        refuse_claimed(CONVERSION.work(output), output)
     from entropy_gpt.terminal.convert import run
 
     run(

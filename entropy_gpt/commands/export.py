@@ -49,9 +49,10 @@ def export(
 
     Example: entropy-gpt export runs/python-stdlib-small/model --onnx --cache --output my_onnx_model
     """
-    EXPORT.is_replaced_in(output.resolve(), overwrite)  # before the imports, which take seconds
+    output = output.resolve()
+    EXPORT.is_replaced_in(output, overwrite)  # before the imports, which take seconds
     if not dry_run:
-        refuse_claimed(EXPORT.work(output.resolve()))
+        refuse_claimed(EXPORT.work(output), output)
     from entropy_gpt.terminal.export import run
 
     run(source, output, dry_run, cached=cached, tokenizer=tokenizer, overwrite=overwrite)

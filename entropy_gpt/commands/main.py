@@ -4,6 +4,7 @@ import atexit
 import os
 import sys
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -83,7 +84,8 @@ def options(
 def main() -> int:
     """Runs the command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     status = _run_app()
     if "WORLD_SIZE" in os.environ:
         _leave(status)

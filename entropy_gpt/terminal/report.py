@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from entropy_gpt.workflows.output_folder import check_page
 from entropy_gpt.workflows.report import read_inputs, write_page
 
 
@@ -21,6 +22,7 @@ def run(paths: list[Path], output: Path):
     Raises:
         `UserError`: If a path can't be read or the results can't be shown together, or the page can't be written.
     """
+    check_page(output)
     results, runs = read_inputs(paths)
     with console.status("drawing"):
         write_page(results, runs, output)

@@ -225,7 +225,7 @@ def perform(conversion: Conversion, progress: Progress) -> ConversionReport:
         `DivergedError`: If healing diverges, or predictions are not finite after a step.
     """
     options = conversion.options
-    with claimed(options.work, lambda: _goes_on(options)):
+    with claimed(options.work, lambda: _goes_on(options), options.output):
         check_output(options)  # another command may have written there meanwhile
         text = read_text(options, conversion.original.config, progress)
         try:

@@ -69,7 +69,7 @@ def export(
     """
     source, output = expanded(source), Path(expanded(output)).resolve()
     check_output(output, overwrite)
-    with nullcontext() if dry_run else claimed(EXPORT.work(output)):
+    with nullcontext() if dry_run else claimed(EXPORT.work(output), output=output):
         check_output(output, overwrite)  # another command may have written there meanwhile
         with progress.stage("loading the model") as line:
             model = load_language_model(source).float().eval()

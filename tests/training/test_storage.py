@@ -62,7 +62,7 @@ def test_a_full_disk_is_said_in_one_line(library, tmp_path):
 @pytest.mark.parametrize("library", [*WRITERS, *WRITERS_TO_FOLDERS])
 def test_a_disk_that_becomes_full_keeps_what_it_had(library, tmp_path):
     with small_disk(tmp_path / "disk", "1m") as disk:
-        (disk / "before").write_bytes(bytes(2**20 - 2**14))
+        (disk / "before").write_bytes(bytes(2**20))
         full = pytest.raises(StorageError, match="file can't be written: the disk is full")
         with full, written_whole(disk / "file") as path:
             {**WRITERS, **WRITERS_TO_FOLDERS}[library](path)
