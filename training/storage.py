@@ -135,7 +135,8 @@ def _is_full(folder: Path) -> bool:
 def _list_library_places() -> str:
     """The folders of libraries, or those of them whose disk is full."""
     cache = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    places = [Path(os.environ.get("TMPDIR") or "/tmp"), Path(cache).expanduser()]
+    others = [os.environ[name] for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE") if os.environ.get(name)]
+    places = [Path(place).expanduser() for place in (os.environ.get("TMPDIR") or "/tmp", cache, *others)]
     full = list(filter(_is_full, places))
     return " or ".join(map(str, full or places))
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from entropy_gpt.conversion.errors import UserError, missing_package
-from entropy_gpt.training.storage import find_storage_error
+from entropy_gpt.training.storage import StorageError, find_storage_error
 
 from .card import card
 from .convert import convert
@@ -119,7 +119,7 @@ def _run_app() -> int:
     except ModuleNotFoundError as missing:
         return _complain(missing_package("this command", missing))
     except Exception as error:
-        failure = error if isinstance(error, UserError) else find_storage_error(error) or error
+        failure = error if isinstance(error, StorageError) else find_storage_error(error) or error
         if not isinstance(failure, UserError | OSError):
             raise
         return _complain(" ".join([str(failure), *_notes(error)]))

@@ -363,7 +363,8 @@ def _load_back(name: str, title: str, output: Path):
         )
     console.print(
         f"[bold]{escape(title)}[/] loads in a fresh process from its folder alone (largest difference of logits: "
-        f"{loaded.max_difference:.0e}), and completes: [green]{escape(loaded.completion)}[/]"
+        f"{loaded.max_difference:.0e}), and completes: [green]{escape(loaded.completion)}[/]",
+        soft_wrap=True,
     )
 
 

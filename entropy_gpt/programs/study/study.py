@@ -229,7 +229,8 @@ def _collect(worker: _Worker, output: Path, finished: dict[str, StudyRun], faile
     if worker.process.returncode != 0:
         lines = (place.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
         failed[worker.run.name] = next((line for line in reversed(lines) if line.strip()), "no word")[:300]
-        console.print(f"{worker.run.name} [red]failed[/] after {seconds:.0f} s: {escape(failed[worker.run.name])}")
+        reason = escape(failed[worker.run.name])
+        console.print(f"{worker.run.name} [red]failed[/] after {seconds:.0f} s: {reason}", soft_wrap=True)
         return
     result = finished[worker.run.name] = StudyRun.load(place.result)
     console.print(f"{worker.run.name}, {seconds:.0f} s: {escape(_summarize(result))}", soft_wrap=True)
