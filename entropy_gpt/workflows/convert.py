@@ -59,6 +59,11 @@ from .output_folder import CONVERSION
 KEPT_STATISTICS = "calibration"
 
 
+# What an exact step is checked on: sequences, and tokens of each. And the KL, in nats per token, that rounding leaves.
+SAMPLE_SEQUENCES, SAMPLE_TOKENS = 4, 128
+LARGEST_ROUNDING = 1e-6
+
+
 @dataclass(frozen=True)
 class Conversion:
     """
@@ -354,6 +359,8 @@ class _Measurement:
 
     def __init__(self, original: EntropyGPTForCausalLM, text: Text, progress: Progress):
         self.reference, self.progress = Reference(original, text.validation), progress
+        self.sample = text.validation[0][:SAMPLE_SEQUENCES, :SAMPLE_TOKENS]
+        self.last: Divergence | None = None
 
     def __call__(self, model: EntropyGPTForCausalLM, after: str, *others: EntropyGPTForCausalLM) -> list[Divergence]:
         with self.progress.stage(f"measuring {after}", sum(map(len, self.reference.batches))) as line:
@@ -361,7 +368,19 @@ class _Measurement:
             line.say(f"KL {found[0].kl:.4f}, perplexity {format_perplexity(found[0].nats)}")
         if not found[0].is_finite:
             raise NotFiniteError(f"After {after}, the model's predictions are not finite: choose another target.")
+        self.last = found[0]
         return found
+
+    def naive(self, models: list[EntropyGPTForCausalLM], of: str) -> list[Divergence]:
+        """What the naive versions of a step cost, if there are any."""
+        if not models:
+            return []
+        with self.progress.stage(f"measuring {of}, naively", sum(map(len, self.reference.batches))) as line:
+            return self.reference.compare(models, line.advance)
+
+    def is_kept(self, before: EntropyGPTForCausalLM, after: EntropyGPTForCausalLM) -> bool:
+        """Whether a step has kept the predictions on a sample of the text, up to rounding."""
+        return Reference(before, [self.sample]).compare([after])[0].kl < LARGEST_ROUNDING
 
 
 class _Calibrator:
@@ -389,7 +408,8 @@ def _take(
     naive: bool,
 ) -> EntropyGPTForCausalLM:
     """
-    Takes a step, measures it with its naive version, and adds the record.
+    Takes a step, measures it with its naive version, and adds the record. An exact step is checked on a sample of the
+    text, and measured only if the check fails.
 
     Args:
         step ([`Step`]): The step.
@@ -411,8 +431,11 @@ def _take(
         simpler = step.apply(model, calibration)
     seconds = time.perf_counter() - started
     others = [] if alone or step.naive is None else [step.naive(model)]
-    divergences = measure(simpler, step.title, *others)
-    records.append(_record(step.title, simpler, divergences, seconds))
+    if kept := step.exact and measure.is_kept(model, simpler):
+        divergences = [measure.last, *measure.naive(others, step.title)]
+    else:
+        divergences = measure(simpler, step.title, *others)
+    records.append(_record(step.title, simpler, divergences, seconds, kept))
     return simpler
 
 
@@ -424,7 +447,9 @@ def is_naive(step: Step, wanted: bool) -> bool:
     return wanted and step.calibrated and step.naive is not None
 
 
-def _record(title: str, model: EntropyGPTForCausalLM, divergences: list[Divergence], seconds: float) -> StepRecord:
+def _record(
+    title: str, model: EntropyGPTForCausalLM, divergences: list[Divergence], seconds: float, kept: bool = False
+) -> StepRecord:
     found, *naive = divergences
     is_finite = bool(naive) and naive[0].is_finite
     return StepRecord(
@@ -436,6 +461,7 @@ def _record(title: str, model: EntropyGPTForCausalLM, divergences: list[Divergen
         naive_diverged=bool(naive) and not is_finite,
         parameters=model.num_parameters(),
         seconds=seconds,
+        kept=kept,
     )
 
 

@@ -24,6 +24,8 @@ class StepRecord:
         naive_diverged (`bool`): Whether these are missing because they are not finite.
         parameters (`int`): After it; tied ones count once.
         seconds (`float`): Calibration included, measurement not.
+        kept (`bool`): Whether the step keeps every prediction, as a check on a sample of the text found: its figures
+            are those of the step before.
     """
 
     title: str
@@ -34,6 +36,7 @@ class StepRecord:
     naive_diverged: bool
     parameters: int
     seconds: float
+    kept: bool = False
 
 
 @dataclass(config=RECORD)

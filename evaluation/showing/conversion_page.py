@@ -24,7 +24,8 @@ def step_rows(report: ConversionReport) -> list[tuple[str, ...]]:
         naive = ("not finite", "") if step.naive_diverged else ("", "")
         if step.naive_kl is not None:
             naive = (_format_kl(step.naive_kl), format_perplexity(step.naive_nats))
-        figures = (_format_kl(step.kl), format_perplexity(step.nats), *naive, f"{step.parameters:,}")
+        kept = "= " if step.kept else ""
+        figures = (kept + _format_kl(step.kl), kept + format_perplexity(step.nats), *naive, f"{step.parameters:,}")
         rows.append((step.title, *figures, f"{step.seconds:.1f}"))
     return rows
 
@@ -63,8 +64,9 @@ def report_markdown(report: ConversionReport) -> str:
         markdown_table(STEP_COLUMNS, step_rows(report), text_columns=1),
         "",
         "KL: of the next token's distribution, original to converted. Naive: what the step alone would have given "
-        "with weights copied and nothing fitted; empty where there is nothing to fit. Seconds: of the step with its "
-        "calibration, without the measurement.",
+        "with weights copied and nothing fitted; empty where there is nothing to fit. After =, figures of the "
+        "step before: this one keeps every prediction, as a check on a sample of the text found. Seconds: of the step "
+        "with its calibration, without the measurement.",
         "",
         f"{fitted} {report.calibration_tokens:,} tokens of {conditions.corpus} ({conditions.corpus_revision}); "
         f"measured on {conditions.evaluated_tokens:,} tokens of text kept apart from it, in blocks of "

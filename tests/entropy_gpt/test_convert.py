@@ -1,5 +1,6 @@
 """`entropy-gpt convert` from end to end: whole, interrupted, planned and misused."""
 
+import copy
 import json
 import math
 import re
@@ -9,15 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel
 
+from entropy_gpt.conversion.simplification import Step
 from entropy_gpt.evaluation.measuring.remote_loading import load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
+from entropy_gpt.training.progress import SILENT
 from entropy_gpt.training.tokenizer import train_tokenizer
+from entropy_gpt.workflows.convert import _Measurement, _take
+from tests.architectures import make_model, make_tokens
 
 from .forks import run_command
 
@@ -79,9 +85,11 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     ]
     by_title = dict(zip(titles, report.steps, strict=True))
     assert all(step.kl < step.naive_kl for step in report.steps[:3])
-    # Exact steps change nothing.
-    assert by_title["thresholds, at entropies"].kl == pytest.approx(by_title["gelu_new to identity"].kl, rel=1e-3)
-    assert by_title["final norm folded away"].kl == pytest.approx(by_title["healed, 12 steps"].kl, rel=1e-3)
+    # Exact steps change nothing, and are not measured again.
+    assert by_title["thresholds, at entropies"].kl == by_title["gelu_new to identity"].kl
+    assert by_title["final norm folded away"].kl == by_title["healed, 12 steps"].kl
+    kept = ["FFNs fused", "FFNs scaled, at 1", "temperatures, at 1", "thresholds, at entropies"]
+    assert [step.title for step in report.steps if step.kept] == [*kept, "norms folded away", "final norm folded away"]
     assert [operation.name for operation in report.target_operations.nonlinear] == ["softmax"]
     assert report.healing.validation_nats[0][0] == 0
     # Through open gates, it is the original.
@@ -91,7 +99,8 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     page = (output / "conversion_report.md").read_text()
     for step in report.steps:
         assert f"{step.kl:.4f}" in process.stdout
-        assert f"| {step.title} | {step.kl:.4f} | {math.exp(step.nats):.2f} |" in page
+        kept = "= " if step.kept else ""
+        assert f"| {step.title} | {kept}{step.kl:.4f} | {kept}{math.exp(step.nats):.2f} |" in page
     assert (output / "healing.png").stat().st_size > 5000
     assert [path.name for path in output.parent.iterdir()] == ["model"]
 
@@ -330,3 +339,20 @@ def test_a_naive_version_that_gives_no_numbers_is_said_to(text, source, tmp_path
     report = ConversionReport.load(tmp_path / "model" / "conversion_report.json")
     assert report.steps[0].naive_diverged
     assert "| not finite |" in (tmp_path / "model" / "conversion_report.md").read_text()
+
+
+def test_a_step_that_is_not_as_exact_as_it_should_be_is_measured():
+    model, text = make_model("SM+LN+G"), SimpleNamespace(validation=[make_tokens()])
+    measure = _Measurement(model, text, SILENT)
+    measure(model, "the original")
+
+    def shift(model, _):
+        changed = copy.deepcopy(model)
+        changed.transformer.wpe.weight.data.mul_(1.01)
+        return changed
+
+    records = []
+    _take(Step("nothing", lambda model, _: model, exact=True), model, None, measure, records, naive=False)
+    _take(Step("shift", shift, exact=True), model, None, measure, records, naive=False)
+    assert [record.kept for record in records] == [True, False]
+    assert records[0].kl == 0 < records[1].kl

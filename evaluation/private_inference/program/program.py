@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass as record
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
+from modeling_entropy_gpt.layers import TANH_GELUS
 
 from .arithmetic import Arithmetic
 from .nonlinear import (
@@ -37,7 +38,6 @@ from .settings import PrivateSettings
 MASKED_SCORE = -(2.0**20)
 # Rows of an embedding table in one product.
 MOST_EMBEDDED = 4096
-TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
 Norm = Literal["layernorm", "static", "none"]
 
