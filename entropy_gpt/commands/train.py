@@ -1,5 +1,6 @@
 """Options of `entropy-gpt train`, which trains a model by a recipe."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,7 @@ def train(
         # Refused before the imports, which take seconds.
         output = read_settings(recipe, overrides)["output_dir"]
         check_folder(Path(str(output)), "output_dir")
-        if not dry_run:
+        if not dry_run and os.environ.get("RANK", "0") == "0":  # the first of several processes claims it for all
             refuse_claimed(Path(str(output)))
     from entropy_gpt.terminal.train import print_recipes, print_settings, run
 
