@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model
 from entropy_gpt.training.claims import refuse_claimed
 from entropy_gpt.workflows.output_folder import EXPORT
 
@@ -49,6 +50,7 @@ def export(
 
     Example: entropy-gpt export runs/python-stdlib-small/model --onnx --cache --output my_onnx_model
     """
+    check_model(source)
     output = output.resolve()
     EXPORT.is_replaced_in(output, overwrite)  # before the imports, which take seconds
     if not dry_run:

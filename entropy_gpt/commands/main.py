@@ -15,6 +15,7 @@ from entropy_gpt.training.storage import StorageError, find_storage_error
 
 from .card import card
 from .convert import convert
+from .diagnose import diagnose
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
@@ -29,6 +30,8 @@ from .train import train
 
 
 INTERRUPTED = 130
+# The extra that each command is made for, where not all commands of a group need it.
+EXTRAS = {"train": "train", "convert": "train", "export": "onnx", "private": "private"}
 
 
 class Interruption(Exception):
@@ -49,13 +52,14 @@ app = typer.Typer(
     cls=Commands,
     help="GPT-2 without most of its non-linearities, for private inference.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
 app.command()(quickstart)
 app.command()(train)
 app.command()(convert)
 app.command()(evaluate)
+app.command()(diagnose)
 app.command()(plot)
 app.command()(report)
 app.command()(study)
@@ -104,6 +108,10 @@ def _leave(status: int):
     os._exit(status)
 
 
+def _likely_extra() -> str:
+    return EXTRAS.get(sys.argv[1], "eval") if len(sys.argv) > 1 else ""
+
+
 def _run_app() -> int:
     try:
         for word in sys.argv[1:]:
@@ -117,7 +125,7 @@ def _run_app() -> int:
             return _complain(f"{message} (entropy-gpt --help tells more)", wrong_usage.exit_code)
         return wrong_usage.exit_code
     except ModuleNotFoundError as missing:
-        return _complain(missing_package("this command", missing))
+        return _complain(missing_package("this command", missing, _likely_extra()))
     except Exception as error:
         failure = error if isinstance(error, StorageError) else find_storage_error(error) or error
         if not isinstance(failure, UserError | OSError):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_path
 from entropy_gpt.training.storage import check_folder
 
 from .paths import read_path, read_paths
@@ -40,6 +41,8 @@ def plot(
 
     Example: entropy-gpt plot runs/baseline runs/proposal --steps 0,500,1500
     """
+    for path in runs:
+        check_path(path, "Give the folder of a training run, or its training_log.jsonl.")
     if output is not None:
         check_folder(output)  # before the imports, which take seconds
     from entropy_gpt.terminal.plot import run

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_path
 from entropy_gpt.workflows.output_folder import check_page
 
 from .paths import read_path, read_paths
@@ -39,7 +40,9 @@ def report(
 
     Example: entropy-gpt report evaluation_output runs/baseline runs/proposal -o report.html
     """
-    check_page(output)  # before the imports, which take seconds
+    check_page(output)
+    for path in results:
+        check_path(path, "Give files of results, as entropy-gpt evaluate writes them, or training runs.")
     from entropy_gpt.terminal.report import run
 
     run(results, output)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_path
 from entropy_gpt.training.claims import refuse_claimed
 from entropy_gpt.training.storage import check_folder
 
@@ -41,6 +42,7 @@ def study(
 
     Example: entropy-gpt study --only ladder --only scratch --workers 2
     """
+    check_path(protocol)
     check_folder(output)  # before the imports, which take seconds
     if not dry_run:
         refuse_claimed(output)

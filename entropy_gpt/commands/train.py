@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.training.recipe_file import list_recipes, read_override, read_settings
+
 
 def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A YAML file, or the name of a recipe that comes with the package. Without one: list them."
+            help="A YAML file, or the name of a recipe that comes with the package. Without one: list them.",
+            autocompletion=list_recipes,
         ),
     ] = None,
     settings: Annotated[
@@ -39,7 +42,6 @@ def train(
     """
     if recipe is not None and not show_settings:
         from entropy_gpt.training.claims import refuse_claimed
-        from entropy_gpt.training.recipe_file import read_override, read_settings
         from entropy_gpt.training.storage import check_folder
 
         overrides = dict(map(read_override, settings or []))

@@ -7,6 +7,8 @@ from rich.console import Console
 from entropy_gpt.workflows.output_folder import check_page
 from entropy_gpt.workflows.report import read_inputs, write_page
 
+from .progress import progress_display
+
 
 console = Console()
 
@@ -24,7 +26,7 @@ def run(paths: list[Path], output: Path):
     """
     check_page(output)
     results, runs = read_inputs(paths)
-    with console.status("drawing"):
+    with progress_display(console, transient=True) as progress, progress.stage("drawing"):
         write_page(results, runs, output)
     models = f"{len(results)} model" + "s" * (len(results) > 1)
     trained = f" and {len(runs)} training run" + "s" * (len(runs) > 1) if runs else ""

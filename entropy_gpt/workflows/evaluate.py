@@ -15,13 +15,14 @@ from entropy_gpt.evaluation.records.measurement import (
     HEAD_TOKENS,
     MeasuredText,
     describe_model,
+    measure_attention,
     measure_heads,
     measure_text,
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results, save_results
-from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_head_diagnostics
 from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.files import delete, expanded, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.sources import Source
 from modeling_entropy_gpt import EntropyGPTForCausalLM
@@ -37,7 +38,6 @@ from .evaluate_inputs import (
     open_text,
     tokenize_text,
 )
-from .library_bars import library_bars_hidden
 from .options import as_tuple, read_options
 from .output_folder import EVALUATION
 
@@ -56,6 +56,7 @@ def evaluate(
     config: str | None = None,
     text_column: str = "text",
     tokenizer: str | Path | None = None,
+    eos_token: str | None = None,
     context: int | None = None,
     stride: int | None = None,
     separate: bool = False,
@@ -64,6 +65,8 @@ def evaluate(
     per_position: bool = False,
     frequency_text: str | Path | None = None,
     head_tokens: int = HEAD_TOKENS,
+    prompt: str | None = None,
+    head: tuple[int, int] | None = None,
     tasks: Sequence[str] | None = None,
     task_data: str | Path | None = None,
     limit: int | None = None,
@@ -91,6 +94,7 @@ def evaluate(
         config (`str`, *optional*): The configuration of a data set.
         text_column (`str`): The column of a data set that holds the text.
         tokenizer (`str` or `Path`, *optional*): The tokenizer of all models. Default: that of each model.
+        eos_token (`str`, *optional*): The tokenizer's token for the end of a text, if it names none itself.
         context (`int`, *optional*):
             Tokens that a model sees at once. Default: one less than the fewest positions of a model, at most 1023.
         stride (`int`, *optional*):
@@ -103,6 +107,9 @@ def evaluate(
             Add the perplexity by how often a token occurs in this text, which is given like `text`. "training" means
             the part of `text` that is not evaluated.
         head_tokens (`int`): Tokens whose rows of attention are measured, spread over the text; 0 for none.
+        prompt (`str`, *optional*): Add the entropy of every head at every token of this text, for pictures of it.
+        head (`tuple[int, int]`, *optional*):
+            Layer and head, from 0, whose attention to `prompt` is kept. Default: the head with the lowest entropy.
         tasks (`Sequence[str]`, *optional*): Names of tasks of lm-eval.
         task_data (`str` or `Path`, *optional*): Folder with BLiMP, LAMBADA, HellaSwag or ARC, for tasks `local_*`.
         limit (`int`, *optional*): The number of samples of each task. Default: all.
@@ -140,6 +147,7 @@ def evaluate(
         config=config,
         text_column=text_column,
         tokenizer=tokenizer,
+        eos_token=eos_token,
         context=context,
         stride=stride,
         separate=separate,
@@ -148,6 +156,8 @@ def evaluate(
         per_position=per_position,
         frequency_text=frequency_text,
         head_tokens=head_tokens,
+        prompt=prompt,
+        head=head,
         tasks=None if tasks is None else ",".join(as_tuple(tasks)),
         task_data=task_data,
         limit=limit,
@@ -352,6 +362,8 @@ def _measure(
     result.likelihood = measure_text(model, text, progress, name, options.batch_tokens, **prepared.breakdown)
     if options.head_tokens:
         result.heads = measure_heads(model, text, progress, name, options.head_tokens, options.batch_tokens)
+    if options.prompt is not None:
+        result.attention = measure_attention(model, candidate.tokenizer, options.prompt, options.head, progress, name)
     if options.task_names:
         batch_size = max(1, options.batch_tokens // text.windows.context)
         with progress.stage(f"{name}: tasks") as line:
@@ -369,10 +381,13 @@ def _measure(
 
 def _draw(results: list[ModelResult], folder: Path):
     """Draws the heads of each model, and a comparison of all."""
+    from entropy_gpt.evaluation.showing.head_plots import compare_models, plot_head_diagnostics
+
     measured = [result for result in results if result.heads is not None]
     for result in measured:
         with written_whole(folder / f"{result.name.replace('/', '-')}.png") as path:
-            plot_head_diagnostics(result, path)
+            figure = plot_head_diagnostics(result.heads.heads, f"{result.name}: {result.title}")
+            figure.savefig(path, format="png")
     if measured:
         with written_whole(folder / "entropy_comparison.png") as path:
-            plot_comparison(measured, path)
+            compare_models(measured).savefig(path, format="png")

@@ -8,19 +8,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import onnxruntime
-from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.onnx_export import ExportReport, export_onnx
-from entropy_gpt.conversion.tokenizer_files import VOCABULARY
 from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.files import begun_move, delete, expanded, is_finished, put_in_place, written_whole
-from entropy_gpt.training.model_tokenizer import load_model_tokenizer
+from entropy_gpt.training.library_bars import library_bars_hidden
+from entropy_gpt.training.model_tokenizer import has_tokenizer, load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress
 
-from .library_bars import library_bars_hidden
 from .output_folder import EXPORT, refuse_to_delete
 
 
@@ -110,16 +108,9 @@ def _list_exported(output: Path) -> set[str]:
 
 
 def _load_tokenizer(place: str | None, source: str, vocab_size: int) -> PreTrainedTokenizerFast | None:
-    if place is None and not _has_tokenizer(source):
+    if place is None and not has_tokenizer(source):
         return None
     return load_model_tokenizer(place, source, vocab_size)
-
-
-def _has_tokenizer(source: str) -> bool:
-    place = Path(source)
-    if not place.exists():  # on the Hub, whose client complains if none of the files is there
-        place = Path(snapshot_download(source, allow_patterns=["config.json", *VOCABULARY]))
-    return any((place / name).exists() for name in VOCABULARY)
 
 
 @contextmanager

@@ -7,12 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from entropy_gpt.conversion.early_checks import check_page as check_suffix
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.training.files import UNFINISHED, begun_move, is_finished
 from entropy_gpt.training.storage import check_file, check_folder
-
-
-HTML, MARKDOWN = ".html", ".md"
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def check_page(page: Path):
     Raises:
         `UserError`: If its name ends otherwise, its folder does not exist, or it is a folder.
     """
-    if page.suffix not in (HTML, MARKDOWN):
-        raise UserError(f"--output {page}: the name of a page ends in {HTML} or {MARKDOWN}.")
+    check_suffix(page)
     if not page.parent.exists():
         raise UserError(f"--output {page}: there is no folder {page.parent}. Make it, or give another.")
     check_file(page)

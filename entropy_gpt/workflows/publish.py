@@ -42,7 +42,7 @@ from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, find_results, load_results
-from entropy_gpt.evaluation.showing.head_plots import plot_headwise_entropy
+from entropy_gpt.evaluation.showing.licences import check_licence
 from entropy_gpt.evaluation.showing.model_card import list_missing, model_card
 from entropy_gpt.evaluation.showing.publication import (
     CARD,
@@ -53,12 +53,12 @@ from entropy_gpt.evaluation.showing.publication import (
     is_published,
 )
 from entropy_gpt.training.files import expanded, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.storage import check_file
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .library_bars import library_bars_hidden
 from .options import LocalPath, as_tuple, read_options
 
 
@@ -223,6 +223,7 @@ def prepare_package(source: str | Path, options: PublicationOptions, progress: P
         validate_repo_id(options.repository)
     except HFValidationError as error:
         raise UserError(f"{options.repository!r} can't be the name of a repository: {error}") from error
+    check_licence(options.licence)
     if not options.dry_run:
         api = HfApi()
         _limit_silence(options.timeout)
@@ -294,6 +295,7 @@ def write_card(folder: str | Path, *, results: Sequence[str | Path] = (), licenc
     folder = Path(expanded(folder))
     if folder.is_dir():
         check_file(folder / CARD, "DIR")
+    check_licence(licence)
     _, _, result = _read(folder, results, SILENT)
     if not (folder / CODE).exists():
         raise UserError(
@@ -301,8 +303,10 @@ def write_card(folder: str | Path, *, results: Sequence[str | Path] = (), licenc
             "the card."
         )
     card = model_card(result, licence, picture=PICTURE)
+    from entropy_gpt.evaluation.showing.head_plots import compare_models
+
     with written_whole(folder / PICTURE) as path:
-        plot_headwise_entropy(result, path)
+        compare_models([result]).savefig(path, format="png")
     with written_whole(folder / CARD) as path:
         card.save(path)
     return folder / CARD

@@ -15,7 +15,7 @@ from entropy_gpt.training.files import expanded, written_whole
 from entropy_gpt.training.progress import SILENT, Progress
 
 from .options import as_tuple
-from .output_folder import HTML, check_page
+from .output_folder import check_page
 
 
 # The name of a picture of an earlier page.
@@ -127,7 +127,7 @@ def write_page(results: list[ModelResult], runs: list[RunLog], output: Path):
         output (`Path`): The page.
     """
     page = build_report(results, runs)
-    if output.suffix == HTML:
+    if output.suffix == ".html":
         with written_whole(output) as path:
             path.write_text(page_html(page), encoding="utf-8")
     else:

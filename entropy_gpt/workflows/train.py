@@ -5,6 +5,7 @@ import json
 import os
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.entropy_callback import EntropyCallback
 from entropy_gpt.training.errors import RecipeError
 from entropy_gpt.training.files import UNFINISHED, delete, give_usual_mode
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.packing import collate_blocks
 from entropy_gpt.training.preparation import PreparedData, prepare_data
 from entropy_gpt.training.progress import SILENT, Progress, Stage
@@ -47,7 +49,6 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .convert import Conversion, convert_with_text
 from .convert_inputs import ConversionOptions, Text, find_base_model, name_source, spread
-from .library_bars import library_bars_hidden
 from .output_folder import CONVERSION
 
 
@@ -81,7 +82,7 @@ class TrainedRun:
     Args:
         folder (`Path`): Its folder, with log, pictures, checkpoints and model.
         log ([`RunLog`]): Losses, entropies and alarms, step by step.
-        drawings (`list[Drawing]`): The pictures of the log.
+        drawings (`list[Drawing]`): The pictures of the log; none where matplotlib is not installed.
         result ([`ModelResult`], *optional*): The measurements of the trained model; `None` if the run diverged.
     """
 
@@ -191,7 +192,11 @@ def _perform(planned: PlannedRun, progress: Progress) -> TrainedRun | None:
         return None
     log = RunLog.load(folder)
     (result,) = load_results(folder / MODEL / RESULTS) if (folder / MODEL).exists() else [None]
-    return TrainedRun(folder, log, draw_pictures([log], log.place / PICTURES), result)
+    return TrainedRun(folder, log, _draw(log), result)
+
+
+def _draw(log: RunLog) -> list[Drawing]:
+    return draw_pictures([log], log.place / PICTURES) if find_spec("matplotlib") else []
 
 
 def _train(planned: PlannedRun, progress: Progress) -> tuple[EntropyTrainer, PreparedData]:
@@ -215,7 +220,7 @@ def _train(planned: PlannedRun, progress: Progress) -> tuple[EntropyTrainer, Pre
         model = make_model(start, training.seed)
     if recipe.lora.lora_r is not None:
         set_seed(training.seed)
-        model = attach_lora(model, recipe.lora)
+        model = attach_lora(model, recipe.lora, _find_base(recipe, start))
     training.prediction_loss_only = True
     with progress.stage(f"training {start.config.notation}") as line:
         observer = StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))
@@ -281,6 +286,14 @@ def _convert(recipe: Recipe, start: Start, data: PreparedData, progress: Progres
     return load_language_model(output)
 
 
+def _find_base(recipe: Recipe, start: Start) -> str | None:
+    """The place of the model that an adapter belongs to, whatever folder it is loaded from."""
+    origin = recipe.model.model_name_or_path
+    if start.converts:
+        return str(Path(recipe.training.output_dir, CONVERTED).resolve())
+    return str(Path(origin).resolve()) if origin is not None and Path(origin).exists() else origin
+
+
 def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, progress: Progress):
     """Measures the trained model and saves it in the run's folder, unless the run diverged."""
     recipe, start = planned.recipe, planned.start
@@ -299,6 +312,7 @@ def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, pr
     if recipe.lora.lora_r:
         with trainer.given_configuration():
             merge_adapter(trainer.model).save_pretrained(unfinished)
+        save_tokenizer(data.tokenizer, saved)
     save_tokenizer(data.tokenizer, unfinished)
     model = load_language_model(unfinished).to(recipe.training.device)
     steps = trainer.state.global_step
@@ -326,6 +340,8 @@ def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, pr
     result = measure_model(model, output.name, text, training, recipe.training.seed, progress)
     save_results([result], unfinished / RESULTS)
     model_card(result).save(unfinished / "README.md")
+    if recipe.lora.lora_r:
+        model_card(result, adapter=True).save(saved / "README.md")
     give_usual_mode(saved)
     give_usual_mode(unfinished)
     unfinished.replace(output / MODEL)

@@ -59,6 +59,7 @@ def model_card(
     picture: str | None = None,
     folded: str | None = None,
     folded_from: str | None = None,
+    adapter: bool = False,
 ) -> ModelCard:
     """
     What a model is, how to load it, how it was trained, what was measured, and what it is not for.
@@ -70,6 +71,7 @@ def model_card(
         picture (`str`, *optional*): A file beside the card that shows the entropies of its heads.
         folded (`str`, *optional*): A folder beside the card that holds the model folded.
         folded_from (`str`, *optional*): Title of the model that this is the folded one of, and was measured as.
+        adapter (`bool`): Whether the folder holds an adapter for PEFT, and the model was measured with it merged in.
 
     Raises:
         `ValueError`: If it was not measured how it predicts and what its heads do.
@@ -81,7 +83,7 @@ def model_card(
         )
     architecture = result.architecture
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["entropy-gpt", "private-inference", "custom_code"],
         license=licence,
@@ -102,6 +104,7 @@ def model_card(
         training=escape_markdown(describe_training(result.training)),
         groups=[_prediction(result), _heads(result), *_tasks(result), _operations(result)],
         picture=picture,
+        adapter=adapter,
         folded=folded,
         folded_from=folded_from and escape_markdown(folded_from),
         costs=[_describe_cost(cost) for cost in result.costs],

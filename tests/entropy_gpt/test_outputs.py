@@ -38,7 +38,7 @@ UNWRITABLE = (
     "evaluate gpt2 --output file",
     "report gpt2 -o file/report.html",
     "export gpt2 --onnx --output file/x",
-    "plot run --output file/x",
+    "plot folder --output file/x",
     "quickstart --output file",
     "study --output file/x",
     "private demo gpt2 -o file/costs.json",

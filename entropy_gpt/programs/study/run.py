@@ -30,13 +30,14 @@ from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText,
 from entropy_gpt.evaluation.records.results import RESULTS, AnswerCheck, load_results, save_results
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal.progress import progress_display
-from entropy_gpt.training.arguments import STANDARD_LIBRARY
+from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments
 from entropy_gpt.training.checkpoints import list_checkpoints
-from entropy_gpt.training.corpus import Corpus, Document, load_corpus, load_standard_library
+from entropy_gpt.training.corpus import Corpus, Document, load_corpus
 from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.files import delete, written_whole
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.run_folder import MODEL
+from entropy_gpt.training.sources import Source, open_source
 from entropy_gpt.workflows.convert import convert
 from entropy_gpt.workflows.convert_inputs import ConversionOptions, find_target
 from entropy_gpt.workflows.options import read_options
@@ -154,7 +155,7 @@ def _answer(place: Place, run: Run, progress: Progress) -> StudyRun:
     model = load_language_model(Place(place.study, run.source).model).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(place.study / TOKENIZER)
     length, sequences = run.settings["length"], run.settings["sequences"]
-    text = tokenizer.eos_token.join(document.text for document in load_text(run.settings[DATASET]).validation)
+    text = tokenizer.eos_token.join(load_text(run.settings[DATASET]).validation)
     tokens = np.array(tokenizer(text)["input_ids"])
     starts = np.linspace(0, len(tokens) - length, sequences).astype(int)
     prompts = np.stack([tokens[start : start + length] for start in starts])
@@ -184,10 +185,10 @@ def _measure(place: Place, run: Run, test: dict[str, dict], result: StudyRun, pr
     (known,) = load_results(place.model / RESULTS)
     result.validation, heads = known.likelihood, known.heads
     if result.validation is None or heads is None:
-        corpus = load_text(run.settings[DATASET])
-        texts = (document.text for document in corpus.validation)
+        source = load_text(run.settings[DATASET])
         most_tokens = run.settings[VALIDATION_TOKENS]
-        text = read_text(corpus.name + KEPT_APART, corpus.revision, texts, tokenizer, context, most_tokens)
+        name = source.name + KEPT_APART
+        text = read_text(name, source.identity, source.validation, tokenizer, context, most_tokens)
         result.validation = measure_text(model, text, progress, result.notation, seed=seed)
         heads = measure_heads(model, text, progress, result.notation, seed=seed)
     result.heads = heads.heads.entropy
@@ -207,14 +208,14 @@ def _measured_text(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: 
     return read_text(corpus.name, corpus.revision, texts, tokenizer, context)
 
 
-def load_text(dataset: str) -> Corpus:
+def load_text(dataset: str) -> Source:
     """
     What a study trains and validates on.
 
     Raises:
         `CorpusError`: If it can't be read.
     """
-    return load_standard_library() if dataset == STANDARD_LIBRARY else load_corpus(Path(dataset))
+    return open_source(DataArguments(dataset=dataset))
 
 
 def read_package(package: str, release: str, characters: int) -> Corpus:
