@@ -111,6 +111,9 @@ def test_a_disk_s_own_folder_does_not_count(tmp_path):
 
 def test_a_home_folder_is_found_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("texts", "tokenizer", "model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "config.json").touch()
     (tmp_path / "recipe.yaml").write_text("dataset: ~/texts\ntokenizer: ~/tokenizer\nnotation: SM\n")
     settings = read_settings(
         "~/recipe.yaml", {"output_dir": "~/run", "model_name_or_path": Path("~/model").as_posix()}
@@ -159,7 +162,7 @@ def test_the_end_of_a_command_is_one_line(error, line, goes_on, monkeypatch, cap
         raise error
 
     monkeypatch.setattr("entropy_gpt.terminal.report.run", fail)
-    monkeypatch.setattr(sys, "argv", ["entropy-gpt", "report", "nothing", "-o", "report.html"])
+    monkeypatch.setattr(sys, "argv", ["entropy-gpt", "report", ".", "-o", "report.html"])
     assert main_module.main() == (130 if isinstance(error, KeyboardInterrupt) else 1)
     (printed,) = capfd.readouterr().err.splitlines()
     assert line in printed
@@ -171,7 +174,7 @@ def test_an_error_of_the_program_is_not_hidden(monkeypatch):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("entropy_gpt.terminal.report.run", fail)
-    monkeypatch.setattr(sys, "argv", ["entropy-gpt", "report", "nothing", "-o", "report.html"])
+    monkeypatch.setattr(sys, "argv", ["entropy-gpt", "report", ".", "-o", "report.html"])
     with pytest.raises(RuntimeError, match="a bug"):
         main_module.main()
 
