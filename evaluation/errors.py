@@ -7,6 +7,10 @@ class RecordError(UserError, ValueError):
     """The given file holds no such record."""
 
 
+class TextError(UserError, ValueError):
+    """The attention of a model to a text can't be measured."""
+
+
 class TaskError(UserError, ValueError):
     """A task of lm-eval can't be scored as asked."""
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import is_triton_available
 
 
 LOG2_E = math.log2(math.e)
@@ -32,6 +33,11 @@ NOTHING_VISIBLE = MASKED / 10
 # Sizes of blocks, by measurement (evaluation/benchmarks/entropy_attention.py).
 BLOCK_ROWS = 64
 BLOCK_ELEMENTS = 2**18
+
+# What the kernel of triton_attention.py serves.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_HEAD_DIM = 256
+LEAST_CAPABILITY = (8, 0)
 
 # Two copies of this file may be loaded side by side, the package's and one that came with weights: an operator each.
 OPERATOR = f"entropy_gpt::{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}"
@@ -84,6 +90,11 @@ def blockwise_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The forward pass of [`blockwise_attention`]."""
     output, entropies, log_sum_exp = _empty_results(query, value)
+    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1])) is None:
+        from .triton_attention import run_forward
+
+        run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp)
+        return output, entropies, log_sum_exp
     plan = _Plan(query, key, visible, is_causal)
 
     def compute(group: _Group, buffers: _Buffers):
@@ -138,7 +149,15 @@ def blockwise_attention_backward(
     """
     Gradients of query, key and value (without a value: an empty tensor), given what the forward pass took and gave.
     """
-    grad_query, grad_key, grad_value = _empty_gradients(query, key, value)
+    gradients = grad_query, grad_key, grad_value = _empty_gradients(query, key, value)
+    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1])) is None:
+        from .triton_attention import run_backward
+
+        run_backward(
+            query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp,
+            grad_output, grad_entropies, *gradients,
+        )  # fmt: skip
+        return gradients
     plan = _Plan(query, key, visible, is_causal)
     row_constant = -grad_entropies * entropies
     if value is not None:
@@ -182,6 +201,21 @@ def blockwise_attention_backward(
 
     plan.run(compute, buffers=3 if dropout else 2)
     return grad_query, grad_key, grad_value
+
+
+def obstacle_to_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernel of triton_attention.py does not serve, so that blocks are computed; `None` if it does."""
+    if device.type != "cuda":
+        return f"there is none for {device.type}"
+    if dtype not in KERNEL_DTYPES or head_dim > LARGEST_HEAD_DIM:
+        return f"it takes {', '.join(map(str, KERNEL_DTYPES))} and up to {LARGEST_HEAD_DIM} numbers a head"
+    if not is_triton_available():
+        return "triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return "it needs compute capability {}.{}, and the device has {}.{}".format(
+            *LEAST_CAPABILITY, *torch.cuda.get_device_capability(device)
+        )
+    return None
 
 
 @dataclass(frozen=True)

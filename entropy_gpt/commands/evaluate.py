@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_place
+
 
 class Dtype(StrEnum):
     float32 = "float32"
@@ -80,6 +82,16 @@ def evaluate(
     head_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens whose rows of attention are measured, spread over the text; 0 for none.")
     ] = 65536,
+    prompt: Annotated[
+        str | None, typer.Option(help="A text: the report shows the entropy of every head at each of its tokens.")
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER,HEAD",
+            help="The head whose attention to --prompt is shown. Default: the one with the lowest entropy.",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -114,6 +126,10 @@ def evaluate(
 
     Example: entropy-gpt evaluate runs/baseline/model runs/proposal/model --text my_texts --stride 64 --per-position
     """
+    for model in models:
+        check_model(model)
+    for place in filter(None, (text, frequency_text, tokenizer)):
+        check_place(place)
     from entropy_gpt.terminal.evaluate import run
     from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
     from entropy_gpt.workflows.options import read_options
@@ -137,6 +153,8 @@ def evaluate(
             per_position=per_position,
             frequency_text=frequency_text,
             head_tokens=head_tokens,
+            prompt=prompt,
+            head=head,
             tasks=tasks,
             task_data=task_data,
             limit=limit,

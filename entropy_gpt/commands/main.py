@@ -12,6 +12,7 @@ from entropy_gpt.conversion.errors import UserError, missing_package
 
 from .card import card
 from .convert import convert
+from .diagnose import diagnose
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
@@ -25,19 +26,22 @@ from .train import train
 
 
 INTERRUPTED = 130
+# The extra that each command is made for, where not all commands of a group need it.
+EXTRAS = {"train": "train", "convert": "train", "export": "onnx", "private": "private"}
 # What goes on with what is done already, if it is started again.
 RESUMED = ("quickstart", "train", "convert", "evaluate", "study", "private benchmark")
 
 app = typer.Typer(
     help="GPT-2 without most of its non-linearities, for private inference.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
 app.command()(quickstart)
 app.command()(train)
 app.command()(convert)
 app.command()(evaluate)
+app.command()(diagnose)
 app.command()(plot)
 app.command()(report)
 app.command()(study)
@@ -86,6 +90,10 @@ def _leave(status: int):
     os._exit(status)
 
 
+def _likely_extra() -> str:
+    return EXTRAS.get(sys.argv[1], "eval") if len(sys.argv) > 1 else ""
+
+
 def _run_app() -> int:
     try:
         return app(standalone_mode=False) or 0  # typer itself makes a KeyboardInterrupt the status 130
@@ -94,7 +102,7 @@ def _run_app() -> int:
             print(f"entropy-gpt: {message} (entropy-gpt --help tells more)", file=sys.stderr)
         return wrong_usage.exit_code
     except ModuleNotFoundError as missing:
-        print(f"entropy-gpt: {missing_package('this command', missing)}", file=sys.stderr)
+        print(f"entropy-gpt: {missing_package('this command', missing, _likely_extra())}", file=sys.stderr)
         return 1
     except (UserError, OSError) as failure:
         print(f"entropy-gpt: {' '.join(str(failure).split())}", file=sys.stderr)  # libraries write paragraphs

@@ -5,28 +5,31 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import torch
-from datasets import Dataset
 from pydantic import AfterValidator, Field
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.calibration import HELD_OUT_EVERY, least_rows
 from entropy_gpt.conversion.errors import ConversionError, UserError
 from entropy_gpt.conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELDS, Plan, target_config
+from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText
+from entropy_gpt.evaluation.records.measurement import read_text as read_measured_text
 from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.packing import pack, spread_blocks
-from entropy_gpt.training.preparation import Witness
 from entropy_gpt.training.progress import Progress
-from entropy_gpt.training.sources import open_source
 from entropy_gpt.training.tokenizer import check_end_of_text
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .options import Place, option_name
 from .output_folder import holds_earlier_output, refuse_to_delete
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 REPORT = "conversion_report"
@@ -86,14 +89,16 @@ class Text:
         training (`Dataset`): Blocks for healing: column `input_ids`, `context` tokens each.
         calibration (`tuple[torch.Tensor, ...]`): Batches of training text to fit to, each `(rows, context)`.
         validation (`tuple[torch.Tensor, ...]`): Batches of validation text to measure on, each `(rows, context)`.
+        evaluated ([`MeasuredText`], *optional*): What the converted model is evaluated on, if it is.
     """
 
     name: str
     revision: str
     tokenizer: PreTrainedTokenizerFast
-    training: Dataset
+    training: "Dataset"
     calibration: tuple[torch.Tensor, ...]
     validation: tuple[torch.Tensor, ...]
+    evaluated: MeasuredText | None = None
 
     @property
     def calibration_tokens(self) -> int:
@@ -204,6 +209,9 @@ def read_text(options: ConversionOptions, config: EntropyGPTConfig, progress: Pr
         `CorpusError`: If the text or the tokenizer can't be used.
         `UserError`: If the context is longer than the model allows.
     """
+    from entropy_gpt.training.preparation import Witness  # conversions that fit nothing read no text
+    from entropy_gpt.training.sources import open_source
+
     tokenizer = load_model_tokenizer(options.tokenizer, options.source, config.vocab_size, options.eos_token)
     check_end_of_text(tokenizer)
     context = find_context(options, config)
@@ -222,13 +230,17 @@ def read_text(options: ConversionOptions, config: EntropyGPTConfig, progress: Pr
             for texts in (source.training, source.validation)
         )
         line.say(f"{len(training) + len(validation):,} blocks of {context} tokens")
+    revision = source.revision or f"{source.version} sha256:{digest.hexdigest()[:16]}".strip()
     return Text(
         source.name,
-        source.revision or f"{source.version} sha256:{digest.hexdigest()[:16]}".strip(),
+        revision,
         tokenizer,
         training,
         spread(training, options.calibration_tokens),
         spread(validation, options.evaluation_tokens),
+        read_measured_text(
+            source.name + KEPT_APART, revision, source.validation, tokenizer, context, options.evaluation_tokens
+        ),
     )
 
 
@@ -245,7 +257,7 @@ def find_context(options: ConversionOptions, config: EntropyGPTConfig) -> int:
     return context
 
 
-def spread(blocks: Dataset, tokens: int) -> tuple[torch.Tensor, ...]:
+def spread(blocks: "Dataset", tokens: int) -> tuple[torch.Tensor, ...]:
     """Batches of about `tokens` tokens in all, at least one block, spread evenly over the data set."""
     context = len(blocks[0]["input_ids"])
     chosen = spread_blocks(blocks, max(1, tokens // context)).with_format("torch")

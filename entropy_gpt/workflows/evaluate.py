@@ -14,12 +14,13 @@ from entropy_gpt.evaluation.records.measurement import (
     HEAD_TOKENS,
     MeasuredText,
     describe_model,
+    measure_attention,
     measure_heads,
     measure_text,
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results, save_results
-from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_head_diagnostics
 from entropy_gpt.training.files import delete, is_finished, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.sources import Source
 from modeling_entropy_gpt import EntropyGPTForCausalLM
@@ -35,7 +36,6 @@ from .evaluate_inputs import (
     open_text,
     tokenize_text,
 )
-from .library_bars import library_bars_hidden
 from .options import as_tuple, read_options
 
 
@@ -62,6 +62,8 @@ def evaluate(
     per_position: bool = False,
     frequency_text: str | Path | None = None,
     head_tokens: int = HEAD_TOKENS,
+    prompt: str | None = None,
+    head: tuple[int, int] | None = None,
     tasks: Sequence[str] | None = None,
     task_data: str | Path | None = None,
     limit: int | None = None,
@@ -102,6 +104,9 @@ def evaluate(
             Add the perplexity by how often a token occurs in this text, which is given like `text`. "training" means
             the part of `text` that is not evaluated.
         head_tokens (`int`): Tokens whose rows of attention are measured, spread over the text; 0 for none.
+        prompt (`str`, *optional*): Add the entropy of every head at every token of this text, for pictures of it.
+        head (`tuple[int, int]`, *optional*):
+            Layer and head, from 0, whose attention to `prompt` is kept. Default: the head with the lowest entropy.
         tasks (`Sequence[str]`, *optional*): Names of tasks of lm-eval.
         task_data (`str` or `Path`, *optional*): Folder with BLiMP, LAMBADA, HellaSwag or ARC, for tasks `local_*`.
         limit (`int`, *optional*): The number of samples of each task. Default: all.
@@ -148,6 +153,8 @@ def evaluate(
         per_position=per_position,
         frequency_text=frequency_text,
         head_tokens=head_tokens,
+        prompt=prompt,
+        head=head,
         tasks=None if tasks is None else ",".join(as_tuple(tasks)),
         task_data=task_data,
         limit=limit,
@@ -336,6 +343,8 @@ def _measure(
     result.likelihood = measure_text(model, text, progress, name, options.batch_tokens, **prepared.breakdown)
     if options.head_tokens:
         result.heads = measure_heads(model, text, progress, name, options.head_tokens, options.batch_tokens)
+    if options.prompt is not None:
+        result.attention = measure_attention(model, candidate.tokenizer, options.prompt, options.head, progress, name)
     if options.task_names:
         batch_size = max(1, options.batch_tokens // text.windows.context)
         with progress.stage(f"{name}: tasks") as line:
@@ -353,10 +362,13 @@ def _measure(
 
 def _draw(results: list[ModelResult], folder: Path):
     """Draws the heads of each model, and a comparison of all."""
+    from entropy_gpt.evaluation.showing.head_plots import compare_models, plot_head_diagnostics
+
     measured = [result for result in results if result.heads is not None]
     for result in measured:
         with written_whole(folder / f"{result.name.replace('/', '-')}.png") as path:
-            plot_head_diagnostics(result, path)
+            figure = plot_head_diagnostics(result.heads.heads, f"{result.name}: {result.title}")
+            figure.savefig(path, format="png")
     if measured:
         with written_whole(folder / "entropy_comparison.png") as path:
-            plot_comparison(measured, path)
+            compare_models(measured).savefig(path, format="png")

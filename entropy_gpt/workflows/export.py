@@ -14,10 +14,10 @@ from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.onnx_export import REPORT, ExportReport, export_onnx
 from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import has_tokenizer, load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress
 
-from .library_bars import library_bars_hidden
 from .output_folder import holds_earlier_output, refuse_to_delete
 
 

@@ -3,7 +3,6 @@
 import copy
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback, set_seed
 
 from entropy_gpt.conversion.calibration import Calibration
@@ -57,6 +56,8 @@ def heal(
     Raises:
         `DivergedError`: If training diverges more often than it may go back.
     """
+    from datasets import Dataset
+
     set_seed(options.seed)
     with_gates = options.schedule != "none"
     model = copy.deepcopy(simplified)

@@ -42,7 +42,6 @@ from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, find_results, load_results
-from entropy_gpt.evaluation.showing.head_plots import plot_headwise_entropy
 from entropy_gpt.evaluation.showing.licences import check_licence
 from entropy_gpt.evaluation.showing.model_card import list_missing, model_card
 from entropy_gpt.evaluation.showing.publication import (
@@ -54,11 +53,11 @@ from entropy_gpt.evaluation.showing.publication import (
     is_published,
 )
 from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .library_bars import library_bars_hidden
 from .options import as_tuple, read_options
 
 
@@ -300,8 +299,10 @@ def write_card(folder: str | Path, *, results: Sequence[str | Path] = (), licenc
             "the card."
         )
     card = model_card(result, licence, picture=PICTURE)
+    from entropy_gpt.evaluation.showing.head_plots import compare_models
+
     with written_whole(folder / PICTURE) as path:
-        plot_headwise_entropy(result, path)
+        compare_models([result]).savefig(path, format="png")
     with written_whole(folder / CARD) as path:
         card.save(path)
     return folder / CARD

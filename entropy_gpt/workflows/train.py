@@ -5,6 +5,7 @@ import json
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callbac
 from entropy_gpt.training.entropy_callback import EntropyCallback
 from entropy_gpt.training.errors import RecipeError
 from entropy_gpt.training.files import UNFINISHED, delete
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.packing import collate_blocks
 from entropy_gpt.training.preparation import PreparedData, prepare_data
 from entropy_gpt.training.progress import SILENT, Progress, Stage
@@ -36,7 +38,6 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .convert import Conversion, convert_with_text
 from .convert_inputs import ConversionOptions, Text, find_base_model, name_source, spread
-from .library_bars import library_bars_hidden
 
 
 # The folder of a model that was converted before training.
@@ -71,7 +72,7 @@ class TrainedRun:
     Args:
         folder (`Path`): Its folder, with log, pictures, checkpoints and model.
         log ([`RunLog`]): Losses, entropies and alarms, step by step.
-        drawings (`list[Drawing]`): The pictures of the log.
+        drawings (`list[Drawing]`): The pictures of the log; none where matplotlib is not installed.
         result ([`ModelResult`], *optional*): The measurements of the trained model; `None` if the run diverged.
     """
 
@@ -168,7 +169,11 @@ def perform(planned: PlannedRun, progress: Progress) -> TrainedRun | None:
         return None
     log = RunLog.load(folder)
     (result,) = load_results(folder / MODEL / RESULTS) if (folder / MODEL).exists() else [None]
-    return TrainedRun(folder, log, draw_pictures([log], log.place / PICTURES), result)
+    return TrainedRun(folder, log, _draw(log), result)
+
+
+def _draw(log: RunLog) -> list[Drawing]:
+    return draw_pictures([log], log.place / PICTURES) if find_spec("matplotlib") else []
 
 
 def _train(planned: PlannedRun, progress: Progress) -> tuple[EntropyTrainer, PreparedData]:

@@ -306,7 +306,7 @@ def _block_row(name: str, cost: InferenceCost, today: InferenceCost) -> str:
 
 def write(record: Record):
     PAGE.write_text(page(record), encoding="utf-8")
-    draw_costs(take_typical_blocks(record.blocks), PICTURE)
+    draw_costs(take_typical_blocks(record.blocks)).savefig(PICTURE, format="png")
 
 
 def main(

@@ -2,13 +2,13 @@
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 
@@ -95,6 +95,17 @@ def add_entropy_scale(figure: Figure, all_axes: list[Axes], image: AxesImage, ma
     figure.colorbar(image, ax=all_axes, label=f"mean entropy of attention rows (nats){uniform}", **options)
 
 
+def add_legend(figure: Figure | SubFigure, handles: list[Artist], font_size: float = 9, place: str = "lower center"):
+    """Explains what is drawn, outside of the panels, in as many columns as the figure has room for."""
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(
+            handles=handles, loc=f"outside {place}", ncols=columns, fontsize=font_size, frameon=False
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
 def wrap(text: str, inches: float, font_size: float) -> str:
     """Breaks a title into lines of so many inches, after a blank, `+` or `/`, or anywhere if there is none."""
     characters = max(8, int(inches / (INCHES_PER_CHARACTER * font_size)))
@@ -108,13 +119,12 @@ def wrap(text: str, inches: float, font_size: float) -> str:
     return "\n".join(line.rstrip() for line in lines).replace("$", r"\$")
 
 
-def plot_healing(report: ConversionReport, path: Path):
+def plot_healing(report: ConversionReport) -> Figure:
     """
     Draws the loss against the step of healing, with what was removed when, between the original and its conversion.
 
     Args:
         report ([`ConversionReport`]): Of a conversion that was healed.
-        path (`Path`): The PNG to write.
     """
     healing = report.healing
     figure = Figure(figsize=(7.2, 4.4), dpi=DOTS_PER_INCH, layout="constrained")
@@ -133,7 +143,7 @@ def plot_healing(report: ConversionReport, path: Path):
         title=f"{report.source_notation} to {report.target_notation}",
     )
     axes.legend(loc="upper right")
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _events_by_step(events: list[list]) -> dict[int, str]:

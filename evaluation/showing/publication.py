@@ -18,7 +18,6 @@ from entropy_gpt.evaluation.measuring.remote_loading import RemoteLoadingError, 
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, save_results
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .head_plots import plot_headwise_entropy
 from .model_card import PROMPT, model_card
 
 
@@ -83,7 +82,9 @@ def assemble(
         for path in (folder / FOLDED).glob("*.py"):  # loading takes the code from the folder around it
             path.unlink()
     save_results([result], folder / RESULTS)
-    plot_headwise_entropy(result, folder / PICTURE)
+    from .head_plots import compare_models  # checks of a folder do without matplotlib
+
+    compare_models([result]).savefig(folder / PICTURE, format="png")
     card.save(folder / CARD)
 
 

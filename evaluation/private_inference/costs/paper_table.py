@@ -264,16 +264,17 @@ def table_markdown(table: PaperTable) -> str:
     return markdown_table([heading.replace("\n", " ") for heading in table.headings], table.rows)
 
 
-def page_markdown(table: PaperTable, picture: str) -> str:
+def page_markdown(table: PaperTable, picture: str | None) -> str:
     """
-    A page with the table, its notes, its picture and where it comes from.
+    A page with the table, its notes, its picture if there is one, and where it comes from.
 
     Args:
         table ([`PaperTable`]): What was measured.
-        picture (`str`): The address of its picture.
+        picture (`str`, *optional*): The address of its picture.
     """
     cost = table.baseline
     notes = "\n\n".join(table.notes)
+    shown = "" if picture is None else f"![Where the bytes go]({picture})\n\n"
     return f"""# What private inference takes
 
 {cost.n_layer} blocks at T={cost.context}, width {cost.n_embd}, {cost.n_head} heads, with random weights, between two
@@ -283,7 +284,5 @@ processes over TCP on one machine's loopback, under {cost.settings.protocol}.
 
 {notes}
 
-![Where the bytes go]({picture})
-
-Measured with {describe_origin(cost.versions, cost.git_revision, cost.machine)}.
+{shown}Measured with {describe_origin(cost.versions, cost.git_revision, cost.machine)}.
 """

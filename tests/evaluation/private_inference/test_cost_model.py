@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import (
-    Sample,
     count_steps,
-    load_prices,
     predict,
     program_config,
 )
@@ -36,6 +34,7 @@ from entropy_gpt.evaluation.private_inference.program.counting import (
     count_product,
     make_shape,
 )
+from entropy_gpt.evaluation.private_inference.program.prices import Sample, load_prices
 from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
