@@ -99,7 +99,7 @@ def _run_app() -> int:
         return app(standalone_mode=False) or 0  # typer itself makes a KeyboardInterrupt the status 130
     except typer.TyperException as wrong_usage:
         if message := wrong_usage.format_message():  # none where the help is shown for want of a subcommand
-            print(f"entropy-gpt: {message} (entropy-gpt --help tells more)", file=sys.stderr)
+            print(f"entropy-gpt: {message} (entropy-gpt --help shows more)", file=sys.stderr)
         return wrong_usage.exit_code
     except ModuleNotFoundError as missing:
         print(f"entropy-gpt: {missing_package('this command', missing, _likely_extra())}", file=sys.stderr)

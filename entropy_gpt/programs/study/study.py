@@ -96,7 +96,7 @@ class _Clock:
         self._before, _ = self.reached(finished)
 
     def reached(self, finished: dict[str, StudyRun]) -> tuple[int, int]:
-        """Steps that are done, and all: at most so many, as rows that wait for a choice may turn out to be one."""
+        """Steps that are done, and all: at most this many, as rows that wait for a choice may turn out to be one."""
         runs = resolve(self._rows, finished)
         steps = {
             index if run is None else run.name: row.steps
