@@ -446,7 +446,8 @@ def judge_gpu(reported: Reported) -> Section:
     """Whether `make gpu` can run."""
     facts = {name: fact for value in reported.values for name, fact in value.items()}
     if not facts.get("device"):
-        return Section("gpu", [Finding(Mark.failed, "GPU", reported.ending or "none visible to torch")])
+        finding = Finding(Mark.failed, "GPU", reported.ending or "none visible to torch")
+        return Section("gpu", [finding], ["on a machine with a GPU and a torch built for it: make gpu"])
     findings, remedies = [Finding(Mark.ok, "GPU", facts["device"])], []
     if facts["obstacle"] is not None:
         findings.append(Finding(Mark.failed, "kernel", f"does not serve: {facts['obstacle']}"))
