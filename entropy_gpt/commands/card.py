@@ -1,6 +1,6 @@
 """`entropy-gpt card`: writes a model's card from its results."""
 
-from .push import Licence, Model, Results
+from .push import Licence, Model, Results, check_folder
 
 
 def card(folder: Model, results: Results = None, licence: Licence = None):
@@ -12,6 +12,7 @@ def card(folder: Model, results: Results = None, licence: Licence = None):
 
     Example: entropy-gpt card converted_model --results evaluation_output --license apache-2.0
     """
+    check_folder(folder, results)
     from entropy_gpt.terminal.publish import run_card
 
     run_card(folder, results or [], licence)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_notation, check_place
+
 
 class Norm(StrEnum):
     layernorm = "layernorm"
@@ -78,7 +80,9 @@ def convert(
         int | None, typer.Option(min=2, help="Tokens of a sequence (default: the model's positions, up to 1024).")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the steps are fitted to.")] = 65536,
-    evaluation_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each step is measured on.")] = 16384,
+    evaluation_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that each step and the result are measured on.")
+    ] = 16384,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps the statistics, so that another conversion can use them again."),
@@ -129,6 +133,10 @@ def convert(
     Example: entropy-gpt convert openai-community/gpt2 --to 'EReg(SM(t)+ScFuFFN)' --text my_texts --output my_model
     --heal-steps 1000 --distill
     """
+    check_model(source)
+    check_notation(to)
+    for place in filter(None, (text, tokenizer)):
+        check_place(place)
     from entropy_gpt.terminal.convert import run
 
     run(

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_place
+
 
 class Dtype(StrEnum):
     float32 = "float32"
@@ -124,6 +126,10 @@ def evaluate(
 
     Example: entropy-gpt evaluate runs/baseline/model runs/proposal/model --text my_texts --stride 64 --per-position
     """
+    for model in models:
+        check_model(model)
+    for place in filter(None, (text, frequency_text, tokenizer)):
+        check_place(place)
     from entropy_gpt.terminal.evaluate import run
     from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
     from entropy_gpt.workflows.options import read_options

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model
+
 
 def export(
     source: Annotated[
@@ -44,6 +46,7 @@ def export(
 
     Example: entropy-gpt export runs/python-stdlib-small/model --onnx --cache --output my_onnx_model
     """
+    check_model(source)
     from entropy_gpt.terminal.export import run
 
     run(source, output, dry_run, cached=cached, tokenizer=tokenizer, overwrite=overwrite)

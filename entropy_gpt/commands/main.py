@@ -34,7 +34,7 @@ RESUMED = ("quickstart", "train", "convert", "evaluate", "study", "private bench
 app = typer.Typer(
     help="GPT-2 without most of its non-linearities, for private inference.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
 app.command()(quickstart)

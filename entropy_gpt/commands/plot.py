@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_path
+
 
 def plot(
     runs: Annotated[
@@ -30,6 +32,8 @@ def plot(
 
     Example: entropy-gpt plot runs/baseline runs/proposal --steps 0,500,1500
     """
+    for path in runs:
+        check_path(path, "Give the folder of a training run, or its training_log.jsonl.")
     from entropy_gpt.terminal.plot import run
 
     run(runs, output, steps)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_notation, check_place, is_model
+
 
 private = typer.Typer(
     help="Answer a secret prompt with secret weights, by two-party computation, and measure the cost.",
@@ -63,7 +65,7 @@ Networks = Annotated[
 ]
 Layers = Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")]
 Width = Annotated[int, typer.Option("--n-embd", min=1, help="Width.")]
-Heads = Annotated[int | None, typer.Option("--n-head", min=1, help="Heads. Default: heads of 64 dimensions.")]
+Heads = Annotated[int | None, typer.Option("--n-head", min=1, help="Heads. Default: heads of about 64 dimensions.")]
 Length = Annotated[int, typer.Option("--seq", min=1, help="Tokens of the prompt.")]
 Vocabulary = Annotated[int, typer.Option("--vocab-size", min=2, help="Tokens of the vocabulary.")]
 TokenizerPlace = Annotated[
@@ -130,6 +132,9 @@ def serve(
 
     Example: entropy-gpt private serve runs/proposal/model --listen 0.0.0.0:9000 --cert s.pem --key s.key --ca ca.pem
     """
+    check_model(model)
+    if tokenizer is not None:
+        check_place(tokenizer)
     from entropy_gpt.terminal.private import serve as run
 
     run(
@@ -180,6 +185,7 @@ def ask(
     Example: entropy-gpt private ask - --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key --ca ca.pem
     < prompt.txt
     """
+    check_place(tokenizer)
     from entropy_gpt.terminal.private import ask as run
 
     run(
@@ -221,6 +227,9 @@ def demo(
 
     Example: entropy-gpt private demo model_cards/models/converted --max-new-tokens 3
     """
+    check_model(model)
+    if tokenizer is not None:
+        check_place(tokenizer)
     from entropy_gpt.terminal.private import demo as run
 
     run(
@@ -240,32 +249,42 @@ def demo(
 
 @private.command()
 def cost(
-    notations: Annotated[
-        list[str], typer.Argument(metavar="NOTATION...", help="Architectures, such as 'SM+LN+G' and 'SM+ScFuFFN'.")
+    architectures: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NOTATION|MODEL...",
+            help="Architectures, such as 'SM+LN+G' and 'SM+ScFuFFN', and models: folders, or on the Hub.",
+        ),
     ],
-    n_layer: Layers = 12,
-    n_embd: Width = 768,
+    n_layer: Annotated[int | None, typer.Option(min=1, help="Blocks. Default: those of the model, or 12.")] = None,
+    n_embd: Annotated[int | None, typer.Option(min=1, help="Width. Default: the model's, or 768.")] = None,
     n_head: Heads = None,
     length: Length = 128,
-    vocab_size: Vocabulary = 50257,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the vocabulary. Default: the model's, or 50257.")
+    ] = None,
     kept: Annotated[int, typer.Option(min=0, help="Earlier tokens, whose keys and values are cached.")] = 0,
     all_positions: Annotated[
         bool, typer.Option("--all-positions", help="Compute the logits of every position, not only of the last one.")
     ] = False,
     embedding: EmbeddingOption = Embedding.one_hot,
+    networks: Networks = None,
 ):
     """
-    Predict the traffic and the round trips of a private inference from the architecture, without weights or engine.
+    Predict the traffic, the round trips and the time of a private inference, from architecture and sizes alone.
 
     The prices of Cheetah's primitives were measured once. docs/private_inference.md compares predictions with
     measurements.
 
-    Example: entropy-gpt private cost SM+LN+G SM+LN+R 'EReg(SM(t)+ScFuFFN)' --seq 256
+    Example: entropy-gpt private cost SM+LN+G SM+LN+R 'EReg(SM(t)+ScFuFFN)' --seq 256 --network 100Mbps,80ms
     """
+    for architecture in architectures:
+        (check_model if is_model(architecture) else check_notation)(architecture)
     from entropy_gpt.terminal.private_cost import run
 
     run(
-        notations,
+        architectures,
+        networks or [],
         n_layer=n_layer,
         n_embd=n_embd,
         n_head=n_head,
@@ -313,6 +332,8 @@ def benchmark(
 
     Example: entropy-gpt private benchmark --full --network 300Mbps,20ms -o runs/private
     """
+    for notation in notations or ():
+        check_notation(notation, n_layer)
     from entropy_gpt.terminal.private_table import run
 
     run(

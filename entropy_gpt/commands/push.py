@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_path
+
 
 class Folded(StrEnum):
     beside = "beside"
@@ -28,6 +30,14 @@ Licence = Annotated[
     str | None,
     typer.Option("--license", help="Licence of the weights, by the Hub's name for it, such as apache-2.0."),
 ]
+
+
+def check_folder(folder: Path, results: list[Path] | None):
+    """Refuses a wrong path or a folder without a model before the imports, which take seconds."""
+    check_path(folder, "Give the folder of a trained model.")
+    check_model(folder)
+    for path in results or ():
+        check_path(path)
 
 
 def push(
@@ -69,6 +79,7 @@ def push(
 
     Example: entropy-gpt push runs/python-stdlib-small/model my-name/my-model --license apache-2.0 --folded beside
     """
+    check_folder(folder, results)
     from entropy_gpt.terminal.publish import run
     from entropy_gpt.workflows.options import read_options
     from entropy_gpt.workflows.publish import PublicationOptions

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_path
+
 
 DEFAULT_STEPS = 1300
 DEFAULT_OUTPUT = Path("quickstart_output")
@@ -27,10 +29,13 @@ def quickstart(
     Trains GPT-2 and two architectures for private inference on real text, converts the GPT-2 to the second of them,
     and compares all four: perplexity, entropy of attention heads, seconds. Each is saved as a folder ready for the Hub
     and loaded back in a fresh process. At last two of them answer a prompt under secure computation, between two
-    processes. Takes about 9 minutes on two cores; if interrupted, the same command goes on.
+    processes. report.html shows all results. Takes about 9 minutes on two cores; if interrupted, the same command goes
+    on.
 
     Example: entropy-gpt quickstart --corpus ~/my_project/src --steps 500 --output my_run
     """
+    if corpus is not None:
+        check_path(corpus)
     from entropy_gpt.programs.quickstart import quickstart as quickstart_job
 
     quickstart_job.run(steps=steps, corpus_path=corpus, output=output, seed=seed)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_page, check_path
+
 
 def report(
     results: Annotated[
@@ -28,6 +30,9 @@ def report(
 
     Example: entropy-gpt report evaluation_output runs/baseline runs/proposal -o report.html
     """
+    check_page(output)
+    for path in results:
+        check_path(path, "Give files of results, as entropy-gpt evaluate writes them, or training runs.")
     from entropy_gpt.terminal.report import run
 
     run(results, output)

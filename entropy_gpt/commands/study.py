@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_path
+
 
 PROTOCOL = Path(__file__).parents[1] / "programs" / "study" / "protocol.yaml"
 
@@ -34,6 +36,7 @@ def study(
 
     Example: entropy-gpt study --only ladder --only scratch --workers 2
     """
+    check_path(protocol)
     from entropy_gpt.programs.study import study as study_job
 
     study_job.run(protocol, only or (), output, workers, dry_run)

@@ -4,12 +4,15 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.training.recipe_file import list_recipes, read_override, read_settings
+
 
 def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A YAML file, or the name of a recipe that comes with the package. Without one: list them."
+            help="A YAML file, or the name of a recipe that comes with the package. Without one: list them.",
+            autocompletion=list_recipes,
         ),
     ] = None,
     settings: Annotated[
@@ -36,8 +39,6 @@ def train(
     Example: entropy-gpt train python-stdlib-small notation='SM+ScFuFFN' max_steps=500
     """
     if recipe is not None and not show_settings:
-        from entropy_gpt.training.recipe_file import read_override, read_settings
-
         overrides = dict(map(read_override, settings or []))
         read_settings(recipe, overrides)  # refused before the imports, which take seconds
     from entropy_gpt.terminal.train import print_recipes, print_settings, run

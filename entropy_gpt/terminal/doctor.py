@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .extras import Part
+from .progress import progress_display
 
 
 PROJECT = "entropy-gpt"
@@ -34,6 +35,8 @@ CORE = "core"
 EXTRAS = (Part.train, Part.eval, Part.tasks, Part.private, Part.onnx)
 # Time limits of separate processes, long enough for a slow disk with an empty cache.
 IMPORT_SECONDS, HUB_SECONDS, ENGINE_SECONDS, GPU_SECONDS = 120, 30, 120, 300
+# Bytes that the quickstart takes with its private answers, and that a conversion of GPT-2 small leaves and downloads.
+NEEDED_MEMORY, NEEDED_DISK = 4e9, 2e9
 # How long the Hub may take to reply.
 ANSWER_SECONDS = 5
 # The instruction sets that torch uses, by their names in Linux.
@@ -144,8 +147,8 @@ def is_failure(section: Section, required: Sequence[Part]) -> bool:
 
 def look(gpu: bool) -> Iterator[Section]:
     """Runs all checks, and yields each section as soon as it and those before it are complete."""
-    with console.status("importing the installed packages") as status:
-        with ThreadPoolExecutor(usable_cores() + 1) as pool:
+    with progress_display(console, transient=True) as progress:
+        with progress.stage("importing the installed packages"), ThreadPoolExecutor(usable_cores() + 1) as pool:
             hub = pool.submit(in_process, ask_hub, seconds=HUB_SECONDS)
             torch = pool.submit(in_process, describe_torch, seconds=IMPORT_SECONDS)
             packages = {}
@@ -155,11 +158,11 @@ def look(gpu: bool) -> Iterator[Section]:
             yield look_at_machine(torch.result())
             yield look_at_disk(hub.result())
             yield from look_at_hub(hub.result())
-        status.update("two processes answer a secret prompt")
-        yield look_at_engine([packages[CORE], packages[Part.private]])
+        with progress.stage("two processes answer a secret prompt"):
+            yield look_at_engine([packages[CORE], packages[Part.private]])
         if gpu:
-            status.update("the GPU computes entropies")
-            yield judge_gpu(in_process(try_gpu, seconds=GPU_SECONDS))
+            with progress.stage("the GPU computes entropies"):
+                yield judge_gpu(in_process(try_gpu, seconds=GPU_SECONDS))
 
 
 def show(section: Section):
@@ -279,13 +282,9 @@ def look_at_machine(torch: Reported) -> Section:
     cpu, memory = read_table(Path("/proc/cpuinfo")), read_table(Path("/proc/meminfo"))
     name = cpu.get("model name") or platform.processor() or platform.machine()
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
-    total = f"{_gigabytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
-    if "MemAvailable" in memory:
-        total += f", {_gigabytes(1024 * int(memory['MemAvailable'].split()[0]))} available"
     facts = {
         "processor": f"{name}, {usable_cores()} usable cores",
         "instructions": " ".join(feature for feature in FEATURES if feature in flags) or "unknown",
-        "memory": total,
     }
     known = {name: fact for value in torch.values for name, fact in value.items()}
     if known:
@@ -293,7 +292,17 @@ def look_at_machine(torch: Reported) -> Section:
         facts["GPU"] = ", ".join(known["devices"]) or "none visible to torch"
     if "entropies" in known:
         facts["entropies"] = known["entropies"]
-    return Section("machine", [Finding(Mark.ok, subject, found) for subject, found in facts.items()])
+    findings = [Finding(Mark.ok, subject, found) for subject, found in facts.items()]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = 1024 * int(memory["MemAvailable"].split()[0]) if "MemAvailable" in memory else total
+    return Section("machine", [*findings, judge_memory(total, available)])
+
+
+def judge_memory(total: int, available: int) -> Finding:
+    found = f"{_gigabytes(total)}, {_gigabytes(available)} available"
+    if available < NEEDED_MEMORY:
+        return Finding(Mark.missing, "memory", f"{found}; the quickstart takes up to {_gigabytes(NEEDED_MEMORY)}")
+    return Finding(Mark.ok, "memory", found)
 
 
 def usable_cores() -> int:
@@ -343,15 +352,19 @@ def look_at_disk(hub: Reported) -> Section:
 def look_at_folder(subject: str, folder: Path) -> Finding:
     """Checks a folder's free space and whether it is writable; if it does not exist, its nearest parent's."""
     existing = next(place for place in (folder, *folder.parents) if place.is_dir())
-    found = f"{folder}, {_gigabytes(shutil.disk_usage(existing).free)} free"
+    free = shutil.disk_usage(existing).free
+    found = f"{folder}, {_gigabytes(free)} free"
     try:
         with tempfile.TemporaryFile(dir=existing):
-            return Finding(Mark.ok, subject, found)
+            pass
     except OSError as error:
         return Finding(Mark.missing, subject, f"{found}, can't be written to: {error.strerror}")
+    if free < NEEDED_DISK:
+        return Finding(Mark.missing, subject, f"{found}; models and checkpoints take {_gigabytes(NEEDED_DISK)}")
+    return Finding(Mark.ok, subject, found)
 
 
-def _gigabytes(size: int) -> str:
+def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 

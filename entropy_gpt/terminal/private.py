@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -109,8 +110,8 @@ def ask(
     Raises:
         `UserError`: If the server does not answer, or a value can't be used.
     """
-    shown, tls, prompt = _read_networks(networks), read_certificates(certificates), read_prompt(prompt, prompt_file)
-    with progress_display(console, transient=True) as progress:
+    shown, tls, prompt = read_networks(networks), read_certificates(certificates), read_prompt(prompt, prompt_file)
+    with progress_display(console) as progress:
         answer = private.ask(prompt, address, tls=tls, progress=progress, **options)
     print_answer(prompt, answer)
     _print_cost(answer, shown)
@@ -132,8 +133,8 @@ def demo(model: str, prompt: str, networks: list[str], output: Path | None, resu
     Raises:
         `UserError`: If there is no answer, or it differs from the one in the clear.
     """
-    shown = _read_networks(networks)
-    with progress_display(console, transient=True) as progress:
+    shown = read_networks(networks)
+    with progress_display(console) as progress:
         answer = private.demonstrate(model, prompt, progress=progress, **options)
     print_answer(prompt, answer)
     _print_cost(answer, shown)
@@ -186,7 +187,13 @@ def print_answer(prompt: str, answer: PrivateAnswer):
         console.print(f"in the clear, {describe_check(answer.check)}", soft_wrap=True)
 
 
-def _read_networks(texts: list[str]) -> list[Network]:
+def read_networks(texts: Sequence[str]) -> list[Network]:
+    """
+    The networks of `--network`, or LAN and WAN if there are none.
+
+    Raises:
+        `UserError`: If one is not known.
+    """
     try:
         return [parse_network(text) for text in texts] or [LAN, WAN]
     except ValueError as error:

@@ -6,6 +6,8 @@ from rich.console import Console
 
 from entropy_gpt.workflows.report import check_output, read_inputs, write_page
 
+from .progress import progress_display
+
 
 console = Console()
 
@@ -23,7 +25,7 @@ def run(paths: list[Path], output: Path):
     """
     check_output(output)
     results, runs = read_inputs(paths)
-    with console.status("drawing"):
+    with progress_display(console, transient=True) as progress, progress.stage("drawing"):
         write_page(results, runs, output)
     models = f"{len(results)} model" + "s" * (len(results) > 1)
     trained = f" and {len(runs)} training run" + "s" * (len(runs) > 1) if runs else ""

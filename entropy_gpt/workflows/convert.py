@@ -1,9 +1,11 @@
 """Conversion of a trained GPT-2 to a simpler architecture: plan, simplify, heal, finish, save."""
 
 import copy
+import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +30,7 @@ from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.origin import collect_origin, git_revision, peak_memory, recorded_versions
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport, StepRecord
-from entropy_gpt.evaluation.records.measurement import describe_model
+from entropy_gpt.evaluation.records.measurement import MeasuredText, describe_model, measure_model
 from entropy_gpt.evaluation.records.results import RESULTS, Conditions, ModelResult, TrainingResult, save_results
 from entropy_gpt.evaluation.showing.conversion_page import PICTURE, format_perplexity, report_markdown
 from entropy_gpt.training.errors import DivergedError
@@ -117,7 +119,7 @@ def convert(
 
     Each step is fitted to text and measured against the original on other text, next to its naive version: weights
     copied, nothing fitted. Healing trains the result. An interrupted conversion continues when it is called again
-    with the same arguments.
+    with the same arguments. The result is evaluated on text kept apart, for its card.
 
     Args:
         source (`str` or `Path`): A GPT-2 or EntropyGPT: a folder, a repository on the Hub, or a nanoGPT checkpoint.
@@ -141,7 +143,7 @@ def convert(
         naive (`bool`): Copy weights and fit no norm and no linear map, to measure what fitting gains.
         context (`int`, *optional*): Tokens of a sequence. Default: the model's positions, up to 1024.
         calibration_tokens (`int`): Tokens that the steps are fitted to.
-        evaluation_tokens (`int`): Tokens that each step is measured on.
+        evaluation_tokens (`int`): Tokens that each step is measured on, and the result is evaluated on.
         calibration (`str` or `Path`, *optional*):
             A folder that keeps the statistics of the source, so that another conversion of it need not collect them.
         heal_steps (`int`): Optimiser steps of healing; 0 heals nothing.
@@ -265,7 +267,7 @@ def _import(conversion: Conversion) -> ConversionReport:
     context = find_context(options, original.config)
     conditions = _describe_conditions(options, model, "no text", "", original.config.vocab_size, context, 0)
     report = _make_report(options, original, model, conditions, started, original_nats=None)
-    _save(options, model.cpu(), None, report)
+    _save(options, model.cpu(), None, report, _evaluate(options, model, report, None, SILENT))
     return report
 
 
@@ -305,18 +307,22 @@ def _convert(
     plan = plan_conversion(original.config, target)
     records: list[StepRecord] = []
     model = original
-    for step in plan.simplifications:
-        model = _take(step, model, calibrator, measure, records, options.naive)
-    model = set_training_fields(model, target)
-    healing = None
-    if options.heal_steps:
-        from .heal import heal  # conversions that train nothing do without accelerate
+    with _counted_steps(plan, options, text, progress) as begin_step:
+        for step in plan.simplifications:
+            begin_step()
+            model = _take(step, model, calibrator, measure, records, options.naive)
+        model = set_training_fields(model, target)
+        healing = None
+        if options.heal_steps:
+            from .heal import heal  # conversions that train nothing do without accelerate
 
-        model, healing = heal(options, original, model, calibrator(original), text, progress)
-        divergence, *_ = measure(model, "healing")
-        records.append(_record(f"healed, {options.heal_steps:,} steps", model, [divergence], healing.seconds))
-    for step in plan.finish:
-        model = _take(step, model, calibrator, measure, records, options.naive)
+            begin_step()
+            model, healing = heal(options, original, model, calibrator(original), text, progress)
+            divergence, *_ = measure(model, "healing")
+            records.append(_record(f"healed, {options.heal_steps:,} steps", model, [divergence], healing.seconds))
+        for step in plan.finish:
+            begin_step()
+            model = _take(step, model, calibrator, measure, records, options.naive)
 
     conditions = _describe_conditions(
         *(options, model, text.name, text.revision, len(text.tokenizer), text.context),
@@ -330,8 +336,25 @@ def _convert(
         steps=records,
         healing=healing,
     )
-    _save(options, model.cpu(), text.tokenizer, report)
+    result = _evaluate(options, model, report, text.evaluated, progress)
+    _save(options, model.cpu(), text.tokenizer, report, result)
     return report
+
+
+def _evaluate(
+    options: ConversionOptions,
+    model: EntropyGPTForCausalLM,
+    report: ConversionReport,
+    text: MeasuredText | None,
+    progress: Progress,
+) -> ModelResult:
+    """The model's entry in `results.json`; without text, what it is and how it was made."""
+    name, training = options.output.name, _describe_training(options, report)
+    if text is not None:
+        return measure_model(model, name, text, training, options.seed, progress)
+    width = report.conditions.context - 1
+    result = describe_model(model, name, Windows(width, width, separate=False, bos=False))
+    return replace(result, training=training)
 
 
 def _describe_conditions(
@@ -379,6 +402,33 @@ def _make_report(
         conditions=conditions,
         **measured,
     )
+
+
+@contextmanager
+def _counted_steps(
+    plan: Plan, options: ConversionOptions, text: Text, progress: Progress
+) -> Iterator[Callable[[], None]]:
+    """A stage over all steps, by the tokens that go through a model; yields what is called as each step begins."""
+    # A backward pass takes as long as two forward passes.
+    healing = 3 * options.heal_steps * options.batch_size * text.context
+    work = [_count_tokens(step, options, text) for step in plan.simplifications]
+    work += [healing] * bool(healing) + [_count_tokens(step, options, text) for step in plan.finish]
+    numbers = itertools.count()
+    with progress.stage("all steps of the conversion", sum(work)) as line:
+
+        def begin_step():
+            number = next(numbers)
+            line.reach(sum(work[:number]))
+            line.say(f"step {number + 1} of {len(work)}")
+
+        yield begin_step
+
+
+def _count_tokens(step: Step, options: ConversionOptions, text: Text) -> int:
+    """Tokens that go through a model for a step: it is fitted, and measured with its naive version."""
+    alone = is_naive(step, options.naive)
+    measured = sum(batch.numel() for batch in text.validation) * (1 if alone or step.naive is None else 2)
+    return measured + text.calibration_tokens * (step.calibrated and not alone)
 
 
 def _begin_work(options: ConversionOptions, original: EntropyGPTForCausalLM, text: Text, progress: Progress):
@@ -539,6 +589,7 @@ def _save(
     model: EntropyGPTForCausalLM,
     tokenizer: PreTrainedTokenizerFast | None,
     report: ConversionReport,
+    result: ModelResult,
 ):
     whole = options.work / "whole"
     with written_whole(whole) as folder:
@@ -546,7 +597,7 @@ def _save(
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
         report.save(folder / f"{REPORT}.json")
-        save_results([_describe(options, model, report)], folder / RESULTS)
+        save_results([result], folder / RESULTS)
         (folder / f"{REPORT}.md").write_text(report_markdown(report), encoding="utf-8")
         if report.healing is not None and find_spec("matplotlib"):
             from entropy_gpt.evaluation.showing.plots import plot_healing
@@ -557,10 +608,10 @@ def _save(
     delete(options.work)
 
 
-def _describe(options: ConversionOptions, model: EntropyGPTForCausalLM, report: ConversionReport) -> ModelResult:
-    """The model's entry in `results.json`: what it is and how it was made, nothing measured yet."""
+def _describe_training(options: ConversionOptions, report: ConversionReport) -> TrainingResult:
+    """How the model was made, for its entry in `results.json`."""
     conditions, healing = report.conditions, report.healing
-    training = TrainingResult(
+    return TrainingResult(
         steps=healing.steps if healing else 0,
         tokens=healing.tokens if healing else 0,
         seconds=healing.seconds if healing else 0.0,
@@ -570,5 +621,3 @@ def _describe(options: ConversionOptions, model: EntropyGPTForCausalLM, report: 
         started_from=name_source(options.source),
         base_model=find_base_model(options.source),
     )
-    windows = Windows(conditions.context - 1, conditions.context - 1, separate=False, bos=False)
-    return replace(describe_model(model, options.output.name, windows), training=training)

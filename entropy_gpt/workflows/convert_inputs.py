@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from entropy_gpt.conversion.calibration import HELD_OUT_EVERY, least_rows
 from entropy_gpt.conversion.errors import ConversionError, UserError
 from entropy_gpt.conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELDS, Plan, target_config
+from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText
+from entropy_gpt.evaluation.records.measurement import read_text as read_measured_text
 from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.packing import pack, spread_blocks
@@ -87,6 +89,7 @@ class Text:
         training (`Dataset`): Blocks for healing: column `input_ids`, `context` tokens each.
         calibration (`tuple[torch.Tensor, ...]`): Batches of training text to fit to, each `(rows, context)`.
         validation (`tuple[torch.Tensor, ...]`): Batches of validation text to measure on, each `(rows, context)`.
+        evaluated ([`MeasuredText`], *optional*): What the converted model is evaluated on, if it is.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Text:
     training: "Dataset"
     calibration: tuple[torch.Tensor, ...]
     validation: tuple[torch.Tensor, ...]
+    evaluated: MeasuredText | None = None
 
     @property
     def calibration_tokens(self) -> int:
@@ -226,13 +230,17 @@ def read_text(options: ConversionOptions, config: EntropyGPTConfig, progress: Pr
             for texts in (source.training, source.validation)
         )
         line.say(f"{len(training) + len(validation):,} blocks of {context} tokens")
+    revision = source.revision or f"{source.version} sha256:{digest.hexdigest()[:16]}".strip()
     return Text(
         source.name,
-        source.revision or f"{source.version} sha256:{digest.hexdigest()[:16]}".strip(),
+        revision,
         tokenizer,
         training,
         spread(training, options.calibration_tokens),
         spread(validation, options.evaluation_tokens),
+        read_measured_text(
+            source.name + KEPT_APART, revision, source.validation, tokenizer, context, options.evaluation_tokens
+        ),
     )
 
 

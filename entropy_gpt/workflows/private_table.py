@@ -8,6 +8,7 @@ from pathlib import Path
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference
 from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     NOTATIONS,
@@ -21,12 +22,13 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
 )
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.program.cost import LAN, MEGA, WAN, InferenceCost, Network, parse_network
+from entropy_gpt.evaluation.private_inference.program.program import Span
 from entropy_gpt.training.files import is_finished, written_whole
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 
 from .options import as_tuple, check_positive
 from .private import show_event
-from .private_cost import count_heads
+from .private_cost import count_heads, predict_seconds
 
 
 MEASURED, TABLE, PICTURE = "measured", "table.md", "costs.png"
@@ -57,7 +59,7 @@ def private_table(
         notations (`Sequence[str]`, *optional*): Architectures, in the paper's notation. Default: the paper's four.
         output (`str` or `Path`): Folder for measurements, table and picture.
         n_layer, n_embd, vocab_size (`int`): The sizes of all models.
-        n_head (`int`, *optional*): Heads. Default: heads of 64 dimensions.
+        n_head (`int`, *optional*): Heads. Default: heads of about 64 dimensions.
         context (`int`): Tokens of the prompt.
         networks (`Sequence[str]`): Networks besides LAN and WAN to estimate seconds for, such as "300Mbps,20ms".
         whole (`bool`): Also run the cheapest architecture as a whole, to verify the sum of its parts.
@@ -124,6 +126,12 @@ class TablePlan:
         """The predicted bytes of each row, by its title."""
         return {row.title: row.predict_bytes() for row in self.rows}
 
+    @property
+    def missing(self) -> list[Inference]:
+        """What is not measured yet."""
+        inferences = [*self.parts, *([self.find_whole(self.predicted_bytes)] if self.whole else ())]
+        return [inference for inference in inferences if self.load(inference) is None]
+
     def find_whole(self, total_bytes: dict[str, float]) -> Inference:
         """The cheapest architecture by these bytes, titled as a whole model."""
         return _name_whole(find_cheapest(self.rows, total_bytes))
@@ -141,6 +149,14 @@ class TablePlan:
         """The file of a measurement."""
         name = re.sub(r"[^a-z0-9]+", "-", inference.title.lower()).strip("-")
         return self.output / MEASURED / f"{name}.json"
+
+
+def predict_duration(plan: TablePlan) -> float:
+    """About how many seconds the missing measurements take on two cores."""
+    return sum(
+        predict_seconds(predict(inference.config, inference.settings, Span(0, inference.context)))
+        for inference in plan.missing
+    )
 
 
 def plan_table(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from entropy_gpt.conversion.early_checks import check_page
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results
 from entropy_gpt.evaluation.records.run_log import LOG_NAME, RunLog
@@ -15,7 +16,6 @@ from entropy_gpt.training.files import written_whole
 from entropy_gpt.training.progress import SILENT, Progress
 
 
-HTML, MARKDOWN = ".html", ".md"
 # The name of a picture of an earlier page.
 PICTURE = re.compile(r"[a-z0-9-]+-[0-9a-f]{8}\.png")
 
@@ -61,8 +61,7 @@ def check_output(output: Path):
     Raises:
         `UserError`: If its name ends otherwise, its folder does not exist, or it is a folder.
     """
-    if output.suffix not in (HTML, MARKDOWN):
-        raise UserError(f"--output {output}: the name of a page ends in {HTML} or {MARKDOWN}.")
+    check_page(output)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}. Make it, or give another.")
     if output.is_dir():
@@ -140,7 +139,7 @@ def write_page(results: list[ModelResult], runs: list[RunLog], output: Path):
         output (`Path`): The page.
     """
     page = build_report(results, runs)
-    if output.suffix == HTML:
+    if output.suffix == ".html":
         with written_whole(output) as path:
             path.write_text(page_html(page), encoding="utf-8")
     else:

@@ -105,3 +105,8 @@ class ConversionReport(StoredRecord):
     steps: list[StepRecord] = field(default_factory=list)
     healing: HealingRecord | None = None
     naive: bool = False
+
+    @property
+    def final_nats(self) -> float:
+        """Negative log-likelihood of a token under the converted model, on the text of `original_nats`."""
+        return self.steps[-1].nats if self.steps else self.original_nats

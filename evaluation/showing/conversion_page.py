@@ -12,7 +12,16 @@ from .markdown import markdown_table
 PICTURE = "healing.png"
 # Beyond this many nats, a figure is shown by its order of magnitude.
 LARGEST_NATS = 10.0
-STEP_COLUMNS = ("step", "KL (nats)", "perplexity", "naive KL", "naive perplexity", "parameters", "seconds")
+# The columns of the steps' table: headings in documents, and in a terminal of 80 characters.
+STEP_COLUMNS = {
+    "step": "step",
+    "KL (nats)": "KL to the\noriginal",
+    "perplexity": "ppl per\ntoken",
+    "naive KL": "naive\nKL",
+    "naive perplexity": "naive\nppl",
+    "parameters": "para-\nmeters",
+    "seconds": "sec-\nonds",
+}
 
 
 def step_rows(report: ConversionReport) -> list[tuple[str, ...]]:
@@ -67,7 +76,7 @@ def report_markdown(report: ConversionReport) -> str:
         f"Source: `{report.source}` (final norm: {report.source_final_normalization}, now "
         f"{report.target_final_normalization}).",
         "",
-        markdown_table(STEP_COLUMNS, step_rows(report), text_columns=1),
+        markdown_table([*STEP_COLUMNS], step_rows(report), text_columns=1),
         "",
         "KL: of the next token's distribution, original to converted. Naive: what the step alone would have given "
         "with weights copied and nothing fitted; empty where there is nothing to fit. After =, figures of the "

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Co
 from entropy_gpt.conversion.simplification import Step
 from entropy_gpt.evaluation.measuring.remote_loading import load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
+from entropy_gpt.evaluation.records.results import load_results, save_results
+from entropy_gpt.terminal.convert import show_evaluation
 from entropy_gpt.training.progress import SILENT
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.convert import _Measurement, _take
@@ -103,6 +106,13 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
         assert f"{step.kl:.4f}" in process.stdout
         kept = "= " if step.kept else ""
         assert f"| {step.title} | {kept}{step.kl:.4f} | {kept}{math.exp(step.nats):.2f} |" in page
+    (result,) = load_results(output / "results.json")
+    likelihood = result.likelihood.likelihood
+    assert math.log(likelihood.perplexity) == pytest.approx(report.final_nats, rel=0.1)
+    assert result.heads is not None and result.training.converted_from == "SM+LN+G"
+    first, last = (f"{math.exp(nats):.2f}" for nats in (report.original_nats, report.final_nats))
+    assert f"perplexity per token: {last}; the original has {first} on the same tokens" in process.stdout
+    assert f"perplexity {likelihood.perplexity:.2f} per token" in process.stdout
     assert (output / "healing.png").stat().st_size > 5000
     assert [path.name for path in output.parent.iterdir()] == ["model"]
 
@@ -114,6 +124,24 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     with torch.no_grad():
         save_reference(input_ids, model(input_ids).logits, tmp_path / "reference.safetensors")
     assert load_in_fresh_process(output, tmp_path / "reference.safetensors", "def ").max_difference < 1e-5
+
+
+def test_the_card_needs_nothing_more(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "model")
+    process = run_command("card", folder, "--license", "apache-2.0")
+    assert process.returncode == 0, process.stderr
+    (result,) = load_results(folder / "results.json")
+    assert f"{result.likelihood.likelihood.perplexity:.2f}" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_was_not_evaluated_is_said(finished, tmp_path, capsys):
+    report = ConversionReport.load(finished[0] / "conversion_report.json")
+    (result,) = load_results(finished[0] / "results.json")
+    save_results([replace(result, likelihood=None, heads=None)], tmp_path / "results.json")
+    show_evaluation(report, tmp_path)
+    assert capsys.readouterr().out == (
+        f"not evaluated, because there was no text; do it with: entropy-gpt evaluate {tmp_path}\n"
+    )
 
 
 def test_an_earlier_conversion_is_replaced_only_when_told(finished, source, text):

@@ -1,6 +1,7 @@
 """`entropy-gpt doctor`: here, in environments that lack or break something, and with Hubs of several kinds."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -392,3 +393,14 @@ def test_folders(tmp_path, unwritable, monkeypatch):
     finding = look_at_folder("this folder", unwritable / "none")
     assert finding.mark is Mark.missing
     assert "can't be written to" in finding.found
+
+
+def test_too_little_memory_and_disk_are_warned_of(tmp_path, monkeypatch):
+    assert doctor_job.judge_memory(int(16e9), int(8e9)).mark is Mark.ok
+    scarce = doctor_job.judge_memory(int(8e9), int(1e9))
+    assert (scarce.mark, scarce.found) == (Mark.missing, "8.0 GB, 1.0 GB available; the quickstart takes up to 4.0 GB")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1e8)))
+    full = look_at_folder("this folder", tmp_path)
+    assert full.mark is Mark.missing
+    assert full.found.endswith("0.1 GB free; models and checkpoints take 2.0 GB")

@@ -100,11 +100,11 @@ def test_how_a_run_stands(tmp_path):
         loss_line(1500, float("nan")),
     ]
     log = plot_job.RunLog.load(write_log(tmp_path / "run", run_line("SM"), *lines))
-    assert plot_job.table_row(log) == (
+    assert plot_job.list_rows(plot_job.COLUMNS, [log])[0] == (
         *("run\n SM", "1,500", "nan", "", "1.00", "75%", "25%", "1", "1,500\n1 x back"),
     )
     log = plot_job.RunLog.load(write_log(tmp_path / "run", run_line("SM")))
-    assert plot_job.table_row(log) == ("run\n SM", "0", "", "", "", "", "", "0", "")
+    assert plot_job.list_rows(plot_job.COLUMNS, [log])[0] == ("run\n SM", "0", "", "", "", "", "", "0", "")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,6 @@ def test_misuse_is_one_line(tmp_path):
     process = run("nowhere", folder=tmp_path)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
-    assert line.startswith(f"entropy-gpt: There is no {tmp_path / 'nowhere'}")
+    assert line.startswith("entropy-gpt: There is no nowhere. Give the folder of a training run")
     assert process.stdout == ""
     assert contents(tmp_path) == []

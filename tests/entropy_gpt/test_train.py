@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from entropy_gpt.evaluation.records.results import load_results
 from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.training.checkpoints import STAGING, list_checkpoints
+from entropy_gpt.training.recipe import ARGUMENT_FIELDS, CONFIG_FIELDS
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .forks import run_command
@@ -386,8 +387,17 @@ def test_a_folder_of_something_else_is_not_touched(run, tmp_path):
 
 def test_recipes_and_settings_are_listed():
     recipes = run_command("train")
-    assert "codeparrot-128-18layers" in recipes.stdout
+    row = next(line for line in recipes.stdout.splitlines() if "codeparrot-128-18layers" in line)
+    assert row.split()[-3:] == ["2.56", "3.24", "3.13"]
+    assert "that the paper reports" in " ".join(recipes.stdout.split())
+    assert max(map(len, recipes.stdout.splitlines())) <= 80
     settings = run_command("train", "--settings")
     assert "temperature_lr_multiplier (default: 1.0): Learning rate of temperatures" in settings.stdout
     assert "per_device_train_batch_size" in settings.stdout
+    groups = [line for line in settings.stdout.splitlines() if line and not line.startswith(" ")]
+    assert groups[:3] == ["Model", "Architecture, sizes and penalty", "Text"]
+    assert len(groups) == len({*groups}) and all(len(title) < 80 for title in groups)
+    lines = [line for line in settings.stdout.splitlines() if line.startswith("  ")]
+    assert {line.split()[0] for line in lines} == {*ARGUMENT_FIELDS, *CONFIG_FIELDS}
+    assert not [line for line in lines if line.rstrip().endswith("):")]
     assert "entropy_coefficient (default: 0.16)" in settings.stdout

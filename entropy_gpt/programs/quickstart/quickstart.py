@@ -26,7 +26,7 @@ from entropy_gpt.evaluation.records.measurement import (
     read_text,
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, TrainingResult, load_results, save_results
-from entropy_gpt.evaluation.showing.comparison import comparison_rows, conditions_text
+from entropy_gpt.evaluation.showing.comparison import COLUMNS, comparison_rows, conditions_text
 from entropy_gpt.evaluation.showing.head_plots import compare_models
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal.progress import progress_display
@@ -49,9 +49,11 @@ from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.training.trainer import EntropyTrainer
 from entropy_gpt.workflows.convert import Conversion, convert_with_text
 from entropy_gpt.workflows.convert_inputs import ConversionOptions, Text, spread
+from entropy_gpt.workflows.report import write_page
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .private_stage import answer_privately, private_costs
+from .stages import Stages
 
 
 # The architectures, and what each sets in addition to its notation: the paper's initial temperature.
@@ -75,20 +77,11 @@ THRESHOLD_LR_MULTIPLIER = 10.0
 WARMUP_SHARE = 0.2
 CHECKPOINTS = 15
 EVALUATED_BLOCKS = 512
+# The stages besides those of the architectures.
+TEXT, CONVERSION, LOADING, ANSWERS = "text", "conversion", "loading in a fresh process", "private answers"
+REPORT = "report.html"
 PROMPT = "def __init__(self, "
 LARGEST_DIFFERENCE = 1e-5
-
-# The columns of the report's tables, for a terminal of 80 characters.
-HEADINGS = (
-    "architecture",
-    "final\nnorm",
-    "para-\nmeters",
-    "ppl per\ntoken",
-    "bits/\nbyte",
-    "entropy\n(nats)",
-    "over-\nloaded",
-    "training\nseconds",
-)
 
 console = Console()
 
@@ -124,12 +117,16 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
         `UserError`: If the text can't be used, the folder holds something else, or a model diverges or does not
             load in a fresh process.
     """
-    with progress_display(console) as progress:
+    stages = Stages(console, _list_work(steps, output))
+    with progress_display(console, whole=stages) as progress:
+        stages.begin(TEXT)
         data = _prepare(steps, corpus_path, output, seed, progress)
         for notation in ARCHITECTURES:
             if not (output / "models" / slug(notation)).exists():
-                _train_and_save(notation, data, steps, seed, output, progress)
+                stages.begin(notation)
+                _train_and_save(notation, data, steps, seed, output, progress, stages)
         if not (output / "models" / CONVERTED).exists():
+            stages.begin(CONVERSION)
             _convert_and_save(data, steps, seed, output, progress)
     names = [*map(slug, ARCHITECTURES), CONVERTED]
     try:
@@ -139,11 +136,24 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
     _draw(results, output)
     _save_all(results, output)
     _print_table(results)
-    for name, result in zip(names, results, strict=True):
-        _load_back(name, result.title, output)
-    answer_privately({title: output / "models" / slug(title) for title in PRIVATE}, PROMPT, output)
-    _save_all(results, output)
+    with progress_display(console, transient=True, whole=stages) as progress:
+        stages.begin(LOADING)
+        for name, result in zip(names, results, strict=True):
+            _load_back(name, result.title, output, progress)
+        stages.begin(ANSWERS)
+        answer_privately({title: output / "models" / slug(title) for title in PRIVATE}, PROMPT, output, progress)
+        with progress.stage("drawing the report"):
+            write_page(_save_all(results, output), [], output / REPORT)
     _print_where(output)
+
+
+def _list_work(steps: int, output: Path) -> dict[str, float]:
+    """The stages, and about how many training steps take as long as each; 0 if it is done already."""
+    models = dict.fromkeys(ARCHITECTURES, steps + 150) | {CONVERSION: 2 * HEALING_SHARE * steps + 450}
+    folders = [*map(slug, ARCHITECTURES), CONVERTED]
+    missing = [not (output / "models" / folder).exists() for folder in folders]
+    training = {name: work * wanted for (name, work), wanted in zip(models.items(), missing, strict=True)}
+    return {TEXT: 0, **training, LOADING: 300, ANSWERS: 500}
 
 
 def slug(notation: str) -> str:
@@ -209,12 +219,14 @@ def _tokenize(source: Source, progress: Progress) -> Data:
     return Data(source, tokenizer, training, spread_blocks(validation, EVALUATED_BLOCKS))
 
 
-def _train_and_save(notation: str, data: Data, steps: int, seed: int, output: Path, progress: Progress):
+def _train_and_save(
+    notation: str, data: Data, steps: int, seed: int, output: Path, progress: Progress, stages: Stages
+):
     """Leaves the folder of a trained and measured model, and what it answers to a block of text."""
     checkpoints = output / "checkpoints" / slug(notation)
     set_seed(seed)
     model = EntropyGPTForCausalLM(_make_config(notation, data.tokenizer))
-    seconds = _train(model, data, steps, seed, checkpoints, progress)
+    seconds = _train(model, data, steps, seed, checkpoints, progress, stages)
     training = _describe_training(model, data, steps, seconds)
     result = measure_model(model, slug(notation), data.measured, training, seed, progress)
     _save(model, result, data, output)
@@ -283,7 +295,13 @@ def _make_config(notation: str, tokenizer: PreTrainedTokenizerFast) -> EntropyGP
 
 
 def _train(
-    model: EntropyGPTForCausalLM, data: Data, steps: int, seed: int, checkpoints: Path, progress: Progress
+    model: EntropyGPTForCausalLM,
+    data: Data,
+    steps: int,
+    seed: int,
+    checkpoints: Path,
+    progress: Progress,
+    stages: Stages,
 ) -> float:
     """Trains from the last whole checkpoint on, and returns the seconds that all of training took."""
     arguments = EntropyTrainingArguments(
@@ -305,7 +323,7 @@ def _train(
             args=arguments,
             train_dataset=data.training,
             data_collator=collate_blocks,
-            callbacks=[Stopwatch(), StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))],
+            callbacks=[Stopwatch(), StepObserver(stages.follow(line), lambda loss: line.say(f"loss {loss:.3f}"))],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
@@ -340,16 +358,17 @@ def _draw(results: list[ModelResult], output: Path):
         compare_models(results).savefig(path, format="png")
 
 
-def _save_all(results: list[ModelResult], output: Path):
-    """With what private answers cost, as far as there are any."""
+def _save_all(results: list[ModelResult], output: Path) -> list[ModelResult]:
+    """Saves and returns the results with what private answers cost, as far as there are any."""
     results = [dataclasses.replace(result, costs=private_costs(result.name, output)) for result in results]
     with written_whole(output / RESULTS) as path:
         save_results(results, path)
+    return results
 
 
-def _load_back(name: str, title: str, output: Path):
+def _load_back(name: str, title: str, output: Path, progress: Progress):
     folder = output / "models" / name
-    with console.status(f"loading {escape(str(folder))} in a fresh process"):
+    with progress.stage(f"loading {name}"):
         try:
             loaded = load_in_fresh_process(folder, output / "references" / f"{name}.safetensors", PROMPT)
         except RemoteLoadingError as error:
@@ -367,7 +386,7 @@ def _load_back(name: str, title: str, output: Path):
 
 def _print_table(results: list[ModelResult]):
     rows = [[cell.replace(" from ", "\n  from ") for cell in row] for row in comparison_rows(results)]
-    console.print(make_table(HEADINGS, rows, text_columns=2))
+    console.print(make_table([column.narrow for column in COLUMNS], rows, text_columns=2))
     console.print(escape(conditions_text(results)), style="dim")
 
 
@@ -376,7 +395,8 @@ def _print_where(output: Path):
         "models, ready for the Hub": "models",
         "pictures of headwise entropy, and of where private bytes go": "pictures",
         "the cost of each step of the conversion": "conversion/conversion_report.md",
-        "all numbers": "results.json",
+        "all numbers": RESULTS,
+        "a page of all this, for a browser": REPORT,
     }
     for what, place in places.items():
         console.print(f"{what}: {output / place}", markup=False, soft_wrap=True)

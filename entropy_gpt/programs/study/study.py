@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,6 +20,7 @@ from entropy_gpt.evaluation.records.results import RESULTS, load_results, save_r
 from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.tokenizer import train_tokenizer
 
 from .protocol import Protocol, Row, Run, read_protocol, resolve
@@ -69,13 +69,12 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
         return
     failed: dict[str, str] = {}
     with _locked(output):
-        _prepare(protocol, output)
         with progress_display(console) as progress, progress.stage("study") as line:
-            clock = _Clock(rows, finished)
+            _prepare(protocol, output, progress)
             with contextlib.closing(_work(protocol, rows, output, workers, finished, failed)) as work:
                 for running in work:
-                    line.reach(*clock.reached(finished))
-                    line.say("; ".join([clock.describe(finished), *(worker.run.name for worker in running)]))
+                    line.reach(*_count_steps(rows, finished))
+                    line.say(_describe_state(rows, finished, running))
         _save_models(_save(protocol, finished, output), output)
     if failed:
         raise UserError(
@@ -88,31 +87,18 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
     console.print(f"{len(rows)} rows are measured{without}: {output / RECORD}", markup=False, soft_wrap=True)
 
 
-class _Clock:
-    """How far the study is, by steps of training."""
+def _count_steps(rows: list[Row], finished: dict[str, StudyRun]) -> tuple[int, int]:
+    """Steps of training that are done, and all: at most that many, as several rows may turn out to be the same run."""
+    runs = resolve(rows, finished)
+    steps = {
+        index if run is None else run.name: row.steps for index, (row, run) in enumerate(zip(rows, runs, strict=True))
+    }
+    return sum(count for name, count in steps.items() if name in finished), sum(steps.values())
 
-    def __init__(self, rows: list[Row], finished: dict[str, StudyRun]):
-        self._rows, self._started = rows, time.monotonic()
-        self._before, _ = self.reached(finished)
 
-    def reached(self, finished: dict[str, StudyRun]) -> tuple[int, int]:
-        """Steps that are done, and all: at most this many, as rows that wait for a choice may turn out to be one."""
-        runs = resolve(self._rows, finished)
-        steps = {
-            index if run is None else run.name: row.steps
-            for index, (row, run) in enumerate(zip(self._rows, runs, strict=True))
-        }
-        return sum(count for name, count in steps.items() if name in finished), sum(steps.values())
-
-    def describe(self, finished: dict[str, StudyRun]) -> str:
-        """Rows that are done, and the time left at the pace so far."""
-        runs = resolve(self._rows, finished)
-        text = f"{sum(run is not None and run.name in finished for run in runs)} of {len(runs)} rows"
-        done, total = self.reached(finished)
-        if done > self._before:
-            seconds = (total - done) * (time.monotonic() - self._started) / (done - self._before)
-            text += f", about {timedelta(seconds=round(seconds))} left"
-        return text
+def _describe_state(rows: list[Row], finished: dict[str, StudyRun], running: list[_Worker]) -> str:
+    done = sum(run is not None and run.name in finished for run in resolve(rows, finished))
+    return "; ".join([f"{done} of {len(rows)} rows", *(worker.run.name for worker in running)])
 
 
 def _check_output(protocol: Protocol, output: Path):
@@ -144,14 +130,14 @@ def _load_finished(output: Path) -> dict[str, StudyRun]:
     return {**known, **{run.name: run for run in found}}
 
 
-def _prepare(protocol: Protocol, output: Path):
+def _prepare(protocol: Protocol, output: Path, progress: Progress):
     """The tokenizer that all runs share."""
     with written_whole(output / SHARED) as path:
         path.write_text(json.dumps(protocol.shared, indent=1) + "\n", encoding="utf-8")
     place = output / TOKENIZER
     if place.exists():
         return
-    with console.status("training the tokenizer"), written_whole(place) as folder:
+    with progress.stage("training the tokenizer"), written_whole(place) as folder:
         save_tokenizer(train_tokenizer(load_text(protocol.dataset).training, protocol.vocabulary), folder)
 
 
