@@ -55,7 +55,7 @@ def push(
     folded: Annotated[
         Folded | None,
         typer.Option(
-            help="Send the model folded for inference: beside the model, in a folder of its own, or instead of it.",
+            help="Send the model folded for inference: next to the model, in a folder of its own, or instead of it.",
         ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,

@@ -114,7 +114,7 @@ def evaluate(
         task_data (`str` or `Path`, *optional*): Folder with BLiMP, LAMBADA, HellaSwag or ARC, for tasks `local_*`.
         limit (`int`, *optional*): The number of samples of each task. Default: all.
         batch_tokens (`int`): Tokens in one forward pass. They affect speed and memory, not results.
-        dtype (`str`): Of weights and computation: "float32", "bfloat16" or "float16".
+        dtype (`str`): Type of weights and computation: "float32", "bfloat16" or "float16".
         device (`str`, *optional*): Such as "cpu" or "cuda:0". Default: a GPU if there is one.
         seed (`int`): Seed of the samples that lm-eval draws.
         output (`str` or `Path`, *optional*): Folder for `results.json` and pictures. Default: nothing is written.

@@ -58,7 +58,7 @@ from .private_stage import answer_privately, private_costs
 from .stages import Stages
 
 
-# The architectures, and what each sets beside its notation: the paper's initial temperature.
+# The architectures, and what each sets in addition to its notation: the paper's initial temperature.
 ARCHITECTURES = {"SM+LN+G": {}, "SM+ScFuFFN": {}, "EReg(SM(t)+ScFuFFN)": {"temperature_init": 0.01}}
 # What the first of them is converted to, and healed for this part of the steps.
 TARGET = "EReg(SM(t)+ScFuFFN)"

@@ -221,12 +221,12 @@ def load_text(dataset: str) -> Source:
 def read_package(package: str, release: str, characters: int) -> Corpus:
     """
     The code of an installed package, without its tests: of its files, in an order that depends on their names' hashes,
-    as many as hold so many characters.
+    as many as hold that many characters.
 
     Args:
         package (`str`): Its name.
         release (`str`): The version that it has to have.
-        characters (`int`): Of the files together, no more than these; all in `training`.
+        characters (`int`): Characters of the files together, no more than these; all in `training`.
 
     Raises:
         `UserError`: If it is not installed, or in another version.
@@ -250,7 +250,7 @@ def _hash_of_name(document: Document) -> str:
 
 
 def _end_with_parent():
-    """A run whose command was killed would go on beside the one that is started next."""
+    """A run whose command was killed would go on next to the one that is started next."""
     while os.read(sys.stdin.fileno(), 1):  # without a lock that the interpreter would miss at its end
         pass
     os._exit(1)

@@ -189,7 +189,7 @@ class PartyProcess:
     def _exchange(self, index: int) -> bool:
         """
         The server's share to the client, and the client's word whether the answer can be right. What the client says
-        it tells first: its server may end upon it.
+        it reports first: its server may end upon it.
         """
         share = self.participant.party.share(answer_name(self.job.settings))
         if self.job.rank == SERVER:
