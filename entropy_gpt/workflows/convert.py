@@ -54,7 +54,7 @@ from .convert_inputs import (
 )
 from .heal import heal
 from .library_bars import library_bars_hidden
-from .options import read_options
+from .options import read_options, with_argument_names
 
 
 # What an exact step is checked on: sequences, and tokens of each. And the KL, in nats per token, that rounding leaves.
@@ -83,6 +83,7 @@ class Conversion:
         return plan_conversion(self.original.config, self.target)
 
 
+@with_argument_names
 def convert(
     source: str | Path,
     *,
@@ -167,8 +168,8 @@ def convert(
         `conversion_report.json` in `output`.
 
     Raises:
-        `UserError`: If an argument, the source, the text or the output can't be used. Messages name arguments as
-            options of the command: `heal_steps` is `--heal-steps`.
+        `UserError`: If an argument, the source, the text or the output can't be used. Messages name the
+            option of the command and the argument: `--heal-steps` is `heal_steps`.
         `DivergedError`: If healing diverges, or predictions are not finite after a step.
 
     Example:

@@ -36,7 +36,7 @@ from .evaluate_inputs import (
     tokenize_text,
 )
 from .library_bars import library_bars_hidden
-from .options import as_tuple, read_options
+from .options import as_tuple, read_options, with_argument_names
 
 
 SETTINGS, PICTURES = "settings.json", "pictures"
@@ -44,6 +44,7 @@ SETTINGS, PICTURES = "settings.json", "pictures"
 WITHOUT_EFFECT = ("models", "batch_tokens")
 
 
+@with_argument_names
 def evaluate(
     models: str | Path | Sequence[str | Path],
     *,
@@ -118,7 +119,7 @@ def evaluate(
 
     Raises:
         `UserError`: If an option, a model, the text or a task can't be used, or `output` holds something else. The
-            message names options as the command does, such as `--max-tokens`.
+            message names the option of the command and the argument: `--max-tokens` is `max_tokens`.
 
     Example:
 

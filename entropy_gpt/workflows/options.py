@@ -1,8 +1,11 @@
 """Options of workflows: their types and ranges, checked alike for commands and for callers from Python."""
 
+import functools
+import inspect
 import os
-from collections.abc import Iterable
-from typing import Annotated, TypeVar
+import re
+from collections.abc import Callable, Iterable
+from typing import Annotated, ParamSpec, TypeVar
 
 import pydantic
 from pydantic import BeforeValidator
@@ -12,7 +15,8 @@ from entropy_gpt.conversion.errors import UserError
 
 # A folder, a file, or a repository or data set on the Hub.
 Place = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
-Options = TypeVar("Options")
+Options, Result, Parameters = TypeVar("Options"), TypeVar("Result"), ParamSpec("Parameters")
+OPTION = re.compile(r"--[a-z][a-z-]*")
 OPTIONS_OF_OTHER_NAMES = {"settings": "--set", "shard_size": "--max-shard-size", "licence": "--license"}
 
 
@@ -52,6 +56,27 @@ def check_positive(**numbers: int):
 def as_tuple(values: str | os.PathLike | Iterable) -> tuple:
     """Several values, or a single one given by itself."""
     return (values,) if isinstance(values, str | os.PathLike) else tuple(values)
+
+
+def with_argument_names(workflow: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """
+    Adds to errors of a workflow which arguments the options in the message are, for callers from Python: a message
+    about `--heal-steps` ends with "In Python, --heal-steps is heal_steps."
+    """
+    names = {option_name(name): name for name in inspect.signature(workflow).parameters}
+
+    @functools.wraps(workflow)
+    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        try:
+            return workflow(*arguments, **options)
+        except UserError as error:
+            named = dict.fromkeys(option for option in OPTION.findall(str(error)) if option in names)
+            if named:
+                meant = ", ".join(f"{option} is {names[option]}" for option in named)
+                error.args = (f"{str(error).rstrip('.')}. In Python, {meant}.",)
+            raise
+
+    return call
 
 
 def option_name(field: str) -> str:

@@ -26,7 +26,7 @@ from entropy_gpt.evaluation.private_inference.program.program import Span
 from entropy_gpt.training.files import is_finished, written_whole
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 
-from .options import as_tuple, check_positive
+from .options import as_tuple, check_positive, with_argument_names
 from .private import show_event
 from .private_cost import count_heads, predict_seconds
 
@@ -35,6 +35,7 @@ MEASURED, TABLE, PICTURE = "measured", "table.md", "costs.png"
 DEFAULT_TIMEOUT = 1200
 
 
+@with_argument_names
 def private_table(
     notations: Sequence[str] | None = None,
     *,
