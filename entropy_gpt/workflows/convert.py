@@ -55,7 +55,7 @@ from .convert_inputs import (
     read_text,
 )
 from .heal import CHECKPOINTS
-from .options import read_options
+from .options import read_options, with_argument_names
 from .output_folder import CONVERSION
 
 
@@ -89,6 +89,7 @@ class Conversion:
         return plan_conversion(self.original.config, self.target)
 
 
+@with_argument_names
 def convert(
     source: str | Path,
     *,
@@ -173,8 +174,8 @@ def convert(
         `conversion_report.json` in `output`.
 
     Raises:
-        `UserError`: If an argument, the source, the text or the output can't be used. Messages name arguments as
-            options of the command: `heal_steps` is `--heal-steps`.
+        `UserError`: If an argument, the source, the text or the output can't be used. Messages name the
+            option of the command and the argument: `--heal-steps` is `heal_steps`.
         `DivergedError`: If healing diverges, or predictions are not finite after a step.
 
     Example:

@@ -38,7 +38,7 @@ from .evaluate_inputs import (
     open_text,
     tokenize_text,
 )
-from .options import as_tuple, read_options
+from .options import as_tuple, read_options, with_argument_names
 from .output_folder import EVALUATION
 
 
@@ -47,6 +47,7 @@ PICTURES = "pictures"
 WITHOUT_EFFECT = ("models", "batch_tokens")
 
 
+@with_argument_names
 def evaluate(
     models: str | Path | Sequence[str | Path],
     *,
@@ -126,7 +127,7 @@ def evaluate(
 
     Raises:
         `UserError`: If an option, a model, the text or a task can't be used, or `output` holds something else. The
-            message names options as the command does, such as `--max-tokens`.
+            message names the option of the command and the argument: `--max-tokens` is `max_tokens`.
 
     Example:
 

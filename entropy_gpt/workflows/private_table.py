@@ -27,7 +27,7 @@ from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.files import expanded, written_whole
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 
-from .options import as_tuple, check_positive
+from .options import as_tuple, check_positive, with_argument_names
 from .output_folder import BENCHMARK
 from .private import show_event
 from .private_cost import count_heads, predict_seconds
@@ -37,6 +37,7 @@ MEASURED, TABLE, PICTURE = BENCHMARK.record, "table.md", "costs.png"
 DEFAULT_TIMEOUT = 1200
 
 
+@with_argument_names
 def private_table(
     notations: Sequence[str] | None = None,
     *,

@@ -59,7 +59,7 @@ from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.storage import check_file
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .options import LocalPath, as_tuple, read_options
+from .options import LocalPath, as_tuple, read_options, with_argument_names
 
 
 # A file of every saved EntropyGPT.
@@ -106,6 +106,7 @@ class Publication:
     url: str | None
 
 
+@with_argument_names
 def publish(
     folder: str | Path,
     repository: str,
