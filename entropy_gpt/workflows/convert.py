@@ -42,6 +42,8 @@ from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .convert_inputs import (
+    CHECKPOINTS,
+    KEPT_STATISTICS,
     REPORT,
     ConversionOptions,
     Text,
@@ -54,13 +56,8 @@ from .convert_inputs import (
     name_source,
     read_text,
 )
-from .heal import CHECKPOINTS
 from .options import read_options, with_argument_names
 from .output_folder import CONVERSION
-
-
-# The folder of statistics, in that of unfinished work.
-KEPT_STATISTICS = "calibration"
 
 
 # What an exact step is checked on: sequences, and tokens of each. And the KL, in nats per token, that rounding leaves.

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# Folders in that of unfinished work: statistics of models, and checkpoints of healing.
+KEPT_STATISTICS, CHECKPOINTS = "calibration", "checkpoints"
 # The name of the report, without suffix.
 REPORT = Path(CONVERSION.record).stem
 LONGEST_CONTEXT = 1024

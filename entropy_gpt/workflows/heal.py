@@ -19,11 +19,9 @@ from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.removal_schedule import RemovalSchedule, insert_gates, remove_gates
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .convert_inputs import ConversionOptions, Text
+from .convert_inputs import CHECKPOINTS, ConversionOptions, Text
 
 
-# The folder of checkpoints, in that of unfinished work.
-CHECKPOINTS = "checkpoints"
 # How often healing evaluates the model, and how often it saves a checkpoint.
 HEALING_EVALUATIONS, HEALING_CHECKPOINTS = 15, 10
 # The share of the steps over which the schedule removes; the remaining steps train the target architecture.
