@@ -24,4 +24,4 @@ class PrivateInferenceError(UserError, RuntimeError):
 
 
 class EngineError(PrivateInferenceError):
-    """This side's engine failed. The other side is not told why, since the message may describe this machine."""
+    """This side's engine failed. The other side does not learn why, since the message may describe this machine."""

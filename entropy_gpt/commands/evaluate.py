@@ -7,6 +7,10 @@ from typing import Annotated
 import typer
 
 from entropy_gpt.conversion.early_checks import check_model, check_place
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.workflows.output_folder import EVALUATION
+
+from .paths import read_path
 
 
 class Dtype(StrEnum):
@@ -111,7 +115,9 @@ def evaluate(
     dtype: Annotated[Dtype, typer.Option(help="The type of weights and computation.")] = Dtype.float32,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. Default: a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples that lm-eval draws.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for numbers and pictures.")] = Path("evaluation_output"),
+    output: Annotated[Path, typer.Option(callback=read_path, help="Folder for numbers and pictures.")] = Path(
+        "evaluation_output"
+    ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another evaluation in the folder.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check models and text, and show what would be measured.")
@@ -130,6 +136,9 @@ def evaluate(
         check_model(model)
     for place in filter(None, (text, frequency_text, tokenizer)):
         check_place(place)
+    EVALUATION.is_in(output)  # before the imports, which take seconds
+    if not dry_run:
+        refuse_claimed(output)
     from entropy_gpt.terminal.evaluate import run
     from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
     from entropy_gpt.workflows.options import read_options

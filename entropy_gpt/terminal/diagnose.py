@@ -6,6 +6,7 @@ from rich.console import Console
 
 from entropy_gpt.workflows.diagnose import diagnose
 
+from .progress import progress_display
 from .tables import make_table
 
 
@@ -30,7 +31,7 @@ def run(model: str, text: str, head: str | None, tokenizer: str | None, output: 
     Raises:
         `UserError`: If the model can't be loaded, or text or head do not suit it.
     """
-    with console.status("measuring and drawing"):
+    with progress_display(console, transient=True) as progress, progress.stage("measuring and drawing"):
         diagnosis = diagnose(model, text, head=head, tokenizer=tokenizer, output=output)
     means, uniform = diagnosis.diagnostics.entropies.mean(dim=-1), diagnosis.diagnostics.uniform.mean()
     order = means.flatten().argsort().tolist()

@@ -18,21 +18,26 @@ from entropy_gpt.conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELD
 from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText
 from entropy_gpt.evaluation.records.measurement import read_text as read_measured_text
 from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments
+from entropy_gpt.training.files import is_finished
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.packing import pack, spread_blocks
 from entropy_gpt.training.progress import Progress
+from entropy_gpt.training.storage import check_folder
 from entropy_gpt.training.tokenizer import check_end_of_text
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .options import Place, option_name
-from .output_folder import holds_earlier_output, refuse_to_delete
+from .options import LocalPath, Place, option_name
+from .output_folder import CONVERSION, refuse_to_delete
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-REPORT = "conversion_report"
+# Folders in that of unfinished work: statistics of models, and checkpoints of healing.
+KEPT_STATISTICS, CHECKPOINTS = "calibration", "checkpoints"
+# The name of the report, without suffix.
+REPORT = Path(CONVERSION.record).stem
 LONGEST_CONTEXT = 1024
 # Tokens in one forward pass.
 BATCH_TOKENS = 4096
@@ -44,7 +49,7 @@ class ConversionOptions:
 
     source: Place
     to: str
-    output: Annotated[Path, AfterValidator(Path.resolve)]
+    output: Annotated[LocalPath, AfterValidator(Path.resolve)]
     text: Place | None = None
     split: str = "train"
     config: str | None = None
@@ -59,7 +64,7 @@ class ConversionOptions:
     context: Annotated[int, Field(ge=2)] | None = None
     calibration_tokens: Annotated[int, Field(ge=1)] = 65536
     evaluation_tokens: Annotated[int, Field(ge=1)] = 16384
-    calibration: Path | None = None
+    calibration: LocalPath | None = None
     heal_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["none", "gate", "staircase"] = "none"
     distill: bool = False
@@ -73,8 +78,8 @@ class ConversionOptions:
 
     @property
     def work(self) -> Path:
-        """The folder of unfinished work, next to the output."""
-        return self.output.with_name(f".converting-{self.output.name}")
+        """The folder of unfinished work."""
+        return CONVERSION.work(self.output)
 
 
 @dataclass(frozen=True)
@@ -145,9 +150,11 @@ def check_output(options: ConversionOptions):
     folder = options.calibration
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UserError(f"--calibration {folder} is not a folder: give a folder, or a new name.")
-    if holds_earlier_output(options.output, f"{REPORT}.json", "conversion", options.overwrite):
-        folders = {path for path in options.output.iterdir() if path.is_dir()}
-        refuse_to_delete({*_inputs_inside(options), *folders}, "conversion")
+    if folder is not None:
+        check_folder(folder, "--calibration")
+    if CONVERSION.is_replaced_in(options.output, options.overwrite):
+        folders = {path for path in options.output.iterdir() if path.is_dir() and is_finished(path)}
+        refuse_to_delete({*_inputs_inside(options), *folders}, CONVERSION)
 
 
 def name_source(source: str) -> str:

@@ -26,7 +26,7 @@ from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tok
 from entropy_gpt.training.sources import Source, open_source
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .options import Head, Place, option_name
+from .options import Head, LocalPath, Place, option_name
 
 
 LONGEST_BLOCK = 1024
@@ -57,7 +57,7 @@ class EvaluationOptions:
     prompt: str | None = None
     head: Head = None
     tasks: str | None = None
-    task_data: Path | None = None
+    task_data: LocalPath | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_tokens: Annotated[int, Field(ge=1)] = BATCH_TOKENS
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

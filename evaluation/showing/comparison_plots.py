@@ -28,7 +28,7 @@ QUANTILE_COLOR, HEAD_COLOR = RUN_COLORS[0], RUN_COLORS[1]
 LONGEST_NAME = 44
 # Inches that a picture grows by until its labels have room.
 GROWTH = 1.5
-# Panels beside one another.
+# Panels in a row.
 MOST_COLUMNS = 3
 PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.6g}")
 
@@ -45,11 +45,11 @@ def plot_tradeoff(
     without being worse in the other.
 
     Args:
-        names (`list[str]`): Of the models.
-        costs (`list[float]`): Of each, above 0.
-        perplexities (`list[float]`): Of each.
+        names (`list[str]`): Names of the models.
+        costs (`list[float]`): Cost of each model, above 0.
+        perplexities (`list[float]`): Perplexity of each model.
         cost_title (`str`): What the costs are.
-        deviations (`list[float]`, *optional*): Of each perplexity, drawn as an error bar; NaN where it is unknown.
+        deviations (`list[float]`, *optional*): Deviation of each perplexity, drawn as an error bar; NaN where unknown.
     """
     deviations = deviations or [math.nan] * len(names)
     for height in itertools.count(4.6, GROWTH):

@@ -33,14 +33,14 @@ MOST_IN_A_ROW = 4
 # Inches of a head and of a layer in a heat map, with numbers and without, and the least of a panel.
 CELL_WITH_NUMBER, CELL, LEAST_PANEL = (0.36, 0.26), (0.22, 0.14), (3.8, 2.6)
 LEAST_COLUMN = 4.9
-# Beyond so many heads a layer, their numbers are small.
+# Beyond this many heads a layer, their numbers are small.
 HEADS_WITH_LARGE_NUMBERS = 8
 LARGE_NUMBERS, SMALL_NUMBERS = 8.5, 6.5
 # Sinks are drawn on a scale that ends no lower than here, in percent.
 LEAST_SINK_SCALE = 20.0
-# Spectral norms are told in thousands from here on.
+# Spectral norms are shown in thousands from here on.
 FIRST_IN_THOUSANDS = 10_000
-# The diversity of so many layers has its number beside its bar.
+# Up to this many layers, each bar of the diversity has its number.
 MOST_NUMBERED_BARS = 16
 LEGEND_SIZE = 8
 LIMIT_COLOR = "#D55E00"
@@ -89,7 +89,7 @@ def compare_models(results: Sequence[ModelResult]) -> Figure:
     the same entropy in all of them, as the length of the sequences differs, each panel names its own.
 
     Args:
-        results (`Sequence[ModelResult]`): Of models whose heads were looked at.
+        results (`Sequence[ModelResult]`): Results of models whose heads were looked at.
     """
     maxima = {result.heads.heads.entropy.maximum for result in results}
     titles = [result.title for result in results]

@@ -30,14 +30,14 @@ from .plots import (
 )
 
 
-# Okabe and Ito's, which the colour-blind tell apart; after the last, the first come again with another style of line.
+# Okabe and Ito's, which the colour-blind can distinguish. After the last, the first come again in another line style.
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", ":")
 MARKERS = "os^DvP"
 DIVERGENCE_COLOR = "#D55E00"
 # The yellow end of the colour map can't be seen on white.
 LAST_LAYER_COLOR = 0.9
-# Up to so many records, each is marked.
+# Up to this many records, each is marked.
 MOST_MARKED_RECORDS = 20
 # A scale is logarithmic from this ratio of its largest to its smallest number on.
 LOGARITHMIC_FROM = 20
@@ -156,7 +156,7 @@ def plot_head_entropies(runs: list[RunLog], steps: list[int] | None = None) -> F
 
 
 def choose_records(run: RunLog, steps: list[int] | None = None) -> list[EntropyRecord]:
-    """The records nearest to these steps; else the first, the middle and the last, as far as there are so many."""
+    """The records nearest to these steps; else the first, the middle and the last, as far as there are three."""
     if steps is not None:
         return [run.nearest_entropies(step) for step in steps]
     last = len(run.entropies) - 1
@@ -165,7 +165,7 @@ def choose_records(run: RunLog, steps: list[int] | None = None) -> list[EntropyR
 
 def plot_thresholds(runs: list[RunLog]) -> Figure:
     """
-    Draws the learned thresholds of every head as a heat map, and by layer beside those at the first record (the
+    Draws the learned thresholds of every head as a heat map, and by layer with those at the first record (the
     paper's figures 6 and 7). A run is a row.
 
     Args:
@@ -322,7 +322,7 @@ def _is_there(run: RunLog, values: Callable[[EntropyRecord], Iterable[float] | N
 
 
 class _LayerColors:
-    """A colour for each layer, and the bar that tells which."""
+    """A colour for each layer, and the bar that shows which."""
 
     def __init__(self, layers: int):
         self.layers = layers

@@ -20,7 +20,7 @@ from .plots import COLORMAP, DOTS_PER_INCH, wrap
 # Inches: of a token, of a head, and of the axes at least and at most.
 TOKEN, HEAD = 0.2, 0.16
 LEAST_AXES, MOST_AXES = 3.0, 14.0
-# Inches that labels need: one beside the other, and each letter.
+# Inches that labels need: one next to the other, and each letter.
 LABEL, LETTER = 0.13, 0.075
 LABEL_SIZE = 7
 LONGEST_LABEL = 14
@@ -118,7 +118,7 @@ def _open(width: float, height: float, title: str, layout: str = "constrained") 
 
 
 def _add_scale(figure: Figure, image: AxesImage, panels: list[Axes], width: float, height: float, **options):
-    """Draws the scale of colours at the right, as wide beside a long text as beside a short one."""
+    """Draws the scale of colours at the right, as wide for a long text as for a short one."""
     figure.colorbar(
         image, ax=panels, fraction=SCALE_WIDTH / width, aspect=height / SCALE_WIDTH, pad=SCALE_WIDTH / width, **options
     )

@@ -249,6 +249,8 @@ def test_a_conversion_prints_nothing(source, text, tmp_path, silence):
         ({"seed": -1}, "--seed -1: "),
         ({"settings": {"n_layer": 3}}, "--set n_layer=3: only resid_pdrop"),
         ({"distill": True}, "--distill has no effect without --heal-steps"),
+        ({"distill": True}, "In Python, --distill is distill, --heal-steps is heal_steps."),
+        ({"settings": {"n_layer": 3}}, "--set is settings"),
         ({"to": "SM+ScFuFN"}, "'ScFuFFN'"),
         ({"text": "/nowhere"}, "There is no /nowhere"),
     ],

@@ -67,7 +67,7 @@ def private_costs(name: str, output: Path) -> list[PrivateCost]:
     What the private answer of a model cost, in this run or an earlier one; nothing where there is none.
 
     Args:
-        name (`str`): Of the model's folder.
+        name (`str`): Name of the model's folder.
         output (`Path`): The quickstart's folder.
 
     Raises:

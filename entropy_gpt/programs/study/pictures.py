@@ -34,7 +34,7 @@ from .tables import (
 
 
 PANEL = (3.4, 3.2)
-# Of the scratch and the converted models in the curves.
+# Colours of the scratch and the converted models in the curves.
 SCRATCH_COLOR, OWN_COLOR, ALL_COLOR, BASELINE_COLOR = RUN_COLORS[0], RUN_COLORS[1], RUN_COLORS[2], "#4a5158"
 
 
@@ -138,7 +138,7 @@ def plot_heads(study: Study) -> Figure:
 
 
 def plot_tolerance(study: Study) -> Figure:
-    """Test perplexity and mean entropy against the tolerance of the penalty, beside the model without a penalty."""
+    """Test perplexity and mean entropy against the tolerance of the penalty, with the model without a penalty."""
     runs = sorted(list_trained(study.group("tolerance")), key=lambda run: run.settings["entropy_tolerance"])
     without = list_trained(by_notation(study.group(LADDER)).get(UNREGULARIZED, []))[:1]
     figure = Figure(figsize=(8.4, 3.6), dpi=DOTS_PER_INCH, layout="constrained")

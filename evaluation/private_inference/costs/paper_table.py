@@ -3,7 +3,7 @@ The paper's table of private inference (arXiv 2501.03489, table 2), measured bet
 
 Blocks of one kind cost the same: those with an FFN, and those without one or with one that is absorbed. So a model
 that has the first block, in which memory is taken for the first time, one of each kind that lies between, and the last
-one, tells what all blocks of an architecture take; the embedding and the head are the same for all architectures.
+one, shows what all blocks of an architecture take; the embedding and the head are the same for all architectures.
 """
 
 import statistics
