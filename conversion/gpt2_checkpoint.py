@@ -44,6 +44,7 @@ from modeling_entropy_gpt import (
 from modeling_entropy_gpt.configuration_entropy_gpt import GPT2_CONSTANTS
 
 from .assembly import assemble
+from .early_checks import ADAPTER_CONFIG
 from .errors import ConversionError
 from .foreign_files import identify
 
@@ -88,7 +89,6 @@ NANOGPT_OPTIONS = frozenset({"bias", "dropout"})
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 # The exact GELU of nanoGPT, and the approximation by tanh that it had until 14 June 2023.
 NANOGPT_ACTIVATIONS = (GELU, TANH_GELU) = ("gelu", "gelu_new")
-ADAPTER_CONFIG = "adapter_config.json"
 # How the unpickler of torch names what it refuses.
 REFUSED = re.compile(r"(?:GLOBAL|Unsupported class) (\S+)")
 MOST_NAMES_SHOWN = 5

@@ -161,8 +161,8 @@ def _is_new(folder: Path, seen: set[Path | None]) -> bool:
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """What is not read and why, such as `12 .png, 2 hidden`; nothing if all is."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
+    """What is not read and why, such as `.png (12), hidden (2)`."""
+    return ", ".join(f"{reason} ({count:,})" for reason, count in left_out.most_common())
 
 
 def _survey(root: Path, texts: Iterable[tuple[Path, str]]) -> tuple[list[Document], str]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -66,6 +67,11 @@ def read_recipe(source: str, overrides: dict[str, Any]) -> Recipe:
         model, data, training, lora = _Parser(SECTIONS).parse_args_into_dataclasses(words)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{path.name}: {error}") from error
+    if "tensorboard" in training.report_to and find_spec("tensorboard") is None:
+        raise RecipeError(
+            f"{path.name}: report_to has tensorboard, which is not installed: pip install 'entropy-gpt[tensorboard]', "
+            "or set report_to=none."
+        )
     return Recipe(path.stem, settings, model, config_fields, data, training, lora)
 
 

@@ -16,6 +16,7 @@ from entropy_gpt.conversion.early_checks import check_model, check_notation, che
 from entropy_gpt.conversion.errors import ConversionError
 
 from .errors import RecipeError
+from .files import expanded
 
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -68,7 +69,7 @@ def find_recipe(source: str) -> Path:
     Raises:
         `RecipeError`: If there is none.
     """
-    for path in (Path(source), RECIPES / f"{source.removesuffix('.yaml')}.yaml"):
+    for path in (Path(expanded(source)), RECIPES / f"{source.removesuffix('.yaml')}.yaml"):
         if path.is_file():
             return path
     nearest = find_nearest(Path(source).expanduser())
@@ -78,7 +79,8 @@ def find_recipe(source: str) -> Path:
 
 def read_settings(source: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """
-    The settings of a recipe by their names; without `output_dir`, that is `runs/` and the recipe's name.
+    The settings of a recipe by their names; without `output_dir`, that is `runs/` and the recipe's name. In texts, a
+    leading `~` stands for the home folder.
 
     Args:
         source (`str`): A YAML file, or the name of a recipe that comes with this package.
@@ -89,6 +91,7 @@ def read_settings(source: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """
     path = find_recipe(source)
     settings = {"output_dir": str(Path("runs", path.stem)), **read_yaml(path), **overrides}
+    settings = {name: expanded(value) if isinstance(value, str) else value for name, value in settings.items()}
     known = sorted({*argument_names(), *config_names()})
     for name in settings:
         if name not in known:

@@ -17,8 +17,9 @@ from .arguments import EntropyTrainingArguments
 from .callbacks import find_callback
 from .checkpoints import STAGING, seal
 from .divergence import MOST_ROLLBACKS, DivergenceGuard, base_model, find_first_bad_layer
-from .files import delete
+from .files import delete, give_usual_mode
 from .model_loss import ModelLoss
+from .storage import storing
 
 
 # Scalars and vectors that weight decay would pull away from what they mean, and the argument with the multiple of the
@@ -288,15 +289,22 @@ class EntropyTrainer(ModelLoss, Trainer):
         if self.args.should_save:
             delete(self._staging)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        written, self._staging = self._staging / name, None
-        self.accelerator.wait_for_everyone()
+        try:
+            with storing(folder / name):
+                super()._save_checkpoint(model, trial)
+                written = self._staging / name
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._name_best_checkpoint(written, folder)
+                    give_usual_mode(written)
+                    seal(written)
+                    delete(folder / name)
+                    written.replace(folder / name)
+        finally:
+            self._staging = None
+            if self.args.should_save:
+                delete(folder / STAGING)
         if self.args.should_save:
-            self._name_best_checkpoint(written, folder)
-            seal(written)
-            delete(folder / name)
-            written.replace(folder / name)
-            delete(folder / STAGING)
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,

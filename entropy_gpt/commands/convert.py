@@ -7,6 +7,10 @@ from typing import Annotated
 import typer
 
 from entropy_gpt.conversion.early_checks import check_model, check_notation, check_place
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.workflows.output_folder import CONVERSION
+
+from .paths import read_path
 
 
 class Norm(StrEnum):
@@ -33,7 +37,7 @@ def convert(
     to: Annotated[
         str, typer.Option(help="The target architecture, such as 'EReg(SM(t)+ScFuFFN)' or 'SM+StaticLN+G'.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the model and the report.")],
+    output: Annotated[Path, typer.Option(callback=read_path, help="Folder for the model and the report.")],
     text: Annotated[
         str | None,
         typer.Option(
@@ -137,6 +141,10 @@ def convert(
     check_notation(to)
     for place in filter(None, (text, tokenizer)):
         check_place(place)
+    output = output.resolve()
+    CONVERSION.is_replaced_in(output, overwrite)  # before the imports, which take seconds
+    if not dry_run:
+        refuse_claimed(CONVERSION.work(output), output)
     from entropy_gpt.terminal.convert import run
 
     run(

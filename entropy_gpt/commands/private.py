@@ -9,6 +9,11 @@ from typing import Annotated
 import typer
 
 from entropy_gpt.conversion.early_checks import check_model, check_notation, check_place, is_model
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.training.storage import check_file
+from entropy_gpt.workflows.output_folder import BENCHMARK
+
+from .paths import read_path
 
 
 private = typer.Typer(
@@ -40,11 +45,17 @@ class Learned(StrEnum):
     token = "token"
 
 
-Certificate = Annotated[Path | None, typer.Option("--cert", help="This side's certificate, in PEM.")]
-Key = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
+Certificate = Annotated[
+    Path | None, typer.Option("--cert", callback=read_path, help="This side's certificate, in PEM.")
+]
+Key = Annotated[Path | None, typer.Option("--key", callback=read_path, help="Its private key.")]
 Authority = Annotated[
     Path | None,
-    typer.Option("--ca", help="Certificates of the authorities that may sign the other side's certificate."),
+    typer.Option(
+        "--ca",
+        callback=read_path,
+        help="Certificates of the authorities that may sign the other side's certificate.",
+    ),
 ]
 Insecure = Annotated[
     bool,
@@ -175,7 +186,8 @@ def ask(
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     networks: Networks = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the cost to this file, as JSON.")
+        Path | None,
+        typer.Option("--output", "-o", callback=read_path, help="Write the cost to this file, as JSON."),
     ] = None,
     timeout: Timeout = 600,
 ):
@@ -185,6 +197,7 @@ def ask(
     Example: entropy-gpt private ask - --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key --ca ca.pem
     < prompt.txt
     """
+    _check_files(output)
     check_place(tokenizer)
     from entropy_gpt.terminal.private import ask as run
 
@@ -214,11 +227,14 @@ def demo(
     tokenizer: TokenizerPlace = None,
     networks: Networks = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the cost of each step to this file, as JSON.")
+        Path | None,
+        typer.Option("--output", "-o", callback=read_path, help="Write the cost of each step to this file, as JSON."),
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Write the total cost to this file, as a result for report, card and push."),
+        typer.Option(
+            callback=read_path, help="Write the total cost to this file, as a result for report, card and push."
+        ),
     ] = None,
     timeout: Timeout = 600,
 ):
@@ -227,6 +243,7 @@ def demo(
 
     Example: entropy-gpt private demo model_cards/models/converted --max-new-tokens 3
     """
+    _check_files(output, results)
     check_model(model)
     if tokenizer is not None:
         check_place(tokenizer)
@@ -316,9 +333,9 @@ def benchmark(
         bool,
         typer.Option("--full", help="Also run the cheapest architecture as a whole, to verify the sum of its parts."),
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for measurements, table and picture.")] = Path(
-        "private_benchmark_output"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=read_path, help="Folder for measurements, table and picture.")
+    ] = Path("private_benchmark_output"),
     timeout: Timeout = 1200,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be measured, with predicted MB, and measure nothing.")
@@ -334,6 +351,9 @@ def benchmark(
     """
     for notation in notations or ():
         check_notation(notation, n_layer)
+    BENCHMARK.is_in(output)  # before the imports, which take seconds
+    if not dry_run:
+        refuse_claimed(output)
     from entropy_gpt.terminal.private_table import run
 
     run(
@@ -349,3 +369,10 @@ def benchmark(
         whole=whole,
         timeout=timeout,
     )
+
+
+def _check_files(*files: Path | None):
+    """Refuses files that can't be written, before the imports and the work, which take long."""
+    for file in files:
+        if file is not None:
+            check_file(file)

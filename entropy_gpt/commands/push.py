@@ -8,6 +8,8 @@ import typer
 
 from entropy_gpt.conversion.early_checks import check_model, check_path
 
+from .paths import read_path, read_paths
+
 
 class Folded(StrEnum):
     beside = "beside"
@@ -16,12 +18,17 @@ class Folded(StrEnum):
 
 Model = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="Folder of a trained model with its tokenizer, as train and convert write it."),
+    typer.Argument(
+        metavar="DIR",
+        callback=read_path,
+        help="Folder of a trained model with its tokenizer, as train and convert write it.",
+    ),
 ]
 Results = Annotated[
     list[Path] | None,
     typer.Option(
         "--results",
+        callback=read_paths,
         help="Results of the model besides those in its folder: a file, or a folder with a results.json. Can be "
         "repeated. Results of other models are ignored.",
     ),
@@ -48,7 +55,7 @@ def push(
     folded: Annotated[
         Folded | None,
         typer.Option(
-            help="Send the model folded for inference: beside the model, in a folder of its own, or instead of it.",
+            help="Send the model folded for inference: next to the model, in a folder of its own, or instead of it.",
         ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,

@@ -6,6 +6,10 @@ from typing import Annotated
 import typer
 
 from entropy_gpt.conversion.early_checks import check_path
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.workflows.output_folder import QUICKSTART
+
+from .paths import read_path
 
 
 DEFAULT_STEPS = 1300
@@ -17,10 +21,13 @@ def quickstart(
     corpus: Annotated[
         Path | None,
         typer.Option(
-            help="Text to train on: a text or data file, or a folder of such. Default: Python's standard library."
+            callback=read_path,
+            help="Text to train on: a text or data file, or a folder of such. Default: Python's standard library.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for models, pictures and results.")] = DEFAULT_OUTPUT,
+    output: Annotated[
+        Path, typer.Option(callback=read_path, help="Folder for models, pictures and results.")
+    ] = DEFAULT_OUTPUT,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and data order.")] = 0,
 ):
     """
@@ -36,6 +43,8 @@ def quickstart(
     """
     if corpus is not None:
         check_path(corpus)
+    QUICKSTART.is_in(output)  # before the imports, which take seconds
+    refuse_claimed(output)
     from entropy_gpt.programs.quickstart import quickstart as quickstart_job
 
     quickstart_job.run(steps=steps, corpus_path=corpus, output=output, seed=seed)

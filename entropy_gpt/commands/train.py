@@ -1,5 +1,7 @@
 """Options of `entropy-gpt train`, which trains a model by a recipe."""
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,8 +41,15 @@ def train(
     Example: entropy-gpt train python-stdlib-small notation='SM+ScFuFFN' max_steps=500
     """
     if recipe is not None and not show_settings:
+        from entropy_gpt.training.claims import refuse_claimed
+        from entropy_gpt.training.storage import check_folder
+
         overrides = dict(map(read_override, settings or []))
-        read_settings(recipe, overrides)  # refused before the imports, which take seconds
+        # Refused before the imports, which take seconds.
+        output = read_settings(recipe, overrides)["output_dir"]
+        check_folder(Path(str(output)), "output_dir")
+        if not dry_run and os.environ.get("RANK", "0") == "0":  # the first of several processes claims it for all
+            refuse_claimed(Path(str(output)))
     from entropy_gpt.terminal.train import print_recipes, print_settings, run
 
     if show_settings:

@@ -32,7 +32,7 @@ from .progress import progress_display
 
 PROJECT = "entropy-gpt"
 CORE = "core"
-EXTRAS = (Part.train, Part.eval, Part.private, Part.onnx)
+EXTRAS = (Part.train, Part.eval, Part.tasks, Part.private, Part.onnx)
 # Time limits of separate processes, long enough for a slow disk with an empty cache.
 IMPORT_SECONDS, HUB_SECONDS, ENGINE_SECONDS, GPU_SECONDS = 120, 30, 120, 300
 # Bytes that the quickstart takes with its private answers, and that a conversion of GPT-2 small leaves and downloads.
@@ -459,7 +459,8 @@ def judge_gpu(reported: Reported) -> Section:
     """Whether `make gpu` can run."""
     facts = {name: fact for value in reported.values for name, fact in value.items()}
     if not facts.get("device"):
-        return Section("gpu", [Finding(Mark.failed, "GPU", reported.ending or "none visible to torch")])
+        finding = Finding(Mark.failed, "GPU", reported.ending or "none visible to torch")
+        return Section("gpu", [finding], ["on a machine with a GPU and a torch built for it: make gpu"])
     findings, remedies = [Finding(Mark.ok, "GPU", facts["device"])], []
     if facts["obstacle"] is not None:
         findings.append(Finding(Mark.failed, "kernel", f"does not serve: {facts['obstacle']}"))

@@ -8,7 +8,7 @@ from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.evaluation.showing.columns import Column, entropy_columns, list_rows
 from entropy_gpt.evaluation.showing.run_pictures import PICTURES, Drawing, draw_pictures
-from entropy_gpt.evaluation.showing.run_plots import choose_records
+from entropy_gpt.training.storage import check_folder
 
 from .progress import progress_display
 from .tables import make_table
@@ -34,8 +34,7 @@ def run(paths: list[Path], output: Path | None, steps: str | None):
     if output is None:
         output = runs[0].path.parent / PICTURES if len(runs) == 1 else Path(PICTURES)
     output = output.resolve()
-    if not next(place for place in (output, *output.parents) if place.exists()).is_dir():
-        raise UserError(f"{output} is not a writable folder. Give another --output.")
+    check_folder(output)
     with progress_display(console, transient=True) as progress, progress.stage("drawing"):
         drawings = draw_pictures(runs, output, wanted)
     show(runs, drawings, wanted)
@@ -116,6 +115,8 @@ COLUMNS = (
 
 
 def _print_nearest_steps(runs: list[RunLog], steps: list[int]):
+    from entropy_gpt.evaluation.showing.run_plots import choose_records
+
     for run in runs:
         if not run.entropies:
             continue

@@ -182,7 +182,7 @@ def print_answer(prompt: str, answer: PrivateAnswer):
     prompt, text = (escape(clean(part, kept="\n\t", most=None)) for part in (prompt, answer.text))
     if answer.repeats:
         console.print(f"{answer.repeats} token(s) were out of range and computed again.")
-    console.print(f"\n[dim]{prompt}[/dim][bold]{text}[/bold]", highlight=False)
+    console.print(f"\n[dim]{prompt}[/dim][bold]{text}[/bold]", highlight=False, soft_wrap=True)
     if answer.check:
         console.print(f"in the clear, {describe_check(answer.check)}", soft_wrap=True)
 

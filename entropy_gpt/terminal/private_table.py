@@ -75,4 +75,5 @@ def _print_table(table: PaperTable, plan: TablePlan):
     for note in table.notes:
         console.print(note, markup=False, highlight=False)
     for title, path in {"table": TABLE, "picture": PICTURE, "records": MEASURED}.items():
-        console.print(f"{title}: {plan.output / path}", markup=False, soft_wrap=True)
+        if (plan.output / path).exists():
+            console.print(f"{title}: {plan.output / path}", markup=False, soft_wrap=True)

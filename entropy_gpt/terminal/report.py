@@ -4,7 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from entropy_gpt.workflows.report import check_output, read_inputs, write_page
+from entropy_gpt.workflows.output_folder import check_page
+from entropy_gpt.workflows.report import read_inputs, write_page
 
 from .progress import progress_display
 
@@ -23,7 +24,7 @@ def run(paths: list[Path], output: Path):
     Raises:
         `UserError`: If a path can't be read or the results can't be shown together, or the page can't be written.
     """
-    check_output(output)
+    check_page(output)
     results, runs = read_inputs(paths)
     with progress_display(console, transient=True) as progress, progress.stage("drawing"):
         write_page(results, runs, output)

@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from entropy_gpt.training.recipe import describe_setting, group_settings
 from entropy_gpt.training.recipe_file import RECIPES, list_recipes
@@ -95,10 +94,8 @@ def _show_plan(planned: PlannedRun, console: Console):
         rows["starts from"] += f" ({start.source.config.notation}), converted first"
     if recipe.lora.lora_r is not None:
         rows["adapters"] = f"rank {recipe.lora.lora_r} on {', '.join(recipe.lora.lora_target_modules)}"
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in rows.items():
-        table.add_row(name, escape(value))
-    console.print(table)
+        console.print(f"{name:14}{value}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_result(trained: TrainedRun, console: Console):
@@ -110,6 +107,13 @@ def _show_result(trained: TrainedRun, console: Console):
             "leaves no model except its checkpoints."
         )
     plot.show([trained.log], trained.drawings)
+    if not trained.drawings:
+        console.print(
+            f"no pictures, since matplotlib is not installed: pip install 'entropy-gpt[eval]', then entropy-gpt plot "
+            f"{trained.folder}",
+            markup=False,
+            soft_wrap=True,
+        )
     if trained.result is not None:
         likelihood = trained.result.likelihood.likelihood
         console.print(

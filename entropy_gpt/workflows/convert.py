@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,17 @@ from entropy_gpt.evaluation.records.conversion_report import ConversionReport, S
 from entropy_gpt.evaluation.records.measurement import MeasuredText, describe_model, measure_model
 from entropy_gpt.evaluation.records.results import RESULTS, Conditions, ModelResult, TrainingResult, save_results
 from entropy_gpt.evaluation.showing.conversion_page import PICTURE, format_perplexity, report_markdown
-from entropy_gpt.evaluation.showing.plots import plot_healing
+from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.errors import DivergedError
-from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.training.files import begun_move, delete, empty_folder, put_in_place, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import has_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .convert_inputs import (
+    CHECKPOINTS,
+    KEPT_STATISTICS,
     REPORT,
     ConversionOptions,
     Text,
@@ -52,9 +56,8 @@ from .convert_inputs import (
     name_source,
     read_text,
 )
-from .heal import heal
-from .library_bars import library_bars_hidden
 from .options import read_options, with_argument_names
+from .output_folder import CONVERSION
 
 
 # What an exact step is checked on: sequences, and tokens of each. And the KL, in nats per token, that rounding leaves.
@@ -245,13 +248,16 @@ def perform(conversion: Conversion, progress: Progress) -> ConversionReport:
         `UserError`: If the text can't be used.
         `DivergedError`: If healing diverges, or predictions are not finite after a step.
     """
-    if not _needs_text(conversion):
-        return _import(conversion)
-    text = read_text(conversion.options, conversion.original.config, progress)
-    try:
-        return convert_with_text(conversion, text, progress)
-    except NotFiniteError as error:
-        raise DivergedError(str(error)) from error
+    options = conversion.options
+    with claimed(options.work, lambda: _goes_on(options), options.output):
+        check_output(options)  # another command may have written there meanwhile
+        if not _needs_text(conversion):
+            return _import(conversion)
+        text = read_text(options, conversion.original.config, progress)
+        try:
+            return convert_with_text(conversion, text, progress)
+        except NotFiniteError as error:
+            raise DivergedError(str(error)) from error
 
 
 def _needs_text(conversion: Conversion) -> bool:
@@ -269,8 +275,9 @@ def _import(conversion: Conversion) -> ConversionReport:
     context = find_context(options, original.config)
     conditions = _describe_conditions(options, model, "no text", "", original.config.vocab_size, context, 0)
     report = _make_report(options, original, model, conditions, started, original_nats=None)
+    delete(CONVERSION.content(options.output))  # of an earlier attempt
     _save(options, model.cpu(), None, report, _evaluate(options, model, report, None, SILENT))
-    return report
+    return _put_in_place(options)
 
 
 def convert_with_text(conversion: Conversion, text: Text, progress: Progress) -> ConversionReport:
@@ -284,11 +291,31 @@ def convert_with_text(conversion: Conversion, text: Text, progress: Progress) ->
     options = conversion.options
     check_amount(text, conversion.original, conversion.plan)
     _begin_work(options, conversion.original, text, progress)
-    try:
-        return _convert(options, conversion.original, conversion.target, text, progress)
-    except ConversionError:  # the next attempt would end the same way
-        delete(options.work)
-        raise
+    if not _is_complete(options):
+        try:
+            _convert(options, conversion.original, conversion.target, text, progress)
+        except ConversionError:  # the next attempt would end the same way
+            delete(options.work)
+            raise
+    return _put_in_place(options)
+
+
+def _put_in_place(options: ConversionOptions) -> ConversionReport:
+    """Moves everything from the folder of unfinished work to the output folder, and deletes the former."""
+    put_in_place(CONVERSION.content(options.output), options.output, last=CONVERSION.record)
+    delete(options.work)
+    return ConversionReport.load(options.output / CONVERSION.record)
+
+
+def _is_complete(options: ConversionOptions) -> bool:
+    """Whether an earlier attempt has left everything, and was interrupted while it put that in place."""
+    content = CONVERSION.content(options.output)
+    return content.exists() or begun_move(content).exists()
+
+
+def _goes_on(options: ConversionOptions) -> bool:
+    """Whether the folder of unfinished work holds more than settings."""
+    return any((options.work / name).exists() for name in (KEPT_STATISTICS, CHECKPOINTS)) or _is_complete(options)
 
 
 def _convert(
@@ -297,10 +324,11 @@ def _convert(
     target: EntropyGPTConfig,
     text: Text,
     progress: Progress,
-) -> ConversionReport:
+):
+    """Leaves everything that the output is going to hold in the folder of unfinished work."""
     started = time.perf_counter()
     measure = _Measurement(original, text, progress)
-    calibrator = _Calibrator(text, options.calibration or options.work / "calibration", progress)
+    calibrator = _Calibrator(text, options.calibration or options.work / KEPT_STATISTICS, progress)
     original_nats = measure(original, "the original")[0].nats
 
     damage = {}
@@ -316,6 +344,8 @@ def _convert(
         model = set_training_fields(model, target)
         healing = None
         if options.heal_steps:
+            from .heal import heal  # conversions that train nothing do without accelerate
+
             begin_step()
             model, healing = heal(options, original, model, calibrator(original), text, progress)
             divergence, *_ = measure(model, "healing")
@@ -338,7 +368,6 @@ def _convert(
     )
     result = _evaluate(options, model, report, text.evaluated, progress)
     _save(options, model.cpu(), text.tokenizer, report, result)
-    return report
 
 
 def _evaluate(
@@ -444,7 +473,10 @@ def _begin_work(options: ConversionOptions, original: EntropyGPTForCausalLM, tex
     if notes.exists() and notes.read_text(encoding="utf-8") == json.dumps(settings):
         with progress.stage("resuming earlier work"):
             return
-    delete(options.work)
+    if begun_move(CONVERSION.content(options.output)).exists():
+        empty_folder(options.output)
+    if options.work.exists():
+        empty_folder(options.work)
     with written_whole(notes) as path:
         path.write_text(json.dumps(settings), encoding="utf-8")
 
@@ -591,19 +623,17 @@ def _save(
     report: ConversionReport,
     result: ModelResult,
 ):
-    whole = options.work / "whole"
-    with written_whole(whole) as folder:
+    with written_whole(CONVERSION.content(options.output)) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
-        report.save(folder / f"{REPORT}.json")
+        report.save(folder / CONVERSION.record)
         save_results([result], folder / RESULTS)
         (folder / f"{REPORT}.md").write_text(report_markdown(report), encoding="utf-8")
-        if report.healing is not None:
-            plot_healing(report, folder / PICTURE)
-    delete(options.output)
-    whole.replace(options.output)
-    delete(options.work)
+        if report.healing is not None and find_spec("matplotlib"):
+            from entropy_gpt.evaluation.showing.plots import plot_healing
+
+            plot_healing(report).savefig(folder / PICTURE, format="png")
 
 
 def _describe_training(options: ConversionOptions, report: ConversionReport) -> TrainingResult:

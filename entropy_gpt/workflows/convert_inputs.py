@@ -5,11 +5,10 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import torch
-from datasets import Dataset
 from pydantic import AfterValidator, Field
 from transformers import PreTrainedTokenizerFast
 
@@ -19,19 +18,26 @@ from entropy_gpt.conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELD
 from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText
 from entropy_gpt.evaluation.records.measurement import read_text as read_measured_text
 from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments
+from entropy_gpt.training.files import is_finished
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.packing import pack, spread_blocks
-from entropy_gpt.training.preparation import Witness
 from entropy_gpt.training.progress import Progress
-from entropy_gpt.training.sources import open_source
+from entropy_gpt.training.storage import check_folder
 from entropy_gpt.training.tokenizer import check_end_of_text
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .options import Place, option_name
-from .output_folder import holds_earlier_output, refuse_to_delete
+from .options import LocalPath, Place, option_name
+from .output_folder import CONVERSION, refuse_to_delete
 
 
-REPORT = "conversion_report"
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# Folders in that of unfinished work: statistics of models, and checkpoints of healing.
+KEPT_STATISTICS, CHECKPOINTS = "calibration", "checkpoints"
+# The name of the report, without suffix.
+REPORT = Path(CONVERSION.record).stem
 LONGEST_CONTEXT = 1024
 # Tokens in one forward pass.
 BATCH_TOKENS = 4096
@@ -43,7 +49,7 @@ class ConversionOptions:
 
     source: Place
     to: str
-    output: Annotated[Path, AfterValidator(Path.resolve)]
+    output: Annotated[LocalPath, AfterValidator(Path.resolve)]
     text: Place | None = None
     split: str = "train"
     config: str | None = None
@@ -58,7 +64,7 @@ class ConversionOptions:
     context: Annotated[int, Field(ge=2)] | None = None
     calibration_tokens: Annotated[int, Field(ge=1)] = 65536
     evaluation_tokens: Annotated[int, Field(ge=1)] = 16384
-    calibration: Path | None = None
+    calibration: LocalPath | None = None
     heal_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["none", "gate", "staircase"] = "none"
     distill: bool = False
@@ -72,8 +78,8 @@ class ConversionOptions:
 
     @property
     def work(self) -> Path:
-        """The folder of unfinished work, next to the output."""
-        return self.output.with_name(f".converting-{self.output.name}")
+        """The folder of unfinished work."""
+        return CONVERSION.work(self.output)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Text:
     name: str
     revision: str
     tokenizer: PreTrainedTokenizerFast
-    training: Dataset
+    training: "Dataset"
     calibration: tuple[torch.Tensor, ...]
     validation: tuple[torch.Tensor, ...]
     evaluated: MeasuredText | None = None
@@ -144,9 +150,11 @@ def check_output(options: ConversionOptions):
     folder = options.calibration
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UserError(f"--calibration {folder} is not a folder: give a folder, or a new name.")
-    if holds_earlier_output(options.output, f"{REPORT}.json", "conversion", options.overwrite):
-        folders = {path for path in options.output.iterdir() if path.is_dir()}
-        refuse_to_delete({*_inputs_inside(options), *folders}, "conversion")
+    if folder is not None:
+        check_folder(folder, "--calibration")
+    if CONVERSION.is_replaced_in(options.output, options.overwrite):
+        folders = {path for path in options.output.iterdir() if path.is_dir() and is_finished(path)}
+        refuse_to_delete({*_inputs_inside(options), *folders}, CONVERSION)
 
 
 def name_source(source: str) -> str:
@@ -208,6 +216,9 @@ def read_text(options: ConversionOptions, config: EntropyGPTConfig, progress: Pr
         `CorpusError`: If the text or the tokenizer can't be used.
         `UserError`: If the context is longer than the model allows.
     """
+    from entropy_gpt.training.preparation import Witness  # conversions that fit nothing read no text
+    from entropy_gpt.training.sources import open_source
+
     tokenizer = load_model_tokenizer(options.tokenizer, options.source, config.vocab_size, options.eos_token)
     check_end_of_text(tokenizer)
     context = find_context(options, config)
@@ -253,7 +264,7 @@ def find_context(options: ConversionOptions, config: EntropyGPTConfig) -> int:
     return context
 
 
-def spread(blocks: Dataset, tokens: int) -> tuple[torch.Tensor, ...]:
+def spread(blocks: "Dataset", tokens: int) -> tuple[torch.Tensor, ...]:
     """Batches of about `tokens` tokens in all, at least one block, spread evenly over the data set."""
     context = len(blocks[0]["input_ids"])
     chosen = spread_blocks(blocks, max(1, tokens // context)).with_format("torch")

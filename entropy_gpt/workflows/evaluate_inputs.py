@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.perplexity import Windows, check_windows
+from entropy_gpt.evaluation.measuring.text_diagnostics import check_head, encode_text
 from entropy_gpt.evaluation.measuring.tokenized_text import count_tokens, tokenize
 from entropy_gpt.evaluation.origin import hash_weights
 from entropy_gpt.evaluation.records.measurement import BATCH_TOKENS, HEAD_TOKENS, KEPT_APART, MeasuredText
@@ -25,7 +26,7 @@ from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tok
 from entropy_gpt.training.sources import Source, open_source
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .options import Place, option_name
+from .options import Head, LocalPath, Place, option_name
 
 
 LONGEST_BLOCK = 1024
@@ -53,8 +54,10 @@ class EvaluationOptions:
     per_position: bool = False
     frequency_text: Place | None = None
     head_tokens: Annotated[int, Field(ge=0)] = HEAD_TOKENS
+    prompt: str | None = None
+    head: Head = None
     tasks: str | None = None
-    task_data: Path | None = None
+    task_data: LocalPath | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_tokens: Annotated[int, Field(ge=1)] = BATCH_TOKENS
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -115,6 +118,8 @@ def check_options(options: EvaluationOptions):
             "--frequency-text training means the part of --text that is not evaluated, but all of it is evaluated: "
             "add --held-out, or name another text."
         )
+    if options.head is not None and options.prompt is None:
+        raise UserError("--head has no effect without --prompt: give the text to draw the head's attention to.")
     for name in ("task_data", "limit"):
         if getattr(options, name) is not None and not options.task_names:
             raise UserError(f"{option_name(name)} has no effect without --tasks: add --tasks.")
@@ -159,7 +164,7 @@ def find_candidates(options: EvaluationOptions) -> Iterator[Candidate]:
 
     Raises:
         `ConversionError`: If a model can't be loaded.
-        `UserError`: If a model is given twice, or does not fit its tokenizer.
+        `UserError`: If a model is given twice, or does not fit its tokenizer or the prompt.
     """
     places = [Path(source).resolve() if Path(source).exists() else source for source in options.models]
     if twice := [place for index, place in enumerate(places) if place in places[:index]]:
@@ -167,6 +172,10 @@ def find_candidates(options: EvaluationOptions) -> Iterator[Candidate]:
     for source, name in zip(options.models, short_names(options.models), strict=True):
         model = load_language_model(source)
         tokenizer = load_model_tokenizer(options.tokenizer, source, model.config.vocab_size, options.eos_token)
+        if options.prompt is not None:
+            encode_text(options.prompt, tokenizer, model.config)
+        if options.head is not None:
+            check_head(options.head, model.config.n_layer, model.config.n_head)
         yield Candidate(name, source, model.config, hash_weights(model), tokenizer)
 
 

@@ -5,18 +5,39 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterable
-from typing import Annotated, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import pydantic
 from pydantic import BeforeValidator
 
 from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.training.files import expanded
+
+
+def _expanded(value: Any) -> Any:
+    return expanded(value) if isinstance(value, str | os.PathLike) else value
 
 
 # A folder, a file, or a repository or data set on the Hub.
-Place = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
+Place = Annotated[str, BeforeValidator(_expanded)]
+# A folder or a file.
+LocalPath = Annotated[Path, BeforeValidator(_expanded)]
 Options, Result, Parameters = TypeVar("Options"), TypeVar("Result"), ParamSpec("Parameters")
 OPTION = re.compile(r"--[a-z][a-z-]*")
+
+
+def _read_head(value):
+    if not isinstance(value, str):
+        return value
+    parts = value.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError("give the numbers of a layer and a head, such as 2,1")
+    return tuple(map(int, parts))
+
+
+# Layer and head, from 0; the command has a comma between them.
+Head = Annotated[tuple[int, int] | None, BeforeValidator(_read_head)]
 OPTIONS_OF_OTHER_NAMES = {"settings": "--set", "shard_size": "--max-shard-size", "licence": "--license"}
 
 
@@ -35,7 +56,8 @@ def read_options(options: type[Options], **values) -> Options:
         return options(**values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{option_name(str(first['loc'][0]))} {first['input']}: {first['msg']}.") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{option_name(str(first['loc'][0]))} {first['input']}: {reason}.") from error
 
 
 def check_positive(**numbers: int):

@@ -33,13 +33,13 @@ from entropy_gpt.evaluation.private_inference.program.weights import prepare_wei
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import AnswerCheck, ModelResult
+from entropy_gpt.training.files import expanded
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 from entropy_gpt.training.tokenizer import load_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .evaluate_inputs import default_context, short_names
-from .library_bars import library_bars_hidden
 from .options import check_positive, read_options
 
 
@@ -138,7 +138,7 @@ def open_server(
     settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer)
     host, port = parse_address(listen)
     _check_connection(host, tls, insecure, settings)
-    offer, _, _ = _make_offer(str(model), tokenizer, settings, progress)
+    offer, _, _ = _make_offer(expanded(model), tokenizer, settings, progress)
     check_memory(weight_shapes(offer.config).values())
     return Server(offer, host, port, tls, timeout, limits, report)
 
@@ -185,7 +185,7 @@ def ask(
     check_positive(max_new_tokens=new_tokens, timeout=timeout)
     host, port = parse_address(address)
     _check_connection(host, tls, insecure, _read_settings(protocol=protocol))
-    words = load_tokenizer(str(tokenizer))
+    words = load_tokenizer(expanded(tokenizer))
     with contextlib.closing(Client(host, port, tls, timeout, protocol)) as client:
         if hash_vocabulary(words, client.terms.config.vocab_size) != client.terms.tokenizer_hash:
             raise PrivateInferenceError(
@@ -237,7 +237,7 @@ def demonstrate(
     check_engine()
     check_positive(max_new_tokens=new_tokens, timeout=timeout)
     settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer)
-    offer, clear, words = _make_offer(str(model), tokenizer, settings, progress)
+    offer, clear, words = _make_offer(expanded(model), tokenizer, settings, progress)
     tokens = _tokenize(prompt, words)
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
     with (
@@ -251,10 +251,13 @@ def demonstrate(
 
 def describe_cost(model: str | Path, answer: PrivateAnswer) -> ModelResult:
     """The cost of an answer as a result of its model, named as `evaluate` names it, so that a report merges both."""
-    loaded = load_language_model(str(model))
+    model = expanded(model)
+    loaded = load_language_model(model)
+    from .evaluate_inputs import default_context, short_names  # private answers do without data sets
+
     context = default_context(loaded.config.n_positions)
     windows = Windows(context, context, separate=False, bos=False)
-    result = describe_model(loaded, *short_names([str(model)]), windows)
+    result = describe_model(loaded, *short_names([model]), windows)
     return replace(result, costs=[as_private_cost(answer.cost, answer.check)])
 
 
@@ -278,7 +281,7 @@ def _make_offer(
     """What a server offers, if the model's numbers fit the ring, with the model in the clear and its tokenizer."""
     with library_bars_hidden(), progress.stage("loading the model"):
         model = load_language_model(source).eval()
-        words = load_model_tokenizer(tokenizer and str(tokenizer), source, model.config.vocab_size)
+        words = load_model_tokenizer(tokenizer and expanded(tokenizer), source, model.config.vocab_size)
     with progress.stage("checking the range of its numbers"):
         config, weights = prepare_weights(model)
         rng = np.random.default_rng(0)

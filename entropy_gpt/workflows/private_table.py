@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
-from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference
 from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     NOTATIONS,
@@ -23,15 +23,17 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.program.cost import LAN, MEGA, WAN, InferenceCost, Network, parse_network
 from entropy_gpt.evaluation.private_inference.program.program import Span
-from entropy_gpt.training.files import is_finished, written_whole
+from entropy_gpt.training.claims import claimed
+from entropy_gpt.training.files import expanded, written_whole
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 
 from .options import as_tuple, check_positive, with_argument_names
+from .output_folder import BENCHMARK
 from .private import show_event
 from .private_cost import count_heads, predict_seconds
 
 
-MEASURED, TABLE, PICTURE = "measured", "table.md", "costs.png"
+MEASURED, TABLE, PICTURE = BENCHMARK.record, "table.md", "costs.png"
 DEFAULT_TIMEOUT = 1200
 
 
@@ -68,7 +70,7 @@ def private_table(
         progress (`Progress`): Receives a stage for each measurement.
 
     Returns:
-        [`PaperTable`]: The table; the folder has it as `table.md` with a picture.
+        [`PaperTable`]: The table; the folder has it as `table.md`, with a picture if matplotlib is there.
 
     Raises:
         `UserError`: If an architecture or a network is not known, the engine is missing or fails, or the folder holds
@@ -184,8 +186,8 @@ def plan_table(
     try:
         shown = tuple(dict.fromkeys((LAN, WAN, *map(parse_network, networks))))
         rows = list_rows(list(as_tuple(notations or NOTATIONS)), context, **sizes)
-        plan = TablePlan(rows, whole, shown, Path(output), timeout)
-        _check_output(plan.output)
+        plan = TablePlan(rows, whole, shown, Path(expanded(output)), timeout)
+        BENCHMARK.is_in(plan.output)
         for inference in (*plan.parts, *(map(_name_whole, rows[1:]) if whole else ())):
             plan.load(inference)
     except (PrivateInferenceError, ValueError) as error:
@@ -205,6 +207,12 @@ def measure_table(plan: TablePlan, progress: Progress) -> PaperTable:
         `UserError`: If the engine is missing or fails.
     """
     check_engine()
+    measured = plan.output / MEASURED
+    with claimed(plan.output, lambda: measured.exists() and any(measured.iterdir())):
+        return _measure_table(plan, progress)
+
+
+def _measure_table(plan: TablePlan, progress: Progress) -> PaperTable:
     count = len(plan.parts) + plan.whole
 
     def obtain(inference: Inference, number: int) -> InferenceCost:
@@ -221,18 +229,15 @@ def measure_table(plan: TablePlan, progress: Progress) -> PaperTable:
     if plan.whole:
         whole = obtain(plan.find_whole({title: total.total_bytes for title, total in sums.items()}), count)
     table = PaperTable(sums, ends, whole, plan.networks)
+    can_draw = find_spec("matplotlib") is not None
     with written_whole(plan.output / TABLE) as path:
-        path.write_text(page_markdown(table, PICTURE), encoding="utf-8")
-    with written_whole(plan.output / PICTURE) as path:
-        draw_costs(table.sums, path)
+        path.write_text(page_markdown(table, PICTURE if can_draw else None), encoding="utf-8")
+    if can_draw:
+        from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
+
+        with written_whole(plan.output / PICTURE) as path:
+            draw_costs(table.sums).savefig(path, format="png")
     return table
-
-
-def _check_output(output: Path):
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file. Give the name of a folder.")
-    if output.exists() and any(map(is_finished, output.iterdir())) and not (output / MEASURED).is_dir():
-        raise UserError(f"{output} exists and holds no benchmark: give another --output.")
 
 
 def _name_whole(row: Inference) -> Inference:

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from entropy_gpt.conversion.early_checks import check_page
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results
 from entropy_gpt.evaluation.records.run_log import LOG_NAME, RunLog
 from entropy_gpt.evaluation.showing.page import Page, page_html, page_markdown
 from entropy_gpt.evaluation.showing.report import build_report
-from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.files import expanded, written_whole
 from entropy_gpt.training.progress import SILENT, Progress
+
+from .options import as_tuple
+from .output_folder import check_page
 
 
 # The name of a picture of an earlier page.
@@ -46,26 +48,12 @@ def report(
     entropy_gpt.report(["evaluation_output", "runs/proposal"], "report.html")
     ```
     """
-    output = Path(output)
-    check_output(output)
-    results, runs = read_inputs([Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)])
+    output = Path(expanded(output))
+    check_page(output)
+    results, runs = read_inputs([Path(expanded(path)) for path in as_tuple(paths)])
     with progress.stage("drawing"):
         write_page(results, runs, output)
     return output
-
-
-def check_output(output: Path):
-    """
-    Refuses a page that can't be written.
-
-    Raises:
-        `UserError`: If its name ends otherwise, its folder does not exist, or it is a folder.
-    """
-    check_page(output)
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}. Make it, or give another.")
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder. Give the name of a file.")
 
 
 def read_inputs(paths: Sequence[Path]) -> tuple[list[ModelResult], list[RunLog]]:

@@ -1,4 +1,4 @@
-"""What entropies and training cost on a GPU, beside torch's own attention and stock GPT-2.
+"""What entropies and training cost on a GPU, compared with torch's own attention and stock GPT-2.
 
     python -m entropy_gpt.evaluation.benchmarks.gpu  measures all (minutes), and writes record and page
     python -m entropy_gpt.evaluation.benchmarks.gpu --redraw  the page anew from the record, or without one
@@ -50,9 +50,9 @@ class Sizes:
     What is measured.
 
     Args:
-        lengths (`tuple[int, ...]`): Of attention alone.
+        lengths (`tuple[int, ...]`): Lengths of attention alone.
         tokens (`int`): In a batch of attention alone, and of a training step.
-        heads, head_dim (`int`): Of attention alone.
+        heads, head_dim (`int`): Sizes of attention alone.
         model (`dict[str, int]`): Fields of the models' configurations.
         new_tokens (`int`): That each of `sequences` is continued by, from prompts of as many tokens.
         sequences (`int`): Sequences of a generation.
@@ -79,7 +79,7 @@ class Sizes:
 
 @dataclass(config=CONFIG)
 class Memory:
-    """Peak memory in MiB that a variant took beside its inputs."""
+    """Peak memory in MiB that a variant took in addition to its inputs."""
 
     name: str
     length: int

@@ -10,7 +10,7 @@ from .markdown import markdown_table
 
 
 PICTURE = "healing.png"
-# Beyond so many nats, a figure is shown by its order of magnitude.
+# Beyond this many nats, a figure is shown by its order of magnitude.
 LARGEST_NATS = 10.0
 # The columns of the steps' table: headings in documents, and in a terminal of 80 characters.
 STEP_COLUMNS = {
@@ -60,7 +60,7 @@ def operation_rows(before: OperationCounts, after: OperationCounts) -> list[tupl
 
 
 def report_markdown(report: ConversionReport) -> str:
-    """The report as a page; the picture of healing is expected beside it."""
+    """The report as a page; the picture of healing is expected next to it."""
     conditions = report.conditions
     fitted = "Nothing but thresholds fitted; these to" if report.naive else "Fitted to"
     text = (

@@ -66,10 +66,10 @@ def model_card(
 
     Args:
         result ([`ModelResult`]): All that is known of it.
-        licence (`str`, *optional*): Of its weights, by the Hub's name for it, such as `"apache-2.0"`.
+        licence (`str`, *optional*): Licence of its weights, by the Hub's name for it, such as `"apache-2.0"`.
         repository (`str`, *optional*): Where it loads from, if not from the folder of the card.
-        picture (`str`, *optional*): A file beside the card that shows the entropies of its heads.
-        folded (`str`, *optional*): A folder beside the card that holds the model folded.
+        picture (`str`, *optional*): A file next to the card that shows the entropies of its heads.
+        folded (`str`, *optional*): A folder next to the card that holds the model folded.
         folded_from (`str`, *optional*): Title of the model that this is the folded one of, and was measured as.
         adapter (`bool`): Whether the folder holds an adapter for PEFT, and the model was measured with it merged in.
 
@@ -78,7 +78,7 @@ def model_card(
     """
     if missing := list_missing(result):
         raise ValueError(
-            f"{result.name}: {' and '.join(missing)} are not in its results, and a card tells them. Measure them with "
+            f"{result.name}: {' and '.join(missing)} are not in its results, and a card shows them. Measure them with "
             "entropy-gpt evaluate."
         )
     architecture = result.architecture
@@ -114,7 +114,7 @@ def model_card(
 
 
 def list_missing(result: ModelResult) -> list[str]:
-    """What a card tells and the result lacks."""
+    """What a card shows and the result lacks."""
     return [name for name in ("likelihood", "heads") if getattr(result, name) is None]
 
 

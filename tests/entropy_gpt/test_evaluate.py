@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from entropy_gpt.commands.main import main
+from entropy_gpt.evaluation.measuring.text_diagnostics import diagnose_text
 from entropy_gpt.evaluation.records.results import load_results
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.evaluate_inputs import short_names
@@ -30,6 +31,7 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from .forks import run_command
 
 
+PROMPT = "def main(x):"
 SIZES = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64}
 
 
@@ -73,6 +75,7 @@ def run_here(monkeypatch, capsys):
 def finished(models, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "out"
     words = ("--text", text, "--stride", 40, "--per-position", "--frequency-text", text, "--max-tokens", 3000)
+    words = (*words, "--prompt", PROMPT, "--head", "1,0")
     process = run(models / "gpt2", models / "ereg", *words, "--output", output)
     assert process.returncode == 0, process.stderr
     return output, process, words
@@ -107,6 +110,15 @@ def test_two_models_side_by_side(finished, models, text):
     # The text is tokenised, and tokens are counted, once for models of one vocabulary.
     assert "gpt2: counting tokens" in process.stdout
     assert "ereg: counting tokens" not in process.stdout
+
+
+def test_one_text_is_kept_with_the_rows_of_a_head(finished, models):
+    for result in load_results(finished[0] / "results.json"):
+        diagnostics = diagnose_text(models / result.name, None, PROMPT, weights=True)
+        attention = result.attention
+        assert (attention.tokens, attention.head) == (diagnostics.tokens, [1, 0])
+        torch.testing.assert_close(torch.tensor(attention.entropies), diagnostics.entropies)
+        torch.testing.assert_close(torch.tensor(attention.weights), diagnostics.weights[1, 0])
 
 
 def test_what_is_measured_is_kept_and_not_measured_again(finished, models):
@@ -229,6 +241,9 @@ def break_folder(models, folder, name):
         (("--text", "SHORT"), "there is no token to predict"),
         (("--limit", "3"), "--limit has no effect without --tasks"),
         (("--tasks", " , "), "--tasks names no task"),
+        (("--head", "1,0"), "--head has no effect without --prompt"),
+        (("--prompt", "x", "--head", "2,0"), "There is no head 0 in a layer 2"),
+        (("--prompt", "x" * 99), "The text has 99 tokens, and the model sees 64"),
         (("--device", "cuda:7"), "--device cuda:7 can't be used"),
         (("--text", "TEXT", "--frequency-text", "training"), "add --held-out"),
         (("--text", "TEXT", "--split", "test"), "dataset_split=test does nothing here"),

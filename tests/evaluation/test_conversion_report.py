@@ -82,7 +82,7 @@ def test_pages_and_pictures_show_the_healing(report, tmp_path):
     assert "- step 2: ln_f removed" in page
     assert "| LayerNorms static | 0.0441 | 43.38 | 1.23e+06 | e^51.3 | 940,800 | 1.8 |" in page
     assert "## Healing" not in report_markdown(dataclasses.replace(report, healing=None))
-    plot_healing(report, tmp_path / "healing.png")
+    plot_healing(report).savefig(tmp_path / "healing.png")
     assert (tmp_path / "healing.png").read_bytes().startswith(b"\x89PNG")
 
 

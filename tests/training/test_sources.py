@@ -93,20 +93,20 @@ def test_what_is_left_out_is_said_in_one_line(kind, tmp_path, caplog):
     (message,) = caplog.messages
     begin, _, reasons = message.rstrip(".").partition(": ")
     assert begin == f"Left out of {tmp_path / 'texts'}"
-    assert sorted(reasons.split(", ")) == ["1 hidden", "1 links to nothing", "1 without suffix", "2 .png"]
+    assert sorted(reasons.split(", ")) == [".png (2)", "hidden (1)", "links to nothing (1)", "without suffix (1)"]
 
 
 def test_rows_without_text_are_counted(tmp_path, caplog):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": " "}\n{"other": "two"}\n{"text": null}\n')
     assert texts_of(tmp_path / "a.jsonl") == ["one"]
-    assert caplog.messages == [f"Left out of {tmp_path / 'a.jsonl'}: 3 rows without text."]
+    assert caplog.messages == [f"Left out of {tmp_path / 'a.jsonl'}: rows without text (3)."]
 
 
 def test_files_of_other_splits_are_counted(tmp_path, caplog):
     for name in ("train-0", "train-1", "test", "notes"):
         write_lines(tmp_path / "rows" / f"{name}.jsonl", name)
     assert texts_of(tmp_path / "rows") == ["train-0", "train-1"]
-    assert "2 of other splits" in caplog.text
+    assert "of other splits (2)" in caplog.text
     assert texts_of(tmp_path / "rows", dataset_split="test") == ["test"]
 
 

@@ -48,7 +48,7 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path, progres
         console.print(f"\n[bold]{escape(title)}[/bold], between two processes that keep prompt and weights secret:")
         print_answer(prompt, answer)
     with written_whole(output / "pictures" / "private_costs.png") as path:
-        draw_costs(costs, path)
+        draw_costs(costs).savefig(path, format="png")
     operations = list(dict.fromkeys(part.name for cost in costs.values() for part in by_operation(cost)))
     parts = [{part.name: part.total_bytes for part in by_operation(cost)} for cost in costs.values()]
     rows = [(name, *(f"{part.get(name, 0) / 1e6:.2f}" for part in parts)) for name in operations]
@@ -67,7 +67,7 @@ def private_costs(name: str, output: Path) -> list[PrivateCost]:
     What the private answer of a model cost, in this run or an earlier one; nothing where there is none.
 
     Args:
-        name (`str`): Of the model's folder.
+        name (`str`): Name of the model's folder.
         output (`Path`): The quickstart's folder.
 
     Raises:

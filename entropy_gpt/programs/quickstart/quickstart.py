@@ -27,7 +27,7 @@ from entropy_gpt.evaluation.records.measurement import (
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, TrainingResult, load_results, save_results
 from entropy_gpt.evaluation.showing.comparison import COLUMNS, comparison_rows, conditions_text
-from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_headwise_entropy
+from entropy_gpt.evaluation.showing.head_plots import compare_models
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
@@ -39,8 +39,10 @@ from entropy_gpt.training.arguments import (
 )
 from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callback
 from entropy_gpt.training.checkpoints import last_checkpoint
+from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.errors import CorpusError
-from entropy_gpt.training.files import delete, is_finished, written_whole
+from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.packing import collate_blocks, pack, spread_blocks
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.sources import Source, open_source
@@ -48,7 +50,7 @@ from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.training.trainer import EntropyTrainer
 from entropy_gpt.workflows.convert import Conversion, convert_with_text
 from entropy_gpt.workflows.convert_inputs import ConversionOptions, Text, spread
-from entropy_gpt.workflows.library_bars import library_bars_hidden
+from entropy_gpt.workflows.output_folder import QUICKSTART
 from entropy_gpt.workflows.report import write_page
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
@@ -56,14 +58,14 @@ from .private_stage import answer_privately, private_costs
 from .stages import Stages
 
 
-# The architectures, and what each sets beside its notation: the paper's initial temperature.
+# The architectures, and what each sets in addition to its notation: the paper's initial temperature.
 ARCHITECTURES = {"SM+LN+G": {}, "SM+ScFuFFN": {}, "EReg(SM(t)+ScFuFFN)": {"temperature_init": 0.01}}
 # What the first of them is converted to, and healed for this part of the steps.
 TARGET = "EReg(SM(t)+ScFuFFN)"
 HEALING_SHARE = 1 / 4
 # Those that answer under secure computation: what people run, and the paper's proposal.
 PRIVATE = ("SM+LN+G", "EReg(SM(t)+ScFuFFN)")
-CONVERTED = "converted"  # the name of its folder
+DATA, CONVERTED = "data", "converted"  # the names of their folders
 SIZES = {"n_layer": 4, "n_embd": 128, "n_head": 4}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 VOCAB_SIZE = 1024
@@ -117,6 +119,12 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
         `UserError`: If the text can't be used, the folder holds something else, or a model diverges or does not
             load in a fresh process.
     """
+    QUICKSTART.is_in(output)
+    with claimed(output, lambda: (output / DATA).exists()):
+        _run(steps, corpus_path, output, seed)
+
+
+def _run(steps: int, corpus_path: Path | None, output: Path, seed: int):
     stages = Stages(console, _list_work(steps, output))
     with progress_display(console, whole=stages) as progress:
         stages.begin(TEXT)
@@ -174,10 +182,10 @@ def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, prog
         **collect_origin(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     _check_output(output, settings)
-    folder = output / "data"
+    folder = output / DATA
     if not folder.exists():
         data = _tokenize(source, progress)
-        with written_whole(output / "settings.json") as path:
+        with written_whole(output / QUICKSTART.record) as path:
             path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         with written_whole(folder) as temporary:
             save_tokenizer(data.tokenizer, temporary / "tokenizer")
@@ -189,15 +197,13 @@ def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, prog
 
 def _check_output(output: Path, settings: dict):
     """Refuses a folder that holds something else than an earlier part of this very run."""
-    if not output.exists() or (output.is_dir() and not any(map(is_finished, output.iterdir()))):
+    if not QUICKSTART.is_in(output):
         return
-    remedy = "give another --output, or delete it"
-    if not (output / "settings.json").exists():
-        raise UserError(f"{output} is there already and holds no quickstart: {remedy}.")
+    remedy, record = "give another --output, or delete it", output / QUICKSTART.record
     try:
-        earlier = dict(json.loads((output / "settings.json").read_text(encoding="utf-8")))
+        earlier = dict(json.loads(record.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise UserError(f"{output / 'settings.json'} is damaged ({error}): {remedy}.") from error
+        raise UserError(f"{record} is damaged ({error}): {remedy}.") from error
     changed = [
         f"{name} {earlier.get(name)} then, {now} now" for name, now in settings.items() if earlier.get(name) != now
     ]
@@ -353,9 +359,9 @@ def _draw(results: list[ModelResult], output: Path):
     """Redrawn in every run: it takes a second."""
     for result in results:
         with written_whole(output / "pictures" / f"entropy_{result.name}.png") as path:
-            plot_headwise_entropy(result, path)
+            compare_models([result]).savefig(path, format="png")
     with written_whole(output / "pictures" / "entropy_comparison.png") as path:
-        plot_comparison(results, path)
+        compare_models(results).savefig(path, format="png")
 
 
 def _save_all(results: list[ModelResult], output: Path) -> list[ModelResult]:
@@ -380,7 +386,8 @@ def _load_back(name: str, title: str, output: Path, progress: Progress):
         )
     console.print(
         f"[bold]{escape(title)}[/] loads in a fresh process from its folder alone (largest difference of logits: "
-        f"{loaded.max_difference:.0e}), and completes: [green]{escape(loaded.completion)}[/]"
+        f"{loaded.max_difference:.0e}), and completes: [green]{escape(loaded.completion)}[/]",
+        soft_wrap=True,
     )
 
 

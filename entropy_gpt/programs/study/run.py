@@ -39,8 +39,9 @@ from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.run_folder import MODEL
 from entropy_gpt.training.sources import Source, open_source
 from entropy_gpt.workflows.convert import convert
-from entropy_gpt.workflows.convert_inputs import REPORT, ConversionOptions, find_target
+from entropy_gpt.workflows.convert_inputs import ConversionOptions, find_target
 from entropy_gpt.workflows.options import read_options
+from entropy_gpt.workflows.output_folder import CONVERSION
 from entropy_gpt.workflows.train import train
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
@@ -50,7 +51,7 @@ from .records import CONVERTED, TRAINED, StudyRun
 
 PLAN, RESULT, TOKENIZER, RUNS = "plan.json", "result.json", "tokenizer", "runs"
 # Folders of a run, with what trained or converted it.
-TRAINING, CONVERSION = "training", "conversion"
+TRAINING, CONVERTING = "training", "conversion"
 VALIDATION_TOKENS = "validation_tokens"
 NOT_TESTED_ON = frozenset({"test", "tests", "testing"})
 
@@ -73,8 +74,8 @@ class Place:
     @property
     def model(self) -> Path | None:
         """Its model, if it has one."""
-        places = (self.folder / TRAINING / MODEL, self.folder / CONVERSION)
-        return next((place for place in places if (place / "config.json").exists()), None)
+        last_files = (self.folder / TRAINING / MODEL / "config.json", self.folder / CONVERTING / CONVERSION.record)
+        return next((file.parent for file in last_files if file.exists()), None)
 
 
 def write_plan(place: Place, run: Run, test: dict[str, dict[str, Any]]):
@@ -131,7 +132,7 @@ def _convert(place: Place, run: Run, progress: Progress) -> StudyRun:
         settings = {name: value for name, value in run.settings.items() if name not in (DATASET, VALIDATION_TOKENS)}
         dataset = run.settings[DATASET]
         text = None if dataset == STANDARD_LIBRARY else Path(dataset)
-        options = {"to": settings.pop("notation"), "output": place.folder / CONVERSION, "text": text, **settings}
+        options = {"to": settings.pop("notation"), "output": place.folder / CONVERTING, "text": text, **settings}
         try:
             convert(source, **options, progress=progress)
         except DivergedError as error:
@@ -143,7 +144,7 @@ def _convert(place: Place, run: Run, progress: Progress) -> StudyRun:
             return replace(_begin_record(run, target.notation, parameters), diverged=str(error))
     (result,) = load_results(place.model / RESULTS)
     found = _begin_record(run, result.architecture.notation, result.architecture.parameters)
-    healing = ConversionReport.load(place.model / f"{REPORT}.json").healing
+    healing = ConversionReport.load(place.model / CONVERSION.record).healing
     if healing is None:
         return found
     events = [f"step {step:,.0f}: {text}" for step, text in healing.events]
@@ -220,12 +221,12 @@ def load_text(dataset: str) -> Source:
 def read_package(package: str, release: str, characters: int) -> Corpus:
     """
     The code of an installed package, without its tests: of its files, in an order that depends on their names' hashes,
-    as many as hold so many characters.
+    as many as hold that many characters.
 
     Args:
         package (`str`): Its name.
         release (`str`): The version that it has to have.
-        characters (`int`): Of the files together, no more than these; all in `training`.
+        characters (`int`): Characters of the files together, no more than these; all in `training`.
 
     Raises:
         `UserError`: If it is not installed, or in another version.
@@ -249,7 +250,7 @@ def _hash_of_name(document: Document) -> str:
 
 
 def _end_with_parent():
-    """A run whose command was killed would go on beside the one that is started next."""
+    """A run whose command was killed would go on next to the one that is started next."""
     while os.read(sys.stdin.fileno(), 1):  # without a lock that the interpreter would miss at its end
         pass
     os._exit(1)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
@@ -19,13 +18,15 @@ from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.records.results import RESULTS, load_results, save_results
 from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
+from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.files import written_whole
 from entropy_gpt.training.progress import Progress
+from entropy_gpt.training.storage import check_folder
 from entropy_gpt.training.tokenizer import train_tokenizer
 
 from .protocol import Protocol, Row, Run, read_protocol, resolve
 from .records import ANSWERED, Study, StudyRun
-from .run import RESULT, RUNS, TOKENIZER, Place, load_text, write_plan
+from .run import RESULT, RUNS, TOKENIZER, TRAINING, Place, load_text, write_plan
 
 
 RECORD, MODELS, SHARED, LOG = "study.json", "models.json", "shared.json", "log.txt"
@@ -68,7 +69,7 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
         _print_plan(rows, finished, output)
         return
     failed: dict[str, str] = {}
-    with _locked(output):
+    with claimed(output, lambda: _goes_on(output)):
         with progress_display(console) as progress, progress.stage("study") as line:
             _prepare(protocol, output, progress)
             with contextlib.closing(_work(protocol, rows, output, workers, finished, failed)) as work:
@@ -103,6 +104,7 @@ def _describe_state(rows: list[Row], finished: dict[str, StudyRun], running: lis
 
 def _check_output(protocol: Protocol, output: Path):
     """Refuses a folder whose runs have another text or tokenizer, or were tested on other code."""
+    check_folder(output)
     path = output / SHARED
     if not path.exists():
         return
@@ -113,14 +115,9 @@ def _check_output(protocol: Protocol, output: Path):
         raise UserError(f"{output} holds a study of another kind ({'; '.join(changed)}): give another --output.")
 
 
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / "lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise UserError(f"Another command is at work in {output}: wait, or give another --output.") from error
+def _goes_on(output: Path) -> bool:
+    """Whether there is something that another attempt does not do again."""
+    return any(True for name in (RESULT, f"{TRAINING}/checkpoint-*") for _ in (output / RUNS).glob(f"*/{name}"))
 
 
 def _load_finished(output: Path) -> dict[str, StudyRun]:
@@ -217,7 +214,8 @@ def _collect(worker: _Worker, output: Path, finished: dict[str, StudyRun], faile
     if worker.process.returncode != 0:
         lines = (place.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
         failed[worker.run.name] = next((line for line in reversed(lines) if line.strip()), "no word")[:300]
-        console.print(f"{worker.run.name} [red]failed[/] after {seconds:.0f} s: {escape(failed[worker.run.name])}")
+        reason = escape(failed[worker.run.name])
+        console.print(f"{worker.run.name} [red]failed[/] after {seconds:.0f} s: {reason}", soft_wrap=True)
         return
     result = finished[worker.run.name] = StudyRun.load(place.result)
     console.print(f"{worker.run.name}, {seconds:.0f} s: {escape(_summarize(result))}", soft_wrap=True)

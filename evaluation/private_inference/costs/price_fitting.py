@@ -46,7 +46,7 @@ def fit(samples: list[Sample]) -> dict[str, float]:
     scales = np.abs(counts).max(axis=0)
     solution, _, rank, _ = np.linalg.lstsq(counts / scales, np.ones(len(samples)), rcond=None)
     if rank < len(parts):
-        raise ValueError(f"{len(samples)} samples do not tell {len(parts)} prices apart: measure more shapes.")
+        raise ValueError(f"{len(samples)} samples do not separate {len(parts)} prices: measure more shapes.")
     return dict(zip(parts, (solution / scales).tolist(), strict=True))
 
 

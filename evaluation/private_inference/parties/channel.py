@@ -412,7 +412,7 @@ def _secure(connection: socket.socket, context: ssl.SSLContext | None, server_na
 def _expect_tls(connection: socket.socket):
     """
     Raises:
-        `PrivateInferenceError`: If a client begins with something else; it is told.
+        `PrivateInferenceError`: If a client begins with something else; it learns why.
     """
     begin = connection.recv(1, socket.MSG_PEEK)
     if begin and begin != TLS_HANDSHAKE[:1]:
@@ -423,7 +423,7 @@ def _expect_tls(connection: socket.socket):
 
 
 def _part(connection: socket.socket):
-    """Ends a connection such that the peer still reads what it was told, which a reset would take from it."""
+    """Ends a connection such that the peer still reads what it was sent, which a reset would take from it."""
     plain = socket.socket
     with contextlib.suppress(OSError):
         plain.shutdown(connection, socket.SHUT_WR)

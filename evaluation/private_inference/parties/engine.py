@@ -4,7 +4,9 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -44,9 +46,13 @@ def check_engine():
         import jax  # noqa: F401
         import spu  # noqa: F401
     except ImportError as error:
-        raise PrivateInferenceError(
-            f"the secure engine is not installed ({error}). On Python 3.11: pip install 'entropy-gpt[private]'."
-        ) from error
+        remedy = "pip install 'entropy-gpt[private]'"
+        if sys.version_info >= (3, 12):
+            remedy = (
+                f"It has no release for Python {platform.python_version()}, and the extra [private] leaves it out "
+                f"there. In an environment of Python 3.11: {remedy}"
+            )
+        raise PrivateInferenceError(f"the secure engine is not installed ({error}). {remedy}.") from error
 
 
 def engine_versions() -> dict[str, str]:

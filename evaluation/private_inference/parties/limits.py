@@ -32,7 +32,7 @@ class Limits:
     seconds: int = 14_400
 
 
-# Of a server for its own process.
+# What a server sets for its own process.
 UNLIMITED = Limits(*[sys.maxsize] * 4)
 
 

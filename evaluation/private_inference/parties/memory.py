@@ -39,6 +39,14 @@ def check_memory(shapes: Iterable[tuple[int, ...]]):
         )
 
 
+def forbid_core_dumps():
+    """An engine that a peer makes abort leaves no image of its memory, weights or prompt and all."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not everywhere
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def limit_address_space():
     """
     Lets this process take no more memory than the machine has, so that what a peer makes it do ends this process and

@@ -22,7 +22,7 @@ from .engine import CompiledStep, EngineLog, Party, compile_steps
 
 
 SET_UP = "set-up"
-# Oblivious transfers run in as many instances as there are processors, and at most so many, each for so many numbers.
+# Oblivious transfers run in as many instances as there are processors, up to a limit, each for a number of numbers.
 MOST_INSTANCES, INSTANCE_NUMBERS = 48, 2048
 
 

@@ -32,7 +32,7 @@ from entropy_gpt.evaluation.private_inference.program.variables import answer_na
 
 from .channel import one_line
 from .engine import CompiledStep, EngineLog, compiled_digest
-from .memory import limit_address_space
+from .memory import forbid_core_dumps, limit_address_space
 from .participant import Participant, compile_pass
 from .shares import RING_BYTES, join_share, read_share
 
@@ -189,7 +189,7 @@ class PartyProcess:
     def _exchange(self, index: int) -> bool:
         """
         The server's share to the client, and the client's word whether the answer can be right. What the client says
-        it tells first: its server may end upon it.
+        it reports first: its server may end upon it.
         """
         share = self.participant.party.share(answer_name(self.job.settings))
         if self.job.rank == SERVER:
@@ -333,6 +333,7 @@ def main():
     def tell(event: dict):
         print(json.dumps(event), file=events, flush=True)
 
+    forbid_core_dumps()
     try:
         work(sys.stdin.buffer, tell)
     except Exception as error:

@@ -4,7 +4,7 @@ The engines' connections, carried from machine to machine.
 Each engine listens on, and connects to, its own machine's loopback alone. A connection of the client's engine goes
 over a new one to the server's port; for those of the server's engine, the client keeps one in reserve there.
 
-Whoever leads a connection to his engine says "open" first. Then the bytes follow in frames, a length and so many; a
+Whoever leads a connection to his engine says "open" first. Then the bytes follow in frames, a length and its bytes; a
 frame of none is the end of one direction, so that an end on purpose differs from a broken connection.
 """
 

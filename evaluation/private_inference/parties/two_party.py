@@ -61,7 +61,7 @@ class Offer:
     What a server offers; its weights are its own, the rest is public.
 
     Args:
-        config ([`EntropyGPTConfig`]), weights (`dict`): Of [`prepare_weights`].
+        config ([`EntropyGPTConfig`]), weights (`dict`): What [`prepare_weights`] made.
         notation (`str`): The architecture before that, in the paper's notation.
         settings ([`PrivateSettings`]): How it answers.
         tokenizer_hash (`str`): So that a client can compare its own.
@@ -76,7 +76,7 @@ class Offer:
     logit_bound: float
 
     def terms(self) -> dict:
-        """What a client is told."""
+        """What a client learns."""
         return {
             "version": PROTOCOL_VERSION,
             "versions": engine_versions(),

@@ -17,7 +17,6 @@ from pydantic.dataclasses import dataclass as record
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
-from modeling_entropy_gpt.layers import TANH_GELUS
 
 from .arithmetic import Arithmetic
 from .nonlinear import (
@@ -38,6 +37,8 @@ from .settings import PrivateSettings
 MASKED_SCORE = -(2.0**20)
 # Rows of an embedding table in one product.
 MOST_EMBEDDED = 4096
+# As the model's layers have them, which an engine's process does not import: that would take seconds and torch.
+TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
 Norm = Literal["layernorm", "static", "none"]
 

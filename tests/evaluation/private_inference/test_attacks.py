@@ -1,6 +1,7 @@
 """Peers that do not keep to the rules, on a server's port and behind it: what they cost, and what is said of them."""
 
 import contextlib
+import errno
 import os
 import re
 import socket
@@ -111,6 +112,23 @@ class TestGreetings:
             raw.sendall(b"\0\0\0\2{}")
             assert eventually(lambda: lines)
         assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d {host}:{port} .*it has no kind\.", lines[0])
+
+    def test_what_the_server_lacks_is_one_line_there_and_none_of_the_clients_business(self, monkeypatch):
+        def fail(*arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(two_party, "Session", fail)
+        lines: list[str] = []
+        with serving(lines.append) as server, contextlib.closing(connect(*server.address, None)) as channel:
+            channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+            channel.receive(5, ("terms",))
+            channel.send({"kind": "request", "length": 4, "new_tokens": 1, "answers": 1})
+            channel.receive(5, ("accepted",))
+            with pytest.raises(PrivateInferenceError, match=r"^the peer refuses: the server failed\.$"):
+                channel.receive(5, ("done",))
+            assert eventually(lambda: lines)
+        (line,) = lines
+        assert "an inference ended early: [Errno 28] No space left on device" in line
 
 
 class TestLimits:

@@ -217,7 +217,7 @@ def test_prices_are_found_again(prices):
 
 
 def test_prices_that_stay_open_are_told():
-    with pytest.raises(ValueError, match="1 samples do not tell 2 prices apart"):
+    with pytest.raises(ValueError, match="1 samples do not separate 2 prices"):
         fit([Sample("", {"a": 1, "b": 2}, 10)])
 
 

@@ -22,6 +22,7 @@ from entropy_gpt.evaluation.private_inference.program.program import (
 )
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
+from modeling_entropy_gpt import layers
 from tests.architectures import ARCHITECTURES, make_config, make_model
 
 
@@ -210,3 +211,7 @@ def test_no_weight_is_a_constant_of_the_program():
         for step in (ours, theirs):
             keywords = getattr(step.function, "keywords", {})
             assert all(isinstance(value, int | float | Span | None) for value in keywords.values())
+
+
+def test_the_gelus_by_tanh_are_those_of_the_layers():
+    assert program.TANH_GELUS == layers.TANH_GELUS

@@ -442,6 +442,7 @@ def test_a_flood_is_not_taken_into_memory(served):
         wait_for_line(client, "flooding")
         (engine,) = engines_here()
         begin, most = engine.memory_info().rss, 0
+        assert engine.rlimit(psutil.RLIMIT_CORE) == (0, 0)
         assert engine.rlimit(psutil.RLIMIT_AS)[0] <= machine_memory() + RESERVED_BYTES * os.cpu_count()
         while not served.said("ended early", 0.2) and len(served.lines) < 2:
             with contextlib.suppress(psutil.NoSuchProcess):
