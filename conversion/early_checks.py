@@ -5,6 +5,7 @@ is downloaded: notations, and names of files and folders.
 
 import difflib
 import functools
+import json
 import os
 import re
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -55,11 +56,21 @@ def check_model(source: str | os.PathLike):
     check_place(source)
     if not folder.is_dir() or (folder / CONFIG).exists():
         return
-    kind = "holds an adapter, not a model" if (folder / ADAPTER_CONFIG).exists() else f"holds no {CONFIG}"
+    adapter = folder / ADAPTER_CONFIG
+    kind = f"holds an adapter{_base_of(adapter)}, not a model" if adapter.exists() else f"holds no {CONFIG}"
     models = [path.parent for path in (*folder.glob(f"*/{CONFIG}"), *folder.parent.glob(f"model/{CONFIG}"))]
     nearest = min(models, key=lambda model: model.name != "model", default=None)
     remedy = f"did you mean {nearest}?" if nearest else "give the folder of a model."
     raise ConversionError(f"{source} {kind}; {remedy}")
+
+
+def _base_of(adapter_config: Path) -> str:
+    """`" of "` and the model that an adapter belongs to; nothing if it names none."""
+    try:
+        base = dict(json.loads(adapter_config.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError):
+        return ""
+    return f" of {base}" if base else ""
 
 
 def is_model(text: str) -> bool:

@@ -14,6 +14,7 @@ def here(tmp_path, monkeypatch):
         (tmp_path / file).touch()
     for folder in ("runs/tuned/adapter", "adapter_alone"):
         (tmp_path / folder / "adapter_config.json").touch()
+    (tmp_path / "runs/tuned/adapter/adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -27,7 +28,10 @@ def here(tmp_path, monkeypatch):
         ("./nowhere", "There is no ./nowhere. Check the path."),
         ("/no/where", "There is no /no/where. Check the path."),
         ("plain", "plain holds no config.json; give the folder of a model."),
-        ("runs/tuned/adapter", "runs/tuned/adapter holds an adapter, not a model; did you mean runs/tuned/model?"),
+        (
+            "runs/tuned/adapter",
+            "runs/tuned/adapter holds an adapter of gpt2, not a model; did you mean runs/tuned/model?",
+        ),
         ("adapter_alone", "adapter_alone holds an adapter, not a model; give the folder of a model."),
     ],
 )

@@ -211,7 +211,7 @@ def test_a_dry_run_writes_nothing(text, tmp_path):
     "words, message",
     [
         (("--only", "nothing"), "--only nothing: no group's name begins so. There are one."),
-        (("--protocol", "no.yaml"), "--protocol no.yaml can't be read"),
+        (("--protocol", "no.yaml"), "There is no no.yaml"),
         (("--workers", "0"), "--workers"),
     ],
 )
