@@ -23,7 +23,13 @@ from safetensors.numpy import load_file
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, tables_bytes, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.program import (
+    OUT_OF_RANGE,
+    ProgramConfig,
+    Span,
+    tables_bytes,
+    weight_shapes,
+)
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_input
 
@@ -32,8 +38,7 @@ from .participant import Participant, compile_pass
 
 
 REPEATS = 3
-OUT_OF_RANGE = f"the answer was out of range {REPEATS} times: see the audit of the model."
-ACCEPTED, REPEAT = "accepted", "repeat"
+ALWAYS_OUT_OF_RANGE = f"numbers were out of range {REPEATS} times: see the audit of the model."
 TABLE_PART_BYTES = 8 * 2**20
 
 
@@ -50,7 +55,6 @@ class Job:
         new_tokens (`int`): Number of tokens in the answer, public.
         answers (`int`): Number of last positions whose logits are wanted; 1 where tokens are generated.
         timeout_seconds (`int`): For which a silent peer is waited for.
-        logit_bound (`float`): Logits beyond it can't be right.
         weights (`Path`, *optional*): The server's alone.
         prompt (`list[int]`, *optional*): The client's alone.
         logits (`Path`, *optional*): Where the client writes them.
@@ -63,7 +67,6 @@ class Job:
     new_tokens: int
     answers: int
     timeout_seconds: int
-    logit_bound: float
     weights: Path | None = None
     prompt: list[int] | None = None
     logits: Path | None = None
@@ -115,9 +118,11 @@ class PartyProcess:
                 program = compile_pass(self.config, self.job.settings, span)
             value = self._input(span) if self.job.rank == CLIENT else None
             self.participant.infer(program, span, value, self._tell_step)
-            if self._exchange(index):
+            if not self._was_out_of_range():
+                self._exchange(index)
                 return
-        raise PrivateInferenceError(OUT_OF_RANGE)
+            self.tell({"event": "repeat", "index": index})
+        raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE)
 
     def _tell_step(self, cost):
         self.tell({"event": "step", "cost": asdict(cost)})
@@ -126,40 +131,39 @@ class PartyProcess:
         tokens = [*self.job.prompt, *self.chosen][span.start : span.end]
         return client_input(self.config, self.job.settings, span, tokens, self.tables)
 
-    def _exchange(self, index: int) -> bool:
-        """
-        The server's share to the client, and the client's word whether the answer can be right. What the client says
-        it tells first: its server may end upon it.
-        """
+    def _was_out_of_range(self) -> bool:
+        """The one bit that both sides learn. The client's share goes first: a lie about it gets no answer."""
+        share = self.participant.party.share(OUT_OF_RANGE)
+        if self.job.rank == SERVER:
+            theirs = self._receive_share(share, CLIENT)
+            self._send_share(share, CLIENT)
+            return bool(self.participant.party.reconstruct([share, theirs]))
+        self._send_share(share, SERVER)
+        return bool(self.participant.party.reconstruct([self._receive_share(share, SERVER), share]))
+
+    def _exchange(self, index: int):
+        """The server's share of the answer goes to the client."""
         share = self.participant.party.share(answer_name(self.job.settings))
         if self.job.rank == SERVER:
-            self.link.send(CLIENT, json.dumps([base64.b64encode(part).decode() for part in share.share_chunks]))
-            fits = self.link.recv(CLIENT).decode() == ACCEPTED
-            self._tell_repeat(index, fits)
-            return fits
-        theirs = type(share)()
-        theirs.meta = share.meta  # not the peer's word
-        theirs.share_chunks = [base64.b64decode(part) for part in json.loads(self.link.recv(SERVER))]
-        answer = self.participant.party.reconstruct([theirs, share])
-        fits = self._fits(answer)
-        self._tell_repeat(index, fits)
-        self.link.send(SERVER, ACCEPTED if fits else REPEAT)
-        if fits:
-            self._keep(index, answer)
-        return fits
+            self._send_share(share, CLIENT)
+        else:
+            self._keep(index, self.participant.party.reconstruct([self._receive_share(share, SERVER), share]))
 
-    def _tell_repeat(self, index: int, fits: bool):
-        if not fits:
-            self.tell({"event": "repeat", "index": index})
+    def _send_share(self, share, peer: int):
+        self.link.send(peer, json.dumps([base64.b64encode(part).decode() for part in share.share_chunks]))
 
-    def _fits(self, answer: np.ndarray) -> bool:
-        if self.job.settings.answer == "token":
-            return bool((answer >= 0).all() and (answer < self.config.vocab_size).all())
-        return bool((np.abs(answer) <= self.job.logit_bound).all())
+    def _receive_share(self, own, peer: int):
+        """The peer's share of the same variable as this side's own."""
+        share = type(own)()
+        share.meta = own.meta  # not the peer's word
+        share.share_chunks = [base64.b64decode(part) for part in json.loads(self.link.recv(peer))]
+        return share
 
     def _keep(self, index: int, answer: np.ndarray):
         if self.job.settings.answer == "token":
             token = int(answer[-1])
+            if not 0 <= token < self.config.vocab_size:
+                raise PrivateInferenceError("the answer is no token of the model.")
         else:
             token = int(answer[-1].argmax())
             if self.job.logits is not None:

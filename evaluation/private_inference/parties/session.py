@@ -25,7 +25,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 
 from .channel import Channel
 from .engine import engine_versions
-from .party_process import OUT_OF_RANGE, REPEATS, Job
+from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job
 from .tunnel import Tunnel
 
 
@@ -41,7 +41,6 @@ class Terms:
     notation: str
     settings: PrivateSettings
     tokenizer_hash: str
-    logit_bound: float
 
 
 @dataclass
@@ -222,7 +221,7 @@ def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_even
                 _note(outcome, event)
                 on_event(event)
         if REPEATS in outcome.repeats.values():
-            raise PrivateInferenceError(OUT_OF_RANGE) from error
+            raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE) from error
         raise
 
 

@@ -33,7 +33,7 @@ from .session import Outcome, Terms, check_request, free_port, run_party
 from .tunnel import ClientTunnel, ServerTunnel
 
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 HANDSHAKE_SECONDS = 30
 # The largest model that a client believes in: its memory is not the server's to fill.
 LARGEST = {
@@ -62,7 +62,6 @@ class Offer:
         notation (`str`): The architecture before that, in the paper's notation.
         settings ([`PrivateSettings`]): How it answers.
         tokenizer_hash (`str`): So that a client can compare its own.
-        logit_bound (`float`): Logits beyond it can't be right.
     """
 
     config: EntropyGPTConfig
@@ -70,7 +69,6 @@ class Offer:
     notation: str
     settings: PrivateSettings
     tokenizer_hash: str
-    logit_bound: float
 
     def terms(self) -> dict:
         """What a client is told."""
@@ -81,7 +79,6 @@ class Offer:
             "program": asdict(ProgramConfig.of(self.config)),
             "settings": asdict(self.settings),
             "tokenizer": self.tokenizer_hash,
-            "logit_bound": self.logit_bound,
         }
 
 
@@ -235,7 +232,6 @@ class Server:
                     new_tokens=new_tokens,
                     answers=answers,
                     timeout_seconds=self.timeout_seconds,
-                    logit_bound=self.offer.logit_bound,
                     weights=weights,
                 )
                 outcome = run_party(job, channel, self._tunnel, own_port, lambda event: None)
@@ -292,15 +288,12 @@ class Client:
             )
         try:
             settings = TypeAdapter(PrivateSettings).validate_python(message.get("settings"))
-            bound = TypeAdapter(float).validate_python(message.get("logit_bound"))
             config = TypeAdapter(ProgramConfig).validate_python(message.get("program"))
             notation = TypeAdapter(str).validate_python(message.get("notation"))
             _check_sizes(config, settings)
-            if not 0 < bound < math.inf:
-                raise ValueError(f"logit_bound={bound} bounds nothing")
         except ValueError as error:  # those of pydantic too
             raise PrivateInferenceError(f"the server's terms are broken: {clean(error)}") from error
-        return Terms(config, clean(notation), settings, str(message.get("tokenizer")), bound)
+        return Terms(config, clean(notation), settings, str(message.get("tokenizer")))
 
     def ask(
         self,
@@ -344,7 +337,6 @@ class Client:
                 new_tokens=new_tokens,
                 answers=answers,
                 timeout_seconds=self.timeout_seconds,
-                logit_bound=self.terms.logit_bound,
                 prompt=prompt,
                 logits=Path(folder),
             )
