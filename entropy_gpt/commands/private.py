@@ -85,7 +85,22 @@ AnswerOption = Annotated[
     Learned,
     typer.Option(
         help="What the client learns of each new token: its logits, or only the token, by a secure comparison. Logits "
-        "reveal more about the weights with each question. With tokens only, nobody notices numbers out of range."
+        "reveal more about the weights with each question."
+    ),
+]
+FractionBits = Annotated[
+    int,
+    typer.Option(
+        help="Bits of a number behind the point, from 12 to 22, of 64. Fewer leave room for larger numbers, more for "
+        "smaller ones."
+    ),
+]
+AuditedText = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="A text that the audit of the model's numbers looks at too. It always looks at random tokens and at "
+        "those with the largest and the smallest embeddings, at every position.",
     ),
 ]
 
@@ -101,6 +116,8 @@ def serve(
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
     answer: AnswerOption = Learned.logits,
+    fraction_bits: FractionBits = 18,
+    text: AuditedText = None,
     tokenizer: TokenizerPlace = None,
     longest: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="The most tokens that a client may ask for.")
@@ -110,9 +127,9 @@ def serve(
     """
     Hold the weights, and answer one client after another.
 
-    The client learns the answer and what is public: architecture, sizes, settings, a hash of the tokenizer, and a
-    bound on the logits. The server learns the lengths of the prompt and the answer. Both sides are assumed to follow
-    the protocol (semi-honest). docs/private_inference.md lists what is not protected.
+    The client learns the answer and what is public: architecture, sizes, settings, and a hash of the tokenizer. The
+    server learns the lengths of the prompt and the answer. Both learn whether numbers were out of range. Both sides
+    are assumed to follow the protocol (semi-honest). docs/private_inference.md lists what is not protected.
 
     Example: entropy-gpt private serve runs/proposal/model --listen 0.0.0.0:9000 --cert s.pem --key s.key --ca ca.pem
     """
@@ -126,6 +143,8 @@ def serve(
         protocol=protocol.value,
         embedding=embedding.value,
         answer=answer.value,
+        fraction_bits=fraction_bits,
+        text=text,
         tokenizer=tokenizer,
         longest=longest,
         timeout=timeout,
@@ -179,6 +198,8 @@ def demo(
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
     answer: AnswerOption = Learned.logits,
+    fraction_bits: FractionBits = 18,
+    text: AuditedText = None,
     tokenizer: TokenizerPlace = None,
     networks: Networks = None,
     output: Annotated[
@@ -207,6 +228,8 @@ def demo(
         protocol=protocol.value,
         embedding=embedding.value,
         answer=answer.value,
+        fraction_bits=fraction_bits,
+        text=text,
         tokenizer=tokenizer,
         timeout=timeout,
     )
