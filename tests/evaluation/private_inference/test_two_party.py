@@ -22,6 +22,7 @@ import torch
 import trustme
 
 from tests.architectures import make_model
+from tests.slow import slow_but
 
 from .test_channel import tls_files
 
@@ -33,7 +34,7 @@ from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYT
 from entropy_gpt.evaluation.private_inference.parties.channel import Channel, TLSFiles, connect
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
 from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION, Client, Offer, Server
-from entropy_gpt.evaluation.private_inference.program.program import TOKENS
+from entropy_gpt.evaluation.private_inference.program.program import CHECKED, LOGITS, TOKENS, bounds_name
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import encode_tokens
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
@@ -54,7 +55,7 @@ def make_offer(notation: str = "SM") -> tuple[Offer, list[int]]:
     with torch.no_grad():
         for _ in range(2):
             tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return Offer(*prepare_weights(model), notation, PrivateSettings(), "hash", 1e3), tokens[0, len(PROMPT) :].tolist()
+    return Offer(*prepare_weights(model), notation, PrivateSettings(), "hash"), tokens[0, len(PROMPT) :].tolist()
 
 
 @dataclass
@@ -185,7 +186,6 @@ def test_a_request_that_is_none_is_refused_and_the_next_client_is_served(served)
 @pytest.mark.parametrize(
     "changed",
     [
-        *({"logit_bound": bound} for bound in ("nan", 0, -1.0, "inf", None)),
         *({"program": {"n_embd": value}} for value in ("x", -1, None, 10**9, 7)),
         *({"program": {name: "none of them"}} for name in ("ffn_type", "normalization", "attention_temperature")),
         {"program": {"n_layer": 1024, "n_embd": 2**16, "n_head": 1024}},
@@ -348,10 +348,18 @@ def test_a_client_that_is_refused_closes_its_connection(served):
 
 
 @pytest.mark.slow
-def test_an_answer_out_of_range_is_repeated_and_then_refused(served):
+@pytest.mark.parametrize("answer", slow_but(["token"], ["logits", "token"]))
+@pytest.mark.parametrize("part", slow_but([LOGITS], CHECKED))
+def test_an_answer_out_of_range_is_repeated_and_then_refused(served, part, answer):
     offer, expected = served.server.offer, []
     events: list[str] = []
-    with serving(replace(offer, logit_bound=1e-6), expected) as doubtful:
+    name = bounds_name(part)
+    offer = replace(
+        offer,
+        weights=offer.weights | {name: np.full_like(offer.weights[name], 1e-4)},
+        settings=replace(offer.settings, answer=answer),
+    )
+    with serving(offer, expected) as doubtful:
         with pytest.raises(PrivateInferenceError, match="out of range 3 times"):
             ask(doubtful, 1, on_event=lambda event: events.append(event["event"]))
         assert doubtful.said("out of range 3 times", 10)
