@@ -37,16 +37,15 @@ from .settings import PrivateSettings
 MASKED_SCORE = -(2.0**20)
 # Rows of an embedding table in one product.
 MOST_EMBEDDED = 4096
-# Neighbouring numbers whose sum the check compares with a bound: each sum costs two comparisons.
-SUMMED_HIDDEN, SUMMED_LOGITS = 4, 64
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
 Norm = Literal["layernorm", "static", "none"]
 
 # The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
 TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "hidden", "logits", "token", "out of range"
-# What the check looks at: the residual stream before and after the last block, and the logits.
-CHECKED = ("before", "after", LOGITS)
+# What the check looks at: the residual stream before and after the last block, and the logits. Sums of so many
+# neighbours are compared with bounds, each in two comparisons. Of the first, there is a row for every token.
+CHECKED = {"before": 2, "after": 1, LOGITS: 64}
 
 
 @record(config=RECORD, frozen=True)
@@ -149,8 +148,9 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
         if config.ffn_residual_scaling:
             shapes[f"h.{layer}.beta"] = (1,)
     shapes |= {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
-    hidden, logits = math.ceil(width / SUMMED_HIDDEN), math.ceil(vocabulary / SUMMED_LOGITS)
-    return shapes | {bounds_name(part): (logits if part == LOGITS else hidden,) for part in CHECKED}
+    for part, count in CHECKED.items():
+        shapes[bounds_name(part)] = (math.ceil((vocabulary if part == LOGITS else width) / count),)
+    return shapes
 
 
 def sums_name(part: str) -> str:
@@ -216,7 +216,7 @@ def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iter
 def _sum_up(variable: str, part: str) -> Step:
     """The sums of one of `CHECKED`; each party adds up its own shares, and nothing is sent."""
     function = sum_alternating if part == LOGITS else sum_neighbours
-    return Step("check", None, function, (variable,), (sums_name(part),))
+    return Step("check", None, partial(function, count=CHECKED[part]), (variable,), (sums_name(part),))
 
 
 def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
@@ -446,7 +446,7 @@ def choose(ops: Arithmetic, logits):
     return ops.index_of_largest(logits)
 
 
-def sum_neighbours(ops: Arithmetic, hidden, count: int = SUMMED_HIDDEN):
+def sum_neighbours(ops: Arithmetic, hidden, count: int):
     """Sums of `count` neighbouring numbers each of `(length, width)`; the last ones may be of fewer."""
     missing = -hidden.shape[1] % count
     if missing:
@@ -454,10 +454,10 @@ def sum_neighbours(ops: Arithmetic, hidden, count: int = SUMMED_HIDDEN):
     return hidden.reshape(len(hidden), -1, count).sum(axis=-1)
 
 
-def sum_alternating(ops: Arithmetic, logits):
+def sum_alternating(ops: Arithmetic, logits, count: int):
     """Sums of differences of neighbouring logits: what all logits of a row have in common means nothing."""
     signs = np.where(np.arange(logits.shape[1]) % 2, -1, 1)
-    return sum_neighbours(ops, ops.xp.where(signs > 0, logits, -logits), SUMMED_LOGITS)
+    return sum_neighbours(ops, ops.xp.where(signs > 0, logits, -logits), count)
 
 
 def find_out_of_range(ops: Arithmetic, *sums_and_bounds):

@@ -35,8 +35,9 @@ TOLERATED_ROUNDING = 0.02
 TOLERATED_ERROR, TOLERATED_SHARE = 0.05, 0.015
 # With fewer most likely tokens that agree, the server says so.
 EXPECTED_AGREEMENT = 0.99
-# The bounds of the check are so many times the largest sums of the audit.
-CHECK_MARGIN = 4.0
+# The bounds of the check are so many times the largest sums of the audit, and at least as many times those of this
+# quantile of them: other prompts make large what was small here. A few may be far above all others.
+CHECK_MARGIN, USUAL_SUM = 4.0, 0.97
 
 
 @dataclass(config=RECORD)
@@ -120,14 +121,10 @@ class RangeReport:
 
     @property
     def bounds(self) -> dict[str, np.ndarray]:
-        """
-        The weights of a program that bound its check. A sum that was always small may be as large as a typical one:
-        nothing was learned about it.
-        """
-        largest = {bounds_name(part): np.array(sums) for part, sums in self.largest_sums.items()}
+        """The bounds of the check, which are weights of the program."""
         return {
-            name: np.float32(CHECK_MARGIN * np.maximum(sums, sums.mean())).reshape(-1)
-            for name, sums in largest.items()
+            bounds_name(part): np.float32(CHECK_MARGIN * np.maximum(sums, np.quantile(sums, USUAL_SUM)))
+            for part, sums in self.largest_sums.items()
         }
 
     @property

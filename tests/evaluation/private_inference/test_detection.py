@@ -8,14 +8,19 @@ from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config as make_large_config
 from entropy_gpt.evaluation.private_inference.detection import CORRUPTIONS, measure_detection, measure_false_alarms
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
+from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
 from entropy_gpt.evaluation.private_inference.program.program import (
+    CHECKED,
     LOGITS,
     OUT_OF_RANGE,
     Span,
+    bounds_name,
     build_steps,
     find_out_of_range,
+    run_steps,
     sum_alternating,
     sum_neighbours,
+    sums_name,
 )
 from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences, tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -27,28 +32,45 @@ from tests.slow import slow_but
 LENGTH = 8
 
 
-def audited(notation: str) -> tuple:
-    """A tiny model whose program has the audit's bounds, and the tolerated error."""
-    torch.manual_seed(0)
-    config, weights = prepare_weights(make_model(notation))
+def audited(model) -> tuple:
+    """Configuration and weights of the program, the audit's bounds, and the tolerated error."""
+    config, weights = prepare_weights(model)
     report = audit(config, weights, PrivateSettings(), choose_sequences(config, weights))
-    return config, weights | report.bounds, tolerated_error(report.typical_logit)
+    return config, weights, report.bounds, tolerated_error(report.typical_logit)
 
 
-def prompts(count: int) -> list[np.ndarray]:
-    return list(np.random.default_rng(1).integers(2, 101, (count, LENGTH)))
+def prompts(count: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(2, 101, (count, LENGTH))
 
 
 @pytest.mark.parametrize("notation", slow_but(["SM+ScFuFFN"], ARCHITECTURES))
 def test_no_corrupted_run_is_returned_and_no_honest_one_stopped(notation):
-    config, weights, tolerated = audited(notation)
-    found = list(measure_detection(notation, config, weights, prompts(2), 5, tolerated))
+    torch.manual_seed(0)
+    model = make_model(notation)
+    config, weights, bounds, tolerated = audited(model)
+    found = list(measure_detection(notation, config, weights | bounds, prompts(2), 5, tolerated))
     assert len(found) == len(CORRUPTIONS) * config.n_layer
     assert sum(detection.runs for detection in found) == 5 * len(found)
     assert sum(detection.other_logits + detection.other_token for detection in found) == 0
-    honest = measure_false_alarms(notation, config, weights, prompts(20))
+    honest = measure_false_alarms(model, bounds, prompts(100))
     assert honest.stopped == 0
-    assert 0 < honest.nearest < 0.9
+    assert 0 < honest.nearest < 0.8
+
+
+def test_false_alarms_are_counted():
+    """With bounds as large as the sums of the emulated ring are, and a little smaller."""
+    model, (prompt,) = make_model("SM+LN+G"), prompts(1)
+    config, weights = prepare_weights(model)
+    ops, span = FixedPointArithmetic(PrivateSettings(embedding="client_table")), Span(0, LENGTH)
+    weights["hidden"] = weights["wte"][prompt] + weights["wpe"][:LENGTH]
+    variables = run_steps(build_steps(config, ops.settings, span), ops, weights)
+    sums = {bounds_name(part): np.abs(variables[sums_name(part)]).max(axis=0) for part in CHECKED}
+    larger, smaller = (
+        {name: part * factor + margin for name, part in sums.items()} for factor, margin in ((1, 0.01), (0.9, 0))
+    )
+    assert measure_false_alarms(model, larger, prompt[None]).stopped == 0
+    assert measure_false_alarms(model, larger, prompt[None]).nearest > 0.9
+    assert measure_false_alarms(model, smaller, prompt[None]).stopped == 1
 
 
 def test_without_bounds_corrupted_runs_are_returned():
@@ -69,9 +91,9 @@ def test_sums_and_bounds():
 
 def test_what_all_logits_have_in_common_does_not_count():
     ops, logits = Arithmetic(np), np.random.default_rng(0).normal(size=(3, 640))
-    np.testing.assert_allclose(sum_alternating(ops, logits + 100), sum_alternating(ops, logits), atol=1e-9)
+    np.testing.assert_allclose(sum_alternating(ops, logits + 100, 64), sum_alternating(ops, logits, 64), atol=1e-9)
     logits[1, 77] += 1000
-    assert np.abs(sum_alternating(ops, logits)).max() > 900
+    assert np.abs(sum_alternating(ops, logits, 64)).max() > 900
 
 
 @pytest.mark.parametrize("answer", ["logits", "token"])
