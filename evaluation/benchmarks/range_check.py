@@ -45,7 +45,7 @@ PAGE = ROOT / "docs" / "range_check.md"
 MODELS = [ROOT / "model_cards" / "models" / name for name in ("sm-ln-g", "converted")]
 
 LENGTH, PROMPTS = 16, 20
-RUNS, HONEST_RUNS = 100, 10_000
+RUNS, HONEST_RUNS = 50, 10_000
 QUICK_RUNS, QUICK_HONEST_RUNS = 3, 200
 # What costs are predicted for.
 GPT2_SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
@@ -128,7 +128,9 @@ def measure_model(folder: Path, runs: int, honest_runs: int) -> tuple[list[Detec
     for detection in measure_detection(
         model.config.notation, config, weights | report.bounds, chosen, runs, tolerated_error(report.typical_logit)
     ):
-        console.print(detection)
+        console.print(
+            f"{detection.corruption}, block {detection.block}: {detection.returned} of {detection.runs} returned"
+        )
         detections.append(detection)
     return detections, honest
 
@@ -164,9 +166,9 @@ def page(record: Record) -> str:
     stopped = sum(alarms.stopped for alarms in record.honest)
     conditions = [
         "The ring is emulated in numpy, with the truncations of Cheetah. The stream is corrupted after a block, and "
-        "the rest of the program runs on. The models have four blocks, and each block was corrupted in as many runs.",
-        "Uniform numbers are any of the ring. 2^28 is in units of the stream, or of its last bit. Single errors are of "
-        "any order of magnitude in their range and of both signs.",
+        "the rest of the program runs on. Each block was corrupted in as many runs.",
+        "Uniform numbers are any of the ring. 2^28 is in units of the stream, or of its last bit. Errors of one number "
+        "are of any order of magnitude in their range, and of both signs.",
         f"Prompts have {record.length} tokens, half held-out text and half random tokens. The audit has seen neither.",
         "A returned run has other logits if one of them differs from the honest run by more than the audit tolerates: "
         "0.05 and 1.5 % of a typical logit. Answers with tokens are the same program with one more comparison.",
