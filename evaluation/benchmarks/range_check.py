@@ -167,12 +167,12 @@ def page(record: Record) -> str:
     conditions = [
         "The ring is emulated in numpy, with the truncations of Cheetah. The stream is corrupted after a block, and "
         "the rest of the program runs on. Each block was corrupted in as many runs.",
-        "Uniform numbers are any of the ring. 2^28 is in units of the stream, or of its last bit. Errors of one number "
-        "are of any order of magnitude in their range, and of both signs.",
+        "Uniform numbers are any of the ring. 2^28 is in units of the stream, or of its last bit. Errors of one "
+        "number are of any order of magnitude in their range, and of both signs.",
         f"Prompts have {record.length} tokens, half held-out text and half random tokens. The audit has seen neither.",
         "A returned run has other logits if one of them differs from the honest run by more than the audit tolerates: "
         "0.05 and 1.5 % of a typical logit. Answers with tokens are the same program with one more comparison.",
-        "Honest runs are computed in double precision. Rounding is far below the bounds.",
+        "Honest runs are computed by torch, in floating point. Rounding is far below the bounds.",
     ]
     return f"""# What the check of a private inference finds
 
@@ -267,6 +267,7 @@ def main(
         list[Path] | None, typer.Option(help="Trained models. Default: the two of this project.")
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each corruption after each block.")] = RUNS,
+    honest_runs: Annotated[int, typer.Option(min=2, help="Honest runs of each model.")] = HONEST_RUNS,
     quick: Annotated[bool, typer.Option(help="Few runs; writes nothing.")] = False,
     redraw: Annotated[bool, typer.Option(help="Measure nothing; the page anew from the record.")] = False,
 ):
@@ -277,7 +278,7 @@ def main(
     if redraw:
         record = replace(Record.load(RECORD), shares=predict_shares())
     else:
-        record = measure(models or MODELS, runs, HONEST_RUNS)
+        record = measure(models or MODELS, runs, honest_runs)
     record.save(RECORD)
     PAGE.write_text(page(record), encoding="utf-8")
     console.print(f"written: {RECORD}, {PAGE}")

@@ -181,6 +181,7 @@ def measure_false_alarms(
     """
     folded = fold(copy.deepcopy(model).double()).eval()
     absorb_linear_ffns(folded)
+    folded.float()
     last, stream = folded.transformer.h[-1], {}
     last.register_forward_pre_hook(lambda block, inputs: stream.update(before=inputs[0]))
     last.register_forward_hook(lambda block, inputs, output: stream.update(after=output))
