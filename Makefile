@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 NEWEST := .venv-newest
+# For `make gpu`: .venv, or without one the torch and triton that PYTHON has.
+GPU := $(if $(wildcard $(INSTALLED)),$(VENV),.venv-gpu)
 COMPARISONS := model_cards/results/interoperability.jsonl
 # A file's tests run in one process; files are begun in the order of tests/conftest.py, the longest first.
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := modeling_entropy_gpt conversion training evaluation entropy_gpt tests docs/site_hooks.py
 
-.PHONY: install docs quickstart results runs study test test-all test-releases test-newest interoperability style bench clean
+.PHONY: gpu install docs quickstart results runs study test test-all test-releases test-newest interoperability style bench clean
 
 install: $(INSTALLED)  ## Installs everything into .venv.
 
@@ -61,6 +63,11 @@ test-newest:  ## Runs the default tests with the newest releases that pip finds,
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,private]"
 	$(NEWEST)/bin/$(PYTEST) $(ARGS)
 
+gpu: $(GPU)/installed  ## Runs all tests that need a GPU, and the benchmark of docs/performance.md, in minutes, offline.
+	$(GPU)/bin/entropy-gpt doctor --gpu
+	$(GPU)/bin/python -m pytest -m gpu $$(grep -rl --include='test_*.py' mark.gpu tests) $(ARGS)
+	$(GPU)/bin/python -m entropy_gpt.evaluation.benchmarks.gpu
+
 interoperability: $(INSTALLED)  ## Compares the model with other tools and releases, and writes the table of what came of it.
 	rm -f $(COMPARISONS).new
 	$(BIN)/$(PYTEST) -m "not gpu" $$(grep -rl --include='test_*.py' compared tests) \
@@ -76,12 +83,12 @@ style: $(INSTALLED)  ## Checks code and prose; `make style FIX=1` mends what ruf
 	$(BIN)/ruff format $(if $(FIX),,--check) $(SOURCES)
 	$(BIN)/python -m tests.check_prose
 
-bench: $(INSTALLED)  ## Runs every benchmark, side by side with what it is held against.
-	for benchmark in evaluation/benchmarks/[a-z]*.py; do \
+bench: $(INSTALLED)  ## Runs every benchmark but that of `make gpu`, side by side with what it is held against.
+	for benchmark in $(filter-out %/gpu.py,$(wildcard evaluation/benchmarks/[a-z]*.py)); do \
 		$(BIN)/python -m entropy_gpt.evaluation.benchmarks.$$(basename $$benchmark .py) || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) .venv-gpu build *.egg-info
 
 # torch first and alone: on a machine that holds a CPU build of it, any other order may replace it by a larger one.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -90,3 +97,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,private]"
 	touch $(INSTALLED)
+
+.venv-gpu/installed:
+	$(PYTHON) -m venv --system-site-packages --without-pip .venv-gpu
+	$(PYTHON) -m pip --python .venv-gpu/bin/python install --quiet --disable-pip-version-check \
+		--no-index --no-deps --no-build-isolation -e .
+	touch $@

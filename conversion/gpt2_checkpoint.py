@@ -6,7 +6,9 @@ nanoGPT, or with LayerNorms that were made linear by an enormous epsilon.
 """
 
 import json
+import logging
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path, PureWindowsPath
@@ -42,8 +44,12 @@ from modeling_entropy_gpt import (
 from modeling_entropy_gpt.configuration_entropy_gpt import GPT2_CONSTANTS
 
 from .assembly import assemble
+from .early_checks import ADAPTER_CONFIG
 from .errors import ConversionError
+from .foreign_files import identify
 
+
+logger = logging.getLogger(__name__)
 
 # Each head of GPT-2 and its twin here. The parameters of both have the same names.
 TWINS = {
@@ -75,9 +81,16 @@ NORM_WEIGHT = re.compile(r"(ln_1|ln_2|ln_f)\.weight$")
 SHARED_FIELDS = {f.name for f in fields(EntropyGPTConfig)} & {f.name for f in fields(GPT2Config)}
 SHARED_FIELDS -= {"architectures", "transformers_version", "dtype"}
 # What an import also reads: GPT-2's constants are refused by the configuration if they differ.
-READ_FIELDS = SHARED_FIELDS | {*GPT2_CONSTANTS, "classifier_dropout"}
+READ_FIELDS = SHARED_FIELDS | {*GPT2_CONSTANTS, *GPT2Config.attribute_map, "classifier_dropout"}
 # Sizes by the names that a configuration and nanoGPT have for them.
 NANOGPT_SIZES = {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"n_positions": "block_size"}
+NANOGPT_OPTIONS = frozenset({"bias", "dropout"})
+# What DistributedDataParallel and torch.compile put before names, in whatever order.
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
+# The exact GELU of nanoGPT, and the approximation by tanh that it had until 14 June 2023.
+NANOGPT_ACTIVATIONS = (GELU, TANH_GELU) = ("gelu", "gelu_new")
+# How the unpickler of torch names what it refuses.
+REFUSED = re.compile(r"(?:GLOBAL|Unsupported class) (\S+)")
 MOST_NAMES_SHOWN = 5
 
 
@@ -104,7 +117,7 @@ class Checkpoint:
         return self.config["model_type"] == GPT2Config.model_type
 
 
-def load_gpt2(source: str | Path) -> EntropyGPTPreTrainedModel:
+def load_gpt2(source: str | Path, activation: str | None = None) -> EntropyGPTPreTrainedModel:
     """
     Makes an EntropyGPT of a GPT-2 checkpoint: the same logits, and the head that the checkpoint has.
 
@@ -112,27 +125,31 @@ def load_gpt2(source: str | Path) -> EntropyGPTPreTrainedModel:
         source (`str` or `Path`):
             A folder with `config.json` and weights (safetensors, in shards too, or an old `pytorch_model.bin`), a
             repository on the Hub, or a checkpoint file of nanoGPT (`.pt`).
+        activation (`str`, *optional*):
+            The activation function of a nanoGPT file, as of [`read_nanogpt`]. Any other checkpoint names its own.
 
     Raises:
         `ConversionError`: If it is no GPT-2, files are damaged, or parameters are unexpected, missing, there twice, of
             a wrong shape or dtype, or not finite.
     """
-    return _build(_read(source, [GPT2Config.model_type]), str(source))
+    return _build(_read(source, [GPT2Config.model_type], activation), str(source))
 
 
-def load_language_model(source: str | Path) -> EntropyGPTForCausalLM:
+def load_language_model(source: str | Path, activation: str | None = None) -> EntropyGPTForCausalLM:
     """
     Loads what a conversion begins with: a GPT-2 of any kind that [`load_gpt2`] takes, or an EntropyGPT, as it is.
 
     Raises:
         `ConversionError`: As for [`load_gpt2`], and if it is no language model.
     """
-    checkpoint = _read(source, [GPT2Config.model_type, EntropyGPTConfig.model_type])
+    checkpoint = _read(source, [GPT2Config.model_type, EntropyGPTConfig.model_type], activation)
     if checkpoint.model_class is not EntropyGPTForCausalLM:
+        saved_as = (checkpoint.config.get("architectures") or [checkpoint.model_class.__name__])[0]
+        remedy = "Give the checkpoint with its language modelling head."
+        if checkpoint.model_class is EntropyGPTModel:
+            remedy += " If that is tied to the embeddings, load this one as GPT2LMHeadModel, and save it again."
         raise ConversionError(
-            f"{source} is no language model (it is read as {checkpoint.model_class.__name__}), and what a conversion "
-            "loses is measured by the language that a model predicts: give the checkpoint with its language modelling "
-            "head."
+            f"{source} is no language model: it was saved as {saved_as}, without a language modelling head. {remedy}"
         )
     return _build(checkpoint, str(source))
 
@@ -173,14 +190,25 @@ def to_gpt2(model: EntropyGPTPreTrainedModel) -> GPT2PreTrainedModel:
     return assemble(twins[type(model)], gpt2_config, tensors, _generation_config(model)).train(model.training)
 
 
-def read_nanogpt(path: Path) -> Checkpoint:
+def read_nanogpt(path: Path, activation: str | None = None) -> Checkpoint:
     """
-    Reads a checkpoint file of nanoGPT, whose linear maps are transposed and may lack biases; its GELU is the exact
-    one. Nothing but tensors and plain values is unpickled.
+    Reads a checkpoint file of nanoGPT, whose linear maps are transposed and may lack biases. Nothing but tensors and
+    plain values is unpickled.
+
+    A file does not name its activation function: nanoGPT has the exact GELU since 14 June 2023, and had the
+    approximation by tanh before (karpathy/nanoGPT#274).
+
+    Args:
+        path (`Path`): The file.
+        activation (`str`, *optional*):
+            `"gelu"` or `"gelu_new"`, the approximation. Without, the exact one, unless the file proves that it is
+            older; a note is logged then.
 
     Raises:
-        `ConversionError`: If it is no such file.
+        `ConversionError`: If it is no such file, or its arguments are not those of nanoGPT.
     """
+    if path.suffix == ".safetensors":
+        raise ConversionError(f"{path} holds weights alone. Give the folder that holds it and its config.json.")
     content = _unpickle(path)
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ConversionError(
@@ -193,8 +221,14 @@ def read_nanogpt(path: Path) -> Checkpoint:
             f"model_args={sizes!r} in {path} lacks the sizes of a model: {', '.join(NANOGPT_SIZES.values())} "
             "have to be in it."
         )
+    if unknown := sizes.keys() - {*NANOGPT_SIZES.values()} - NANOGPT_OPTIONS:
+        named = ", ".join(f"{name}={sizes[name]!r}" for name in sorted(unknown, key=str))
+        raise ConversionError(
+            f"{path} is of a variant of nanoGPT: its model_args have {named}, which nanoGPT has not. What such a "
+            "model computes is not known here."
+        )
     named = _check_tensor_types(content["model"], path).items()
-    tensors = _gather(((name.removeprefix("_orig_mod."), tensor) for name, tensor in named), path)
+    tensors = _gather(((WRAPPERS.sub("", name), tensor) for name, tensor in named), path)
     for name in filter(LINEAR_WEIGHT.search, tensors):
         if tensors[name].ndim == 2:
             tensors[name] = tensors[name].mT.contiguous()
@@ -202,7 +236,8 @@ def read_nanogpt(path: Path) -> Checkpoint:
         "model_type": GPT2Config.model_type,
         **{ours: sizes[theirs] for ours, theirs in NANOGPT_SIZES.items()},
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), sizes.get("dropout", 0.0)),
-        "activation_function": "gelu",
+        "activation_function": activation or _find_activation(content, path),
+        "tie_word_embeddings": not _has_own_head(tensors),
         "bos_token_id": None,
         "eos_token_id": None,
     }
@@ -213,12 +248,57 @@ def read_nanogpt(path: Path) -> Checkpoint:
     return Checkpoint(config, tensors, EntropyGPTForCausalLM)
 
 
-def _read(source: str | Path, model_types: list[str]) -> Checkpoint:
+def _has_own_head(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether a head differs from the embeddings, as nanoGPT's did until January 2023."""
+    head, embedding = (tensors.get(name) for name in ("lm_head.weight", f"{PREFIX}wte.weight"))
+    return head is not None and embedding is not None and not torch.equal(head, embedding)
+
+
+def _find_activation(content: dict, path: Path) -> str:
+    """The GELU of nanoGPT at the time of the file, as far as that can be known."""
+    if (reason := _sign_of_age(content)) is None:
+        return GELU
+    logger.warning(
+        "%s is older than June 2023 (%s), when nanoGPT approximated GELU by tanh: it is read with %s. If it has the "
+        "exact GELU, convert it with --activation %s.",
+        *(path, reason, TANH_GELU, GELU),
+    )
+    return TANH_GELU
+
+
+def _sign_of_age(content: dict) -> str | None:
+    """
+    What proves that a file of nanoGPT is older than its exact GELU: `bias` in its arguments came in January 2023, and
+    weight decay of the embeddings in May 2023.
+    """
+    sizes = content["model_args"]
+    if "bias" not in sizes:
+        return "its model_args have no bias"
+    try:
+        decayed = len(content["optimizer"]["param_groups"][0]["params"])
+    except (KeyError, IndexError, TypeError):
+        return None
+    return "its optimizer does not decay the embeddings" if decayed == 4 * sizes["n_layer"] else None
+
+
+def _read(source: str | Path, model_types: list[str], activation: str | None) -> Checkpoint:
+    if activation is not None and activation not in NANOGPT_ACTIVATIONS:
+        raise ConversionError(f"activation={activation!r}: give {' or '.join(NANOGPT_ACTIVATIONS)}.")
     if Path(source).is_file():
-        return read_nanogpt(Path(source))
+        return read_nanogpt(Path(source), activation)
     folder = _find_folder(source)
     if not (folder / "config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
+            base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+            raise ConversionError(
+                f"{folder} holds an adapter of {base or 'a model'}, not a model. Give the model that it was merged "
+                "into: in the folder of a run, that is the folder model."
+            )
         raise ConversionError(f"{folder} has no config.json, so it is no model that transformers saved.")
+    if activation is not None:
+        raise ConversionError(
+            f"--activation {activation} has no effect: the config.json of {source} names its activation. Leave it out."
+        )
     config = _read_json(folder / "config.json")
     if config.get("model_type") not in model_types:
         allowed = " or ".join(map(repr, model_types))
@@ -257,6 +337,7 @@ def _find_folder(source: str | Path) -> Path:
 
 
 def _read_json(file: Path) -> dict:
+    _check_kind(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -264,6 +345,16 @@ def _read_json(file: Path) -> dict:
     if not isinstance(content, dict):
         raise ConversionError(f"{file} holds a {type(content).__name__}, not named fields. Download or save it again.")
     return content
+
+
+def _check_kind(file: Path):
+    """Refuses a file that can't be opened, or is of another kind, before a reader calls it damaged."""
+    try:
+        kind = identify(file)
+    except OSError as error:
+        raise ConversionError(f"{file} can't be read ({error.strerror}). Make it readable.") from error
+    if kind is not None:
+        raise ConversionError(f"{file} is {kind}.")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -300,6 +391,7 @@ def _leaves_its_folder(name: str) -> bool:
 def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
     if file.suffix != ".safetensors":
         return _check_tensor_types(_unpickle(file), file)
+    _check_kind(file)
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
@@ -307,10 +399,24 @@ def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _unpickle(file: Path):
+    _check_kind(file)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what is an error here
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the bytes make it
-        raise ConversionError(f"{file} can't be read as weights alone: {type(error).__name__}: {error}") from error
+        # Its own message is not passed on: it advises to load without this safety.
+        raise ConversionError(f"{file} can't be read as weights alone: {_why_not(error)}") from error
+
+
+def _why_not(error: Exception) -> str:
+    if (found := REFUSED.search(str(error))) is None:
+        return "it is damaged, or not written by torch.save. Download or save it again."
+    name = found[1].rstrip(".,")
+    kind = f"a number or array of numpy ({name})" if name.startswith("numpy.") else name
+    return (
+        f"it holds {kind}. Only tensors, plain numbers and text are unpickled, because anything else can run code. "
+        "Save it again without that."
+    )
 
 
 def _check_tensor_types(content, file: Path) -> dict[str, torch.Tensor]:

@@ -271,6 +271,7 @@ class Step:
         naive: Makes what a copy of the weights would give; `None` where there is nothing to compare with.
         calibrated (`bool`): Whether it is fitted to a calibration.
         hidden_activation (`str`, *optional*): What the calibration has to be taken with.
+        exact (`bool`): Whether it keeps every prediction, up to rounding.
     """
 
     title: str
@@ -278,6 +279,7 @@ class Step:
     naive: Callable[[Model], Model] | None = None
     calibrated: bool = False
     hidden_activation: str | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -351,19 +353,21 @@ def plan_conversion(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Plan:
     simplifications += _ffn_steps(source, target)
     if target.attention_temperature != source.attention_temperature:
         temperatures = target.attention_temperature
-        simplifications.append(Step("temperatures, at 1", lambda m, _: add_temperatures(m, temperatures)))
+        simplifications.append(Step("temperatures, at 1", lambda m, _: add_temperatures(m, temperatures), exact=True))
     if target.entropy_regularization and not source.entropy_regularization:
         fields = {name: getattr(target, name) for name in ENTROPY_FIELDS}
         simplifications.append(
-            Step("thresholds, at entropies", lambda m, c: add_thresholds(m, c, **fields), None, True)
+            Step("thresholds, at entropies", lambda m, c: add_thresholds(m, c, **fields), None, True, exact=True)
         )
     if target.normalization == "none" != source.normalization:
-        finish.append(Step("norms folded away", lambda m, _: remove_static_norms(m), drop_norms))
+        finish.append(Step("norms folded away", lambda m, _: remove_static_norms(m), drop_norms, exact=True))
     if target.final_normalization == "none" != source.final_normalization:
-        finish.append(Step("final norm folded away", lambda m, _: remove_final_static_norm(m), drop_final_norm))
+        finish.append(
+            Step("final norm folded away", lambda m, _: remove_final_static_norm(m), drop_final_norm, exact=True)
+        )
     if target.weight_normalization != source.weight_normalization:
         kind, targets = target.weight_normalization, target.weight_normalization_targets
-        finish.append(Step(f"{kind} normalisation", lambda m, _: normalize_weights(m, kind, targets)))
+        finish.append(Step(f"{kind} normalisation", lambda m, _: normalize_weights(m, kind, targets), exact=True))
     return Plan(tuple(simplifications), tuple(finish))
 
 
@@ -381,9 +385,9 @@ def _ffn_steps(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Iterable[S
                 hidden_activation=name,
             )
     if target.ffn_type != source.ffn_type:
-        yield Step("FFNs fused", lambda m, _: fuse_ffns(m))
+        yield Step("FFNs fused", lambda m, _: fuse_ffns(m), exact=True)
     if target.ffn_residual_scaling != source.ffn_residual_scaling:
-        yield Step("FFNs scaled, at 1", lambda m, _: scale_ffns(m))
+        yield Step("FFNs scaled, at 1", lambda m, _: scale_ffns(m), exact=True)
 
 
 def _check_reachable(source: EntropyGPTConfig, target: EntropyGPTConfig):

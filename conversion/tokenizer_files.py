@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 # Its name in all of them, where 5 writes the new one.
 CLASS = "PreTrainedTokenizerFast"
 # What the tokens are in; a tokenizer has at least one of them.
-VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from entropy_gpt.conversion.errors import UserError
+    from entropy_gpt.evaluation.measuring.text_diagnostics import diagnose_text
     from entropy_gpt.evaluation.private_inference.inference import PrivateModel
     from entropy_gpt.workflows.convert import convert
     from entropy_gpt.workflows.evaluate import evaluate
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from entropy_gpt.workflows.train import train
 
 
-__all__ = ["PrivateModel", "UserError", "convert", "evaluate", "export", "publish", "report", "train"]
+__all__ = ["PrivateModel", "UserError", "convert", "diagnose_text", "evaluate", "export", "publish", "report", "train"]
 
 _MODULES = {
     "PrivateModel": "evaluation.private_inference.inference",
     "UserError": "conversion.errors",
     "convert": "workflows.convert",
+    "diagnose_text": "evaluation.measuring.text_diagnostics",
     "evaluate": "workflows.evaluate",
     "export": "workflows.export",
     "publish": "workflows.publish",

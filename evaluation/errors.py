@@ -7,6 +7,10 @@ class RecordError(UserError, ValueError):
     """The given file holds no such record."""
 
 
+class TextError(UserError, ValueError):
+    """The attention of a model to a text can't be measured."""
+
+
 class TaskError(UserError, ValueError):
     """A task of lm-eval can't be scored as asked."""
 
@@ -20,4 +24,4 @@ class PrivateInferenceError(UserError, RuntimeError):
 
 
 class EngineError(PrivateInferenceError):
-    """This side's engine failed. The other side is not told why, since the message may describe this machine."""
+    """This side's engine failed. The other side does not learn why, since the message may describe this machine."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import is_triton_available
 
 
 LOG2_E = math.log2(math.e)
@@ -30,11 +31,13 @@ MASKED = -1e20
 NOTHING_VISIBLE = MASKED / 10
 
 # Sizes of blocks, by measurement (evaluation/benchmarks/entropy_attention.py).
-BLOCK_ROWS = 128
-BLOCK_ELEMENTS = 2**20
-MOST_HEADS = 12
-# Rows of the matrices that carry one more column are padded to a multiple of this many numbers: 64 bytes.
-ALIGNMENT = 16
+BLOCK_ROWS = 64
+BLOCK_ELEMENTS = 2**18
+
+# What the kernel of triton_attention.py serves.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_HEAD_DIM = 256
+LEAST_CAPABILITY = (8, 0)
 
 # Two copies of this file may be loaded side by side, the package's and one that came with weights: an operator each.
 OPERATOR = f"entropy_gpt::{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}"
@@ -87,6 +90,11 @@ def blockwise_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The forward pass of [`blockwise_attention`]."""
     output, entropies, log_sum_exp = _empty_results(query, value)
+    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1])) is None:
+        from .triton_attention import run_forward
+
+        run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp)
+        return output, entropies, log_sum_exp
     plan = _Plan(query, key, visible, is_causal)
 
     def compute(group: _Group, buffers: _Buffers):
@@ -111,8 +119,8 @@ def blockwise_attention_forward(
             if value is not None:
                 if dropout:
                     exponentials.mul_(_draw_kept(kept[0], dropout, seed, group, block))
-                attended = torch.bmm(exponentials, values[:, block.keys])
-                group.of(output)[:, :, block.rows] = group.unflatten(attended.div_(_positive(sums)))
+                attended = group.unflatten(torch.bmm(exponentials, values[:, block.keys]))
+                torch.div(attended, group.unflatten(_positive(sums)), out=group.of(output)[:, :, block.rows])
         log_sum = _positive(row_sum).log2()
         rows_entropy = (log_sum - row_product / row_sum).mul_(LN_2).where(row_sum != 0, 0.0)
         group.of(entropies)[:] = group.unflatten(rows_entropy).squeeze(-1)
@@ -141,7 +149,15 @@ def blockwise_attention_backward(
     """
     Gradients of query, key and value (without a value: an empty tensor), given what the forward pass took and gave.
     """
-    grad_query, grad_key, grad_value = _empty_gradients(query, key, value)
+    gradients = grad_query, grad_key, grad_value = _empty_gradients(query, key, value)
+    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1])) is None:
+        from .triton_attention import run_backward
+
+        run_backward(
+            query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp,
+            grad_output, grad_entropies, *gradients,
+        )  # fmt: skip
+        return gradients
     plan = _Plan(query, key, visible, is_causal)
     row_constant = -grad_entropies * entropies
     if value is not None:
@@ -149,48 +165,57 @@ def blockwise_attention_backward(
     slope = grad_entropies * -LN_2
 
     def compute(group: _Group, buffers: _Buffers):
-        # One more column each, so that the matrix product itself subtracts the log-sum-exp and adds the constant.
-        queries = group.take(query, scaling * LOG2_E, column=-group.of(log_sum_exp))
-        keys = group.take(key, column=1.0)
-        slopes = group.flatten(group.of(slope)).unsqueeze(-1)
-        constants = group.flatten(group.of(row_constant)).unsqueeze(-1)
-        sum_key = keys.new_zeros(group.size, plan.key_length, plan.head_dim)
+        queries = group.take(query, scaling * LOG2_E)
+        keys = group.take(key)
+        log_sums, slopes, constants = (group.take(rows.unsqueeze(-1)) for rows in (log_sum_exp, slope, row_constant))
+        sum_key = torch.zeros_like(keys)
         if value is not None:
-            values = group.take(value, column=1.0)
-            upstream = group.take(grad_output, column=group.of(row_constant))
-            sum_value = values.new_zeros(group.size, plan.key_length, value.shape[-1])
+            values, upstream = group.take(value), group.take(grad_output)
+            sum_value = torch.zeros_like(values)
         for block in plan.blocks:
             if block.is_empty:
                 group.of(grad_query)[:, :, block.rows] = 0.0
                 continue
             scores, probabilities, *kept = buffers.views(group, block)
-            block_queries = queries[:, block.rows]
-            torch.bmm(block_queries, keys[:, block.keys].mT, out=scores)  # log2 of the probabilities
+            torch.bmm(queries[:, block.rows], keys[:, block.keys].mT, out=scores)
             plan.mask(scores, group, block)
+            scores.sub_(log_sums[:, block.rows])  # log2 of the probabilities
             torch.exp2(scores, out=probabilities)
-            scores.mul_(slopes[:, block.rows])
-            if value is None:
-                scores.add_(constants[:, block.rows])
-            elif dropout:
-                factor = _draw_kept(kept[0], dropout, seed, group, block)
-                block_upstream = upstream[:, block.rows, :-1]
-                sum_value[:, block.keys] += (probabilities * factor).mT @ block_upstream
-                scores.add_(constants[:, block.rows])
-                scores.add_((block_upstream @ values[:, block.keys, :-1].mT).mul_(factor))
-            else:
-                block_upstream = upstream[:, block.rows]
-                sum_value[:, block.keys] += probabilities.mT @ block_upstream[..., :-1]
-                scores.baddbmm_(block_upstream, values[:, block.keys].mT)
+            scores.mul_(slopes[:, block.rows]).add_(constants[:, block.rows])
+            if value is not None:
+                block_upstream, block_values = upstream[:, block.rows], values[:, block.keys]
+                if dropout:
+                    factor = _draw_kept(kept[0], dropout, seed, group, block)
+                    scores.add_((block_upstream @ block_values.mT).mul_(factor))
+                    sum_value[:, block.keys] += (probabilities * factor).mT @ block_upstream
+                else:
+                    scores.baddbmm_(block_upstream, block_values.mT)
+                    sum_value[:, block.keys].baddbmm_(probabilities.mT, block_upstream)
             scores.mul_(probabilities)  # now the gradient of the scores
-            block_grad = torch.bmm(scores, keys[:, block.keys, :-1]).mul_(scaling)
-            group.of(grad_query)[:, :, block.rows] = group.unflatten(block_grad)
-            sum_key[:, block.keys] += scores.mT @ block_queries[..., :-1]
-        group.of(grad_key)[:] = group.unflatten(sum_key.mul_(LN_2))
+            block_grad = group.unflatten(torch.bmm(scores, keys[:, block.keys]))
+            torch.mul(block_grad, scaling, out=group.of(grad_query)[:, :, block.rows])
+            sum_key[:, block.keys].baddbmm_(scores.mT, queries[:, block.rows])
+        torch.mul(group.unflatten(sum_key), LN_2, out=group.of(grad_key))
         if value is not None:
             group.of(grad_value)[:] = group.unflatten(sum_value)
 
     plan.run(compute, buffers=3 if dropout else 2)
     return grad_query, grad_key, grad_value
+
+
+def obstacle_to_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernel of triton_attention.py does not serve, so that blocks are computed; `None` if it does."""
+    if device.type != "cuda":
+        return f"there is none for {device.type}"
+    if dtype not in KERNEL_DTYPES or head_dim > LARGEST_HEAD_DIM:
+        return f"it takes {', '.join(map(str, KERNEL_DTYPES))} and up to {LARGEST_HEAD_DIM} numbers a head"
+    if not is_triton_available():
+        return "triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return "it needs compute capability {}.{}, and the device has {}.{}".format(
+            *LEAST_CAPABILITY, *torch.cuda.get_device_capability(device)
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -225,18 +250,10 @@ class _Group:
     def unflatten(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(*self.shape, *tensor.shape[1:])
 
-    def take(self, tensor: torch.Tensor, factor: float = 1.0, column: torch.Tensor | float | None = None):
-        """This group's part, flat, in the dtype of the computation, times a factor, with one more column if given."""
-        part = self.of(tensor)
-        width = part.shape[-1]
-        if column is None:
-            part = self.flatten(part.to(self.plan.dtype))
-            return part if factor == 1.0 else part * factor
-        stride = -(-(width + 1) // ALIGNMENT) * ALIGNMENT
-        wide = part.new_empty(*part.shape[:-1], stride, dtype=self.plan.dtype)
-        torch.mul(part.to(self.plan.dtype), factor, out=wide[..., :width])
-        wide[..., width] = column
-        return wide.view(self.size, part.shape[-2], stride)[..., : width + 1]
+    def take(self, tensor: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """This group's part, flat, in the dtype of the computation, times a factor."""
+        part = self.flatten(self.of(tensor).to(self.plan.dtype))
+        return part if factor == 1.0 else part * factor
 
     def columns(self, count: int) -> list[torch.Tensor]:
         """Uninitialised numbers, one for each row: `count` tensors of shape `(size, query_length, 1)`."""
@@ -256,7 +273,7 @@ class _Plan:
         self.is_causal = is_causal
         self.past = self.key_length - self.query_length
         self.block_rows = max(1, min(BLOCK_ROWS, self.query_length))
-        heads = max(1, min(MOST_HEADS, BLOCK_ELEMENTS // max(1, self.block_rows * self.key_length)))
+        heads = max(1, BLOCK_ELEMENTS // max(1, self.block_rows * self.key_length))
         self.group_heads = _equal_parts(self.heads, heads)
         self.group_batch = _equal_parts(self.batch_size, max(1, heads // self.heads))
         self.blocks = list(self._cut_rows())

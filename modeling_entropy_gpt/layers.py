@@ -9,6 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 
 POWER_ITERATIONS_AT_INIT = 20
+# One function, up to rounding. transformers computes all but the last in up to eight passes, torch's kernel in one.
+TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
 
 
 class EntropyGPTStaticLayerNorm(nn.Module):
@@ -230,6 +232,8 @@ def build_activation(name: str) -> nn.Module:
     """The activation that `config.activation_function` names."""
     if name == "identity":
         return nn.Identity()
+    if name in TANH_GELUS:
+        return nn.GELU(approximate="tanh")
     return EntropyGPTLearnableLeakyReLU() if name == "learnable_leaky_relu" else ACT2FN[name]
 
 

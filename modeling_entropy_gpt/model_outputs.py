@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the models return: transformers' outputs, with the entropies of attention and their penalty."""
+"""
+What the models return: transformers' outputs, with the entropies of attention and their penalty.
+
+A model called with `output_entropies=True` returns `attention_entropies`, one tensor for each layer, and
+`visible_keys`, under any attention implementation.
+"""
 
 from dataclasses import dataclass
 
@@ -51,8 +56,10 @@ class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
             In training `cross_entropy_loss + entropy_coefficient * entropy_loss`, else the cross-entropy; with
             `smoothing`, of smoothed labels.
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
-        past_key_values, hidden_states, attentions, attention_entropies, visible_keys:
+        past_key_values, hidden_states, attentions:
             As in [`EntropyGPTModelOutput`].
+        attention_entropies, visible_keys (*optional*, returned when `output_entropies=True`):
+            Entropies of all attention rows, and how many keys each row sees, as in [`EntropyGPTModelOutput`].
         cross_entropy_loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
             Cross-entropy of the next token.
         entropy_loss (`torch.Tensor` of shape `(1,)`, *optional*):
@@ -72,7 +79,10 @@ class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
 
 @dataclass
 class EntropyGPTSequenceClassifierOutput(SequenceClassifierOutputWithPast):
-    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
+    """
+    transformers' output. With `output_entropies=True` it has `attention_entropies` and `visible_keys` too, as in
+    [`EntropyGPTModelOutput`].
+    """
 
     attention_entropies: tuple[torch.Tensor, ...] | None = None
     visible_keys: torch.Tensor | None = None
@@ -80,7 +90,10 @@ class EntropyGPTSequenceClassifierOutput(SequenceClassifierOutputWithPast):
 
 @dataclass
 class EntropyGPTTokenClassifierOutput(TokenClassifierOutput):
-    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
+    """
+    transformers' output. With `output_entropies=True` it has `attention_entropies` and `visible_keys` too, as in
+    [`EntropyGPTModelOutput`].
+    """
 
     attention_entropies: tuple[torch.Tensor, ...] | None = None
     visible_keys: torch.Tensor | None = None
@@ -88,7 +101,10 @@ class EntropyGPTTokenClassifierOutput(TokenClassifierOutput):
 
 @dataclass
 class EntropyGPTQuestionAnsweringOutput(QuestionAnsweringModelOutput):
-    """transformers' output, with entropies as in [`EntropyGPTModelOutput`]."""
+    """
+    transformers' output. With `output_entropies=True` it has `attention_entropies` and `visible_keys` too, as in
+    [`EntropyGPTModelOutput`].
+    """
 
     attention_entropies: tuple[torch.Tensor, ...] | None = None
     visible_keys: torch.Tensor | None = None

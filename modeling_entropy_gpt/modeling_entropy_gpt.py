@@ -2,6 +2,7 @@
 """PyTorch EntropyGPT: GPT-2 whose non-linearities can be removed, with entropy-guided attention (arXiv 2501.03489)."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -45,6 +46,10 @@ from .model_outputs import (
 )
 from .notation import format_notation  # noqa: F401
 from .releases import TESTED  # noqa: F401
+
+
+if TYPE_CHECKING:  # where it is needed, blockwise_attention.py imports it
+    from .triton_attention import run_forward  # noqa: F401
 
 
 logger = logging.get_logger(__name__)

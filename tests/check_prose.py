@@ -17,13 +17,13 @@ from .pages import PAGES, ROOT
 
 
 # Folders whose docstrings and comments are checked.
-FOLDERS = ("modeling_entropy_gpt", "conversion", "training")
+FOLDERS = ("modeling_entropy_gpt", "conversion", "training", "evaluation", "entropy_gpt")
 WORDS = {
     r"\(`[^)]*`[^)]*\): Of\b": 'no definition begins with "Of": name the thing',
     r"# Of\b": 'no comment begins with "Of": name the thing',
-    r"\b(?:tell|tells|told)\b": "say, show, report, list",
+    r"\b(?:tell|tells|told)\b(?! \(`)": "say, show, report, list",
     r"\bso many\b": "as many, this many, or the number",
-    r"\bbeside\b": "compared with, next to, in addition to",
+    r'(?<!")(?<!--folded )\bbeside\b(?!")': "compared with, next to, in addition to",
 }
 LONGEST_SENTENCE = 25  # words
 LONGEST_PARAGRAPH = 5  # lines

@@ -37,6 +37,8 @@ GPT2 = "openai-community/gpt2"
 LISTENING = "listening on "
 README_WORDS = 1200
 TASKS = ("quickstart", "train", "convert", "evaluate", "private", "publish", "study", "python")
+# Pages whose blocks of Python are typed one after the other.
+SESSIONS = ("docs/attention.md",)
 BETWEEN_TWO = ("entropy-gpt private demo", "entropy-gpt private serve")
 
 SHORT = "max_steps=2 save_steps=2 eval_steps=2 logging_steps=1 validation_tokens=1024 data_cache=cache use_cpu=true"
@@ -86,6 +88,7 @@ LEFT = {
     "entropy-gpt train my_recipe.yaml": ["runs/my_recipe/adapter/adapter_config.json", "runs/my_recipe/model"],
     "accelerate launch": ["runs/codeparrot-128/model/model.safetensors"],
     "entropy-gpt plot": ["pictures/losses.png"],
+    "entropy-gpt diagnose": ["attention/entropies.png", "attention/attention_1_0.png"],
     "entropy-gpt evaluate": ["evaluation_output/results.json"],
     "entropy-gpt report": ["report.html"],
     "entropy-gpt card": ["path/to/folder/README.md"],
@@ -115,7 +118,8 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def blocks(language: str):
-    return [pytest.param(block, id=block.name) for block in BLOCKS if block.language == language]
+    alone = [block for block in BLOCKS if block.language == language and block.page not in SESSIONS]
+    return [pytest.param(block, id=block.name) for block in alone]
 
 
 def commands():
@@ -318,6 +322,18 @@ def test_code(block, reader, capfd):
             assert capfd.readouterr().out == block.output
     if "save_model()" in code:
         assert AutoModelForCausalLM.from_pretrained("fine_tuned", trust_remote_code=True).config.notation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SESSIONS)
+def test_sessions(page, reader, capfd):
+    typed = {"__name__": "__main__"}
+    for block in BLOCKS:
+        if block.page == page and block.language == "python":
+            capfd.readouterr()
+            exec(compile(block.text, block.name, "exec"), typed)
+            assert capfd.readouterr().out == (block.output or ""), block.name
+    assert {"entropies.png", "attention.png", "heads.png"} <= {path.name for path in reader.folder.iterdir()}
 
 
 @pytest.mark.slow

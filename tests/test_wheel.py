@@ -1,8 +1,11 @@
 """The project as users have it: a wheel in an environment of its own, beside folders with the names of ours."""
 
+import email
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -12,6 +15,8 @@ import pytest
 from .wheel import ROOT, build_wheel
 
 
+# Files for who works in a clone alone.
+LEFT_OUT = {".gitignore"}
 FOLDERS = ("training", "evaluation", "conversion")
 SCRIPT = """
 import conversion, evaluation.mine, training.trainer
@@ -81,6 +86,37 @@ def test_the_wheel_holds_every_module(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.endswith(".py")}
     assert held == wanted
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_tests_and_documentation_and_makes_the_same_wheel(wheel, tmp_path):
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = {*filter(None, listed.split("\0"))}
+    clone = tmp_path / "clone"
+    for name in files:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    build = "from setuptools.build_meta import build_{0}; build_{0}('built')"
+    subprocess.run([sys.executable, "-c", build.format("sdist")], cwd=clone, check=True, capture_output=True)
+    (archive,) = (clone / "built").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    source = tmp_path / archive.name.removesuffix(".tar.gz")
+    held = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    assert files - held <= LEFT_OUT
+    subprocess.run([sys.executable, "-c", build.format("wheel")], cwd=source, check=True, capture_output=True)
+    (again,) = (source / "built").glob("*.whl")
+    assert {*zipfile.ZipFile(wheel).namelist()} == {*zipfile.ZipFile(again).namelist()}
+
+
+def test_what_an_index_shows_of_the_project(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert "Programming Language :: Python :: 3.11" in metadata.get_all("Classifier")
+    assert "Topic :: Scientific/Engineering :: Artificial Intelligence" in metadata.get_all("Classifier")
+    assert {"train", "eval", "tasks", "private", "onnx", "tensorboard", "all"} <= {*metadata.get_all("Provides-Extra")}
 
 
 @pytest.mark.slow

@@ -29,7 +29,9 @@ TASK_TYPES = {
 }
 
 
-def attach_lora(model: EntropyGPTPreTrainedModel, arguments: LoraArguments) -> PeftModel:
+def attach_lora(
+    model: EntropyGPTPreTrainedModel, arguments: LoraArguments, base_model: str | None = None
+) -> PeftModel:
     """
     Freezes a model but for low-rank adapters on linear maps of its blocks, and, as the flags say, its temperatures and
     entropy thresholds where the architecture has them. The head of a classifier is trained too, as PEFT does. An
@@ -38,6 +40,8 @@ def attach_lora(model: EntropyGPTPreTrainedModel, arguments: LoraArguments) -> P
     Args:
         model ([`EntropyGPTPreTrainedModel`]): A model with any head; it is changed.
         arguments ([`LoraArguments`]): What is adapted and trained.
+        base_model (`str`, *optional*): The folder or repository of the model, from which PEFT's `AutoPeftModel` loads
+            it before the adapter.
 
     Returns:
         `PeftModel`: Trains, saves and loads as every model of PEFT.
@@ -60,7 +64,10 @@ def attach_lora(model: EntropyGPTPreTrainedModel, arguments: LoraArguments) -> P
         **_find_targets(model, arguments),
         modules_to_save=[name for name, is_trained in trained_beside.items() if is_trained] or None,
     )
-    return get_peft_model(model, configuration)
+    adapted = get_peft_model(model, configuration)
+    if base_model is not None:  # PEFT has put the model's own note of it there
+        adapted.active_peft_config.base_model_name_or_path = base_model
+    return adapted
 
 
 def merge_adapter(model: PeftModel) -> EntropyGPTPreTrainedModel:

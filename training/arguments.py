@@ -89,6 +89,10 @@ class DataArguments:
             "documents, up to 100 million characters."
         },
     )
+    eos_token: str | None = field(
+        default=None,
+        metadata={"help": "The tokenizer's token for the end of a text, such as '[SEP]'. Else the one that it names."},
+    )
     tokenizer_vocab_size: int = field(
         default=50257, metadata={"help": "Tokens of a tokenizer that is trained on the text."}
     )

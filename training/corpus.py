@@ -4,10 +4,12 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .data_files import read_text_file, suffix_of, unreadable
 from .errors import CorpusError
 
 
@@ -36,7 +38,7 @@ class Document:
     @property
     def text(self) -> str:
         """The text, which is read anew."""
-        text = _decode(self.path, _read(self.path))[self.begin : self.begin + self.length]
+        text = read_text_file(self.path)[self.begin : self.begin + self.length]
         if len(text) < self.length:
             raise CorpusError(f"{self.path} has become shorter since it was first read. Run again.")
         return text
@@ -52,12 +54,14 @@ class Corpus:
         revision (`str`): Identifies the text: a version where there is one, and a hash.
         training (`tuple[Document, ...]`): Documents to train on.
         validation (`tuple[Document, ...]`): Documents to evaluate on.
+        left_out (`Counter`): The number of files that are not read, by the reason.
     """
 
     name: str
     revision: str
     training: tuple[Document, ...]
     validation: tuple[Document, ...]
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @property
     def characters(self) -> int:
@@ -89,8 +93,8 @@ def load_corpus(path: Path, validation_share: float = 0.05, without: Path | None
 
     Args:
         path (`Path`):
-            A file of any name, or a folder, of which files with a usual suffix of text or code are read, but for
-            hidden ones (`.git`, `.venv`).
+            A file of any name, or a folder, of which files with a usual suffix of text or code are read, also
+            compressed by gzip, but for hidden ones (`.git`, `.venv`).
         validation_share (`float`): Part of the characters that is kept for validation; with 0, nothing is.
         without (`Path`, *optional*): A folder to leave out, such as one inside `path` that is being written to.
 
@@ -99,37 +103,66 @@ def load_corpus(path: Path, validation_share: float = 0.05, without: Path | None
     """
     if not path.exists():
         raise CorpusError(f"There is no {path}. Give a folder of text files, or one text file.")
-    files = [path]
+    files, left_out = [path], Counter()
     if path.is_dir():
-        files = sorted(find_files(path, TEXT_SUFFIXES, without))
+        files, left_out = choose_files(path, TEXT_SUFFIXES, without)
         if not files:
             raise CorpusError(
                 f"{path} holds no text files. Files that end in {', '.join(sorted(TEXT_SUFFIXES))} are read; to use "
                 "one of another name, give its path."
             )
     root = path if path.is_dir() else path.parent
-    documents, digest = _survey(root, ((file, _decode(file, _read(file))) for file in files))
+    documents, digest = _survey(root, ((file, read_text_file(file)) for file in files))
     if not documents:
         raise CorpusError(f"{path} is empty: there is no text to train on.")
-    return _split(documents, path.name or str(path), digest, validation_share)
+    if blank := len(files) - len(documents):
+        left_out["empty"] = blank
+    return replace(_split(documents, path.name or str(path), digest, validation_share), left_out=left_out)
 
 
-def find_files(folder: Path, suffixes: frozenset[str], without: Path | None = None) -> Iterator[Path]:
+def choose_files(
+    folder: Path, suffixes: frozenset[str], without: Path | None = None
+) -> tuple[list[Path], Counter[str]]:
     """
-    The files of these suffixes in a folder and those in it, but for hidden ones.
+    The files of these suffixes in a folder and those in it, also linked ones, in the order of their names.
+
+    Returns:
+        The files, and the number of others by the reason why they are left out: their suffix, or that they are hidden.
 
     Raises:
         `CorpusError`: If a folder can't be listed.
     """
 
     def refuse(error: OSError):
-        raise CorpusError(_unreadable(Path(error.filename), error)) from error
+        raise CorpusError(unreadable(Path(error.filename), error)) from error
 
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        inside = [Path(parent, name) for name in folders if not name.startswith(".")]
-        folders[:] = [path.name for path in inside if without is None or path.resolve() != without.resolve()]
-        files = [Path(parent, name) for name in names if not name.startswith(".")]
-        yield from (file for file in files if file.suffix in suffixes and file.is_file())
+    seen = {folder.resolve(), without and without.resolve()}
+    chosen: list[Path] = []
+    left_out: Counter[str] = Counter()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and _is_new(Path(parent, name), seen))
+        for file in (Path(parent, name) for name in names if not name.startswith(".")):
+            if not file.is_file():
+                left_out["links to nothing"] += 1
+            elif suffix_of(file) in suffixes:
+                chosen.append(file)
+            else:
+                left_out[suffix_of(file) or "without suffix"] += 1
+    return sorted(chosen), +left_out
+
+
+def _is_new(folder: Path, seen: set[Path | None]) -> bool:
+    """Whether a folder was not met before, by whichever link. Links may lead round in a circle."""
+    if (place := folder.resolve()) in seen:
+        return False
+    seen.add(place)
+    return True
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """What is not read and why, such as `.png (12), hidden (2)`."""
+    return ", ".join(f"{reason} ({count:,})" for reason, count in left_out.most_common())
 
 
 def _survey(root: Path, texts: Iterable[tuple[Path, str]]) -> tuple[list[Document], str]:
@@ -179,23 +212,6 @@ def _cut_end(document: Document, length: int) -> tuple[Document, Document]:
         replace(document, name=f"{document.name} (beginning)", length=place),
         replace(document, name=f"{document.name} (end)", length=document.length - place, begin=place),
     )
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CorpusError(_unreadable(file, error)) from error
-
-
-def _decode(file: Path, content: bytes) -> str:
-    if not _is_text(content):
-        raise CorpusError(f"{file} is not UTF-8 text (is it binary?). Convert it, or leave it out.")
-    return content.decode()
-
-
-def _unreadable(path: Path, error: OSError) -> str:
-    return f"{path} can't be read ({error.strerror}). Make it readable, or leave it out."
 
 
 def _is_text(content: bytes) -> bool:

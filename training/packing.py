@@ -3,17 +3,20 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset, Features, List, Value
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from .errors import CorpusError
 from .text_pieces import cut_pieces
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # The size of a batch of documents: work for all threads of the tokenizer, and little memory.
@@ -28,7 +31,7 @@ def pack(
     on_documents: Callable[[int], None] = lambda count: None,
     path: Path | None = None,
     most_blocks: int | None = None,
-) -> Dataset:
+) -> "Dataset":
     """
     Joins documents, each followed by the end-of-text token, and cuts them into blocks of equal length.
 
@@ -46,6 +49,9 @@ def pack(
     Raises:
         `CorpusError`: If the documents are too short for one block.
     """
+    import pyarrow as pa  # these two take seconds, and tokens alone do without them
+    from datasets import Dataset, Features, List, Value
+
     schema = Features({"input_ids": List(Value(token_type(tokenizer).name), length=block_size)}).arrow_schema
     sink = pa.BufferOutputStream() if path is None else pa.OSFile(str(path), "wb")
     count, rest = 0, np.empty(0, dtype=token_type(tokenizer))
@@ -66,7 +72,7 @@ def pack(
     return Dataset.from_buffer(sink.getvalue()) if path is None else Dataset.from_file(str(path))
 
 
-def spread_blocks(blocks: Dataset, count: int) -> Dataset:
+def spread_blocks(blocks: "Dataset", count: int) -> "Dataset":
     """So many blocks, or all if there are no more, evenly over all of them."""
     count = min(len(blocks), count)
     return blocks.select([index * len(blocks) // count for index in range(count)])

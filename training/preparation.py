@@ -21,7 +21,7 @@ from .files import delete, written_whole
 from .packing import pack, plain_backend, spread_blocks
 from .sources import Source, open_source
 from .streaming import PackedStream, Texts
-from .tokenizer import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
+from .tokenizer import SMALLEST_VOCABULARY, check_end_of_text, load_tokenizer, train_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,11 @@ def prepare_data(
             f"tokenizer_vocab_size={arguments.tokenizer_vocab_size} has no effect on the tokenizer of {place}: "
             "leave it out."
         )
-    tokenizer = load_tokenizer(place) if place else None
+    tokenizer = load_tokenizer(place, arguments.eos_token) if place else None
+    if tokenizer is not None:
+        check_end_of_text(tokenizer)
+    elif arguments.eos_token:
+        raise CorpusError(f"eos_token={arguments.eos_token} has no effect without a tokenizer: leave it out.")
     on_stage("reading the text", None)
     source = open_source(arguments, without)
     if next(iter(source.training), None) is None:
@@ -170,11 +174,10 @@ def _prepare_stream(job: _Job, seed: int) -> PreparedData:
     tokenizer = job.tokenizer or _train_tokenizer(job)
     job.on_stage("tokenising the text for validation", None)
     source, context = job.source, job.context
-    fingerprint = hashlib.sha256(source.fingerprint.encode()).hexdigest()[:16]
     validation = _pack_validation(job, source.validation, tokenizer, most_blocks=_most_validation_blocks(job))
     return PreparedData(
         source.name,
-        source.revision or f"{source.version} fingerprint:{fingerprint}".strip(),
+        source.identity,
         tokenizer,
         PackedStream(source.training, tokenizer, context, seed, job.arguments.shuffle_buffer),
         validation.with_format("numpy"),
@@ -238,7 +241,7 @@ def _write(folder: Path, job: _Job):
         save_tokenizer(tokenizer, folder / TOKENIZER)
     job.on_stage("tokenising", job.source.documents)
     digest = hashlib.sha256()
-    training, validation = (_Witness(texts, digest) for texts in (job.source.training, job.source.validation))
+    training, validation = (Witness(texts, digest) for texts in (job.source.training, job.source.validation))
     # The smaller part first: of few documents, it may be the one that is too short.
     validation_blocks = len(_pack_validation(job, validation, tokenizer, folder / VALIDATION))
     training_blocks = len(pack(training, tokenizer, job.context, job.on_documents, folder / TRAINING))
@@ -286,8 +289,8 @@ def _most_validation_blocks(job: _Job) -> int | None:
     return None if tokens is None else tokens // job.context
 
 
-class _Witness:
-    """Counts and hashes texts as they are read."""
+class Witness:
+    """Counts and hashes texts as they are read, the hash into one that may be shared."""
 
     def __init__(self, texts: Iterable[str], digest: "hashlib._Hash"):
         self.texts = texts

@@ -4,7 +4,6 @@ here, without the seconds that importing torch and transformers takes.
 """
 
 import ast
-import difflib
 import functools
 import re
 from importlib.util import find_spec
@@ -13,10 +12,49 @@ from typing import Any
 
 import yaml
 
+from entropy_gpt.conversion.early_checks import check_model, check_notation, check_place, find_nearest, suggest
+from entropy_gpt.conversion.errors import ConversionError
+
 from .errors import RecipeError
+from .files import expanded
 
 
 RECIPES = Path(__file__).with_name("recipes")
+# Settings that have to be above 0, and those that may be 0 but not less.
+POSITIVE = frozenset(
+    {
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "n_positions",
+        "vocab_size",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "logging_steps",
+        "save_steps",
+        "temperature_init",
+    }
+)
+NOT_NEGATIVE = frozenset(
+    {
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "warmup_steps",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "entropy_coefficient",
+        "seed",
+    }
+)
+# Settings that are files, folders or data sets on the Hub.
+PLACES = ("dataset", "validation_dataset", "tokenizer")
 
 
 def list_recipes() -> list[str]:
@@ -31,16 +69,18 @@ def find_recipe(source: str) -> Path:
     Raises:
         `RecipeError`: If there is none.
     """
-    for path in (Path(source), RECIPES / f"{source.removesuffix('.yaml')}.yaml"):
+    for path in (Path(expanded(source)), RECIPES / f"{source.removesuffix('.yaml')}.yaml"):
         if path.is_file():
             return path
-    hint = _nearest(Path(source).stem, list_recipes())
+    nearest = find_nearest(Path(source).expanduser())
+    hint = f"; did you mean {nearest}?" if nearest else suggest(Path(source).stem, list_recipes())
     raise RecipeError(f"There is no recipe {source}{hint} Give a YAML file, or one of {', '.join(list_recipes())}.")
 
 
 def read_settings(source: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """
-    The settings of a recipe by their names; without `output_dir`, that is `runs/` and the recipe's name.
+    The settings of a recipe by their names; without `output_dir`, that is `runs/` and the recipe's name. In texts, a
+    leading `~` stands for the home folder.
 
     Args:
         source (`str`): A YAML file, or the name of a recipe that comes with this package.
@@ -51,28 +91,80 @@ def read_settings(source: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """
     path = find_recipe(source)
     settings = {"output_dir": str(Path("runs", path.stem)), **read_yaml(path), **overrides}
+    settings = {name: expanded(value) if isinstance(value, str) else value for name, value in settings.items()}
     known = sorted({*argument_names(), *config_names()})
     for name in settings:
         if name not in known:
             raise RecipeError(
-                f"There is no setting {name!r}{_nearest(name, known)} `entropy-gpt train --settings` lists them all."
+                f"There is no setting {name!r}{suggest(name, known)} `entropy-gpt train --settings` lists them all."
             )
+    _check_values(settings)
     return settings
+
+
+def _check_values(settings: dict[str, Any]):
+    """
+    Refuses values that can't be meant, as far as that is known without torch and transformers.
+
+    Raises:
+        `RecipeError`: If a number is none or out of range, a notation can't be read, or a path is wrong.
+    """
+    types = {**_argument_types(), **_config_types()}
+    for name, value in settings.items():
+        if value is not None and not isinstance(value, list):
+            _check_number(name, value, types[name])
+    sizes = [settings.get(name) for name in ("n_embd", "n_head")]
+    if all(isinstance(size, int) for size in sizes) and sizes[0] % sizes[1]:
+        raise RecipeError(f"n_head={sizes[1]} does not divide n_embd={sizes[0]}. Change one of them.")
+    checks = {"notation": check_notation, "model_name_or_path": check_model, **dict.fromkeys(PLACES, check_place)}
+    for name, check in checks.items():
+        if settings.get(name) is not None:
+            try:
+                check(str(settings[name]))
+            except ConversionError as error:
+                raise RecipeError(f"{name}={settings[name]}: {error}") from error
+
+
+def _check_number(name: str, value: Any, annotation: str):
+    kinds = {*annotation.split(" | ")} - {"None"}
+    if not kinds or not kinds <= {"int", "float"}:
+        return
+    read, kind = (float, "a number") if "float" in kinds else (int, "a whole number")
+    try:
+        number = read(str(value))
+    except ValueError as error:
+        raise RecipeError(f"{name}={value}: {value!r} is not {kind}.") from error
+    if name in POSITIVE and not number > 0:
+        raise RecipeError(f"{name}={value}: give {kind} above 0.")
+    if name in NOT_NEGATIVE and not number >= 0:
+        raise RecipeError(f"{name}={value}: give {kind} that is not below 0.")
 
 
 def argument_names() -> frozenset[str]:
     """Names of all arguments of a run."""
-    ours = Path(__file__).with_name("arguments.py")
-    sections = ("ModelArguments", "DataArguments", "EntropyTrainingArguments", "LoraArguments")
-    trainers = _fields(_package("transformers") / "training_args.py", "TrainingArguments")
-    return trainers.union(*(_fields(ours, section) for section in sections))
+    return frozenset(_argument_types())
 
 
 def config_names() -> frozenset[str]:
     """Names of the configuration's fields; those that the tokenizer sets, and one of the Trainer's, are left out."""
-    ours = _fields(_package("modeling_entropy_gpt") / "configuration_entropy_gpt.py", "EntropyGPTConfig")
     common = _fields(_package("transformers") / "configuration_utils.py", "PreTrainedConfig")
-    return frozenset(name for name in ours - common - argument_names() if not name.endswith("_token_id"))
+    names = _config_types().keys() - common.keys() - argument_names()
+    return frozenset(name for name in names if not name.endswith("_token_id"))
+
+
+def _argument_types() -> dict[str, str]:
+    """The type of each argument of a run, as its dataclass says it."""
+    ours = Path(__file__).with_name("arguments.py")
+    sections = ("ModelArguments", "DataArguments", "EntropyTrainingArguments", "LoraArguments")
+    types = dict(_fields(_package("transformers") / "training_args.py", "TrainingArguments"))
+    for section in sections:
+        types |= _fields(ours, section)
+    return types
+
+
+def _config_types() -> dict[str, str]:
+    """The type of each field that the configuration declares."""
+    return _fields(_package("modeling_entropy_gpt") / "configuration_entropy_gpt.py", "EntropyGPTConfig")
 
 
 def _package(name: str) -> Path:
@@ -80,11 +172,12 @@ def _package(name: str) -> Path:
 
 
 @functools.cache
-def _fields(path: Path, name: str) -> frozenset[str]:
-    """Fields that a dataclass declares, from its source."""
+def _fields(path: Path, name: str) -> dict[str, str]:
+    """Fields that a dataclass declares, with their types, from its source."""
     classes = (node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
     declared = next(node.body for node in classes if node.name == name)
-    return frozenset(node.target.id for node in declared if isinstance(node, ast.AnnAssign))
+    fields = (node for node in declared if isinstance(node, ast.AnnAssign))
+    return {field.target.id: ast.unparse(field.annotation) for field in fields}
 
 
 class _Loader(yaml.SafeLoader):
@@ -143,9 +236,3 @@ def read_override(text: str) -> tuple[str, Any]:
         return name, yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}={value}: {value!r} is no YAML value; quote it.") from error
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    """`"; did you mean 'x'?"`, or a full stop without a near name."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]!r}?" if nearest else "."

@@ -9,14 +9,15 @@ from transformers import AutoConfig
 from entropy_gpt.conversion.errors import UserError
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .checkpoints import find_damage, last_checkpoint, list_checkpoints
+from . import storage
+from .checkpoints import SEAL, find_damage, last_checkpoint, list_checkpoints
 from .files import delete, is_finished, written_whole
 from .recipe import Recipe
 from .trainer import LEARNING_RATE_MULTIPLIERS
 
 
 RUN_SETTINGS = "run.json"
-MODEL, ADAPTER = "model", "adapter"
+MODEL, ADAPTER, CONVERTED = "model", "adapter", "converted"
 # Settings that do not change the result: a run may continue with others.
 WITHOUT_EFFECT = frozenset(
     {
@@ -44,7 +45,8 @@ def check_folder(recipe: Recipe, config: EntropyGPTConfig) -> Path | None:
         `UserError`: If the folder or the checkpoint can't be used.
     """
     output, given = Path(recipe.training.output_dir), recipe.training.resume_from_checkpoint
-    if output.exists() and (not output.is_dir() or any(map(is_finished, output.iterdir()))):
+    storage.check_folder(output, "output_dir")
+    if output.exists() and any(map(is_finished, output.iterdir())):
         if not (output / RUN_SETTINGS).exists():
             raise UserError(f"{output} exists and holds no training run: give another output_dir.")
         _refuse_changes(recipe, output)
@@ -63,6 +65,12 @@ def check_folder(recipe: Recipe, config: EntropyGPTConfig) -> Path | None:
     if checkpoint is not None:
         check_architecture(checkpoint, recipe, config, *(name for name in SIZES if name != "vocab_size"))
     return checkpoint
+
+
+def can_go_on(output: Path) -> bool:
+    """Whether a run's folder holds something that the next attempt does not do again."""
+    made = [output / MODEL, output / CONVERTED, *(checkpoint / SEAL for checkpoint in list_checkpoints(output))]
+    return any(path.exists() for path in made)
 
 
 def check_architecture(checkpoint: Path, recipe: Recipe, config: EntropyGPTConfig, *names: str):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from .files import written_whole
+from .storage import storing
 
 
 RUN_LOG = "training_log.jsonl"
@@ -34,14 +35,16 @@ class RunLogWriter:
         with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for record in ({"kind": "run", "schema_version": SCHEMA_VERSION, **run}, *kept):
                 file.write(json.dumps(record) + "\n")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, kind: str, step: int, **values):
         """Appends a record; it is in the file when this returns, whatever becomes of this process."""
         record = {"kind": kind, "step": step, **values}
         self.last[kind] = record
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = (json.dumps(record) + "\n").encode()
+        with storing(Path(self._file.name)):
+            while line:  # a disk that has just become full takes a part
+                line = line[self._file.write(line) :]
 
     def close(self):
         """Ends the log."""

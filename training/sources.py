@@ -2,23 +2,36 @@
 
 import functools
 import hashlib
+import json
+import logging
 import operator
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, DatasetBuilder, DatasetDict, IterableDataset, load_dataset_builder, load_from_disk
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset_builder
 from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
 from datasets.exceptions import DatasetsError
+from pyarrow import compute
 
 from .arguments import STANDARD_LIBRARY, DataArguments
-from .corpus import TEXT_SUFFIXES, Corpus, Document, find_files, load_corpus, load_standard_library
+from .corpus import (
+    TEXT_SUFFIXES,
+    Corpus,
+    Document,
+    choose_files,
+    describe_left_out,
+    load_corpus,
+    load_standard_library,
+)
+from .data_files import CARD, GZIP, READERS, read_column, read_rows, split_files, suffix_of
 from .errors import CorpusError
 from .streaming import Texts
 
 
-# The builder that reads files of a suffix.
-BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSED = ".gz"
+logger = logging.getLogger(__name__)
+
 Rows = Dataset | IterableDataset
 # Parts that workers can share among them, where the data set has none of its own.
 PARTS = 64
@@ -37,6 +50,7 @@ class Source:
         training ([`Texts`]): Documents to train on.
         validation ([`Texts`]): Documents to evaluate on.
         documents (`int`, *optional*): Number of all, empty ones included, where it is known.
+        left_out (`Counter`): The number of files that are not read, by the reason.
     """
 
     name: str
@@ -46,12 +60,41 @@ class Source:
     training: Texts
     validation: Texts
     documents: int | None
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def identity(self) -> str:
+        """What identifies the text without reading it: its revision, or else the time and size of its files."""
+        digest = hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]
+        return self.revision or f"{self.version} fingerprint:{digest}".strip()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """
+    What a name stands for.
+
+    Args:
+        name (`str`): The name that was given.
+        kind (`str`): `"text"`, `"saved"`, `"data file"`, `"data folder"` or `"Hub"`.
+        files (`list[Path]`): The data files.
+        left_out (`Counter`): Files that are not read, by the reason.
+    """
+
+    name: str
+    kind: str
+    files: list[Path] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name).expanduser()
 
 
 def open_source(arguments: DataArguments, without: Path | None = None) -> Source:
     """
-    Opens what the arguments name. Of text files nothing is held but their names; data files and the Hub are read by
-    `datasets`, and nothing is downloaded beforehand when streaming.
+    Opens what the arguments name. Of text files nothing is held but their names, and nothing is downloaded beforehand
+    when streaming. A path is never taken for a pattern. What a folder holds and is not read is logged in one line.
 
     Where no other documents are named for validation, some are kept apart: of text files as
     [`~training.corpus.load_corpus`] does, of rows those whose hash falls into the share, whatever their order, and
@@ -64,15 +107,19 @@ def open_source(arguments: DataArguments, without: Path | None = None) -> Source
     Raises:
         `CorpusError`: If it can't be read, has no such split, column or text, or an argument does nothing.
     """
-    _refuse_idle(arguments, without)
+    place = _find_place(arguments.dataset, without)
+    other = place if arguments.validation_dataset is None else _find_place(arguments.validation_dataset, without)
+    _refuse_idle(arguments, {place.kind, other.kind})
     if arguments.validation_dataset is None and arguments.validation_split is None:
-        return _open(arguments, arguments.dataset, arguments.dataset_split, arguments.validation_share, without)
-    other = arguments.validation_dataset or arguments.dataset
+        source = _open(arguments, place, arguments.dataset_split, arguments.validation_share, without)
+        _log_left_out({place.name: source})
+        return source
     split = arguments.validation_split or arguments.dataset_split
-    if (other, split) == (arguments.dataset, arguments.dataset_split):
-        raise CorpusError(f"{other} is both trained and evaluated on: give another validation_split, or none.")
-    training = _open(arguments, arguments.dataset, arguments.dataset_split, 0, without)
+    if (other.name, split) == (arguments.dataset, arguments.dataset_split):
+        raise CorpusError(f"{other.name} is both trained and evaluated on: give another validation_split, or none.")
+    training = _open(arguments, place, arguments.dataset_split, 0, without)
     validation = _open(arguments, other, split, 0, without)
+    _log_left_out({place.name: training, other.name: validation})
     both = (training, validation)
     return Source(
         name=f"{training.name}, evaluated on {validation.name}",
@@ -85,10 +132,14 @@ def open_source(arguments: DataArguments, without: Path | None = None) -> Source
     )
 
 
-def _refuse_idle(arguments: DataArguments, without: Path | None):
+def _log_left_out(sources: dict[str, Source]):
+    for name, source in sources.items():
+        if source.left_out:
+            logger.warning("Left out of %s: %s.", name, describe_left_out(source.left_out))
+
+
+def _refuse_idle(arguments: DataArguments, kinds: set[str]):
     """Refuses what was asked for and would do nothing."""
-    others = (arguments.dataset, arguments.validation_dataset)
-    kinds = {_kind(dataset, without) for dataset in others if dataset is not None}
     acts = {
         "dataset_config": bool(kinds & {"Hub", "data folder"}),
         "dataset_revision": "Hub" in kinds,
@@ -104,105 +155,125 @@ def _refuse_idle(arguments: DataArguments, without: Path | None):
             raise CorpusError(f"{name}={value} does nothing here, with dataset={arguments.dataset}: leave it out.")
 
 
-def _kind(dataset: str, without: Path | None) -> str:
-    """What a name stands for: `"text"`, `"saved"`, `"data file"`, `"data folder"` or `"Hub"`."""
+def _find_place(dataset: str, without: Path | None) -> _Place:
+    """What a name stands for: files, a folder, or else a data set on the Hub."""
     if dataset == STANDARD_LIBRARY:
-        return "text"
+        return _Place(dataset, "text")
     path = Path(dataset).expanduser()
     if path.is_file():
-        return "text" if _builder(path) is None else "data file"
+        is_data = suffix_of(path) in READERS
+        return _Place(dataset, "data file", [path]) if is_data else _Place(dataset, "text")
     if path.is_dir():
         if any((path / name).exists() for name in (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)):
-            return "saved"
-        return "data folder" if _holds_data(path, without) else "text"
+            return _Place(dataset, "saved")
+        return _look_into(dataset, path, without)
     is_path = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
-    if is_path or path.suffix in {*TEXT_SUFFIXES, *BUILDERS, COMPRESSED}:
+    if is_path or path.suffix.lower() == GZIP or suffix_of(path) in {*TEXT_SUFFIXES, *READERS}:
         raise CorpusError(f"There is no {dataset}. Give a file or folder that is there, or a data set on the Hub.")
-    return "Hub"
+    return _Place(dataset, "Hub")
 
 
-def _builder(path: Path) -> str | None:
-    suffix = Path(path.stem).suffix if path.suffix == COMPRESSED else path.suffix
-    return BUILDERS.get(suffix.lower())
-
-
-def _holds_data(folder: Path, without: Path | None) -> bool:
-    """Whether a folder is one of data files. JSON next to text files is not: folders of code hold some."""
-    files = list(find_files(folder, frozenset({*TEXT_SUFFIXES, *BUILDERS, COMPRESSED}), without))
-    data = [file for file in files if _builder(file)]
-    text = [file for file in files if file.suffix in TEXT_SUFFIXES and file.name != "README.md"]
-    tables = [file for file in data if file.suffix != ".json"]
+def _look_into(dataset: str, folder: Path, without: Path | None) -> _Place:
+    """A folder holds text files or data files. JSON next to text files is not read: folders of code hold some."""
+    data, left_out = choose_files(folder, frozenset(READERS), without)
+    text, _ = choose_files(folder, TEXT_SUFFIXES, without)
+    text = [file for file in text if file.name != CARD]
+    tables = [file for file in data if suffix_of(file) != ".json"]
     if text and tables:
         raise CorpusError(
             f"{folder} holds data files and text files, such as {tables[0].name} and {text[0].name}: give a folder "
             "that holds one of them, or the path of a file."
         )
-    return bool(data) and not text
+    if text or not data:
+        return _Place(dataset, "text")
+    return _Place(dataset, "data folder", data, left_out)
 
 
-def _open(arguments: DataArguments, dataset: str, split: str, validation_share: float, without: Path | None) -> Source:
+def _open(
+    arguments: DataArguments, place: _Place, split: str, validation_share: float, without: Path | None
+) -> Source:
     """Opens one data set; with a share of 0, all documents are in its `training`."""
-    path, kind = Path(dataset).expanduser(), _kind(dataset, without)
-    if dataset == STANDARD_LIBRARY:
+    if place.name == STANDARD_LIBRARY:
         return _source_of_corpus(load_standard_library(validation_share))
-    if kind == "text":
-        return _source_of_corpus(load_corpus(path, validation_share, without))
-    if kind == "data folder" and without is not None and path.resolve() in without.resolve().parents:
-        raise CorpusError(
-            f"{without} lies in {dataset}, all of whose files are read: give an output_dir outside of it."
-        )
-    version = ""
+    if place.kind == "text":
+        return _source_of_corpus(load_corpus(place.path, validation_share, without))
+    version, left_out = "", place.left_out
     try:
-        if kind == "saved":
-            rows, fingerprint = _load_saved(path, split)
+        if place.kind == "saved":
+            rows, fingerprint = _load_saved(place.path, split)
+        elif place.kind == "Hub":
+            rows, fingerprint, version = _load_from_hub(arguments, place.name, split)
         else:
-            builder = _make_builder(arguments, dataset, kind)
-            version = builder.hash if kind == "Hub" else ""
-            rows, fingerprint = _read_split(builder, split, arguments.streaming)
+            config = arguments.dataset_config if place.name == arguments.dataset else None
+            files = _files_of_split(place, split, config)
+            left_out = left_out + Counter({"of other splits": len(place.files) - len(files)})
+            rows, fingerprint = _read_files(files, arguments)
         first = next(iter(rows), None)
-    except StopIteration:  # what the JSON reader makes of an empty file
-        first = None
     except (OSError, ValueError, DatasetsError) as error:
-        raise CorpusError(f"{dataset} (split {split}) can't be loaded: {error.__cause__ or error}") from error
-    _check_column(first, arguments.text_column, dataset)
+        for known in (error, error.__cause__):
+            if isinstance(known, CorpusError):
+                raise known from None
+        raise CorpusError(f"{place.name} (split {split}) can't be loaded: {error.__cause__ or error}") from error
+    _check_column(first, arguments.text_column, place.name)
     return _source_of_rows(
         rows,
         arguments.text_column,
         validation_share,
-        name=(dataset if kind == "Hub" else path.name or dataset) + (f" ({split})" if split != "train" else ""),
+        name=(place.name if place.kind == "Hub" else place.path.name or place.name)
+        + (f" ({split})" if split != "train" else ""),
         version=version,
         fingerprint=fingerprint,
+        left_out=left_out,
     )
 
 
-def _load_saved(path: Path, split: str) -> tuple[Rows, str]:
-    saved = load_from_disk(path)
-    if isinstance(saved, DatasetDict):
-        if split not in saved:
-            raise ValueError(f"it holds the splits {', '.join(saved)}")
-        saved = saved[split]
-    return saved, saved._fingerprint
+def _load_saved(path: Path, split: str) -> tuple[Dataset, str]:
+    """What `save_to_disk` saved. `load_from_disk` takes some paths for addresses."""
+    if (path / DATASETDICT_JSON_FILENAME).exists():
+        splits = json.loads((path / DATASETDICT_JSON_FILENAME).read_text(encoding="utf-8"))["splits"]
+        if split not in splits:
+            raise ValueError(f"it holds the splits {', '.join(splits)}")
+        path = path / split
+    state = json.loads((path / DATASET_STATE_JSON_FILENAME).read_text(encoding="utf-8"))
+    parts = [Dataset.from_file(str(path / file["filename"])) for file in state["_data_files"]]
+    return concatenate_datasets(parts), state["_fingerprint"]
 
 
-def _make_builder(arguments: DataArguments, dataset: str, kind: str) -> DatasetBuilder:
-    path = Path(dataset).expanduser()
-    if kind == "data file":
-        return load_dataset_builder(_builder(path), data_files=str(path))
+def _load_from_hub(arguments: DataArguments, dataset: str, split: str) -> tuple[Rows, str, str]:
+    """Rows, fingerprint and commit. `load_dataset` does not return the commit."""
     its_own = dataset == arguments.dataset
-    return load_dataset_builder(
-        dataset if kind == "Hub" else str(path),
+    builder = load_dataset_builder(
+        dataset,
         arguments.dataset_config if its_own else None,
         revision=arguments.dataset_revision if its_own else None,
     )
-
-
-def _read_split(builder: DatasetBuilder, split: str, streaming: bool) -> tuple[Rows, str]:
-    """As `load_dataset` does, which does not return the commit."""
-    if streaming:
-        return builder.as_streaming_dataset(split), f"{builder.hash} {builder.config_id} {split}"
+    if arguments.streaming:
+        return builder.as_streaming_dataset(split), f"{builder.hash} {builder.config_id} {split}", builder.hash
     builder.download_and_prepare()
     rows = builder.as_dataset(split)
-    return rows, rows._fingerprint
+    return rows, rows._fingerprint, builder.hash
+
+
+def _files_of_split(place: _Place, split: str, config: str | None) -> list[Path]:
+    splits = {"train": place.files}
+    if place.kind == "data folder":
+        splits = split_files(place.path, place.files, config)
+    if not splits.get(split):
+        raise ValueError(f"it holds the splits {', '.join(splits)}")
+    return splits[split]
+
+
+def _read_files(files: list[Path], arguments: DataArguments) -> tuple[Rows, str]:
+    """The rows of data files: the text alone, if there is any."""
+    column = arguments.text_column
+    _check_column(next((row for file in files for row in read_rows(file)), None), column, arguments.dataset)
+    stamps = [(str(file.resolve()), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files]
+    fingerprint = hashlib.sha256(repr((stamps, column)).encode()).hexdigest()[:32]
+    features = Features({column: Value("large_string")})
+    given = {"gen_kwargs": {"files": [str(file) for file in files], "column": column}}
+    if arguments.streaming:
+        return IterableDataset.from_generator(read_column, features, **given), fingerprint
+    return Dataset.from_generator(read_column, features, **given, fingerprint=fingerprint), fingerprint
 
 
 def _check_column(first: dict | None, column: str, dataset: str):
@@ -218,11 +289,18 @@ def _check_column(first: dict | None, column: str, dataset: str):
 
 
 def _source_of_rows(
-    rows: Rows, column: str, validation_share: float, name: str, version: str, fingerprint: str
+    rows: Rows,
+    column: str,
+    validation_share: float,
+    name: str,
+    version: str,
+    fingerprint: str,
+    left_out: Counter[str],
 ) -> Source:
     documents = None
     if isinstance(rows, Dataset):
         documents = len(rows)
+        left_out = left_out + Counter({"rows without text": _count_blank(rows, column)})
         rows = rows.to_iterable_dataset(num_shards=min(PARTS, documents))
     rows = rows.select_columns(column)
     training, validation = (
@@ -234,7 +312,18 @@ def _source_of_rows(
         for held_out in (False, True)
     )
     text_of = operator.itemgetter(column)
-    return Source(name, version, None, fingerprint, Texts(training, text_of), Texts(validation, text_of), documents)
+    training, validation = Texts(training, text_of), Texts(validation, text_of)
+    return Source(name, version, None, fingerprint, training, validation, documents, left_out)
+
+
+def _count_blank(rows: Dataset, column: str) -> int:
+    texts = rows.data.column(column)
+    if pa.types.is_null(texts.type):
+        return len(texts)
+    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+        return 0  # a row that is no text is refused when it is read
+    trimmed = (compute.utf8_trim_whitespace(chunk.fill_null("")) for chunk in texts.chunks)
+    return sum(compute.sum(compute.equal(compute.utf8_length(chunk), 0)).as_py() or 0 for chunk in trimmed)
 
 
 def _belong(texts: list[str | None], validation_share: float, held_out: bool) -> list[bool]:
@@ -264,7 +353,8 @@ def _source_of_corpus(corpus: Corpus) -> Source:
     training, validation = (
         Texts(rows.filter(belongs, input_columns="held_out"), _read_row) for belongs in (operator.not_, bool)
     )
-    return Source(corpus.name, "", corpus.revision, corpus.revision, training, validation, len(documents))
+    revision, left_out = corpus.revision, corpus.left_out
+    return Source(corpus.name, "", revision, revision, training, validation, len(documents), left_out)
 
 
 def _read_row(row: dict) -> str:

@@ -15,7 +15,7 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .adapters import attach_lora
 from .recipe import Recipe
-from .tokenizer import load_tokenizer
+from .tokenizer import fits, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def fit_vocabulary(config: EntropyGPTConfig, recipe: Recipe, tokenizer: PreTrain
     from_scratch = recipe.model.model_name_or_path is None
     if from_scratch and "vocab_size" not in recipe.config_fields:
         config.vocab_size = len(tokenizer)
-    if len(tokenizer) > config.vocab_size:
+    if not fits(tokenizer, config.vocab_size):
         raise UserError(
             f"The tokenizer has {len(tokenizer):,} tokens, more than the model's vocab_size={config.vocab_size:,}: "
             + ("raise vocab_size, or leave it out." if from_scratch else "use the model's own tokenizer.")
@@ -126,7 +126,7 @@ def _check_vocabulary(recipe: Recipe, config: EntropyGPTConfig):
     """Checks the vocabulary as far as it is known before the text is read."""
     place = recipe.data.tokenizer or recipe.model.model_name_or_path
     if place is not None:
-        fit_vocabulary(copy.deepcopy(config), recipe, load_tokenizer(place))
+        fit_vocabulary(copy.deepcopy(config), recipe, load_tokenizer(place, recipe.data.eos_token))
     elif recipe.data.tokenizer_vocab_size > (size := recipe.config_fields.get("vocab_size", math.inf)):
         raise UserError(
             f"tokenizer_vocab_size={recipe.data.tokenizer_vocab_size} is more than vocab_size={size}: lower "

@@ -17,8 +17,9 @@ from .arguments import EntropyTrainingArguments
 from .callbacks import find_callback
 from .checkpoints import STAGING, seal
 from .divergence import MOST_ROLLBACKS, DivergenceGuard, base_model, find_first_bad_layer
-from .files import delete
+from .files import delete, give_usual_mode
 from .model_loss import ModelLoss
+from .storage import storing
 
 
 # Scalars and vectors that weight decay would pull away from what they mean, and the argument with the multiple of the
@@ -60,17 +61,19 @@ class EntropyTrainer(ModelLoss, Trainer):
 
     args: EntropyTrainingArguments
 
-    def __init__(self, *args, guard: DivergenceGuard | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model=None, *args, guard: DivergenceGuard | None = None, **kwargs):
+        cached = None if model is None else base_model(model).config.use_cache
+        super().__init__(model, *args, **kwargs)
         self._refuse_other_losses()
         self.add_callback(guard or DivergenceGuard(self.args.on_divergence))
         self._forget_steps()
         self._staging: Path | None = None
-        self._given_detection = False
+        # What training changes in the configuration, as it was given: the `Trainer` switches the cache off.
+        self._given = {} if cached is None else {"use_cache": cached}
         if self.accelerator.num_processes > 1:
             # It would stop one process alone while the others wait for it; the guard looks at the loss of all.
             config = base_model(self.model).config
-            self._given_detection, config.detect_divergence = config.detect_divergence, False
+            self._given["detect_divergence"], config.detect_divergence = config.detect_divergence, False
 
     @property
     def guard(self) -> DivergenceGuard:
@@ -118,7 +121,12 @@ class EntropyTrainer(ModelLoss, Trainer):
 
     def train(self, *args, **kwargs):
         self._forget_steps()
-        return super().train(*args, **kwargs)
+        config = base_model(self.model).config
+        config.use_cache = self.args.use_cache
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            config.use_cache = self._given.get("use_cache", config.use_cache)
 
     def _forget_steps(self):
         self._good_state: dict | None = None
@@ -260,14 +268,14 @@ class EntropyTrainer(ModelLoss, Trainer):
 
     @contextlib.contextmanager
     def given_configuration(self) -> Iterator[None]:
-        """Within, the model has the configuration that it was given, and not what several processes need."""
-        if self._given_detection:
-            base_model(self.model).config.detect_divergence = True
+        """Within, the model has the configuration that it was given, and not what training needs."""
+        config = base_model(self.model).config
+        changed = {name: getattr(config, name) for name in self._given}
+        vars(config).update(self._given)
         try:
             yield
         finally:
-            if self._given_detection:
-                base_model(self.model).config.detect_divergence = False
+            vars(config).update(changed)
 
     def _save_checkpoint(self, model, trial):
         """Writes a checkpoint aside, and gives it its name and place when it is whole. None of a run that diverged."""
@@ -281,15 +289,22 @@ class EntropyTrainer(ModelLoss, Trainer):
         if self.args.should_save:
             delete(self._staging)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        written, self._staging = self._staging / name, None
-        self.accelerator.wait_for_everyone()
+        try:
+            with storing(folder / name):
+                super()._save_checkpoint(model, trial)
+                written = self._staging / name
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._name_best_checkpoint(written, folder)
+                    give_usual_mode(written)
+                    seal(written)
+                    delete(folder / name)
+                    written.replace(folder / name)
+        finally:
+            self._staging = None
+            if self.args.should_save:
+                delete(folder / STAGING)
         if self.args.should_save:
-            self._name_best_checkpoint(written, folder)
-            seal(written)
-            delete(folder / name)
-            written.replace(folder / name)
-            delete(folder / STAGING)
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,

@@ -1,6 +1,8 @@
 """`entropy-gpt card`: writes a model's card from its results."""
 
-from .push import Licence, Model, Results
+from entropy_gpt.training.storage import check_folder as check_writable
+
+from .push import Licence, Model, Results, check_folder
 
 
 def card(folder: Model, results: Results = None, licence: Licence = None):
@@ -12,6 +14,9 @@ def card(folder: Model, results: Results = None, licence: Licence = None):
 
     Example: entropy-gpt card converted_model --results evaluation_output --license apache-2.0
     """
+    check_folder(folder, results)
+    if folder.is_dir():
+        check_writable(folder, "DIR")  # before the imports, which take seconds
     from entropy_gpt.terminal.publish import run_card
 
     run_card(folder, results or [], licence)

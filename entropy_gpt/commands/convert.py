@@ -6,11 +6,22 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_notation, check_place
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.workflows.output_folder import CONVERSION
+
+from .paths import read_path
+
 
 class Norm(StrEnum):
     layernorm = "layernorm"
     static = "static"
     none = "none"
+
+
+class Activation(StrEnum):
+    gelu = "gelu"
+    gelu_new = "gelu_new"
 
 
 class Schedule(StrEnum):
@@ -26,15 +37,29 @@ def convert(
     to: Annotated[
         str, typer.Option(help="The target architecture, such as 'EReg(SM(t)+ScFuFFN)' or 'SM+StaticLN+G'.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the model and the report.")],
+    output: Annotated[Path, typer.Option(callback=read_path, help="Folder for the model and the report.")],
     text: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A folder or file of text, similar to the model's training text (default: Python's standard library)."
+            help="Text similar to the model's training text: a text file, a folder of text files, a data file or "
+            "folder (JSON lines, CSV, Parquet), or a data set on the Hub. Default: Python's standard library."
         ),
     ] = None,
+    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
+    config: Annotated[str | None, typer.Option(help="The configuration of a data set.")] = None,
+    text_column: Annotated[str, typer.Option(help="The column of a data set that holds the text.")] = "text",
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or repository of the tokenizer (default: the source).")
+        str | None, typer.Option(help="Folder or repository of the tokenizer. Default: the source.")
+    ] = None,
+    eos_token: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="The tokenizer's token for the end of a text. Default: what it names."),
+    ] = None,
+    activation: Annotated[
+        Activation | None,
+        typer.Option(
+            help="The activation of a nanoGPT file: gelu (default), or gelu_new, which nanoGPT used before June 2023."
+        ),
     ] = None,
     final_norm: Annotated[
         Norm | None, typer.Option(help="The norm before the head (default: that of the source).")
@@ -59,7 +84,9 @@ def convert(
         int | None, typer.Option(min=2, help="Tokens of a sequence (default: the model's positions, up to 1024).")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the steps are fitted to.")] = 65536,
-    evaluation_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each step is measured on.")] = 16384,
+    evaluation_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that each step and the result are measured on.")
+    ] = 16384,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps the statistics, so that another conversion can use them again."),
@@ -110,6 +137,14 @@ def convert(
     Example: entropy-gpt convert openai-community/gpt2 --to 'EReg(SM(t)+ScFuFFN)' --text my_texts --output my_model
     --heal-steps 1000 --distill
     """
+    check_model(source)
+    check_notation(to)
+    for place in filter(None, (text, tokenizer)):
+        check_place(place)
+    output = output.resolve()
+    CONVERSION.is_replaced_in(output, overwrite)  # before the imports, which take seconds
+    if not dry_run:
+        refuse_claimed(CONVERSION.work(output), output)
     from entropy_gpt.terminal.convert import run
 
     run(
@@ -119,7 +154,12 @@ def convert(
         to=to,
         output=output,
         text=text,
+        split=split,
+        config=config,
+        text_column=text_column,
         tokenizer=tokenizer,
+        eos_token=eos_token,
+        activation=activation and activation.value,
         final_norm=final_norm and final_norm.value,
         prune_by_damage=prune_by_damage,
         naive=naive,

@@ -6,6 +6,12 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_place
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.workflows.output_folder import EVALUATION
+
+from .paths import read_path
+
 
 class Dtype(StrEnum):
     float32 = "float32"
@@ -44,6 +50,10 @@ def evaluate(
     tokenizer: Annotated[
         str | None, typer.Option(help="The tokenizer of all models. Default: each model's own.")
     ] = None,
+    eos_token: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="The tokenizer's token for the end of a text. Default: what it names."),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -76,6 +86,16 @@ def evaluate(
     head_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens whose rows of attention are measured, spread over the text; 0 for none.")
     ] = 65536,
+    prompt: Annotated[
+        str | None, typer.Option(help="A text: the report shows the entropy of every head at each of its tokens.")
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER,HEAD",
+            help="The head whose attention to --prompt is shown. Default: the one with the lowest entropy.",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -95,7 +115,9 @@ def evaluate(
     dtype: Annotated[Dtype, typer.Option(help="The type of weights and computation.")] = Dtype.float32,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. Default: a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples that lm-eval draws.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for numbers and pictures.")] = Path("evaluation_output"),
+    output: Annotated[Path, typer.Option(callback=read_path, help="Folder for numbers and pictures.")] = Path(
+        "evaluation_output"
+    ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another evaluation in the folder.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check models and text, and show what would be measured.")
@@ -110,6 +132,13 @@ def evaluate(
 
     Example: entropy-gpt evaluate runs/baseline/model runs/proposal/model --text my_texts --stride 64 --per-position
     """
+    for model in models:
+        check_model(model)
+    for place in filter(None, (text, frequency_text, tokenizer)):
+        check_place(place)
+    EVALUATION.is_in(output)  # before the imports, which take seconds
+    if not dry_run:
+        refuse_claimed(output)
     from entropy_gpt.terminal.evaluate import run
     from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
     from entropy_gpt.workflows.options import read_options
@@ -124,6 +153,7 @@ def evaluate(
             config=config,
             text_column=text_column,
             tokenizer=tokenizer,
+            eos_token=eos_token,
             context=context,
             stride=stride,
             separate=separate,
@@ -132,6 +162,8 @@ def evaluate(
             per_position=per_position,
             frequency_text=frequency_text,
             head_tokens=head_tokens,
+            prompt=prompt,
+            head=head,
             tasks=tasks,
             task_data=task_data,
             limit=limit,

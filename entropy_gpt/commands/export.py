@@ -5,6 +5,12 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.workflows.output_folder import EXPORT
+
+from .paths import read_path
+
 
 def export(
     source: Annotated[
@@ -16,9 +22,9 @@ def export(
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Write an ONNX graph. Required, because it is the only format so far.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for graph, configuration, tokenizer and report.")] = Path(
-        "exported_model"
-    ),
+    output: Annotated[
+        Path, typer.Option(callback=read_path, help="Folder for graph, configuration, tokenizer and report.")
+    ] = Path("exported_model"),
     cached: Annotated[
         bool,
         typer.Option(
@@ -44,6 +50,11 @@ def export(
 
     Example: entropy-gpt export runs/python-stdlib-small/model --onnx --cache --output my_onnx_model
     """
+    check_model(source)
+    output = output.resolve()
+    EXPORT.is_replaced_in(output, overwrite)  # before the imports, which take seconds
+    if not dry_run:
+        refuse_claimed(EXPORT.work(output), output)
     from entropy_gpt.terminal.export import run
 
     run(source, output, dry_run, cached=cached, tokenizer=tokenizer, overwrite=overwrite)

@@ -4,17 +4,22 @@ import atexit
 import os
 import sys
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from entropy_gpt.conversion.errors import UserError, missing_package
+from entropy_gpt.training.storage import StorageError, find_storage_error
 
 from .card import card
 from .convert import convert
+from .diagnose import diagnose
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
+from .paths import check_text
 from .plot import plot
 from .private import private
 from .push import push
@@ -25,19 +30,36 @@ from .train import train
 
 
 INTERRUPTED = 130
-# What goes on with what is done already, if it is started again.
-RESUMED = ("quickstart", "train", "convert", "evaluate", "study", "private benchmark")
+# The extra that each command is made for, where not all commands of a group need it.
+EXTRAS = {"train": "train", "convert": "train", "export": "onnx", "private": "private"}
+
+
+class Interruption(Exception):
+    """An interrupted command, with a note if the same command goes on from there."""
+
+
+class Commands(TyperGroup):
+    """Keeps the note of an interruption, of which typer itself leaves only the status."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise Interruption(*_notes(interrupt)) from interrupt
+
 
 app = typer.Typer(
+    cls=Commands,
     help="GPT-2 without most of its non-linearities, for private inference.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
 app.command()(quickstart)
 app.command()(train)
 app.command()(convert)
 app.command()(evaluate)
+app.command()(diagnose)
 app.command()(plot)
 app.command()(report)
 app.command()(study)
@@ -65,10 +87,10 @@ def options(
 
 def main() -> int:
     """Runs the command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     status = _run_app()
-    if status == INTERRUPTED:
-        goes_on = " ".join(sys.argv[1:3]).startswith(RESUMED)
-        print(f"entropy-gpt: interrupted.{' The same command goes on from here.' * goes_on}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:
         _leave(status)
     return status
@@ -86,16 +108,36 @@ def _leave(status: int):
     os._exit(status)
 
 
+def _likely_extra() -> str:
+    return EXTRAS.get(sys.argv[1], "eval") if len(sys.argv) > 1 else ""
+
+
 def _run_app() -> int:
     try:
-        return app(standalone_mode=False) or 0  # typer itself makes a KeyboardInterrupt the status 130
+        for word in sys.argv[1:]:
+            check_text(word)
+        status = app(standalone_mode=False) or 0
+        return _complain("interrupted.", INTERRUPTED) if status == INTERRUPTED else status  # outside of a command
+    except Interruption as interruption:
+        return _complain(" ".join(["interrupted.", *interruption.args]), INTERRUPTED)
     except typer.TyperException as wrong_usage:
         if message := wrong_usage.format_message():  # none where the help is shown for want of a subcommand
-            print(f"entropy-gpt: {message} (entropy-gpt --help tells more)", file=sys.stderr)
+            return _complain(f"{message} (entropy-gpt --help shows more)", wrong_usage.exit_code)
         return wrong_usage.exit_code
     except ModuleNotFoundError as missing:
-        print(f"entropy-gpt: {missing_package('this command', missing)}", file=sys.stderr)
-        return 1
-    except (UserError, OSError) as failure:
-        print(f"entropy-gpt: {' '.join(str(failure).split())}", file=sys.stderr)  # libraries write paragraphs
-        return 1
+        return _complain(missing_package("this command", missing, _likely_extra()))
+    except Exception as error:
+        failure = error if isinstance(error, StorageError) else find_storage_error(error) or error
+        if not isinstance(failure, UserError | OSError):
+            raise
+        return _complain(" ".join([str(failure), *_notes(error)]))
+
+
+def _complain(message: str, status: int = 1) -> int:
+    """Prints one line, and returns the status."""
+    print(f"entropy-gpt: {' '.join(message.split())}", file=sys.stderr)  # libraries write paragraphs
+    return status
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])

@@ -8,6 +8,13 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_notation, check_place, is_model
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.training.storage import check_file
+from entropy_gpt.workflows.output_folder import BENCHMARK
+
+from .paths import read_path
+
 
 private = typer.Typer(
     help="Answer a secret prompt with secret weights, by two-party computation, and measure the cost.",
@@ -17,8 +24,10 @@ private = typer.Typer(
 
 @private.callback()
 def end_in_order():
-    """Lets a terminated party delete its temporary files."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Lets a terminated party, or one whose terminal is closed, end what it has begun."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
 
 
 class TwoPartyProtocol(StrEnum):
@@ -36,11 +45,17 @@ class Learned(StrEnum):
     token = "token"
 
 
-Certificate = Annotated[Path | None, typer.Option("--cert", help="This side's certificate, in PEM.")]
-Key = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
+Certificate = Annotated[
+    Path | None, typer.Option("--cert", callback=read_path, help="This side's certificate, in PEM.")
+]
+Key = Annotated[Path | None, typer.Option("--key", callback=read_path, help="Its private key.")]
 Authority = Annotated[
     Path | None,
-    typer.Option("--ca", help="Certificates of the authorities that may sign the other side's certificate."),
+    typer.Option(
+        "--ca",
+        callback=read_path,
+        help="Certificates of the authorities that may sign the other side's certificate.",
+    ),
 ]
 Insecure = Annotated[
     bool,
@@ -61,7 +76,7 @@ Networks = Annotated[
 ]
 Layers = Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")]
 Width = Annotated[int, typer.Option("--n-embd", min=1, help="Width.")]
-Heads = Annotated[int | None, typer.Option("--n-head", min=1, help="Heads. Default: heads of 64 dimensions.")]
+Heads = Annotated[int | None, typer.Option("--n-head", min=1, help="Heads. Default: heads of about 64 dimensions.")]
 Length = Annotated[int, typer.Option("--seq", min=1, help="Tokens of the prompt.")]
 Vocabulary = Annotated[int, typer.Option("--vocab-size", min=2, help="Tokens of the vocabulary.")]
 TokenizerPlace = Annotated[
@@ -120,12 +135,24 @@ def serve(
     text: AuditedText = None,
     tokenizer: TokenizerPlace = None,
     longest: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="The most tokens that a client may ask for.")
+        int,
+        typer.Option("--max-new-tokens", min=1, help="The most answers of one request, with those that are repeated."),
     ] = 256,
+    requests: Annotated[
+        int, typer.Option("--max-requests", min=1, help="The most requests of a client in a day.")
+    ] = 256,
+    positions: Annotated[
+        int, typer.Option("--max-positions", min=1, help="The most positions answered to a client in a day.")
+    ] = 512,
+    seconds: Annotated[
+        int, typer.Option("--max-seconds", min=1, help="The most seconds that a client may hold the engine in a day.")
+    ] = 14_400,
     timeout: Timeout = 600,
 ):
     """
     Hold the weights, and answer one client after another.
+
+    A client is known by its certificate, or without TLS by its address.
 
     The client learns the answer and what is public: architecture, sizes, settings, and a hash of the tokenizer. The
     server learns the lengths of the prompt and the answer. Both learn whether numbers were out of range. Both sides
@@ -133,6 +160,9 @@ def serve(
 
     Example: entropy-gpt private serve runs/proposal/model --listen 0.0.0.0:9000 --cert s.pem --key s.key --ca ca.pem
     """
+    check_model(model)
+    if tokenizer is not None:
+        check_place(tokenizer)
     from entropy_gpt.terminal.private import serve as run
 
     run(
@@ -146,16 +176,27 @@ def serve(
         fraction_bits=fraction_bits,
         text=text,
         tokenizer=tokenizer,
-        longest=longest,
+        limits=(longest, requests, positions, seconds),
         timeout=timeout,
     )
 
 
 @private.command()
 def ask(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue. It stays on this machine.")],
     connect: Annotated[str, typer.Option(help="HOST:PORT of the server.")],
     tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="The text to continue, or - to read it from standard input. It stays on this machine, but other "
+            "users of the machine can see a command line (ps) while the command runs: give a secret one by - or "
+            "--prompt-file.",
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the prompt from this file, in UTF-8.")
+    ] = None,
     certificate: Certificate = None,
     key: Key = None,
     authority: Authority = None,
@@ -164,20 +205,24 @@ def ask(
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     networks: Networks = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the cost to this file, as JSON.")
+        Path | None,
+        typer.Option("--output", "-o", callback=read_path, help="Write the cost to this file, as JSON."),
     ] = None,
     timeout: Timeout = 600,
 ):
     """
     Hold the prompt, and ask a server to continue it, always with the most likely token.
 
-    Example: entropy-gpt private ask "def main(" --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key
-    --ca ca.pem
+    Example: entropy-gpt private ask - --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key --ca ca.pem
+    < prompt.txt
     """
+    _check_files(output)
+    check_place(tokenizer)
     from entropy_gpt.terminal.private import ask as run
 
     run(
         prompt,
+        prompt_file,
         connect,
         (certificate, key, authority),
         networks or [],
@@ -203,11 +248,14 @@ def demo(
     tokenizer: TokenizerPlace = None,
     networks: Networks = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the cost of each step to this file, as JSON.")
+        Path | None,
+        typer.Option("--output", "-o", callback=read_path, help="Write the cost of each step to this file, as JSON."),
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Write the total cost to this file, as a result for report, card and push."),
+        typer.Option(
+            callback=read_path, help="Write the total cost to this file, as a result for report, card and push."
+        ),
     ] = None,
     timeout: Timeout = 600,
 ):
@@ -216,6 +264,10 @@ def demo(
 
     Example: entropy-gpt private demo model_cards/models/converted --max-new-tokens 3
     """
+    _check_files(output, results)
+    check_model(model)
+    if tokenizer is not None:
+        check_place(tokenizer)
     from entropy_gpt.terminal.private import demo as run
 
     run(
@@ -237,32 +289,42 @@ def demo(
 
 @private.command()
 def cost(
-    notations: Annotated[
-        list[str], typer.Argument(metavar="NOTATION...", help="Architectures, such as 'SM+LN+G' and 'SM+ScFuFFN'.")
+    architectures: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NOTATION|MODEL...",
+            help="Architectures, such as 'SM+LN+G' and 'SM+ScFuFFN', and models: folders, or on the Hub.",
+        ),
     ],
-    n_layer: Layers = 12,
-    n_embd: Width = 768,
+    n_layer: Annotated[int | None, typer.Option(min=1, help="Blocks. Default: those of the model, or 12.")] = None,
+    n_embd: Annotated[int | None, typer.Option(min=1, help="Width. Default: the model's, or 768.")] = None,
     n_head: Heads = None,
     length: Length = 128,
-    vocab_size: Vocabulary = 50257,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the vocabulary. Default: the model's, or 50257.")
+    ] = None,
     kept: Annotated[int, typer.Option(min=0, help="Earlier tokens, whose keys and values are cached.")] = 0,
     all_positions: Annotated[
         bool, typer.Option("--all-positions", help="Compute the logits of every position, not only of the last one.")
     ] = False,
     embedding: EmbeddingOption = Embedding.one_hot,
+    networks: Networks = None,
 ):
     """
-    Predict the traffic and the round trips of a private inference from the architecture, without weights or engine.
+    Predict the traffic, the round trips and the time of a private inference, from architecture and sizes alone.
 
     The prices of Cheetah's primitives were measured once. docs/private_inference.md compares predictions with
     measurements.
 
-    Example: entropy-gpt private cost SM+LN+G SM+LN+R 'EReg(SM(t)+ScFuFFN)' --seq 256
+    Example: entropy-gpt private cost SM+LN+G SM+LN+R 'EReg(SM(t)+ScFuFFN)' --seq 256 --network 100Mbps,80ms
     """
+    for architecture in architectures:
+        (check_model if is_model(architecture) else check_notation)(architecture)
     from entropy_gpt.terminal.private_cost import run
 
     run(
-        notations,
+        architectures,
+        networks or [],
         n_layer=n_layer,
         n_embd=n_embd,
         n_head=n_head,
@@ -294,9 +356,9 @@ def benchmark(
         bool,
         typer.Option("--full", help="Also run the cheapest architecture as a whole, to verify the sum of its parts."),
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for measurements, table and picture.")] = Path(
-        "private_benchmark_output"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=read_path, help="Folder for measurements, table and picture.")
+    ] = Path("private_benchmark_output"),
     timeout: Timeout = 1200,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be measured, with predicted MB, and measure nothing.")
@@ -310,6 +372,11 @@ def benchmark(
 
     Example: entropy-gpt private benchmark --full --network 300Mbps,20ms -o runs/private
     """
+    for notation in notations or ():
+        check_notation(notation, n_layer)
+    BENCHMARK.is_in(output)  # before the imports, which take seconds
+    if not dry_run:
+        refuse_claimed(output)
     from entropy_gpt.terminal.private_table import run
 
     run(
@@ -325,3 +392,10 @@ def benchmark(
         whole=whole,
         timeout=timeout,
     )
+
+
+def _check_files(*files: Path | None):
+    """Refuses files that can't be written, before the imports and the work, which take long."""
+    for file in files:
+        if file is not None:
+            check_file(file)

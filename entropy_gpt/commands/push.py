@@ -6,6 +6,10 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_path
+
+from .paths import read_path, read_paths
+
 
 class Folded(StrEnum):
     beside = "beside"
@@ -14,12 +18,17 @@ class Folded(StrEnum):
 
 Model = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="Folder of a trained model with its tokenizer, as train and convert write it."),
+    typer.Argument(
+        metavar="DIR",
+        callback=read_path,
+        help="Folder of a trained model with its tokenizer, as train and convert write it.",
+    ),
 ]
 Results = Annotated[
     list[Path] | None,
     typer.Option(
         "--results",
+        callback=read_paths,
         help="Results of the model besides those in its folder: a file, or a folder with a results.json. Can be "
         "repeated. Results of other models are ignored.",
     ),
@@ -30,6 +39,14 @@ Licence = Annotated[
 ]
 
 
+def check_folder(folder: Path, results: list[Path] | None):
+    """Refuses a wrong path or a folder without a model before the imports, which take seconds."""
+    check_path(folder, "Give the folder of a trained model.")
+    check_model(folder)
+    for path in results or ():
+        check_path(path)
+
+
 def push(
     folder: Model,
     repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="The repository, such as my-name/my-model.")],
@@ -38,7 +55,7 @@ def push(
     folded: Annotated[
         Folded | None,
         typer.Option(
-            help="Send the model folded for inference: beside the model, in a folder of its own, or instead of it.",
+            help="Send the model folded for inference: next to the model, in a folder of its own, or instead of it.",
         ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
@@ -69,6 +86,7 @@ def push(
 
     Example: entropy-gpt push runs/python-stdlib-small/model my-name/my-model --license apache-2.0 --folded beside
     """
+    check_folder(folder, results)
     from entropy_gpt.terminal.publish import run
     from entropy_gpt.workflows.options import read_options
     from entropy_gpt.workflows.publish import PublicationOptions

@@ -5,6 +5,12 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_path
+from entropy_gpt.training.claims import refuse_claimed
+from entropy_gpt.workflows.output_folder import QUICKSTART
+
+from .paths import read_path
+
 
 DEFAULT_STEPS = 1300
 DEFAULT_OUTPUT = Path("quickstart_output")
@@ -15,10 +21,13 @@ def quickstart(
     corpus: Annotated[
         Path | None,
         typer.Option(
-            help="Text to train on: a folder of text files, or one file. Otherwise the Python standard library."
+            callback=read_path,
+            help="Text to train on: a text or data file, or a folder of such. Default: Python's standard library.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for models, pictures and results.")] = DEFAULT_OUTPUT,
+    output: Annotated[
+        Path, typer.Option(callback=read_path, help="Folder for models, pictures and results.")
+    ] = DEFAULT_OUTPUT,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and data order.")] = 0,
 ):
     """
@@ -27,10 +36,15 @@ def quickstart(
     Trains GPT-2 and two architectures for private inference on real text, converts the GPT-2 to the second of them,
     and compares all four: perplexity, entropy of attention heads, seconds. Each is saved as a folder ready for the Hub
     and loaded back in a fresh process. At last two of them answer a prompt under secure computation, between two
-    processes. Takes about 9 minutes on two cores; if interrupted, the same command goes on.
+    processes. report.html shows all results. Takes about 9 minutes on two cores; if interrupted, the same command goes
+    on.
 
     Example: entropy-gpt quickstart --corpus ~/my_project/src --steps 500 --output my_run
     """
+    if corpus is not None:
+        check_path(corpus)
+    QUICKSTART.is_in(output)  # before the imports, which take seconds
+    refuse_claimed(output)
     from entropy_gpt.programs.quickstart import quickstart as quickstart_job
 
     quickstart_job.run(steps=steps, corpus_path=corpus, output=output, seed=seed)

@@ -1,15 +1,20 @@
 """Options of `entropy-gpt train`, which trains a model by a recipe."""
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from entropy_gpt.training.recipe_file import list_recipes, read_override, read_settings
 
 
 def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A YAML file, or the name of a recipe that comes with the package. Without one: list them."
+            help="A YAML file, or the name of a recipe that comes with the package. Without one: list them.",
+            autocompletion=list_recipes,
         ),
     ] = None,
     settings: Annotated[
@@ -36,10 +41,15 @@ def train(
     Example: entropy-gpt train python-stdlib-small notation='SM+ScFuFFN' max_steps=500
     """
     if recipe is not None and not show_settings:
-        from entropy_gpt.training.recipe_file import read_override, read_settings
+        from entropy_gpt.training.claims import refuse_claimed
+        from entropy_gpt.training.storage import check_folder
 
         overrides = dict(map(read_override, settings or []))
-        read_settings(recipe, overrides)  # refused before the imports, which take seconds
+        # Refused before the imports, which take seconds.
+        output = read_settings(recipe, overrides)["output_dir"]
+        check_folder(Path(str(output)), "output_dir")
+        if not dry_run and os.environ.get("RANK", "0") == "0":  # the first of several processes claims it for all
+            refuse_claimed(Path(str(output)))
     from entropy_gpt.terminal.train import print_recipes, print_settings, run
 
     if show_settings:

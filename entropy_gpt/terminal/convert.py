@@ -1,6 +1,7 @@
 """Shows a conversion: its plan, its progress, and what each step cost."""
 
 import json
+from pathlib import Path
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -12,7 +13,8 @@ from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.simplification import Step
 from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
-from entropy_gpt.evaluation.showing.conversion_page import operation_rows, step_rows
+from entropy_gpt.evaluation.records.results import RESULTS, load_results
+from entropy_gpt.evaluation.showing.conversion_page import STEP_COLUMNS, format_perplexity, operation_rows, step_rows
 from entropy_gpt.workflows.convert import Conversion, is_naive, perform, prepare
 from entropy_gpt.workflows.convert_inputs import LONGEST_CONTEXT, REPORT, ConversionOptions
 from entropy_gpt.workflows.options import read_options
@@ -21,9 +23,6 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 from .progress import progress_display
 from .tables import make_table
 
-
-# The columns of the report's table, for a terminal of 80 characters.
-HEADINGS = ("step", "KL to the\noriginal", "ppl per\ntoken", "naive\nKL", "naive\nppl", "para-\nmeters", "sec-\nonds")
 
 console = Console()
 
@@ -100,12 +99,31 @@ def _describe_step(step: Step, naive: bool) -> str:
     return "naive" if is_naive(step, naive) else "fitted to text"
 
 
+def show_evaluation(report: ConversionReport, output: Path):
+    """The perplexity of the result and of the original, or how to measure it."""
+    (result,) = load_results(output / RESULTS)
+    if result.likelihood is None:
+        lines = [f"not evaluated, because there was no text; do it with: entropy-gpt evaluate {output}"]
+    else:
+        before, after = (format_perplexity(step) for step in (report.original_nats, report.final_nats))
+        likelihood = result.likelihood.likelihood
+        lines = [
+            f"perplexity per token: {after}; the original has {before} on the same tokens",
+            f"evaluated for card and push: perplexity {likelihood.perplexity:.2f} per token, "
+            f"{likelihood.bits_per_byte:.3f} bits per byte, on {likelihood.tokens:,} tokens kept apart",
+        ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _show_report(report: ConversionReport, options: ConversionOptions):
-    console.print(make_table(HEADINGS, step_rows(report)))
+    console.print(make_table([*STEP_COLUMNS.values()], step_rows(report)))
+    measured = f"measured on {report.conditions.evaluated_tokens:,} tokens that nothing was fitted to"
+    if report.original_nats is None:
+        measured = "nothing was measured, because there is no tokenizer"
     console.print(
-        f"{report.seconds:.0f} s, at most {report.peak_memory_bytes / 2**30:.2f} GiB; measured on "
-        f"{report.conditions.evaluated_tokens:,} tokens that nothing was fitted to",
-        style="dim",
+        f"{report.seconds:.0f} s, at most {report.peak_memory_bytes / 2**30:.2f} GiB; {measured}", style="dim"
     )
+    show_evaluation(report, options.output)
     console.print(f"the model, ready for the Hub: {options.output}", markup=False, soft_wrap=True)
     console.print(f"the report: {options.output / REPORT}.md", markup=False, soft_wrap=True)

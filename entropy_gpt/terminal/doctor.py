@@ -27,19 +27,26 @@ from rich.console import Console
 from rich.markup import escape
 
 from .extras import Part
+from .progress import progress_display
 
 
 PROJECT = "entropy-gpt"
 CORE = "core"
-EXTRAS = (Part.train, Part.eval, Part.private, Part.onnx)
+EXTRAS = (Part.train, Part.eval, Part.tasks, Part.private, Part.onnx)
 # Time limits of separate processes, long enough for a slow disk with an empty cache.
-IMPORT_SECONDS, HUB_SECONDS, ENGINE_SECONDS = 120, 30, 120
+IMPORT_SECONDS, HUB_SECONDS, ENGINE_SECONDS, GPU_SECONDS = 120, 30, 120, 300
+# Bytes that the quickstart takes with its private answers, and that a conversion of GPT-2 small leaves and downloads.
+NEEDED_MEMORY, NEEDED_DISK = 4e9, 2e9
 # How long the Hub may take to reply.
 ANSWER_SECONDS = 5
 # The instruction sets that torch uses, by their names in Linux.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
 # The tolerated difference between private logits and those in the clear, whose magnitude is a few units.
 TOLERATED_ERROR = 0.05
+# The tolerated difference, in nats, between entropies of the kernel in bfloat16 and those in float64.
+TOLERATED_NATS = 1e-3
+# What the tests that need a GPU are run with.
+TESTING = ("pytest", "hypothesis", "accelerate", "datasets")
 MESSAGE_CHARACTERS = 200
 # The exit status of Python after an uncaught exception, whose last line is the message.
 UNCAUGHT = 1
@@ -105,18 +112,19 @@ class Reported:
     ending: str = ""
 
 
-def run(required: Sequence[Part]) -> bool:
+def run(required: Sequence[Part], gpu: bool = False) -> bool:
     """
     Checks everything, and prints the findings.
 
     Args:
         required (`Sequence[Part]`): The parts that must not be missing.
+        gpu (`bool`): Whether to check also what `make gpu` needs, which must not be missing either.
 
     Returns:
         `bool`: Whether nothing failed and no required part is missing.
     """
     sections = []
-    for section in look():
+    for section in look(gpu):
         show(section)
         sections.append(section)
     failed = [section for section in sections if is_failure(section, required)]
@@ -137,10 +145,10 @@ def is_failure(section: Section, required: Sequence[Part]) -> bool:
     return section.mark is Mark.failed or (section.mark is Mark.missing and section.part in required)
 
 
-def look() -> Iterator[Section]:
+def look(gpu: bool) -> Iterator[Section]:
     """Runs all checks, and yields each section as soon as it and those before it are complete."""
-    with console.status("importing the installed packages") as status:
-        with ThreadPoolExecutor(usable_cores() + 1) as pool:
+    with progress_display(console, transient=True) as progress:
+        with progress.stage("importing the installed packages"), ThreadPoolExecutor(usable_cores() + 1) as pool:
             hub = pool.submit(in_process, ask_hub, seconds=HUB_SECONDS)
             torch = pool.submit(in_process, describe_torch, seconds=IMPORT_SECONDS)
             packages = {}
@@ -150,8 +158,11 @@ def look() -> Iterator[Section]:
             yield look_at_machine(torch.result())
             yield look_at_disk(hub.result())
             yield from look_at_hub(hub.result())
-        status.update("two processes answer a secret prompt")
-        yield look_at_engine([packages[CORE], packages[Part.private]])
+        with progress.stage("two processes answer a secret prompt"):
+            yield look_at_engine([packages[CORE], packages[Part.private]])
+        if gpu:
+            with progress.stage("the GPU computes entropies"):
+                yield judge_gpu(in_process(try_gpu, seconds=GPU_SECONDS))
 
 
 def show(section: Section):
@@ -271,18 +282,27 @@ def look_at_machine(torch: Reported) -> Section:
     cpu, memory = read_table(Path("/proc/cpuinfo")), read_table(Path("/proc/meminfo"))
     name = cpu.get("model name") or platform.processor() or platform.machine()
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
-    total = f"{_gigabytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
-    if "MemAvailable" in memory:
-        total += f", {_gigabytes(1024 * int(memory['MemAvailable'].split()[0]))} available"
     facts = {
         "processor": f"{name}, {usable_cores()} usable cores",
         "instructions": " ".join(feature for feature in FEATURES if feature in flags) or "unknown",
-        "memory": total,
     }
-    for known in torch.values:
+    known = {name: fact for value in torch.values for name, fact in value.items()}
+    if known:
         facts["torch"] = f"{known['threads']} threads, instruction set {known['capability']}"
         facts["GPU"] = ", ".join(known["devices"]) or "none visible to torch"
-    return Section("machine", [Finding(Mark.ok, subject, found) for subject, found in facts.items()])
+    if "entropies" in known:
+        facts["entropies"] = known["entropies"]
+    findings = [Finding(Mark.ok, subject, found) for subject, found in facts.items()]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = 1024 * int(memory["MemAvailable"].split()[0]) if "MemAvailable" in memory else total
+    return Section("machine", [*findings, judge_memory(total, available)])
+
+
+def judge_memory(total: int, available: int) -> Finding:
+    found = f"{_gigabytes(total)}, {_gigabytes(available)} available"
+    if available < NEEDED_MEMORY:
+        return Finding(Mark.missing, "memory", f"{found}; the quickstart takes up to {_gigabytes(NEEDED_MEMORY)}")
+    return Finding(Mark.ok, "memory", found)
 
 
 def usable_cores() -> int:
@@ -307,6 +327,20 @@ def describe_torch() -> Iterator[dict]:
     capability = torch.backends.cpu.get_cpu_capability()
     yield {"capability": capability, "threads": torch.get_num_threads(), "devices": devices}
 
+    from modeling_entropy_gpt.blockwise_attention import obstacle_to_kernel
+
+    obstacle = obstacle_to_kernel(torch.device(_device()), torch.bfloat16, 64)
+    yield {
+        "entropies": f"computed in {'one kernel' if obstacle is None else f'blocks, not by the kernel: {obstacle}'}"
+    }
+
+
+def _device() -> str:
+    """The kind of device that torch computes on where nothing is said."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
 
 def look_at_disk(hub: Reported) -> Section:
     """Checks the folders that are written to by default."""
@@ -318,15 +352,19 @@ def look_at_disk(hub: Reported) -> Section:
 def look_at_folder(subject: str, folder: Path) -> Finding:
     """Checks a folder's free space and whether it is writable; if it does not exist, its nearest parent's."""
     existing = next(place for place in (folder, *folder.parents) if place.is_dir())
-    found = f"{folder}, {_gigabytes(shutil.disk_usage(existing).free)} free"
+    free = shutil.disk_usage(existing).free
+    found = f"{folder}, {_gigabytes(free)} free"
     try:
         with tempfile.TemporaryFile(dir=existing):
-            return Finding(Mark.ok, subject, found)
+            pass
     except OSError as error:
         return Finding(Mark.missing, subject, f"{found}, can't be written to: {error.strerror}")
+    if free < NEEDED_DISK:
+        return Finding(Mark.missing, subject, f"{found}; models and checkpoints take {_gigabytes(NEEDED_DISK)}")
+    return Finding(Mark.ok, subject, found)
 
 
-def _gigabytes(size: int) -> str:
+def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
@@ -415,6 +453,52 @@ def answer_privately() -> Iterator[dict]:
     private = PrivateModel(make_random_model(config))
     clear, secret = (private.infer([range(8)], mode) for mode in (PLAINTEXT, TWO_PARTY))
     yield {"error": float(np.abs(secret.answers[0] - clear.answers[0]).max()), "seconds": secret.seconds}
+
+
+def judge_gpu(reported: Reported) -> Section:
+    """Whether `make gpu` can run."""
+    facts = {name: fact for value in reported.values for name, fact in value.items()}
+    if not facts.get("device"):
+        finding = Finding(Mark.failed, "GPU", reported.ending or "none visible to torch")
+        return Section("gpu", [finding], ["on a machine with a GPU and a torch built for it: make gpu"])
+    findings, remedies = [Finding(Mark.ok, "GPU", facts["device"])], []
+    if facts["obstacle"] is not None:
+        findings.append(Finding(Mark.failed, "kernel", f"does not serve: {facts['obstacle']}"))
+        remedies += ["pip install triton"] if "not installed" in facts["obstacle"] else []
+    elif "error" not in facts:
+        findings.append(Finding(Mark.failed, "kernel", reported.ending))
+    else:
+        found = f"entropies differ by {facts['error']:.1e} nats from float64; {facts['seconds']:.1f} s, compiled anew"
+        mark = Mark.ok if facts["error"] < TOLERATED_NATS else Mark.failed
+        findings.append(Finding(mark, "kernel", found))
+    lacking = [name for name in TESTING if find_version(name) is None]
+    mark, found = (Mark.failed, f"not installed: {', '.join(lacking)}") if lacking else (Mark.ok, "installed")
+    remedies += [f"pip install {' '.join(lacking)}"] if lacking else []
+    return Section("gpu", [*findings, Finding(mark, "for tests", found)], remedies)
+
+
+def try_gpu() -> Iterator[dict]:
+    """Yields the GPU, what keeps the kernel from it, and the error of its entropies. Runs in a separate process."""
+    import time
+
+    import torch
+
+    from modeling_entropy_gpt import entropy_attention
+    from modeling_entropy_gpt.blockwise_attention import obstacle_to_kernel
+
+    if not torch.cuda.is_available():
+        return
+    states = [torch.randn(2, 3, 200, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    obstacle = obstacle_to_kernel(states[0].device, torch.bfloat16, 64)
+    yield {"device": f"{device}, {_gigabytes(memory)}", "obstacle": obstacle}
+    if obstacle is None:
+        started = time.perf_counter()
+        output, entropies = entropy_attention(*states, is_causal=True)
+        (output.float().sum() + entropies.sum()).backward()
+        _, exact = entropy_attention(*(state.detach().double() for state in states), is_causal=True)
+        error = (entropies - exact).abs().max().item()
+        yield {"error": error, "seconds": time.perf_counter() - started}
 
 
 def in_process(function: Callable[..., Iterator], *arguments, seconds: float) -> Reported:

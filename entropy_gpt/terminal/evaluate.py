@@ -8,23 +8,25 @@ from transformers.utils import logging
 
 from entropy_gpt.evaluation.records.conditions import describe_windows
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult
+from entropy_gpt.evaluation.showing.columns import (
+    BITS_PER_BYTE,
+    COLLAPSED,
+    MEAN_ENTROPY,
+    OVERLOADED,
+    PERPLEXITY,
+    WORD_PERPLEXITY,
+    Column,
+    list_rows,
+)
 from entropy_gpt.workflows.evaluate import PICTURES, Evaluation, list_tasks, measure_models, prepare_evaluation
 from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
 
 from .progress import progress_display
-from .tables import make_table
+from .tables import break_path, make_table, print_side_by_side
 
 
-# The columns of the table, for a terminal of 80 characters.
-HEADINGS = (
-    "model",
-    "ppl per\ntoken",
-    "ppl per\nword",
-    "bits/\nbyte",
-    "entropy\n(nats)",
-    "over-\nloaded",
-    "col-\nlapsed",
-)
+NAME = Column("model", "model", lambda result: f"{result.name}\n {result.title}")
+COLUMNS = (NAME, PERPLEXITY, WORD_PERPLEXITY, BITS_PER_BYTE, MEAN_ENTROPY, OVERLOADED, COLLAPSED)
 
 console = Console()
 
@@ -61,28 +63,13 @@ def print_tasks():
 
 
 def _print_results(results: list[ModelResult]):
-    console.print(make_table(HEADINGS, map(table_row, results), folded={0}))
+    headings = [column.narrow for column in COLUMNS]
+    console.print(make_table(headings, list_rows(COLUMNS, results), folded={0}))
     windows = results[0].likelihood.likelihood.windows
     console.print(escape(describe_windows(windows)), style="dim", soft_wrap=True)
     _print_parts(results)
     if any(result.tasks is not None for result in results):
         _print_scores(results)
-
-
-def table_row(result: ModelResult) -> tuple[str, ...]:
-    """The cells of a model in the order of `HEADINGS`; those of what was not measured are empty."""
-    likelihood = result.likelihood.likelihood
-    entropies = ("", "", "")
-    if result.heads is not None:
-        entropy = result.heads.heads.entropy
-        entropies = (f"{entropy.mean:.2f}", f"{entropy.overloaded_share:.0%}", f"{entropy.collapsed_share:.0%}")
-    return (
-        f"{result.name}\n {result.title}",
-        f"{likelihood.perplexity:.2f}",
-        f"{likelihood.word_perplexity:.4g}",
-        f"{likelihood.bits_per_byte:.3f}",
-        *entropies,
-    )
 
 
 def _print_parts(results: list[ModelResult]):
@@ -95,18 +82,18 @@ def _print_parts(results: list[ModelResult]):
     for title, parts in kinds.items():
         if None in parts:
             continue
-        headings = [title, *(f"{result.name}\nppl per token" for result in results)]
+        headings = [title, *(f"{break_path(result.name)}\nppl per\ntoken" for result in results)]
         ranges = {part.begin: part.range for model_parts in parts for part in model_parts}
         shown = [{part.begin: f"{part.perplexity:.2f}" for part in model_parts} for model_parts in parts]
         rows = [[ranges[begin], *(perplexities.get(begin, "") for perplexities in shown)] for begin in sorted(ranges)]
-        console.print(make_table(headings, rows, folded=range(len(headings))))
+        print_side_by_side(console, headings, rows)
 
 
 def _print_scores(results: list[ModelResult]):
     names = {(score.task, score.metric): None for result in results if result.tasks for score in result.tasks.scores}
-    headings = ["task", "metric", *(result.name for result in results)]
+    headings = ["task", "metric", *(break_path(result.name) for result in results)]
     rows = [[task, metric, *(_find_score(result, task, metric) for result in results)] for task, metric in names]
-    console.print(make_table(headings, rows, text_columns=2, folded=range(len(headings))))
+    print_side_by_side(console, headings, rows, text_columns=2)
 
 
 def _find_score(result: ModelResult, task: str, metric: str) -> str:

@@ -28,7 +28,7 @@ def run(source: str, output: Path, dry_run: bool, **options):
     Raises:
         `UserError`: If the model or the output can't be used, or the graph computes something else.
     """
-    with progress_display(console, transient=True) as progress:
+    with progress_display(console) as progress:
         report = export(source, output=output, dry_run=dry_run, **options, progress=progress)
     _show(report)
     if not report.files.keys() & {*VOCABULARY}:

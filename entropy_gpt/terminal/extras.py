@@ -8,6 +8,7 @@ class Part(StrEnum):
 
     train = "train"
     eval = "eval"
+    tasks = "tasks"
     private = "private"
     onnx = "onnx"
     hub = "hub"

@@ -6,24 +6,13 @@ from rich.console import Console
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.run_log import RunLog
+from entropy_gpt.evaluation.showing.columns import Column, entropy_columns, list_rows
 from entropy_gpt.evaluation.showing.run_pictures import PICTURES, Drawing, draw_pictures
-from entropy_gpt.evaluation.showing.run_plots import choose_records
+from entropy_gpt.training.storage import check_folder
 
+from .progress import progress_display
 from .tables import make_table
 
-
-# The columns of the table, for a terminal of 80 characters.
-HEADINGS = (
-    "run and\narchitecture",
-    "last\nstep",
-    "last\nloss",
-    "eval.\nppl",
-    "entropy\n(nats)",
-    "col-\nlapsed",
-    "over-\nloaded",
-    "alarms",
-    "diverged\nat step",
-)
 
 console = Console()
 
@@ -45,9 +34,8 @@ def run(paths: list[Path], output: Path | None, steps: str | None):
     if output is None:
         output = runs[0].path.parent / PICTURES if len(runs) == 1 else Path(PICTURES)
     output = output.resolve()
-    if not next(place for place in (output, *output.parents) if place.exists()).is_dir():
-        raise UserError(f"{output} is not a writable folder. Give another --output.")
-    with console.status("drawing"):
+    check_folder(output)
+    with progress_display(console, transient=True) as progress, progress.stage("drawing"):
         drawings = draw_pictures(runs, output, wanted)
     show(runs, drawings, wanted)
 
@@ -90,7 +78,8 @@ def _load(paths: list[Path]) -> list[RunLog]:
 
 
 def _print_table(runs: list[RunLog]):
-    console.print(make_table(HEADINGS, map(table_row, runs), folded={0}))
+    headings = [column.narrow for column in COLUMNS]
+    console.print(make_table(headings, list_rows(COLUMNS, runs), folded={0}))
     console.print(
         "entropy: mean of all heads in the last record; collapsed: below 5 % of the entropy of uniform attention; "
         "overloaded: at least 3/4 of it",
@@ -98,27 +87,36 @@ def _print_table(runs: list[RunLog]):
     )
 
 
-def table_row(run: RunLog) -> tuple[str, ...]:
-    """The cells of a run in the order of `HEADINGS`; those of what was not logged are empty."""
+def _last_loss(run: RunLog) -> str:
     losses = [record.cross_entropy for record in run.training if record.cross_entropy is not None]
-    entropies = ("", "", "")
-    if run.entropies:
-        entropy = run.entropies[-1].headwise_entropy
-        entropies = (f"{entropy.mean:.2f}", f"{entropy.collapsed_share:.0%}", f"{entropy.overloaded_share:.0%}")
+    return f"{losses[-1]:.3f}" if losses else ""
+
+
+def _divergence(run: RunLog) -> str:
     went_back = f"{len(run.rollbacks)} x back" if run.rollbacks else ""
     diverged = "" if run.diverged_at is None else f"{run.diverged_at:,}"
-    return (
-        f"{run.place.name}\n {run.description.notation}",
-        f"{run.last_step:,}",
-        f"{losses[-1]:.3f}" if losses else "",
-        f"{run.evaluations[-1].perplexity:.4g}" if run.evaluations else "",
-        *entropies,
-        str(len(run.alarms)),
-        "\n".join(filter(None, (diverged, went_back))),
-    )
+    return "\n".join(filter(None, (diverged, went_back)))
+
+
+MEAN_ENTROPY, OVERLOADED, COLLAPSED = entropy_columns(
+    lambda run: run.entropies[-1].headwise_entropy if run.entropies else None
+)
+COLUMNS = (
+    Column("run", "run and\narchitecture", lambda run: f"{run.place.name}\n {run.description.notation}"),
+    Column("last step", "last\nstep", lambda run: f"{run.last_step:,}"),
+    Column("last loss", "last\nloss", _last_loss),
+    Column("perplexity", "eval.\nppl", lambda run: f"{run.evaluations[-1].perplexity:.4g}" if run.evaluations else ""),
+    MEAN_ENTROPY,
+    COLLAPSED,
+    OVERLOADED,
+    Column("alarms", "alarms", lambda run: str(len(run.alarms))),
+    Column("diverged at step", "diverged\nat step", _divergence),
+)
 
 
 def _print_nearest_steps(runs: list[RunLog], steps: list[int]):
+    from entropy_gpt.evaluation.showing.run_plots import choose_records
+
     for run in runs:
         if not run.entropies:
             continue

@@ -1,5 +1,8 @@
 """Serves, asks and demonstrates private inference, and prints answers with their costs."""
 
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -8,6 +11,7 @@ from rich.markup import escape
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.folding import list_absorbable_ffns
 from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, clean
+from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.program.cost import (
     LAN,
     TABLE_COLUMNS,
@@ -35,7 +39,13 @@ LISTENING = "listening on "
 console = Console()
 
 
-def serve(model: str, listen: str, certificates: tuple[Path | None, Path | None, Path | None], **options):
+def serve(
+    model: str,
+    listen: str,
+    certificates: tuple[Path | None, Path | None, Path | None],
+    limits: tuple[int, int, int, int],
+    **options,
+):
     """
     Serves until it is interrupted, and prints a line about each client.
 
@@ -43,6 +53,7 @@ def serve(model: str, listen: str, certificates: tuple[Path | None, Path | None,
         model (`str`): A folder, or a repository on the Hub.
         listen (`str`): `HOST:PORT`.
         certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
+        limits (`tuple[int]`): The fields of [`Limits`].
         options: Further arguments of [`open_server`].
 
     Raises:
@@ -50,11 +61,20 @@ def serve(model: str, listen: str, certificates: tuple[Path | None, Path | None,
     """
     tls = read_certificates(certificates)
     with progress_display(console, transient=True) as progress:
-        server = open_server(model, listen, tls=tls, report=_print_line, progress=progress, **options)
+        server = open_server(
+            model, listen, tls=tls, limits=Limits(*limits), report=_print_line, progress=progress, **options
+        )
     host, port = server.address
     _print_line(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
     protocol = server.offer.settings.protocol
     _print_line(f"{protocol}: {TRUST[protocol]}")
+    offer = server.offer
+    positions, width = server.limits.positions, offer.config.n_embd
+    if offer.settings.answer == "logits" and positions > width:
+        _print_line(
+            f"a client may have {positions} positions a day: from the logits of {width + 1} it can compute the head "
+            "but for a change of basis (--max-positions, or --answer token)"
+        )
     if layers := list_absorbable_ffns(server.offer.config):
         names = ", ".join(map(str, layers))
         _print_line(f"FFNs of layers {names} can't be absorbed: they stretch or shrink the stream too far")
@@ -67,7 +87,8 @@ def serve(model: str, listen: str, certificates: tuple[Path | None, Path | None,
 
 
 def ask(
-    prompt: str,
+    prompt: str | None,
+    prompt_file: Path | None,
     address: str,
     certificates: tuple[Path | None, Path | None, Path | None],
     networks: list[str],
@@ -78,7 +99,8 @@ def ask(
     Asks a server, and prints the answer and its cost.
 
     Args:
-        prompt (`str`): The prompt.
+        prompt (`str`, *optional*): The prompt; "-" reads it from standard input.
+        prompt_file (`Path`, *optional*): A file with the prompt, in place of it.
         address (`str`): `HOST:PORT` of the server.
         certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
         networks (`list[str]`): Networks to estimate seconds for; LAN and WAN if there are none.
@@ -88,8 +110,8 @@ def ask(
     Raises:
         `UserError`: If the server does not answer, or a value can't be used.
     """
-    shown, tls = _read_networks(networks), read_certificates(certificates)
-    with progress_display(console, transient=True) as progress:
+    shown, tls, prompt = read_networks(networks), read_certificates(certificates), read_prompt(prompt, prompt_file)
+    with progress_display(console) as progress:
         answer = private.ask(prompt, address, tls=tls, progress=progress, **options)
     print_answer(prompt, answer)
     _print_cost(answer, shown)
@@ -111,8 +133,8 @@ def demo(model: str, prompt: str, networks: list[str], output: Path | None, resu
     Raises:
         `UserError`: If there is no answer, or it differs from the one in the clear.
     """
-    shown = _read_networks(networks)
-    with progress_display(console, transient=True) as progress:
+    shown = read_networks(networks)
+    with progress_display(console) as progress:
         answer = private.demonstrate(model, prompt, report=_print_line, progress=progress, **options)
     print_answer(prompt, answer)
     _print_cost(answer, shown)
@@ -121,6 +143,25 @@ def demo(model: str, prompt: str, networks: list[str], output: Path | None, resu
         with written_whole(results) as path:
             save_results([describe_cost(model, answer)], path)
         console.print(f"result: {results}", markup=False, soft_wrap=True)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """
+    The prompt of a command line, of standard input ("-") or of a file; of these two without the last line's end.
+
+    Raises:
+        `UserError`: If there is none, or two, or the file can't be read.
+    """
+    if (prompt is None) == (file is None):
+        raise UserError("give one prompt: as PROMPT, as - for standard input, or with --prompt-file.")
+    if prompt not in (None, "-"):
+        return prompt
+    try:
+        content = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        return content.decode().removesuffix("\n").removesuffix("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise UserError(f"the prompt can't be read from {file or 'standard input'}: {reason}.") from error
 
 
 def read_certificates(paths: tuple[Path | None, Path | None, Path | None]) -> TLSFiles | None:
@@ -141,12 +182,18 @@ def print_answer(prompt: str, answer: PrivateAnswer):
     prompt, text = (escape(clean(part, kept="\n\t", most=None)) for part in (prompt, answer.text))
     if answer.repeats:
         console.print(f"{answer.repeats} token(s) were out of range and computed again.")
-    console.print(f"\n[dim]{prompt}[/dim][bold]{text}[/bold]", highlight=False)
+    console.print(f"\n[dim]{prompt}[/dim][bold]{text}[/bold]", highlight=False, soft_wrap=True)
     if answer.check:
         console.print(f"in the clear, {describe_check(answer.check)}", soft_wrap=True)
 
 
-def _read_networks(texts: list[str]) -> list[Network]:
+def read_networks(texts: Sequence[str]) -> list[Network]:
+    """
+    The networks of `--network`, or LAN and WAN if there are none.
+
+    Raises:
+        `UserError`: If one is not known.
+    """
     try:
         return [parse_network(text) for text in texts] or [LAN, WAN]
     except ValueError as error:
@@ -170,4 +217,8 @@ def _save(answer: PrivateAnswer, output: Path | None):
 
 
 def _print_line(line: str):
-    print(line, flush=True)
+    """A server goes on when nobody reads its lines any more."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

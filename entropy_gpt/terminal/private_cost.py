@@ -1,46 +1,76 @@
 """Prints the predicted cost of private inference."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA, project
 from entropy_gpt.workflows.private_cost import PredictedCost, private_cost
 
-from .tables import make_table
+from .private import read_networks
+from .progress import format_seconds
+from .tables import break_path, print_side_by_side
 
 
 console = Console()
 
 
-def run(notations: list[str], kept: int, length: int, **options):
+def run(architectures: list[str], networks: Sequence[str], kept: int, length: int, **options):
     """
-    Prints the megabytes of each operation and the round trips of each architecture, side by side.
+    Prints the megabytes of each operation, the round trips and the time of each architecture, side by side.
 
     Args:
-        notations (`list[str]`): Architectures; the others are compared with the first one.
+        architectures (`list[str]`): Notations and models; the others are compared with the first one.
+        networks (`Sequence[str]`): Networks to estimate the time for; LAN and WAN if there are none.
         kept (`int`): Earlier tokens, whose keys and values are cached.
         length (`int`): Tokens of the prompt.
         options: Further arguments of [`private_cost`].
 
     Raises:
-        `UserError`: If an architecture is not known, or the sizes do not fit.
+        `UserError`: If an architecture or a network is not known, or the sizes do not fit.
     """
-    costs = private_cost(list(dict.fromkeys(notations)), kept=kept, length=length, **options)
+    shown = read_networks(networks)
+    costs = private_cost(list(dict.fromkeys(architectures)), kept=kept, length=length, **options)
     parts = [cost.by_operation for cost in costs]
     operations = list(dict.fromkeys(name for part in parts for name in part))
-    rows = [(name, *(f"{part.get(name, 0) / 1e6:,.1f}" for part in parts)) for name in operations]
-    rows.append(("all", *(f"{cost.total_bytes / 1e6:,.1f}" for cost in costs)))
+    rows = [(name, *(f"{part.get(name, 0) / MEGA:,.1f}" for part in parts)) for name in operations]
+    rows.append(("all", *(f"{cost.total_bytes / MEGA:,.1f}" for cost in costs)))
     rows.append(("times fewer", *(f"{costs[0].total_bytes / cost.total_bytes:.2f}" for cost in costs)))
-    console.print(make_table(("MB, both\nparties", *(cost.notation.replace("+", "+\n") for cost in costs)), rows))
-    round_trips = (f"{cost.notation} {cost.round_trips:,.0f}" for cost in costs)
-    console.print(f"round trips: {', '.join(round_trips)}", highlight=False)
+    rows.append(("round trips", *(f"{cost.round_trips:,.0f}" for cost in costs)))
+    for network in shown:
+        rows.append((f"on {network.name}", *(format_seconds(project(cost, network)) for cost in costs)))
+    print_side_by_side(console, ("MB, both\nparties", *map(_heading, costs)), rows)
+    for sizes, titles in _group_by_sizes(costs, length).items():
+        names = f"{', '.join(titles)}: " if len(titles) < len(costs) else ""
+        console.print(f"{names}{sizes}", markup=False, highlight=False)
     console.print(
-        f"Predicted for the protocol cheetah, without the set-up of a connection: "
+        "Predicted for the protocol cheetah, with two cores for both parties, without the set-up of a connection: "
         f"{_describe_set_up(costs[0], kept + length)}.",
         style="dim",
     )
 
 
+def _heading(cost: PredictedCost) -> str:
+    """The architecture in lines of its parts; a model has its path before."""
+    notation = cost.config.notation
+    name = "" if cost.title == notation else f"{break_path(cost.title)}\n"
+    return name + notation.replace("+", "+\n")
+
+
+def _group_by_sizes(costs: list[PredictedCost], length: int) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for cost in costs:
+        config = cost.config
+        sizes = (
+            f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd:,}, vocabulary of "
+            f"{config.vocab_size:,}, prompt of {length:,} tokens"
+        )
+        groups.setdefault(sizes, []).append(cost.title)
+    return groups
+
+
 def _describe_set_up(cost: PredictedCost, positions: int) -> str:
-    keys = f"{cost.key_bytes / 1e6:.0f} MB"
+    keys = f"{cost.key_bytes / MEGA:.0f} MB"
     if not cost.table_bytes:
         return keys
-    return f"{keys} and {cost.table_bytes / 1e6:,.0f} MB for tables of {positions:,} positions"
+    return f"{keys} and {cost.table_bytes / MEGA:,.0f} MB for tables of {positions:,} positions"

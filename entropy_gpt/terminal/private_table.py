@@ -6,11 +6,21 @@ from rich.console import Console
 
 from entropy_gpt.evaluation.private_inference.costs.paper_table import PaperTable
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
-from entropy_gpt.workflows.private_table import MEASURED, PICTURE, TABLE, TablePlan, measure_table, plan_table
+from entropy_gpt.workflows.private_table import (
+    MEASURED,
+    PICTURE,
+    TABLE,
+    TablePlan,
+    measure_table,
+    plan_table,
+    predict_duration,
+)
 
-from .progress import progress_display
+from .progress import format_seconds, progress_display
 from .tables import make_table
 
+
+GIGA = 1e9
 
 console = Console()
 
@@ -38,20 +48,26 @@ def run(notations: Sequence[str] | None, dry_run: bool, **options):
 
 
 def _print_plan(plan: TablePlan):
-    totals = plan.predicted_bytes
+    totals, missing = plan.predicted_bytes, plan.missing
     inferences = [*plan.parts, *([plan.find_whole(totals)] if plan.whole else ())]
     lines = [
         (
             inference.title,
             str(inference.config.n_layer),
             f"{inference.predict_bytes() / MEGA:,.1f}",
-            "measured before" if plan.load(inference) else "to be measured",
+            "to be measured" if inference in missing else "measured before",
         )
         for inference in inferences
     ]
-    console.print(make_table(("inference", "blocks", "MB,\npredicted", ""), lines))
+    console.print(make_table(("inference", "blocks", "MB,\npredicted", ""), lines, folded={0}))
     sums = [(title, f"{total / MEGA:,.1f}") for title, total in totals.items()]
-    console.print(make_table(("the whole model", "MB, predicted"), sums))
+    console.print(make_table(("the whole model", "MB, predicted"), sums, folded={0}))
+    sent = sum(inference.predict_bytes() for inference in missing) / GIGA
+    console.print(
+        f"To be measured: about {format_seconds(predict_duration(plan))} on two cores, and {sent:,.2f} GB over this "
+        "machine's loopback. Nothing was measured or written.",
+        highlight=False,
+    )
 
 
 def _print_table(table: PaperTable, plan: TablePlan):
@@ -59,4 +75,5 @@ def _print_table(table: PaperTable, plan: TablePlan):
     for note in table.notes:
         console.print(note, markup=False, highlight=False)
     for title, path in {"table": TABLE, "picture": PICTURE, "records": MEASURED}.items():
-        console.print(f"{title}: {plan.output / path}", markup=False, soft_wrap=True)
+        if (plan.output / path).exists():
+            console.print(f"{title}: {plan.output / path}", markup=False, soft_wrap=True)

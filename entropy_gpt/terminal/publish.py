@@ -33,7 +33,7 @@ def run(folder: Path, options: PublicationOptions):
     if not sys.stderr.isatty():
         disable_progress_bars()
     with ExitStack() as stack:
-        with progress_display(console, transient=True) as progress:
+        with progress_display(console) as progress:
             package = stack.enter_context(prepare_package(folder, options, progress))
         rows = [(name, f"{size / 1e6:,.3f}") for name, size in package.files.items()]
         console.print(make_table(("file", "MB"), rows))
@@ -58,6 +58,6 @@ def run_card(folder: Path, results: Sequence[Path], licence: str | None):
         `UserError`: If the model or its results can't be read, or lack what a card shows.
     """
     hub_logging.set_verbosity_error()
-    with console.status("writing the card"):
+    with progress_display(console, transient=True) as progress, progress.stage("writing the card"):
         card = write_card(folder, results=results, licence=licence)
     console.print(f"card: {card}", markup=False, soft_wrap=True)

@@ -1,35 +1,56 @@
 """Shows training: recipes and settings, the plan of a run, its progress and its result."""
 
 import dataclasses
+import sys
+import textwrap
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from entropy_gpt.training.recipe import ARGUMENT_FIELDS, CONFIG_FIELDS
+from entropy_gpt.training.recipe import describe_setting, group_settings
 from entropy_gpt.training.recipe_file import RECIPES, list_recipes
 from entropy_gpt.workflows.train import PlannedRun, TrainedRun, perform, prepare
 
 from . import plot
 from .progress import progress_display
+from .tables import make_table
+
+
+# The second line of a recipe, if the paper has trained such models; and the architectures that it gives.
+IN_THE_PAPER = "# Perplexity in arXiv 2501.03489: "
+SHORT = {"SM+LN+G": "GPT-2", "SM+ScFuFFN": "softmax\nonly", "EReg(SM(t)+ScFuFFN)": "pro-\nposal"}
 
 
 def print_recipes():
-    """The recipes that come with the package, with the first line of each."""
+    """A table of the recipes that come with the package, with the perplexities that the paper reports."""
     console = Console()
+    rows = []
     for name in list_recipes():
-        title = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        console.print(f"[bold]{name}[/]: {escape(title)}")
+        first, second, *_ = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        given = second.partition(IN_THE_PAPER)[2].rstrip(".")
+        known = dict(architecture.split(" ") for architecture in given.split(", ") if architecture)
+        rows.append((name, first.strip("# ."), *(known.get(notation, "") for notation in SHORT)))
+    headings = ("recipe", "what it trains", *(f"in the\npaper:\n{title}" for title in SHORT.values()))
+    console.print(make_table(headings, rows, text_columns=2, folded={1}))
+    console.print(
+        "Perplexities per token are those that the paper reports (arXiv 2501.03489) for these models: GPT-2, softmax "
+        "only (SM+ScFuFFN), and the proposal (EReg(SM(t)+ScFuFFN)). They were not measured with this package.",
+        highlight=False,
+    )
     console.print("Run one with: entropy-gpt train RECIPE, where RECIPE can also be your own YAML file.")
 
 
 def print_settings():
-    """Every setting, with its default and what it does."""
-    for name, field in sorted({**CONFIG_FIELDS, **ARGUMENT_FIELDS}.items()):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        text = " ".join(str(field.metadata.get("help", "See EntropyGPTConfig.")).split())
-        print(f"{name} (default: {default}): {text}")
+    """Every setting in its group, with its default and what it does."""
+    console = Console()
+    width = console.width if console.is_terminal else sys.maxsize  # a line each for grep
+    for title, fields in group_settings().items():
+        console.print(f"\n[bold]{escape(title)}[/]")
+        for name, field in fields.items():
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            line = f"{name} (default: {default}): {describe_setting(field)}"
+            print(textwrap.fill(line, width, initial_indent="  ", subsequent_indent="      "))
 
 
 def run(source: str, overrides: dict[str, Any], dry_run: bool):
@@ -73,10 +94,8 @@ def _show_plan(planned: PlannedRun, console: Console):
         rows["starts from"] += f" ({start.source.config.notation}), converted first"
     if recipe.lora.lora_r is not None:
         rows["adapters"] = f"rank {recipe.lora.lora_r} on {', '.join(recipe.lora.lora_target_modules)}"
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in rows.items():
-        table.add_row(name, escape(value))
-    console.print(table)
+        console.print(f"{name:14}{value}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_result(trained: TrainedRun, console: Console):
@@ -88,6 +107,13 @@ def _show_result(trained: TrainedRun, console: Console):
             "leaves no model except its checkpoints."
         )
     plot.show([trained.log], trained.drawings)
+    if not trained.drawings:
+        console.print(
+            f"no pictures, since matplotlib is not installed: pip install 'entropy-gpt[eval]', then entropy-gpt plot "
+            f"{trained.folder}",
+            markup=False,
+            soft_wrap=True,
+        )
     if trained.result is not None:
         likelihood = trained.result.likelihood.likelihood
         console.print(

@@ -1,31 +1,43 @@
 """Inputs of a conversion: options, target and text. All of them are checked before anything is written."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import torch
-from datasets import Dataset
 from pydantic import AfterValidator, Field
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.calibration import HELD_OUT_EVERY, least_rows
 from entropy_gpt.conversion.errors import ConversionError, UserError
 from entropy_gpt.conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELDS, Plan, target_config
-from entropy_gpt.training.corpus import load_corpus, load_standard_library
+from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText
+from entropy_gpt.evaluation.records.measurement import read_text as read_measured_text
+from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments
+from entropy_gpt.training.files import is_finished
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.packing import pack, spread_blocks
 from entropy_gpt.training.progress import Progress
+from entropy_gpt.training.storage import check_folder
+from entropy_gpt.training.tokenizer import check_end_of_text
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .options import Place, option_name
-from .output_folder import holds_earlier_output, refuse_to_delete
+from .options import LocalPath, Place, option_name
+from .output_folder import CONVERSION, refuse_to_delete
 
 
-REPORT = "conversion_report"
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# Folders in that of unfinished work: statistics of models, and checkpoints of healing.
+KEPT_STATISTICS, CHECKPOINTS = "calibration", "checkpoints"
+# The name of the report, without suffix.
+REPORT = Path(CONVERSION.record).stem
 LONGEST_CONTEXT = 1024
 # Tokens in one forward pass.
 BATCH_TOKENS = 4096
@@ -37,9 +49,14 @@ class ConversionOptions:
 
     source: Place
     to: str
-    output: Annotated[Path, AfterValidator(Path.resolve)]
-    text: Path | None = None
+    output: Annotated[LocalPath, AfterValidator(Path.resolve)]
+    text: Place | None = None
+    split: str = "train"
+    config: str | None = None
+    text_column: str = "text"
     tokenizer: Place | None = None
+    eos_token: str | None = None
+    activation: Literal["gelu", "gelu_new"] | None = None
     final_norm: Literal["layernorm", "static", "none"] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     prune_by_damage: bool = False
@@ -47,7 +64,7 @@ class ConversionOptions:
     context: Annotated[int, Field(ge=2)] | None = None
     calibration_tokens: Annotated[int, Field(ge=1)] = 65536
     evaluation_tokens: Annotated[int, Field(ge=1)] = 16384
-    calibration: Path | None = None
+    calibration: LocalPath | None = None
     heal_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["none", "gate", "staircase"] = "none"
     distill: bool = False
@@ -61,8 +78,8 @@ class ConversionOptions:
 
     @property
     def work(self) -> Path:
-        """The folder of unfinished work, next to the output."""
-        return self.output.with_name(f".converting-{self.output.name}")
+        """The folder of unfinished work."""
+        return CONVERSION.work(self.output)
 
 
 @dataclass(frozen=True)
@@ -77,14 +94,16 @@ class Text:
         training (`Dataset`): Blocks for healing: column `input_ids`, `context` tokens each.
         calibration (`tuple[torch.Tensor, ...]`): Batches of training text to fit to, each `(rows, context)`.
         validation (`tuple[torch.Tensor, ...]`): Batches of validation text to measure on, each `(rows, context)`.
+        evaluated ([`MeasuredText`], *optional*): What the converted model is evaluated on, if it is.
     """
 
     name: str
     revision: str
     tokenizer: PreTrainedTokenizerFast
-    training: Dataset
+    training: "Dataset"
     calibration: tuple[torch.Tensor, ...]
     validation: tuple[torch.Tensor, ...]
+    evaluated: MeasuredText | None = None
 
     @property
     def calibration_tokens(self) -> int:
@@ -131,9 +150,11 @@ def check_output(options: ConversionOptions):
     folder = options.calibration
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UserError(f"--calibration {folder} is not a folder: give a folder, or a new name.")
-    if holds_earlier_output(options.output, f"{REPORT}.json", "conversion", options.overwrite):
-        folders = {path for path in options.output.iterdir() if path.is_dir()}
-        refuse_to_delete({*_inputs_inside(options), *folders}, "conversion")
+    if folder is not None:
+        check_folder(folder, "--calibration")
+    if CONVERSION.is_replaced_in(options.output, options.overwrite):
+        folders = {path for path in options.output.iterdir() if path.is_dir() and is_finished(path)}
+        refuse_to_delete({*_inputs_inside(options), *folders}, CONVERSION)
 
 
 def name_source(source: str) -> str:
@@ -195,31 +216,55 @@ def read_text(options: ConversionOptions, config: EntropyGPTConfig, progress: Pr
         `CorpusError`: If the text or the tokenizer can't be used.
         `UserError`: If the context is longer than the model allows.
     """
-    tokenizer = load_model_tokenizer(options.tokenizer, options.source, config.vocab_size)
-    context = options.context or min(config.n_positions, LONGEST_CONTEXT)
-    if context > config.n_positions:
-        raise UserError(f"--context {context}: the model has {config.n_positions} positions. Lower it.")
-    with progress.stage("reading the text") as line:
-        without = options.output
-        corpus = load_standard_library() if options.text is None else load_corpus(options.text, without=without)
-        line.say(f"{corpus.characters:,} characters")
-    with progress.stage("tokenising", len(corpus.training) + len(corpus.validation)) as line:
+    from entropy_gpt.training.preparation import Witness  # conversions that fit nothing read no text
+    from entropy_gpt.training.sources import open_source
+
+    tokenizer = load_model_tokenizer(options.tokenizer, options.source, config.vocab_size, options.eos_token)
+    check_end_of_text(tokenizer)
+    context = find_context(options, config)
+    arguments = DataArguments(
+        dataset=options.text or STANDARD_LIBRARY,
+        dataset_config=options.config,
+        dataset_split=options.split,
+        text_column=options.text_column,
+    )
+    with progress.stage("reading the text"):
+        source = open_source(arguments, without=options.output)
+    digest = hashlib.sha256()
+    with progress.stage("tokenising", source.documents) as line:
         training, validation = (
-            pack((document.text for document in documents), tokenizer, context, line.advance)
-            for documents in (corpus.training, corpus.validation)
+            pack(Witness(texts, digest), tokenizer, context, line.advance)
+            for texts in (source.training, source.validation)
         )
         line.say(f"{len(training) + len(validation):,} blocks of {context} tokens")
+    revision = source.revision or f"{source.version} sha256:{digest.hexdigest()[:16]}".strip()
     return Text(
-        corpus.name,
-        corpus.revision,
+        source.name,
+        revision,
         tokenizer,
         training,
         spread(training, options.calibration_tokens),
         spread(validation, options.evaluation_tokens),
+        read_measured_text(
+            source.name + KEPT_APART, revision, source.validation, tokenizer, context, options.evaluation_tokens
+        ),
     )
 
 
-def spread(blocks: Dataset, tokens: int) -> tuple[torch.Tensor, ...]:
+def find_context(options: ConversionOptions, config: EntropyGPTConfig) -> int:
+    """
+    Tokens of a sequence.
+
+    Raises:
+        `UserError`: If the context is longer than the model allows.
+    """
+    context = options.context or min(config.n_positions, LONGEST_CONTEXT)
+    if context > config.n_positions:
+        raise UserError(f"--context {context}: the model has {config.n_positions} positions. Lower it.")
+    return context
+
+
+def spread(blocks: "Dataset", tokens: int) -> tuple[torch.Tensor, ...]:
     """Batches of about `tokens` tokens in all, at least one block, spread evenly over the data set."""
     context = len(blocks[0]["input_ids"])
     chosen = spread_blocks(blocks, max(1, tokens // context)).with_format("torch")

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,12 +15,14 @@ from entropy_gpt.evaluation.records.measurement import (
     HEAD_TOKENS,
     MeasuredText,
     describe_model,
+    measure_attention,
     measure_heads,
     measure_text,
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results, save_results
-from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_head_diagnostics
-from entropy_gpt.training.files import delete, is_finished, written_whole
+from entropy_gpt.training.claims import claimed
+from entropy_gpt.training.files import delete, expanded, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.sources import Source
 from modeling_entropy_gpt import EntropyGPTForCausalLM
@@ -35,15 +38,16 @@ from .evaluate_inputs import (
     open_text,
     tokenize_text,
 )
-from .library_bars import library_bars_hidden
-from .options import as_tuple, read_options
+from .options import as_tuple, read_options, with_argument_names
+from .output_folder import EVALUATION
 
 
-SETTINGS, PICTURES = "settings.json", "pictures"
+PICTURES = "pictures"
 # Options that do not change results.
 WITHOUT_EFFECT = ("models", "batch_tokens")
 
 
+@with_argument_names
 def evaluate(
     models: str | Path | Sequence[str | Path],
     *,
@@ -53,6 +57,7 @@ def evaluate(
     config: str | None = None,
     text_column: str = "text",
     tokenizer: str | Path | None = None,
+    eos_token: str | None = None,
     context: int | None = None,
     stride: int | None = None,
     separate: bool = False,
@@ -61,6 +66,8 @@ def evaluate(
     per_position: bool = False,
     frequency_text: str | Path | None = None,
     head_tokens: int = HEAD_TOKENS,
+    prompt: str | None = None,
+    head: tuple[int, int] | None = None,
     tasks: Sequence[str] | None = None,
     task_data: str | Path | None = None,
     limit: int | None = None,
@@ -88,6 +95,7 @@ def evaluate(
         config (`str`, *optional*): The configuration of a data set.
         text_column (`str`): The column of a data set that holds the text.
         tokenizer (`str` or `Path`, *optional*): The tokenizer of all models. Default: that of each model.
+        eos_token (`str`, *optional*): The tokenizer's token for the end of a text, if it names none itself.
         context (`int`, *optional*):
             Tokens that a model sees at once. Default: one less than the fewest positions of a model, at most 1023.
         stride (`int`, *optional*):
@@ -100,11 +108,14 @@ def evaluate(
             Add the perplexity by how often a token occurs in this text, which is given like `text`. "training" means
             the part of `text` that is not evaluated.
         head_tokens (`int`): Tokens whose rows of attention are measured, spread over the text; 0 for none.
+        prompt (`str`, *optional*): Add the entropy of every head at every token of this text, for pictures of it.
+        head (`tuple[int, int]`, *optional*):
+            Layer and head, from 0, whose attention to `prompt` is kept. Default: the head with the lowest entropy.
         tasks (`Sequence[str]`, *optional*): Names of tasks of lm-eval.
         task_data (`str` or `Path`, *optional*): Folder with BLiMP, LAMBADA, HellaSwag or ARC, for tasks `local_*`.
         limit (`int`, *optional*): The number of samples of each task. Default: all.
         batch_tokens (`int`): Tokens in one forward pass. They affect speed and memory, not results.
-        dtype (`str`): Of weights and computation: "float32", "bfloat16" or "float16".
+        dtype (`str`): Type of weights and computation: "float32", "bfloat16" or "float16".
         device (`str`, *optional*): Such as "cpu" or "cuda:0". Default: a GPU if there is one.
         seed (`int`): Seed of the samples that lm-eval draws.
         output (`str` or `Path`, *optional*): Folder for `results.json` and pictures. Default: nothing is written.
@@ -116,7 +127,7 @@ def evaluate(
 
     Raises:
         `UserError`: If an option, a model, the text or a task can't be used, or `output` holds something else. The
-            message names options as the command does, such as `--max-tokens`.
+            message names the option of the command and the argument: `--max-tokens` is `max_tokens`.
 
     Example:
 
@@ -137,6 +148,7 @@ def evaluate(
         config=config,
         text_column=text_column,
         tokenizer=tokenizer,
+        eos_token=eos_token,
         context=context,
         stride=stride,
         separate=separate,
@@ -145,6 +157,8 @@ def evaluate(
         per_position=per_position,
         frequency_text=frequency_text,
         head_tokens=head_tokens,
+        prompt=prompt,
+        head=head,
         tasks=None if tasks is None else ",".join(as_tuple(tasks)),
         task_data=task_data,
         limit=limit,
@@ -153,7 +167,7 @@ def evaluate(
         device=device,
         seed=seed,
     )
-    evaluation = prepare_evaluation(options, None if output is None else Path(output), overwrite, progress)
+    evaluation = prepare_evaluation(options, output, overwrite, progress)
     return measure_models(evaluation, progress)
 
 
@@ -168,6 +182,7 @@ class Evaluation:
         source ([`Source`]): The text.
         windows ([`Windows`]): The windows in which all models read it.
         output (`Path`, *optional*): Folder for numbers and pictures.
+        overwrite (`bool`): Whether another evaluation there is replaced.
         earlier (`list[ModelResult]`): Results in that folder, measured with the same settings.
     """
 
@@ -176,6 +191,7 @@ class Evaluation:
     source: Source
     windows: Windows
     output: Path | None
+    overwrite: bool
     earlier: list[ModelResult]
 
     @property
@@ -185,14 +201,14 @@ class Evaluation:
 
 
 def prepare_evaluation(
-    options: EvaluationOptions, output: Path | None, overwrite: bool, progress: Progress
+    options: EvaluationOptions, output: str | Path | None, overwrite: bool, progress: Progress
 ) -> Evaluation:
     """
     Looks at the models and opens the text; writes nothing.
 
     Args:
         options ([`EvaluationOptions`]): The options.
-        output (`Path`, *optional*): Folder for numbers and pictures.
+        output (`str` or `Path`, *optional*): Folder for numbers and pictures.
         overwrite (`bool`): Whether another evaluation there is replaced.
         progress (`Progress`): Receives each stage.
 
@@ -200,6 +216,9 @@ def prepare_evaluation(
         `UserError`: If a model, the text or a task can't be used, or the folder holds something else.
     """
     check_options(options)
+    output = None if output is None else Path(expanded(output))
+    if output is not None:
+        EVALUATION.is_in(output)
     with library_bars_hidden():
         if options.task_names:
             _task_scores().check_tasks(options.task_names, options.task_data)
@@ -212,7 +231,7 @@ def prepare_evaluation(
         with progress.stage("opening the text"):
             source = open_text(options)
     earlier = [] if output is None else _find_earlier(output, _describe(options, source, windows), overwrite)
-    return Evaluation(options, candidates, source, windows, output, earlier)
+    return Evaluation(options, candidates, source, windows, output, overwrite, earlier)
 
 
 def measure_models(evaluation: Evaluation, progress: Progress) -> list[ModelResult]:
@@ -229,7 +248,7 @@ def measure_models(evaluation: Evaluation, progress: Progress) -> list[ModelResu
     Raises:
         `UserError`: If the text is too short, or a task fails.
     """
-    with library_bars_hidden():
+    with library_bars_hidden(), _claimed(evaluation) as evaluation:
         results: list[ModelResult] = []
         prepared: dict[str, _PreparedText] = {}  # by vocabulary
         for candidate in evaluation.candidates:
@@ -243,8 +262,8 @@ def measure_models(evaluation: Evaluation, progress: Progress) -> list[ModelResu
             results += known or [result]
             if evaluation.output is not None:
                 _save(results, evaluation)
-    if evaluation.output is not None:
-        _draw(results, evaluation.output / PICTURES)
+        if evaluation.output is not None:
+            _draw(results, evaluation.output / PICTURES)
     return results
 
 
@@ -267,17 +286,28 @@ def _describe(options: EvaluationOptions, source: Source, windows: Windows) -> d
     return json.loads(json.dumps({"text_name": source.name, **settings}, default=str))
 
 
+@contextmanager
+def _claimed(evaluation: Evaluation) -> Iterator[Evaluation]:
+    """The evaluation with what its folder holds now, while other commands are kept out of it."""
+    output, settings = evaluation.output, evaluation.settings
+    if output is None:
+        yield evaluation
+        return
+    with claimed(output, lambda: (output / RESULTS).exists() and _read_settings(output) == settings):
+        yield dataclasses.replace(evaluation, earlier=_find_earlier(output, settings, evaluation.overwrite))
+
+
+def _read_settings(output: Path) -> dict:
+    return dict(json.loads((output / EVALUATION.record).read_text(encoding="utf-8")))
+
+
 def _find_earlier(output: Path, settings: dict, overwrite: bool) -> list[ModelResult]:
     """The results of an earlier evaluation in the folder, which must have the same settings or be overwritten."""
     remedy = "give another --output, or --overwrite"
-    if not output.exists() or (output.is_dir() and not any(map(is_finished, output.iterdir()))):
-        return []
-    if not output.is_dir() or not (output / SETTINGS).exists():
-        raise UserError(f"{output} exists and holds no evaluation: give another --output.")
-    if overwrite:
+    if not EVALUATION.is_in(output) or overwrite:
         return []
     try:
-        earlier = dict(json.loads((output / SETTINGS).read_text(encoding="utf-8")))
+        earlier = _read_settings(output)
         results = load_results(output / RESULTS) if (output / RESULTS).exists() else []
     except ValueError as error:
         raise UserError(f"{output} holds a damaged evaluation ({error}): {remedy}.") from error
@@ -293,7 +323,7 @@ def _save(results: list[ModelResult], evaluation: Evaluation):
     output = evaluation.output
     if len(results) == 1 and not evaluation.earlier:  # an overwritten evaluation stays until a model is measured
         delete(output / RESULTS)
-        with written_whole(output / SETTINGS) as path:
+        with written_whole(output / EVALUATION.record) as path:
             path.write_text(json.dumps(evaluation.settings, indent=1) + "\n", encoding="utf-8")
     with written_whole(output / RESULTS) as path:
         save_results(results, path)
@@ -333,6 +363,8 @@ def _measure(
     result.likelihood = measure_text(model, text, progress, name, options.batch_tokens, **prepared.breakdown)
     if options.head_tokens:
         result.heads = measure_heads(model, text, progress, name, options.head_tokens, options.batch_tokens)
+    if options.prompt is not None:
+        result.attention = measure_attention(model, candidate.tokenizer, options.prompt, options.head, progress, name)
     if options.task_names:
         batch_size = max(1, options.batch_tokens // text.windows.context)
         with progress.stage(f"{name}: tasks") as line:
@@ -350,10 +382,13 @@ def _measure(
 
 def _draw(results: list[ModelResult], folder: Path):
     """Draws the heads of each model, and a comparison of all."""
+    from entropy_gpt.evaluation.showing.head_plots import compare_models, plot_head_diagnostics
+
     measured = [result for result in results if result.heads is not None]
     for result in measured:
         with written_whole(folder / f"{result.name.replace('/', '-')}.png") as path:
-            plot_head_diagnostics(result, path)
+            figure = plot_head_diagnostics(result.heads.heads, f"{result.name}: {result.title}")
+            figure.savefig(path, format="png")
     if measured:
         with written_whole(folder / "entropy_comparison.png") as path:
-            plot_comparison(measured, path)
+            compare_models(measured).savefig(path, format="png")

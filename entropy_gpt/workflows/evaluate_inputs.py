@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.perplexity import Windows, check_windows
+from entropy_gpt.evaluation.measuring.text_diagnostics import check_head, encode_text
 from entropy_gpt.evaluation.measuring.tokenized_text import count_tokens, tokenize
 from entropy_gpt.evaluation.origin import hash_weights
 from entropy_gpt.evaluation.records.measurement import BATCH_TOKENS, HEAD_TOKENS, KEPT_APART, MeasuredText
@@ -25,7 +26,7 @@ from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tok
 from entropy_gpt.training.sources import Source, open_source
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .options import Place, option_name
+from .options import Head, LocalPath, Place, option_name
 
 
 LONGEST_BLOCK = 1024
@@ -44,6 +45,7 @@ class EvaluationOptions:
     config: str | None = None
     text_column: str = "text"
     tokenizer: Place | None = None
+    eos_token: str | None = None
     context: int | None = None
     stride: int | None = None
     separate: bool = False
@@ -52,8 +54,10 @@ class EvaluationOptions:
     per_position: bool = False
     frequency_text: Place | None = None
     head_tokens: Annotated[int, Field(ge=0)] = HEAD_TOKENS
+    prompt: str | None = None
+    head: Head = None
     tasks: str | None = None
-    task_data: Path | None = None
+    task_data: LocalPath | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_tokens: Annotated[int, Field(ge=1)] = BATCH_TOKENS
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -114,6 +118,8 @@ def check_options(options: EvaluationOptions):
             "--frequency-text training means the part of --text that is not evaluated, but all of it is evaluated: "
             "add --held-out, or name another text."
         )
+    if options.head is not None and options.prompt is None:
+        raise UserError("--head has no effect without --prompt: give the text to draw the head's attention to.")
     for name in ("task_data", "limit"):
         if getattr(options, name) is not None and not options.task_names:
             raise UserError(f"{option_name(name)} has no effect without --tasks: add --tasks.")
@@ -158,14 +164,18 @@ def find_candidates(options: EvaluationOptions) -> Iterator[Candidate]:
 
     Raises:
         `ConversionError`: If a model can't be loaded.
-        `UserError`: If a model is given twice, or does not fit its tokenizer.
+        `UserError`: If a model is given twice, or does not fit its tokenizer or the prompt.
     """
     places = [Path(source).resolve() if Path(source).exists() else source for source in options.models]
     if twice := [place for index, place in enumerate(places) if place in places[:index]]:
         raise UserError(f"{twice[0]} is given twice. Give each model once.")
     for source, name in zip(options.models, short_names(options.models), strict=True):
         model = load_language_model(source)
-        tokenizer = load_model_tokenizer(options.tokenizer, source, model.config.vocab_size)
+        tokenizer = load_model_tokenizer(options.tokenizer, source, model.config.vocab_size, options.eos_token)
+        if options.prompt is not None:
+            encode_text(options.prompt, tokenizer, model.config)
+        if options.head is not None:
+            check_head(options.head, model.config.n_layer, model.config.n_head)
         yield Candidate(name, source, model.config, hash_weights(model), tokenizer)
 
 
@@ -271,7 +281,7 @@ def tokenize_text(
     )
     if not any(len(document.input_ids) for document in documents):
         raise UserError(f"{source.name} is empty: there is no text to evaluate. Give another --text.")
-    if not any(len(document.input_ids) > 1 for document in documents) and (windows.separate or text.tokens < 2):
+    if not any(document.bytes for document in documents):  # the first token is not predicted
         raise UserError(
             f"{source.name} has no document of two tokens or more, so there is no token to predict: give more text, "
             "or add --bos."

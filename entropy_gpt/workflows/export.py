@@ -4,23 +4,22 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import onnxruntime
-from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
-from entropy_gpt.conversion.onnx_export import REPORT, ExportReport, export_onnx
-from entropy_gpt.conversion.tokenizer_files import VOCABULARY
-from entropy_gpt.training.files import delete, written_whole
-from entropy_gpt.training.model_tokenizer import load_model_tokenizer
+from entropy_gpt.conversion.onnx_export import ExportReport, export_onnx
+from entropy_gpt.training.claims import claimed
+from entropy_gpt.training.files import begun_move, delete, expanded, is_finished, put_in_place, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
+from entropy_gpt.training.model_tokenizer import has_tokenizer, load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress
 
-from .library_bars import library_bars_hidden
-from .output_folder import holds_earlier_output, refuse_to_delete
+from .output_folder import EXPORT, refuse_to_delete
 
 
 @library_bars_hidden()
@@ -66,18 +65,20 @@ def export(
     print(report.nonlinear, report.largest_difference)
     ```
     """
-    source, output = str(source), Path(output).resolve()
+    source, output = expanded(source), Path(expanded(output)).resolve()
     check_output(output, overwrite)
-    with progress.stage("loading the model") as line:
-        model = load_language_model(source).float().eval()
-        line.say(f"{model.config.notation}, {model.num_parameters():,} parameters")
-        exported_tokenizer = _load_tokenizer(tokenizer and str(tokenizer), source, model.config.vocab_size)
-    with (
-        _output_folder(output, dry_run) as folder,
-        progress.stage("exporting and checking the graph"),
-        _exporters_quiet(),
-    ):
-        return export_onnx(model, folder, cached, exported_tokenizer)
+    with nullcontext() if dry_run else claimed(EXPORT.work(output), output=output):
+        check_output(output, overwrite)  # another command may have written there meanwhile
+        with progress.stage("loading the model") as line:
+            model = load_language_model(source).float().eval()
+            line.say(f"{model.config.notation}, {model.num_parameters():,} parameters")
+            exported_tokenizer = _load_tokenizer(tokenizer and expanded(tokenizer), source, model.config.vocab_size)
+        with (
+            _output_folder(output, dry_run) as folder,
+            progress.stage("exporting and checking the graph"),
+            _exporters_quiet(),
+        ):
+            return export_onnx(model, folder, cached, exported_tokenizer)
 
 
 def check_output(output: Path, overwrite: bool):
@@ -87,44 +88,44 @@ def check_output(output: Path, overwrite: bool):
     Raises:
         `UserError`: If the output folder can't be used.
     """
-    if holds_earlier_output(output, REPORT, "export", overwrite):
+    if EXPORT.is_replaced_in(output, overwrite):
         exported = _list_exported(output)
-        paths = output.iterdir()
-        refuse_to_delete({path for path in paths if path.name not in exported or not path.is_file()}, "export")
+        paths = filter(is_finished, output.iterdir())
+        refuse_to_delete({path for path in paths if path.name not in exported or not path.is_file()}, EXPORT)
 
 
 def _list_exported(output: Path) -> set[str]:
-    """The names of an earlier export's files, from its own report."""
+    """The names of an earlier export's files, from its own report, which is not in its place if it was interrupted."""
+    report = next(
+        folder / EXPORT.record
+        for folder in (output, begun_move(EXPORT.content(output)))
+        if (folder / EXPORT.record).exists()
+    )
     try:
-        return {REPORT, *json.loads((output / REPORT).read_text(encoding="utf-8"))["files"].keys()}
+        return {EXPORT.record, *json.loads(report.read_text(encoding="utf-8"))["files"].keys()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{output / REPORT} is damaged, so --overwrite can't know which files to delete.") from error
+        raise UserError(f"{report} is damaged, so --overwrite can't know which files to delete.") from error
 
 
 def _load_tokenizer(place: str | None, source: str, vocab_size: int) -> PreTrainedTokenizerFast | None:
-    if place is None and not _has_tokenizer(source):
+    if place is None and not has_tokenizer(source):
         return None
     return load_model_tokenizer(place, source, vocab_size)
 
 
-def _has_tokenizer(source: str) -> bool:
-    place = Path(source)
-    if not place.exists():  # on the Hub, whose client complains if none of the files is there
-        place = Path(snapshot_download(source, allow_patterns=["config.json", *VOCABULARY]))
-    return any((place / name).exists() for name in VOCABULARY)
-
-
 @contextmanager
 def _output_folder(output: Path, dry_run: bool) -> Iterator[Path]:
-    """An empty folder, which replaces the output if the body succeeds and this is no dry run."""
+    """An empty folder, whose content the output gets if the body succeeds and this is no dry run."""
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    with written_whole(output) as folder:
+    content = EXPORT.content(output)
+    with written_whole(content) as folder:
         folder.mkdir()
         yield folder
-        delete(output)
+    put_in_place(content, output, last=EXPORT.record)
+    delete(EXPORT.work(output))
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import copy
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback, set_seed
 
 from entropy_gpt.conversion.calibration import Calibration
@@ -20,12 +19,11 @@ from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.removal_schedule import RemovalSchedule, insert_gates, remove_gates
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .convert_inputs import ConversionOptions, Text
+from .convert_inputs import CHECKPOINTS, ConversionOptions, Text
 
 
 # How often healing evaluates the model, and how often it saves a checkpoint.
-HEALING_EVALUATIONS = 15
-CHECKPOINTS = 10
+HEALING_EVALUATIONS, HEALING_CHECKPOINTS = 15, 10
 # The share of the steps over which the schedule removes; the remaining steps train the target architecture.
 REMOVAL_SHARE = 0.6
 DISTILLATION_WEIGHT = 0.5
@@ -57,6 +55,8 @@ def heal(
     Raises:
         `DivergedError`: If training diverges more often than it may go back.
     """
+    from datasets import Dataset
+
     set_seed(options.seed)
     with_gates = options.schedule != "none"
     model = copy.deepcopy(simplified)
@@ -71,7 +71,7 @@ def heal(
         residual_scale=options.residual_scale_weight,
     )
     arguments = EntropyTrainingArguments(
-        output_dir=options.work / "checkpoints",
+        output_dir=options.work / CHECKPOINTS,
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
@@ -84,7 +84,7 @@ def heal(
         eval_on_start=True,
         prediction_loss_only=True,
         logging_steps=max(1, steps // 100),
-        save_steps=max(1, steps // CHECKPOINTS),
+        save_steps=max(1, steps // HEALING_CHECKPOINTS),
         save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
@@ -104,7 +104,7 @@ def heal(
             schedule=RemovalSchedule(model, options.schedule) if with_gates else None,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last_checkpoint(options.work / "checkpoints"))
+        trainer.train(resume_from_checkpoint=last_checkpoint(options.work / CHECKPOINTS))
     if (reason := trainer.progress.diverged) is not None:
         raise DivergedError(
             f"{simplified.config.notation}: healing diverged {MOST_ROLLBACKS + 1} times, and was {reason}. Lower "

@@ -1,18 +1,43 @@
 """Options of workflows: their types and ranges, checked alike for commands and for callers from Python."""
 
+import functools
+import inspect
 import os
-from collections.abc import Iterable
-from typing import Annotated, TypeVar
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import pydantic
 from pydantic import BeforeValidator
 
 from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.training.files import expanded
+
+
+def _expanded(value: Any) -> Any:
+    return expanded(value) if isinstance(value, str | os.PathLike) else value
 
 
 # A folder, a file, or a repository or data set on the Hub.
-Place = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
-Options = TypeVar("Options")
+Place = Annotated[str, BeforeValidator(_expanded)]
+# A folder or a file.
+LocalPath = Annotated[Path, BeforeValidator(_expanded)]
+Options, Result, Parameters = TypeVar("Options"), TypeVar("Result"), ParamSpec("Parameters")
+OPTION = re.compile(r"--[a-z][a-z-]*")
+
+
+def _read_head(value):
+    if not isinstance(value, str):
+        return value
+    parts = value.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError("give the numbers of a layer and a head, such as 2,1")
+    return tuple(map(int, parts))
+
+
+# Layer and head, from 0; the command has a comma between them.
+Head = Annotated[tuple[int, int] | None, BeforeValidator(_read_head)]
 OPTIONS_OF_OTHER_NAMES = {"settings": "--set", "shard_size": "--max-shard-size", "licence": "--license"}
 
 
@@ -31,7 +56,8 @@ def read_options(options: type[Options], **values) -> Options:
         return options(**values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{option_name(str(first['loc'][0]))} {first['input']}: {first['msg']}.") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{option_name(str(first['loc'][0]))} {first['input']}: {reason}.") from error
 
 
 def check_positive(**numbers: int):
@@ -52,6 +78,27 @@ def check_positive(**numbers: int):
 def as_tuple(values: str | os.PathLike | Iterable) -> tuple:
     """Several values, or a single one given by itself."""
     return (values,) if isinstance(values, str | os.PathLike) else tuple(values)
+
+
+def with_argument_names(workflow: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """
+    Adds to errors of a workflow which arguments the options in the message are, for callers from Python: a message
+    about `--heal-steps` ends with "In Python, --heal-steps is heal_steps."
+    """
+    names = {option_name(name): name for name in inspect.signature(workflow).parameters}
+
+    @functools.wraps(workflow)
+    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        try:
+            return workflow(*arguments, **options)
+        except UserError as error:
+            named = dict.fromkeys(option for option in OPTION.findall(str(error)) if option in names)
+            if named:
+                meant = ", ".join(f"{option} is {names[option]}" for option in named)
+                error.args = (f"{str(error).rstrip('.')}. In Python, {meant}.",)
+            raise
+
+    return call
 
 
 def option_name(field: str) -> str:

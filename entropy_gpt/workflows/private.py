@@ -1,5 +1,6 @@
 """Private inference: a server with the weights, a client with the prompt, and a demonstration of both."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +21,12 @@ from entropy_gpt.evaluation.private_inference.costs.published_cost import as_pri
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY, serve_on_loopback
 from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, check_plain_allowed, parse_address
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
+from entropy_gpt.evaluation.private_inference.parties.limits import Limits
+from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
+from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import (
     FRACTION_BITS,
     MOST_WINDOWS,
@@ -35,17 +39,17 @@ from entropy_gpt.evaluation.private_inference.program.weights import prepare_wei
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import AnswerCheck, ModelResult
+from entropy_gpt.training.files import expanded
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 from entropy_gpt.training.tokenizer import load_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .evaluate_inputs import default_context, short_names
-from .library_bars import library_bars_hidden
 from .options import check_positive, read_options
 
 
-DEFAULT_ADDRESS, DEFAULT_TIMEOUT, DEFAULT_LONGEST = "127.0.0.1:9000", 600, 256
+DEFAULT_ADDRESS, DEFAULT_TIMEOUT, DEFAULT_LIMITS = "127.0.0.1:9000", 600, Limits()
 DEFAULT_FRACTION_BITS = PrivateSettings().fraction_bits
 # Characters of a text that are read for a token of the audit.
 CHARACTERS_A_TOKEN = 16
@@ -91,7 +95,7 @@ def open_server(
     fraction_bits: int = DEFAULT_FRACTION_BITS,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
-    longest: int = DEFAULT_LONGEST,
+    limits: Limits = DEFAULT_LIMITS,
     timeout: int = DEFAULT_TIMEOUT,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = SILENT,
@@ -110,7 +114,7 @@ def open_server(
         fraction_bits (`int`): Bits of a number behind the point, from 12 to 22.
         text (`str` or `Path`, *optional*): A file with text that the audit looks at too.
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
-        longest (`int`): The most tokens that a client may ask for.
+        limits ([`Limits`]): What each client may ask for, by its certificate, or without TLS by its address.
         timeout (`int`): Seconds without any event after which an inference ends.
         report (`Callable`): Receives the audit's warnings, and a line about each client.
         progress (`Progress`): Receives the stages before the server is open.
@@ -131,12 +135,19 @@ def open_server(
     ```
     """
     check_engine()
-    check_positive(max_new_tokens=longest, timeout=timeout)
+    check_positive(
+        max_new_tokens=limits.answers,
+        max_requests=limits.requests,
+        max_positions=limits.positions,
+        max_seconds=limits.seconds,
+        timeout=timeout,
+    )
     settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
     host, port = parse_address(listen)
     _check_connection(host, tls, insecure, settings)
-    offer, _, _ = _make_offer(str(model), tokenizer, settings, text, report, progress)
-    return Server(offer, host, port, tls, timeout, longest, report)
+    offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
+    check_memory(weight_shapes(offer.config).values())
+    return Server(offer, host, port, tls, timeout, limits, report)
 
 
 def ask(
@@ -181,19 +192,15 @@ def ask(
     check_positive(max_new_tokens=new_tokens, timeout=timeout)
     host, port = parse_address(address)
     _check_connection(host, tls, insecure, _read_settings(protocol=protocol))
-    words = load_tokenizer(str(tokenizer))
-    client = Client(host, port, tls, timeout, protocol)
-    try:
+    words = load_tokenizer(expanded(tokenizer))
+    with contextlib.closing(Client(host, port, tls, timeout, protocol)) as client:
         if hash_vocabulary(words, client.terms.config.vocab_size) != client.terms.tokenizer_hash:
             raise PrivateInferenceError(
                 "the tokenizer is not the server's, so its tokens would have other meanings. Name the server's "
                 "tokenizer with --tokenizer."
             )
         tokens = _tokenize(prompt, words)
-    except PrivateInferenceError:
-        client.close()
-        raise
-    _, answer = _ask(client, words, tokens, new_tokens, f"TCP to {host}", progress)
+        _, answer = _ask(client, words, tokens, new_tokens, f"TCP to {host}", progress)
     return answer
 
 
@@ -241,11 +248,13 @@ def demonstrate(
     check_engine()
     check_positive(max_new_tokens=new_tokens, timeout=timeout)
     settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
-    offer, clear, words = _make_offer(str(model), tokenizer, settings, text, report, progress)
+    offer, clear, words = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
     tokens = _tokenize(prompt, words)
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
-    with serve_on_loopback(offer, timeout) as address:
-        client = Client(*address, None, timeout, protocol)
+    with (
+        serve_on_loopback(offer, timeout) as address,
+        contextlib.closing(Client(*address, None, timeout, protocol)) as client,
+    ):
         outcome, found = _ask(client, words, tokens, new_tokens, NETWORKS[TWO_PARTY], progress)
     found.check = _compare(clear, tokens, outcome)
     return found
@@ -253,10 +262,13 @@ def demonstrate(
 
 def describe_cost(model: str | Path, answer: PrivateAnswer) -> ModelResult:
     """The cost of an answer as a result of its model, named as `evaluate` names it, so that a report merges both."""
-    loaded = load_language_model(str(model))
+    model = expanded(model)
+    loaded = load_language_model(model)
+    from .evaluate_inputs import default_context, short_names  # private answers do without data sets
+
     context = default_context(loaded.config.n_positions)
     windows = Windows(context, context, separate=False, bos=False)
-    result = describe_model(loaded, *short_names([str(model)]), windows)
+    result = describe_model(loaded, *short_names([model]), windows)
     return replace(result, costs=[as_private_cost(answer.cost, answer.check)])
 
 
@@ -290,8 +302,8 @@ def _make_offer(
     """What a server offers, if the model's numbers fit the ring, with the model in the clear and its tokenizer."""
     with library_bars_hidden(), progress.stage("loading the model"):
         model = load_language_model(source).eval()
-        words = load_model_tokenizer(tokenizer and str(tokenizer), source, model.config.vocab_size)
-    audited_text = _read_audited_text(Path(text), words, model.config.n_positions) if text else []
+        words = load_model_tokenizer(tokenizer and expanded(tokenizer), source, model.config.vocab_size)
+    audited_text = _read_audited_text(expanded(text), words, model.config.n_positions) if text else []
     with progress.stage("checking the range of its numbers"):
         config, weights = prepare_weights(model)
         audited = audit(config, weights, settings, choose_sequences(config, weights, audited_text))

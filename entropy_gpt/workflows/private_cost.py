@@ -1,11 +1,15 @@
 """Prediction of the cost of private inference from architectures, without weights or engine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from entropy_gpt.conversion.early_checks import is_model
 from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES, PredictedStep, predict
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import Span, tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from modeling_entropy_gpt import EntropyGPTConfig
@@ -14,6 +18,15 @@ from .options import as_tuple, check_positive, read_options
 
 
 HEAD_SIZE = 64
+# GPT-2 small, for architectures whose sizes are not given.
+DEFAULT_SIZES = {"n_layer": 12, "n_embd": 768, "vocab_size": 50257}
+# Seconds per megabyte that two processes take on two cores, from the measured blocks of docs/private_costs.md: for
+# products with weights, for products of two secrets, and for everything else, which compares and multiplies numbers.
+OF_WEIGHTS, OF_SECRETS, OF_NUMBERS = 1.1, 0.4, 0.05
+SECONDS_PER_MEGABYTE = {
+    **dict.fromkeys(("embedding", "query, key, value", "output", "FFN", "head"), OF_WEIGHTS),
+    **dict.fromkeys(("scores", "values"), OF_SECRETS),
+}
 
 
 @dataclass(frozen=True)
@@ -22,13 +35,15 @@ class PredictedCost:
     The predicted cost of one architecture.
 
     Args:
-        notation (`str`): The architecture, in the paper's notation.
+        title (`str`): The architecture, or the model, as it was given.
+        config ([`EntropyGPTConfig`]): Its architecture and sizes.
         steps (`list[PredictedStep]`): The steps of the inference.
         key_bytes (`float`): Bytes of the keys, sent once per connection.
         table_bytes (`int`): Bytes of the embeddings, sent once per connection with "client_table".
     """
 
-    notation: str
+    title: str
+    config: EntropyGPTConfig
     steps: list[PredictedStep]
     key_bytes: float
     table_bytes: int
@@ -51,14 +66,19 @@ class PredictedCost:
         """The round trips of all steps."""
         return sum(step.round_trips for step in self.steps)
 
+    @property
+    def seconds(self) -> float:
+        """About how long two processes on two cores take, without a network between them."""
+        return predict_seconds(self.steps)
+
 
 def private_cost(
-    notations: Sequence[str],
+    architectures: str | Path | Sequence[str | Path],
     *,
-    n_layer: int = 12,
-    n_embd: int = 768,
+    n_layer: int | None = None,
+    n_embd: int | None = None,
     n_head: int | None = None,
-    vocab_size: int = 50257,
+    vocab_size: int | None = None,
     kept: int = 0,
     length: int = 128,
     all_positions: bool = False,
@@ -68,9 +88,11 @@ def private_cost(
     Predicts the traffic and the round trips of private inference under Cheetah.
 
     Args:
-        notations (`Sequence[str]`): Architectures, in the paper's notation.
-        n_layer, n_embd, vocab_size (`int`): Their sizes.
-        n_head (`int`, *optional*): Heads. Default: heads of 64 dimensions.
+        architectures (`str`, `Path` or a sequence of them):
+            Architectures in the paper's notation, and models: folders, or repositories on the Hub.
+        n_layer, n_embd, n_head, vocab_size (`int`, *optional*):
+            The sizes of architectures that are given by their notation. Default: those of the first model, or of GPT-2
+            small; heads of about 64 dimensions.
         kept (`int`): Earlier tokens, whose keys and values are cached.
         length (`int`): Tokens of the prompt.
         all_positions (`bool`): Whether the logits of all positions are computed, not only those of the last one.
@@ -80,7 +102,7 @@ def private_cost(
         `list[PredictedCost]`: The cost of each architecture, in order.
 
     Raises:
-        `UserError`: If an architecture is not known, or the sizes do not fit.
+        `UserError`: If an architecture is not known, a model can't be loaded, or the sizes do not fit.
 
     Example:
 
@@ -91,29 +113,50 @@ def private_cost(
     print(baseline.total_bytes / proposal.total_bytes)
     ```
     """
-    check_positive(n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, seq=length)
+    given = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "vocab_size": vocab_size}
+    given = {name: size for name, size in given.items() if size is not None}
+    check_positive(**given, seq=length)
     if kept < 0:
         raise UserError(f"--kept {kept}: give a number of at least 0.")
     settings = read_options(PrivateSettings, embedding=embedding)
     span = Span(kept, length, length if all_positions else 1)
-    tables = tables_bytes(vocab_size, span.end, n_embd) if embedding == "client_table" else 0
-    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head or count_heads(n_embd), "vocab_size": vocab_size}
-    return [
-        PredictedCost(notation, _predict(notation, sizes, settings, span), SET_UP_BYTES, tables)
-        for notation in as_tuple(notations)
-    ]
+    titles = [str(architecture) for architecture in as_tuple(architectures)]
+    models = {title: load_language_model(title).config for title in titles if is_model(title)}
+    of_model = {name: getattr(model, name) for model in [*models.values()][:1] for name in (*DEFAULT_SIZES, "n_head")}
+    sizes = {**DEFAULT_SIZES, **of_model, **given}
+    if n_head is None and (n_embd is not None or not models):
+        sizes["n_head"] = count_heads(sizes["n_embd"])
+    return [_predict(title, models.get(title), sizes, settings, span) for title in titles]
+
+
+def predict_seconds(steps: Iterable[PredictedStep]) -> float:
+    """About how many seconds steps take between two processes on two cores, over the loopback."""
+    return sum(SECONDS_PER_MEGABYTE.get(step.operation, OF_NUMBERS) * step.total_bytes / MEGA for step in steps)
 
 
 def count_heads(n_embd: int) -> int:
-    """The number of heads of 64 dimensions in a model of this width, at least one."""
-    return max(1, n_embd // HEAD_SIZE)
+    """The number of heads that divides this width and gives heads of nearly 64 dimensions."""
+    divisors = (heads for heads in range(1, n_embd + 1) if n_embd % heads == 0)
+    return min(divisors, key=lambda heads: abs(n_embd / heads - HEAD_SIZE))
 
 
-def _predict(notation: str, sizes: dict, settings: PrivateSettings, span: Span) -> list[PredictedStep]:
-    tokens = {"bos_token_id": None, "eos_token_id": None, "n_positions": span.end}
+def _predict(
+    title: str, model: EntropyGPTConfig | None, sizes: dict, settings: PrivateSettings, span: Span
+) -> PredictedCost:
     try:
-        config = EntropyGPTConfig.from_notation(notation, **sizes, **tokens)
-        config.validate()
-        return predict(config, settings, span)
+        config = model or _make_config(title, sizes, span)
+        if span.end > config.n_positions:
+            raise UserError(f"{title} has {config.n_positions} positions, and {span.end} are asked for: lower --seq.")
+        steps = predict(config, settings, span)
     except (PrivateInferenceError, ValueError) as error:
-        raise UserError(f"{notation}: {error}") from error
+        raise UserError(f"{title}: {error}") from error
+    by_client = settings.embedding == "client_table"
+    tables = tables_bytes(config.vocab_size, span.end, config.n_embd) if by_client else 0
+    return PredictedCost(title, config, steps, SET_UP_BYTES, tables)
+
+
+def _make_config(notation: str, sizes: dict, span: Span) -> EntropyGPTConfig:
+    tokens = {"bos_token_id": None, "eos_token_id": None, "n_positions": span.end}
+    config = EntropyGPTConfig.from_notation(notation, **sizes, **tokens)
+    config.validate()
+    return config

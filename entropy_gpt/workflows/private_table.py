@@ -3,11 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
+from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference
 from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     NOTATIONS,
@@ -21,18 +22,22 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
 )
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.program.cost import LAN, MEGA, WAN, InferenceCost, Network, parse_network
-from entropy_gpt.training.files import is_finished, written_whole
+from entropy_gpt.evaluation.private_inference.program.program import Span
+from entropy_gpt.training.claims import claimed
+from entropy_gpt.training.files import expanded, written_whole
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 
-from .options import as_tuple, check_positive
+from .options import as_tuple, check_positive, with_argument_names
+from .output_folder import BENCHMARK
 from .private import show_event
-from .private_cost import count_heads
+from .private_cost import count_heads, predict_seconds
 
 
-MEASURED, TABLE, PICTURE = "measured", "table.md", "costs.png"
+MEASURED, TABLE, PICTURE = BENCHMARK.record, "table.md", "costs.png"
 DEFAULT_TIMEOUT = 1200
 
 
+@with_argument_names
 def private_table(
     notations: Sequence[str] | None = None,
     *,
@@ -57,7 +62,7 @@ def private_table(
         notations (`Sequence[str]`, *optional*): Architectures, in the paper's notation. Default: the paper's four.
         output (`str` or `Path`): Folder for measurements, table and picture.
         n_layer, n_embd, vocab_size (`int`): The sizes of all models.
-        n_head (`int`, *optional*): Heads. Default: heads of 64 dimensions.
+        n_head (`int`, *optional*): Heads. Default: heads of about 64 dimensions.
         context (`int`): Tokens of the prompt.
         networks (`Sequence[str]`): Networks besides LAN and WAN to estimate seconds for, such as "300Mbps,20ms".
         whole (`bool`): Also run the cheapest architecture as a whole, to verify the sum of its parts.
@@ -65,7 +70,7 @@ def private_table(
         progress (`Progress`): Receives a stage for each measurement.
 
     Returns:
-        [`PaperTable`]: The table; the folder has it as `table.md` with a picture.
+        [`PaperTable`]: The table; the folder has it as `table.md`, with a picture if matplotlib is there.
 
     Raises:
         `UserError`: If an architecture or a network is not known, the engine is missing or fails, or the folder holds
@@ -124,6 +129,12 @@ class TablePlan:
         """The predicted bytes of each row, by its title."""
         return {row.title: row.predict_bytes() for row in self.rows}
 
+    @property
+    def missing(self) -> list[Inference]:
+        """What is not measured yet."""
+        inferences = [*self.parts, *([self.find_whole(self.predicted_bytes)] if self.whole else ())]
+        return [inference for inference in inferences if self.load(inference) is None]
+
     def find_whole(self, total_bytes: dict[str, float]) -> Inference:
         """The cheapest architecture by these bytes, titled as a whole model."""
         return _name_whole(find_cheapest(self.rows, total_bytes))
@@ -141,6 +152,14 @@ class TablePlan:
         """The file of a measurement."""
         name = re.sub(r"[^a-z0-9]+", "-", inference.title.lower()).strip("-")
         return self.output / MEASURED / f"{name}.json"
+
+
+def predict_duration(plan: TablePlan) -> float:
+    """About how many seconds the missing measurements take on two cores."""
+    return sum(
+        predict_seconds(predict(inference.config, inference.settings, Span(0, inference.context)))
+        for inference in plan.missing
+    )
 
 
 def plan_table(
@@ -167,8 +186,8 @@ def plan_table(
     try:
         shown = tuple(dict.fromkeys((LAN, WAN, *map(parse_network, networks))))
         rows = list_rows(list(as_tuple(notations or NOTATIONS)), context, **sizes)
-        plan = TablePlan(rows, whole, shown, Path(output), timeout)
-        _check_output(plan.output)
+        plan = TablePlan(rows, whole, shown, Path(expanded(output)), timeout)
+        BENCHMARK.is_in(plan.output)
         for inference in (*plan.parts, *(map(_name_whole, rows[1:]) if whole else ())):
             plan.load(inference)
     except (PrivateInferenceError, ValueError) as error:
@@ -188,6 +207,12 @@ def measure_table(plan: TablePlan, progress: Progress) -> PaperTable:
         `UserError`: If the engine is missing or fails.
     """
     check_engine()
+    measured = plan.output / MEASURED
+    with claimed(plan.output, lambda: measured.exists() and any(measured.iterdir())):
+        return _measure_table(plan, progress)
+
+
+def _measure_table(plan: TablePlan, progress: Progress) -> PaperTable:
     count = len(plan.parts) + plan.whole
 
     def obtain(inference: Inference, number: int) -> InferenceCost:
@@ -204,18 +229,15 @@ def measure_table(plan: TablePlan, progress: Progress) -> PaperTable:
     if plan.whole:
         whole = obtain(plan.find_whole({title: total.total_bytes for title, total in sums.items()}), count)
     table = PaperTable(sums, ends, whole, plan.networks)
+    can_draw = find_spec("matplotlib") is not None
     with written_whole(plan.output / TABLE) as path:
-        path.write_text(page_markdown(table, PICTURE), encoding="utf-8")
-    with written_whole(plan.output / PICTURE) as path:
-        draw_costs(table.sums, path)
+        path.write_text(page_markdown(table, PICTURE if can_draw else None), encoding="utf-8")
+    if can_draw:
+        from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
+
+        with written_whole(plan.output / PICTURE) as path:
+            draw_costs(table.sums).savefig(path, format="png")
     return table
-
-
-def _check_output(output: Path):
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file. Give the name of a folder.")
-    if output.exists() and any(map(is_finished, output.iterdir())) and not (output / MEASURED).is_dir():
-        raise UserError(f"{output} exists and holds no benchmark: give another --output.")
 
 
 def _name_whole(row: Inference) -> Inference:

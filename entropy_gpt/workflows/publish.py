@@ -42,7 +42,7 @@ from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, find_results, load_results
-from entropy_gpt.evaluation.showing.head_plots import plot_headwise_entropy
+from entropy_gpt.evaluation.showing.licences import check_licence
 from entropy_gpt.evaluation.showing.model_card import list_missing, model_card
 from entropy_gpt.evaluation.showing.publication import (
     CARD,
@@ -52,13 +52,14 @@ from entropy_gpt.evaluation.showing.publication import (
     check_folding,
     is_published,
 )
-from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.files import expanded, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress
+from entropy_gpt.training.storage import check_file
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .library_bars import library_bars_hidden
-from .options import as_tuple, read_options
+from .options import LocalPath, as_tuple, read_options, with_argument_names
 
 
 # A file of every saved EntropyGPT.
@@ -77,7 +78,7 @@ class PublicationOptions:
     """The options of a publication. [`~entropy_gpt.publish`] takes them as keyword arguments and describes each."""
 
     repository: str
-    results: tuple[Path, ...] = ()
+    results: tuple[LocalPath, ...] = ()
     licence: str | None = None
     folded: Literal["beside", "instead"] | None = None
     private: bool = False
@@ -105,6 +106,7 @@ class Publication:
     url: str | None
 
 
+@with_argument_names
 def publish(
     folder: str | Path,
     repository: str,
@@ -173,7 +175,7 @@ def publish(
         timeout=timeout,
         dry_run=dry_run,
     )
-    with library_bars_hidden(), prepare_package(Path(folder), options, progress) as package:
+    with library_bars_hidden(), prepare_package(folder, options, progress) as package:
         url = None
         if not dry_run:
             with progress.stage(f"sending it to {package.options.repository}"):
@@ -204,23 +206,25 @@ class Package:
 
 
 @contextmanager
-def prepare_package(source: Path, options: PublicationOptions, progress: Progress) -> Iterator[Package]:
+def prepare_package(source: str | Path, options: PublicationOptions, progress: Progress) -> Iterator[Package]:
     """
     Puts a model's folder together in a temporary folder and checks it. Unless it is a dry run, the Hub is asked first
     whether it would accept the model.
 
     Args:
-        source (`Path`): Folder of a trained model with its tokenizer.
+        source (`str` or `Path`): Folder of a trained model with its tokenizer.
         options ([`PublicationOptions`]): The options.
         progress (`Progress`): Receives each stage.
 
     Raises:
         `UserError`: If something is missing or wrong, or the Hub refuses or does not answer.
     """
+    source = Path(expanded(source))
     try:
         validate_repo_id(options.repository)
     except HFValidationError as error:
         raise UserError(f"{options.repository!r} can't be the name of a repository: {error}") from error
+    check_licence(options.licence)
     if not options.dry_run:
         api = HfApi()
         _limit_silence(options.timeout)
@@ -289,7 +293,10 @@ def write_card(folder: str | Path, *, results: Sequence[str | Path] = (), licenc
     write_card("converted_model", results=["evaluation_output"], licence="apache-2.0")
     ```
     """
-    folder = Path(folder)
+    folder = Path(expanded(folder))
+    if folder.is_dir():
+        check_file(folder / CARD, "DIR")
+    check_licence(licence)
     _, _, result = _read(folder, results, SILENT)
     if not (folder / CODE).exists():
         raise UserError(
@@ -297,8 +304,10 @@ def write_card(folder: str | Path, *, results: Sequence[str | Path] = (), licenc
             "the card."
         )
     card = model_card(result, licence, picture=PICTURE)
+    from entropy_gpt.evaluation.showing.head_plots import compare_models
+
     with written_whole(folder / PICTURE) as path:
-        plot_headwise_entropy(result, path)
+        compare_models([result]).savefig(path, format="png")
     with written_whole(folder / CARD) as path:
         card.save(path)
     return folder / CARD
@@ -312,7 +321,7 @@ def _read(
     with progress.stage("loading the model"), library_bars_hidden():
         model = load_language_model(folder).eval()
     tokenizer = load_model_tokenizer(None, str(folder), model.config.vocab_size)
-    return model, tokenizer, _find_results(folder, [Path(place) for place in places], model)
+    return model, tokenizer, _find_results(folder, [Path(expanded(place)) for place in places], model)
 
 
 def _find_results(folder: Path, places: list[Path], model: EntropyGPTForCausalLM) -> ModelResult:

@@ -11,11 +11,13 @@ from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_re
 from entropy_gpt.evaluation.records.run_log import LOG_NAME, RunLog
 from entropy_gpt.evaluation.showing.page import Page, page_html, page_markdown
 from entropy_gpt.evaluation.showing.report import build_report
-from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.files import expanded, written_whole
 from entropy_gpt.training.progress import SILENT, Progress
 
+from .options import as_tuple
+from .output_folder import check_page
 
-HTML, MARKDOWN = ".html", ".md"
+
 # The name of a picture of an earlier page.
 PICTURE = re.compile(r"[a-z0-9-]+-[0-9a-f]{8}\.png")
 
@@ -46,27 +48,12 @@ def report(
     entropy_gpt.report(["evaluation_output", "runs/proposal"], "report.html")
     ```
     """
-    output = Path(output)
-    check_output(output)
-    results, runs = read_inputs([Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)])
+    output = Path(expanded(output))
+    check_page(output)
+    results, runs = read_inputs([Path(expanded(path)) for path in as_tuple(paths)])
     with progress.stage("drawing"):
         write_page(results, runs, output)
     return output
-
-
-def check_output(output: Path):
-    """
-    Refuses a page that can't be written.
-
-    Raises:
-        `UserError`: If its name ends otherwise, its folder does not exist, or it is a folder.
-    """
-    if output.suffix not in (HTML, MARKDOWN):
-        raise UserError(f"--output {output}: the name of a page ends in {HTML} or {MARKDOWN}.")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}. Make it, or give another.")
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder. Give the name of a file.")
 
 
 def read_inputs(paths: Sequence[Path]) -> tuple[list[ModelResult], list[RunLog]]:
@@ -140,7 +127,7 @@ def write_page(results: list[ModelResult], runs: list[RunLog], output: Path):
         output (`Path`): The page.
     """
     page = build_report(results, runs)
-    if output.suffix == HTML:
+    if output.suffix == ".html":
         with written_whole(output) as path:
             path.write_text(page_html(page), encoding="utf-8")
     else:

@@ -3,8 +3,9 @@
 import functools
 import json
 import os
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,33 @@ from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.evaluation.showing.run_pictures import PICTURES, Drawing, draw_pictures
 from entropy_gpt.training.adapters import attach_lora, merge_adapter
 from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callback
+from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.entropy_callback import EntropyCallback
 from entropy_gpt.training.errors import RecipeError
-from entropy_gpt.training.files import UNFINISHED, delete
+from entropy_gpt.training.files import UNFINISHED, delete, give_usual_mode
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.packing import collate_blocks
 from entropy_gpt.training.preparation import PreparedData, prepare_data
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 from entropy_gpt.training.recipe import Recipe, read_recipe
-from entropy_gpt.training.run_folder import ADAPTER, MODEL, check_architecture, check_folder, check_text, take_folder
+from entropy_gpt.training.run_folder import (
+    ADAPTER,
+    CONVERTED,
+    MODEL,
+    can_go_on,
+    check_architecture,
+    check_folder,
+    check_text,
+    take_folder,
+)
 from entropy_gpt.training.start import Start, find_start, fit_vocabulary, make_model
+from entropy_gpt.training.storage import StorageError, storing
 from entropy_gpt.training.trainer import EntropyTrainer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .convert import Conversion, convert_with_text
 from .convert_inputs import ConversionOptions, Text, find_base_model, name_source, spread
-from .library_bars import library_bars_hidden
+from .output_folder import CONVERSION
 
 
 # Validation sequences on which the heads are measured during training.
@@ -69,7 +82,7 @@ class TrainedRun:
     Args:
         folder (`Path`): Its folder, with log, pictures, checkpoints and model.
         log ([`RunLog`]): Losses, entropies and alarms, step by step.
-        drawings (`list[Drawing]`): The pictures of the log.
+        drawings (`list[Drawing]`): The pictures of the log; none where matplotlib is not installed.
         result ([`ModelResult`], *optional*): The measurements of the trained model; `None` if the run diverged.
     """
 
@@ -159,14 +172,31 @@ def perform(planned: PlannedRun, progress: Progress) -> TrainedRun | None:
         `UserError`: If the text can't be used, or the Trainer refuses its arguments.
     """
     training, folder = planned.recipe.training, Path(planned.recipe.training.output_dir)
+    with claimed(folder, lambda: can_go_on(folder)) if training.should_save else nullcontext():
+        # Another command may have written there meanwhile.
+        planned = replace(planned, checkpoint=check_folder(planned.recipe, planned.start.config))
+        return _perform(planned, progress)
+
+
+def _perform(planned: PlannedRun, progress: Progress) -> TrainedRun | None:
+    training, folder = planned.recipe.training, Path(planned.recipe.training.output_dir)
     if not (folder / MODEL).exists():
         trainer, data = _train(planned, progress)
-        _finish(trainer, planned, data, progress)
+        try:
+            with storing(folder / MODEL):
+                _finish(trainer, planned, data, progress)
+        except StorageError:  # the room that this takes is needed
+            delete(folder / f"{UNFINISHED}{MODEL}")
+            raise
     if not training.should_save:
         return None
     log = RunLog.load(folder)
     (result,) = load_results(folder / MODEL / RESULTS) if (folder / MODEL).exists() else [None]
-    return TrainedRun(folder, log, draw_pictures([log], log.place / PICTURES), result)
+    return TrainedRun(folder, log, _draw(log), result)
+
+
+def _draw(log: RunLog) -> list[Drawing]:
+    return draw_pictures([log], log.place / PICTURES) if find_spec("matplotlib") else []
 
 
 def _train(planned: PlannedRun, progress: Progress) -> tuple[EntropyTrainer, PreparedData]:
@@ -190,7 +220,7 @@ def _train(planned: PlannedRun, progress: Progress) -> tuple[EntropyTrainer, Pre
         model = make_model(start, training.seed)
     if recipe.lora.lora_r is not None:
         set_seed(training.seed)
-        model = attach_lora(model, recipe.lora)
+        model = attach_lora(model, recipe.lora, _find_base(recipe, start))
     training.prediction_loss_only = True
     with progress.stage(f"training {start.config.notation}") as line:
         observer = StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))
@@ -206,8 +236,6 @@ def _train(planned: PlannedRun, progress: Progress) -> tuple[EntropyTrainer, Pre
             # A trial, to refuse wrong arguments before the run's folder is taken.
             trainer.create_scheduler(2, trainer.create_optimizer())
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
-            if not any(Path(training.output_dir).iterdir()):  # the Trainer made it
-                Path(training.output_dir).rmdir()
             raise UserError(f"{recipe.name}: the Trainer refuses its arguments: {error}") from error
         trainer.optimizer = trainer.lr_scheduler = None
         take()
@@ -248,14 +276,22 @@ def _watch_heads(recipe: Recipe, data: PreparedData) -> EntropyCallback:
 
 def _convert(recipe: Recipe, start: Start, data: PreparedData, progress: Progress) -> EntropyGPTForCausalLM:
     """Converts the source to the architecture of the recipe, fitted to the training text; once in a run."""
-    output = Path(recipe.training.output_dir, "converted")
-    if not output.exists():
+    output = Path(recipe.training.output_dir, CONVERTED)
+    if not (output / CONVERSION.record).exists():
         options = ConversionOptions(source=recipe.model.model_name_or_path, to=start.config.notation, output=output)
         calibration = spread(data.training, options.calibration_tokens)
         validation = spread(data.validation, options.evaluation_tokens)
         text = Text(data.name, data.revision, data.tokenizer, data.training, calibration, validation)
         convert_with_text(Conversion(options, start.source, start.config), text, progress)
     return load_language_model(output)
+
+
+def _find_base(recipe: Recipe, start: Start) -> str | None:
+    """The place of the model that an adapter belongs to, whatever folder it is loaded from."""
+    origin = recipe.model.model_name_or_path
+    if start.converts:
+        return str(Path(recipe.training.output_dir, CONVERTED).resolve())
+    return str(Path(origin).resolve()) if origin is not None and Path(origin).exists() else origin
 
 
 def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, progress: Progress):
@@ -276,6 +312,7 @@ def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, pr
     if recipe.lora.lora_r:
         with trainer.given_configuration():
             merge_adapter(trainer.model).save_pretrained(unfinished)
+        save_tokenizer(data.tokenizer, saved)
     save_tokenizer(data.tokenizer, unfinished)
     model = load_language_model(unfinished).to(recipe.training.device)
     steps = trainer.state.global_step
@@ -303,4 +340,8 @@ def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, pr
     result = measure_model(model, output.name, text, training, recipe.training.seed, progress)
     save_results([result], unfinished / RESULTS)
     model_card(result).save(unfinished / "README.md")
+    if recipe.lora.lora_r:
+        model_card(result, adapter=True).save(saved / "README.md")
+    give_usual_mode(saved)
+    give_usual_mode(unfinished)
     unfinished.replace(output / MODEL)

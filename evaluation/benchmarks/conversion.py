@@ -1,4 +1,4 @@
-"""What a conversion keeps: exact imports, steps beside their naive versions, and healing beside training from scratch.
+"""What a conversion keeps: exact imports, steps compared with naive versions, and healing with training from scratch.
 
     python -m entropy_gpt.evaluation.benchmarks.conversion  measures all (45 minutes on two cores)
     python -m entropy_gpt.evaluation.benchmarks.conversion --quick  some minutes: one seed, nothing written
@@ -363,7 +363,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="One seed and hardly any training; writes nothing.")] = False,
     redraw: Annotated[bool, typer.Option(help="Measure nothing; redraws page and figure.")] = False,
 ):
-    """Measure what conversions keep, beside naive ones and beside training from scratch."""
+    """Measure what conversions keep, compared with naive ones and with training from scratch."""
     if redraw:
         publish(Record.load(RECORD))
         return

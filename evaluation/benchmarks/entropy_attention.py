@@ -48,7 +48,7 @@ console = Console()
 
 @dataclass(config=CONFIG)
 class Memory:
-    """Peak memory in MiB that a variant took beside its inputs."""
+    """Peak memory in MiB that a variant took in addition to its inputs."""
 
     name: str
     length: int
@@ -161,7 +161,7 @@ def measure(kind: str, build: Callable, length: int, names: tuple[str, ...], run
 
 
 def measure_memory(name: str, length: int) -> Memory:
-    """Peak resident memory that forward and backward take beside the inputs, in a fresh process."""
+    """Peak resident memory that forward and backward take in addition to the inputs, in a fresh process."""
     mebibytes = mebibytes_of("entropy_attention", "--memory-of", name, "--length", str(length))
     console.print(f"memory, T={length}: {mebibytes:.0f} MiB for {name}")
     return Memory(name, length, mebibytes)
@@ -254,7 +254,7 @@ def main(
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
     length: Annotated[int, typer.Option(hidden=True)] = 0,
 ):
-    """Measure what entropies cost beside torch's own attention, in seconds and in memory."""
+    """Measure what entropies cost compared with torch's own attention, in seconds and in memory."""
     if memory_of:
         print_memory(memory_of, length)
         return

@@ -1,4 +1,5 @@
-"""What evaluating takes: perplexity beside lm-eval's, head diagnostics beside a plain forward pass, memory by length.
+"""
+What evaluating takes: perplexity compared with lm-eval's, head diagnostics with a plain forward pass, memory.
 
 python -m entropy_gpt.evaluation.benchmarks.evaluation  measures all (some minutes), and writes record and page
 python -m entropy_gpt.evaluation.benchmarks.evaluation --quick  a minute: small models, few runs, nothing written
@@ -57,10 +58,10 @@ class Record(StoredRecord):
     All that was measured, and where.
 
     Args:
-        perplexity (`list[Timing]`): Of the same text in the same windows.
-        largest_difference (`float`): Of the two log-likelihoods, as a part of them.
-        heads (`list[Timing]`): Of the same batch.
-        memory (`dict[int, float]`): Peak memory in MiB of the diagnostics of a sequence beside the model, by length.
+        perplexity (`list[Timing]`): Both read the same text in the same windows.
+        largest_difference (`float`): How far the two log-likelihoods differ, as a part of them.
+        heads (`list[Timing]`): Both read the same batch.
+        memory (`dict[int, float]`): Peak memory in MiB of the diagnostics of a sequence without the model, by length.
         versions (`dict[str, str]`): Versions of the packages that compute.
         git_revision (`str`, *optional*): Commit of this project.
         machine (`str`): Processor and threads.
@@ -122,7 +123,7 @@ def measure_perplexity(sizes: dict, length: int, runs: int) -> tuple[Timing, flo
 
 
 def measure_heads(sizes: dict, length: int, runs: int) -> Timing:
-    """The diagnostics of a batch of random tokens, beside the forward pass that a loss takes."""
+    """The diagnostics of a batch of random tokens, compared with the forward pass that a loss takes."""
     model, blocks = make_model(sizes), make_blocks(sizes, length, BATCH_TOKENS // length)
     input_ids = torch.tensor(blocks["input_ids"])
 
@@ -142,7 +143,7 @@ def make_blocks(sizes: dict, length: int, count: int) -> Dataset:
 
 
 def measure_memory(length: int) -> float:
-    """Peak resident memory in MiB of the diagnostics of one sequence beside the model, in a fresh process."""
+    """Peak resident memory in MiB of the diagnostics of one sequence without the model, in a fresh process."""
     mebibytes = mebibytes_of("evaluation", "--memory-of", str(length))
     console.print(f"memory, T={length}: {mebibytes:.0f} MiB")
     return mebibytes

@@ -68,12 +68,12 @@ console = Console()
 @dataclass(config=CONFIG)
 class Softmax:
     """
-    The engine's own softmax beside ours, on the scores of one layer.
+    The engine's own softmax compared with ours, on the scores of one layer.
 
     Args:
         length (`int`): Tokens.
-        stock_bytes, bytes (`int`): Of both parties.
-        stock_error, error (`float`): Of the logits, at most.
+        stock_bytes, bytes (`int`): Bytes that both parties send.
+        stock_error, error (`float`): Largest error of the logits.
     """
 
     length: int
@@ -89,10 +89,10 @@ class Record(StoredRecord):
     All that was measured, and where.
 
     Args:
-        blocks (`dict[str, InferenceCost]`): Of each architecture its [`take_blocks`], between two processes.
+        blocks (`dict[str, InferenceCost]`): [`take_blocks`] of each architecture, between two processes.
         ends ([`InferenceCost`]): The embedding and the head, between two processes.
         whole ([`InferenceCost`], *optional*): A whole run of one architecture, between two processes.
-        slowed (`dict[str, InferenceCost]`): Of some, the typical block over the loopback slowed to a WAN.
+        slowed (`dict[str, InferenceCost]`): For some, the typical block over the loopback slowed to a WAN.
         decoding ([`InferenceCost`]): The typical block for one more token, keys and values kept.
         softmax (`list[Softmax]`): In threads.
         agreement (`list[Agreement]`): In threads.
@@ -306,7 +306,7 @@ def _block_row(name: str, cost: InferenceCost, today: InferenceCost) -> str:
 
 def write(record: Record):
     PAGE.write_text(page(record), encoding="utf-8")
-    draw_costs(take_typical_blocks(record.blocks), PICTURE)
+    draw_costs(take_typical_blocks(record.blocks)).savefig(PICTURE, format="png")
 
 
 def main(

@@ -1,4 +1,5 @@
-"""What a training step takes beside stock GPT-2's, what watching the entropies adds, and how fast text comes in.
+"""
+What a training step takes compared with stock GPT-2's, what watching the entropies adds, how fast text comes in.
 
 python -m entropy_gpt.evaluation.benchmarks.training_step  measures all (some minutes), and writes record and page
 python -m entropy_gpt.evaluation.benchmarks.training_step --quick  a minute: small models, few runs, nothing written
@@ -52,10 +53,10 @@ console = Console()
 @dataclass(config=CONFIG)
 class Pipeline:
     """
-    How fast text comes in, beside how fast it is trained on, in tokens a second.
+    How fast text comes in, and how fast it is trained on, in tokens a second.
 
     Args:
-        tokens (`int`): Of the text.
+        tokens (`int`): Tokens of the text.
         prepared (`float`): From files to packed blocks on disk, the tokenizer's training not counted.
         batched (`float`): From there to shuffled batches.
         streamed (`float`): From files to shuffled batches, nothing kept.
@@ -107,7 +108,7 @@ def training_step(name: str, sizes: dict, batch: int, length: int) -> Callable[[
 
 
 def measure_steps(sizes: dict, length: int, batch: int, runs: int) -> Timing:
-    """The proposal, and GPT-2 with the penalty, beside stock GPT-2."""
+    """The proposal, and GPT-2 with the penalty, compared with stock GPT-2."""
     variants = {name: training_step(name, sizes, batch, length) for name in (STOCK, REGULARIZED, PROPOSAL)}
     timing = compare("training step", length, variants, PROPOSAL, runs)
     console.print(str(timing))
@@ -115,7 +116,7 @@ def measure_steps(sizes: dict, length: int, batch: int, runs: int) -> Timing:
 
 
 def measure_watching(runs: int) -> Timing:
-    """One measurement of all heads beside the steps of the recipe python-stdlib-small between two of them."""
+    """One measurement of all heads compared with the steps of the recipe python-stdlib-small between two of them."""
     length = SMALL["n_positions"]
     step = training_step(PROPOSAL, SMALL, SMALL_BATCH, length)
     model = EntropyGPTForCausalLM(EntropyGPTConfig.from_notation(PROPOSAL, **SMALL, eos_token_id=None))
@@ -165,7 +166,7 @@ def measure_pipeline(runs: int, gpt2_step: Timing) -> Pipeline:
 
 
 def tokens_per_second(blocks, most: int, **options) -> float:
-    """How fast batches of blocks come in, up to so many tokens."""
+    """How fast batches of blocks come in, up to a number of tokens."""
     seen, started = 0, time.perf_counter()
     for batch in DataLoader(blocks, SMALL_BATCH, collate_fn=collate_blocks, **options):
         seen += batch["input_ids"].numel()

@@ -131,7 +131,7 @@ def _sample(line: str, to_sample: Callable[[dict], Sample | None], place: str) -
     sample = to_sample(record)
     if sample is None:
         raise ValueError(
-            f"{place} is no sample of this task: {line[:100]}. README.md beside the tasks tells what a line may be."
+            f"{place} is no sample of this task: {line[:100]}. README.md next to the tasks shows what a line may be."
         )
     return sample
 

@@ -1,12 +1,12 @@
 """What attention heads do: Shannon entropy of their rows (arXiv 2501.03489, section 3), sinks, diversity."""
 
+import bisect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import pyarrow.compute
 import torch
-from datasets import Dataset
 from pydantic.dataclasses import dataclass
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -14,7 +14,12 @@ from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTPreTrainedModel
 from modeling_entropy_gpt.blockwise_attention import LOG2_E, blockwise_attention
 
-from .perplexity import batches, evaluation_mode
+from .modes import evaluation_mode
+from .perplexity import batches
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # A head counts as overloaded from this part of the largest possible mean entropy on: the paper's highest quarter.
@@ -32,6 +37,8 @@ ENTROPY_STEPS = 4096
 DIVERSITY_ROWS = 64
 # Enough for three right digits of a singular value, however close the others come (see `logit_spectral_norms`).
 SQUARINGS = 10
+# Longer than any sequence.
+LONGEST = 1 << 24
 
 
 @dataclass(config=RECORD)
@@ -54,6 +61,23 @@ class HeadwiseEntropy:
     def mean(self) -> float:
         """Mean over all heads, in nats."""
         return torch.tensor(self.nats).mean().item()
+
+    @property
+    def length(self) -> int:
+        """Tokens T of a sequence: those for which the mean of log i over rows with i keys is the maximum."""
+        lengths = range(1, LONGEST)
+        return lengths[bisect.bisect_left(lengths, self.maximum * (1 - 1e-10), key=uniform_mean)]
+
+    def uniform_quantile(self, level: float) -> float:
+        """
+        A quantile of the row entropies of uniform attention, in nats.
+
+        Args:
+            level (`float`): Such as 0.5 for the median, which is above the mean: log i over rows with i keys.
+        """
+        rank = level * (self.length - 1)
+        below, above = (math.log(1 + edge) for edge in (math.floor(rank), math.ceil(rank)))
+        return below + (above - below) * (rank % 1)
 
     @property
     def overloaded_share(self) -> float:
@@ -124,9 +148,14 @@ class HeadDiagnostics:
     diversity_rows: int
 
 
+def uniform_mean(length: int) -> float:
+    """Mean row entropy of uniform attention to a sequence of this length, in nats: the mean of log i over its rows."""
+    return math.lgamma(length + 1) / length
+
+
 def diagnose_heads(
     model: EntropyGPTPreTrainedModel,
-    blocks: Dataset,
+    blocks: "Dataset",
     batch_size: int = 32,
     on_blocks: Callable[[int], None] = lambda count: None,
 ) -> HeadDiagnostics:
@@ -152,7 +181,7 @@ def diagnose_heads(
             model.base_model(input_ids, use_cache=False)
             on_blocks(len(input_ids))
     return HeadDiagnostics(
-        entropy=HeadwiseEntropy([layer.mean_entropies() for layer in layers], math.lgamma(length + 1) / length),
+        entropy=HeadwiseEntropy([layer.mean_entropies() for layer in layers], uniform_mean(length)),
         quantile_levels=list(QUANTILE_LEVELS),
         entropy_quantiles=[layer.entropy_quantiles() for layer in layers],
         sink_share=[layer.sink_shares() for layer in layers],
@@ -164,10 +193,12 @@ def diagnose_heads(
     )
 
 
-def _common_length(blocks: Dataset) -> int:
+def _common_length(blocks: "Dataset") -> int:
     """The length of all blocks; `ValueError` if there is no such one, or it is too short."""
     if not len(blocks):
         raise ValueError("There are no blocks: give at least one, of at least 2 tokens.")
+    import pyarrow.compute  # the datasets' own: a model's records are read without it
+
     rows = blocks.with_format("arrow")[:]["input_ids"]
     lengths = sorted(pyarrow.compute.unique(pyarrow.compute.list_value_length(rows)).to_pylist())
     if len(lengths) > 1:

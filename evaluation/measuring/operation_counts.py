@@ -7,13 +7,12 @@ from pydantic.dataclasses import dataclass
 
 from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTConfig
+from modeling_entropy_gpt.layers import TANH_GELUS
 
 
 # How the paper calls activations that have other names in transformers.
 ACTIVATION_TITLES = {
-    "gelu_new": "GELU",
-    "gelu": "GELU",
-    "gelu_pytorch_tanh": "GELU",
+    **dict.fromkeys(("gelu", *TANH_GELUS), "GELU"),
     "relu": "ReLU",
     "leaky_relu": "leaky ReLU",
     "learnable_leaky_relu": "leaky ReLU",

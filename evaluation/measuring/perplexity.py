@@ -3,19 +3,23 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
 from pydantic.dataclasses import dataclass as record
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from entropy_gpt.evaluation.json_records import RECORD
 
+from .modes import evaluation_mode
 from .tokenized_text import TokenizedText
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # The largest power of e that a float holds is a little above.
@@ -117,8 +121,8 @@ class Likelihood:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model takes for a byte of text; comparable between tokenizers."""
-        return self.nats / math.log(2) / self.bytes
+        """Bits that the model takes for a byte of text; comparable between tokenizers. NaN without bytes."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
 def perplexity_of(nats: float) -> float:
@@ -356,19 +360,7 @@ def _parts(edges: list[int | None], tokens: np.ndarray, nats: np.ndarray) -> lis
     ]
 
 
-@contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """The model without dropout and gradients for the body, and afterwards as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def batches(blocks: Dataset, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
+def batches(blocks: "Dataset", batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
     """Yields `input_ids` of shape `(batch, block_size)`."""
     for batch in blocks.with_format("torch").iter(batch_size):
         yield batch["input_ids"].to(device)

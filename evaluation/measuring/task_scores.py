@@ -20,7 +20,7 @@ from entropy_gpt.evaluation.errors import TaskError
 from entropy_gpt.evaluation.origin import collect_origin, recorded_versions
 
 from .lm_eval_model import LMEvalModel, quiet_loggers, quiet_streams
-from .perplexity import evaluation_mode
+from .modes import evaluation_mode
 from .scores import TaskResult, TaskScore
 
 

@@ -92,13 +92,14 @@ def _bos_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """GPT-2's tokenizers have one token for both ends of a text."""
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if token is None:
-        raise ValueError("The tokenizer has no token for the beginning of a text: leave it out (no BOS).")
+        raise ValueError("The tokenizer has no token for the beginning of a text: leave out --bos.")
     return token
 
 
 def _eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "The tokenizer has no end-of-text token to stand between documents: evaluate each of them separately."
+            "The tokenizer has no end-of-text token to stand between documents: name one of its tokens with "
+            "--eos-token, or evaluate each document separately (--separate)."
         )
     return tokenizer.eos_token_id

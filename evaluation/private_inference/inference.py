@@ -14,6 +14,7 @@ import torch
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, check_engine
+from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms, check_request
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
@@ -43,7 +44,7 @@ class InferenceResult:
         seconds (`float`): By the clock for all prompts, with compiling and set-up.
         costs (`list[InferenceCost]`, *optional*):
             Of each prompt; `None` where nothing is sent. Prompts of one length that follow one another share their
-            set-up in one process, and have each their own between two.
+            set-up in one process, and all prompts do between two.
     """
 
     mode: str
@@ -146,9 +147,12 @@ class PrivateModel:
 
     def _ask_processes(self, prompts: list[list[int]], answers: int) -> Iterator[Outcome]:
         notation = self._model.config.notation
-        with serve_on_loopback(Offer(self.config, self.weights, notation, self.settings, "")) as address:
+        offer = Offer(self.config, self.weights, notation, self.settings, "")
+        with (
+            serve_on_loopback(offer) as address,
+            contextlib.closing(Client(*address, None, TIMEOUT_SECONDS, self.settings.protocol)) as client,
+        ):
             for prompt in prompts:
-                client = Client(*address, None, TIMEOUT_SECONDS, self.settings.protocol)
                 yield client.ask(prompt, answers=answers)
 
 
@@ -168,7 +172,7 @@ def serve_on_loopback(offer: Offer, timeout_seconds: int = TIMEOUT_SECONDS) -> I
         `PrivateInferenceError`: What is raised within, with the server's last word.
     """
     said: queue.Queue[str] = queue.Queue()
-    server = Server(offer, "127.0.0.1", 0, None, timeout_seconds, offer.config.n_positions, said.put)
+    server = Server(offer, "127.0.0.1", 0, None, timeout_seconds, UNLIMITED, said.put)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.address

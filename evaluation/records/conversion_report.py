@@ -1,5 +1,6 @@
 """The record of a conversion: what each step cost, what healing gave back, and under which conditions."""
 
+from dataclasses import field
 from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
@@ -24,6 +25,8 @@ class StepRecord:
         naive_diverged (`bool`): Whether these are missing because they are not finite.
         parameters (`int`): After it; tied ones count once.
         seconds (`float`): Calibration included, measurement not.
+        kept (`bool`): Whether the step keeps every prediction, as a check on a sample of the text found: its figures
+            are those of the step before.
     """
 
     title: str
@@ -34,6 +37,7 @@ class StepRecord:
     naive_diverged: bool
     parameters: int
     seconds: float
+    kept: bool = False
 
 
 @dataclass(config=RECORD)
@@ -67,7 +71,8 @@ class ConversionReport(StoredRecord):
         source (`str`): Where the original lies.
         source_notation, target_notation (`str`): Both architectures in the paper's notation.
         source_final_normalization, target_final_normalization (`str`): The norms before the head.
-        original_nats (`float`): Negative log-likelihood of a token under the original.
+        original_nats (`float`, *optional*):
+            Negative log-likelihood of a token under the original; none if no text was read.
         original_parameters (`int`): Parameters of the original; tied ones count once.
         source_operations, target_operations ([`OperationCounts`]): Operations of one sequence.
         pruning_damage (`dict[str, float]`): KL that pruning each FFN alone would cost, by layer, if it was measured.
@@ -88,15 +93,20 @@ class ConversionReport(StoredRecord):
     target_notation: str
     source_final_normalization: str
     target_final_normalization: str
-    original_nats: float
+    original_nats: float | None
     original_parameters: int
     source_operations: OperationCounts
     target_operations: OperationCounts
-    pruning_damage: dict[str, float]
-    calibration_tokens: int
-    steps: list[StepRecord]
-    healing: HealingRecord | None
     seconds: float
     peak_memory_bytes: int
     conditions: Conditions
+    pruning_damage: dict[str, float] = field(default_factory=dict)
+    calibration_tokens: int = 0
+    steps: list[StepRecord] = field(default_factory=list)
+    healing: HealingRecord | None = None
     naive: bool = False
+
+    @property
+    def final_nats(self) -> float:
+        """Negative log-likelihood of a token under the converted model, on the text of `original_nats`."""
+        return self.steps[-1].nats if self.steps else self.original_nats

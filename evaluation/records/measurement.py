@@ -1,16 +1,18 @@
 """Measures a model's predictions and attention heads, as records that name their conditions."""
 
+import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import diagnose_heads
 from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.measuring.perplexity import Windows, measure_likelihood
+from entropy_gpt.evaluation.measuring.text_diagnostics import diagnose_text
 from entropy_gpt.evaluation.measuring.tokenized_text import TokenizedText, tokenize
 from entropy_gpt.evaluation.origin import collect_origin, hash_weights
 from entropy_gpt.training.progress import Progress
@@ -18,12 +20,17 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .results import (
     Architecture,
+    AttentionResult,
     Conditions,
     HeadResult,
     LikelihoodResult,
     ModelResult,
     TrainingResult,
 )
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 SIZES = ("n_layer", "n_embd", "n_head")
@@ -59,7 +66,7 @@ class MeasuredText:
         """Number of tokens, including those between documents."""
         return sum(len(document.input_ids) for document in self.documents)
 
-    def blocks(self, length: int, most_tokens: int) -> Dataset:
+    def blocks(self, length: int, most_tokens: int) -> "Dataset":
         """
         Cuts the text into blocks and takes some of them, evenly spaced.
 
@@ -70,7 +77,10 @@ class MeasuredText:
         Returns:
             `Dataset`: Column `input_ids`, of shape `(blocks, length)`.
         """
-        ends = [self.tokenizer.eos_token_id] if self.windows.separate else []
+        from datasets import Dataset
+
+        eos = self.tokenizer.eos_token_id
+        ends = [eos] if self.windows.separate and eos is not None else []
         stream = np.concatenate([ids for text in self.documents for ids in (text.input_ids, ends)]).astype(np.int64)
         length = min(length, len(stream))
         rows = stream[: len(stream) // length * length].reshape(-1, length)
@@ -215,6 +225,50 @@ def measure_heads(
         line.say(f"mean entropy {heads.entropy.mean:.2f} nats")
     conditions = _conditions(model, text, context, heads.rows, seed)
     return HeadResult(heads, conditions, time.perf_counter() - started)
+
+
+def measure_attention(
+    model: EntropyGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    head: tuple[int, int] | None,
+    progress: Progress,
+    title: str,
+) -> AttentionResult:
+    """
+    Measures the attention heads on one text.
+
+    Args:
+        model ([`EntropyGPTForCausalLM`]): The model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        text (`str`): The text.
+        head (`tuple[int, int]`, *optional*): Layer and head whose rows are kept. Default: the most focused head.
+        progress (`Progress`): Receives one stage.
+        title (`str`): The model's name in the stage.
+
+    Raises:
+        `TextError`: If the text does not suit the model, or there is no such head.
+    """
+    with progress.stage(f"{title}: attention to one text"):
+        diagnostics = diagnose_text(model, tokenizer, text, weights=True)
+        layer, number = diagnostics.find_head(head)
+    count = len(diagnostics.tokens)
+    measured = MeasuredText("one text", f"sha256:{_digest(text)}", tokenizer, [], _whole_window(count))
+    return AttentionResult(
+        tokens=diagnostics.tokens,
+        entropies=diagnostics.entropies.tolist(),
+        head=[layer, number],
+        weights=diagnostics.weights[layer, number].tolist(),
+        conditions=_conditions(model, measured, count, count, seed=None),
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _whole_window(tokens: int) -> Windows:
+    return Windows(tokens, stride=tokens, separate=True, bos=False)
 
 
 def _block_length(model: EntropyGPTForCausalLM, windows: Windows) -> int:

@@ -126,6 +126,26 @@ class HeadResult:
 
 
 @dataclass(config=RECORD)
+class AttentionResult:
+    """
+    What the attention heads do on one text, and under which conditions. The rows of one head alone are kept.
+
+    Args:
+        tokens (`list[str]`): The tokens, as in [`TextDiagnostics`].
+        entropies (`list[list[list[float]]]`): Row entropies in nats, `(layers, heads, tokens)`.
+        head (`list[int]`): Layer and head whose rows are kept.
+        weights (`list[list[float]]`): Its rows, `(tokens, tokens)`.
+        conditions ([`Conditions`]): What the numbers depend on.
+    """
+
+    tokens: list[str]
+    entropies: list[list[list[float]]]
+    head: list[int]
+    weights: list[list[float]]
+    conditions: Conditions
+
+
+@dataclass(config=RECORD)
 class AnswerCheck:
     """
     How a private answer compares with the model's own in the clear.
@@ -188,6 +208,7 @@ class ModelResult:
         training ([`TrainingResult`], *optional*): How it was trained.
         likelihood ([`LikelihoodResult`], *optional*): How well it predicts a text.
         heads ([`HeadResult`], *optional*): What its attention heads do.
+        attention ([`AttentionResult`], *optional*): What its attention heads do on one text.
         tasks ([`TaskResult`], *optional*): Scores of lm-eval.
         costs (`list[PrivateCost]`): Costs of private inferences.
     """
@@ -199,6 +220,7 @@ class ModelResult:
     training: TrainingResult | None = None
     likelihood: LikelihoodResult | None = None
     heads: HeadResult | None = None
+    attention: AttentionResult | None = None
     tasks: TaskResult | None = None
     costs: list[PrivateCost] = field(default_factory=list)
 
@@ -227,7 +249,8 @@ def load_results(path: Path) -> list[ModelResult]:
 
 def find_results(results: list[ModelResult], model: ModelResult) -> ModelResult | None:
     """
-    Collects what records contain about one model under any name: the first of each part, and every cost.
+    Collects what records contain about one model under any name: the first of each part, and every cost. Attention to
+    one text is left out: it shows the text, which may be private.
 
     Args:
         results (`list[ModelResult]`): Results of any models.
@@ -245,4 +268,5 @@ def find_results(results: list[ModelResult], model: ModelResult) -> ModelResult 
         for name in ("training", "likelihood", "heads", "tasks")
     }
     costs = [cost for result in own for cost in result.costs]
-    return replace(own[0], **parts, costs=[cost for index, cost in enumerate(costs) if cost not in costs[:index]])
+    costs = [cost for index, cost in enumerate(costs) if cost not in costs[:index]]
+    return replace(own[0], **parts, attention=None, costs=costs)

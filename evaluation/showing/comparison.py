@@ -10,19 +10,30 @@ from entropy_gpt.evaluation.records.conditions import (
 )
 from entropy_gpt.evaluation.records.results import ModelResult, PrivateCost
 
+from .columns import (
+    ARCHITECTURE,
+    BITS_PER_BYTE,
+    FINAL_NORM,
+    MEAN_ENTROPY,
+    OVERLOADED,
+    PARAMETERS,
+    PERPLEXITY,
+    TRAINING_SECONDS,
+    list_rows,
+)
 from .markdown import fold_away
 from .measures import main_costs
 
 
 COLUMNS = (
-    "architecture",
-    "final norm",
-    "parameters",
-    "perplexity per token",
-    "bits per byte",
-    "mean entropy (nats)",
-    "overloaded heads",
-    "training (s)",
+    ARCHITECTURE,
+    FINAL_NORM,
+    PARAMETERS,
+    PERPLEXITY,
+    BITS_PER_BYTE,
+    MEAN_ENTROPY,
+    OVERLOADED,
+    TRAINING_SECONDS,
 )
 COST_COLUMN = "private answer (MB)"
 MEGA = 1e6
@@ -36,19 +47,7 @@ def comparison_rows(results: list[ModelResult]) -> list[tuple[str, ...]]:
         `ValueError`: If training, likelihood or heads of a model are missing.
     """
     _check_complete(results)
-    return [
-        (
-            result.title,
-            result.architecture.final_normalization,
-            f"{result.architecture.parameters:,}",
-            f"{result.likelihood.likelihood.perplexity:.2f}",
-            f"{result.likelihood.likelihood.bits_per_byte:.3f}",
-            f"{result.heads.heads.entropy.mean:.2f}",
-            f"{result.heads.heads.entropy.overloaded_share:.0%}",
-            f"{result.training.seconds:.0f}",
-        )
-        for result in results
-    ]
+    return list_rows(COLUMNS, results)
 
 
 def comparison_markdown(results: list[ModelResult]) -> str:
@@ -59,7 +58,11 @@ def comparison_markdown(results: list[ModelResult]) -> str:
     Raises:
         `ValueError`: If the results were not measured under the same conditions, or some are missing.
     """
-    rows = [COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *comparison_rows(results)]
+    rows = [
+        tuple(column.title for column in COLUMNS),
+        ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2),
+        *comparison_rows(results),
+    ]
     costs = main_costs(results)
     if any(costs):
         column = [COST_COLUMN, "---:", *map(_megabytes, costs)]

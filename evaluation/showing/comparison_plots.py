@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from entropy_gpt.evaluation.measuring.perplexity import Part
 from entropy_gpt.evaluation.records.results import ModelResult
 
 from .label_placement import label_points
-from .plots import DOTS_PER_INCH
+from .plots import DOTS_PER_INCH, add_legend
 from .run_plots import LINE_STYLES, LOGARITHMIC_FROM, MARKERS, RUN_COLORS
 
 
@@ -28,7 +28,7 @@ QUANTILE_COLOR, HEAD_COLOR = RUN_COLORS[0], RUN_COLORS[1]
 LONGEST_NAME = 44
 # Inches that a picture grows by until its labels have room.
 GROWTH = 1.5
-# Panels beside one another.
+# Panels in a row.
 MOST_COLUMNS = 3
 PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.6g}")
 
@@ -38,27 +38,25 @@ def plot_tradeoff(
     costs: list[float],
     perplexities: list[float],
     cost_title: str,
-    path: Path,
     deviations: list[float] | None = None,
-):
+) -> Figure:
     """
     Draws perplexity against cost, on a logarithmic scale, with the front: the models that none other surpasses in one
     without being worse in the other.
 
     Args:
-        names (`list[str]`): Of the models.
-        costs (`list[float]`): Of each, above 0.
-        perplexities (`list[float]`): Of each.
+        names (`list[str]`): Names of the models.
+        costs (`list[float]`): Cost of each model, above 0.
+        perplexities (`list[float]`): Perplexity of each model.
         cost_title (`str`): What the costs are.
-        path (`Path`): The PNG to write.
-        deviations (`list[float]`, *optional*): Of each perplexity, drawn as an error bar; NaN where it is unknown.
+        deviations (`list[float]`, *optional*): Deviation of each perplexity, drawn as an error bar; NaN where unknown.
     """
     deviations = deviations or [math.nan] * len(names)
     for height in itertools.count(4.6, GROWTH):
         figure = Figure(figsize=(7.4, height), dpi=DOTS_PER_INCH, layout="constrained")
         if _draw_tradeoff(figure, names, list(zip(costs, perplexities, strict=True)), deviations, cost_title):
             break
-    figure.savefig(path, format="png")
+    return figure
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[int]:
@@ -79,13 +77,12 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
     return sorted(front, key=points.__getitem__)
 
 
-def plot_positions(results: list[ModelResult], path: Path):
+def plot_positions(results: list[ModelResult]) -> Figure:
     """
     Draws the perplexity against the number of tokens that a model saw before the predicted one.
 
     Args:
         results (`list[ModelResult]`): With perplexities by position, measured under the same conditions.
-        path (`Path`): The PNG to write.
     """
     figure, axes = _open_curves(len(results))
     for index, result in enumerate(results):
@@ -96,16 +93,15 @@ def plot_positions(results: list[ModelResult], path: Path):
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
     axes.set(xlabel="tokens before the predicted one", ylabel="perplexity per token")
     _finish_curves(figure, axes, results)
-    figure.savefig(path, format="png")
+    return figure
 
 
-def plot_frequencies(results: list[ModelResult], path: Path):
+def plot_frequencies(results: list[ModelResult]) -> Figure:
     """
     Draws the perplexity of tokens against how often they are in a training text.
 
     Args:
         results (`list[ModelResult]`): With perplexities by frequency, measured under the same conditions.
-        path (`Path`): The PNG to write.
     """
     all_parts = [result.likelihood.likelihood.by_frequency for result in results]
     classes = {part.begin: part for parts in all_parts for part in parts}
@@ -124,31 +120,32 @@ def plot_frequencies(results: list[ModelResult], path: Path):
         ylabel="perplexity per token",
     )
     _finish_curves(figure, axes, results)
-    figure.savefig(path, format="png")
+    return figure
 
 
-def plot_entropy_quantiles(results: list[ModelResult], path: Path):
+def plot_entropy_quantiles(models: Sequence[HeadDiagnostics], titles: Sequence[str]) -> Figure:
     """
     Draws how the row entropies of each layer are spread, a panel for each model: quantiles, averaged over the layer's
-    heads, and the median of each head.
+    heads, the median of each head, and that of uniform attention.
 
     Args:
-        results (`list[ModelResult]`): With heads.
-        path (`Path`): The PNG to write.
+        models (`Sequence[HeadDiagnostics]`): The heads of each model.
+        titles (`Sequence[str]`): What each model is called.
     """
-    columns = min(MOST_COLUMNS, len(results)) if len(results) != 4 else 2
-    rows = math.ceil(len(results) / columns)
+    columns = min(MOST_COLUMNS, len(models)) if len(models) != 4 else 2
+    rows = math.ceil(len(models) / columns)
     figure = Figure(figsize=(4.1 * columns + 0.6, 3.2 * rows + 0.7), dpi=DOTS_PER_INCH, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for axes, result in zip(panels.flat, results, strict=False):
-        handles = draw_quantiles(axes, result.heads.heads)
-        axes.set_title(shorten(result.name), fontsize=10)
+    for axes, heads, title in zip(panels.flat, models, titles, strict=False):
+        handles = draw_quantiles(axes, heads)
+        axes.set_title(shorten(title), fontsize=10)
         axes.tick_params(labelleft=True)
-    for axes in panels.flat[len(results) :]:
+    panels.flat[0].set_ylim(bottom=0)
+    for axes in panels.flat[len(models) :]:
         axes.remove()
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
-    figure.savefig(path, format="png")
+    add_legend(figure, handles)
+    return figure
 
 
 def draw_quantiles(axes: Axes, heads: HeadDiagnostics) -> list:
@@ -180,8 +177,14 @@ def draw_quantiles(axes: Axes, heads: HeadDiagnostics) -> list:
     dots = axes.plot(
         layers, quantiles[:, :, middle], ".", color=HEAD_COLOR, ms=4, alpha=0.6, label=f"{name} of a head"
     )
-    uniform = axes.axhline(heads.entropy.maximum, color="black", ls="--", lw=1, label="mean of uniform attention")
-    axes.set(xlabel="layer", ylabel="row entropy (nats)", ylim=(0, None))
+    uniform = axes.axhline(
+        heads.entropy.uniform_quantile(levels[middle]),
+        color="black",
+        ls="--",
+        lw=1,
+        label=f"{name} of uniform attention",
+    )
+    axes.set(xlabel="layer", ylabel="row entropy (nats)")
     step = math.ceil(len(layers) / 12)
     axes.set_xticks(layers[::step])
     axes.grid(alpha=0.25)
@@ -210,7 +213,14 @@ def _draw_tradeoff(
     behind = [index for index in range(len(points)) if index not in front]
     for indices, color in ((behind, BEHIND_COLOR), (front, FRONT_COLOR)):
         chosen = [points[index] for index in indices]
-        axes.errorbar(*_columns(chosen), [deviations[index] for index in indices], fmt="none", ecolor=color, capsize=3)
+        axes.errorbar(
+            *_columns(chosen),
+            [deviations[index] for index in indices],
+            fmt="none",
+            ecolor=color,
+            capsize=3,
+            zorder=2.5,
+        )
         axes.plot(*_columns(chosen), "o", ms=8, color=color, mec="white", zorder=3)
     axes.margins(x=0.16, y=0.16)
     _scale_perplexities(axes)
@@ -225,7 +235,10 @@ def _draw_tradeoff(
     handles = [Line2D([], [], color=FRONT_COLOR, marker="o", mec="white", ms=8, lw=1.4, label="on the front")]
     if behind:
         handles.append(Line2D([], [], color=BEHIND_COLOR, marker="o", mec="white", ms=8, ls="", label="behind it"))
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9, frameon=False)
+    if not np.isnan(deviations).all():
+        label = "standard deviation over seeds"
+        handles.append(Line2D([], [], color=BEHIND_COLOR, marker="|", mew=1.4, ms=10, ls="", label=label))
+    add_legend(figure, handles, place="lower left")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     colors = [FRONT_COLOR if index in front else BEHIND_LABEL_COLOR for index in range(len(points))]
@@ -255,7 +268,7 @@ def _finish_curves(figure: Figure, axes: Axes, results: list[ModelResult]):
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Line2D([], [], **_style(index), label=shorten(result.name)) for index, result in enumerate(results)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    add_legend(figure, handles)
 
 
 def _style(index: int) -> dict:

@@ -10,21 +10,30 @@ from .markdown import markdown_table
 
 
 PICTURE = "healing.png"
-# Beyond so many nats, a figure is shown by its order of magnitude.
+# Beyond this many nats, a figure is shown by its order of magnitude.
 LARGEST_NATS = 10.0
-STEP_COLUMNS = ("step", "KL (nats)", "perplexity", "naive KL", "naive perplexity", "parameters", "seconds")
+# The columns of the steps' table: headings in documents, and in a terminal of 80 characters.
+STEP_COLUMNS = {
+    "step": "step",
+    "KL (nats)": "KL to the\noriginal",
+    "perplexity": "ppl per\ntoken",
+    "naive KL": "naive\nKL",
+    "naive perplexity": "naive\nppl",
+    "parameters": "para-\nmeters",
+    "seconds": "sec-\nonds",
+}
 
 
 def step_rows(report: ConversionReport) -> list[tuple[str, ...]]:
     """One row of text for the original and each step, in the order of `STEP_COLUMNS`."""
-    rows = [
-        ("original", "0.0000", format_perplexity(report.original_nats), "", "", f"{report.original_parameters:,}", "")
-    ]
+    measured = ("", "") if report.original_nats is None else ("0.0000", format_perplexity(report.original_nats))
+    rows = [("original", *measured, "", "", f"{report.original_parameters:,}", "")]
     for step in report.steps:
         naive = ("not finite", "") if step.naive_diverged else ("", "")
         if step.naive_kl is not None:
             naive = (_format_kl(step.naive_kl), format_perplexity(step.naive_nats))
-        figures = (_format_kl(step.kl), format_perplexity(step.nats), *naive, f"{step.parameters:,}")
+        kept = "= " if step.kept else ""
+        figures = (kept + _format_kl(step.kl), kept + format_perplexity(step.nats), *naive, f"{step.parameters:,}")
         rows.append((step.title, *figures, f"{step.seconds:.1f}"))
     return rows
 
@@ -51,24 +60,30 @@ def operation_rows(before: OperationCounts, after: OperationCounts) -> list[tupl
 
 
 def report_markdown(report: ConversionReport) -> str:
-    """The report as a page; the picture of healing is expected beside it."""
+    """The report as a page; the picture of healing is expected next to it."""
     conditions = report.conditions
     fitted = "Nothing but thresholds fitted; these to" if report.naive else "Fitted to"
+    text = (
+        f"{fitted} {report.calibration_tokens:,} tokens of {conditions.corpus} ({conditions.corpus_revision}); "
+        f"measured on {conditions.evaluated_tokens:,} tokens of text kept apart from it, in blocks of "
+        f"{conditions.context} tokens without overlap."
+    )
+    if report.original_nats is None:
+        text = "Nothing had to be fitted, and nothing was measured, because there is no tokenizer."
     lines = [
         f"# {report.source_notation} to {report.target_notation}",
         "",
         f"Source: `{report.source}` (final norm: {report.source_final_normalization}, now "
         f"{report.target_final_normalization}).",
         "",
-        markdown_table(STEP_COLUMNS, step_rows(report), text_columns=1),
+        markdown_table([*STEP_COLUMNS], step_rows(report), text_columns=1),
         "",
         "KL: of the next token's distribution, original to converted. Naive: what the step alone would have given "
-        "with weights copied and nothing fitted; empty where there is nothing to fit. Seconds: of the step with its "
-        "calibration, without the measurement.",
+        "with weights copied and nothing fitted; empty where there is nothing to fit. After =, figures of the "
+        "step before: this one keeps every prediction, as a check on a sample of the text found. Seconds: of the step "
+        "with its calibration, without the measurement.",
         "",
-        f"{fitted} {report.calibration_tokens:,} tokens of {conditions.corpus} ({conditions.corpus_revision}); "
-        f"measured on {conditions.evaluated_tokens:,} tokens of text kept apart from it, in blocks of "
-        f"{conditions.context} tokens without overlap. All of it took {report.seconds:.0f} s and "
+        f"{text} All of it took {report.seconds:.0f} s and "
         f"{report.peak_memory_bytes / 2**30:.2f} GiB at most. Seed {conditions.seed}, {conditions.dtype}. Versions: "
         f"{list_settings(conditions.versions)}; commit {conditions.git_revision or 'unknown'}; {conditions.machine}.",
         "",

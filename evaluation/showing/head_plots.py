@@ -1,7 +1,7 @@
 """Pictures of what attention heads do, from result records."""
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -20,6 +20,7 @@ from .plots import (
     MOST_HEADS_WITH_NUMBERS,
     RANGE_NAMES,
     add_entropy_scale,
+    add_legend,
     draw_heat_map,
     draw_ranges,
     number_ticks,
@@ -32,95 +33,103 @@ MOST_IN_A_ROW = 4
 # Inches of a head and of a layer in a heat map, with numbers and without, and the least of a panel.
 CELL_WITH_NUMBER, CELL, LEAST_PANEL = (0.36, 0.26), (0.22, 0.14), (3.8, 2.6)
 LEAST_COLUMN = 4.9
-# Beyond so many heads a layer, their numbers are small.
+# Beyond this many heads a layer, their numbers are small.
 HEADS_WITH_LARGE_NUMBERS = 8
 LARGE_NUMBERS, SMALL_NUMBERS = 8.5, 6.5
 # Sinks are drawn on a scale that ends no lower than here, in percent.
 LEAST_SINK_SCALE = 20.0
-# Spectral norms are told in thousands from here on.
+# Spectral norms are shown in thousands from here on.
 FIRST_IN_THOUSANDS = 10_000
-# The diversity of so many layers has its number beside its bar.
+# Up to this many layers, each bar of the diversity has its number.
 MOST_NUMBERED_BARS = 16
+LEGEND_SIZE = 8
 LIMIT_COLOR = "#D55E00"
 
 
-def plot_headwise_entropy(result: ModelResult, path: Path):
+def plot_headwise_entropy(heads: HeadDiagnostics, title: str = "") -> Figure:
     """
     Draws the mean entropy of every head as a heat map, layers downwards, on a scale from 0 to the causal maximum.
 
     Args:
-        result ([`ModelResult`]): Of a model whose heads were looked at.
-        path (`Path`): The PNG to write.
+        heads ([`HeadDiagnostics`]): The heads of a model.
+        title (`str`): What stands above it; may have several lines.
     """
-    plot_comparison([result], path)
+    return plot_comparison([heads], [title])
 
 
-def plot_comparison(results: list[ModelResult], path: Path):
+def plot_comparison(models: Sequence[HeadDiagnostics], titles: Sequence[str]) -> Figure:
     """
-    Draws the heat maps of several models side by side on one scale in nats. Where uniform attention has not the same
-    entropy in all of them, as the length of the sequences differs, each panel tells its own.
+    Draws the heat maps of several models side by side on one scale in nats.
 
     Args:
-        results (`list[ModelResult]`): Of models whose heads were looked at.
-        path (`Path`): The PNG to write.
+        models (`Sequence[HeadDiagnostics]`): The heads of each model.
+        titles (`Sequence[str]`): What stands above each; may have several lines.
     """
-    rows = math.ceil(len(results) / MOST_IN_A_ROW)
-    columns = math.ceil(len(results) / rows)
-    lines = [results[begin : begin + columns] for begin in range(0, len(results), columns)]
-    width = max(_panel_size(result.heads.heads)[0] for result in results)
-    heights = [max(_panel_size(result.heads.heads)[1] for result in line) for line in lines]
+    rows = math.ceil(len(models) / MOST_IN_A_ROW)
+    columns = math.ceil(len(models) / rows)
+    lines = [models[begin : begin + columns] for begin in range(0, len(models), columns)]
+    width = max(_panel_size(heads)[0] for heads in models)
+    heights = [max(_panel_size(heads)[1] for heads in line) for line in lines]
     size = (width * columns + 1.2, sum(heights) + 1.7 * rows)
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat
+    maxima = {heads.entropy.maximum for heads in models}
+    for axes, heads, title in zip(panels, models, titles, strict=False):
+        axes.set_title("\n".join(wrap(line, width - 0.2, 10) for line in title.splitlines()), fontsize=10)
+        image = _draw_numbers(axes, heads.entropy.nats, max(maxima))
+    for axes in panels[len(models) :]:
+        axes.remove()
+    add_entropy_scale(figure, list(panels[: len(models)]), image, max(maxima) if len(maxima) == 1 else None)
+    return figure
+
+
+def compare_models(results: Sequence[ModelResult]) -> Figure:
+    """
+    Draws the heat maps of models side by side, with what is known of each above it. Where uniform attention has not
+    the same entropy in all of them, as the length of the sequences differs, each panel names its own.
+
+    Args:
+        results (`Sequence[ModelResult]`): Results of models whose heads were looked at.
+    """
     maxima = {result.heads.heads.entropy.maximum for result in results}
     titles = [result.title for result in results]
-    for axes, result in zip(panels, results, strict=False):
-        facts = _describe(result, len(maxima) > 1, titles.count(result.title) > 1)
-        axes.set_title("\n".join(wrap(fact, width - 0.2, 10) for fact in facts), fontsize=10)
-        image = _draw_numbers(axes, result.heads.heads.entropy.nats, max(maxima))
-    for axes in panels[len(results) :]:
-        axes.remove()
-    add_entropy_scale(figure, list(panels[: len(results)]), image, max(maxima) if len(maxima) == 1 else None)
-    figure.savefig(path, format="png")
+    facts = [_describe(result, len(maxima) > 1, titles.count(result.title) > 1) for result in results]
+    return plot_comparison([result.heads.heads for result in results], ["\n".join(lines) for lines in facts])
 
 
-def _describe(result: ModelResult, tells_maximum: bool, tells_name: bool) -> list[str]:
+def _describe(result: ModelResult, with_maximum: bool, with_name: bool) -> list[str]:
     """The lines above a model's heat map."""
     entropy = result.heads.heads.entropy
     perplexity = "" if result.likelihood is None else f"perplexity {result.likelihood.likelihood.perplexity:.1f}, "
     return [
-        *([result.name] if tells_name else []),
+        *([result.name] if with_name else []),
         result.title,
         f"final norm: {result.architecture.final_normalization}",
         f"{perplexity}{entropy.overloaded_share:.0%} of heads overloaded",
-        *([f"uniform attention: {entropy.maximum:.2f}"] if tells_maximum else []),
+        *([f"uniform attention: {entropy.maximum:.2f}"] if with_maximum else []),
     ]
 
 
-def plot_head_diagnostics(result: ModelResult, path: Path):
+def plot_head_diagnostics(heads: HeadDiagnostics, title: str = "") -> Figure:
     """
     Draws all that is known of a model's heads: entropies and their spread, sinks, spectral norms, diversity, and the
     shares of heads in the paper's ranges by both maxima.
 
     Args:
-        result ([`ModelResult`]): Of a model whose heads were looked at.
-        path (`Path`): The PNG to write.
+        heads ([`HeadDiagnostics`]): The heads of a model.
+        title (`str`): What stands above them.
     """
-    heads, conditions = result.heads.heads, result.heads.conditions
     width, height = _panel_size(heads)
     width, heights = max(LEAST_COLUMN, width) + 1.1, [height + 0.9, height + 0.9, 2.9]
     figure = Figure(figsize=(2 * width, sum(heights) + 0.7), dpi=DOTS_PER_INCH, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    figure.suptitle(
-        f"{wrap(f'{result.name}: {result.title}', 2 * width, 12)}\n"
-        f"{heads.rows:,} rows of each head, sequences of {conditions.context:,} tokens",
-        fontsize=12,
-    )
+    measured = f"{heads.rows:,} rows of each head, sequences of {heads.entropy.length:,} tokens"
+    figure.suptitle("\n".join(filter(None, [wrap(title, 2 * width, 12), measured])), fontsize=12)
     panels = figure.subfigures(3, 2, height_ratios=heights).flat
     draw = (_draw_entropies, _draw_spread, _draw_sinks, _draw_norms, _draw_diversity, _draw_both_ranges)
     for panel, draw_panel in zip(panels, draw, strict=True):
         draw_panel(panel, panel.add_subplot(), heads)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _panel_size(heads: HeadDiagnostics) -> tuple[float, float]:
@@ -138,9 +147,9 @@ def _draw_entropies(panel: SubFigure, axes: Axes, heads: HeadDiagnostics):
 
 def _draw_spread(panel: SubFigure, axes: Axes, heads: HeadDiagnostics):
     handles = draw_quantiles(axes, heads)
-    axes.set_xlim(-0.5, len(heads.diversity) - 0.5)
+    axes.set(xlim=(-0.5, len(heads.diversity) - 0.5), ylim=(0, None))
     axes.set_title("spread of row entropies, averaged over the layer's heads", fontsize=10)
-    _add_legend(panel, handles, columns=3)
+    add_legend(panel, handles, LEGEND_SIZE)
 
 
 def _draw_sinks(panel: SubFigure, axes: Axes, heads: HeadDiagnostics):
@@ -194,7 +203,7 @@ def _draw_both_ranges(panel: SubFigure, axes: Axes, heads: HeadDiagnostics):
     patches = [Patch(color=color, label=name) for color, name in zip(range_colors(), RANGE_NAMES, strict=True)]
     if not np.isfinite(entropy.nats).all():
         patches.append(Patch(color="lightgray", label="not finite"))
-    _add_legend(panel, patches, columns=len(patches))
+    add_legend(panel, patches, LEGEND_SIZE)
 
 
 def _draw_numbers(axes: Axes, values: list[list[float]], highest: float, digits: int = 2) -> AxesImage:
@@ -205,7 +214,3 @@ def _draw_numbers(axes: Axes, values: list[list[float]], highest: float, digits:
 def _largest(values: np.ndarray) -> float:
     """The largest number that is one; 1 if there is none above 0."""
     return float(np.max(values, initial=0.0, where=np.isfinite(values))) or 1.0
-
-
-def _add_legend(panel: SubFigure, handles: list, columns: int):
-    panel.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)

@@ -28,7 +28,7 @@ class Comparison:
 
     Args:
         tool (`str`): The distribution's name.
-        version (`str`): Of the tool, and of what else matters.
+        version (`str`): The version of the tool, and of what else matters.
         compared (`str`): What was compared, in Markdown.
         result (`str`): What came of it, in Markdown.
         test (`str`): The test that compared it.

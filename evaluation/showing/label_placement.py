@@ -1,4 +1,4 @@
-"""Labels beside the points of a picture, none of which covers another."""
+"""Labels next to the points of a picture, none of which covers another."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,9 +32,9 @@ def label_points(
     Args:
         axes (`Axes`): Where to; its place in the figure and its limits are settled.
         points (`list[tuple[float, float]]`): In data coordinates.
-        labels (`list[str]`): Of each.
-        colors (`list[str]`): Of each label.
-        corners (`list[tuple[float, float]]`): Of a line that goes along the axes, in data coordinates.
+        labels (`list[str]`): Label of each point.
+        colors (`list[str]`): Colour of each label.
+        corners (`list[tuple[float, float]]`): Corners of a line that goes along the axes, in data coordinates.
 
     Returns:
         `list[Bbox]`: The boxes of the labels, in pixels; `None` if there is no room for all of them.
@@ -85,7 +85,7 @@ def _line_boxes(corners: np.ndarray, pixels: float) -> np.ndarray:
 
 
 def _candidate_boxes(centre: np.ndarray, size: np.ndarray, room: Bbox, pixels: float) -> np.ndarray:
-    """Where a label may stand: beside its point, and all over the room; left, bottom, right and top, `(boxes, 4)`."""
+    """Where a label may stand: next to its point, and all over the room; left, bottom, right and top, `(boxes, 4)`."""
     half = size / 2
     right, up = (DISTANCE + POINT_RADIUS) * pixels + half
     beside = centre + np.array([(right, 0), (-right, 0), (0, up), (0, -up)])

@@ -10,7 +10,7 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], text_
     A table with its numbers to the right.
 
     Args:
-        headings (`Sequence[str]`): Of the columns.
+        headings (`Sequence[str]`): Headings of the columns.
         rows (`Iterable[Sequence[str]]`): What stands in them, in Markdown.
         text_columns (`int`): How many columns, the first ones, hold text and stand to the left.
     """

@@ -40,11 +40,11 @@ class Measure:
         name (`str`): What it is.
         unit (`str`): What it is counted in; nothing for a number without a unit.
         group (`str`): What it is one of.
-        values (`list[float | None]`): Of each model; `None` where it was not measured.
+        values (`list[float | None]`): Value of each model; `None` where it was not measured.
         facts (`list[Facts | None]`): What each depends on.
         show (`Callable[[float], str]`): Writes a number.
         best (`Callable`, *optional*): [`LOWEST`] or [`HIGHEST`]; none where neither is better.
-        details (`list[str]`, *optional*): What stands beside each.
+        details (`list[str]`, *optional*): What stands next to each.
     """
 
     name: str

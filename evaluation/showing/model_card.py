@@ -59,29 +59,31 @@ def model_card(
     picture: str | None = None,
     folded: str | None = None,
     folded_from: str | None = None,
+    adapter: bool = False,
 ) -> ModelCard:
     """
     What a model is, how to load it, how it was trained, what was measured, and what it is not for.
 
     Args:
         result ([`ModelResult`]): All that is known of it.
-        licence (`str`, *optional*): Of its weights, by the Hub's name for it, such as `"apache-2.0"`.
+        licence (`str`, *optional*): Licence of its weights, by the Hub's name for it, such as `"apache-2.0"`.
         repository (`str`, *optional*): Where it loads from, if not from the folder of the card.
-        picture (`str`, *optional*): A file beside the card that shows the entropies of its heads.
-        folded (`str`, *optional*): A folder beside the card that holds the model folded.
+        picture (`str`, *optional*): A file next to the card that shows the entropies of its heads.
+        folded (`str`, *optional*): A folder next to the card that holds the model folded.
         folded_from (`str`, *optional*): Title of the model that this is the folded one of, and was measured as.
+        adapter (`bool`): Whether the folder holds an adapter for PEFT, and the model was measured with it merged in.
 
     Raises:
         `ValueError`: If it was not measured how it predicts and what its heads do.
     """
     if missing := list_missing(result):
         raise ValueError(
-            f"{result.name}: {' and '.join(missing)} are not in its results, and a card tells them. Measure them with "
+            f"{result.name}: {' and '.join(missing)} are not in its results, and a card shows them. Measure them with "
             "entropy-gpt evaluate."
         )
     architecture = result.architecture
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["entropy-gpt", "private-inference", "custom_code"],
         license=licence,
@@ -102,6 +104,7 @@ def model_card(
         training=escape_markdown(describe_training(result.training)),
         groups=[_prediction(result), _heads(result), *_tasks(result), _operations(result)],
         picture=picture,
+        adapter=adapter,
         folded=folded,
         folded_from=folded_from and escape_markdown(folded_from),
         costs=[_describe_cost(cost) for cost in result.costs],
@@ -111,7 +114,7 @@ def model_card(
 
 
 def list_missing(result: ModelResult) -> list[str]:
-    """What a card tells and the result lacks."""
+    """What a card shows and the result lacks."""
     return [name for name in ("likelihood", "heads") if getattr(result, name) is None]
 
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 
-# Pictures are drawn with so many dots for one of the page's pixels, which are 96 an inch.
+# Pictures are drawn with this many dots for one of the page's pixels, which are 96 an inch.
 DOTS_PER_PIXEL = 150 / 96
 # What Markdown or GitHub takes for markup.
 MARKDOWN_SIGNS = re.compile(r"[\\`*_\[\]<>|~$&#]")
@@ -26,7 +26,7 @@ class Cell:
 
     Args:
         text (`str`): The number or name; nothing where there is none.
-        detail (`str`): What stands smaller beside it, such as a standard error.
+        detail (`str`): What stands smaller next to it, such as a standard error.
         is_best (`bool`): Whether it is the best of those that it is compared with.
         note (`str`): The letter of the table's note about it, if there is one.
     """
@@ -44,7 +44,7 @@ class Column:
 
     Args:
         title (`str`): Its heading.
-        group (`str`): The heading above it, shared with the columns beside it that have the same.
+        group (`str`): The heading above it, shared with the columns next to it that have the same.
         is_text (`bool`): Whether it holds words, which begin at the left.
     """
 
@@ -89,7 +89,7 @@ class Picture:
     A picture.
 
     Args:
-        name (`str`): Of small letters, digits and hyphens; other pictures of the page have others.
+        name (`str`): Small letters, digits and hyphens; other pictures of the page have others.
         alt (`str`): What is to be seen, for those who do not see it.
         caption (`str`): What it shows.
         png (`bytes`): The file.

@@ -2,13 +2,13 @@
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 
@@ -18,7 +18,7 @@ from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 
 COLORMAP = "viridis"
 DOTS_PER_INCH = 150
-# Up to so many heads a layer, each cell shows its number too.
+# Up to this many heads a layer, each cell shows its number too.
 MOST_HEADS_WITH_NUMBERS = 12
 MOST_TICKS = 24
 RANGE_NAMES = ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")
@@ -33,10 +33,10 @@ def draw_heat_map(
 
     Args:
         axes (`Axes`): Where to.
-        values (`list[list[float]]`): Of each head of each layer; what is NaN is grey.
+        values (`list[list[float]]`): Number of each head of each layer; what is NaN is grey.
         lowest, highest (`float`): The ends of the colour scale.
-        font_size (`float`): Of the numbers.
-        digits (`int`): Of the numbers, after the point.
+        font_size (`float`): Font size of the numbers.
+        digits (`int`): Digits of the numbers after the point.
     """
     axes.set_facecolor("lightgray")
     image = axes.imshow(values, cmap=COLORMAP, vmin=lowest, vmax=highest, aspect="auto")
@@ -54,7 +54,7 @@ def draw_heat_map(
 
 
 def number_ticks(count: int) -> range:
-    """Which of so many layers or heads are numbered on an axis."""
+    """Which of a number of layers or heads are numbered on an axis."""
     return range(0, count, math.ceil(count / MOST_TICKS))
 
 
@@ -90,13 +90,24 @@ def range_colors() -> list:
 
 
 def add_entropy_scale(figure: Figure, all_axes: list[Axes], image: AxesImage, maximum: float | None, **options):
-    """Draws the scale of heat maps of entropies beside them; `maximum` is that of uniform attention, if it is one."""
+    """Draws the scale of heat maps of entropies next to them; `maximum` is that of uniform attention, if it is one."""
     uniform = "" if maximum is None else f"\nuniform attention: {maximum:.2f}"
     figure.colorbar(image, ax=all_axes, label=f"mean entropy of attention rows (nats){uniform}", **options)
 
 
+def add_legend(figure: Figure | SubFigure, handles: list[Artist], font_size: float = 9, place: str = "lower center"):
+    """Explains what is drawn, outside of the panels, in as many columns as the figure has room for."""
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(
+            handles=handles, loc=f"outside {place}", ncols=columns, fontsize=font_size, frameon=False
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
 def wrap(text: str, inches: float, font_size: float) -> str:
-    """Breaks a title into lines of so many inches, after a blank, `+` or `/`, or anywhere if there is none."""
+    """Breaks a title into lines of a width in inches, after a blank, `+` or `/`, or anywhere if there is none."""
     characters = max(8, int(inches / (INCHES_PER_CHARACTER * font_size)))
     lines = [""]
     for part in re.split(r"(?<=[+/ ])", text):
@@ -108,13 +119,12 @@ def wrap(text: str, inches: float, font_size: float) -> str:
     return "\n".join(line.rstrip() for line in lines).replace("$", r"\$")
 
 
-def plot_healing(report: ConversionReport, path: Path):
+def plot_healing(report: ConversionReport) -> Figure:
     """
     Draws the loss against the step of healing, with what was removed when, between the original and its conversion.
 
     Args:
         report ([`ConversionReport`]): Of a conversion that was healed.
-        path (`Path`): The PNG to write.
     """
     healing = report.healing
     figure = Figure(figsize=(7.2, 4.4), dpi=DOTS_PER_INCH, layout="constrained")
@@ -133,7 +143,7 @@ def plot_healing(report: ConversionReport, path: Path):
         title=f"{report.source_notation} to {report.target_notation}",
     )
     axes.legend(loc="upper right")
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _events_by_step(events: list[list]) -> dict[int, str]:

@@ -18,7 +18,6 @@ from entropy_gpt.evaluation.measuring.remote_loading import RemoteLoadingError, 
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, save_results
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .head_plots import plot_headwise_entropy
 from .model_card import PROMPT, model_card
 
 
@@ -42,7 +41,7 @@ SECRETS = {
 PATHS = {"a path of somebody's home": r"(?<![\w.])(/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.-]+"}
 CHECKED_TOKENS = 64
 LARGEST_DIFFERENCE = 1e-5
-# Of the largest logit, by the rounding of weights that were multiplied with others.
+# Part of the largest logit, by the rounding of weights that were multiplied with others.
 LARGEST_FOLDED_SHARE = {torch.float64: 1e-10, torch.float32: 1e-4}
 HALF_PRECISION_SHARE = 0.05
 
@@ -66,14 +65,14 @@ def assemble(
         tokenizer (`PreTrainedTokenizerFast`): Its tokenizer.
         result ([`ModelResult`]): What is known of it.
         folder (`Path`): An empty one.
-        licence (`str`, *optional*): Of the weights.
+        licence (`str`, *optional*): Licence of the weights.
         repository (`str`, *optional*): Where the folder will be found.
         shard_size (`str`): The most that a file of weights may hold, such as "5GB".
         folded ([`EntropyGPTForCausalLM`], *optional*): The model folded for inference, for a folder in it.
         folded_from (`str`, *optional*): Title of the model that this is the folded one of.
 
     Raises:
-        `ValueError`: If the results lack what a card tells.
+        `ValueError`: If the results lack what a card shows.
     """
     card = model_card(result, licence, repository, PICTURE, None if folded is None else FOLDED, folded_from)
     model.save_pretrained(folder, max_shard_size=shard_size)
@@ -83,7 +82,9 @@ def assemble(
         for path in (folder / FOLDED).glob("*.py"):  # loading takes the code from the folder around it
             path.unlink()
     save_results([result], folder / RESULTS)
-    plot_headwise_entropy(result, folder / PICTURE)
+    from .head_plots import compare_models  # checks of a folder do without matplotlib
+
+    compare_models([result]).savefig(folder / PICTURE, format="png")
     card.save(folder / CARD)
 
 

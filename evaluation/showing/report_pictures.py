@@ -2,11 +2,13 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from io import BytesIO
 
+import torch
+from matplotlib.figure import Figure
+
+from entropy_gpt.evaluation.measuring.text_diagnostics import TextDiagnostics
 from entropy_gpt.evaluation.records.conditions import (
     Facts,
     common_facts,
@@ -27,11 +29,12 @@ from .comparison_plots import (
     plot_tradeoff,
     shorten,
 )
-from .head_plots import plot_comparison, plot_head_diagnostics
+from .head_plots import compare_models, plot_head_diagnostics
 from .measures import Measure, nonlinear_measure, perplexity_measure, traffic_measure
 from .page import Paragraph, Picture
 from .report_summary import list_names
 from .run_plots import has_scales, plot_layer_entropies, plot_losses, plot_penalty, plot_scales, plot_thresholds
+from .text_plots import draw_attention, plot_text_entropies
 
 
 def tradeoff_blocks(results: list[ModelResult]) -> list[Paragraph | Picture]:
@@ -113,17 +116,18 @@ def head_pictures(results: list[ModelResult]) -> list[Picture]:
             f"Entropy and its spread, attention to the first token, spectral norms of the logits and diversity of the "
             f"attention heads of {result.name}.",
             f"The attention heads of {result.name} ({result.title}).",
-            partial(plot_head_diagnostics, replace(result, name=shorten(result.name))),
+            partial(plot_head_diagnostics, result.heads.heads, f"{shorten(result.name)}: {result.title}"),
         )
         for number, result in enumerate(with_heads, 1)
     ]
+    texts = [result for result in results if result.attention is not None]
     return [
         *_draw_alike(
             "entropies",
             "Mean entropy of the rows of every attention head, models from left to right",
             with_heads,
             head_facts,
-            plot_comparison,
+            compare_models,
         ),
         *_draw_alike(
             "quantiles",
@@ -131,10 +135,41 @@ def head_pictures(results: list[ModelResult]) -> list[Picture]:
             "over the layer's heads, and the median of each head)",
             with_heads,
             head_facts,
-            plot_entropy_quantiles,
+            lambda alike: plot_entropy_quantiles(
+                *zip(*((each.heads.heads, each.name) for each in alike), strict=True)
+            ),
         ),
         *alone,
+        *(picture for number, result in enumerate(texts, 1) for picture in _text_pictures(number, result)),
     ]
+
+
+def _text_pictures(number: int, result: ModelResult) -> list[Picture]:
+    attention = result.attention
+    layer, head = attention.head
+    title = f"{shorten(result.name)}: {result.title}"
+    diagnostics = TextDiagnostics(attention.tokens, torch.tensor(attention.entropies))
+    entropies = (
+        f"Entropy of every head of {result.name} at every token of one text of {len(attention.tokens):,} tokens, and "
+        "that of uniform attention."
+    )
+    rows = (
+        f"Attention of head {head} in layer {layer} of {result.name} over the same text: each row shows what a token "
+        "attends to."
+    )
+    return [
+        _draw(f"text-entropies-{number}", entropies, entropies, partial(plot_text_entropies, diagnostics, title)),
+        _draw(
+            f"text-attention-{number}",
+            rows,
+            rows,
+            partial(draw_attention, torch.tensor(attention.weights), attention.tokens, layer, head, title),
+        ),
+    ]
+
+
+def _compare_quantiles(results: list[ModelResult]) -> Figure:
+    return plot_entropy_quantiles([result.heads.heads for result in results], [result.name for result in results])
 
 
 def run_pictures(runs: list[RunLog]) -> list[Picture]:
@@ -172,7 +207,7 @@ def _draw_alike(
     what: str,
     results: list[ModelResult],
     facts: Callable[[ModelResult], Facts],
-    plot: Callable[[list[ModelResult], Path], None],
+    plot: Callable[[list[ModelResult]], Figure],
 ) -> list[Picture]:
     """One picture of all models that were measured under the same conditions, those that most have first."""
     if not results:
@@ -190,10 +225,10 @@ def _draw_alike(
     return pictures
 
 
-def _draw(name: str, alt: str, caption: str, plot: Callable[[Path], None]) -> Picture:
-    with TemporaryDirectory() as folder, warnings.catch_warnings():
+def _draw(name: str, alt: str, caption: str, plot: Callable[[], Figure]) -> Picture:
+    png = BytesIO()
+    with warnings.catch_warnings():
         # Letters that matplotlib's font lacks are boxes in the picture; the page's own text has them.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        path = Path(folder) / f"{name}.png"
-        plot(path)
-        return Picture(name, alt, caption, path.read_bytes())
+        plot().savefig(png, format="png")
+    return Picture(name, alt, caption, png.getvalue())

@@ -203,7 +203,7 @@ def training_table(results: list[ModelResult]) -> Table | None:
             MODEL,
             Column("from", is_text=True),
             *map(Column, ("steps", "tokens", "seconds")),
-            Column("told", is_text=True),
+            Column("settings", is_text=True),
         ],
         rows=[
             [

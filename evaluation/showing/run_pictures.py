@@ -3,21 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.training.files import written_whole
 
-from .run_plots import (
-    has_scales,
-    plot_entropy_ranges,
-    plot_head_entropies,
-    plot_layer_entropies,
-    plot_losses,
-    plot_penalty,
-    plot_scales,
-    plot_thresholds,
-)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 PICTURES = "pictures"  # the folder, in that of a run
@@ -31,14 +25,14 @@ class Picture:
     Args:
         name (`str`): The name of the file.
         shows (`str`): What it shows.
-        draw: Draws it for runs, to a path.
+        draw: Draws it for runs.
         lacking (`str`): What a run has not logged if the picture can't be drawn for it.
         is_for: Whether the picture can be drawn for a run.
     """
 
     name: str
     shows: str
-    draw: Callable[[list[RunLog], Path], None]
+    draw: Callable[[list[RunLog]], "Figure"]
     lacking: str
     is_for: Callable[[RunLog], bool]
 
@@ -80,24 +74,42 @@ def draw_pictures(runs: list[RunLog], folder: Path, steps: Sequence[int] | None 
     for drawing in drawings:
         if drawing.runs:
             with written_whole(drawing.path) as path:
-                drawing.picture.draw(drawing.runs, path)
+                drawing.picture.draw(drawing.runs).savefig(path, format="png")
     return drawings
 
 
 def _list_pictures(steps: Sequence[int] | None) -> list[Picture]:
-    def plot_heads(runs: list[RunLog], path: Path):
-        plot_head_entropies(runs, path, steps)
+    from . import run_plots as plots  # training does without matplotlib
+
+    def plot_heads(runs: list[RunLog]) -> "Figure":
+        return plots.plot_head_entropies(runs, steps)
 
     losses = ("no losses", lambda run: run.has_losses)
     entropies = ("no entropies", lambda run: bool(run.entropies))
     thresholds = ("no thresholds", lambda run: run.has_thresholds)
     penalty = ("no penalty", lambda run: run.has_penalty)
     return [
-        Picture("losses.png", "training and evaluation loss", plot_losses, *losses),
-        Picture("layer_entropies.png", "mean entropy of each layer over training", plot_layer_entropies, *entropies),
+        Picture("losses.png", "training and evaluation loss", plots.plot_losses, *losses),
+        Picture(
+            "layer_entropies.png",
+            "mean entropy of each layer over training",
+            plots.plot_layer_entropies,
+            *entropies,
+        ),
         Picture("head_entropies.png", "mean entropy of every head at some steps", plot_heads, *entropies),
-        Picture("entropy_ranges.png", "heads in four ranges of entropy, at the end", plot_entropy_ranges, *entropies),
-        Picture("thresholds.png", "learned entropy thresholds", plot_thresholds, *thresholds),
-        Picture("penalty.png", "entropy penalty over training", plot_penalty, *penalty),
-        Picture("scales.png", "temperatures and residual scales by layer", plot_scales, "no scales", has_scales),
+        Picture(
+            "entropy_ranges.png",
+            "heads in four ranges of entropy, at the end",
+            plots.plot_entropy_ranges,
+            *entropies,
+        ),
+        Picture("thresholds.png", "learned entropy thresholds", plots.plot_thresholds, *thresholds),
+        Picture("penalty.png", "entropy penalty over training", plots.plot_penalty, *penalty),
+        Picture(
+            "scales.png",
+            "temperatures and residual scales by layer",
+            plots.plot_scales,
+            "no scales",
+            plots.has_scales,
+        ),
     ]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
@@ -23,6 +22,7 @@ from .plots import (
     MOST_HEADS_WITH_NUMBERS,
     RANGE_NAMES,
     add_entropy_scale,
+    add_legend,
     draw_heat_map,
     draw_ranges,
     range_colors,
@@ -30,14 +30,14 @@ from .plots import (
 )
 
 
-# Okabe and Ito's, which the colour-blind tell apart; after the last, the first come again with another style of line.
+# Okabe and Ito's, which the colour-blind can distinguish. After the last, the first come again in another line style.
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", ":")
 MARKERS = "os^DvP"
 DIVERGENCE_COLOR = "#D55E00"
 # The yellow end of the colour map can't be seen on white.
 LAST_LAYER_COLOR = 0.9
-# Up to so many records, each is marked.
+# Up to this many records, each is marked.
 MOST_MARKED_RECORDS = 20
 # A scale is logarithmic from this ratio of its largest to its smallest number on.
 LOGARITHMIC_FROM = 20
@@ -45,14 +45,13 @@ LOGARITHMIC_FROM = 20
 LOSS_HEADROOM = 1.25
 
 
-def plot_losses(runs: list[RunLog], path: Path):
+def plot_losses(runs: list[RunLog]) -> Figure:
     """
     Draws the cross-entropy of training and of evaluations against the step, all runs in one picture. Where a run
     diverged or went back is marked.
 
     Args:
         runs (`list[RunLog]`): The runs.
-        path (`Path`): The PNG to write.
     """
     figure = Figure(figsize=(8, 4.7 + 0.24 * len(runs)), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
@@ -92,17 +91,16 @@ def plot_losses(runs: list[RunLog], path: Path):
         kinds.append(Line2D([], [], color="lightgray", marker="X", ls="", mec="black", ms=9, label="diverged"))
     if any(run.rollbacks for run in runs):
         kinds.append(Line2D([], [], color="lightgray", marker="<", ls="", mec="black", ms=9, label="went back"))
-    figure.legend(handles=kinds, loc="outside upper center", ncols=len(kinds), fontsize=9, frameon=False)
-    figure.savefig(path, format="png")
+    add_legend(figure, kinds, place="upper center")
+    return figure
 
 
-def plot_layer_entropies(runs: list[RunLog], path: Path):
+def plot_layer_entropies(runs: list[RunLog]) -> Figure:
     """
     Draws the mean entropy of each layer's heads against the step, a panel for each run (the paper's figure 2).
 
     Args:
         runs (`list[RunLog]`): Runs with entropies.
-        path (`Path`): The PNG to write.
     """
     columns = len(runs) if len(runs) <= 3 else math.ceil(math.sqrt(len(runs)))
     rows = math.ceil(len(runs) / columns)
@@ -124,17 +122,16 @@ def plot_layer_entropies(runs: list[RunLog], path: Path):
     if (common := _common_maximum(runs)) is not None:
         label += f" ({common:.2f} nats)"
     maximum = Line2D([], [], color="black", ls="--", lw=1.2, label=label)
-    _add_legend(figure, [maximum, *_divergence_handles(runs)])
-    figure.savefig(path, format="png")
+    add_legend(figure, [maximum, *_divergence_handles(runs)])
+    return figure
 
 
-def plot_head_entropies(runs: list[RunLog], path: Path, steps: list[int] | None = None):
+def plot_head_entropies(runs: list[RunLog], steps: list[int] | None = None) -> Figure:
     """
     Draws heat maps of the mean entropy of every head, a row of them for each run, on one scale (the paper's figure 5).
 
     Args:
         runs (`list[RunLog]`): Runs with entropies.
-        path (`Path`): The PNG to write.
         steps (`list[int]`, *optional*):
             The steps to show; the nearest recorded ones stand for them. Else the first, middle and last of each run.
     """
@@ -155,25 +152,24 @@ def plot_head_entropies(runs: list[RunLog], path: Path, steps: list[int] | None 
         for axes in row[len(records) :]:
             axes.set_axis_off()
     add_entropy_scale(figure, list(panels.flat), image, common, **_narrow(figure))
-    figure.savefig(path, format="png")
+    return figure
 
 
 def choose_records(run: RunLog, steps: list[int] | None = None) -> list[EntropyRecord]:
-    """The records nearest to these steps; else the first, the middle and the last, as far as there are so many."""
+    """The records nearest to these steps; else the first, the middle and the last, as far as there are three."""
     if steps is not None:
         return [run.nearest_entropies(step) for step in steps]
     last = len(run.entropies) - 1
     return [run.entropies[index] for index in sorted({0, last // 2, last})]
 
 
-def plot_thresholds(runs: list[RunLog], path: Path):
+def plot_thresholds(runs: list[RunLog]) -> Figure:
     """
-    Draws the learned thresholds of every head as a heat map, and by layer beside those at the first record (the
+    Draws the learned thresholds of every head as a heat map, and by layer with those at the first record (the
     paper's figures 6 and 7). A run is a row.
 
     Args:
         runs (`list[RunLog]`): Runs with thresholds.
-        path (`Path`): The PNG to write.
     """
     width, heights = _heat_map_width(runs), [max(2.4, _heat_map_height(run)) for run in runs]
     figure = Figure(figsize=(2 * width + 1.6, sum(heights) + 1.0 * len(runs)), dpi=DOTS_PER_INCH, layout="constrained")
@@ -207,17 +203,16 @@ def plot_thresholds(runs: list[RunLog], path: Path):
         strip.tick_params(axis="x", labelsize=9 if run.layers <= 12 else 7)
         strip.grid(axis="y", alpha=0.25)
         strip.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
-    figure.savefig(path, format="png")
+    return figure
 
 
-def plot_entropy_ranges(runs: list[RunLog], path: Path):
+def plot_entropy_ranges(runs: list[RunLog]) -> Figure:
     """
     Draws the shares of heads in the paper's four ranges of entropy at each run's last record: once as parts of the
     largest value seen, as the paper does, and once as parts of what uniform attention has under the causal mask.
 
     Args:
         runs (`list[RunLog]`): Runs with entropies.
-        path (`Path`): The PNG to write.
     """
     entropies = [run.entropies[-1].headwise_entropy for run in runs]
     figure = Figure(figsize=(10.6, 1.9 + 0.62 * len(runs)), dpi=DOTS_PER_INCH, layout="constrained")
@@ -235,17 +230,16 @@ def plot_entropy_ranges(runs: list[RunLog], path: Path):
     handles = [Patch(color=color, label=name) for color, name in zip(range_colors(), RANGE_NAMES, strict=True)]
     if any(sum(entropy.range_shares()) < 1 - 1e-9 for entropy in entropies):
         handles.append(Patch(color="lightgray", label="not finite"))
-    _add_legend(figure, handles)
-    figure.savefig(path, format="png")
+    add_legend(figure, handles)
+    return figure
 
 
-def plot_penalty(runs: list[RunLog], path: Path):
+def plot_penalty(runs: list[RunLog]) -> Figure:
     """
     Draws the entropy penalty, and the part of heads or rows that has one, against the step.
 
     Args:
         runs (`list[RunLog]`): Runs with a penalty.
-        path (`Path`): The PNG to write.
     """
     figure = Figure(figsize=(8, 5.4 + 0.24 * len(runs)), dpi=DOTS_PER_INCH, layout="constrained")
     losses, shares = figure.subplots(2, 1, sharex=True)
@@ -270,7 +264,7 @@ def plot_penalty(runs: list[RunLog], path: Path):
         axes.grid(alpha=0.25)
     _label_steps(shares)
     figure.legend(handles=handles, loc="outside lower center", fontsize=9, frameon=False)
-    figure.savefig(path, format="png")
+    return figure
 
 
 # What each row of the picture of scales shows: its name, and the numbers of the layers in a record.
@@ -282,14 +276,13 @@ SCALES: dict[str, Callable[[EntropyRecord], Iterable[float] | None]] = {
 }
 
 
-def plot_scales(runs: list[RunLog], path: Path):
+def plot_scales(runs: list[RunLog]) -> Figure:
     """
     Draws temperatures, the scales of the FFN's residual sum and the residual stream of each layer against the step. A
     run is a column.
 
     Args:
         runs (`list[RunLog]`): Runs with some of these.
-        path (`Path`): The PNG to write.
     """
     scales = [scale for scale in SCALES.items() if any(_is_there(run, scale[1]) for run in runs)]
     width = 4.0 if len(runs) > 1 else 6.0
@@ -315,8 +308,8 @@ def plot_scales(runs: list[RunLog], path: Path):
     for axes in panels[-1]:
         _label_steps(axes)
     colors.add_bar(figure, panels.flat)
-    _add_legend(figure, _divergence_handles(runs))
-    figure.savefig(path, format="png")
+    add_legend(figure, _divergence_handles(runs))
+    return figure
 
 
 def has_scales(run: RunLog) -> bool:
@@ -329,7 +322,7 @@ def _is_there(run: RunLog, values: Callable[[EntropyRecord], Iterable[float] | N
 
 
 class _LayerColors:
-    """A colour for each layer, and the bar that tells which."""
+    """A colour for each layer, and the bar that shows which."""
 
     def __init__(self, layers: int):
         self.layers = layers
@@ -418,11 +411,6 @@ def _divergence_handles(runs: list[RunLog]) -> list[Artist]:
     if any(run.rollbacks for run in runs):
         handles.append(Line2D([], [], color=DIVERGENCE_COLOR, ls="-.", lw=1.5, label="went back"))
     return handles
-
-
-def _add_legend(figure: Figure, handles: list[Artist]):
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
 
 
 def _label_steps(axes: Axes):

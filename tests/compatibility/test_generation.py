@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
 
 from entropy_gpt.training.tokenizer import train_tokenizer
+from modeling_entropy_gpt.forward_keywords import CACHE
 from tests.architectures import SIZES, make_tokens
 from tests.twins import make_twins
 
@@ -127,10 +128,10 @@ def test_a_cache_of_a_shared_beginning(twins, kind):
         if kind == "static":
             cache = StaticCache(config=model.config, max_cache_len=SIZES["n_positions"])
         with torch.no_grad():
-            model(beginning, past_key_values=cache, use_cache=True)
-        first = generate(model, input_ids=whole, past_key_values=cache, **GREEDY)
+            model(beginning, **{CACHE: cache}, use_cache=True)
+        first = generate(model, input_ids=whole, **{CACHE: cache}, **GREEDY)
         second = torch.cat([first, rest], dim=1)
-        generated.append(generate(model, input_ids=second, past_key_values=cache, **GREEDY))
+        generated.append(generate(model, input_ids=second, **{CACHE: cache}, **GREEDY))
     assert torch.equal(*generated)
     plain = generate(twins[1], input_ids=whole, **GREEDY)
     assert torch.equal(generated[1][:, : plain.shape[1]], plain)
@@ -140,9 +141,9 @@ def test_a_cache_that_is_cropped(twins):
     tokens, logits = make_tokens(2, 12), []
     for model in twins:
         with torch.no_grad():
-            cache = model(tokens, use_cache=True).past_key_values
+            cache = getattr(model(tokens, use_cache=True), CACHE)
             cache.crop(-5)
-            logits.append(model(tokens[:, 7:], past_key_values=cache).logits)
+            logits.append(model(tokens[:, 7:], **{CACHE: cache}).logits)
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(logits[1], twins[1](tokens).logits[:, 7:], rtol=0, atol=1e-4)
 

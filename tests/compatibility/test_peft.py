@@ -121,6 +121,7 @@ def assert_alike(kind, options, attention, checkpointing=False) -> tuple[PeftMod
     return tuple(adapted)
 
 
+@pytest.mark.filterwarnings("ignore:.*`past_key_values`:FutureWarning")  # PEFT calls the cache by its old name
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("method", BEFORE_THE_PROMPT)
 def test_methods_with_something_before_the_prompt(method, attention, compared):

@@ -1,15 +1,21 @@
 """GPT-2 checkpoints of every kind to EntropyGPT and back, and what is refused."""
 
+import argparse
+import errno
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
+import re
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +24,7 @@ from transformers import (
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
 )
 
 from entropy_gpt.conversion.errors import ConversionError
@@ -197,9 +204,9 @@ def test_half_precision_stays(tmp_path):
 class NanoGPTBlock(nn.Module):
     """Written from nanoGPT's parameter names: linear maps of torch, the exact GELU, biases or none."""
 
-    def __init__(self, width, heads, bias):
+    def __init__(self, width, heads, bias, approximate="none"):
         super().__init__()
-        self.heads = heads
+        self.heads, self.approximate = heads, approximate
         self.ln_1, self.ln_2 = (nn.LayerNorm(width, bias=bias) for _ in range(2))
         inner = 4 * width
         outer = 3 * width
@@ -211,18 +218,24 @@ class NanoGPTBlock(nn.Module):
         query, key, value = (state.unflatten(-1, (self.heads, -1)).transpose(1, 2) for state in states)
         attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attn["c_proj"](attended.transpose(1, 2).flatten(2))
-        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x))))
+        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate=self.approximate))
 
 
 class NanoGPT(nn.Module):
-    def __init__(self, bias):
+    def __init__(self, bias, approximate="none", tied=True):
         super().__init__()
         width = SIZES["n_embd"]
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(101, width), "wpe": nn.Embedding(64, width)})
-        self.transformer["h"] = nn.ModuleList([NanoGPTBlock(width, 4, bias) for _ in range(SIZES["n_layer"])])
+        self.transformer["h"] = nn.ModuleList(
+            [NanoGPTBlock(width, 4, bias, approximate) for _ in range(SIZES["n_layer"])]
+        )
         self.transformer["ln_f"] = nn.LayerNorm(width, bias=bias)
         self.lm_head = nn.Linear(width, 101, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        if tied:
+            self.lm_head.weight = self.transformer["wte"].weight
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
 
     def forward(self, tokens):
         x = self.transformer["wte"](tokens) + self.transformer["wpe"].weight[: tokens.shape[1]]
@@ -231,20 +244,154 @@ class NanoGPT(nn.Module):
         return self.lm_head(self.transformer["ln_f"](x))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_checkpoints_of_nanogpt(bias, tmp_path):
-    original = NanoGPT(bias)
-    with torch.no_grad():
-        for parameter in original.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 101, "block_size": 64}
-    sizes.update(bias=bias, dropout=0.1)
-    tensors = {f"_orig_mod.{name}": tensor for name, tensor in original.state_dict().items()}
-    torch.save({"model": tensors, "model_args": sizes, "iter_num": 3}, tmp_path / "ckpt.pt")
-    converted = load_gpt2(tmp_path / "ckpt.pt")
-    assert converted.config.attn_pdrop == 0.1
+NANOGPT_ARGUMENTS = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 101, "block_size": 64}
+NANOGPT_ARGUMENTS |= {"bias": True, "dropout": 0.1}
+
+
+def save_nanogpt(model, path, prefix="", **content):
+    tensors = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"model": tensors, "model_args": NANOGPT_ARGUMENTS, "iter_num": 3} | content, path)
+    return path
+
+
+def assert_same_logits(converted, original):
     tokens = make_tokens()
     torch.testing.assert_close(converted(tokens).logits, original(tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bias", "tied", "prefix"),
+    [
+        (True, True, "_orig_mod."),
+        (False, True, "module."),
+        (True, False, "_orig_mod.module."),
+        (False, False, "module._orig_mod."),
+    ],
+)
+def test_checkpoints_of_nanogpt(bias, tied, prefix, tmp_path, caplog):
+    original = NanoGPT(bias, tied=tied)
+    path = save_nanogpt(original, tmp_path / "ckpt.pt", prefix, model_args=NANOGPT_ARGUMENTS | {"bias": bias})
+    converted = load_gpt2(path)
+    assert (converted.config.attn_pdrop, converted.config.tie_word_embeddings) == (0.1, tied)
+    assert_same_logits(converted, original)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("proof", ["no bias among the arguments", "embeddings without decay"])
+def test_nanogpt_from_before_june_2023_had_another_gelu(proof, tmp_path, caplog):
+    original = NanoGPT(bias=True, approximate="tanh")
+    content = {"model_args": {name: value for name, value in NANOGPT_ARGUMENTS.items() if name != "bias"}}
+    if proof.startswith("embeddings"):
+        content = {"optimizer": {"param_groups": [{"params": [*range(8)]}, {"params": [*range(8, 28)]}]}}
+    path = save_nanogpt(original, tmp_path / "ckpt.pt", **content)
+    assert_same_logits(load_gpt2(path), original)
+    assert "is older than June 2023" in caplog.text
+    assert "convert it with --activation gelu" in caplog.text
+    caplog.clear()
+    assert load_gpt2(path, activation="gelu").config.activation_function == "gelu"
+    assert not caplog.text
+
+
+def test_the_gelu_of_a_nanogpt_can_be_chosen(tmp_path):
+    """Of a file between January and May 2023 without its optimizer, nothing proves the age."""
+    original = NanoGPT(bias=True, approximate="tanh")
+    path = save_nanogpt(original, tmp_path / "ckpt.pt", optimizer={"param_groups": [{"params": [*range(10)]}]})
+    assert_same_logits(load_language_model(path, activation="gelu_new"), original)
+    assert load_language_model(path).config.activation_function == "gelu"
+    with pytest.raises(ConversionError, match="give gelu or gelu_new"):
+        load_language_model(path, activation="relu")
+    make_gpt2().save_pretrained(tmp_path / "folder")
+    with pytest.raises(ConversionError, match="--activation gelu_new has no effect"):
+        load_language_model(tmp_path / "folder", activation="gelu_new")
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [({"use_relu": True}, "use_relu=True"), ({"n_kv_head": 2, "rope": 1}, "n_kv_head=2, rope=1")],
+)
+def test_a_variant_of_nanogpt_is_refused_by_name(argument, named, tmp_path):
+    path = save_nanogpt(NanoGPT(bias=True), tmp_path / "ckpt.pt", model_args=NANOGPT_ARGUMENTS | argument)
+    with pytest.raises(ConversionError, match=rf"variant of nanoGPT: its model_args have {named}"):
+        load_gpt2(path)
+
+
+def test_alias_names_of_a_configuration_are_read_as_transformers_reads_them(tmp_path):
+    original = make_gpt2(GPT2LMHeadModel)
+    original.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for alias, name in GPT2Config.attribute_map.items():
+        config[alias] = config.pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_function(load_gpt2(tmp_path), original)
+    load_gpt2(tmp_path).save_pretrained(tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    for alias, name in GPT2Config.attribute_map.items():
+        config[alias] = config.pop(name)
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
+    assert load_language_model(tmp_path / "ours").config.n_head == original.config.n_head
+
+
+def test_what_holds_no_language_model_is_named_for_what_it_is(tmp_path):
+    make_gpt2(GPT2Model).save_pretrained(tmp_path / "body")
+    with pytest.raises(
+        ConversionError, match=r"saved as GPT2Model, without a language modelling head.*GPT2LMHeadModel"
+    ):
+        load_language_model(tmp_path / "body")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    with pytest.raises(ConversionError, match="holds an adapter of a/b, not a model"):
+        load_language_model(tmp_path / "adapter")
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 548118077\n"
+LLM_C = (20240326).to_bytes(4, "little") + (3).to_bytes(4, "little") + bytes(1016)
+
+
+def pickled(content) -> bytes:
+    file = io.BytesIO()
+    torch.save({"model": {}, "model_args": {}, "more": content}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("ckpt.pt", LFS_POINTER, "is a Git LFS pointer"),
+        ("model.onnx", b"\x08\x08\x12\x07pytorch", "is an ONNX graph"),
+        ("gpt2_124M.bin", LLM_C, r"is a checkpoint of llm\.c"),
+        ("model.gguf", b"GGUF\3\0\0\0", "is a GGUF file"),
+        ("ckpt.pt", pickled(np.float64(0.5)), "holds a number or array of numpy"),
+        ("ckpt.pt", pickled(np.ones(2)), "holds a number or array of numpy"),
+        ("ckpt.pt", pickled(argparse.Namespace()), r"holds argparse\.Namespace"),
+        ("ckpt.pt", pickle.dumps({"model": {}}), r"not written by torch\.save"),
+        ("ckpt.pt", b"", "is an empty file"),
+    ],
+    ids=["LFS", "ONNX", "llm.c", "GGUF", "numpy scalar", "numpy array", "namespace", "pickle", "empty"],
+)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_what_is_no_checkpoint_is_named_for_what_it_is(name, content, message, in_folder, tmp_path):
+    GPT2Config(**SIZES).save_pretrained(tmp_path)
+    path = tmp_path / ("pytorch_model.bin" if in_folder else name)
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match=message) as caught:
+        load_gpt2(tmp_path if in_folder else path)
+    assert not re.search("weights_only|safe_globals|arbitrary code", str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_without_permission_is_not_called_damaged(name, tmp_path, monkeypatch):
+    make_gpt2().save_pretrained(tmp_path)
+    is_open = Path.open
+
+    def deny(path, *arguments, **options):  # root may read everything
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_open(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(ConversionError, match=rf"{name} can't be read \(Permission denied\)\. Make it readable"):
+        load_gpt2(tmp_path)
 
 
 def test_published_models_without_layernorm_become_static(tmp_path):
@@ -345,8 +492,7 @@ def test_what_is_no_language_model_is_refused(model_class, tmp_path):
     is_gpt2 = model_class in HEADS
     model = make_gpt2(model_class) if is_gpt2 else make_model("SM+LN+G", model_class)
     model.save_pretrained(tmp_path)
-    name = (TWINS[model_class] if is_gpt2 else model_class).__name__
-    with pytest.raises(ConversionError, match=rf"is no language model \(it is read as {name}\)"):
+    with pytest.raises(ConversionError, match=f"is no language model: it was saved as {model_class.__name__}"):
         load_language_model(tmp_path)
     if not is_gpt2 and model_class is not EntropyGPTModel:  # which is told by its head
         change_config(tmp_path, architectures=None)

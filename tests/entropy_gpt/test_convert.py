@@ -1,5 +1,7 @@
 """`entropy-gpt convert` from end to end: whole, interrupted, planned and misused."""
 
+import copy
+import gzip
 import json
 import math
 import re
@@ -8,16 +10,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel
 
+from entropy_gpt.conversion.simplification import Step
 from entropy_gpt.evaluation.measuring.remote_loading import load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
+from entropy_gpt.evaluation.records.results import load_results, save_results
+from entropy_gpt.terminal.convert import show_evaluation
+from entropy_gpt.training.progress import SILENT
 from entropy_gpt.training.tokenizer import train_tokenizer
+from entropy_gpt.workflows.convert import _Measurement, _take
+from tests.architectures import make_model, make_tokens
 
 from .forks import run_command
 
@@ -79,9 +90,11 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     ]
     by_title = dict(zip(titles, report.steps, strict=True))
     assert all(step.kl < step.naive_kl for step in report.steps[:3])
-    # Exact steps change nothing.
-    assert by_title["thresholds, at entropies"].kl == pytest.approx(by_title["gelu_new to identity"].kl, rel=1e-3)
-    assert by_title["final norm folded away"].kl == pytest.approx(by_title["healed, 12 steps"].kl, rel=1e-3)
+    # Exact steps change nothing, and are not measured again.
+    assert by_title["thresholds, at entropies"].kl == by_title["gelu_new to identity"].kl
+    assert by_title["final norm folded away"].kl == by_title["healed, 12 steps"].kl
+    kept = ["FFNs fused", "FFNs scaled, at 1", "temperatures, at 1", "thresholds, at entropies"]
+    assert [step.title for step in report.steps if step.kept] == [*kept, "norms folded away", "final norm folded away"]
     assert [operation.name for operation in report.target_operations.nonlinear] == ["softmax"]
     assert report.healing.validation_nats[0][0] == 0
     # Through open gates, it is the original.
@@ -91,7 +104,15 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     page = (output / "conversion_report.md").read_text()
     for step in report.steps:
         assert f"{step.kl:.4f}" in process.stdout
-        assert f"| {step.title} | {step.kl:.4f} | {math.exp(step.nats):.2f} |" in page
+        kept = "= " if step.kept else ""
+        assert f"| {step.title} | {kept}{step.kl:.4f} | {kept}{math.exp(step.nats):.2f} |" in page
+    (result,) = load_results(output / "results.json")
+    likelihood = result.likelihood.likelihood
+    assert math.log(likelihood.perplexity) == pytest.approx(report.final_nats, rel=0.1)
+    assert result.heads is not None and result.training.converted_from == "SM+LN+G"
+    first, last = (f"{math.exp(nats):.2f}" for nats in (report.original_nats, report.final_nats))
+    assert f"perplexity per token: {last}; the original has {first} on the same tokens" in process.stdout
+    assert f"perplexity {likelihood.perplexity:.2f} per token" in process.stdout
     assert (output / "healing.png").stat().st_size > 5000
     assert [path.name for path in output.parent.iterdir()] == ["model"]
 
@@ -103,6 +124,24 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     with torch.no_grad():
         save_reference(input_ids, model(input_ids).logits, tmp_path / "reference.safetensors")
     assert load_in_fresh_process(output, tmp_path / "reference.safetensors", "def ").max_difference < 1e-5
+
+
+def test_the_card_needs_nothing_more(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "model")
+    process = run_command("card", folder, "--license", "apache-2.0")
+    assert process.returncode == 0, process.stderr
+    (result,) = load_results(folder / "results.json")
+    assert f"{result.likelihood.likelihood.perplexity:.2f}" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_was_not_evaluated_is_said(finished, tmp_path, capsys):
+    report = ConversionReport.load(finished[0] / "conversion_report.json")
+    (result,) = load_results(finished[0] / "results.json")
+    save_results([replace(result, likelihood=None, heads=None)], tmp_path / "results.json")
+    show_evaluation(report, tmp_path)
+    assert capsys.readouterr().out == (
+        f"not evaluated, because there was no text; do it with: entropy-gpt evaluate {tmp_path}\n"
+    )
 
 
 def test_an_earlier_conversion_is_replaced_only_when_told(finished, source, text):
@@ -120,6 +159,36 @@ def test_an_earlier_conversion_is_replaced_only_when_told(finished, source, text
     report = ConversionReport.load(output.with_name("other") / "conversion_report.json")
     assert (report.source_notation, report.target_notation) == ("SM+LN+G", "SM+R+FFNi1")
     assert report.healing is None
+
+
+def test_a_checkpoint_without_tokenizer_is_imported(source, tmp_path):
+    """Nothing is fitted, so no text is read."""
+    shutil.copytree(source, tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
+    words = ("convert", tmp_path / "bare", "--to", "SM+LN+G", "--output", tmp_path / "model")
+    process = run_command(*words)
+    assert process.returncode == 0, process.stderr
+    assert "nothing was measured, because there is no tokenizer" in process.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    original = GPT2LMHeadModel.from_pretrained(source)
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(model(tokens).logits, original(tokens).logits, rtol=0, atol=1e-5)
+    assert ConversionReport.load(tmp_path / "model" / "conversion_report.json").original_nats is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt.gz"])
+def test_text_is_read_as_every_command_reads_it(kind, source, text, tmp_path):
+    rows = Dataset.from_dict({"body": [path.read_text() for path in sorted(text.iterdir())]})
+    path = tmp_path / f"br[1].{kind}"
+    if kind == "txt.gz":
+        path.write_bytes(gzip.compress("".join(rows["body"]).encode()))
+    else:
+        getattr(rows, {"jsonl": "to_json", "csv": "to_csv", "parquet": "to_parquet"}[kind])(path)
+    column = () if kind == "txt.gz" else ("--text-column", "body")
+    process = run(source, path, tmp_path / "model", *column, to="SM+LN+R")
+    assert process.returncode == 0, process.stderr
+    report = ConversionReport.load(tmp_path / "model" / "conversion_report.json")
+    assert report.conditions.corpus == path.name
+    assert report.conditions.corpus_revision.startswith("sha256:")
 
 
 @pytest.mark.slow
@@ -330,3 +399,20 @@ def test_a_naive_version_that_gives_no_numbers_is_said_to(text, source, tmp_path
     report = ConversionReport.load(tmp_path / "model" / "conversion_report.json")
     assert report.steps[0].naive_diverged
     assert "| not finite |" in (tmp_path / "model" / "conversion_report.md").read_text()
+
+
+def test_a_step_that_is_not_as_exact_as_it_should_be_is_measured():
+    model, text = make_model("SM+LN+G"), SimpleNamespace(validation=[make_tokens()])
+    measure = _Measurement(model, text, SILENT)
+    measure(model, "the original")
+
+    def shift(model, _):
+        changed = copy.deepcopy(model)
+        changed.transformer.wpe.weight.data.mul_(1.01)
+        return changed
+
+    records = []
+    _take(Step("nothing", lambda model, _: model, exact=True), model, None, measure, records, naive=False)
+    _take(Step("shift", shift, exact=True), model, None, measure, records, naive=False)
+    assert [record.kept for record in records] == [True, False]
+    assert records[0].kl == 0 < records[1].kl

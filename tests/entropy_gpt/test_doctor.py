@@ -1,6 +1,7 @@
 """`entropy-gpt doctor`: here, in environments that lack or break something, and with Hubs of several kinds."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from entropy_gpt.terminal import doctor as doctor_job
@@ -20,6 +22,7 @@ from entropy_gpt.terminal.doctor import (
     Reported,
     Section,
     ask_hub,
+    describe_torch,
     in_process,
     is_failure,
     list_modules,
@@ -30,6 +33,7 @@ from entropy_gpt.terminal.doctor import (
     look_at_hub,
     look_at_machine,
     look_at_packages,
+    try_gpu,
 )
 from tests.hub_server import TOKEN, USER, WRONG_TOKEN
 
@@ -327,6 +331,45 @@ class TestEngine:
         assert is_failure(section, ["private"])
 
 
+class TestGpu:
+    DEVICE = {"device": "NVIDIA H200, 150.1 GB", "obstacle": None}
+
+    @pytest.mark.parametrize(
+        ("reported", "mark", "words"),
+        [
+            (Reported(), Mark.failed, "none visible to torch"),
+            (Reported([], "ModuleNotFoundError: No module named 'torch'"), Mark.failed, "No module named 'torch'"),
+            (Reported([{**DEVICE, "obstacle": "triton is not installed"}]), Mark.failed, "triton is not installed"),
+            (Reported([DEVICE], "RuntimeError: Failed to find C compiler"), Mark.failed, "Failed to find C compiler"),
+            (Reported([DEVICE, {"error": 0.1, "seconds": 2.0}]), Mark.failed, "1.0e-01 nats"),
+            (Reported([DEVICE, {"error": float("nan"), "seconds": 2.0}]), Mark.failed, "nan nats"),
+            (Reported([DEVICE, {"error": 1e-6, "seconds": 2.0}]), Mark.ok, "1.0e-06 nats from float64; 2.0 s"),
+        ],
+    )
+    def test_is_judged_by_what_it_computes(self, reported, mark, words):
+        section = doctor_job.judge_gpu(reported)
+        assert section.mark is mark
+        assert is_failure(section, []) == (mark is Mark.failed)
+        assert words in str(section.findings)
+
+    def test_what_its_tests_need_is_named(self, monkeypatch):
+        monkeypatch.setattr(doctor_job, "find_version", lambda name: None if name == "hypothesis" else "1")
+        section = doctor_job.judge_gpu(Reported([self.DEVICE, {"error": 1e-6, "seconds": 2.0}]))
+        assert section.findings[-1] == Finding(Mark.failed, "for tests", "not installed: hypothesis")
+        assert section.remedies == ["pip install hypothesis"]
+
+    def test_the_machine_says_how_entropies_are_computed(self):
+        values = [{"threads": 2, "capability": "AVX2", "devices": []}, {"entropies": "computed in blocks"}]
+        assert found(look_at_machine(Reported(values)), "entropies") == "computed in blocks"
+
+    def test_this_machine(self):
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        (_, told) = describe_torch()
+        assert told == {"entropies": "computed in blocks, not by the kernel: there is none for cpu"}
+        assert [*try_gpu()] == []
+
+
 def test_the_machine_where_torch_is_broken():
     assert [*marks(look_at_machine(Reported()))] == ["processor", "instructions", "memory"]
 
@@ -350,3 +393,14 @@ def test_folders(tmp_path, unwritable, monkeypatch):
     finding = look_at_folder("this folder", unwritable / "none")
     assert finding.mark is Mark.missing
     assert "can't be written to" in finding.found
+
+
+def test_too_little_memory_and_disk_are_warned_of(tmp_path, monkeypatch):
+    assert doctor_job.judge_memory(int(16e9), int(8e9)).mark is Mark.ok
+    scarce = doctor_job.judge_memory(int(8e9), int(1e9))
+    assert (scarce.mark, scarce.found) == (Mark.missing, "8.0 GB, 1.0 GB available; the quickstart takes up to 4.0 GB")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1e8)))
+    full = look_at_folder("this folder", tmp_path)
+    assert full.mark is Mark.missing
+    assert full.found.endswith("0.1 GB free; models and checkpoints take 2.0 GB")

@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from entropy_gpt.commands.main import main
+from entropy_gpt.evaluation.measuring.text_diagnostics import diagnose_text
 from entropy_gpt.evaluation.records.results import load_results
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.evaluate_inputs import short_names
@@ -22,6 +31,7 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from .forks import run_command
 
 
+PROMPT = "def main(x):"
 SIZES = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64}
 
 
@@ -65,6 +75,7 @@ def run_here(monkeypatch, capsys):
 def finished(models, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "out"
     words = ("--text", text, "--stride", 40, "--per-position", "--frequency-text", text, "--max-tokens", 3000)
+    words = (*words, "--prompt", PROMPT, "--head", "1,0")
     process = run(models / "gpt2", models / "ereg", *words, "--output", output)
     assert process.returncode == 0, process.stderr
     return output, process, words
@@ -99,6 +110,15 @@ def test_two_models_side_by_side(finished, models, text):
     # The text is tokenised, and tokens are counted, once for models of one vocabulary.
     assert "gpt2: counting tokens" in process.stdout
     assert "ereg: counting tokens" not in process.stdout
+
+
+def test_one_text_is_kept_with_the_rows_of_a_head(finished, models):
+    for result in load_results(finished[0] / "results.json"):
+        diagnostics = diagnose_text(models / result.name, None, PROMPT, weights=True)
+        attention = result.attention
+        assert (attention.tokens, attention.head) == (diagnostics.tokens, [1, 0])
+        torch.testing.assert_close(torch.tensor(attention.entropies), diagnostics.entropies)
+        torch.testing.assert_close(torch.tensor(attention.weights), diagnostics.weights[1, 0])
 
 
 def test_what_is_measured_is_kept_and_not_measured_again(finished, models):
@@ -217,9 +237,13 @@ def break_folder(models, folder, name):
         (("--held-out",), "--held-out has no effect without --text"),
         (("--text", "/nowhere"), "There is no /nowhere"),
         (("--text", "EMPTY"), "is empty"),
+        (("--text", "SHORT", "--separate"), "there is no token to predict"),
         (("--text", "SHORT"), "there is no token to predict"),
         (("--limit", "3"), "--limit has no effect without --tasks"),
         (("--tasks", " , "), "--tasks names no task"),
+        (("--head", "1,0"), "--head has no effect without --prompt"),
+        (("--prompt", "x", "--head", "2,0"), "There is no head 0 in a layer 2"),
+        (("--prompt", "x" * 99), "The text has 99 tokens, and the model sees 64"),
         (("--device", "cuda:7"), "--device cuda:7 can't be used"),
         (("--text", "TEXT", "--frequency-text", "training"), "add --held-out"),
         (("--text", "TEXT", "--split", "test"), "dataset_split=test does nothing here"),
@@ -230,8 +254,7 @@ def test_misuse_is_told_in_a_line_and_writes_nothing(words, message, models, tex
     (tmp_path / "short.txt").write_text("x")
     places = {"EMPTY": tmp_path / "empty.txt", "SHORT": tmp_path / "short.txt", "TEXT": text}
     words = [places.get(word, word) for word in words]
-    separate = ("--separate",) if places["SHORT"] in words else ()
-    process = run_here(models / "gpt2", *words, *separate, "--output", tmp_path / "out")
+    process = run_here(models / "gpt2", *words, "--output", tmp_path / "out")
     assert process.returncode == 1
     assert message in process.stderr
     assert len(process.stderr.splitlines()) == 1
@@ -253,6 +276,33 @@ def test_models_that_can_not_be_measured(name, message, models, text, tmp_path, 
     assert message in process.stderr
     assert len(process.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_tokenizers_are_used_as_far_as_they_go(models, text, tmp_path, run_here):
+    """One with an appended token, a bare file, and one that names no end of text."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "gpt2")
+    folder = break_folder(models, tmp_path / "model", "no tokenizer")
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "padded")
+    tokenizer.eos_token = tokenizer.bos_token = tokenizer.pad_token = None
+    PreTrainedTokenizerFast(tokenizer_object=renamed(tokenizer)).save_pretrained(tmp_path / "endless")
+    place = tmp_path / "endless"
+    words = ("--text", text, "--max-tokens", 4000, "--head-tokens", 0, "--overwrite", "--output", tmp_path / "out")
+    perplexities = set()
+    for more in ((), ("--tokenizer", tmp_path / "padded"), ("--tokenizer", place, "--eos-token", "<end>")):
+        assert run_here(folder, *words, *more).returncode == 0
+        (result,) = load_results(tmp_path / "out" / "results.json")
+        perplexities.add(result.likelihood.likelihood.perplexity)
+    assert len(perplexities) == 1
+    refused = run_here(folder, *words, "--tokenizer", place)
+    assert "name one of its tokens with --eos-token, or evaluate each document separately" in refused.stderr
+    assert run_here(folder, *words, "--tokenizer", place, "--separate").returncode == 0
+
+
+def renamed(tokenizer) -> Tokenizer:
+    """The same, whose end of text has a name that says nothing."""
+    return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace("<|endoftext|>", "<end>"))
 
 
 def test_folders_that_hold_no_model_of_the_family(models, text, tmp_path, run_here):

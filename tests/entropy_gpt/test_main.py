@@ -6,6 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from entropy_gpt.commands.main import app
 
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
@@ -47,6 +51,31 @@ def test_help_shows_an_example():
     assert "Example: entropy-gpt quickstart --corpus" in process.stdout
 
 
+def list_commands(group=None, words=()):
+    """The words of every command, also of those of subcommands."""
+    group = group or get_command(app)
+    for name, command in group.commands.items():
+        yield (*words, name)
+        if hasattr(command, "commands"):
+            yield from list_commands(command, (*words, name))
+
+
+@pytest.mark.parametrize("words", [(), *list_commands()], ids=" ".join)
+def test_h_is_help(words):
+    short, long = (CliRunner().invoke(app, [*words, option]) for option in ("-h", "--help"))
+    assert short.exit_code == long.exit_code == 0
+    assert short.output == long.output
+    assert "Usage" in short.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"), [("entropy-gpt eval", "evaluate"), ("entropy-gpt train python", "python-stdlib-small")]
+)
+def test_the_shell_completes_commands_and_recipes(typed, expected):
+    variables = {"_ENTROPY_GPT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    assert CliRunner().invoke(app, [], env=variables, prog_name="entropy-gpt").output.split() == [expected]
+
+
 def test_version():
     assert run("--version").stdout == f"entropy-gpt {version('entropy-gpt')}\n"
 
@@ -60,6 +89,9 @@ def test_version():
         ["train", "no-such-recipe"],
         ["train", "python-stdlib-small", "lerning_rate=1"],
         ["train", "python-stdlib-small", "learning_rate"],
+        ["train", "python-stdlib-small", "learning_rate=-1"],
+        ["convert", "openai-community/gpt2", "--to", "SM+ScFuFN", "--output", "x"],
+        ["evaluate", "./nowhere"],
     ],
     ids=" ".join,
 )

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.run_log import LOG_NAME
-from entropy_gpt.evaluation.showing import run_pictures
+from entropy_gpt.evaluation.showing import run_plots
 from entropy_gpt.terminal import plot as plot_job
 from tests.evaluation.test_run_log import (
     ALL_FIGURES,
@@ -77,12 +78,13 @@ def test_what_there_is_nothing_of_is_not_drawn(plain, tmp_path, capsys):
 
 
 def test_a_picture_that_fails_leaves_the_one_before(plain, tmp_path, monkeypatch):
-    def fail(runs, path):
-        path.write_bytes(b"half")
-        raise OSError("no space left")
+    class Full(Figure):
+        def savefig(self, path, **options):
+            path.write_bytes(b"half")
+            raise OSError("no space left")
 
     (tmp_path / "losses.png").write_bytes(b"whole")
-    monkeypatch.setattr(run_pictures, "plot_losses", fail)
+    monkeypatch.setattr(run_plots, "plot_losses", lambda runs: Full())
     with pytest.raises(OSError, match="no space left"):
         plot_job.run([plain], tmp_path, None)
     assert (tmp_path / "losses.png").read_bytes() == b"whole"
@@ -98,11 +100,11 @@ def test_how_a_run_stands(tmp_path):
         loss_line(1500, float("nan")),
     ]
     log = plot_job.RunLog.load(write_log(tmp_path / "run", run_line("SM"), *lines))
-    assert plot_job.table_row(log) == (
+    assert plot_job.list_rows(plot_job.COLUMNS, [log])[0] == (
         *("run\n SM", "1,500", "nan", "", "1.00", "75%", "25%", "1", "1,500\n1 x back"),
     )
     log = plot_job.RunLog.load(write_log(tmp_path / "run", run_line("SM")))
-    assert plot_job.table_row(log) == ("run\n SM", "0", "", "", "", "", "", "0", "")
+    assert plot_job.list_rows(plot_job.COLUMNS, [log])[0] == ("run\n SM", "0", "", "", "", "", "", "0", "")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +135,6 @@ def test_misuse_is_one_line(tmp_path):
     process = run("nowhere", folder=tmp_path)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
-    assert line.startswith(f"entropy-gpt: There is no {tmp_path / 'nowhere'}")
+    assert line.startswith("entropy-gpt: There is no nowhere. Give the folder of a training run")
     assert process.stdout == ""
     assert contents(tmp_path) == []

@@ -1,15 +1,18 @@
 """`entropy-gpt private` as processes of its own: a demonstration, a server with its client, and both misused."""
 
 import contextlib
+import io
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -21,7 +24,7 @@ from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.records.results import load_results
-from entropy_gpt.terminal.private import print_answer
+from entropy_gpt.terminal.private import print_answer, read_prompt
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.private import PrivateAnswer
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
@@ -157,6 +160,50 @@ class TestMisuse:
         assert "does not fit the ring" in complaint("serve", folder, "--listen", "127.0.0.1:0")
 
 
+class TestPrompts:
+    @pytest.mark.parametrize("content", [b"def main(", b"def main(\n", b"def main(\r\n"])
+    def test_they_come_from_a_file_or_from_standard_input(self, content, tmp_path, monkeypatch):
+        path = tmp_path / "prompt.txt"
+        path.write_bytes(content)
+        assert read_prompt(None, path) == PROMPT
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert read_prompt("-", None) == PROMPT
+        assert read_prompt(PROMPT, None) == PROMPT
+
+    def test_a_prompt_is_kept_as_it_is_but_for_the_last_lines_end(self, tmp_path):
+        (tmp_path / "prompt.txt").write_bytes(b" a\n\n")
+        assert read_prompt(None, tmp_path / "prompt.txt") == " a\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "give one prompt: as PROMPT, as - for standard input, or with --prompt-file"),
+            (["text", "--prompt-file", "some.txt"], "give one prompt"),
+            (["--prompt-file", "missing.txt"], "can't be read from missing.txt: No such file"),
+            (["--prompt-file", "latin.txt"], "can't be read from latin.txt: it is no UTF-8"),
+        ],
+    )
+    def test_none_or_two_or_a_broken_one_is_refused(self, arguments, message, complaint, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "latin.txt").write_bytes(b"\xe9")
+        assert message in complaint("ask", *arguments, "--connect", "127.0.0.1:1", "--tokenizer", "nowhere")
+
+    def test_the_help_says_what_a_command_line_shows(self, run_here):
+        status, printed, _ = run_here("ask", "--help")
+        assert status == 0
+        assert "other users of the machine can see a command line" in " ".join(re.sub(r"[^\w ]", " ", printed).split())
+
+
+def test_a_line_that_nobody_reads_ends_nothing():
+    code = (
+        "import os; from entropy_gpt.terminal.private import _print_line\n"
+        "reading, writing = os.pipe(); os.dup2(writing, 1); os.close(reading)\n"
+        "for _ in range(3): _print_line('line')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.private
 class TestTwoProcesses:
     @pytest.fixture(autouse=True)
@@ -210,7 +257,8 @@ class TestTwoProcesses:
         assert "FFNs of layers 1, 2 can't be absorbed" in rest
 
     @pytest.mark.slow
-    def test_a_server_that_is_told_to_end_leaves_no_weights_behind(self, model, tmp_path):
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+    def test_a_server_that_ends_leaves_neither_files_nor_processes(self, model, tmp_path, number):
         command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0"]
         environment = {**os.environ, "TMPDIR": str(tmp_path)}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
@@ -220,10 +268,30 @@ class TestTwoProcesses:
                 channel.receive(30, ("terms",))
                 channel.send({"kind": "request", "length": 4, "new_tokens": 1, "answers": 1})
                 channel.receive(30, ("accepted",))
-                assert list(tmp_path.glob("entropy-gpt-server-*"))
+                channel.send(channel.receive(60, ("program",)))
+                time.sleep(1)  # the engine has its weights, and waits for the client's
+                engines = psutil.Process(server.pid).children(recursive=True)
+                assert engines
+                assert not list(tmp_path.iterdir())
+                server.send_signal(number)
+                assert server.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
+        _, alive = psutil.wait_procs(engines, timeout=10)
+        assert not alive
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.slow
+    def test_a_server_goes_on_when_nobody_reads_its_lines(self, model):
+        command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+            try:
+                address = server.stdout.readline().strip().removeprefix("listening on ")
+                server.stdout.close()
+                result = run("ask", PROMPT, "--connect", address, "--tokenizer", model)
+                assert result.returncode == 0, result.stderr
+                assert server.poll() is None
+            finally:
                 server.terminate()
-                assert server.wait(20) == 128 + signal.SIGTERM
-        assert not list(tmp_path.glob("entropy-gpt-*"))
+                assert "Traceback" not in server.stderr.read()
 
     @pytest.mark.slow
     def test_one_client_after_another(self, model, address, run_here):

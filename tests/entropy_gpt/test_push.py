@@ -423,6 +423,12 @@ def test_a_card_is_written_into_the_folder(command, model, tmp_path):
     assert (folder / "headwise_entropy.png").stat().st_size > 5000
 
 
+def test_a_licence_that_the_hub_does_not_know(command, model):
+    assert "Did you mean apache-2.0" in command("card", model, "--license", "Apache 2.0").complaint
+    push = command("push", model, "someone/something", "--license", "apache2", "--dry-run")
+    assert "Did you mean apache-2.0" in push.complaint
+
+
 def test_a_card_without_results(command, model, tmp_path):
     folder = copy(model, tmp_path / "model", "results.json")
     before = sorted(folder.rglob("*"))

@@ -27,10 +27,10 @@ from entropy_gpt.commands.main import main
 from entropy_gpt.commands.push import push as push_command
 from entropy_gpt.conversion.onnx_export import REPORT as EXPORT_REPORT
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.convert_inputs import ConversionOptions
 from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
-from entropy_gpt.workflows.library_bars import library_bars_hidden
 from entropy_gpt.workflows.publish import PublicationOptions, write_card
 
 
@@ -249,6 +249,8 @@ def test_a_conversion_prints_nothing(source, text, tmp_path, silence):
         ({"seed": -1}, "--seed -1: "),
         ({"settings": {"n_layer": 3}}, "--set n_layer=3: only resid_pdrop"),
         ({"distill": True}, "--distill has no effect without --heal-steps"),
+        ({"distill": True}, "In Python, --distill is distill, --heal-steps is heal_steps."),
+        ({"settings": {"n_layer": 3}}, "--set is settings"),
         ({"to": "SM+ScFuFN"}, "'ScFuFFN'"),
         ({"text": "/nowhere"}, "There is no /nowhere"),
     ],
@@ -347,7 +349,7 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path):
     )
     process = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout == (
-        "entropy_gpt.export needs onnxruntime, which is not installed: pip install 'entropy-gpt[all]'.\n"
+        "entropy_gpt.export needs onnxruntime, which is not installed: pip install 'entropy-gpt[onnx]'.\n"
     )
 
 

@@ -161,7 +161,7 @@ def test_a_private_answer_is_that_in_the_clear(model, capfd):
         ({"max_tokens": 1}, "--max-tokens 1: Input should be greater than or equal to 2"),
         ({"dtype": "float8"}, "--dtype float8: Input should be 'float32', 'bfloat16' or 'float16'"),
         ({"seed": -1}, "--seed -1: "),
-        ({"batch_tokens": 0}, "--batch-tokens 0: "),
+        ({"batch_tokens": 0}, "In Python, --batch-tokens is batch_tokens."),
         ({"context": 999}, "A context of 999 tokens is not possible"),
         ({"held_out": True}, "--held-out has no effect without --text"),
         ({"tasks": ["local_nothing"]}, "local_nothing"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,9 @@ def test_everything_is_there(finished):
             assert (cost.protocol, cost.answers, cost.network) == ("cheetah", 2, "loopback, two processes")
             assert f"{cost.total_bytes / 1e6:.2f}" in process.stdout
         assert (output / "pictures" / "private_costs.png").stat().st_size > 5000
+    assert "stage 7 of 7" in process.stdout and "\x1b" not in process.stdout
+    assert process.stdout.splitlines()[-1].endswith(f": {output / 'report.html'}")
+    assert "EReg(SM(t)+ScFuFFN)" in (output / "report.html").read_text(encoding="utf-8")
     assert str(output / "models") in process.stdout.replace("\n", "")
     assert not list(output.rglob("checkpoint-*"))
     assert not list(output.rglob("_unfinished-*"))
@@ -93,7 +97,7 @@ def test_a_second_run_shows_the_same_without_training_anew(finished, text):
     assert load_results(output / "results.json") == results
     assert "training SM+LN+G" not in again.stdout
     shown, shown_again = (
-        [line for line in text[text.index("architecture") :].splitlines() if line.strip()]
+        [re.sub(", [^,]* left in all:", ":", line) for line in text[text.index("architecture") :].splitlines() if line]
         for text in (process.stdout, again.stdout)
     )
     assert shown == shown_again

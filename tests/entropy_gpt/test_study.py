@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -9,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from entropy_gpt.commands.study import PROTOCOL
 from entropy_gpt.evaluation.records.results import load_results, save_results
 from entropy_gpt.programs.study.records import Study, StudyRun
+from entropy_gpt.training.claims import claimed
 
 from .forks import run_command
 
@@ -145,9 +146,10 @@ def test_a_run_that_was_killed_goes_on(text, tmp_path):
 
 
 def test_two_commands_do_not_share_a_folder(text, tmp_path):
-    with FileLock(tmp_path / "lock"):
+    with claimed(tmp_path):
         process = study("--protocol", tiny(text, tmp_path), "--output", tmp_path)
-    assert process.returncode == 1 and "Another command is at work in" in process.stderr
+    assert process.returncode == 1
+    assert f"Another command is at work in {tmp_path}: process {os.getpid()}, since" in process.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from entropy_gpt.evaluation.records.results import load_results
 from entropy_gpt.evaluation.records.run_log import RunLog
 from entropy_gpt.training.checkpoints import STAGING, list_checkpoints
+from entropy_gpt.training.recipe import ARGUMENT_FIELDS, CONFIG_FIELDS
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .forks import run_command
@@ -240,8 +241,16 @@ def test_a_trained_model_is_adapted_to_other_text(run, finished, tmp_path):
     tokens = torch.arange(20)[None]
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     torch.testing.assert_close(adapted(tokens).logits, merged.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
-    card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "lora\\_r 4" in card and "train\\_temperatures False" in card
+    for folder in ("model", "adapter"):
+        card = (tmp_path / "run" / folder / "README.md").read_text()
+        assert "lora\\_r 4" in card and "train\\_temperatures False" in card
+    assert "library_name: peft" in card and "AutoPeftModelForCausalLM" in card
+    automatic = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").eval()
+    torch.testing.assert_close(automatic(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").eos_token_id is not None
+    refused = run_command("evaluate", tmp_path / "run" / "adapter", "--output", tmp_path / "evaluation")
+    assert f"holds an adapter, not a model; did you mean {tmp_path / 'run' / 'model'}?" in refused.stderr
+    assert merged.config.use_cache and merged.generation_config.use_cache
 
 
 def test_another_architecture_is_converted_first(run, finished):
@@ -378,8 +387,17 @@ def test_a_folder_of_something_else_is_not_touched(run, tmp_path):
 
 def test_recipes_and_settings_are_listed():
     recipes = run_command("train")
-    assert "codeparrot-128-18layers" in recipes.stdout
+    row = next(line for line in recipes.stdout.splitlines() if "codeparrot-128-18layers" in line)
+    assert row.split()[-3:] == ["2.56", "3.24", "3.13"]
+    assert "that the paper reports" in " ".join(recipes.stdout.split())
+    assert max(map(len, recipes.stdout.splitlines())) <= 80
     settings = run_command("train", "--settings")
     assert "temperature_lr_multiplier (default: 1.0): Learning rate of temperatures" in settings.stdout
     assert "per_device_train_batch_size" in settings.stdout
+    groups = [line for line in settings.stdout.splitlines() if line and not line.startswith(" ")]
+    assert groups[:3] == ["Model", "Architecture, sizes and penalty", "Text"]
+    assert len(groups) == len({*groups}) and all(len(title) < 80 for title in groups)
+    lines = [line for line in settings.stdout.splitlines() if line.startswith("  ")]
+    assert {line.split()[0] for line in lines} == {*ARGUMENT_FIELDS, *CONFIG_FIELDS}
+    assert not [line for line in lines if line.rstrip().endswith("):")]
     assert "entropy_coefficient (default: 0.16)" in settings.stdout

@@ -12,6 +12,7 @@ from entropy_gpt.evaluation.measuring.perplexity import Likelihood, Part, Window
 from entropy_gpt.evaluation.measuring.scores import TaskResult, TaskScore
 from entropy_gpt.evaluation.records.results import (
     Architecture,
+    AttentionResult,
     Conditions,
     HeadResult,
     LikelihoodResult,
@@ -89,6 +90,18 @@ def example_heads(overloaded=0.3, layers=12, heads=12, context=128, seed=0, **ch
         diversity_rows=8128,
     )
     return HeadResult(diagnostics, example_conditions(context=context, **changes), 77.0)
+
+
+def example_attention(tokens=("def", " main", "("), layers=2, heads=3, **changes) -> AttentionResult:
+    """Uniform in one head, and somewhere between in all others."""
+    random = np.random.default_rng(0)
+    length = len(tokens)
+    uniform = np.log(np.arange(1, length + 1))
+    entropies = random.random((layers, heads, length)) * uniform
+    weights = np.tri(length) / np.arange(1, length + 1)[:, None]
+    entropies[1, 2] = uniform
+    conditions = example_conditions(corpus="one text", context=length, evaluated_tokens=length, **changes)
+    return AttentionResult([*tokens], entropies.tolist(), [1, 2], weights.tolist(), conditions)
 
 
 def example_tasks(seed=0, **changes):

@@ -3,11 +3,13 @@
 import dataclasses
 
 import pytest
+import torch
 
 from entropy_gpt.evaluation.benchmarks import (
     conversion,
     entropy_attention,
     evaluation,
+    gpu,
     private_inference,
     range_check,
     training_step,
@@ -50,3 +52,39 @@ def test_conversions_are_compared_seed_by_seed():
     steps = [conversion.StepCost("a step", 0, 0.1, 2.0), conversion.StepCost("a step", 1, 0.1, None)]
     table = conversion.step_table(dataclasses.replace(record, steps=steps))
     assert "| a step | 0.1000 (0.1000 to 0.1000) | 2.000 (2.000 to 2.000) | 20.0 (20.0 to 20.0) |" in table
+
+
+def test_the_page_of_the_gpu_shows_its_record_or_that_there_is_none():
+    record = gpu.Record.load(gpu.RECORD) if gpu.RECORD.exists() else None
+    assert gpu.PAGE.read_text() == gpu.page(record), "run the benchmark with --redraw"
+    assert ("not yet been run on a GPU" in gpu.page(record)) == (record is None)
+
+
+def test_what_is_measured_on_a_gpu_at_tiny_sizes_on_a_cpu(tmp_path):
+    """FlexAttention has no gradient there, and compilers take long."""
+    sizes = gpu.Sizes(
+        lengths=(8, 16),
+        tokens=32,
+        heads=2,
+        head_dim=8,
+        model={"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 50, "n_positions": 16},
+        new_tokens=2,
+        sequences=2,
+        attentions=(gpu.FLASH, gpu.PUBLIC),
+        compiles=False,
+        milliseconds=1.0,
+    )
+    record = gpu.measure(sizes, torch.device("cpu"), runs=3)
+    record.save(tmp_path / "record.json")
+    assert gpu.Record.load(tmp_path / "record.json") == record
+    lines = gpu.page(record).splitlines()
+    assert [line.count(" | ") for line in lines if line.startswith(("| 8 |", "| 16 |"))] == [5, 5]
+    rows = [line.split(" | ")[:2] for line in lines if line.startswith(("| training", "| generation"))]
+    assert [kind for kind, _ in rows] == ["| training step"] * 3 + ["| generation"] * 3
+    assert rows[0][1] == gpu.STOCK
+
+
+def test_without_a_gpu_the_benchmark_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(gpu.typer.Exit):
+        gpu.main()

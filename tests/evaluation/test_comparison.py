@@ -46,7 +46,7 @@ def test_the_table_has_every_number(result):
 def test_private_answers_have_a_column_where_there_are_any(result):
     answered = dataclasses.replace(result, costs=[example_cost(0.0125, context=8, answers=2)])
     head, _, *rows = comparison_markdown([result, answered]).splitlines()[:4]
-    assert head == f"| {' | '.join(COLUMNS)} | private answer (MB) |"
+    assert head == f"| {' | '.join(column.title for column in COLUMNS)} | private answer (MB) |"
     assert [row.split(" | ")[-1] for row in rows] == ["– |", "12.5 |"]
     told = "protocol: cheetah; prompt: 8 tokens; answer: 2 tokens; versions: spu 0.9.5"
     assert f"without the set-up of their connection ({told}). Versions: " in conditions_text([result, answered])

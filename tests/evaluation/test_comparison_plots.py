@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -74,21 +75,21 @@ def picture_size(path):
 
 def test_a_picture_grows_until_its_labels_have_room(tmp_path):
     names = [f"{index} {'W' * LONGEST_NAME}" for index in range(40)]
-    plot_tradeoff(names[:3], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0], "cost", tmp_path / "few.png")
-    plot_tradeoff(names, [1.0] * 40, [2.0] * 40, "cost", tmp_path / "many.png")
+    plot_tradeoff(names[:3], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0], "cost").savefig(tmp_path / "few.png")
+    plot_tradeoff(names, [1.0] * 40, [2.0] * 40, "cost").savefig(tmp_path / "many.png")
     assert picture_size(tmp_path / "many.png") > picture_size(tmp_path / "few.png")
 
 
 @pytest.mark.parametrize("perplexities", [[2.0, 3.0], [2.0, 2e5]])
 def test_costs_and_perplexities_may_be_near_or_far_apart(perplexities, tmp_path):
     for costs in ([1.0, 1.0], [1e-3, 1e9]):
-        plot_tradeoff(["$a$", "_b"], costs, perplexities, "cost", tmp_path / "tradeoff.png")
+        plot_tradeoff(["$a$", "_b"], costs, perplexities, "cost").savefig(tmp_path / "tradeoff.png")
         assert picture_size(tmp_path / "tradeoff.png") > 5000
 
 
 def test_deviations_are_drawn_where_they_are_known(tmp_path):
     def draw(name, deviations):
-        plot_tradeoff(["a", "b"], [1.0, 2.0], [3.0, 2.0], "cost", tmp_path / name, deviations)
+        plot_tradeoff(["a", "b"], [1.0, 2.0], [3.0, 2.0], "cost", deviations).savefig(tmp_path / name)
         return (tmp_path / name).read_bytes()
 
     plain = draw("plain.png", None)
@@ -102,23 +103,57 @@ def test_curves_are_drawn_of_one_and_of_many(tmp_path):
     infinite.likelihood.likelihood.by_frequency = infinite.likelihood.likelihood.by_frequency[2:3]
     for results in ([infinite], [infinite, *example_results(), *example_results()]):
         for plot in (plot_positions, plot_frequencies):
-            plot(results, tmp_path / "curves.png")
+            plot(results).savefig(tmp_path / "curves.png")
             assert picture_size(tmp_path / "curves.png") > 5000
+
+
+def draw_quantiles_of(*results) -> Figure:
+    return plot_entropy_quantiles([result.heads.heads for result in results], [result.name for result in results])
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5])
 def test_quantiles_are_drawn_in_panels(count, tmp_path):
     results = [example_result(str(index), heads=example_heads(layers=2, heads=3)) for index in range(count)]
     results[0].heads.heads.entropy_quantiles[1][2][0] = float("nan")
-    plot_entropy_quantiles(results, tmp_path / "quantiles.png")
+    draw_quantiles_of(*results).savefig(tmp_path / "quantiles.png")
     assert picture_size(tmp_path / "quantiles.png") > 5000
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_legends_fit_into_the_picture(count):
+    figure = draw_quantiles_of(*(example_result(f"{n}", heads=example_heads(layers=1, heads=1)) for n in range(count)))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x0 >= 0
+    assert legend.get_window_extent().x1 <= figure.bbox.width
+    names = [example_result(f"{n}{'W' * LONGEST_NAME}", likelihood=example_likelihood()) for n in range(3)]
+    figure = plot_positions(names)
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().x1 <= figure.bbox.width
+
+
+def test_medians_are_compared_with_that_of_uniform_attention():
+    heads = example_heads(layers=1, heads=1, context=128)
+    axes = draw_quantiles_of(example_result(heads=heads)).axes[0]
+    (line,) = (line for line in axes.lines if line.get_label() == "median of uniform attention")
+    uniform = torch.arange(1, 129, dtype=torch.float64).log()
+    assert line.get_ydata()[0] == pytest.approx(uniform.quantile(0.5).item())
+    assert heads.heads.entropy.uniform_quantile(0.05) == pytest.approx(math.log(1 + 0.05 * 127), abs=0.01)
+
+
+def test_panels_share_a_scale_on_which_all_is_seen():
+    low, high = (example_result(heads=example_heads(layers=1, heads=1)) for _ in range(2))
+    low.heads.heads.entropy_quantiles, high.heads.heads.entropy_quantiles = [[[0.1] * 5]], [[[4.8] * 5]]
+    axes = draw_quantiles_of(low, high).axes[0]
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_ylim()[1] > 4.8
 
 
 def test_a_single_quantile_is_a_line(tmp_path):
     result = example_result(heads=example_heads(layers=1, heads=1))
     result.heads.heads.quantile_levels = [0.9]
     result.heads.heads.entropy_quantiles = [[[1.0]]]
-    plot_entropy_quantiles([result], tmp_path / "quantiles.png")
+    draw_quantiles_of(result).savefig(tmp_path / "quantiles.png")
     assert picture_size(tmp_path / "quantiles.png") > 5000
 
 

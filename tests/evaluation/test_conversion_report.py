@@ -23,7 +23,7 @@ def report(conditions):
     steps = [
         StepRecord("LayerNorms static", 0.0441, 3.77, 1234567.0, 51.26, False, 940800, 1.8),
         StepRecord("gelu_new to identity", 0.1, 3.9, None, None, True, 940800, 1.7),
-        StepRecord("FFNs fused", 0.1, 3.9, None, None, False, 480000, 0.0),
+        StepRecord("FFNs fused", 0.1, 3.9, None, None, False, 480000, 0.0, kept=True),
     ]
     return ConversionReport(
         source="somewhere",
@@ -73,7 +73,7 @@ def test_rows_tell_what_is_missing_and_what_is_beyond_measure(report):
     assert original == ("original", "0.0000", f"{math.exp(3.7251):.2f}", "", "", "940,800", "")
     assert static[3:5] == ("1.23e+06", "e^51.3")
     assert identity[3:5] == ("not finite", "")
-    assert fused[3:5] == ("", "")
+    assert fused[1:5] == ("= 0.1000", "= 49.40", "", "")
     assert format_perplexity(1e6) == "e^1e+06"
 
 
@@ -82,7 +82,7 @@ def test_pages_and_pictures_show_the_healing(report, tmp_path):
     assert "- step 2: ln_f removed" in page
     assert "| LayerNorms static | 0.0441 | 43.38 | 1.23e+06 | e^51.3 | 940,800 | 1.8 |" in page
     assert "## Healing" not in report_markdown(dataclasses.replace(report, healing=None))
-    plot_healing(report, tmp_path / "healing.png")
+    plot_healing(report).savefig(tmp_path / "healing.png")
     assert (tmp_path / "healing.png").read_bytes().startswith(b"\x89PNG")
 
 

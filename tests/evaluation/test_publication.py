@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from entropy_gpt.conversion.folding import fold
 from entropy_gpt.evaluation.records.results import RESULTS, load_results
-from entropy_gpt.evaluation.showing.head_plots import plot_headwise_entropy
+from entropy_gpt.evaluation.showing.head_plots import compare_models
 from entropy_gpt.evaluation.showing.publication import (
     CARD,
     FOLDED,
@@ -170,5 +170,5 @@ def test_results_without_heads_make_no_folder(model, tokenizer, tmp_path):
 
 
 def test_the_picture_is_that_of_the_heads(folder, result, tmp_path):
-    plot_headwise_entropy(result, tmp_path / "again.png")
+    compare_models([result]).savefig(tmp_path / "again.png")
     assert (folder / PICTURE).read_bytes() == (tmp_path / "again.png").read_bytes()

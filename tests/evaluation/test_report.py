@@ -29,6 +29,7 @@ from entropy_gpt.evaluation.showing.report_tables import (
 )
 
 from .example_results import (
+    example_attention,
     example_cost,
     example_heads,
     example_likelihood,
@@ -54,6 +55,18 @@ def without_drawing(monkeypatch, empty_png):
         return report_pictures.Picture(name, alt, caption, empty_png)
 
     monkeypatch.setattr(report_pictures, "_draw", draw)
+
+
+def test_one_text_has_two_pictures_of_each_model():
+    results = [example_result(name, attention=example_attention()) for name in ("a", "b")]
+    results.append(example_result("without"))
+    pictures = head_pictures(results)
+    assert [picture.name for picture in pictures] == [
+        *("text-entropies-1", "text-attention-1", "text-entropies-2", "text-attention-2"),
+    ]
+    assert "every head of a at every token of one text of 3 tokens" in pictures[0].caption
+    assert "head 2 in layer 1 of b" in pictures[3].caption
+    assert all(picture.png.startswith(b"\x89PNG") for picture in pictures)
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from entropy_gpt.evaluation.origin import git_revision, hash_weights
 from entropy_gpt.evaluation.records.results import find_results, load_results, save_results
 from tests.architectures import make_model, make_tokens
 
-from .example_results import example_cost, example_likelihood, example_result, example_results
+from .example_results import example_attention, example_cost, example_likelihood, example_result, example_results
 
 
 def test_results_are_read_back_as_they_were_written(tmp_path):
-    results = [*example_results(), example_result("only what it is")]
+    results = [*example_results(), example_result("only what it is", attention=example_attention())]
     save_results(results, tmp_path / "results.json")
     assert load_results(tmp_path / "results.json") == results
 
@@ -75,6 +75,11 @@ def test_what_records_tell_of_one_model_is_put_together():
     assert find_results(parts, one) == dataclasses.replace(one, costs=[*one.costs, example_cost(1.0)])
     assert find_results([renamed], one) == renamed
     assert find_results([other], one) is None
+
+
+def test_a_text_of_ones_own_is_not_handed_on():
+    one = dataclasses.replace(example_results()[0], attention=example_attention())
+    assert find_results([one], one) == dataclasses.replace(one, attention=None)
 
 
 def test_the_first_record_of_a_part_counts():

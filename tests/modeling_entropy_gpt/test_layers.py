@@ -1,18 +1,30 @@
-"""Normalised linear maps: what their buffers follow, the types and devices that tools leave them in, and zeros."""
+"""Activations; normalised linear maps: what their buffers follow, the types and devices of tools, and zeros."""
 
 import copy
 
 import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from transformers.activations import ACT2FN
 
 from modeling_entropy_gpt import EntropyGPTForCausalLM
-from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D
+from modeling_entropy_gpt.layers import TANH_GELUS, EntropyGPTNormalizedConv1D, build_activation
 from tests.architectures import NO_DROPOUT, make_config, make_model, make_tokens
 
 
 SPECTRAL = "SM+ScFFN+SN(QK+FFN)"
 NORMALIZED = (SPECTRAL, "SM+ScFuFFN+SN(QKVO+FFN)", "SM+ScFFN+WN(QKV+FFN)")
+
+
+@pytest.mark.parametrize("name", [*TANH_GELUS, "gelu", "relu", "silu"])
+def test_activations_are_those_of_transformers(name):
+    numbers = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
+    got, expected = build_activation(name)(numbers), ACT2FN[name](numbers)
+    torch.testing.assert_close(got, expected)
+    slopes = [torch.autograd.grad(values.sum(), numbers, create_graph=True)[0] for values in (got, expected)]
+    torch.testing.assert_close(*slopes)
+    if name != "relu":
+        torch.testing.assert_close(*(torch.autograd.grad(slope.sum(), numbers)[0] for slope in slopes))
 
 
 def stale(model):

@@ -367,7 +367,8 @@ def test_a_hub_that_can_not_be_reached_is_told_of(streamed):
     [
         ("", "is empty"),
         ('{"text": ""}\n{"text": null}\n', "is empty"),
-        ("{broken\n", r"bad\.jsonl \(split train\) can't be loaded: "),
+        ('{"text": "good"}\n{broken\n', r"bad\.jsonl is damaged: line 2: "),
+        ('{"text": "good"}\n["bad"]\n', r"bad\.jsonl is damaged: line 2: a row is a list"),
     ],
 )
 def test_bad_data_files_are_named(content, message, streamed, tmp_path):
@@ -390,10 +391,12 @@ def test_what_a_run_leaves_in_its_own_folder_is_not_read(text_folder):
     assert (sorted(source.training), sorted(source.validation)) == expected
 
 
-def test_a_run_in_a_folder_of_data_files_would_read_its_own_log(tmp_path):
+def test_a_run_in_a_folder_of_data_files_does_not_read_its_own_log(tmp_path):
     folder = Path(write_rows(tmp_path, "folder of jsonl"))
-    with pytest.raises(CorpusError, match=r"run lies in .*give an output_dir outside of it"):
-        prepare_data(DataArguments(dataset=str(folder), **SMALL), CONTEXT, 0, without=folder / "run")
+    expected = documents_of(folder)
+    write_rows(folder / "run", "jsonl", ["the log of a run"] * 9)
+    source = open_source(DataArguments(dataset=str(folder)), without=folder / "run")
+    assert (sorted(source.training), sorted(source.validation)) == expected
 
 
 def test_a_row_that_is_no_text_is_named(tmp_path):

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import BertTokenizerFast
 
 from entropy_gpt.training.errors import CorpusError
-from entropy_gpt.training.tokenizer import load_tokenizer, train_tokenizer
+from entropy_gpt.training.tokenizer import check_end_of_text, fits, load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +37,52 @@ def test_a_tokenizer_is_loaded_from_its_folder(tokenizer, tmp_path):
     assert again.eos_token_id == tokenizer.eos_token_id
 
 
-def test_a_folder_without_one_and_one_without_an_end_of_text_are_named(tmp_path):
+def test_a_folder_without_one_is_named(tmp_path):
     with pytest.raises(CorpusError, match=f"{tmp_path} has no tokenizer"):
         load_tokenizer(str(tmp_path))
-    bare = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="b"))
-    PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(tmp_path)
-    with pytest.raises(CorpusError, match="no fast one with an end-of-text token"):
+
+
+def test_a_bare_file_is_loaded(tokenizer, tmp_path):
+    """Next to a configuration of GPT-2, transformers makes GPT-2's pre-tokenizer of it."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        again = load_tokenizer(str(place))
+        assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+        assert again.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_pointer_to_a_file_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n")
+    with pytest.raises(CorpusError, match=r"tokenizer\.json is a Git LFS pointer"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.fixture
+def bert(tmp_path):
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    BertTokenizerFast(vocab={token: number for number, token in enumerate(vocabulary)}).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_the_end_of_text_is_named_where_it_is_needed(bert):
+    with pytest.raises(CorpusError, match=r"names no end-of-text token.*--eos-token.*\[SEP\]"):
+        check_end_of_text(load_tokenizer(bert))
+    tokenizer = load_tokenizer(bert, "[SEP]")
+    check_end_of_text(tokenizer)
+    assert tokenizer.eos_token_id == 3
+    with pytest.raises(CorpusError, match=r"has no token '\[EOS\]'\. Its special tokens are .*\[SEP\]"):
+        load_tokenizer(bert, "[EOS]")
+
+
+def test_special_tokens_beyond_the_model_are_no_obstacle(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    larger = load_tokenizer(str(tmp_path))
+    larger.add_special_tokens({"pad_token": "[PAD]"})
+    assert fits(larger, 400)
+    assert not fits(larger, 399)
+    larger.add_special_tokens({"eos_token": "[EOS]"})
+    assert not fits(larger, 400)
+    larger = load_tokenizer(str(tmp_path))
+    larger.add_tokens(["word"])
+    assert not fits(larger, 400)

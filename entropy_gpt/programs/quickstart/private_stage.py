@@ -12,9 +12,9 @@ from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.program.cost import by_operation
 from entropy_gpt.evaluation.records.results import PrivateCost
 from entropy_gpt.terminal.private import print_answer
-from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.progress import Progress
 from entropy_gpt.workflows.private import PrivateAnswer, demonstrate
 
 
@@ -23,7 +23,7 @@ NEW_TOKENS = 2
 console = Console()
 
 
-def answer_privately(models: dict[str, Path], prompt: str, output: Path):
+def answer_privately(models: dict[str, Path], prompt: str, output: Path, progress: Progress):
     """
     Has each model answer between two processes, checks the answer, and shows where the bytes go. What was computed in
     an earlier run is there still.
@@ -32,6 +32,7 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path):
         models (`dict[str, Path]`): Folders, by how the models are called; the first is what others are compared with.
         prompt (`str`): The same for all.
         output (`Path`): The quickstart's folder.
+        progress (`Progress`): Receives the stages of each answer.
 
     Raises:
         `UserError`: If an answer is not the one in the clear.
@@ -41,13 +42,13 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path):
     except PrivateInferenceError as error:
         console.print(f"no private answers: {error}", markup=False, soft_wrap=True)
         return
-    answers = {title: _answer(folder, prompt, output) for title, folder in models.items()}
+    answers = {title: _answer(folder, prompt, output, progress) for title, folder in models.items()}
     costs = {title: answer.cost for title, answer in answers.items()}
     for title, answer in answers.items():
         console.print(f"\n[bold]{escape(title)}[/bold], between two processes that keep prompt and weights secret:")
         print_answer(prompt, answer)
     with written_whole(output / "pictures" / "private_costs.png") as path:
-        draw_costs(costs, path)
+        draw_costs(costs).savefig(path, format="png")
     operations = list(dict.fromkeys(part.name for cost in costs.values() for part in by_operation(cost)))
     parts = [{part.name: part.total_bytes for part in by_operation(cost)} for cost in costs.values()]
     rows = [(name, *(f"{part.get(name, 0) / 1e6:.2f}" for part in parts)) for name in operations]
@@ -66,7 +67,7 @@ def private_costs(name: str, output: Path) -> list[PrivateCost]:
     What the private answer of a model cost, in this run or an earlier one; nothing where there is none.
 
     Args:
-        name (`str`): Of the model's folder.
+        name (`str`): Name of the model's folder.
         output (`Path`): The quickstart's folder.
 
     Raises:
@@ -79,11 +80,10 @@ def private_costs(name: str, output: Path) -> list[PrivateCost]:
     return [as_private_cost(answer.cost, answer.check)]
 
 
-def _answer(folder: Path, prompt: str, output: Path) -> PrivateAnswer:
+def _answer(folder: Path, prompt: str, output: Path, progress: Progress) -> PrivateAnswer:
     place = _place(folder.name, output)
     if not place.exists():
-        with progress_display(console, transient=True) as progress:
-            answer = demonstrate(folder, prompt, new_tokens=NEW_TOKENS, progress=progress)
+        answer = demonstrate(folder, prompt, new_tokens=NEW_TOKENS, progress=progress)
         with written_whole(place) as path:
             answer.save(path)
     return _load(place)

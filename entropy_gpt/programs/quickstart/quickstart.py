@@ -26,37 +26,46 @@ from entropy_gpt.evaluation.records.measurement import (
     read_text,
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, TrainingResult, load_results, save_results
-from entropy_gpt.evaluation.showing.comparison import comparison_rows, conditions_text
-from entropy_gpt.evaluation.showing.head_plots import plot_comparison, plot_headwise_entropy
+from entropy_gpt.evaluation.showing.comparison import COLUMNS, comparison_rows, conditions_text
+from entropy_gpt.evaluation.showing.head_plots import compare_models
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
-from entropy_gpt.training.arguments import PAPER_HYPERPARAMETERS, EntropyTrainingArguments
+from entropy_gpt.training.arguments import (
+    PAPER_HYPERPARAMETERS,
+    STANDARD_LIBRARY,
+    DataArguments,
+    EntropyTrainingArguments,
+)
 from entropy_gpt.training.callbacks import StepObserver, Stopwatch, find_callback
 from entropy_gpt.training.checkpoints import last_checkpoint
-from entropy_gpt.training.corpus import Corpus, load_corpus, load_standard_library
+from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.errors import CorpusError
-from entropy_gpt.training.files import delete, is_finished, written_whole
+from entropy_gpt.training.files import delete, written_whole
+from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.packing import collate_blocks, pack, spread_blocks
 from entropy_gpt.training.progress import Progress
+from entropy_gpt.training.sources import Source, open_source
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.training.trainer import EntropyTrainer
 from entropy_gpt.workflows.convert import Conversion, convert_with_text
 from entropy_gpt.workflows.convert_inputs import ConversionOptions, Text, spread
-from entropy_gpt.workflows.library_bars import library_bars_hidden
+from entropy_gpt.workflows.output_folder import QUICKSTART
+from entropy_gpt.workflows.report import write_page
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .private_stage import answer_privately, private_costs
+from .stages import Stages
 
 
-# The architectures, and what each sets beside its notation: the paper's initial temperature.
+# The architectures, and what each sets in addition to its notation: the paper's initial temperature.
 ARCHITECTURES = {"SM+LN+G": {}, "SM+ScFuFFN": {}, "EReg(SM(t)+ScFuFFN)": {"temperature_init": 0.01}}
 # What the first of them is converted to, and healed for this part of the steps.
 TARGET = "EReg(SM(t)+ScFuFFN)"
 HEALING_SHARE = 1 / 4
 # Those that answer under secure computation: what people run, and the paper's proposal.
 PRIVATE = ("SM+LN+G", "EReg(SM(t)+ScFuFFN)")
-CONVERTED = "converted"  # the name of its folder
+DATA, CONVERTED = "data", "converted"  # the names of their folders
 SIZES = {"n_layer": 4, "n_embd": 128, "n_head": 4}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 VOCAB_SIZE = 1024
@@ -70,20 +79,11 @@ THRESHOLD_LR_MULTIPLIER = 10.0
 WARMUP_SHARE = 0.2
 CHECKPOINTS = 15
 EVALUATED_BLOCKS = 512
+# The stages besides those of the architectures.
+TEXT, CONVERSION, LOADING, ANSWERS = "text", "conversion", "loading in a fresh process", "private answers"
+REPORT = "report.html"
 PROMPT = "def __init__(self, "
 LARGEST_DIFFERENCE = 1e-5
-
-# The columns of the report's tables, for a terminal of 80 characters.
-HEADINGS = (
-    "architecture",
-    "final\nnorm",
-    "para-\nmeters",
-    "ppl per\ntoken",
-    "bits/\nbyte",
-    "entropy\n(nats)",
-    "over-\nloaded",
-    "training\nseconds",
-)
 
 console = Console()
 
@@ -92,7 +92,7 @@ console = Console()
 class Data:
     """The text as a model sees it."""
 
-    corpus: Corpus
+    source: Source
     tokenizer: PreTrainedTokenizerFast
     training: Dataset
     validation: Dataset
@@ -100,8 +100,8 @@ class Data:
     @functools.cached_property
     def measured(self) -> MeasuredText:
         """All that is kept for validation."""
-        texts = (document.text for document in self.corpus.validation)
-        return read_text(self.corpus.name + KEPT_APART, self.corpus.revision, texts, self.tokenizer, CONTEXT)
+        source = self.source
+        return read_text(source.name + KEPT_APART, source.identity, source.validation, self.tokenizer, CONTEXT)
 
 
 @library_bars_hidden()
@@ -119,12 +119,22 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
         `UserError`: If the text can't be used, the folder holds something else, or a model diverges or does not
             load in a fresh process.
     """
-    with progress_display(console) as progress:
+    QUICKSTART.is_in(output)
+    with claimed(output, lambda: (output / DATA).exists()):
+        _run(steps, corpus_path, output, seed)
+
+
+def _run(steps: int, corpus_path: Path | None, output: Path, seed: int):
+    stages = Stages(console, _list_work(steps, output))
+    with progress_display(console, whole=stages) as progress:
+        stages.begin(TEXT)
         data = _prepare(steps, corpus_path, output, seed, progress)
         for notation in ARCHITECTURES:
             if not (output / "models" / slug(notation)).exists():
-                _train_and_save(notation, data, steps, seed, output, progress)
+                stages.begin(notation)
+                _train_and_save(notation, data, steps, seed, output, progress, stages)
         if not (output / "models" / CONVERTED).exists():
+            stages.begin(CONVERSION)
             _convert_and_save(data, steps, seed, output, progress)
     names = [*map(slug, ARCHITECTURES), CONVERTED]
     try:
@@ -134,11 +144,24 @@ def run(steps: int, corpus_path: Path | None, output: Path, seed: int):
     _draw(results, output)
     _save_all(results, output)
     _print_table(results)
-    for name, result in zip(names, results, strict=True):
-        _load_back(name, result.title, output)
-    answer_privately({title: output / "models" / slug(title) for title in PRIVATE}, PROMPT, output)
-    _save_all(results, output)
+    with progress_display(console, transient=True, whole=stages) as progress:
+        stages.begin(LOADING)
+        for name, result in zip(names, results, strict=True):
+            _load_back(name, result.title, output, progress)
+        stages.begin(ANSWERS)
+        answer_privately({title: output / "models" / slug(title) for title in PRIVATE}, PROMPT, output, progress)
+        with progress.stage("drawing the report"):
+            write_page(_save_all(results, output), [], output / REPORT)
     _print_where(output)
+
+
+def _list_work(steps: int, output: Path) -> dict[str, float]:
+    """The stages, and about how many training steps take as long as each; 0 if it is done already."""
+    models = dict.fromkeys(ARCHITECTURES, steps + 150) | {CONVERSION: 2 * HEALING_SHARE * steps + 450}
+    folders = [*map(slug, ARCHITECTURES), CONVERTED]
+    missing = [not (output / "models" / folder).exists() for folder in folders]
+    training = {name: work * wanted for (name, work), wanted in zip(models.items(), missing, strict=True)}
+    return {TEXT: 0, **training, LOADING: 300, ANSWERS: 500}
 
 
 def slug(notation: str) -> str:
@@ -149,39 +172,38 @@ def slug(notation: str) -> str:
 def _prepare(steps: int, corpus_path: Path | None, output: Path, seed: int, progress: Progress) -> Data:
     """Reads and tokenises the text. Nothing is written before all of it is known to be good."""
     with progress.stage("reading the text") as line:
-        corpus = load_standard_library() if corpus_path is None else load_corpus(corpus_path, without=output)
-        line.say(f"{corpus.characters:,} characters")
+        dataset = STANDARD_LIBRARY if corpus_path is None else str(corpus_path.absolute())
+        source = open_source(DataArguments(dataset=dataset), without=output)
+        line.say(f"{source.documents:,} documents")
     settings = {
         "steps": steps,
         "seed": seed,
-        "corpus": f"{corpus.name} ({corpus.revision})",
+        "corpus": f"{source.name} ({source.identity})",
         **collect_origin(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     _check_output(output, settings)
-    folder = output / "data"
+    folder = output / DATA
     if not folder.exists():
-        data = _tokenize(corpus, progress)
-        with written_whole(output / "settings.json") as path:
+        data = _tokenize(source, progress)
+        with written_whole(output / QUICKSTART.record) as path:
             path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         with written_whole(folder) as temporary:
             save_tokenizer(data.tokenizer, temporary / "tokenizer")
             data.training.save_to_disk(temporary / "training")
             data.validation.save_to_disk(temporary / "validation")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    return Data(corpus, tokenizer, load_from_disk(folder / "training"), load_from_disk(folder / "validation"))
+    return Data(source, tokenizer, load_from_disk(folder / "training"), load_from_disk(folder / "validation"))
 
 
 def _check_output(output: Path, settings: dict):
     """Refuses a folder that holds something else than an earlier part of this very run."""
-    if not output.exists() or (output.is_dir() and not any(map(is_finished, output.iterdir()))):
+    if not QUICKSTART.is_in(output):
         return
-    remedy = "give another --output, or delete it"
-    if not (output / "settings.json").exists():
-        raise UserError(f"{output} is there already and holds no quickstart: {remedy}.")
+    remedy, record = "give another --output, or delete it", output / QUICKSTART.record
     try:
-        earlier = dict(json.loads((output / "settings.json").read_text(encoding="utf-8")))
+        earlier = dict(json.loads(record.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise UserError(f"{output / 'settings.json'} is damaged ({error}): {remedy}.") from error
+        raise UserError(f"{record} is damaged ({error}): {remedy}.") from error
     changed = [
         f"{name} {earlier.get(name)} then, {now} now" for name, now in settings.items() if earlier.get(name) != now
     ]
@@ -189,28 +211,28 @@ def _check_output(output: Path, settings: dict):
         raise UserError(f"{output} holds a quickstart with other settings ({'; '.join(changed)}): {remedy}.")
 
 
-def _tokenize(corpus: Corpus, progress: Progress) -> Data:
+def _tokenize(source: Source, progress: Progress) -> Data:
     with progress.stage("training the tokenizer") as line:
-        tokenizer = train_tokenizer((document.text for document in corpus.training), VOCAB_SIZE)
+        tokenizer = train_tokenizer(source.training, VOCAB_SIZE)
         line.say(f"{len(tokenizer):,} tokens")
-    with progress.stage("tokenising", len(corpus.training) + len(corpus.validation)) as line:
-        training = pack((document.text for document in corpus.training), tokenizer, CONTEXT, line.advance)
+    with progress.stage("tokenising", source.documents) as line:
+        training = pack(source.training, tokenizer, CONTEXT, line.advance)
         try:
-            validation = pack((document.text for document in corpus.validation), tokenizer, CONTEXT, line.advance)
+            validation = pack(source.validation, tokenizer, CONTEXT, line.advance)
         except CorpusError as error:
-            length = sum(document.length for document in corpus.validation)
-            part = f"the part kept for validation, {length:,} of {corpus.characters:,} characters"
-            raise CorpusError(f"In {part}: {error}") from error
+            raise CorpusError(f"In the part kept for validation: {error}") from error
         line.say(f"{len(training) + len(validation):,} blocks of {CONTEXT} tokens")
-    return Data(corpus, tokenizer, training, spread_blocks(validation, EVALUATED_BLOCKS))
+    return Data(source, tokenizer, training, spread_blocks(validation, EVALUATED_BLOCKS))
 
 
-def _train_and_save(notation: str, data: Data, steps: int, seed: int, output: Path, progress: Progress):
+def _train_and_save(
+    notation: str, data: Data, steps: int, seed: int, output: Path, progress: Progress, stages: Stages
+):
     """Leaves the folder of a trained and measured model, and what it answers to a block of text."""
     checkpoints = output / "checkpoints" / slug(notation)
     set_seed(seed)
     model = EntropyGPTForCausalLM(_make_config(notation, data.tokenizer))
-    seconds = _train(model, data, steps, seed, checkpoints, progress)
+    seconds = _train(model, data, steps, seed, checkpoints, progress, stages)
     training = _describe_training(model, data, steps, seconds)
     result = measure_model(model, slug(notation), data.measured, training, seed, progress)
     _save(model, result, data, output)
@@ -233,8 +255,8 @@ def _convert_and_save(data: Data, steps: int, seed: int, output: Path, progress:
         seed=seed,
     )
     text = Text(
-        data.corpus.name,
-        data.corpus.revision,
+        data.source.name,
+        data.source.identity,
         data.tokenizer,
         data.training,
         spread(data.training, options.calibration_tokens),
@@ -279,7 +301,13 @@ def _make_config(notation: str, tokenizer: PreTrainedTokenizerFast) -> EntropyGP
 
 
 def _train(
-    model: EntropyGPTForCausalLM, data: Data, steps: int, seed: int, checkpoints: Path, progress: Progress
+    model: EntropyGPTForCausalLM,
+    data: Data,
+    steps: int,
+    seed: int,
+    checkpoints: Path,
+    progress: Progress,
+    stages: Stages,
 ) -> float:
     """Trains from the last whole checkpoint on, and returns the seconds that all of training took."""
     arguments = EntropyTrainingArguments(
@@ -301,7 +329,7 @@ def _train(
             args=arguments,
             train_dataset=data.training,
             data_collator=collate_blocks,
-            callbacks=[Stopwatch(), StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))],
+            callbacks=[Stopwatch(), StepObserver(stages.follow(line), lambda loss: line.say(f"loss {loss:.3f}"))],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
@@ -323,7 +351,7 @@ def _describe_training(model: EntropyGPTForCausalLM, data: Data, steps: int, sec
             **describe_config(model.config),
             **({"threshold_lr_multiplier": THRESHOLD_LR_MULTIPLIER} if has_thresholds else {}),
         },
-        text=f"{data.corpus.name} ({data.corpus.revision})",
+        text=f"{data.source.name} ({data.source.identity})",
     )
 
 
@@ -331,21 +359,22 @@ def _draw(results: list[ModelResult], output: Path):
     """Redrawn in every run: it takes a second."""
     for result in results:
         with written_whole(output / "pictures" / f"entropy_{result.name}.png") as path:
-            plot_headwise_entropy(result, path)
+            compare_models([result]).savefig(path, format="png")
     with written_whole(output / "pictures" / "entropy_comparison.png") as path:
-        plot_comparison(results, path)
+        compare_models(results).savefig(path, format="png")
 
 
-def _save_all(results: list[ModelResult], output: Path):
-    """With what private answers cost, as far as there are any."""
+def _save_all(results: list[ModelResult], output: Path) -> list[ModelResult]:
+    """Saves and returns the results with what private answers cost, as far as there are any."""
     results = [dataclasses.replace(result, costs=private_costs(result.name, output)) for result in results]
     with written_whole(output / RESULTS) as path:
         save_results(results, path)
+    return results
 
 
-def _load_back(name: str, title: str, output: Path):
+def _load_back(name: str, title: str, output: Path, progress: Progress):
     folder = output / "models" / name
-    with console.status(f"loading {escape(str(folder))} in a fresh process"):
+    with progress.stage(f"loading {name}"):
         try:
             loaded = load_in_fresh_process(folder, output / "references" / f"{name}.safetensors", PROMPT)
         except RemoteLoadingError as error:
@@ -357,13 +386,14 @@ def _load_back(name: str, title: str, output: Path):
         )
     console.print(
         f"[bold]{escape(title)}[/] loads in a fresh process from its folder alone (largest difference of logits: "
-        f"{loaded.max_difference:.0e}), and completes: [green]{escape(loaded.completion)}[/]"
+        f"{loaded.max_difference:.0e}), and completes: [green]{escape(loaded.completion)}[/]",
+        soft_wrap=True,
     )
 
 
 def _print_table(results: list[ModelResult]):
     rows = [[cell.replace(" from ", "\n  from ") for cell in row] for row in comparison_rows(results)]
-    console.print(make_table(HEADINGS, rows, text_columns=2))
+    console.print(make_table([column.narrow for column in COLUMNS], rows, text_columns=2))
     console.print(escape(conditions_text(results)), style="dim")
 
 
@@ -372,7 +402,8 @@ def _print_where(output: Path):
         "models, ready for the Hub": "models",
         "pictures of headwise entropy, and of where private bytes go": "pictures",
         "the cost of each step of the conversion": "conversion/conversion_report.md",
-        "all numbers": "results.json",
+        "all numbers": RESULTS,
+        "a page of all this, for a browser": REPORT,
     }
     for what, place in places.items():
         console.print(f"{what}: {output / place}", markup=False, soft_wrap=True)

@@ -341,7 +341,7 @@ def write(record: Path = RECORD, page: Path = PAGE, pictures: Path = PICTURES, r
     pictures.mkdir(parents=True, exist_ok=True)
     for name, (plot, groups) in PLOTS.items():
         if _is_shown(study, groups):
-            plot(study, pictures / f"{name}.png")
+            plot(study).savefig(pictures / f"{name}.png", format="png")
     replace_block(page, BLOCK, text)
     replace_block(readme, BLOCK, readme_text(study))
 

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -35,24 +34,24 @@ from .tables import (
 
 
 PANEL = (3.4, 3.2)
-# Of the scratch and the converted models in the curves.
+# Colours of the scratch and the converted models in the curves.
 SCRATCH_COLOR, OWN_COLOR, ALL_COLOR, BASELINE_COLOR = RUN_COLORS[0], RUN_COLORS[1], RUN_COLORS[2], "#4a5158"
 
 
-def plot_pareto(study: Study, path: Path):
+def plot_pareto(study: Study) -> Figure:
     """Test perplexity against what a private inference of GPT-2 small sends, of the main architectures."""
-    _plot_tradeoff(study, (WARM,), path)
+    return _plot_tradeoff(study, (WARM,))
 
 
-def plot_others(study: Study, path: Path):
+def plot_others(study: Study) -> Figure:
     """
     The same of the main architectures with the paper's warm-up, of the others, and of what was converted. Models with
     static weights all cost what SM does, and are left to the table.
     """
-    _plot_tradeoff(study, (LADDER, *UNUSUAL, "conversion", "conversion_targets"), path)
+    return _plot_tradeoff(study, (LADDER, *UNUSUAL, "conversion", "conversion_targets"))
 
 
-def _plot_tradeoff(study: Study, groups: Sequence[str], path: Path):
+def _plot_tradeoff(study: Study, groups: Sequence[str]) -> Figure:
     names, costs, perplexities, deviations = [], [], [], []
     runs = list_trained(study.group(*groups))
     longest = max((run.settings["heal_steps"] for run in runs if run.source), default=0)
@@ -66,10 +65,10 @@ def _plot_tradeoff(study: Study, groups: Sequence[str], path: Path):
         perplexities.append(perplexity_of(mean_nats(members)))
         deviations.append(perplexities[-1] * spread_of(members))
     title = "private inference of GPT-2 small, T=128 (GB, predicted)"
-    plot_tradeoff(names, costs, perplexities, title, path, deviations)
+    return plot_tradeoff(names, costs, perplexities, title, deviations)
 
 
-def plot_conversion(study: Study, path: Path):
+def plot_conversion(study: Study) -> Figure:
     """Test perplexity against tokens: trained from scratch, and converted, without and with the teacher's tokens."""
     figure = Figure(figsize=(7.4, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot(xlabel="tokens (millions)", ylabel=f"test perplexity of {PROPOSAL}")
@@ -103,7 +102,7 @@ def plot_conversion(study: Study, path: Path):
     number_plainly(axes.yaxis, axes.get_ylim())
     axes.legend()
     axes.grid(alpha=0.25)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def find_crossing(scratch: Sequence[Sequence[StudyRun]], converted: Sequence[Sequence[StudyRun]]):
@@ -124,7 +123,7 @@ def find_crossing(scratch: Sequence[Sequence[StudyRun]], converted: Sequence[Seq
     return None
 
 
-def plot_heads(study: Study, path: Path):
+def plot_heads(study: Study) -> Figure:
     """Mean entropy of every head of the main architectures, of the first seed each."""
     firsts = [runs[0] for runs in by_notation(study.group(WARM)).values() if runs[0].heads is not None]
     figure = Figure(figsize=(PANEL[0] * len(firsts) + 1, PANEL[1]), dpi=DOTS_PER_INCH, layout="constrained")
@@ -135,11 +134,11 @@ def plot_heads(study: Study, path: Path):
         title = f"{run.notation}\n{run.heads.overloaded_share:.0%} of heads overloaded"
         axes.set_title("\n".join(wrap(line, PANEL[0], 9) for line in title.split("\n")), fontsize=9)
     add_entropy_scale(figure, list(panels), image, maximum)
-    figure.savefig(path, format="png")
+    return figure
 
 
-def plot_tolerance(study: Study, path: Path):
-    """Test perplexity and mean entropy against the tolerance of the penalty, beside the model without a penalty."""
+def plot_tolerance(study: Study) -> Figure:
+    """Test perplexity and mean entropy against the tolerance of the penalty, with the model without a penalty."""
     runs = sorted(list_trained(study.group("tolerance")), key=lambda run: run.settings["entropy_tolerance"])
     without = list_trained(by_notation(study.group(LADDER)).get(UNREGULARIZED, []))[:1]
     figure = Figure(figsize=(8.4, 3.6), dpi=DOTS_PER_INCH, layout="constrained")
@@ -155,7 +154,7 @@ def plot_tolerance(study: Study, path: Path):
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.25)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _draw_curve(axes, groups: Sequence[Sequence[StudyRun]], offset: int, label: str, color: str):

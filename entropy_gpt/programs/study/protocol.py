@@ -46,7 +46,7 @@ class Run:
 
     Args:
         kind (`str`): One of `KINDS`.
-        settings (`dict`): All that it is told.
+        settings (`dict`): All its settings.
         source (`str`, *optional*): Name of the run whose model it takes.
     """
 
@@ -104,11 +104,11 @@ class Row:
 class Protocol:
     """
     Args:
-        hash (`str`): Of what the file says, whatever its comments.
+        hash (`str`): A hash of what the file says, whatever its comments.
         dataset (`str`): What all runs are trained and validated on: `python-stdlib`, or a file or folder of text.
         vocabulary (`int`): Tokens of the tokenizer, which all runs share.
-        test (`dict[str, dict]`): Installed packages whose code is tested on: their version, and so many characters.
-        rows (`list[Row]`): Of all groups, in the file's order.
+        test (`dict[str, dict]`): Installed packages whose code is tested on: their version, and how many characters.
+        rows (`list[Row]`): Rows of all groups, in the file's order.
     """
 
     hash: str
@@ -233,12 +233,12 @@ def _read_group(group: str, settings: dict, content: dict, before: list[Row], pa
         yield row
 
 
-def _refer(told: Any, word: str, own: dict[str, Any], group: str, path: Path) -> Reference:
-    """What is told goes before what a row shares with the rows that it refers to."""
-    told = dict(_check_mapping(told, f"group {group}: {word}", path))
-    if word not in told:
-        raise UserError(f"{path}, group {group}: {told} lacks {word}, the group that it refers to.")
-    return Reference(told.pop(word), {**own, **told})
+def _refer(row: Any, word: str, own: dict[str, Any], group: str, path: Path) -> Reference:
+    """What a row says itself goes before what a row shares with the rows that it refers to."""
+    row = dict(_check_mapping(row, f"group {group}: {word}", path))
+    if word not in row:
+        raise UserError(f"{path}, group {group}: {row} lacks {word}, the group that it refers to.")
+    return Reference(row.pop(word), {**own, **row})
 
 
 def _check_mapping(value: Any, place: str, path: Path) -> dict[str, Any]:

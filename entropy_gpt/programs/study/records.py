@@ -1,4 +1,4 @@
-"""What the study measured: a record for each run, with all that the run was told."""
+"""What the study measured: a record for each run, with all settings of the run."""
 
 from dataclasses import field
 from typing import Any, ClassVar
@@ -20,14 +20,14 @@ class StudyRun(StoredRecord):
     A run of the study.
 
     Args:
-        name (`str`): What tells it from others.
+        name (`str`): What distinguishes it from others.
         kind (`str`): One of `KINDS`.
-        settings (`dict`): All that it was told.
+        settings (`dict`): All its settings.
         source (`str`, *optional*): Name of the run whose model was converted, or answered.
         notation (`str`): The architecture.
         parameters (`int`): Tied ones count once.
         tokens (`int`): Seen in training, without those of the source.
-        seconds_per_step (`float`, *optional*): Of training.
+        seconds_per_step (`float`, *optional*): Seconds of a step of training.
         diverged (`str`, *optional*): What went wrong in training; there is no model then.
         events (`list[str]`): What the guard reported in the course of training.
         validation ([`LikelihoodResult`], *optional*): On documents of the training text that were kept apart.

@@ -30,16 +30,18 @@ from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText,
 from entropy_gpt.evaluation.records.results import RESULTS, AnswerCheck, load_results, save_results
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal.progress import progress_display
-from entropy_gpt.training.arguments import STANDARD_LIBRARY
+from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments
 from entropy_gpt.training.checkpoints import list_checkpoints
-from entropy_gpt.training.corpus import Corpus, Document, load_corpus, load_standard_library
+from entropy_gpt.training.corpus import Corpus, Document, load_corpus
 from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.files import delete, written_whole
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.run_folder import MODEL
+from entropy_gpt.training.sources import Source, open_source
 from entropy_gpt.workflows.convert import convert
-from entropy_gpt.workflows.convert_inputs import REPORT, ConversionOptions, find_target
+from entropy_gpt.workflows.convert_inputs import ConversionOptions, find_target
 from entropy_gpt.workflows.options import read_options
+from entropy_gpt.workflows.output_folder import CONVERSION
 from entropy_gpt.workflows.train import train
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
@@ -49,7 +51,7 @@ from .records import CONVERTED, TRAINED, StudyRun
 
 PLAN, RESULT, TOKENIZER, RUNS = "plan.json", "result.json", "tokenizer", "runs"
 # Folders of a run, with what trained or converted it.
-TRAINING, CONVERSION = "training", "conversion"
+TRAINING, CONVERTING = "training", "conversion"
 VALIDATION_TOKENS = "validation_tokens"
 NOT_TESTED_ON = frozenset({"test", "tests", "testing"})
 
@@ -72,8 +74,8 @@ class Place:
     @property
     def model(self) -> Path | None:
         """Its model, if it has one."""
-        places = (self.folder / TRAINING / MODEL, self.folder / CONVERSION)
-        return next((place for place in places if (place / "config.json").exists()), None)
+        last_files = (self.folder / TRAINING / MODEL / "config.json", self.folder / CONVERTING / CONVERSION.record)
+        return next((file.parent for file in last_files if file.exists()), None)
 
 
 def write_plan(place: Place, run: Run, test: dict[str, dict[str, Any]]):
@@ -130,7 +132,7 @@ def _convert(place: Place, run: Run, progress: Progress) -> StudyRun:
         settings = {name: value for name, value in run.settings.items() if name not in (DATASET, VALIDATION_TOKENS)}
         dataset = run.settings[DATASET]
         text = None if dataset == STANDARD_LIBRARY else Path(dataset)
-        options = {"to": settings.pop("notation"), "output": place.folder / CONVERSION, "text": text, **settings}
+        options = {"to": settings.pop("notation"), "output": place.folder / CONVERTING, "text": text, **settings}
         try:
             convert(source, **options, progress=progress)
         except DivergedError as error:
@@ -142,7 +144,7 @@ def _convert(place: Place, run: Run, progress: Progress) -> StudyRun:
             return replace(_begin_record(run, target.notation, parameters), diverged=str(error))
     (result,) = load_results(place.model / RESULTS)
     found = _begin_record(run, result.architecture.notation, result.architecture.parameters)
-    healing = ConversionReport.load(place.model / f"{REPORT}.json").healing
+    healing = ConversionReport.load(place.model / CONVERSION.record).healing
     if healing is None:
         return found
     events = [f"step {step:,.0f}: {text}" for step, text in healing.events]
@@ -153,7 +155,7 @@ def _answer(place: Place, run: Run, progress: Progress) -> StudyRun:
     model = load_language_model(Place(place.study, run.source).model).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(place.study / TOKENIZER)
     length, sequences = run.settings["length"], run.settings["sequences"]
-    text = tokenizer.eos_token.join(document.text for document in load_text(run.settings[DATASET]).validation)
+    text = tokenizer.eos_token.join(load_text(run.settings[DATASET]).validation)
     tokens = np.array(tokenizer(text)["input_ids"])
     starts = np.linspace(0, len(tokens) - length, sequences).astype(int)
     prompts = np.stack([tokens[start : start + length] for start in starts])
@@ -183,10 +185,10 @@ def _measure(place: Place, run: Run, test: dict[str, dict], result: StudyRun, pr
     (known,) = load_results(place.model / RESULTS)
     result.validation, heads = known.likelihood, known.heads
     if result.validation is None or heads is None:
-        corpus = load_text(run.settings[DATASET])
-        texts = (document.text for document in corpus.validation)
+        source = load_text(run.settings[DATASET])
         most_tokens = run.settings[VALIDATION_TOKENS]
-        text = read_text(corpus.name + KEPT_APART, corpus.revision, texts, tokenizer, context, most_tokens)
+        name = source.name + KEPT_APART
+        text = read_text(name, source.identity, source.validation, tokenizer, context, most_tokens)
         result.validation = measure_text(model, text, progress, result.notation, seed=seed)
         heads = measure_heads(model, text, progress, result.notation, seed=seed)
     result.heads = heads.heads.entropy
@@ -206,25 +208,25 @@ def _measured_text(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: 
     return read_text(corpus.name, corpus.revision, texts, tokenizer, context)
 
 
-def load_text(dataset: str) -> Corpus:
+def load_text(dataset: str) -> Source:
     """
     What a study trains and validates on.
 
     Raises:
         `CorpusError`: If it can't be read.
     """
-    return load_standard_library() if dataset == STANDARD_LIBRARY else load_corpus(Path(dataset))
+    return open_source(DataArguments(dataset=dataset))
 
 
 def read_package(package: str, release: str, characters: int) -> Corpus:
     """
     The code of an installed package, without its tests: of its files, in an order that depends on their names' hashes,
-    as many as hold so many characters.
+    as many as hold that many characters.
 
     Args:
         package (`str`): Its name.
         release (`str`): The version that it has to have.
-        characters (`int`): Of the files together, no more than these; all in `training`.
+        characters (`int`): Characters of the files together, no more than these; all in `training`.
 
     Raises:
         `UserError`: If it is not installed, or in another version.
@@ -248,7 +250,7 @@ def _hash_of_name(document: Document) -> str:
 
 
 def _end_with_parent():
-    """A run whose command was killed would go on beside the one that is started next."""
+    """A run whose command was killed would go on next to the one that is started next."""
     while os.read(sys.stdin.fileno(), 1):  # without a lock that the interpreter would miss at its end
         pass
     os._exit(1)

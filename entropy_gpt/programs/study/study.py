@@ -8,10 +8,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
@@ -20,12 +18,15 @@ from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.records.results import RESULTS, load_results, save_results
 from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
+from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.progress import Progress
+from entropy_gpt.training.storage import check_folder
 from entropy_gpt.training.tokenizer import train_tokenizer
 
 from .protocol import Protocol, Row, Run, read_protocol, resolve
 from .records import ANSWERED, Study, StudyRun
-from .run import RESULT, RUNS, TOKENIZER, Place, load_text, write_plan
+from .run import RESULT, RUNS, TOKENIZER, TRAINING, Place, load_text, write_plan
 
 
 RECORD, MODELS, SHARED, LOG = "study.json", "models.json", "shared.json", "log.txt"
@@ -68,14 +69,13 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
         _print_plan(rows, finished, output)
         return
     failed: dict[str, str] = {}
-    with _locked(output):
-        _prepare(protocol, output)
+    with claimed(output, lambda: _goes_on(output)):
         with progress_display(console) as progress, progress.stage("study") as line:
-            clock = _Clock(rows, finished)
+            _prepare(protocol, output, progress)
             with contextlib.closing(_work(protocol, rows, output, workers, finished, failed)) as work:
                 for running in work:
-                    line.reach(*clock.reached(finished))
-                    line.say("; ".join([clock.describe(finished), *(worker.run.name for worker in running)]))
+                    line.reach(*_count_steps(rows, finished))
+                    line.say(_describe_state(rows, finished, running))
         _save_models(_save(protocol, finished, output), output)
     if failed:
         raise UserError(
@@ -88,35 +88,23 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
     console.print(f"{len(rows)} rows are measured{without}: {output / RECORD}", markup=False, soft_wrap=True)
 
 
-class _Clock:
-    """How far the study is, by steps of training."""
+def _count_steps(rows: list[Row], finished: dict[str, StudyRun]) -> tuple[int, int]:
+    """Steps of training that are done, and all: at most that many, as several rows may turn out to be the same run."""
+    runs = resolve(rows, finished)
+    steps = {
+        index if run is None else run.name: row.steps for index, (row, run) in enumerate(zip(rows, runs, strict=True))
+    }
+    return sum(count for name, count in steps.items() if name in finished), sum(steps.values())
 
-    def __init__(self, rows: list[Row], finished: dict[str, StudyRun]):
-        self._rows, self._started = rows, time.monotonic()
-        self._before, _ = self.reached(finished)
 
-    def reached(self, finished: dict[str, StudyRun]) -> tuple[int, int]:
-        """Steps that are done, and all: at most so many, as rows that wait for a choice may turn out to be one."""
-        runs = resolve(self._rows, finished)
-        steps = {
-            index if run is None else run.name: row.steps
-            for index, (row, run) in enumerate(zip(self._rows, runs, strict=True))
-        }
-        return sum(count for name, count in steps.items() if name in finished), sum(steps.values())
-
-    def describe(self, finished: dict[str, StudyRun]) -> str:
-        """Rows that are done, and the time left at the pace so far."""
-        runs = resolve(self._rows, finished)
-        text = f"{sum(run is not None and run.name in finished for run in runs)} of {len(runs)} rows"
-        done, total = self.reached(finished)
-        if done > self._before:
-            seconds = (total - done) * (time.monotonic() - self._started) / (done - self._before)
-            text += f", about {timedelta(seconds=round(seconds))} left"
-        return text
+def _describe_state(rows: list[Row], finished: dict[str, StudyRun], running: list[_Worker]) -> str:
+    done = sum(run is not None and run.name in finished for run in resolve(rows, finished))
+    return "; ".join([f"{done} of {len(rows)} rows", *(worker.run.name for worker in running)])
 
 
 def _check_output(protocol: Protocol, output: Path):
     """Refuses a folder whose runs have another text or tokenizer, or were tested on other code."""
+    check_folder(output)
     path = output / SHARED
     if not path.exists():
         return
@@ -127,14 +115,9 @@ def _check_output(protocol: Protocol, output: Path):
         raise UserError(f"{output} holds a study of another kind ({'; '.join(changed)}): give another --output.")
 
 
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / "lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise UserError(f"Another command is at work in {output}: wait, or give another --output.") from error
+def _goes_on(output: Path) -> bool:
+    """Whether there is something that another attempt does not do again."""
+    return any(True for name in (RESULT, f"{TRAINING}/checkpoint-*") for _ in (output / RUNS).glob(f"*/{name}"))
 
 
 def _load_finished(output: Path) -> dict[str, StudyRun]:
@@ -144,16 +127,15 @@ def _load_finished(output: Path) -> dict[str, StudyRun]:
     return {**known, **{run.name: run for run in found}}
 
 
-def _prepare(protocol: Protocol, output: Path):
+def _prepare(protocol: Protocol, output: Path, progress: Progress):
     """The tokenizer that all runs share."""
     with written_whole(output / SHARED) as path:
         path.write_text(json.dumps(protocol.shared, indent=1) + "\n", encoding="utf-8")
     place = output / TOKENIZER
     if place.exists():
         return
-    with console.status("training the tokenizer"), written_whole(place) as folder:
-        texts = (document.text for document in load_text(protocol.dataset).training)
-        save_tokenizer(train_tokenizer(texts, protocol.vocabulary), folder)
+    with progress.stage("training the tokenizer"), written_whole(place) as folder:
+        save_tokenizer(train_tokenizer(load_text(protocol.dataset).training, protocol.vocabulary), folder)
 
 
 def _work(
@@ -232,7 +214,8 @@ def _collect(worker: _Worker, output: Path, finished: dict[str, StudyRun], faile
     if worker.process.returncode != 0:
         lines = (place.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
         failed[worker.run.name] = next((line for line in reversed(lines) if line.strip()), "no word")[:300]
-        console.print(f"{worker.run.name} [red]failed[/] after {seconds:.0f} s: {escape(failed[worker.run.name])}")
+        reason = escape(failed[worker.run.name])
+        console.print(f"{worker.run.name} [red]failed[/] after {seconds:.0f} s: {reason}", soft_wrap=True)
         return
     result = finished[worker.run.name] = StudyRun.load(place.result)
     console.print(f"{worker.run.name}, {seconds:.0f} s: {escape(_summarize(result))}", soft_wrap=True)

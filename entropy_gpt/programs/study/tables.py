@@ -200,7 +200,7 @@ def order_table(study: Study, groups: Sequence[str]) -> str:
 
 
 def others_table(study: Study, groups: Sequence[str]) -> str:
-    """Architectures with one seed, beside the baseline of the ladder."""
+    """Architectures with one seed, with the baseline of the ladder."""
     baseline = by_notation(study.group(LADDER)).get(BASELINE, [])
     rows = [
         (
@@ -216,7 +216,7 @@ def others_table(study: Study, groups: Sequence[str]) -> str:
 
 
 def parts_table(study: Study, groups: Sequence[str], reference: str) -> str:
-    """Architectures with parts of the proposal, beside the baseline of a ladder."""
+    """Architectures with parts of the proposal, with the baseline of a ladder."""
     ladder = by_notation(study.group(reference))
     (proposal, *_), baseline = ladder[PROPOSAL], ladder[BASELINE]
     rows = []
@@ -237,7 +237,7 @@ def parts_table(study: Study, groups: Sequence[str], reference: str) -> str:
 
 
 def larger_table(study: Study, groups: Sequence[str]) -> str:
-    """Models of other sizes, each beside the baseline of its own size."""
+    """Models of other sizes, each with the baseline of its own size."""
     rows = []
     for group in groups:
         runs = study.group(group)
@@ -250,7 +250,7 @@ def larger_table(study: Study, groups: Sequence[str]) -> str:
 
 
 def settings_table(study: Study, groups: dict[str, str]) -> str:
-    """Runs of groups that differ in one setting; beside the same architecture as the ladder has it."""
+    """Runs of groups that differ in one setting, and the same architecture as the ladder has it."""
     rows = [
         (setting, str(run.settings[setting]), perplexity_cell([run]), *_head_cells([run]))
         for group, setting in groups.items()
@@ -260,7 +260,7 @@ def settings_table(study: Study, groups: dict[str, str]) -> str:
 
 
 def conversion_table(study: Study) -> str:
-    """Converted models by what they are and what they were healed with, beside training from scratch."""
+    """Converted models by what they are and what they were healed with, and training from scratch."""
     ladder = by_notation(study.group(LADDER))
     rows = [_conversion_row(f"{notation}, from scratch", ladder[notation], 0) for notation in (BASELINE, PROPOSAL)]
     for runs in alike(study.group("scratch", "scratch_baseline"), "notation", "max_steps"):

@@ -2,71 +2,26 @@
 Bytes and round trips of a private inference from the configuration alone: no weights, no engine, no second party.
 
 `counting.py` runs the program on shapes and counts its parts as the engine would need them; what each of them sends
-was measured (`prices.json`; `price_fitting.py` measures anew).
+was measured (`program/prices.json`; `price_fitting.py` measures anew).
 """
 
 import copy
-import functools
-from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from entropy_gpt.conversion.folding import fold, list_absorbable_ffns
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
-from entropy_gpt.evaluation.private_inference.program.counting import Counts, StepCounts, Stock, count_step
+from entropy_gpt.evaluation.json_records import RECORD
+from entropy_gpt.evaluation.private_inference.program.counting import StepCounts, Stock, count_step
+from entropy_gpt.evaluation.private_inference.program.prices import Prices, load_prices, price_of
 from entropy_gpt.evaluation.private_inference.program.program import Span, Step, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import program_variables
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 
-PRICES = Path(__file__).parent / "prices.json"
 # Bytes of keys and oblivious transfers, once a connection, sent by both parties: the same for all models.
-SET_UP_BYTES = 25.9e6
-
-
-@dataclass(config=RECORD)
-class Sample:
-    """
-    A measured step of the fit.
-
-    Args:
-        name (`str`): The operation and its shapes.
-        counts (`dict[str, float]`): What it consists of.
-        measured_bytes (`int`): Sent by both parties.
-        fitted_bytes (`float`): By the prices.
-    """
-
-    name: str
-    counts: dict[str, float]
-    measured_bytes: int
-    fitted_bytes: float = 0.0
-
-
-@dataclass(config=RECORD)
-class Prices(StoredRecord):
-    """
-    What Cheetah sends, by what it is counted in.
-
-    Args:
-        bytes (`dict[str, float]`): Bytes of each part, sent by both parties.
-        samples (`list[Sample]`): What the prices were fitted on.
-        settings ([`PrivateSettings`]): Settings of these runs; prices hold for other forms of the operations too.
-        versions (`dict[str, str]`): Versions of the packages that computed.
-        git_revision (`str`, *optional*): Commit of this project.
-        machine (`str`): Processor and number of threads.
-    """
-
-    KIND = "prices of the secure engine"
-    SCHEMA_VERSION = 1
-
-    bytes: dict[str, float]
-    samples: list[Sample]
-    settings: PrivateSettings
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
+SET_UP_BYTES = 26.3e6
 
 
 @dataclass(config=RECORD, frozen=True)
@@ -143,13 +98,3 @@ def predict(
         )
         for step, counts in count_steps(config, settings, span)
     ]
-
-
-@functools.lru_cache(maxsize=1)
-def load_prices() -> Prices:
-    """The prices that come with this package."""
-    return Prices.load(PRICES)
-
-
-def price_of(counts: Counts, prices: dict[str, float]) -> float:
-    return sum(prices[part] * count for part, count in counts.items())

@@ -1,7 +1,5 @@
 """Pictures of what private inference costs."""
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -13,16 +11,18 @@ from entropy_gpt.evaluation.showing.comparison_plots import PLAIN_NUMBERS, short
 from entropy_gpt.evaluation.showing.plots import DOTS_PER_INCH
 
 
-# In the order of the program. Families have a hue each, of Okabe and Ito's, and steps of lightness within: softmax in
-# orange, products of scores in green, linear maps in blue.
+# In the order of the program. Families have a hue each, of Okabe and Ito's, and steps of lightness within: parts of
+# the softmax in orange, products of scores in green, linear maps in blue. The softmax as one operation stands in place
+# of its parts, so it has a hue of its own.
 OPERATION_COLORS = {
     "embedding": "#d9d9d9",
     "norm": "#CC79A7",
     "query, key, value": "#003f66",
     "scores": "#009E73",
+    "temperatures": "#005c43",
     "maximum": "#7a3300",
     "exponential": "#D55E00",
-    "softmax": "#E69F00",
+    "softmax": "#6F2DA8",
     "values": "#8fd6c0",
     "division": "#F0C27A",
     "output": "#0072B2",
@@ -34,16 +34,15 @@ OPERATION_COLORS = {
 OTHER_COLOR = "#000000"
 BAR_HEIGHT = 0.62
 # Segments from this part of the picture's width on have their share written in them.
-LABELLED_SHARE = 0.045
+LABELLED_SHARE = 0.055
 
 
-def draw_costs(costs: dict[str, InferenceCost], path: Path):
+def draw_costs(costs: dict[str, InferenceCost]) -> Figure:
     """
     Draws where the bytes of each inference go, by operation, without the set-up.
 
     Args:
         costs (`dict[str, InferenceCost]`): By what the bars are called, the first one on top.
-        path (`Path`): The PNG to write.
     """
     figure = Figure(figsize=(9.6, 1.9 + 0.5 * len(costs)), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot(xlabel="MB sent by all parties, set-up apart")
@@ -61,7 +60,7 @@ def draw_costs(costs: dict[str, InferenceCost], path: Path):
     names = [name for name in OPERATION_COLORS if name in found] + sorted(found - set(OPERATION_COLORS))
     handles = [Patch(facecolor=_color(name), label=name) for name in names]
     figure.legend(handles=handles, loc="outside right upper", fontsize=9, frameon=False)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _draw_bar(axes: Axes, row: int, parts: list[CostSum], longest: int):

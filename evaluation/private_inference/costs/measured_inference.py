@@ -118,7 +118,8 @@ class Inference:
         self, address: tuple[str, int], new_tokens: int, timeout_seconds: int, on_event: Callable[[dict], None]
     ) -> InferenceCost:
         prompt = np.random.default_rng(0).integers(0, self.config.vocab_size, self.context).tolist()
-        outcome = Client(*address, None, timeout_seconds).ask(prompt, new_tokens, on_event=on_event)
+        with contextlib.closing(Client(*address, None, timeout_seconds)) as client:
+            outcome = client.ask(prompt, new_tokens, on_event=on_event)
         return self._record(outcome, new_tokens)
 
     def load_measured(self, path: Path) -> InferenceCost | None:

@@ -3,7 +3,7 @@ The paper's table of private inference (arXiv 2501.03489, table 2), measured bet
 
 Blocks of one kind cost the same: those with an FFN, and those without one or with one that is absorbed. So a model
 that has the first block, in which memory is taken for the first time, one of each kind that lies between, and the last
-one, tells what all blocks of an architecture take; the embedding and the head are the same for all architectures.
+one, shows what all blocks of an architecture take; the embedding and the head are the same for all architectures.
 """
 
 import statistics
@@ -264,16 +264,17 @@ def table_markdown(table: PaperTable) -> str:
     return markdown_table([heading.replace("\n", " ") for heading in table.headings], table.rows)
 
 
-def page_markdown(table: PaperTable, picture: str) -> str:
+def page_markdown(table: PaperTable, picture: str | None) -> str:
     """
-    A page with the table, its notes, its picture and where it comes from.
+    A page with the table, its notes, its picture if there is one, and where it comes from.
 
     Args:
         table ([`PaperTable`]): What was measured.
-        picture (`str`): The address of its picture.
+        picture (`str`, *optional*): The address of its picture.
     """
     cost = table.baseline
     notes = "\n\n".join(table.notes)
+    shown = "" if picture is None else f"![Where the bytes go]({picture})\n\n"
     return f"""# What private inference takes
 
 {cost.n_layer} blocks at T={cost.context}, width {cost.n_embd}, {cost.n_head} heads, with random weights, between two
@@ -283,7 +284,5 @@ processes over TCP on one machine's loopback, under {cost.settings.protocol}.
 
 {notes}
 
-![Where the bytes go]({picture})
-
-Measured with {describe_origin(cost.versions, cost.git_revision, cost.machine)}.
+{shown}Measured with {describe_origin(cost.versions, cost.git_revision, cost.machine)}.
 """

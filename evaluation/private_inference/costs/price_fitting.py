@@ -22,10 +22,9 @@ from entropy_gpt.evaluation.private_inference.parties.local import run_parties
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA, StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import CountingArithmetic, Shape, Stock, make_shape
+from entropy_gpt.evaluation.private_inference.program.prices import PRICES, Prices, Sample, price_of
 from entropy_gpt.evaluation.private_inference.program.program import Step
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
-
-from .cost_model import PRICES, Prices, Sample, price_of
 
 
 # Messages of a step in which oblivious transfers are made in stock, which none of the others comes near.
@@ -47,7 +46,7 @@ def fit(samples: list[Sample]) -> dict[str, float]:
     scales = np.abs(counts).max(axis=0)
     solution, _, rank, _ = np.linalg.lstsq(counts / scales, np.ones(len(samples)), rcond=None)
     if rank < len(parts):
-        raise ValueError(f"{len(samples)} samples do not tell {len(parts)} prices apart: measure more shapes.")
+        raise ValueError(f"{len(samples)} samples do not separate {len(parts)} prices: measure more shapes.")
     return dict(zip(parts, (solution / scales).tolist(), strict=True))
 
 

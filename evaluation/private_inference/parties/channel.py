@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import getpass
+import hashlib
 import ipaddress
 import json
 import re
@@ -9,6 +11,7 @@ import select
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 import unicodedata
@@ -22,9 +25,44 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 
 
 MAX_MESSAGE_BYTES = 2**20
-MAX_REASON_CHARACTERS = 500
-HANDSHAKE_SECONDS = 10
+MAX_REASON_CHARACTERS = 300
+HANDSHAKE_SECONDS, PARTING_SECONDS = 10, 1
 LENGTH = struct.Struct(">I")
+# The first bytes of TLS, where a message's length belongs.
+TLS_HANDSHAKE = b"\x16\x03"
+# What to do about OpenSSL's X509_V_ERR_... of the peer's certificate.
+UNKNOWN_AUTHORITY = "it is not signed by an authority of this side's --ca"
+OTHER_NAME = "its subjectAltName has to name the host that --connect names (a common name does not count)"
+VERIFICATION_ADVICE = {
+    9: "it is not valid yet: compare the clocks",
+    10: "its owner needs a new one",
+    18: UNKNOWN_AUTHORITY,
+    19: UNKNOWN_AUTHORITY,
+    20: UNKNOWN_AUTHORITY,
+    21: UNKNOWN_AUTHORITY,
+    26: "it is for the other side only (extendedKeyUsage)",
+    62: OTHER_NAME,
+    64: OTHER_NAME,
+}
+# What OpenSSL says of a connection, in words.
+NO_TLS = "the peer speaks no TLS: give --cert, --key and --ca on both sides or on neither"
+OWN_CERTIFICATE = "the peer does not accept this side's --cert"
+TLS_ADVICE = {
+    "WRONG_VERSION_NUMBER": NO_TLS,
+    "PACKET_LENGTH_TOO_LONG": NO_TLS,
+    "RECORD_LAYER_FAILURE": NO_TLS,
+    "HTTP_REQUEST": "the peer speaks HTTP",
+    "UNSUPPORTED_PROTOCOL": "the peer speaks no TLS 1.3",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "the peer speaks no TLS 1.3",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the peer has no certificate",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the peer wants a certificate: give --cert and --key",
+    "TLSV1_ALERT_UNKNOWN_CA": f"{OWN_CERTIFICATE}, which no authority of its --ca has signed",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": f"{OWN_CERTIFICATE}, which has expired",
+    "SSLV3_ALERT_BAD_CERTIFICATE": OWN_CERTIFICATE,
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": OWN_CERTIFICATE,
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": f"{OWN_CERTIFICATE}, which is for the other side only (extendedKeyUsage)",
+    "UNEXPECTED_EOF_WHILE_READING": "the peer ended the connection: it has other certificates, or no TLS",
+}
 # A peer whose machine is gone is noticed after about a minute.
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
@@ -58,7 +96,7 @@ class TLSFiles:
             if not path.is_file():
                 raise PrivateInferenceError(f"there is no file {path}: TLS needs --cert, --key and --ca.")
         try:
-            context.load_cert_chain(self.certificate, self.key)
+            context.load_cert_chain(self.certificate, self.key, self._ask_password)
         except (OSError, ssl.SSLError) as error:
             raise PrivateInferenceError(
                 f"{self.certificate} and {self.key} are no certificate and its key."
@@ -68,6 +106,14 @@ class TLSFiles:
         except (OSError, ssl.SSLError) as error:
             raise PrivateInferenceError(f"{self.authority} holds no certificate in PEM.") from error
         return context
+
+    def _ask_password(self) -> str:
+        if not sys.stdin.isatty():
+            raise PrivateInferenceError(
+                f"{self.key} is encrypted, and there is no terminal to ask for its password: give a key that is not "
+                f"(openssl pkey -in {self.key} -out plain.key), and let only its owner read it."
+            )
+        return getpass.getpass(f"password of {self.key}: ")
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -107,6 +153,10 @@ def check_plain_allowed(host: str, insecure: bool, settings: PrivateSettings):
         f"without TLS only this machine's loopback is used, and {host} is beyond it: give --cert, --key and --ca on "
         "both sides, or --insecure where the network itself is trusted."
     )
+
+
+class ClosedError(PrivateInferenceError):
+    """The peer has ended the connection between two messages."""
 
 
 class Channel:
@@ -156,11 +206,9 @@ class Channel:
         """
         try:
             limit = None if seconds is None else time.monotonic() + seconds
-            (length,) = LENGTH.unpack(self._read(LENGTH.size, limit))
+            (length,) = LENGTH.unpack(self._read(LENGTH.size, limit, ClosedError))
             if length > MAX_MESSAGE_BYTES:
-                raise PrivateInferenceError(
-                    f"the peer announces a message of {length:,} bytes: it speaks another way."
-                )
+                raise PrivateInferenceError(_describe_announced(length))
             content = self._read(length, limit)
         except TimeoutError as error:
             raise PrivateInferenceError(f"the peer sent no whole message for {seconds:g} seconds.") from error
@@ -174,6 +222,13 @@ class Channel:
                 f"the peer says {clean(message['kind'])!r} where {' or '.join(kinds)} belongs."
             )
         return message
+
+    @property
+    def peer(self) -> str:
+        """By which a client is known: a hash of its certificate, or without TLS its address."""
+        if isinstance(self.connection, ssl.SSLSocket):
+            return hashlib.sha256(self.connection.getpeercert(binary_form=True)).hexdigest()
+        return self.connection.getpeername()[0]
 
     def close(self):
         shut_down(self.connection)
@@ -190,13 +245,15 @@ class Channel:
                 raise TimeoutError
             wait({self.connection: event}, left)
 
-    def _read(self, size: int, limit: float | None) -> bytes:
+    def _read(
+        self, size: int, limit: float | None, closed: type[PrivateInferenceError] = PrivateInferenceError
+    ) -> bytes:
         content = bytearray()
         while len(content) < size:
             left = min(size - len(content), 2**16)
             part = self._try(partial(self.connection.recv, left), select.POLLIN, limit)
             if not part:
-                raise PrivateInferenceError("the peer closed the connection.")
+                raise closed("the peer closed the connection.")
             content += part
         return bytes(content)
 
@@ -245,6 +302,20 @@ def _parse(content: bytes) -> dict:
     return message
 
 
+def _describe_announced(length: int) -> str:
+    """What it means that a peer begins with these four bytes, which are the length of no message."""
+    begin = LENGTH.pack(length)
+    if begin.startswith(TLS_HANDSHAKE):
+        return "the peer wants TLS, and this side has none: give --cert, --key and --ca on both sides or on neither."
+    return f"the peer announces a message of {length:,} bytes: it speaks another way."
+
+
+def one_line(text: object, most: int = MAX_REASON_CHARACTERS) -> str:
+    """A library's message without the places in its code where it failed, with which it may go on."""
+    said = " ".join(str(text).split("Stacktrace", 1)[0].split())
+    return clean(said.removeprefix("what: "), most=most)
+
+
 def clean(text: object, kept: str = "", most: int | None = MAX_REASON_CHARACTERS) -> str:
     """A peer's text without characters that could drive a terminal, except those in `kept`; at most `most` long."""
     visible = (letter for letter in str(text) if letter in kept or unicodedata.category(letter)[0] != "C")
@@ -253,10 +324,13 @@ def clean(text: object, kept: str = "", most: int | None = MAX_REASON_CHARACTERS
 
 def _reason(error: OSError | UnicodeError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return error.verify_message
+        advice = VERIFICATION_ADVICE.get(error.verify_code)
+        return f"{one_line(error.verify_message)}{f': {advice}' if advice else ''}"
     if isinstance(error, UnicodeError):
         return "the name is no host's"
-    return error.reason if isinstance(error, ssl.SSLError) and error.reason else (error.strerror or str(error))
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return TLS_ADVICE.get(error.reason, error.reason)
+    return one_line(error.strerror or error)
 
 
 class Listener:
@@ -316,10 +390,45 @@ def _secure(connection: socket.socket, context: ssl.SSLContext | None, server_na
         connection.settimeout(None)
         return connection
     connection.settimeout(HANDSHAKE_SECONDS)
+    is_server = server_name is None
     try:
-        secured = context.wrap_socket(connection, server_side=server_name is None, server_hostname=server_name)
+        if is_server:
+            _expect_tls(connection)
+        secured = context.wrap_socket(
+            connection, server_side=is_server, server_hostname=server_name, do_handshake_on_connect=False
+        )
     except OSError as error:
         connection.close()
-        raise PrivateInferenceError(f"TLS failed: {_reason(error)}. Compare --cert, --key and --ca.") from error
+        raise PrivateInferenceError(f"TLS failed: {_reason(error)}.") from error
+    try:
+        secured.do_handshake()
+    except OSError as error:
+        _part(secured)
+        raise PrivateInferenceError(f"TLS failed: {_reason(error)}.") from error
     secured.settimeout(None)
     return secured
+
+
+def _expect_tls(connection: socket.socket):
+    """
+    Raises:
+        `PrivateInferenceError`: If a client begins with something else; it learns why.
+    """
+    begin = connection.recv(1, socket.MSG_PEEK)
+    if begin and begin != TLS_HANDSHAKE[:1]:
+        refusal = json.dumps({"kind": "refusal", "reason": "TLS is wanted: give --cert, --key and --ca."}).encode()
+        connection.sendall(LENGTH.pack(len(refusal)) + refusal)
+        _part(connection)
+        raise PrivateInferenceError(f"TLS failed: {NO_TLS}.")
+
+
+def _part(connection: socket.socket):
+    """Ends a connection such that the peer still reads what it was sent, which a reset would take from it."""
+    plain = socket.socket
+    with contextlib.suppress(OSError):
+        plain.shutdown(connection, socket.SHUT_WR)
+        connection.settimeout(PARTING_SECONDS)
+        until = time.monotonic() + PARTING_SECONDS
+        while time.monotonic() < until and plain.recv(connection, 2**16):
+            pass
+    connection.close()

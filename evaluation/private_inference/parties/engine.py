@@ -3,13 +3,16 @@
 import functools
 import hashlib
 import json
+import os
+import platform
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,15 +20,18 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.arithmetic import CheapArithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import Shape, Stock, count_step
+from entropy_gpt.evaluation.private_inference.program.prices import load_prices, price_of
 from entropy_gpt.evaluation.private_inference.program.program import Step
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+
+from .shares import make_placeholder
 
 
 # With one squaring the engine's exp(x) is (1 + x / 2)^2: the way to its square, at 0.65 of a product's traffic, to
 # which no operation of JAX leads.
 SQUARE_BY_EXP = 1
 # The client is of rank 1 wherever there are two.
-LOG_TRIES, LOG_WAIT_S = 500, 0.01
+LOG_TRIES, LOG_WAIT_S, LOG_PART_BYTES = 500, 0.01, 2**20
 LINK_TOTALS = re.compile(
     r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)"
 )
@@ -40,9 +46,13 @@ def check_engine():
         import jax  # noqa: F401
         import spu  # noqa: F401
     except ImportError as error:
-        raise PrivateInferenceError(
-            f"the secure engine is not installed ({error}). On Python 3.11: pip install 'entropy-gpt[private]'."
-        ) from error
+        remedy = "pip install 'entropy-gpt[private]'"
+        if sys.version_info >= (3, 12):
+            remedy = (
+                f"It has no release for Python {platform.python_version()}, and the extra [private] leaves it out "
+                f"there. In an environment of Python 3.11: {remedy}"
+            )
+        raise PrivateInferenceError(f"the secure engine is not installed ({error}). {remedy}.") from error
 
 
 def engine_versions() -> dict[str, str]:
@@ -84,11 +94,13 @@ class CompiledStep:
         step ([`Step`]): The step.
         executable: The engine's code of it.
         round_trips (`float`): That it waits for under Cheetah, as counted on its shapes.
+        total_bytes (`float`): That both parties send under Cheetah, as predicted from its counts.
     """
 
     step: Step
     executable: object
     round_trips: float
+    total_bytes: float
 
 
 def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: PrivateSettings) -> list[CompiledStep]:
@@ -108,7 +120,8 @@ def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: 
         code = _compile(_Hashable(step.function), given, settings)
         executable = libspu.Executable(step.operation, list(step.inputs), list(step.outputs), code)
         counts = count_step(step, variables, settings, stock)
-        compiled.append(CompiledStep(step, executable, counts.round_trips))
+        total_bytes = price_of(counts.parts, load_prices().bytes)
+        compiled.append(CompiledStep(step, executable, counts.round_trips, total_bytes))
     return compiled
 
 
@@ -167,24 +180,31 @@ class EngineLog:
     def __init__(self):
         from spu import libspu
 
-        self._folder = tempfile.TemporaryDirectory(prefix="entropy-gpt-engine-")
-        path = Path(self._folder.name) / "engine.log"
+        self._file = _unnamed_file()
         options = libspu.logging.LogOptions()
         options.enable_console_logger = False
-        options.system_log_path = str(path)
+        options.system_log_path = f"/dev/fd/{self._file.fileno()}"
         libspu.logging.setup_logging(options)
-        self._file = path.open(encoding="utf-8", errors="replace")
-        self._rest = ""
+        self._read, self._rest = 0, ""
 
     def next_totals(self) -> tuple[int, ...]:
         """Bytes sent, bytes received, messages sent, messages received, of the run that just ended."""
         for _ in range(LOG_TRIES):
-            self._rest += self._file.read()
+            while part := os.pread(self._file.fileno(), LOG_PART_BYTES, self._read):
+                self._read += len(part)
+                self._rest += part.decode(errors="replace")
             *lines, self._rest = self._rest.split("\n")
             if found := [match for line in lines if (match := LINK_TOTALS.search(line))]:
                 return tuple(map(int, found[-1].groups()))
             time.sleep(LOG_WAIT_S)
         raise PrivateInferenceError("the engine's log lacks the traffic of a step: its version is not known here.")
+
+
+def _unnamed_file() -> BinaryIO:
+    """A file of this process alone: in memory, or where there is no such thing, deleted at once."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("engine.log"), "rb")
+    return tempfile.TemporaryFile()
 
 
 class Party:
@@ -217,10 +237,8 @@ class Party:
 
     def set_foreign(self, name: str, shape: tuple[int, ...], owner: int):
         """A placeholder for a variable of another party, made from its public shape."""
-        from spu import libspu
-
-        shares = self.io.make_shares(np.zeros(shape, np.float32), libspu.Visibility.VIS_SECRET, owner)
-        self.runtime.set_var(name, shares[self.link.rank])
+        chunk_bytes = self.config.share_max_chunk_size
+        self.runtime.set_var(name, make_placeholder(self.io, shape, owner, self.link.rank, chunk_bytes))
 
     def run(self, step: CompiledStep) -> StepCost:
         """Runs a step together with the other parties; what it took, by this party's count."""

@@ -22,6 +22,8 @@ from .engine import CompiledStep, EngineLog, Party, compile_steps
 
 
 SET_UP = "set-up"
+# Oblivious transfers run in as many instances as there are processors, up to a limit, each for a number of numbers.
+MOST_INSTANCES, INSTANCE_NUMBERS = 48, 2048
 
 
 def compile_pass(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[CompiledStep]:
@@ -68,18 +70,22 @@ class Participant:
         Runs one program of each kind so that one-off set-up (keys, oblivious transfers) is paid here. Round trips are
         not reported, because the counts assume that set-up is done.
         """
-        value = np.full((2, 2), 0.5, np.float32)
         client = client_rank(self.settings)
-        for name, owner in (("server's", SERVER), ("client's", client)):
-            if self.party.link.rank == owner:
-                self.party.set_own(name, value)
+        variables = {
+            "server's": make_shape((2, 2), SERVER),
+            "client's": make_shape((2, 2), client),
+            "client's row": make_shape((MOST_INSTANCES * INSTANCE_NUMBERS,), client),
+        }
+        for name, variable in variables.items():
+            if self.party.link.rank == variable.owner:
+                self.party.set_own(name, np.full(variable.shape, 0.5, np.float32))
             else:
-                self.party.set_foreign(name, value.shape, owner)
-        step = Step(SET_UP, None, _touch_everything, ("server's", "client's"), ("touched",))
-        variables = {"server's": make_shape(value.shape, SERVER), "client's": make_shape(value.shape, client)}
+                self.party.set_foreign(name, variable.shape, variable.owner)
+        step = Step(SET_UP, None, _touch_everything, tuple(variables), ("touched", "truncated"))
         (compiled,) = compile_steps([step], variables, self.settings)
         cost = self.party.run(compiled)
-        self.party.forget("touched")
+        for name in (*step.inputs, *step.outputs):
+            self.party.forget(name)
         return [replace(cost, round_trips=0.0)]
 
     def infer(
@@ -110,8 +116,10 @@ class Participant:
         return costs
 
 
-def _touch_everything(ops: Arithmetic, server, client):
+def _touch_everything(ops: Arithmetic, server, client, row):
     both = server + client
     total = ops.matmul(both, both) + ops.matmul(both, server) + ops.matmul(client, server)
     total = total + ops.multiply(both, both) + ops.multiply(both, server) + ops.square(both) + ops.scale(both, 0.3)
-    return total + ops.positive_part(both) + ops.largest(both) + ops.reciprocal(both) + ops.reciprocal_root(both)
+    total = total + ops.positive_part(both) + ops.largest(both) + ops.reciprocal(both) + ops.reciprocal_root(both)
+    # Truncations, the cheapest of the operations that need oblivious transfers, in every instance.
+    return total, ops.scale(row + server[0, 0], 0.3)

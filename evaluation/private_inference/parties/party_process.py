@@ -1,24 +1,27 @@
 """
 The process that holds one party's engine, apart from the command: a program that the engine can't run ends a process.
 
-It reads a job and then the word to start from standard input, and writes events to standard output, one JSON a line.
-It knows nothing of the network: the peer is a port on this machine, behind which `tunnel.py` is.
+It reads a job, a first request, the word to start and the weights from standard input, then further requests, and
+writes events to standard output, one JSON a line. It knows nothing of the network: the peer is a port on this machine,
+behind which `tunnel.py` is. It writes no files.
 """
 
 import base64
 import json
 import math
 import os
+import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
-from safetensors.numpy import load_file
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
@@ -33,161 +36,206 @@ from entropy_gpt.evaluation.private_inference.program.program import (
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_input
 
-from .engine import EngineLog, compiled_digest
+from .channel import one_line
+from .engine import CompiledStep, EngineLog, compiled_digest
+from .memory import forbid_core_dumps, limit_address_space
 from .participant import Participant, compile_pass
+from .shares import RING_BYTES, join_share, read_share
 
 
 REPEATS = 3
 ALWAYS_OUT_OF_RANGE = f"numbers were out of range {REPEATS} times: see the audit of the model."
 TABLE_PART_BYTES = 8 * 2**20
+WORDS_BYTES = 2**16
+MAX_REASON_CHARACTERS = 300
 
 
 @dataclass(config=RECORD)
 class Job:
     """
-    What one party does.
+    What one party does on a connection.
 
     Args:
         rank (`int`): 0 the server, 1 the client.
         config ([`ProgramConfig`]): Configuration of the program, public.
         settings ([`PrivateSettings`]): Public.
-        prompt_length (`int`): Public.
-        new_tokens (`int`): Number of tokens in the answer, public.
-        answers (`int`): Number of last positions whose logits are wanted; 1 where tokens are generated.
         timeout_seconds (`int`): For which a silent peer is waited for.
-        weights (`Path`, *optional*): The server's alone.
-        prompt (`list[int]`, *optional*): The client's alone.
-        logits (`Path`, *optional*): Where the client writes them.
     """
 
     rank: int
     config: ProgramConfig
     settings: PrivateSettings
-    prompt_length: int
+    timeout_seconds: int
+
+
+@dataclass(config=RECORD)
+class Request:
+    """
+    One answer.
+
+    Args:
+        length (`int`): Tokens of the prompt, public.
+        new_tokens (`int`): Number of tokens in the answer, public.
+        answers (`int`): Number of last positions whose logits are wanted; 1 where tokens are generated.
+        most_positions (`int`, *optional*): Positions that may be answered, with those that are answered again.
+        prompt (`list[int]`, *optional*): The client's alone.
+    """
+
+    length: int
     new_tokens: int
     answers: int
-    timeout_seconds: int
-    weights: Path | None = None
+    most_positions: int | None = None
     prompt: list[int] | None = None
-    logits: Path | None = None
 
-
-def spans(job: Job) -> list[Span]:
-    """The spans of the passes: the prompt, then each new token except the last."""
-    first = Span(0, job.prompt_length, job.answers)
-    return [first, *(Span(job.prompt_length + index, 1) for index in range(job.new_tokens - 1))]
+    def spans(self) -> list[Span]:
+        """The spans of the passes: the prompt, then each new token except the last."""
+        first = Span(0, self.length, self.answers)
+        return [first, *(Span(self.length + index, 1) for index in range(self.new_tokens - 1))]
 
 
 class PartyProcess:
-    """One party at work; `tell` receives its events."""
+    """
+    One party at work.
 
-    def __init__(self, job: Job, tell):
+    Args:
+        job ([`Job`]): What it does.
+        tell (`Callable`): Receives its events.
+    """
+
+    def __init__(self, job: Job, tell: Callable[[dict], None]):
         self.job, self.tell = job, tell
-        self.config = job.config
         self.log = EngineLog()
-        self.programs = []
-        for span in spans(job):
-            self.programs.append(compile_pass(self.config, job.settings, span))
-            self.tell({"event": "compiled"})  # while it compiles for long, nobody should take it for hanging
-        self.tables, self.chosen = {}, []
+        self.tables: dict[str, np.ndarray] = {}
+        self.chosen: list[int] = []
+        self._compiler = ThreadPoolExecutor(1)
 
-    def digest(self) -> str:
-        return compiled_digest([step for program in self.programs for step in program], self.job.settings)
+    def prepare(self, request: Request):
+        """Compiles the first pass of a request; its hash is what both parties have to have in common."""
+        self.request, self.chosen, self.positions = request, [], 0
+        self._program = self._compile(request.spans()[0])
+        program = self._program.result()
+        self.tell({"event": "program", "digest": self._digest(program), "steps": len(program) * request.new_tokens})
 
-    def start(self, own_port: int, peer_port: int):
-        """Meets the peer, pays the set-up, and answers."""
-        job, weights = self.job, None
-        if job.rank == SERVER:
-            weights = load_file(job.weights)
-            job.weights.unlink()  # nothing is left of it if this process is killed
+    def start(self, own_port: int, peer_port: int, weights: dict[str, np.ndarray] | None):
+        """Meets the peer, and pays the set-up."""
+        limit_address_space()
+        job = self.job
         self.link = make_link(job.rank, own_port, peer_port, job.timeout_seconds)
-        self.participant = Participant(self.link, self.config, job.settings, weights, self.log)
-        set_up = [*self._share_tables(weights), *self.participant.set_up()]
-        for cost in set_up:
+        self.participant = Participant(self.link, job.config, job.settings, weights, self.log)
+        for cost in [*self._share_tables(weights), *self.participant.set_up()]:
             self.tell({"event": "set-up", "cost": asdict(cost)})
-        for index, (span, program) in enumerate(zip(spans(job), self.programs, strict=True)):
-            self._answer(index, span, program)
-        # Before the link is taken down, which may wait for the peer: this process is ended when the peer is done too.
-        self.tell({"event": "done"})
-        self.link.stop_link()
 
-    def _answer(self, index: int, span: Span, program):
+    def answer(self):
+        """Answers the request that was prepared; each pass is compiled while the one before runs."""
+        spans = self.request.spans()
+        for index, span in enumerate(spans):
+            program = self._program.result()
+            if span.start:
+                self._compare(program)
+            if index + 1 < len(spans):
+                self._program = self._compile(spans[index + 1])
+            self._answer(index, span, program)
+        self.tell({"event": "done"})
+
+    def _compile(self, span: Span) -> Future[list[CompiledStep]]:
+        return self._compiler.submit(compile_pass, self.job.config, self.job.settings, span)
+
+    def _digest(self, program: list[CompiledStep]) -> str:
+        return compiled_digest(program, self.job.settings)
+
+    def _compare(self, program: list[CompiledStep]):
+        """
+        Raises:
+            `PrivateInferenceError`: If the peer has another program for the same pass.
+        """
+        digest = bytes.fromhex(self._digest(program))
+        self.link.send(1 - self.job.rank, digest)
+        if self.link.recv(1 - self.job.rank) != digest:
+            raise PrivateInferenceError("the two sides made different programs of the same terms.")
+
+    def _answer(self, index: int, span: Span, program: list[CompiledStep]):
         for repeat in range(REPEATS):
             if repeat:  # what is kept of the tokens before may be what is wrong: all anew
                 span = Span(0, span.end, span.answers)
-                program = compile_pass(self.config, self.job.settings, span)
+                program = self._compile(span).result()
+                self._compare(program)
+            self._count(span)
+            steps = [round(step.total_bytes) for step in program]
+            self.tell({"event": "pass", "bytes": steps, "answer_bytes": self._answer_bytes(span)})
             value = self._input(span) if self.job.rank == CLIENT else None
             self.participant.infer(program, span, value, self._tell_step)
             if not self._was_out_of_range():
-                self._exchange(index)
+                self._exchange()
                 return
             self.tell({"event": "repeat", "index": index})
         raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE)
+
+    def _count(self, span: Span):
+        """A client that makes the check fail holds the engine for longer than it has asked for."""
+        self.positions += span.answers
+        most = self.request.most_positions
+        if most is not None and self.positions > most:
+            raise PrivateInferenceError(
+                f"an answer was out of range, and to repeat it would make {self.positions} answers: {most} is the "
+                "most here, with those that are repeated."
+            )
+
+    def _answer_bytes(self, span: Span) -> int:
+        """Of the peer's share of an answer, and of the words around it."""
+        return RING_BYTES * span.answers * self.job.config.vocab_size + WORDS_BYTES
 
     def _tell_step(self, cost):
         self.tell({"event": "step", "cost": asdict(cost)})
 
     def _input(self, span: Span) -> np.ndarray:
-        tokens = [*self.job.prompt, *self.chosen][span.start : span.end]
-        return client_input(self.config, self.job.settings, span, tokens, self.tables)
+        tokens = [*self.request.prompt, *self.chosen][span.start : span.end]
+        return client_input(self.job.config, self.job.settings, span, tokens, self.tables)
 
     def _was_out_of_range(self) -> bool:
         """The one bit that both sides learn. The client's share goes first: a lie about it gets no answer."""
-        share = self.participant.party.share(OUT_OF_RANGE)
+        share, party = self.participant.party.share(OUT_OF_RANGE), self.participant.party
         if self.job.rank == SERVER:
-            theirs = self._receive_share(share, CLIENT)
-            self._send_share(share, CLIENT)
-            return bool(self.participant.party.reconstruct([share, theirs]))
-        self._send_share(share, SERVER)
-        return bool(self.participant.party.reconstruct([self._receive_share(share, SERVER), share]))
+            theirs = read_share(self.link.recv(CLIENT), share)
+            self.link.send(CLIENT, join_share(share))
+            return bool(party.reconstruct([share, theirs]))
+        self.link.send(SERVER, join_share(share))
+        return bool(party.reconstruct([read_share(self.link.recv(SERVER), share), share]))
 
-    def _exchange(self, index: int):
+    def _exchange(self):
         """The server's share of the answer goes to the client."""
         share = self.participant.party.share(answer_name(self.job.settings))
         if self.job.rank == SERVER:
-            self._send_share(share, CLIENT)
+            self.link.send(CLIENT, join_share(share))
         else:
-            self._keep(index, self.participant.party.reconstruct([self._receive_share(share, SERVER), share]))
+            self._keep(self.participant.party.reconstruct([read_share(self.link.recv(SERVER), share), share]))
 
-    def _send_share(self, share, peer: int):
-        self.link.send(peer, json.dumps([base64.b64encode(part).decode() for part in share.share_chunks]))
-
-    def _receive_share(self, own, peer: int):
-        """The peer's share of the same variable as this side's own."""
-        share = type(own)()
-        share.meta = own.meta  # not the peer's word
-        share.share_chunks = [base64.b64decode(part) for part in json.loads(self.link.recv(peer))]
-        return share
-
-    def _keep(self, index: int, answer: np.ndarray):
+    def _keep(self, answer: np.ndarray):
         if self.job.settings.answer == "token":
-            token = int(answer[-1])
-            if not 0 <= token < self.config.vocab_size:
+            token, told = int(answer[-1]), {}
+            if not 0 <= token < self.job.config.vocab_size:
                 raise PrivateInferenceError("the answer is no token of the model.")
         else:
-            token = int(answer[-1].argmax())
-            if self.job.logits is not None:
-                np.save(self.job.logits / f"{index}.npy", answer.astype(np.float32))
+            token, told = int(answer[-1].argmax()), {"logits": write_array(answer)}
         self.chosen.append(token)
-        self.tell({"event": "token", "token": token})
+        self.tell({"event": "token", "token": token, **told})
 
-    def _share_tables(self, weights: dict | None) -> list[StepCost]:
+    def _share_tables(self, weights: dict[str, np.ndarray] | None) -> list[StepCost]:
         """With "client_table", the client gets the embeddings; what that took."""
         if self.job.settings.embedding != "client_table":
             return []
-        started, messages, shapes = time.perf_counter(), 0, weight_shapes(self.config)
+        started, messages, shapes = time.perf_counter(), 0, weight_shapes(self.job.config)
         for name in ("wte", "wpe"):
             parts = range(0, math.prod(shapes[name]) * np.dtype(np.float32).itemsize, TABLE_PART_BYTES)
             messages += len(parts)
             if self.job.rank == SERVER:
                 content = np.ascontiguousarray(weights[name], np.float32).tobytes()
                 for begin in parts:
-                    part = content[begin : begin + TABLE_PART_BYTES]
-                    self.link.send(CLIENT, base64.b64encode(part).decode())
+                    self.link.send(CLIENT, content[begin : begin + TABLE_PART_BYTES])
             else:
-                content = b"".join(base64.b64decode(self.link.recv(SERVER)) for _ in parts)
+                content = b"".join(self.link.recv(SERVER) for _ in parts)
                 self.tables[name] = np.frombuffer(content, np.float32).reshape(shapes[name])
-        size = tables_bytes(self.config.vocab_size, self.config.n_positions, self.config.n_embd)
+        config = self.job.config
+        size = tables_bytes(config.vocab_size, config.n_positions, config.n_embd)
         seconds = time.perf_counter() - started
         if self.job.rank == SERVER:
             return [StepCost("tables", None, size, 0, messages, 0, 0.0, seconds)]
@@ -206,10 +254,72 @@ def make_link(rank: int, own_port: int, peer_port: int, timeout_seconds: int):
     return libspu.link.create_brpc(description, rank)
 
 
-def _end_with_parent():
-    """Nobody else would end an engine whose command was killed."""
-    sys.stdin.read()
-    os._exit(1)
+def read_weights(source: BinaryIO, config: ProgramConfig) -> dict[str, np.ndarray]:
+    """
+    Weights in single precision, as [`write_weights`] writes them.
+
+    Raises:
+        `EOFError`: If there are fewer.
+    """
+    weights = {}
+    for name, shape in weight_shapes(config).items():
+        weights[name] = np.empty(shape, np.float32)
+        content, read = memoryview(weights[name].reshape(-1)).cast("B"), 0
+        while read < len(content):
+            size = source.readinto(content[read:])
+            if not size:
+                raise EOFError("the weights end early")
+            read += size
+    return weights
+
+
+def write_weights(weights: dict[str, np.ndarray], config: ProgramConfig, sink: BinaryIO):
+    """One after another, in the order of the program's names; what they are follows from its configuration."""
+    for name, shape in weight_shapes(config).items():
+        content = np.ascontiguousarray(weights[name], np.float32)
+        if content.shape != shape:
+            raise ValueError(f"{name} is {content.shape}, and its program has {shape}")
+        sink.write(memoryview(content.reshape(-1)).cast("B"))
+
+
+def write_array(array: np.ndarray) -> dict:
+    """An array in single precision as part of an event."""
+    content = base64.b64encode(np.ascontiguousarray(array, np.float32).tobytes()).decode()
+    return {"shape": list(array.shape), "content": content}
+
+
+def read_array(written: dict) -> np.ndarray:
+    """What [`write_array`] wrote."""
+    return np.frombuffer(base64.b64decode(written["content"]), np.float32).reshape(written["shape"])
+
+
+def _read_lines(source: BinaryIO) -> queue.Queue[bytes]:
+    """Further lines. At their end the process ends: nobody else would end an engine whose command was killed."""
+    lines: queue.Queue[bytes] = queue.Queue()
+
+    def read():
+        for line in source:
+            lines.put(line)
+        os._exit(1)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def work(source: BinaryIO, tell: Callable[[dict], None]):
+    """Answers one request after another, until the process is ended."""
+    job = TypeAdapter(Job).validate_json(source.readline())
+    process = PartyProcess(job, tell)
+    process.prepare(TypeAdapter(Request).validate_json(source.readline()))
+    word = json.loads(source.readline())
+    weights = read_weights(source, job.config) if job.rank == SERVER else None
+    lines = _read_lines(source)
+    process.start(word["own_port"], word["peer_port"], weights)
+    del weights  # the engine has them
+    while True:
+        process.answer()
+        process.prepare(TypeAdapter(Request).validate_json(lines.get()))
+        lines.get()  # the word that both have the same program
 
 
 def main():
@@ -220,20 +330,13 @@ def main():
     def tell(event: dict):
         print(json.dumps(event), file=events, flush=True)
 
+    forbid_core_dumps()
     try:
-        job = TypeAdapter(Job).validate_json(sys.stdin.readline())
-        process = PartyProcess(job, tell)
-        tell({"event": "program", "digest": process.digest(), "steps": sum(map(len, process.programs))})
-        word = json.loads(sys.stdin.readline())
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        process.start(word["own_port"], word["peer_port"])
+        work(sys.stdin.buffer, tell)
     except Exception as error:
-        tell({"event": "error", "reason": f"{type(error).__name__}: {error}"})
-        raise
-    finally:
-        events.flush()
+        tell({"event": "error", "reason": f"{type(error).__name__}: {one_line(error, MAX_REASON_CHARACTERS)}"})
         sys.stderr.flush()
-    os._exit(0)  # the engine's threads need not be waited for
+        os._exit(1)  # the engine's threads need not be waited for
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""One party's side of a session: its engine's process, the peer's messages, and what becomes of both."""
+"""One party's side of a connection: its engine's process, the peer's messages, and what becomes of both."""
 
 import contextlib
+import itertools
 import json
-import os
+import math
 import queue
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,17 +21,21 @@ from pydantic import TypeAdapter
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, build_steps
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, build_steps, tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
-from .channel import Channel
+from .channel import Channel, one_line
 from .engine import engine_versions
-from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job
+from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
 from .tunnel import Tunnel
 
 
 # What the last messages of an inference may take.
 FAREWELL_SECONDS = 60
+# What an engine may be sent besides what its steps predict: the set-up, which depends on the number of processors, and
+# the headers. A step may send more than its price by a share, and a peer may be steps ahead.
+SET_UP_ALLOWANCE, STEP_ALLOWANCE, STEPS_AHEAD = 2**27, 1.25, 2
+LAST_LINES, LINE_CHARACTERS = 20, 2000
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class Outcome:
         )
 
 
+class SilenceError(PrivateInferenceError):
+    """Neither the engine nor the peer was heard of for as long as one waits."""
+
+
 class Events(queue.Queue):
     """What happens to a party: lines of its process, messages of the peer, and what breaks."""
 
@@ -83,7 +92,7 @@ class Events(queue.Queue):
         try:
             event = self.get(timeout=seconds)
         except queue.Empty:
-            raise PrivateInferenceError(
+            raise SilenceError(
                 f"nothing was heard for {seconds:.0f} seconds, from the engine or from the peer: it hangs, or needs "
                 "more time (--timeout)."
             ) from None
@@ -103,77 +112,91 @@ class Events(queue.Queue):
 
 
 class EngineProcess:
-    """The process of one party's engine; its events go to the queue."""
+    """
+    The process of one party's engine; its events go to the queue. Nothing that it is given lies in a file.
 
-    def __init__(self, job: Job, events: Events):
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
-        # For what it leaves behind when it is killed.
-        self._folder = tempfile.TemporaryDirectory(prefix="entropy-gpt-engine-", ignore_cleanup_errors=True)
+    Args:
+        job ([`Job`]): What it does.
+        weights (`dict`, *optional*): The server's alone.
+        events ([`Events`]): Where its events go.
+    """
+
+    def __init__(self, job: Job, weights: dict[str, np.ndarray] | None, events: Events):
+        self._job, self._weights, self._events, self._started = job, weights, events, False
         command = [sys.executable, "-P", "-m", "entropy_gpt.evaluation.private_inference.parties.party_process"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            env=os.environ | {"TMPDIR": self._folder.name},
-        )
-        self._events = events
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-        self._say(TypeAdapter(Job).dump_json(job).decode())
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._listen, self._listen_to_errors)]
+        for thread in self._threads:
+            thread.start()
+        self._say(TypeAdapter(Job).dump_json(job))
+
+    def prepare(self, request: Request):
+        """Has a request compiled."""
+        self._say(TypeAdapter(Request).dump_json(request))
 
     def start(self, own_port: int, peer_port: int):
-        self._say(json.dumps({"own_port": own_port, "peer_port": peer_port}))
+        """Has the request answered. The first time it meets the peer before, and gets the weights."""
+        self._say(json.dumps({"own_port": own_port, "peer_port": peer_port}).encode())
+        if not self._started and self._weights is not None:
+            self._threads.append(threading.Thread(target=self._give_weights, daemon=True))
+            self._threads[-1].start()
+        self._started = True
 
     def close(self):
         self._process.kill()
         self._process.wait()
-        self._listener.join()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        self._stderr.close()
-        self._folder.cleanup()
+        for thread in self._threads:
+            thread.join()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
-    def _say(self, line: str):
+    def _say(self, line: bytes):
         with contextlib.suppress(BrokenPipeError):  # its end arrives as an event
-            self._process.stdin.write(line + "\n")
+            self._process.stdin.write(line + b"\n")
             self._process.stdin.flush()
+
+    def _give_weights(self):
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                write_weights(self._weights, self._job.config, self._process.stdin)
+                self._process.stdin.flush()
+        except (LookupError, ValueError) as error:
+            self._events.put(EngineError(f"this side's weights are not those of its program: {one_line(error)}"))
 
     def _listen(self):
         for line in self._process.stdout:
-            if not line.endswith("\n"):  # it was killed while it wrote
+            if not line.endswith(b"\n"):  # it was killed while it wrote
                 break
             event = json.loads(line)
             if event["event"] == "error":
                 self._events.put(EngineError(f"this side's engine: {event['reason']}"))
                 return
             self._events.put(event)
-            if event["event"] == "done":
-                return
         status = self._process.wait()
-        self._events.put(EngineError(f"this side's engine ended with status {status}: {self._last_words()}"))
+        self._threads[1].join()
+        last = self._last_lines[-1] if self._last_lines else "it left no message"
+        self._events.put(EngineError(f"this side's engine ended with status {status}: {one_line(last)}"))
 
-    def _last_words(self) -> str:
-        self._stderr.seek(0)
-        lines = [line for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1][:300] if lines else "it left no message"
+    def _listen_to_errors(self):
+        while line := self._process.stderr.readline(LINE_CHARACTERS):
+            if line.strip():
+                self._last_lines.append(line.decode(errors="replace"))
 
 
 def listen_to_peer(channel: Channel, events: Events) -> threading.Thread:
     """
-    Puts the peer's messages into the queue until its last one, or until it is gone. While the engines work it has
-    nothing to say, however long that takes: a peer that hangs shows in the engine's events.
+    Puts the peer's messages into the queue until it is gone. While the engines work it has nothing to say, however
+    long that takes: a peer that hangs shows in the engine's events.
     """
 
     def listen():
         try:
             while True:
-                message = channel.receive(None, ("program", "done"))
+                message = channel.receive(None, ("program", "done", "request", "accepted"))
                 events.put({**message, "event": f"peer's {message['kind']}"})
-                if message["kind"] == "done":
-                    return
         except PrivateInferenceError as error:
             events.put(error)
 
@@ -199,69 +222,146 @@ def check_request(config: ProgramConfig, settings: PrivateSettings, length: int,
         raise PrivateInferenceError(f"answers={answers} positions are not possible with {length} tokens and more.")
 
 
-def run_party(job: Job, channel: Channel, tunnel: Tunnel, own_port: int, on_event: Callable[[dict], None]) -> Outcome:
+class Session:
     """
-    One party's part of an inference, from the comparison of programs to the farewell.
+    One party's engine and the peer's messages, for one answer after another.
 
-    Raises:
-        `PrivateInferenceError`: If the programs differ, the engine fails, or the peer ends, hangs or breaks rules.
+    Args:
+        job ([`Job`]): What this party does.
+        weights (`dict`, *optional*): The server's alone.
+        channel ([`Channel`]): To the peer. From now on a thread reads it.
+        tunnel ([`Tunnel`]): Carries the engine's connections.
+        own_port (`int`): Where the engine listens.
+
+    Attributes:
+        events ([`Events`]): What happens to this party.
     """
-    events, outcome = Events(), Outcome()
-    tunnel.on_failure = lambda reason: events.put(PrivateInferenceError(reason))
-    try:
-        with contextlib.closing(EngineProcess(job, events)) as process:
-            listen_to_peer(channel, events)
-            _compare_programs(job, channel, events, on_event)
-            process.start(own_port, tunnel.local_port)
-            _follow(job, channel, events, outcome, on_event)
-        return outcome
-    except PrivateInferenceError as error:
-        for event in events.rest():  # the peer's end may have been heard of before this side's last repeat
-            if event["event"] == "repeat":
-                _note(outcome, event)
+
+    def __init__(
+        self, job: Job, weights: dict[str, np.ndarray] | None, channel: Channel, tunnel: Tunnel, own_port: int
+    ):
+        self.events = Events()
+        self._job, self._channel, self._tunnel, self._own_port = job, channel, tunnel, own_port
+        self._set_up: list[StepCost] = []
+        self._allowance = Allowance(job, tunnel)
+        tunnel.on_failure = lambda reason: self.events.put(PrivateInferenceError(reason))
+        self._process = EngineProcess(job, weights, self.events)
+        listen_to_peer(channel, self.events)
+
+    def close(self):
+        self._process.close()
+
+    def answer(
+        self, request: Request, on_event: Callable[[dict], None] = lambda event: None, seconds: float = math.inf
+    ) -> Outcome:
+        """
+        This party's part of an answer, from the comparison of programs to the farewell.
+
+        Args:
+            request ([`Request`]): As the peer's.
+            on_event (`Callable`): Told what happens.
+            seconds (`float`): That it may take in all.
+
+        Raises:
+            `PrivateInferenceError`: If the programs differ, the engine fails, the peer ends, hangs or breaks rules, or
+                it takes longer.
+        """
+        self._seconds, self._end, outcome = seconds, time.monotonic() + seconds, Outcome(set_up=self._set_up)
+        try:
+            self._process.prepare(request)
+            self._compare_programs(on_event)
+            self._process.start(self._own_port, self._tunnel.local_port)
+            self._follow(outcome, on_event)
+            return outcome
+        except PrivateInferenceError as error:
+            for event in self.events.rest():  # the peer's end may have been heard of before this side's last repeat
+                if event["event"] == "repeat":
+                    _note(outcome, event)
+                    on_event(event)
+            if REPEATS in outcome.repeats.values():
+                raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE) from error
+            raise
+
+    def _expect(self, most_seconds: float, *kinds: str) -> dict:
+        left = self._end - time.monotonic()
+        try:
+            return self.events.expect(max(0.0, min(most_seconds, left)), *kinds)
+        except SilenceError as error:
+            if left < most_seconds:
+                raise PrivateInferenceError(
+                    f"the answer took {self._seconds:,.0f} seconds, the most that this client has left here."
+                ) from error
+            raise
+
+    def _compare_programs(self, on_event: Callable[[dict], None]):
+        digests: dict[str, object] = {}
+        while len(digests) < 2:
+            event = self._expect(self._job.timeout_seconds, "program", "peer's program")
+            digests[event["event"]] = event.get("digest")
+            if event["event"] == "program":
+                self._channel.send({"kind": "program", "digest": event["digest"]})
                 on_event(event)
-        if REPEATS in outcome.repeats.values():
-            raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE) from error
-        raise
+        if digests["program"] != digests["peer's program"]:
+            raise PrivateInferenceError(
+                "the two sides made different programs of the same terms: install the same versions "
+                f"(here {engine_versions()})."
+            )
 
-
-def _compare_programs(job: Job, channel: Channel, events: Events, on_event: Callable[[dict], None]):
-    digests = {}
-    while len(digests) < 2:
-        event = events.expect(job.timeout_seconds, "compiled", "program", "peer's program")
-        if event["event"] == "compiled":
-            continue
-        digests[event["event"]] = event.get("digest")
-        if event["event"] == "program":
-            channel.send({"kind": "program", "digest": event["digest"]})
+    def _follow(self, outcome: Outcome, on_event: Callable[[dict], None]):
+        """Notes what the engine does until both sides are done."""
+        peer_done = False
+        kinds = ("set-up", "pass", "step", "token", "repeat", "done", "peer's done")
+        while True:
+            event = self._expect(self._job.timeout_seconds, *kinds)
+            if event["event"] == "peer's done":
+                peer_done = True
+                continue
+            self._allowance.note(event)
+            _note(outcome, event)
             on_event(event)
-    if digests["program"] != digests["peer's program"]:
-        raise PrivateInferenceError(
-            "the two sides made different programs of the same terms: install the same versions "
-            f"(here {engine_versions()})."
-        )
+            if event["event"] == "done":
+                break
+        self._channel.send({"kind": "done"})
+        if not peer_done:
+            self._expect(FAREWELL_SECONDS, "peer's done")
 
 
-def _follow(job: Job, channel: Channel, events: Events, outcome: Outcome, on_event: Callable[[dict], None]):
-    """Notes what the engine does until both sides are done."""
-    peer_done = False
-    while True:
-        event = events.expect(job.timeout_seconds, "set-up", "step", "token", "repeat", "done", "peer's done")
-        if event["event"] == "peer's done":
-            peer_done = True
-            continue
-        _note(outcome, event)
-        on_event(event)
-        if event["event"] == "done":
-            break
-    channel.send({"kind": "done"})
-    if not peer_done:
-        events.expect(FAREWELL_SECONDS, "peer's done")
+class Allowance:
+    """
+    Raises what a tunnel may carry to this side's engine: what the counts predict of the steps so far and of some more.
+    A peer could fill this machine's memory otherwise, since the engine keeps what it is sent until it asks for it.
+    """
+
+    def __init__(self, job: Job, tunnel: Tunnel):
+        self._job, self._tunnel = job, tunnel
+        self._steps: deque[float] = deque()
+        self._steps_done, self._others = 0.0, float(SET_UP_ALLOWANCE)
+        if job.settings.embedding == "client_table":
+            self._others += tables_bytes(job.config.vocab_size, job.config.n_positions, job.config.n_embd)
+        self._raise()
+
+    def note(self, event: dict):
+        """
+        Args:
+            event (`dict`): One of this side's engine.
+        """
+        if event["event"] == "pass":
+            self._steps = deque(event["bytes"])
+            self._others += event["answer_bytes"]
+        elif event["event"] == "step":
+            self._steps_done += self._steps.popleft()
+        self._raise()
+
+    def _raise(self):
+        ahead = sum(itertools.islice(self._steps, STEPS_AHEAD))
+        self._tunnel.allowed_bytes = self._others + STEP_ALLOWANCE * (self._steps_done + ahead)
 
 
 def _note(outcome: Outcome, event: dict):
     if event["event"] == "token":
         outcome.tokens.append(event["token"])
+        if "logits" in event:
+            outcome.logits.append(read_array(event["logits"]))
     elif event["event"] == "repeat":
         outcome.repeats[event["index"]] += 1
     elif "cost" in event:

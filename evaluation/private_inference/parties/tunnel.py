@@ -4,11 +4,12 @@ The engines' connections, carried from machine to machine.
 Each engine listens on, and connects to, its own machine's loopback alone. A connection of the client's engine goes
 over a new one to the server's port; for those of the server's engine, the client keeps one in reserve there.
 
-Whoever leads a connection to his engine says "open" first. Then the bytes follow in frames, a length and so many; a
+Whoever leads a connection to his engine says "open" first. Then the bytes follow in frames, a length and its bytes; a
 frame of none is the end of one direction, so that an end on purpose differs from a broken connection.
 """
 
 import contextlib
+import math
 import queue
 import select
 import socket
@@ -29,6 +30,8 @@ BUFFER_BYTES = 2**18
 PATIENCE_SECONDS = 60
 # Streams that a client may open for an inference. Each engine needs one to the other, and one more is in reserve.
 MAX_STREAMS = 16
+# For which a peer may have more to send than this side's engine may be given yet. It is not read meanwhile.
+EXCESS_SECONDS, EXCESS_CHECK_SECONDS = 10, 0.05
 FRAME = struct.Struct(">I")
 BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -44,6 +47,7 @@ class Tunnel:
     Attributes:
         local_port (`int`): Where this side's engine reaches the other's.
         sent_bytes, received_bytes (`int`): The engines' bytes, carried to and from the other side.
+        allowed_bytes (`float`): How many may be received: what the counts predict up to now. It may be raised.
         on_failure (`Callable`): Told why a connection could not be carried.
         failure (`str`, *optional*): How a connection broke off that neither engine had ended.
     """
@@ -51,6 +55,7 @@ class Tunnel:
     def __init__(self, session_token: str, engine_port: int):
         self.session_token, self.engine_port = session_token, engine_port
         self.sent_bytes = self.received_bytes = 0
+        self.allowed_bytes = math.inf
         self.on_failure: Callable[[str], None] = lambda reason: None
         self.failure: str | None = None
         self._lock = threading.Lock()
@@ -109,7 +114,7 @@ class Tunnel:
         """Until both directions have ended, or the connection breaks off."""
         engine.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         engine.setblocking(False)
-        flows = [_Outward(engine, peer, self._count_sent), _Inward(peer, engine, self._count_received)]
+        flows = [_Outward(engine, peer, self._count_sent), _Inward(peer, engine, self._count_received, self._left)]
         try:
             while flows := [flow for flow in flows if not flow.ended]:
                 moved = [flow.move() for flow in flows]
@@ -117,8 +122,9 @@ class Tunnel:
                     needs: dict[socket.socket, int] = {}
                     for flow in flows:
                         end, event = flow.need()
-                        needs[end] = needs.get(end, 0) | event
-                    wait(needs)
+                        if event:
+                            needs[end] = needs.get(end, 0) | event
+                    wait(needs, EXCESS_CHECK_SECONDS if flows[-1].held_back else None)
         except OSError as error:
             if not self._closed:
                 self.failure = f"a connection between the engines broke off: {error.strerror or error}"
@@ -130,6 +136,10 @@ class Tunnel:
     def _count_received(self, size: int):
         with self._lock:
             self.received_bytes += size
+
+    def _left(self) -> float:
+        """Bytes that may be received now."""
+        return self.allowed_bytes - self.received_bytes
 
     @contextlib.contextmanager
     def _owned(self, opened: socket.socket) -> Iterator[None]:
@@ -256,7 +266,7 @@ class _Outward:
         self._buffer = memoryview(bytearray(FRAME.size + BUFFER_BYTES))
         self._waiting = self._buffer[:0]
         self._size = 0
-        self.ended = False
+        self.ended = self.held_back = False
 
     def move(self) -> bool:
         """Whether anything was taken or given."""
@@ -283,20 +293,36 @@ class _Outward:
 
 
 class _Inward:
-    """Bytes from the other side, out of their frames, to this side's engine."""
+    """
+    Bytes from the other side, out of their frames, to this side's engine: no more than are left, and the rest later.
+    """
 
-    def __init__(self, peer: socket.socket, engine: socket.socket, count: Callable[[int], None]):
-        self._peer, self._engine, self._count = peer, engine, count
+    def __init__(
+        self, peer: socket.socket, engine: socket.socket, count: Callable[[int], None], left: Callable[[], float]
+    ):
+        self._peer, self._engine, self._count, self._left = peer, engine, count, left
+        self._held_back_since: float | None = None
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._unread = self._buffer[:0]
         self._header = b""
         self._frame_left = 0
         self.ended = False
 
+    @property
+    def held_back(self) -> bool:
+        return self._held_back_since is not None
+
     def move(self) -> bool:
-        """Whether anything was taken or given."""
+        """
+        Whether anything was taken or given.
+
+        Raises:
+            `PrivateInferenceError`: If the peer has had too much to send for too long.
+        """
         with contextlib.suppress(*BLOCKED):
             if not self._unread:
+                if self._hold_back():
+                    return False
                 size = self._peer.recv_into(self._buffer)
                 if size == 0:
                     raise ConnectionResetError("without an end")
@@ -310,7 +336,20 @@ class _Inward:
         return False
 
     def need(self) -> tuple[socket.socket, int]:
-        return (self._engine, select.POLLOUT) if self._unread else (self._peer, select.POLLIN)
+        if self._unread:
+            return self._engine, select.POLLOUT
+        return self._peer, 0 if self.held_back else select.POLLIN
+
+    def _hold_back(self) -> bool:
+        """Whether the peer has something to send that this side's engine may not be given yet."""
+        if self._left() > 0 or not _can_be_read(self._peer):
+            self._held_back_since = None
+            return False
+        now = time.monotonic()
+        self._held_back_since = self._held_back_since or now
+        if now - self._held_back_since > EXCESS_SECONDS:
+            raise PrivateInferenceError("the peer's engine sends more than its program does.")
+        return True
 
     def _give(self):
         part = self._unread[: self._frame_left]
@@ -335,3 +374,9 @@ class _Inward:
             self.ended = True
             with contextlib.suppress(OSError):
                 self._engine.shutdown(socket.SHUT_WR)
+
+
+def _can_be_read(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0)) or (isinstance(connection, ssl.SSLSocket) and connection.pending() > 0)

@@ -10,32 +10,36 @@ import contextlib
 import math
 import secrets
 import socket
-import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from datetime import datetime
 
 import numpy as np
-from pydantic import TypeAdapter
-from safetensors.numpy import save_file
+from pydantic import TypeAdapter, ValidationError
 
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, RING_BITS, SERVER, TRUST, PrivateSettings
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .channel import Channel, Listener, TLSFiles, clean, connect, shut_down
+from .channel import Channel, ClosedError, Listener, TLSFiles, clean, connect, one_line, shut_down
 from .engine import engine_versions
-from .party_process import Job
-from .session import Outcome, Terms, check_request, free_port, run_party
+from .limits import Accounts, Limits, Use
+from .memory import check_memory
+from .party_process import Job, Request
+from .session import Outcome, Session, SilenceError, Terms, check_request, free_port
 from .tunnel import ClientTunnel, ServerTunnel
 
 
 PROTOCOL_VERSION = 3
 HANDSHAKE_SECONDS = 30
-# The largest model that a client believes in: its memory is not the server's to fill.
+# For which a client may keep the engine between two prompts, unless another one waits for it.
+KEPT_SECONDS, KEPT_CHECK_SECONDS = 30, 0.5
+# The largest model that a client believes in, whatever memory it has.
 LARGEST = {
     "n_layer": 1024,
     "n_head": 1024,
@@ -44,11 +48,10 @@ LARGEST = {
     "n_positions": 2**20,
     "vocab_size": 2**22,
 }
-MOST_WEIGHTS = 2**31
 MOST_ITERATIONS = 64
 # For which a client is let wait for the one before, whose engine is about to end.
 PARTING_SECONDS = 5
-# Connections at once about which nothing is known yet, with those of clients; more wait to be accepted.
+# Connections at once that are not answered yet.
 MAX_GREETINGS = 64
 
 
@@ -58,7 +61,7 @@ class Offer:
     What a server offers; its weights are its own, the rest is public.
 
     Args:
-        config ([`EntropyGPTConfig`]), weights (`dict`): Of [`prepare_weights`].
+        config ([`EntropyGPTConfig`]), weights (`dict`): What [`prepare_weights`] made.
         notation (`str`): The architecture before that, in the paper's notation.
         settings ([`PrivateSettings`]): How it answers.
         tokenizer_hash (`str`): So that a client can compare its own.
@@ -71,7 +74,7 @@ class Offer:
     tokenizer_hash: str
 
     def terms(self) -> dict:
-        """What a client is told."""
+        """What a client learns."""
         return {
             "version": PROTOCOL_VERSION,
             "versions": engine_versions(),
@@ -91,8 +94,8 @@ class Server:
         host (`str`), port (`int`): Where it listens.
         tls ([`TLSFiles`], *optional*): Without them, whoever is between could listen or change what is sent.
         timeout_seconds (`int`): For which nothing may happen in an inference.
-        longest (`int`): New tokens, or positions of the prompt, that a client may have answered.
-        report (`Callable`): Told in a line what happens.
+        limits ([`Limits`]): What it grants each client.
+        report (`Callable`): Told in a line what happens, with time and address.
     """
 
     def __init__(
@@ -102,15 +105,19 @@ class Server:
         port: int,
         tls: TLSFiles | None,
         timeout_seconds: int = 600,
-        longest: int = 256,
+        limits: Limits | None = None,
         report: Callable[[str], None] = print,
     ):
-        self.offer, self.timeout_seconds, self.longest, self.report = offer, timeout_seconds, longest, report
+        self.offer, self.timeout_seconds = offer, timeout_seconds
+        self.limits = limits or Limits()
         self.listener = Listener(host, port, tls)
         self.address = self.listener.address
+        self._report = report
+        self._accounts = Accounts(self.limits)
         self._busy = threading.Lock()
-        self._greetings = threading.Semaphore(MAX_GREETINGS)
+        self._queued = 0
         self._lock = threading.Lock()
+        self._waiting: dict[socket.socket, str] = {}
         self._channels: set[Channel] = set()
         self._closed = False
         self._tunnel: ServerTunnel | None = None
@@ -118,16 +125,15 @@ class Server:
     def serve_forever(self):
         """Until it is closed."""
         while True:
-            self._greetings.acquire()
             try:
                 connection = self.listener.accept()
             except OSError as error:
-                self._greetings.release()
                 if self._closed:
                     return
-                self.report(f"no connection can be accepted now: {error.strerror}")
+                self._say("-", f"no connection can be accepted now: {error.strerror}")
                 time.sleep(1)
                 continue
+            self._admit(connection)
             threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
 
     def close(self):
@@ -141,39 +147,64 @@ class Server:
         if self._busy.acquire(timeout=PARTING_SECONDS):
             self._busy.release()
 
+    def _say(self, address: str, line: str):
+        self._report(f"{datetime.now():%Y-%m-%d %H:%M:%S} {address} {line}")
+
+    def _admit(self, connection: socket.socket):
+        """
+        Gives a connection a slot for its greeting. If all are taken, the oldest connection ends of the address that
+        has most of them: who says nothing keeps nobody waiting.
+        """
+        with self._lock:
+            if len(self._waiting) >= MAX_GREETINGS:
+                hosts = Counter(address.rpartition(":")[0] for address in self._waiting.values())
+                (most, _), *_ = hosts.most_common(1)
+                oldest = next(each for each, address in self._waiting.items() if address.rpartition(":")[0] == most)
+                del self._waiting[oldest]
+                shut_down(oldest)
+            self._waiting[connection] = _address_of(connection)
+
+    def _leave(self, connection: socket.socket):
+        with self._lock:
+            self._waiting.pop(connection, None)
+
     def _greet(self, connection: socket.socket):
+        address = _address_of(connection)
         try:
             channel = self.listener.welcome(connection)
-            with self._heard(channel):
-                self._hear(channel)
+            with self._heard(channel, connection):
+                self._hear(channel, address)
         except (PrivateInferenceError, OSError) as error:
-            self.report(f"a connection was refused: {error}")
+            self._say(address, f"a connection was refused: {one_line(error)}")
         finally:
-            self._greetings.release()
+            self._leave(connection)
 
     @contextlib.contextmanager
-    def _heard(self, channel: Channel) -> Iterator[None]:
-        """Within, [`Server.close`] ends the connection."""
+    def _heard(self, channel: Channel, connection: socket.socket) -> Iterator[None]:
+        """Within, [`Server.close`] ends the connection; one of TLS has taken the place of the one beneath it."""
         with self._lock:
             self._channels.add(channel)
+            if connection in self._waiting:
+                self._waiting[channel.connection] = self._waiting.pop(connection)
             if self._closed:
                 shut_down(channel.connection)
         try:
             yield
         finally:
+            self._leave(channel.connection)
             with self._lock:
                 self._channels.discard(channel)
 
-    def _hear(self, channel: Channel):
+    def _hear(self, channel: Channel, address: str):
         try:
             first = channel.receive(HANDSHAKE_SECONDS, ("hello", "stream"))
             if first["kind"] == "stream":
                 self._attach(channel, first)
                 return
-            self._serve(channel, first)
+            self._serve(channel, address, first)
         except (PrivateInferenceError, OSError) as error:
             if not self._closed:
-                self.report(f"an inference ended early: {error}")
+                self._say(address, f"an inference ended early: {one_line(error)}")
             self._refuse(channel, error)
         channel.close()
 
@@ -181,7 +212,7 @@ class Server:
     def _refuse(channel: Channel, error: Exception):
         # What this machine lacks is not the client's business.
         told = isinstance(error, PrivateInferenceError) and not isinstance(error, EngineError)
-        reason = str(error) if told else "the server failed."
+        reason = one_line(error) if told else "the server failed."
         with contextlib.suppress(PrivateInferenceError):
             channel.send({"kind": "refusal", "reason": reason})
 
@@ -192,21 +223,43 @@ class Server:
             raise PrivateInferenceError("a stream belongs to no inference.")
         tunnel.attach(channel, message.get("direction"))
 
-    def _serve(self, channel: Channel, hello: dict):
+    def _serve(self, channel: Channel, address: str, hello: dict):
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
         channel.send({"kind": "terms", **self.offer.terms()})
-        request = channel.receive(HANDSHAKE_SECONDS, ("request",))
-        length, new_tokens, answers = (self._number(request, name) for name in ("length", "new_tokens", "answers"))
-        if (asked := max(new_tokens, answers)) > self.longest:
-            raise PrivateInferenceError(f"{asked} answers are asked for; {self.longest} is the most here.")
-        check_request(self.offer.config, self.offer.settings, length, new_tokens, answers)
-        if not self._busy.acquire(timeout=PARTING_SECONDS):
+        message = channel.receive(HANDSHAKE_SECONDS, ("request",))
+        if not self._take_engine():
             raise PrivateInferenceError("the server is busy with another client: try again later.")
         try:
-            self._infer(channel, length, new_tokens, answers)
+            asked = self._read_request(channel, message)
+            self._leave(channel.connection)
+            with self._opened(channel) as session:
+                while asked:
+                    self._answer(session, address, *asked)
+                    message = self._next_request(session, asked[1])
+                    asked = message and self._read_request(channel, message)
         finally:
             self._busy.release()
+
+    def _take_engine(self) -> bool:
+        with self._lock:
+            self._queued += 1
+        try:
+            return self._busy.acquire(timeout=PARTING_SECONDS)
+        finally:
+            with self._lock:
+                self._queued -= 1
+
+    def _read_request(self, channel: Channel, message: dict) -> tuple[Request, Use, Limits]:
+        """
+        Raises:
+            `PrivateInferenceError`: If the model can't answer so much, or the client has not so much left.
+        """
+        length, new_tokens, answers = (self._number(message, name) for name in ("length", "new_tokens", "answers"))
+        check_request(self.offer.config, self.offer.settings, length, new_tokens, answers)
+        use, left = self._accounts.open(channel.peer, max(new_tokens, answers))
+        most = min(left.answers, left.positions)
+        return Request(length, new_tokens, answers, most), use, left
 
     @staticmethod
     def _number(request: dict, name: str) -> int:
@@ -215,28 +268,21 @@ class Server:
             raise PrivateInferenceError(f"{name} is no number from 1 to {LARGEST['n_positions']:,}.")
         return value
 
-    def _infer(self, channel: Channel, length: int, new_tokens: int, answers: int):
-        self.report(f"a client asks for {new_tokens} token(s) after {length}")
+    @contextlib.contextmanager
+    def _opened(self, channel: Channel) -> Iterator[Session]:
+        """An engine for a client, for as long as its connection lasts."""
         token, own_port = secrets.token_hex(32), free_port()
+        job = Job(
+            rank=SERVER,
+            config=ProgramConfig.of(self.offer.config),
+            settings=self.offer.settings,
+            timeout_seconds=self.timeout_seconds,
+        )
         self._tunnel = ServerTunnel(token, own_port)
         try:
-            with tempfile.TemporaryDirectory(prefix="entropy-gpt-server-") as folder:
-                channel.send({"kind": "accepted", "session": token})
-                weights = Path(folder) / "weights.safetensors"
-                save_file(self.offer.weights, weights)
-                job = Job(
-                    rank=SERVER,
-                    config=ProgramConfig.of(self.offer.config),
-                    settings=self.offer.settings,
-                    prompt_length=length,
-                    new_tokens=new_tokens,
-                    answers=answers,
-                    timeout_seconds=self.timeout_seconds,
-                    weights=weights,
-                )
-                outcome = run_party(job, channel, self._tunnel, own_port, lambda event: None)
-            total = sum(cost.total_bytes for cost in (*outcome.set_up, *outcome.steps)) / 1e6
-            self.report(f"answered; {total:.1f} MB went over the link")
+            channel.send({"kind": "accepted", "session": token})
+            with contextlib.closing(Session(job, self.offer.weights, channel, self._tunnel, own_port)) as session:
+                yield session
         except (PrivateInferenceError, OSError) as error:
             self._refuse(channel, error)  # before the streams end, which the client would take for the reason
             raise
@@ -244,10 +290,51 @@ class Server:
             self._tunnel.close()
             self._tunnel = None
 
+    def _next_request(self, session: Session, use: Use) -> dict | None:
+        """
+        The client's next request on its connection, if there is one. The engine is kept for it, at the client's
+        expense, until another client wants it.
+        """
+        began = time.monotonic()
+        while True:
+            try:
+                return session.events.expect(KEPT_CHECK_SECONDS, "peer's request")
+            except ClosedError:
+                return None
+            except SilenceError as error:
+                if self._queued or time.monotonic() - began > KEPT_SECONDS:
+                    raise PrivateInferenceError("no further prompt came in time: connect again.") from error
+            finally:
+                use.kept_seconds = time.monotonic() - began
+
+    def _answer(self, session: Session, address: str, request: Request, use: Use, left: Limits):
+        self._say(address, f"asks for {request.new_tokens} token(s) after {request.length}")
+        began = time.monotonic()
+
+        def note(event: dict):
+            if event["event"] == "repeat":
+                use.positions += request.answers
+                self._say(address, "says that an answer was out of range, and has it repeated")
+
+        try:
+            outcome = session.answer(request, note, left.seconds)
+        finally:
+            use.seconds = time.monotonic() - began
+        total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
+        self._say(address, f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up")
+
+
+def _address_of(connection: socket.socket) -> str:
+    try:
+        host, port = connection.getpeername()[:2]
+    except OSError:  # it is gone already
+        return "-"
+    return f"{host}:{port}"
+
 
 class Client:
     """
-    One connection to a server: first its terms, then one question.
+    One connection to a server: first its terms, then one question after another. Close it in the end.
 
     Args:
         host (`str`), port (`int`): The server.
@@ -264,6 +351,8 @@ class Client:
     ):
         self._connect = lambda: connect(host, port, tls)
         self.timeout_seconds = timeout_seconds
+        self._tunnel: ClientTunnel | None = None
+        self._session: Session | None = None
         self.channel = self._connect()
         try:
             self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
@@ -292,7 +381,7 @@ class Client:
             notation = TypeAdapter(str).validate_python(message.get("notation"))
             _check_sizes(config, settings)
         except ValueError as error:  # those of pydantic too
-            raise PrivateInferenceError(f"the server's terms are broken: {clean(error)}") from error
+            raise PrivateInferenceError(f"the server's terms are broken: {_describe(error)}") from error
         return Terms(config, clean(notation), settings, str(message.get("tokenizer")))
 
     def ask(
@@ -303,7 +392,8 @@ class Client:
         on_event: Callable[[dict], None] = lambda event: None,
     ) -> Outcome:
         """
-        Asks for the continuation of a prompt, and ends the connection.
+        Asks for the continuation of a prompt. The connection and the engine are kept for the next one; a server waits
+        for that no longer than `KEPT_SECONDS`.
 
         Args:
             prompt (`list[int]`): Tokens; they stay here.
@@ -312,40 +402,47 @@ class Client:
             on_event (`Callable`): Told what happens, for progress.
 
         Raises:
-            `PrivateInferenceError`: As [`run_party`], and if the model can't answer so much.
+            `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much. The connection has
+                ended then.
         """
-        with contextlib.closing(self):
+        try:
             check_request(self.terms.config, self.terms.settings, len(prompt), new_tokens, answers)
-            request = {"length": len(prompt), "new_tokens": new_tokens, "answers": answers}
-            self.channel.send({"kind": "request", **request})
-            session = self.channel.receive(HANDSHAKE_SECONDS, ("accepted",)).get("session")
-            return self._infer(str(session), prompt, new_tokens, answers, on_event)
+            asked = {"length": len(prompt), "new_tokens": new_tokens, "answers": answers}
+            self.channel.send({"kind": "request", **asked})
+            if self._session is None:
+                self._open()
+            return self._session.answer(Request(**asked, prompt=prompt), on_event)
+        except BaseException:
+            self.close()
+            raise
 
-    def _infer(
-        self, session: str, prompt: list[int], new_tokens: int, answers: int, on_event: Callable[[dict], None]
-    ) -> Outcome:
+    def _open(self):
+        token = self.channel.receive(HANDSHAKE_SECONDS, ("accepted",)).get("session")
+        job = Job(
+            rank=CLIENT,
+            config=self.terms.config,
+            settings=self.terms.settings,
+            timeout_seconds=self.timeout_seconds,
+        )
         own_port = free_port()
-        with (
-            contextlib.closing(ClientTunnel(self._connect, session, own_port)) as tunnel,
-            tempfile.TemporaryDirectory(prefix="entropy-gpt-client-") as folder,
-        ):
-            job = Job(
-                rank=CLIENT,
-                config=self.terms.config,
-                settings=self.terms.settings,
-                prompt_length=len(prompt),
-                new_tokens=new_tokens,
-                answers=answers,
-                timeout_seconds=self.timeout_seconds,
-                prompt=prompt,
-                logits=Path(folder),
-            )
-            outcome = run_party(job, self.channel, tunnel, own_port, on_event)
-            outcome.logits = [np.load(path) for path in sorted(Path(folder).glob("*.npy"), key=_index)]
-        return outcome
+        self._tunnel = ClientTunnel(self._connect, str(token), own_port)
+        self._session = Session(job, None, self.channel, self._tunnel, own_port)
 
     def close(self):
-        self.channel.close()
+        """Ends the connection and the engine."""
+        self.channel.close()  # first: an end on purpose
+        if self._session is not None:
+            self._session.close()
+        if self._tunnel is not None:
+            self._tunnel.close()
+
+
+def _describe(error: ValueError) -> str:
+    """A broken value in a few words, without the value."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{clean('.'.join(map(str, first['loc'])), most=100)}: {one_line(first['msg'], 100)}"
+    return one_line(error)
 
 
 def _check_sizes(config: ProgramConfig, settings: PrivateSettings):
@@ -363,14 +460,9 @@ def _check_sizes(config: ProgramConfig, settings: PrivateSettings):
         raise ValueError(f"pruned_ffn_layers are not some of the {config.n_layer} layers in their order")
     if not 0 < config.layer_norm_epsilon < math.inf:
         raise ValueError(f"layer_norm_epsilon={config.layer_norm_epsilon} is no small positive number")
-    if sum(map(math.prod, weight_shapes(config).values())) > MOST_WEIGHTS:
-        raise ValueError(f"there are more than {MOST_WEIGHTS:,} weights")
+    check_memory(weight_shapes(config).values())
     if not 1 <= settings.fraction_bits < RING_BITS // 2:
         raise ValueError(f"fraction_bits is not from 1 to {RING_BITS // 2 - 1}")
     for name in ("exponential_squarings", "reciprocal_iterations"):
         if not 0 <= getattr(settings, name) <= MOST_ITERATIONS:
             raise ValueError(f"{name} is not from 0 to {MOST_ITERATIONS}")
-
-
-def _index(path: Path) -> int:
-    return int(path.stem)

@@ -6,7 +6,7 @@ from .settings import PrivateSettings
 # Numbers of one ciphertext, and of the two halves into which the engine cuts longer tensors.
 SLOTS = 8192
 HALVES = 2 * SLOTS
-# From so many numbers on the engine's square is cheaper by way of its exponential: that takes a whole batch of
+# From this many numbers on the engine's square is cheaper by way of its exponential: that takes a whole batch of
 # ciphertexts, of which products of fewer numbers share one.
 SQUARE_BY_EXP_FROM = 4096
 

@@ -29,7 +29,7 @@ class StepCost:
         sent_messages, received_messages (`int`): By this party.
         round_trips (`float`):
             How often a message has to travel there and back before the next one can leave. Under Cheetah by the
-            operations, each of which waits for so many, however many messages carry its tensors at once
+            operations, each of which waits for its own, however many messages carry its tensors at once
             (`counting.py`), as if there was a full stock of triples before each token; elsewhere half of one for a
             message each way, since these cross. 0 of a set-up, where they are not known.
         seconds (`float`): From its beginning to its end.

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 from modeling_entropy_gpt import EntropyGPTConfig
+from modeling_entropy_gpt.layers import TANH_GELUS
 
 from .arithmetic import Arithmetic, CheapArithmetic
-from .program import LOGITS, TANH_GELUS, Span, build_steps, run_steps
+from .program import LOGITS, Span, build_steps, run_steps
 from .settings import RING_BITS, PrivateSettings
 from .variables import client_input, input_shape
 

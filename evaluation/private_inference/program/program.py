@@ -37,7 +37,8 @@ from .settings import PrivateSettings
 MASKED_SCORE = -(2.0**20)
 # Rows of an embedding table in one product.
 MOST_EMBEDDED = 4096
-TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+# As the model's layers have them, which an engine's process does not import: that would take seconds and torch.
+TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
 Norm = Literal["layernorm", "static", "none"]
 
@@ -164,8 +165,8 @@ def bounds_name(part: str) -> str:
 
 
 def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
-    """Bytes of the embeddings as sent to a client with "client_table": single precision in base64, without padding."""
-    return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize * 4 // 3
+    """Bytes of the embeddings as sent to a client with "client_table": single precision."""
+    return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize
 
 
 def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[Step]:
@@ -229,19 +230,25 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
     if temperatures and settings.softmax == "efficient":
         # Where fewer scores are visible than a query has numbers, temperatures multiply scores.
         early = min(max(config.n_embd // config.n_head - start, 0), queries)
-    split = partial(split_heads, heads=config.n_head, queries=queries, kept=bool(kept), start=start, early=early)
-    inputs = (read, name + "qkv.weight", name + "qkv.bias", *kept, *(temperatures if early < queries else ()))
+    split = partial(split_heads, heads=config.n_head, queries=queries)
+    inputs = (read, name + "qkv.weight", name + "qkv.bias", *kept)
     outputs = ("queries", name + "keys", name + "values")
     yield Step("query, key, value", layer, split, inputs, outputs)
-    yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
+    if temperatures and early < queries:
+        scale = partial(scale_queries, start=start, early=early)
+        yield Step("temperatures", layer, scale, ("queries", *temperatures), ("queries",))
     if settings.softmax != "efficient":
+        yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
         whole = partial(whole_softmax, per_row=settings.softmax == "tuned")
         yield Step("softmax", layer, whole, ("scores",), ("weights",))
         yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
     else:
-        subtract = partial(subtract_maximum, start=start, early=early) if early else subtract_maximum
-        inputs = ("scores", *temperatures) if early else ("scores",)
-        yield Step("maximum", layer, subtract, inputs, ("visible",))
+        yield Step("scores", layer, score_visible, ("queries", name + "keys"), ("visible",))
+        rows = {"queries": queries, "keys": span.end}
+        if early:
+            scale = partial(scale_scores, **rows, early=early)
+            yield Step("temperatures", layer, scale, ("visible", *temperatures), ("visible",))
+        yield Step("maximum", layer, partial(subtract_maximum, **rows), ("visible",), ("visible",))
         yield Step("exponential", layer, exponentiate, ("visible",), ("visible",))
         weigh = partial(weigh_visible, queries=queries)
         yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))
@@ -317,14 +324,10 @@ def add_linear_to_scaled(ops: Arithmetic, hidden, weight, bias, residual, beta):
     return ops.scale_all(residual, beta) + ops.matmul(hidden, weight) + bias
 
 
-def split_heads(
-    ops: Arithmetic, hidden, weight, bias, *more, heads: int, queries: int, kept: bool, start: int, early: int
-):
+def split_heads(ops: Arithmetic, hidden, weight, bias, *kept, heads: int, queries: int):
     """
     Queries of the last rows `(heads, queries, head size)`, and keys and values of all `(heads, keys, head size)`, from
-    hidden states `(length, width)`. More are keys and values kept from before, which come in front, and inverse
-    temperatures `(heads, positions)`, which the queries from position `start` on are multiplied by, but for `early`
-    first ones.
+    hidden states `(length, width)`. Keys and values kept from before come in front.
     """
     width = weight.shape[0]
     if queries == hidden.shape[0]:
@@ -338,12 +341,16 @@ def split_heads(
         for part in (query, key_value[:, :width], key_value[:, width:])
     )
     if kept:
-        key = ops.xp.concatenate([more[0], key], axis=1)
-        value = ops.xp.concatenate([more[1], value], axis=1)
-    for factors in more[2 * kept :]:
-        scaled = ops.multiply(query[:, early:], factors[:, start + early : start + queries, None])
-        query = ops.xp.concatenate([query[:, :early], scaled], axis=1) if early else scaled
+        key = ops.xp.concatenate([kept[0], key], axis=1)
+        value = ops.xp.concatenate([kept[1], value], axis=1)
     return query, key, value
+
+
+def scale_queries(ops: Arithmetic, query, inverse_temperature, start: int, early: int):
+    """Queries from position `start` on, but for the `early` first ones, times `(heads, positions)`."""
+    end = start + query.shape[1]
+    scaled = ops.multiply(query[:, early:], inverse_temperature[:, start + early : end, None])
+    return ops.xp.concatenate([query[:, :early], scaled], axis=1) if early else scaled
 
 
 def score(ops: Arithmetic, query, key):
@@ -382,18 +389,24 @@ def weigh(ops: Arithmetic, weights, value):
     return every_pair[np.arange(heads), np.arange(heads)][:, None]
 
 
-def subtract_maximum(ops: Arithmetic, scores, inverse_temperature=None, start: int = 0, early: int = 0):
-    """
-    Scores less the largest visible one of their row, the visible ones in one row a head: `(heads, visible)`. Where
-    temperatures are given, of positions from `start`, those of the `early` first rows are applied.
-    """
+def score_visible(ops: Arithmetic, query, key):
+    """The scores of keys that their query may attend to, in one row a head: `(heads, visible)`."""
+    scores = score(ops, query, key)
     heads, queries, keys = scores.shape
+    return scores.reshape(heads, queries * keys)[:, np.flatnonzero(_visible(queries, keys))]
+
+
+def scale_scores(ops: Arithmetic, visible, inverse_temperature, queries: int, keys: int, early: int):
+    """Visible scores, those of the `early` first rows times `(heads, positions)`, from the first query's position."""
+    mask, start = _visible(queries, keys), keys - queries
+    count = mask[:early].sum()
+    scaled = _scale_early(ops, visible[:, :count], mask[:early], inverse_temperature[:, start : start + early])
+    return ops.xp.concatenate([scaled, visible[:, count:]], axis=1)
+
+
+def subtract_maximum(ops: Arithmetic, visible, queries: int, keys: int):
+    """Visible scores `(heads, visible)` less the largest one of their row."""
     mask = _visible(queries, keys)
-    visible = scores.reshape(heads, queries * keys)[:, np.flatnonzero(mask)]
-    if early:
-        count = mask[:early].sum()
-        scaled = _scale_early(ops, visible[:, :count], mask[:early], inverse_temperature[:, start : start + early])
-        visible = ops.xp.concatenate([scaled, visible[:, count:]], axis=1)
     return visible - _largest(ops, visible, mask.sum(axis=1))[:, np.nonzero(mask)[0]]
 
 

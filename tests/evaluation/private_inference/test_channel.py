@@ -1,7 +1,9 @@
 """Messages over real sockets: what is carried as it is, and what is refused with one line."""
 
 import contextlib
+import io
 import json
+import re
 import socket
 import ssl
 import subprocess
@@ -10,10 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -357,6 +362,10 @@ def test_strangers_who_say_nothing_or_nonsense_stop_nobody(server_files, client_
         with contextlib.suppress(ConnectionError):
             while speaker.recv(100):
                 pass
+        speaker.close()
+        until = time.monotonic() + 5
+        while not refused and time.monotonic() < until:
+            time.sleep(0.01)
         assert len(refused) == 1 and "TLS failed" in refused[0]
     listener.close()
     thread.join(5)
@@ -396,3 +405,109 @@ def test_wrong_files_of_tls_are_named(name, content, tmp_path, client_files):
 def test_a_key_of_another_certificate_is_refused(client_files, server_files):
     with pytest.raises(PrivateInferenceError, match="no certificate and its key"):
         TLSFiles(client_files.certificate, server_files.key, client_files.authority).context(server=True)
+
+
+def meet(ours: TLSFiles | None, theirs: TLSFiles | None) -> tuple[str, str]:
+    """What a client and a server complain of, each on its own."""
+
+    def serve() -> str:
+        try:
+            channel = listener.welcome(listener.accept())
+            with contextlib.closing(channel):
+                channel.receive(5, ("hello",))
+        except PrivateInferenceError as error:
+            return str(error)
+        return ""
+
+    listener = Listener("127.0.0.1", 0, theirs)
+    with ThreadPoolExecutor(1) as pool:
+        served, said = pool.submit(serve), ""
+        try:
+            with contextlib.closing(connect(*listener.address, ours)) as channel:
+                channel.send({"kind": "hello"})
+                channel.receive(5, ("terms",))
+        except PrivateInferenceError as error:
+            said = str(error)
+        listener.close()
+        return said, served.result()
+
+
+class TestMistakesOfTLS:
+    """Each side says in a line what to do."""
+
+    @pytest.fixture(autouse=True)
+    def _files(self, tmp_path, authority, server_files, client_files):
+        self.folder, self.authority = tmp_path, authority
+        self.server, self.client = server_files, client_files
+
+    def issue(self, *identities: str, **options) -> TLSFiles:
+        issued = self.authority.issue_cert(*identities, **options)
+        files = TLSFiles(self.folder / "other.pem", self.folder / "other.key", self.server.authority)
+        issued.cert_chain_pems[0].write_to_path(files.certificate)
+        issued.private_key_pem.write_to_path(files.key)
+        return files
+
+    def expired(self) -> TLSFiles:
+        now = datetime.now(UTC)
+        return self.issue("127.0.0.1", not_before=now - timedelta(days=2), not_after=now - timedelta(days=1))
+
+    def test_a_plain_client_at_a_port_of_tls(self):
+        client, server = meet(None, self.server)
+        assert client == "the peer refuses: TLS is wanted: give --cert, --key and --ca."
+        assert "the peer speaks no TLS: give --cert, --key and --ca on both sides or on neither" in server
+
+    def test_a_client_of_tls_at_a_plain_port(self):
+        client, server = meet(self.client, None)
+        assert "the peer wants TLS, and this side has none" in server
+        assert "ended the connection: it has other certificates, or no TLS" in client or "speaks no TLS" in client
+
+    @pytest.mark.parametrize("options", [{"common_name": "127.0.0.1"}, {"identities": ["other.example"]}])
+    def test_a_certificate_that_does_not_name_the_host(self, options):
+        files = self.issue(*options.pop("identities", []), **options)
+        client, _ = meet(self.client, files)
+        assert "its subjectAltName has to name the host that --connect names" in client
+
+    def test_a_servers_certificate_that_has_expired(self):
+        client, server = meet(self.client, self.expired())
+        assert "certificate has expired: its owner needs a new one" in client
+        assert "does not accept this side's --cert, which has expired" in server
+
+    def test_a_clients_certificate_that_has_expired(self):
+        client, server = meet(self.expired(), self.server)
+        assert "certificate has expired: its owner needs a new one" in server
+        assert "does not accept this side's --cert, which has expired" in client
+
+    def test_an_authority_that_is_not_known(self):
+        stranger = tls_files(self.folder, "stranger", trustme.CA(), "127.0.0.1")
+        client, server = meet(self.client, stranger)
+        assert "it is not signed by an authority of this side's --ca" in client
+        assert "which no authority of its --ca has signed" in server
+
+    @pytest.mark.parametrize("make", ["server", "client"])
+    def test_an_encrypted_key_without_a_terminal(self, make, monkeypatch):
+        files = getattr(self, make)
+        key = serialization.load_pem_private_key(files.key.read_bytes(), None)
+        encrypted = self.folder / "encrypted.key"
+        encryption = serialization.BestAvailableEncryption(b"secret")
+        encrypted.write_bytes(
+            key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+        )
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        with pytest.raises(PrivateInferenceError, match=r"encrypted\.key is encrypted, and there is no terminal"):
+            replace(files, key=encrypted).context(server=make == "server")
+
+    def test_every_complaint_is_one_short_line(self):
+        for ours, theirs in ((None, self.server), (self.client, None), (self.client, self.expired())):
+            for said in meet(ours, theirs):
+                assert said.isprintable()
+                assert 0 < len(said) < 300
+
+
+def test_a_client_is_known_by_its_certificate_and_else_by_its_address(server_files, client_files):
+    with joined(server_files, client_files) as (server, _):
+        first = server.peer
+    with joined(server_files, client_files) as (server, _):
+        assert server.peer == first
+        assert re.fullmatch("[0-9a-f]{64}", first)
+    with joined(None, None) as (server, _):
+        assert server.peer == "127.0.0.1"

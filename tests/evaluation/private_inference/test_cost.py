@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import rgb_to_hsv, to_rgb
 
 from entropy_gpt.evaluation.private_inference.costs.cost_plots import OPERATION_COLORS, draw_costs
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
@@ -158,9 +159,17 @@ def test_pictures(tmp_path):
         "a second model": example_cost([*STEPS, unknown]),
         "none": example_cost([]),
     }
-    draw_costs(costs, tmp_path / "costs.png")
-    draw_costs({"none": example_cost([])}, tmp_path / "empty.png")
+    draw_costs(costs).savefig(tmp_path / "costs.png")
+    draw_costs({"none": example_cost([])}).savefig(tmp_path / "empty.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("costs.png", "empty.png"))
+
+
+def test_the_softmax_as_a_whole_has_a_hue_that_none_of_its_parts_has():
+    hues = {name: rgb_to_hsv(to_rgb(color))[0] for name, color in OPERATION_COLORS.items()}
+    for part in ("maximum", "exponential", "division"):
+        distance = abs(hues["softmax"] - hues[part])
+        assert min(distance, 1 - distance) > 1 / 8
+    assert len({*OPERATION_COLORS.values()}) == len(OPERATION_COLORS)
 
 
 def test_every_operation_of_a_program_has_a_colour():

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import (
-    Sample,
     count_steps,
-    load_prices,
     predict,
     program_config,
 )
@@ -36,6 +34,7 @@ from entropy_gpt.evaluation.private_inference.program.counting import (
     count_product,
     make_shape,
 )
+from entropy_gpt.evaluation.private_inference.program.prices import Sample, load_prices
 from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
@@ -135,6 +134,16 @@ def test_the_largest_of_visible_scores_takes_no_comparison_more():
     assert first.waits[COMPARISONS] == math.ceil(math.log2(LENGTH))
 
 
+def test_products_with_temperatures_are_counted_by_themselves():
+    """Of rows with few visible scores they multiply these, and of others their queries."""
+    plain, tempered = (
+        {step.operation: counts for step, counts in count_steps(config, PrivateSettings(), Span(0, 64))}
+        for config in (make_config(notation, n_layer=1, n_positions=64) for notation in ("SM", "SM(t)"))
+    )
+    assert tempered.keys() - plain.keys() == {"temperatures"}
+    assert all(counts == tempered[operation] for operation, counts in plain.items())
+
+
 def test_longer_matrices_wait_no_longer_and_more_of_them_do():
     def waits(length: int, heads: int) -> dict[str, float]:
         config = make_config("SM", n_layer=2, n_embd=48 * heads, n_head=heads, n_positions=length)
@@ -208,7 +217,7 @@ def test_prices_are_found_again(prices):
 
 
 def test_prices_that_stay_open_are_told():
-    with pytest.raises(ValueError, match="1 samples do not tell 2 prices apart"):
+    with pytest.raises(ValueError, match="1 samples do not separate 2 prices"):
         fit([Sample("", {"a": 1, "b": 2}, 10)])
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.costs.cost_model import load_prices, predict, program_config
+from entropy_gpt.evaluation.private_inference.costs.cost_model import predict, program_config
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference
 from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     NOTATIONS,
@@ -26,6 +26,7 @@ from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PAR
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms
 from entropy_gpt.evaluation.private_inference.program.cost import LAN, Network, StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import OWNED_BATCHES
+from entropy_gpt.evaluation.private_inference.program.prices import load_prices
 from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
 
 

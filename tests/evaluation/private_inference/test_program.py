@@ -16,11 +16,13 @@ from entropy_gpt.evaluation.private_inference.program.program import (
     Span,
     build_steps,
     run_steps,
+    scale_scores,
     subtract_maximum,
     weight_shapes,
 )
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
+from modeling_entropy_gpt import layers
 from tests.architectures import ARCHITECTURES, make_config, make_model
 
 
@@ -160,7 +162,8 @@ def test_the_largest_visible_score_is_taken_off(data):
     scores = np.random.default_rng(0).normal(size=(heads, queries, keys))
     visible = np.tri(queries, keys, keys - queries, dtype=bool)
     largest = np.where(visible, scores, -np.inf).max(axis=-1, keepdims=True)
-    assert np.array_equal(subtract_maximum(Arithmetic(np), scores), (scores - largest)[:, visible])
+    found = subtract_maximum(Arithmetic(np), scores[:, visible], queries, keys)
+    assert np.array_equal(found, (scores - largest)[:, visible])
 
 
 @given(st.data())
@@ -171,8 +174,10 @@ def test_temperatures_of_early_rows_divide_their_scores(data):
     rng = np.random.default_rng(0)
     scores, factors = rng.normal(size=(heads, queries, keys)), rng.uniform(0.1, 3, (heads, keys))
     scaled = scores * np.where(np.arange(queries) < early, factors[:, start:], 1.0)[:, :, None]
-    expected = subtract_maximum(Arithmetic(np), scaled)
-    found = subtract_maximum(Arithmetic(np), scores, factors, start, early)
+    visible = np.tri(queries, keys, start, dtype=bool)
+    expected = subtract_maximum(Arithmetic(np), scaled[:, visible], queries, keys)
+    found = scale_scores(Arithmetic(np), scores[:, visible], factors, queries, keys, early)
+    found = subtract_maximum(Arithmetic(np), found, queries, keys)
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
@@ -206,3 +211,7 @@ def test_no_weight_is_a_constant_of_the_program():
         for step in (ours, theirs):
             keywords = getattr(step.function, "keywords", {})
             assert all(isinstance(value, int | float | Span | None) for value in keywords.values())
+
+
+def test_the_gelus_by_tanh_are_those_of_the_layers():
+    assert program.TANH_GELUS == layers.TANH_GELUS

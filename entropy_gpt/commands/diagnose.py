@@ -1,0 +1,34 @@
+"""`entropy-gpt diagnose`: draws what attention heads do on one text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def diagnose(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An EntropyGPT or a GPT-2: a folder, or a repository on the Hub.")
+    ],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text, at most as long as the model can see.")],
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER,HEAD",
+            help="The head whose attention is drawn, from 0. Default: the one with the lowest mean entropy.",
+        ),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The model's tokenizer. Default: the model's own.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("attention"),
+):
+    """
+    Draw one text: the entropy of every head at every token, and what the tokens attend to in one head.
+
+    Works for any GPT-2 that transformers loads. The report of `entropy-gpt evaluate --prompt TEXT` has the same
+    pictures.
+
+    Example: entropy-gpt diagnose model_cards/models/converted "def main(args):" --head 3,2
+    """
+    from entropy_gpt.terminal.diagnose import run
+
+    run(model, text, head, tokenizer, output)

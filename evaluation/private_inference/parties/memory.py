@@ -1,0 +1,61 @@
+"""What memory a party may use: of this machine, of a model, and of its engine's process."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from entropy_gpt.evaluation.errors import PrivateInferenceError
+
+
+# What an engine takes for a weight while it is given them; later it holds 8 of these bytes.
+PEAK_BYTES = 20
+GIGA = 1e9
+# Address space that the engine's threads reserve for each processor and never use.
+RESERVED_BYTES = 2**30
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def machine_memory() -> int:
+    """Bytes that this machine has, or that its container may use."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            found = min(found, int(Path(path).read_text(encoding="ascii")))
+    return found
+
+
+def check_memory(shapes: Iterable[tuple[int, ...]]):
+    """
+    Raises:
+        `PrivateInferenceError`: If an engine on this machine can't hold weights of such shapes.
+    """
+    needed, there = PEAK_BYTES * sum(map(math.prod, shapes)), machine_memory()
+    if needed > there:
+        raise PrivateInferenceError(
+            f"the model's weights need {needed / GIGA:,.0f} GB of memory as secret numbers, and this machine has "
+            f"{there / GIGA:,.0f} GB."
+        )
+
+
+def forbid_core_dumps():
+    """An engine that a peer makes abort leaves no image of its memory, weights or prompt and all."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not everywhere
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def limit_address_space():
+    """
+    Lets this process take no more memory than the machine has, so that what a peer makes it do ends this process and
+    no other. Address space that is reserved and not used counts too, so the limit is a little above.
+    """
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not everywhere
+        import resource
+
+        most = machine_memory() + RESERVED_BYTES * (os.cpu_count() or 1)
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -1,0 +1,61 @@
+"""`entropy-gpt private cost`: predictions for architectures and for models, and the time on a network."""
+
+import pytest
+
+from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.terminal.private_cost import run
+from entropy_gpt.workflows.private_cost import count_heads, private_cost
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+
+
+def show(capsys, *architectures, networks=(), **options):
+    run([*map(str, architectures)], networks, kept=0, length=options.pop("length", 8), **options)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("width", "heads"), [(768, 12), (200, 4), (64, 1), (32, 1), (1600, 25), (97, 1)])
+def test_heads_divide_the_width_and_have_nearly_64_dimensions(width, heads):
+    assert count_heads(width) == heads
+    (cost,) = private_cost("SM", n_layer=1, n_embd=width, vocab_size=64, length=4)
+    assert cost.config.n_head == heads
+
+
+@pytest.fixture
+def model(tmp_path):
+    config = EntropyGPTConfig.from_notation(
+        "SM+ScFuFFN", n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    EntropyGPTForCausalLM(config).save_pretrained(tmp_path / "run" / "model")
+    return tmp_path / "run" / "model"
+
+
+def test_a_model_has_its_sizes_and_what_it_is_compared_with_has_them_too(model, capsys):
+    shown = show(capsys, model, "SM+LN+G", networks=["100Mbps,80ms"])
+    assert "2 layers, 2 heads, width 32, vocabulary of 64, prompt of 8 tokens" in shown
+    assert "on 100Mbps,80ms" in shown and "on LAN" not in shown
+    ours, gpt2 = private_cost([model, "SM+LN+G"], length=8)
+    assert (ours.title, ours.config.notation) == (str(model), "SM+ScFuFFN")
+    assert (gpt2.config.n_layer, gpt2.config.n_head, gpt2.config.n_embd) == (2, 2, 32)
+    (wider,) = private_cost("SM+LN+G", n_embd=64, n_layer=1, vocab_size=64, length=8)
+    assert wider.config.n_head == 1
+
+
+def test_more_tokens_than_a_model_has_positions(model):
+    with pytest.raises(UserError, match="has 16 positions, and 17 are asked for"):
+        private_cost(model, length=17)
+
+
+def test_the_slower_the_network_the_more_time(capsys):
+    sizes = {"n_layer": 1, "n_embd": 64, "vocab_size": 64}
+    shown = show(capsys, "SM", networks=["1Gbps,1ms", "10Mbps,500ms"], **sizes)
+    fast, slow = (line.split()[2:] for line in shown.splitlines() if line.strip().startswith("on "))
+    assert fast[1] == slow[1] == "s" and int(fast[0]) < int(slow[0])
+    with pytest.raises(UserError, match="network 'fast' is not known"):
+        show(capsys, "SM", networks=["fast"])
+
+
+def test_eight_architectures_are_readable_at_80_columns(capsys, monkeypatch):
+    notations = ["SM+LN+G", "SM+LN+R", "SM+ScFuFFN", "EReg(SM(t)+ScFuFFN)", "SM+StaticLN+LearnableLeakyR"]
+    shown = show(capsys, *notations, "SM+ScFuFFNi6", "SM+LN", "SM+LN+G+WN(QKVO+FFN)")
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown

@@ -1,0 +1,349 @@
+"""Peers that do not keep to the rules, on a server's port and behind it: what they cost, and what is said of them."""
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties import limits, memory, party_process, tunnel, two_party
+from entropy_gpt.evaluation.private_inference.parties.channel import connect, one_line
+from entropy_gpt.evaluation.private_inference.parties.limits import DAY_SECONDS, Accounts, Limits, Use
+from entropy_gpt.evaluation.private_inference.parties.party_process import (
+    Job,
+    PartyProcess,
+    Request,
+    read_array,
+    read_weights,
+    write_array,
+    write_weights,
+)
+from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Allowance, Events
+from entropy_gpt.evaluation.private_inference.parties.shares import join_share, read_share
+from entropy_gpt.evaluation.private_inference.parties.two_party import (
+    MAX_GREETINGS,
+    PROTOCOL_VERSION,
+    Client,
+    Offer,
+    Server,
+)
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span
+from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
+from tests.architectures import make_model
+
+from .test_tunnel import eventually, linked
+
+
+# Seconds: far less than the deadlines of those who wait, on a machine that has other work too.
+WITHOUT_WAITING = 5
+FEW = Limits(answers=8, requests=3, positions=10, seconds=100)
+
+
+def make_offer() -> Offer:
+    torch.manual_seed(0)
+    return Offer(*prepare_weights(make_model("SM", n_layer=1)), "SM", PrivateSettings(), "hash", 1e3)
+
+
+@contextlib.contextmanager
+def serving(report=lambda line: None, **options) -> Iterator[Server]:
+    server = Server(make_offer(), "127.0.0.1", 0, None, report=report, **options)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def program_config() -> ProgramConfig:
+    return ProgramConfig.of(make_offer().config)
+
+
+class TestGreetings:
+    def test_idle_connections_keep_nobody_waiting(self):
+        with serving() as server, contextlib.ExitStack() as idle:
+            for _ in range(3 * MAX_GREETINGS):
+                idle.enter_context(socket.create_connection(server.address))
+            started = time.monotonic()
+            with contextlib.closing(Client(*server.address, None)) as client:
+                assert client.terms.notation == "SM"
+            assert time.monotonic() - started < WITHOUT_WAITING
+
+    def test_those_who_said_hello_and_stopped_keep_nobody_waiting_either(self):
+        with serving() as server, contextlib.ExitStack() as idle:
+            for _ in range(MAX_GREETINGS + 8):
+                channel = idle.enter_context(contextlib.closing(connect(*server.address, None)))
+                channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+            started = time.monotonic()
+            with contextlib.closing(Client(*server.address, None)):
+                assert time.monotonic() - started < WITHOUT_WAITING
+            assert eventually(lambda: len(server._waiting) <= MAX_GREETINGS)
+
+    def test_the_address_with_most_connections_gives_way(self):
+        with serving() as server, contextlib.ExitStack() as idle:
+            first = idle.enter_context(socket.create_connection(server.address, source_address=("127.0.0.9", 0)))
+            assert eventually(lambda: len(server._waiting) == 1)
+            for _ in range(2 * MAX_GREETINGS):
+                idle.enter_context(socket.create_connection(server.address))
+            assert eventually(lambda: len(server._waiting) == MAX_GREETINGS)
+            first.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                first.recv(1)
+
+    def test_a_greeting_has_a_deadline(self, monkeypatch):
+        monkeypatch.setattr(two_party, "HANDSHAKE_SECONDS", 0.2)
+        with serving() as server, socket.create_connection(server.address, timeout=5) as silent:
+            assert b"no whole message for 0.2 seconds" in silent.recv(1000)
+            assert eventually(lambda: not server._waiting)
+
+    def test_a_line_of_the_log_has_time_and_address(self):
+        lines: list[str] = []
+        with serving(lines.append) as server, socket.create_connection(server.address) as raw:
+            host, port = raw.getsockname()
+            raw.sendall(b"\0\0\0\2{}")
+            assert eventually(lambda: lines)
+        assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d {host}:{port} .*it has no kind\.", lines[0])
+
+    def test_what_the_server_lacks_is_one_line_there_and_none_of_the_clients_business(self, monkeypatch):
+        def fail(*arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(two_party, "Session", fail)
+        lines: list[str] = []
+        with serving(lines.append) as server, contextlib.closing(connect(*server.address, None)) as channel:
+            channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+            channel.receive(5, ("terms",))
+            channel.send({"kind": "request", "length": 4, "new_tokens": 1, "answers": 1})
+            channel.receive(5, ("accepted",))
+            with pytest.raises(PrivateInferenceError, match=r"^the peer refuses: the server failed\.$"):
+                channel.receive(5, ("done",))
+            assert eventually(lambda: lines)
+        (line,) = lines
+        assert "an inference ended early: [Errno 28] No space left on device" in line
+
+
+class TestLimits:
+    def test_requests_positions_and_seconds_are_counted_for_each_client(self):
+        accounts = Accounts(FEW)
+        use, left = accounts.open("one", 8)
+        assert left == FEW
+        with pytest.raises(PrivateInferenceError, match=r"2 of 10 positions a day left here, and asks for 3 \(--max"):
+            accounts.open("one", 3)
+        use.seconds = 99.7
+        with pytest.raises(PrivateInferenceError, match="0 of 100 seconds a day left"):
+            accounts.open("one", 1)
+        use.seconds, use.positions = 3, 1
+        accounts.open("one", 1)
+        accounts.open("one", 1)
+        with pytest.raises(PrivateInferenceError, match="0 of 3 requests a day left"):
+            accounts.open("one", 1)
+        accounts.open("another", 8)
+
+    def test_one_request_has_a_limit_of_its_own(self):
+        with pytest.raises(PrivateInferenceError, match=r"9 answers are asked for; 8 is the most here \(--max-new"):
+            Accounts(FEW).open("one", 9)
+
+    def test_a_day_later_all_is_granted_again(self, monkeypatch):
+        accounts, now = Accounts(FEW), [0.0]
+        monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        accounts.open("one", 8)
+        now[0] = DAY_SECONDS + 1.0
+        assert accounts.open("one", 8)[1] == FEW
+
+    def test_only_so_many_clients_are_remembered(self, monkeypatch):
+        monkeypatch.setattr(limits, "MAX_CLIENTS", 2)
+        accounts = Accounts(FEW)
+        for name in ("one", "two", "one", "three"):
+            accounts.open(name, 1)
+        assert [*accounts._uses] == ["one", "three"]
+
+    def test_a_client_that_has_used_its_limits_is_refused_in_one_line(self):
+        with serving(limits=replace(FEW, positions=1)) as server:
+            for _ in range(2):
+                with contextlib.closing(connect(*server.address, None)) as channel:
+                    channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+                    channel.receive(5, ("terms",))
+                    channel.send({"kind": "request", "length": 4, "new_tokens": 2, "answers": 1})
+                    with pytest.raises(PrivateInferenceError, match=r"the peer refuses: this client has 1 of 1 posit"):
+                        channel.receive(5, ("accepted",))
+
+    def test_an_engine_is_kept_at_its_clients_expense_until_another_wants_it(self, monkeypatch):
+        monkeypatch.setattr(two_party, "KEPT_CHECK_SECONDS", 0.1)
+        with serving() as server:
+            session, use = SimpleNamespace(events=Events()), Use(0.0, 1)
+            server._queued = 1
+            with pytest.raises(PrivateInferenceError, match="no further prompt came in time: connect again"):
+                server._next_request(session, use)
+            assert 0.1 < use.kept_seconds < 5
+            session.events.put({"event": "peer's request"})
+            assert server._next_request(session, use) == {"event": "peer's request"}
+
+    def test_repeats_count_against_what_a_request_may_have_answered(self):
+        process = PartyProcess.__new__(PartyProcess)
+        process.request, process.positions = Request(4, 2, 1, most_positions=2), 0
+        process._count(Span(0, 4))
+        process._count(Span(0, 4))
+        with pytest.raises(PrivateInferenceError, match=r"would make 3 answers: 2 is the most here, with those that"):
+            process._count(Span(0, 4))
+
+
+class TestMemory:
+    def test_more_than_is_allowed_is_not_read(self):
+        sent = os.urandom(2**22)
+        with linked(None) as link:
+            link.server.allowed_bytes = 2**20
+            writing, reading = link.pair(from_client=True)
+            threading.Thread(target=lambda: (writing.sendall(sent), writing.close()), daemon=True).start()
+            got = bytearray()
+            reading.settimeout(0.3)
+            with contextlib.suppress(TimeoutError):
+                while part := reading.recv(2**16):
+                    got += part
+            assert 2**20 <= len(got) <= 2**20 + tunnel.BUFFER_BYTES
+            link.server.allowed_bytes = 2**23
+            reading.settimeout(5)
+            while part := reading.recv(2**16):
+                got += part
+            assert got == sent
+            assert not link.failures
+
+    def test_a_peer_that_floods_is_refused(self, monkeypatch):
+        monkeypatch.setattr(tunnel, "EXCESS_SECONDS", 0.3)
+        with linked(None) as link:
+            link.server.allowed_bytes = 2**16
+            writing, _ = link.pair(from_client=True)
+            threading.Thread(target=flood, args=(writing,), daemon=True).start()
+            assert eventually(lambda: link.failures)
+        assert "sends more than its program does" in link.failures[0]
+        assert link.server.received_bytes <= 2**16 + tunnel.BUFFER_BYTES
+
+    def test_the_allowance_follows_the_steps(self, program_config):
+        carried = SimpleNamespace(allowed_bytes=None)
+        allowance = Allowance(Job(SERVER, program_config, PrivateSettings(), 60, 1e3), carried)
+        assert carried.allowed_bytes == SET_UP_ALLOWANCE
+        allowance.note({"event": "pass", "bytes": [100, 200, 400], "answer_bytes": 7})
+        assert carried.allowed_bytes == SET_UP_ALLOWANCE + 7 + 1.25 * 300
+        for done in (700, 700, 700):
+            allowance.note({"event": "step"})
+            assert carried.allowed_bytes == SET_UP_ALLOWANCE + 7 + 1.25 * done
+
+    @pytest.mark.parametrize("size", [0, 19, 21, 10**6])
+    def test_a_share_of_another_size_is_refused(self, size):
+        own = make_share(b"\x08\x10\x1a\x10" + bytes(16))
+        with pytest.raises(PrivateInferenceError, match=rf"share of the answer has {size:,} bytes, and its shape 20"):
+            read_share(bytes(size), own)
+
+    def test_the_headers_of_a_share_are_not_the_peers_word(self):
+        own = make_share(b"\x08\xa0\x02\x1a\x10" + bytes(16), b"\x08\xa0\x02\x10\x10\x1a\x04" + bytes(4))
+        theirs = make_share(b"\xff" * 21, b"\xff" * 11)
+        read = read_share(join_share(theirs), own)
+        assert read.meta == own.meta
+        assert read.share_chunks == [
+            b"\x08\xa0\x02\x1a\x10" + b"\xff" * 16,
+            b"\x08\xa0\x02\x10\x10\x1a\x04" + b"\xff" * 4,
+        ]
+
+    def test_terms_beyond_the_memory_of_this_machine_are_refused(self, monkeypatch):
+        shapes = [(1000, 1000), (500,)]
+        needed = 20 * 1_000_500
+        monkeypatch.setattr(memory, "machine_memory", lambda: needed)
+        memory.check_memory(shapes)
+        monkeypatch.setattr(memory, "machine_memory", lambda: needed - 1)
+        with pytest.raises(PrivateInferenceError, match="need 0 GB of memory as secret numbers, and this machine has"):
+            memory.check_memory(shapes)
+        with serving() as server, pytest.raises(PrivateInferenceError, match="need 0 GB of memory"):
+            monkeypatch.setattr(memory, "machine_memory", lambda: 1000)
+            Client(*server.address, None)
+
+    def test_a_containers_memory_is_its_own(self, monkeypatch, tmp_path):
+        (tmp_path / "most").write_text("1000\n")
+        (tmp_path / "none").write_text("max\n")
+        monkeypatch.setattr(memory, "LIMITS", (tmp_path / "most", tmp_path / "none", tmp_path / "missing"))
+        assert memory.machine_memory() == 1000
+
+
+class TestWeights:
+    def test_they_go_through_a_pipe_as_they_are(self, program_config):
+        weights = make_offer().weights
+        reading, writing = map(os.fdopen, os.pipe(), ("rb", "wb"))
+
+        def write():
+            with writing:
+                write_weights(weights, program_config, writing)
+
+        threading.Thread(target=write, daemon=True).start()
+        with reading:
+            read = read_weights(reading, program_config)
+            assert reading.read() == b""
+        assert [*read] and all(np.array_equal(read[name], weights[name]) for name in read)
+
+    def test_a_pipe_that_ends_early_is_noticed(self, program_config, tmp_path):
+        (tmp_path / "half").write_bytes(bytes(1000))
+        with (tmp_path / "half").open("rb") as half, pytest.raises(EOFError):
+            read_weights(half, program_config)
+
+    def test_other_weights_are_not_sent(self, program_config, tmp_path):
+        weights = make_offer().weights
+        with (tmp_path / "sink").open("wb") as sink:
+            with pytest.raises(KeyError):
+                write_weights({}, program_config, sink)
+            with pytest.raises(ValueError, match="wte is"):
+                write_weights({**weights, "wte": weights["wte"].T}, program_config, sink)
+
+    def test_logits_come_back_as_part_of_an_event(self):
+        logits = np.arange(6, dtype=np.float64).reshape(2, 3)
+        assert np.array_equal(read_array(write_array(logits)), logits)
+
+
+class TestPasses:
+    def test_each_is_compiled_while_the_one_before_runs(self, monkeypatch, program_config):
+        compiled: list[int] = []
+        ran: list[tuple[int, int]] = []
+        monkeypatch.setattr(party_process, "EngineLog", lambda: None)
+        monkeypatch.setattr(party_process, "compile_pass", lambda config, settings, span: compiled.append(span) or [])
+        monkeypatch.setattr(party_process, "compiled_digest", lambda program, settings: "00")
+        process = PartyProcess(Job(SERVER, program_config, PrivateSettings(), 60, 1e3), lambda event: None)
+        monkeypatch.setattr(process, "_compare", lambda program: None)
+
+        def run(index: int, span: Span, program: list):
+            eventually(lambda: len(compiled) == min(index + 2, 3))
+            ran.append((index, len(compiled)))
+
+        monkeypatch.setattr(process, "_answer", run)
+        process.prepare(Request(4, 3, 1))
+        assert len(compiled) == 1
+        process.answer()
+        assert ran == [(0, 2), (1, 3), (2, 3)]
+
+
+def test_an_engines_stack_is_not_shown():
+    said = "[external/yacl/link/channel.cc:42] Get data timeout, key=P2P-1:1->0"
+    assert one_line(f"what: \n\t{said}\nStacktrace:\n#0 0x7f (a)\n#1") == said
+    assert len(one_line("x" * 10_000)) == 300
+
+
+@dataclass
+class ShareOf:
+    """A share as the engine has it."""
+
+    meta: bytes = b""
+    share_chunks: list[bytes] | None = None
+
+
+def make_share(*chunks: bytes) -> ShareOf:
+    return ShareOf(b"meta", list(chunks))
+
+
+def flood(connection: socket.socket):
+    with contextlib.suppress(OSError):
+        while True:
+            connection.sendall(b"x" * 2**16)

@@ -1,0 +1,160 @@
+"""What docs/private_inference.md says of the engine's parameters, and of what answers tell of the weights."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from entropy_gpt.evaluation.private_inference.parties import engine
+from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, Party, compile_steps, runtime_config
+from entropy_gpt.evaluation.private_inference.parties.local import run_parties
+from entropy_gpt.evaluation.private_inference.parties.participant import Participant
+from entropy_gpt.evaluation.private_inference.parties.shares import make_placeholder
+from entropy_gpt.evaluation.private_inference.program.counting import make_shape
+from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
+from entropy_gpt.evaluation.private_inference.program.program import Step
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+
+
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "private_inference.md"
+WIDTH, VOCABULARY, POSITIONS = 64, 512, 128
+
+
+def make_small_model(notation: str) -> EntropyGPTForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": WIDTH, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": POSITIONS}
+    tokens = {"bos_token_id": None, "eos_token_id": None}
+    model = EntropyGPTForCausalLM(EntropyGPTConfig.from_notation(notation, **sizes, **tokens)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 5
+    return model
+
+
+def find_head(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The space of a head's rows, with the size of each direction, from logits alone (arXiv 2403.06634, section 4)."""
+    _, sizes, rows = np.linalg.svd(logits - logits.mean(0), full_matrices=False)
+    return sizes, rows
+
+
+def missed(head: np.ndarray, rows: np.ndarray) -> float:
+    """The share of a head that lies outside of a space of rows."""
+    return float(np.linalg.norm(head - head @ rows.T @ rows) / np.linalg.norm(head))
+
+
+@pytest.mark.parametrize("notation", ["SM", "SM+LN+G"])
+def test_three_requests_of_128_positions_tell_the_head(notation):
+    config, weights = prepare_weights(make_small_model(notation))
+    prompts = np.random.default_rng(0).integers(0, VOCABULARY, (3, POSITIONS)).tolist()
+    answers = [
+        emulate(config, weights, PrivateSettings(), prompt, POSITIONS, seed) for seed, prompt in enumerate(prompts)
+    ]
+    logits = np.concatenate(answers)
+    head = weights["head.weight"]
+    sizes, rows = find_head(logits)
+    gaps = sizes[:-1] / sizes[1:]
+    width = int(gaps[: 2 * WIDTH].argmax()) + 1
+    assert WIDTH - width in (0, 1)  # a norm takes one direction away
+    assert missed(head, rows[:WIDTH]) < 0.006
+    # Fewer positions than the model is wide tell no more than as many directions of it.
+    _, rows = find_head(logits[:32])
+    assert missed(head, rows) > 0.5
+
+
+@pytest.mark.private
+class TestEngine:
+    @pytest.fixture(autouse=True)
+    def _engine(self):
+        pytest.importorskip("spu")
+
+    def test_its_parameters_are_those_of_the_page(self):
+        log, settings, shape = EngineLog(), PrivateSettings(), (4, 4)
+
+        def multiply(link):
+            party = Party(link, settings)
+            for name, owner in (("server's", SERVER), ("client's", CLIENT)):
+                if link.rank == owner:
+                    party.set_own(name, np.full(shape, 0.5, np.float32))
+                else:
+                    party.set_foreign(name, shape, owner)
+            step = Step("both", None, _multiply_twice, ("server's", "client's"), ("product",))
+            variables = {"server's": make_shape(shape, SERVER), "client's": make_shape(shape, CLIENT)}
+            party.run(*compile_steps([step], variables, settings))
+
+        run_parties(settings, multiply)
+        said = os.pread(log._file.fileno(), 2**20, 0).decode()
+        page = " ".join(PAGE.read_text(encoding="utf-8").split())
+        (primes, kept, degree) = re.search(
+            r"CheetahDot uses (\d+)@(\d+) modulus (\d+) degree for 64 bit", said
+        ).groups()
+        assert f"ring dimension {int(degree):,}, {primes} primes for ciphertexts, {kept} for answers" in page
+        (primes,) = re.search(r"CheetahMul uses (\d+) modulus for 64 bit input over 64 bit ring", said).groups()
+        assert f"in {primes} plaintext primes" in page
+
+    @pytest.mark.parametrize("protocol", ["cheetah", "semi2k", "aby3"])
+    @pytest.mark.parametrize("shape", [(1,), (300,), (2, 3, 4), (1, 1)])
+    def test_a_placeholder_is_what_the_engine_makes_of_zeros(self, protocol, shape):
+        from spu import api, libspu
+
+        config = runtime_config(PrivateSettings(protocol=protocol))
+        config.share_max_chunk_size = 64
+        parties = 3 if protocol == "aby3" else 2
+        io = api.Io(parties, config)
+        zeros = io.make_shares(np.zeros(shape, np.float32), libspu.Visibility.VIS_SECRET, SERVER)
+        for rank in range(1, parties):
+            placeholder = make_placeholder(io, shape, SERVER, rank, config.share_max_chunk_size)
+            assert placeholder.meta == zeros[rank].meta
+            assert placeholder.share_chunks == zeros[rank].share_chunks
+
+    @pytest.mark.slow
+    def test_oblivious_transfers_are_set_up_in_the_set_up_whatever_the_number_of_processors(self, monkeypatch):
+        settings, shape, log, make_config = PrivateSettings(), (200, 200), EngineLog(), engine.runtime_config
+        step = Step("compare", None, _compare, ("server's", "client's"), ("larger",))
+        variables = {"server's": make_shape(shape, SERVER), "client's": make_shape(shape, CLIENT)}
+
+        def compare(link):
+            participant = Participant.__new__(Participant)
+            participant.settings = settings
+            participant.party = Party(link, settings, log if link.rank == SERVER else None)
+            participant.set_up()
+            for name, owner in (("server's", SERVER), ("client's", CLIENT)):
+                if link.rank == owner:
+                    participant.party.set_own(name, np.full(shape, 0.5, np.float32))
+                else:
+                    participant.party.set_foreign(name, shape, owner)
+            return participant.party.run(*compile_steps([step], variables, settings)).total_bytes
+
+        sent = []
+        for processors in (1, 8):
+
+            def config_for(settings, processors=processors):
+                config = make_config(settings)
+                config.max_concurrency = processors
+                return config
+
+            monkeypatch.setattr(engine, "runtime_config", config_for)
+            sent.append(run_parties(settings, compare)[SERVER])
+        assert sent[1] == pytest.approx(sent[0], rel=0.02)
+
+
+def _multiply_twice(ops, server, client):
+    return ops.multiply(ops.matmul(server, client), ops.matmul(client, server))
+
+
+def _compare(ops, server, client):
+    return ops.positive_part(server + client)
+
+
+def test_every_test_that_the_page_names_is_there():
+    named = set(re.findall(r"`(test_\w+)`", PAGE.read_text(encoding="utf-8")))
+    there = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)\(", path.read_text())
+    }
+    assert len(named) > 10
+    assert named <= there

@@ -1,0 +1,115 @@
+"""Each extra by itself: its commands work, and what it lacks is named with the extra that brings it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from entropy_gpt.conversion.errors import find_extras, missing_package
+
+from .extras import PROJECT, link_extra
+from .wheel import ROOT, build_wheel
+
+
+MODELS = ROOT / "model_cards" / "models"
+SMALL = "n_layer=1 n_head=2 n_embd=32 n_positions=64 context=64 tokenizer_vocab_size=300"
+SHORT = "max_steps=2 save_steps=2 eval_steps=2 logging_steps=1 validation_tokens=512 use_cpu=true"
+TRAIN = (*SMALL.split(), *SHORT.split(), "dataset=texts", "data_cache=cache", "output_dir=run")
+EVALUATE = ("evaluate", MODELS / "sm-ln-g", "--text", "texts", "--max-tokens", "300", "--head-tokens", "128")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def enter(wheel, tmp_path_factory):
+    """Runs the command in an environment with one extra, in a folder with some text."""
+    folder = tmp_path_factory.mktemp("extras")
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    commands = {}
+
+    def enter(extra, *words) -> subprocess.CompletedProcess:
+        if extra not in commands:
+            commands[extra] = link_extra(folder / f"environment_{extra}", wheel, *([extra] if extra else []))
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        environment.pop("PYTHONPATH", None)
+        command = [commands[extra] / "entropy-gpt", *map(str, words)]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+    return enter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "words", "said"),
+    [
+        ("", ("private", "cost", "SM+ScFuFFN", "--n-layer", "1"), "exponential"),
+        ("train", ("train", "python-stdlib-small", *TRAIN), "no pictures, since matplotlib is not installed"),
+        ("eval", (*EVALUATE, "--output", "out"), "all numbers: "),
+        ("eval", ("diagnose", MODELS / "sm-ln-g", "def", "-o", "attention"), "attention/entropies.png"),
+        ("tasks", ("evaluate", "--tasks", "list", MODELS / "sm-ln-g"), "local_blimp"),
+        ("private", ("private", "benchmark", "--dry-run", "--output", "table"), "to be measured"),
+        ("onnx", ("export", MODELS / "sm-ln-g", "--onnx", "--output", "exported"), "Not linear in the graph"),
+        pytest.param(
+            *("private", ("private", "demo", MODELS / "converted", "--prompt", "def", "--max-new-tokens", "1")),
+            "in the clear",
+            marks=pytest.mark.private,
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, tuple) else None,
+)
+def test_an_extra_is_enough_for_its_commands(extra, words, said, enter):
+    if extra == "private":
+        pytest.importorskip("spu")
+    process = enter(extra, *words)
+    assert process.returncode == 0, process.stderr
+    assert said in process.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "package", "extra"),
+    [
+        (("train", "python-stdlib-small", *TRAIN), "datasets|accelerate|peft", "train"),
+        (EVALUATE, "datasets|matplotlib", "eval"),
+        (("diagnose", MODELS / "sm-ln-g", "def"), "matplotlib", "eval"),
+        (("evaluate", MODELS / "sm-ln-g", "--tasks", "list"), "lm_eval|datasets", "tasks|eval"),
+        (("export", MODELS / "sm-ln-g", "--onnx", "--output", "exported"), "onnx", "onnx"),
+        (("private", "demo", MODELS / "converted", "--prompt", "def"), "jax|spu", "private"),
+    ],
+    ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, tuple) else "",
+)
+def test_without_extras_each_command_names_the_one_that_it_needs(words, package, extra, enter):
+    process = enter("", *words)
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert any(name in line for name in package.split("|")), line
+    assert any(f"pip install 'entropy-gpt[{name}]'" in line for name in extra.split("|")), line
+
+
+def test_every_package_of_an_extra_is_traced_to_it():
+    for extra in ("train", "tensorboard", "eval", "onnx"):
+        for requirement in PROJECT["optional-dependencies"][extra]:
+            module = requirement.partition(">")[0].partition("<")[0].replace("-", "_")
+            assert extra in find_extras(module), requirement
+    assert find_extras("lm_eval") == ["tasks"]
+    assert find_extras("torch") == []
+
+
+def test_the_likely_extra_is_named_where_several_bring_a_package():
+    missing = ModuleNotFoundError("", name="datasets.arrow")
+    assert missing_package("this", missing, "eval").endswith("pip install 'entropy-gpt[eval]'.")
+    assert missing_package("this", missing).endswith("pip install 'entropy-gpt[train]'.")
+    assert missing_package("this", missing, "onnx").endswith("pip install 'entropy-gpt[train]'.")
+    unknown = ModuleNotFoundError("", name="nothing")
+    assert missing_package("this", unknown).endswith("pip install 'entropy-gpt[all]'.")
+
+
+def test_the_engine_is_left_out_where_it_has_no_release():
+    private = PROJECT["optional-dependencies"]["private"]
+    assert all(line.endswith("; python_version < '3.12'") for line in private)
+    assert not any(line.startswith(("datasets", "pyarrow", "matplotlib")) for line in private)
