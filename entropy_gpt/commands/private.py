@@ -100,7 +100,22 @@ AnswerOption = Annotated[
     Learned,
     typer.Option(
         help="What the client learns of each new token: its logits, or only the token, by a secure comparison. Logits "
-        "reveal more about the weights with each question. With tokens only, nobody notices numbers out of range."
+        "reveal more about the weights with each question."
+    ),
+]
+FractionBits = Annotated[
+    int,
+    typer.Option(
+        help="Bits of a number behind the point, from 12 to 22, of 64. Fewer leave room for larger numbers, more for "
+        "smaller ones."
+    ),
+]
+AuditedText = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="A text that the audit of the model's numbers looks at too. It always looks at random tokens and at "
+        "those with the largest and the smallest embeddings, at every position.",
     ),
 ]
 
@@ -116,6 +131,8 @@ def serve(
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
     answer: AnswerOption = Learned.logits,
+    fraction_bits: FractionBits = 18,
+    text: AuditedText = None,
     tokenizer: TokenizerPlace = None,
     longest: Annotated[
         int,
@@ -137,9 +154,9 @@ def serve(
 
     A client is known by its certificate, or without TLS by its address.
 
-    The client learns the answer and what is public: architecture, sizes, settings, a hash of the tokenizer, and a
-    bound on the logits. The server learns the lengths of the prompt and the answer. Both sides are assumed to follow
-    the protocol (semi-honest). docs/private_inference.md lists what is not protected.
+    The client learns the answer and what is public: architecture, sizes, settings, and a hash of the tokenizer. The
+    server learns the lengths of the prompt and the answer. Both learn whether numbers were out of range. Both sides
+    are assumed to follow the protocol (semi-honest). docs/private_inference.md lists what is not protected.
 
     Example: entropy-gpt private serve runs/proposal/model --listen 0.0.0.0:9000 --cert s.pem --key s.key --ca ca.pem
     """
@@ -156,6 +173,8 @@ def serve(
         protocol=protocol.value,
         embedding=embedding.value,
         answer=answer.value,
+        fraction_bits=fraction_bits,
+        text=text,
         tokenizer=tokenizer,
         limits=(longest, requests, positions, seconds),
         timeout=timeout,
@@ -224,6 +243,8 @@ def demo(
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
     answer: AnswerOption = Learned.logits,
+    fraction_bits: FractionBits = 18,
+    text: AuditedText = None,
     tokenizer: TokenizerPlace = None,
     networks: Networks = None,
     output: Annotated[
@@ -259,6 +280,8 @@ def demo(
         protocol=protocol.value,
         embedding=embedding.value,
         answer=answer.value,
+        fraction_bits=fraction_bits,
+        text=text,
         tokenizer=tokenizer,
         timeout=timeout,
     )

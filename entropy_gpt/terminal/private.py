@@ -135,7 +135,7 @@ def demo(model: str, prompt: str, networks: list[str], output: Path | None, resu
     """
     shown = read_networks(networks)
     with progress_display(console) as progress:
-        answer = private.demonstrate(model, prompt, progress=progress, **options)
+        answer = private.demonstrate(model, prompt, report=_print_line, progress=progress, **options)
     print_answer(prompt, answer)
     _print_cost(answer, shown)
     _save(answer, output)

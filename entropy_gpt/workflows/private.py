@@ -27,7 +27,13 @@ from entropy_gpt.evaluation.private_inference.parties.session import Outcome, ch
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
-from entropy_gpt.evaluation.private_inference.program.range_audit import audit
+from entropy_gpt.evaluation.private_inference.program.range_audit import (
+    FRACTION_BITS,
+    MOST_WINDOWS,
+    audit,
+    choose_sequences,
+    tolerated_error,
+)
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import describe_check
@@ -43,13 +49,10 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 from .options import check_positive, read_options
 
 
-# The range audit and the bound of the logits use random tokens, so that they reveal nobody's text.
-AUDITED_SEQUENCES, AUDITED_TOKENS = 4, 64
-# Logits this many times larger than any seen are taken for an overflow.
-LOGIT_MARGIN = 4
-# The tolerated difference between private logits and those in the clear: a constant and a share of the largest.
-TOLERATED_ERROR, TOLERATED_SHARE = 0.05, 0.005
 DEFAULT_ADDRESS, DEFAULT_TIMEOUT, DEFAULT_LIMITS = "127.0.0.1:9000", 600, Limits()
+DEFAULT_FRACTION_BITS = PrivateSettings().fraction_bits
+# Characters of a text that are read for a token of the audit.
+CHARACTERS_A_TOKEN = 16
 
 
 @dataclass(config=RECORD)
@@ -89,6 +92,8 @@ def open_server(
     protocol: str = "cheetah",
     embedding: str = "one_hot",
     answer: str = "logits",
+    fraction_bits: int = DEFAULT_FRACTION_BITS,
+    text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     limits: Limits = DEFAULT_LIMITS,
     timeout: int = DEFAULT_TIMEOUT,
@@ -106,10 +111,12 @@ def open_server(
         protocol (`str`): "cheetah", or "semi2k" for measurements only.
         embedding (`str`): "one_hot" or "client_table", as in [`PrivateSettings`].
         answer (`str`): What the client learns of each new token: "logits" or "token".
+        fraction_bits (`int`): Bits of a number behind the point, from 12 to 22.
+        text (`str` or `Path`, *optional*): A file with text that the audit looks at too.
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         limits ([`Limits`]): What each client may ask for, by its certificate, or without TLS by its address.
         timeout (`int`): Seconds without any event after which an inference ends.
-        report (`Callable`): Receives a line about each client.
+        report (`Callable`): Receives the audit's warnings, and a line about each client.
         progress (`Progress`): Receives the stages before the server is open.
 
     Raises:
@@ -135,10 +142,10 @@ def open_server(
         max_seconds=limits.seconds,
         timeout=timeout,
     )
-    settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer)
+    settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
     host, port = parse_address(listen)
     _check_connection(host, tls, insecure, settings)
-    offer, _, _ = _make_offer(expanded(model), tokenizer, settings, progress)
+    offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
     check_memory(weight_shapes(offer.config).values())
     return Server(offer, host, port, tls, timeout, limits, report)
 
@@ -205,8 +212,11 @@ def demonstrate(
     protocol: str = "cheetah",
     embedding: str = "one_hot",
     answer: str = "logits",
+    fraction_bits: int = DEFAULT_FRACTION_BITS,
+    text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     timeout: int = DEFAULT_TIMEOUT,
+    report: Callable[[str], None] = lambda line: None,
     progress: Progress = SILENT,
 ) -> PrivateAnswer:
     """
@@ -217,9 +227,10 @@ def demonstrate(
         model (`str` or `Path`): An EntropyGPT or GPT-2: a folder, or a repository on the Hub.
         prompt (`str`): The prompt.
         new_tokens (`int`): Tokens of the answer.
-        protocol, embedding, answer (`str`): As of [`open_server`].
+        protocol, embedding, answer, fraction_bits, text: As of [`open_server`].
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         timeout (`int`): Seconds without any event after which both sides give up.
+        report (`Callable`): Receives the audit's warnings.
         progress (`Progress`): Receives each stage.
 
     Raises:
@@ -236,8 +247,8 @@ def demonstrate(
     """
     check_engine()
     check_positive(max_new_tokens=new_tokens, timeout=timeout)
-    settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer)
-    offer, clear, words = _make_offer(expanded(model), tokenizer, settings, progress)
+    settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
+    offer, clear, words = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
     tokens = _tokenize(prompt, words)
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
     with (
@@ -261,9 +272,14 @@ def describe_cost(model: str | Path, answer: PrivateAnswer) -> ModelResult:
     return replace(result, costs=[as_private_cost(answer.cost, answer.check)])
 
 
-def _read_settings(**settings: str) -> PrivateSettings:
+def _read_settings(**settings: str | int) -> PrivateSettings:
     """Settings for two parties; other protocols run only in one process."""
     read = read_options(PrivateSettings, **settings)
+    if read.fraction_bits not in FRACTION_BITS:
+        raise UserError(
+            f"--fraction-bits {read.fraction_bits} is not from {FRACTION_BITS[0]} to {FRACTION_BITS[-1]}: fewer leave "
+            "no precision, and more no room before the point."
+        )
     if PARTIES[read.protocol] != 2:
         two = " or ".join(name for name, parties in PARTIES.items() if parties == 2)
         raise UserError(f"--protocol {read.protocol} is not for two parties: give {two}.")
@@ -276,25 +292,39 @@ def _check_connection(host: str, tls: TLSFiles | None, insecure: bool, settings:
 
 
 def _make_offer(
-    source: str, tokenizer: str | Path | None, settings: PrivateSettings, progress: Progress
+    source: str,
+    tokenizer: str | Path | None,
+    settings: PrivateSettings,
+    text: str | Path | None,
+    report: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[Offer, EntropyGPTForCausalLM, PreTrainedTokenizerFast]:
     """What a server offers, if the model's numbers fit the ring, with the model in the clear and its tokenizer."""
     with library_bars_hidden(), progress.stage("loading the model"):
         model = load_language_model(source).eval()
         words = load_model_tokenizer(tokenizer and expanded(tokenizer), source, model.config.vocab_size)
+    audited_text = _read_audited_text(expanded(text), words, model.config.n_positions) if text else []
     with progress.stage("checking the range of its numbers"):
         config, weights = prepare_weights(model)
-        rng = np.random.default_rng(0)
-        shape = (AUDITED_SEQUENCES, min(AUDITED_TOKENS, config.n_positions))
-        tokens = rng.integers(0, config.vocab_size, shape)
-        audited = audit(config, weights, settings, tokens)
-        if audited.problems:
-            raise PrivateInferenceError(f"{source} does not fit the ring: {audited.problems[0]}")
-        with torch.no_grad():
-            largest = model(torch.from_numpy(tokens), use_cache=False).logits.abs().max().item()
-    bound = 2.0 ** np.ceil(np.log2(LOGIT_MARGIN * largest))
+        audited = audit(config, weights, settings, choose_sequences(config, weights, audited_text))
+    if audited.problems:
+        raise PrivateInferenceError(f"{source} does not fit the ring: {audited.problems[0]}")
+    for line in audited.warnings:
+        report(line)
     vocabulary = hash_vocabulary(words, config.vocab_size)
-    return Offer(config, weights, model.config.notation, settings, vocabulary, float(bound)), model, words
+    offer = Offer(config, weights | audited.bounds, model.config.notation, settings, vocabulary)
+    return offer, model, words
+
+
+def _read_audited_text(path: Path, words: PreTrainedTokenizerFast, n_positions: int) -> list[int]:
+    """Tokens of the beginning of a text, as many as an audit looks at."""
+    tokens = MOST_WINDOWS * n_positions
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(CHARACTERS_A_TOKEN * tokens)
+    except OSError as error:
+        raise UserError(f"--text {path} can't be read: {error.strerror}.") from error
+    return words(text)["input_ids"][:tokens]
 
 
 def _tokenize(prompt: str, words: PreTrainedTokenizerFast) -> list[int]:
@@ -346,7 +376,7 @@ def _compare(model: EntropyGPTForCausalLM, prompt: list[int], outcome: Outcome) 
     chosen = logits.gather(-1, torch.tensor(outcome.tokens)[:, None]).squeeze(-1)
     behind = (logits.amax(dim=-1) - chosen).tolist()
     largest = logits.abs().max().item()
-    error = TOLERATED_ERROR + TOLERATED_SHARE * largest
+    error = tolerated_error(logits.square().mean().sqrt().item())
     check = AnswerCheck(len(behind), behind.count(0), largest)
     if outcome.logits:
         check.largest_error = np.abs(np.concatenate(outcome.logits) - logits.numpy()).max().item()

@@ -20,7 +20,7 @@ from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Te
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
-from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, RING_BITS, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
@@ -28,8 +28,6 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 PLAINTEXT, EMULATED, IN_PROCESS, TWO_PARTY = MODES = ("plaintext", "emulated", "in_process", "two_party")
 # Those that the engine computes, and what connects its parties.
 NETWORKS = {IN_PROCESS: "threads of one process", TWO_PARTY: "loopback, two processes"}
-# No logit is beyond it: answers are shown as they are in every mode, and none is computed twice.
-LOGIT_BOUND = 2.0**RING_BITS
 TIMEOUT_SECONDS = 1200
 # Seconds in which a server may say why it ended; its client may know of the end earlier.
 SILENCE_SECONDS = 2
@@ -106,7 +104,7 @@ class PrivateModel:
         found = list(ask[mode](prompts, answers))
         seconds, costs = time.perf_counter() - started, None
         if mode in NETWORKS:
-            terms = Terms(self.config, self._model.config.notation, self.settings, "", LOGIT_BOUND)
+            terms = Terms(self.config, self._model.config.notation, self.settings, "")
             costs = [
                 outcome.cost(terms, len(prompt), answers, NETWORKS[mode])
                 for prompt, outcome in zip(prompts, found, strict=True)
@@ -149,7 +147,7 @@ class PrivateModel:
 
     def _ask_processes(self, prompts: list[list[int]], answers: int) -> Iterator[Outcome]:
         notation = self._model.config.notation
-        offer = Offer(self.config, self.weights, notation, self.settings, "", LOGIT_BOUND)
+        offer = Offer(self.config, self.weights, notation, self.settings, "")
         with (
             serve_on_loopback(offer) as address,
             contextlib.closing(Client(*address, None, TIMEOUT_SECONDS, self.settings.protocol)) as client,

@@ -11,11 +11,12 @@ from entropy_gpt.evaluation.benchmarks import (
     evaluation,
     gpu,
     private_inference,
+    range_check,
     training_step,
 )
 
 
-BENCHMARKS = [conversion, entropy_attention, evaluation, private_inference, training_step]
+BENCHMARKS = [conversion, entropy_attention, evaluation, private_inference, range_check, training_step]
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)

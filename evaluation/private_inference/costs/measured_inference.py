@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from entropy_gpt.evaluation.private_inference.inference import (
-    LOGIT_BOUND,
     NETWORKS,
     TIMEOUT_SECONDS,
     TWO_PARTY,
@@ -113,9 +112,7 @@ class Inference:
 
     def _served(self, timeout_seconds: int) -> contextlib.AbstractContextManager[tuple[str, int]]:
         config, weights = prepare_weights(make_random_model(self.config))
-        return serve_on_loopback(
-            Offer(config, weights, self.config.notation, self.settings, "", LOGIT_BOUND), timeout_seconds
-        )
+        return serve_on_loopback(Offer(config, weights, self.config.notation, self.settings, ""), timeout_seconds)
 
     def _ask(
         self, address: tuple[str, int], new_tokens: int, timeout_seconds: int, on_event: Callable[[dict], None]
@@ -147,7 +144,7 @@ class Inference:
         return cost
 
     def _record(self, outcome: Outcome, new_tokens: int) -> InferenceCost:
-        terms = Terms(self.config, self.config.notation, self.settings, "", LOGIT_BOUND)
+        terms = Terms(self.config, self.config.notation, self.settings, "")
         return outcome.cost(terms, self.context, new_tokens, NETWORKS[TWO_PARTY])
 
 

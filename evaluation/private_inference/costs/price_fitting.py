@@ -69,6 +69,7 @@ def fitting_cases() -> list[Case]:
         *(_case(lambda ops, a: ops.tanh(a), n, None) for n in (1000, 20000)),
         *(_case(lambda ops, a: ops.erf(a), n, None) for n in (1000, 20000)),
         *(_case(lambda ops, a: ops.index_of_largest(a), n, None) for n in (500, 2000)),
+        *(_case(lambda ops, a: ops.any_negative(a), n, None) for n in (1000, 20000)),
     ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.program import Span
+from entropy_gpt.evaluation.private_inference.program.program import OUT_OF_RANGE, Span
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_input
 from modeling_entropy_gpt import EntropyGPTConfig
@@ -25,12 +25,14 @@ class LocalRun:
     """
     Args:
         answers (`list[np.ndarray]`): For each prompt, logits `(positions, vocabulary)`.
+        out_of_range (`list[bool]`): For each prompt, whether the check found numbers out of range.
         set_up (`list[StepCost]`): Cost of the set-up, shared by all prompts.
         steps (`list[list[StepCost]]`): For each prompt, the cost of its steps.
         seconds (`list[float]`): Seconds of each prompt.
     """
 
     answers: list[np.ndarray]
+    out_of_range: list[bool]
     set_up: list[StepCost]
     steps: list[list[StepCost]]
     seconds: list[float]
@@ -67,9 +69,14 @@ def infer_locally(
 
     parties = run_parties(settings, take_part)
     participant, set_up, ours = parties[SERVER]
-    shares = zip(*([share for share, _, _ in answered] for _, _, answered in parties), strict=True)
+
+    def reconstruct(name: str) -> list[np.ndarray]:
+        shares = zip(*([shares[name] for shares, _, _ in answered] for _, _, answered in parties), strict=True)
+        return [participant.party.reconstruct(list(parts)) for parts in shares]
+
     return LocalRun(
-        answers=[participant.party.reconstruct(list(parts)) for parts in shares],
+        answers=reconstruct(answer_name(settings)),
+        out_of_range=[bool(found) for found in reconstruct(OUT_OF_RANGE)],
         set_up=set_up,
         steps=[steps for _, steps, _ in ours],
         seconds=[seconds for _, _, seconds in ours],
@@ -77,12 +84,13 @@ def infer_locally(
 
 
 def _answer(participant: Participant, program, span: Span, tokens, weights) -> tuple:
-    """One party's share of the answer to a prompt, what each step took, and the seconds."""
+    """One party's shares of the answer to a prompt and of its check, what each step took, and the seconds."""
     settings = participant.settings
     value = client_input(participant.config, settings, span, tokens, weights) if participant.is_client else None
     started = time.perf_counter()
     steps = participant.infer(program, span, value)
-    return participant.party.share(answer_name(settings)), steps, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return {name: participant.party.share(name) for name in (answer_name(settings), OUT_OF_RANGE)}, steps, seconds
 
 
 def run_parties(settings: PrivateSettings, take_part: Callable) -> list:

@@ -26,7 +26,13 @@ from pydantic.dataclasses import dataclass
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, tables_bytes, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.program import (
+    OUT_OF_RANGE,
+    ProgramConfig,
+    Span,
+    tables_bytes,
+    weight_shapes,
+)
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_input
 
@@ -38,8 +44,7 @@ from .shares import RING_BYTES, join_share, read_share
 
 
 REPEATS = 3
-OUT_OF_RANGE = f"the answer was out of range {REPEATS} times: see the audit of the model."
-ACCEPTED, REPEAT = b"accepted", b"repeat"
+ALWAYS_OUT_OF_RANGE = f"numbers were out of range {REPEATS} times: see the audit of the model."
 TABLE_PART_BYTES = 8 * 2**20
 WORDS_BYTES = 2**16
 MAX_REASON_CHARACTERS = 300
@@ -55,14 +60,12 @@ class Job:
         config ([`ProgramConfig`]): Configuration of the program, public.
         settings ([`PrivateSettings`]): Public.
         timeout_seconds (`int`): For which a silent peer is waited for.
-        logit_bound (`float`): Logits beyond it can't be right.
     """
 
     rank: int
     config: ProgramConfig
     settings: PrivateSettings
     timeout_seconds: int
-    logit_bound: float
 
 
 @dataclass(config=RECORD)
@@ -161,12 +164,14 @@ class PartyProcess:
             self.tell({"event": "pass", "bytes": steps, "answer_bytes": self._answer_bytes(span)})
             value = self._input(span) if self.job.rank == CLIENT else None
             self.participant.infer(program, span, value, self._tell_step)
-            if self._exchange(index):
+            if not self._was_out_of_range():
+                self._exchange()
                 return
-        raise PrivateInferenceError(OUT_OF_RANGE)
+            self.tell({"event": "repeat", "index": index})
+        raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE)
 
     def _count(self, span: Span):
-        """A client that says "out of range" of every answer learns more than it has asked for."""
+        """A client that makes the check fail holds the engine for longer than it has asked for."""
         self.positions += span.answers
         most = self.request.most_positions
         if most is not None and self.positions > most:
@@ -186,37 +191,29 @@ class PartyProcess:
         tokens = [*self.request.prompt, *self.chosen][span.start : span.end]
         return client_input(self.job.config, self.job.settings, span, tokens, self.tables)
 
-    def _exchange(self, index: int) -> bool:
-        """
-        The server's share to the client, and the client's word whether the answer can be right. What the client says
-        it reports first: its server may end upon it.
-        """
+    def _was_out_of_range(self) -> bool:
+        """The one bit that both sides learn. The client's share goes first: a lie about it gets no answer."""
+        share, party = self.participant.party.share(OUT_OF_RANGE), self.participant.party
+        if self.job.rank == SERVER:
+            theirs = read_share(self.link.recv(CLIENT), share)
+            self.link.send(CLIENT, join_share(share))
+            return bool(party.reconstruct([share, theirs]))
+        self.link.send(SERVER, join_share(share))
+        return bool(party.reconstruct([read_share(self.link.recv(SERVER), share), share]))
+
+    def _exchange(self):
+        """The server's share of the answer goes to the client."""
         share = self.participant.party.share(answer_name(self.job.settings))
         if self.job.rank == SERVER:
             self.link.send(CLIENT, join_share(share))
-            fits = self.link.recv(CLIENT) == ACCEPTED
-            self._tell_repeat(index, fits)
-            return fits
-        answer = self.participant.party.reconstruct([read_share(self.link.recv(SERVER), share), share])
-        fits = self._fits(answer)
-        self._tell_repeat(index, fits)
-        self.link.send(SERVER, ACCEPTED if fits else REPEAT)
-        if fits:
-            self._keep(answer)
-        return fits
-
-    def _tell_repeat(self, index: int, fits: bool):
-        if not fits:
-            self.tell({"event": "repeat", "index": index})
-
-    def _fits(self, answer: np.ndarray) -> bool:
-        if self.job.settings.answer == "token":
-            return bool((answer >= 0).all() and (answer < self.job.config.vocab_size).all())
-        return bool((np.abs(answer) <= self.job.logit_bound).all())
+        else:
+            self._keep(self.participant.party.reconstruct([read_share(self.link.recv(SERVER), share), share]))
 
     def _keep(self, answer: np.ndarray):
         if self.job.settings.answer == "token":
             token, told = int(answer[-1]), {}
+            if not 0 <= token < self.job.config.vocab_size:
+                raise PrivateInferenceError("the answer is no token of the model.")
         else:
             token, told = int(answer[-1].argmax()), {"logits": write_array(answer)}
         self.chosen.append(token)

@@ -26,7 +26,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 
 from .channel import Channel, one_line
 from .engine import engine_versions
-from .party_process import OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
+from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
 from .tunnel import Tunnel
 
 
@@ -46,7 +46,6 @@ class Terms:
     notation: str
     settings: PrivateSettings
     tokenizer_hash: str
-    logit_bound: float
 
 
 @dataclass
@@ -280,7 +279,7 @@ class Session:
                     _note(outcome, event)
                     on_event(event)
             if REPEATS in outcome.repeats.values():
-                raise PrivateInferenceError(OUT_OF_RANGE) from error
+                raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE) from error
             raise
 
     def _expect(self, most_seconds: float, *kinds: str) -> dict:

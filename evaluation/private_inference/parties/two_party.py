@@ -65,7 +65,6 @@ class Offer:
         notation (`str`): The architecture before that, in the paper's notation.
         settings ([`PrivateSettings`]): How it answers.
         tokenizer_hash (`str`): So that a client can compare its own.
-        logit_bound (`float`): Logits beyond it can't be right.
     """
 
     config: EntropyGPTConfig
@@ -73,7 +72,6 @@ class Offer:
     notation: str
     settings: PrivateSettings
     tokenizer_hash: str
-    logit_bound: float
 
     def terms(self) -> dict:
         """What a client learns."""
@@ -84,7 +82,6 @@ class Offer:
             "program": asdict(ProgramConfig.of(self.config)),
             "settings": asdict(self.settings),
             "tokenizer": self.tokenizer_hash,
-            "logit_bound": self.logit_bound,
         }
 
 
@@ -280,7 +277,6 @@ class Server:
             config=ProgramConfig.of(self.offer.config),
             settings=self.offer.settings,
             timeout_seconds=self.timeout_seconds,
-            logit_bound=self.offer.logit_bound,
         )
         self._tunnel = ServerTunnel(token, own_port)
         try:
@@ -381,15 +377,12 @@ class Client:
             )
         try:
             settings = TypeAdapter(PrivateSettings).validate_python(message.get("settings"))
-            bound = TypeAdapter(float).validate_python(message.get("logit_bound"))
             config = TypeAdapter(ProgramConfig).validate_python(message.get("program"))
             notation = TypeAdapter(str).validate_python(message.get("notation"))
             _check_sizes(config, settings)
-            if not 0 < bound < math.inf:
-                raise ValueError(f"logit_bound={bound} bounds nothing")
         except ValueError as error:  # those of pydantic too
             raise PrivateInferenceError(f"the server's terms are broken: {_describe(error)}") from error
-        return Terms(config, clean(notation), settings, str(message.get("tokenizer")), bound)
+        return Terms(config, clean(notation), settings, str(message.get("tokenizer")))
 
     def ask(
         self,
@@ -430,7 +423,6 @@ class Client:
             config=self.terms.config,
             settings=self.terms.settings,
             timeout_seconds=self.timeout_seconds,
-            logit_bound=self.terms.logit_bound,
         )
         own_port = free_port()
         self._tunnel = ClientTunnel(self._connect, str(token), own_port)

@@ -79,6 +79,10 @@ class Arithmetic:
     def index_of_largest(self, tensor):
         return self.xp.argmax(tensor, axis=-1)
 
+    def any_negative(self, tensor):
+        """One bit. Counting waits less often than a tree of ORs, whatever the length."""
+        return self.xp.sum((tensor < 0).astype(self.xp.int32)) != 0
+
 
 class CheapArithmetic(Arithmetic):
     """

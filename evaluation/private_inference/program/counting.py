@@ -26,12 +26,12 @@ INPUTS, ANSWERS, LONE_ANSWERS, COEFFICIENTS = "input ciphertexts", "answers", "l
 OWNED_BATCHES, SHARED_BATCHES, OPENED = "batches of owned factors", "batches of shares", "opened pairs"
 # Numbers that go through oblivious transfer.
 TRUNCATED, HALVED, COMPARED = "truncated numbers", "halved numbers", "compared numbers"
-CHOSEN = "numbers compared with their places"
+CHOSEN, CHECKED = "numbers compared with their places", "numbers compared for one bit"
 RECIPROCALS, ROOTS, TANHS, ERFS = "reciprocals", "reciprocal roots", "hyperbolic tangents", "error functions"
 # What round trips are counted in: operations, of which one waits for the other.
 PRODUCTS, TRUNCATIONS, HALVINGS = "products of matrices", "truncations", "halvings"
 OWNED_FACTORS, SHARED_FACTORS, OPENINGS, SQUARES = "owned factors", "shared factors", "openings", "squares"
-COMPARISONS, CHOICES = "comparisons", "comparisons with places"
+COMPARISONS, CHOICES, CHECKS = "comparisons", "comparisons with places", "checks"
 # Round trips of SPU 0.9.5, measured over a link that has nothing but a delay (the tests repeat it): those of the
 # engine's own operations, without the products and squares within.
 ROUND_TRIPS = {
@@ -44,6 +44,7 @@ ROUND_TRIPS = {
     SQUARES: 3.5,
     COMPARISONS: 10.5,
     CHOICES: 33.5,
+    CHECKS: 17.0,
     RECIPROCALS: 26.5,
     ROOTS: 19.0,
     TANHS: 26.5,
@@ -217,6 +218,11 @@ class CountingArithmetic(CheapArithmetic):
         self.counts[CHOSEN] += tensor.size - rows
         self.waits[CHOICES] += _levels(tensor.shape[-1])
         return make_shape(tensor.shape[:-1])
+
+    def any_negative(self, tensor):
+        self.counts[CHECKED] += tensor.size
+        self.waits[CHECKS] += 1
+        return make_shape(())
 
     def _function(self, tensor, part: str, products: int, squares: int) -> Shape:
         self.counts[part] += tensor.size

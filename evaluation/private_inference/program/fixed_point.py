@@ -126,6 +126,9 @@ class FixedPointArithmetic(CheapArithmetic):
     def at_most(self, tensor, bound: float):
         return np.minimum(tensor, self.encode(bound))
 
+    def any_negative(self, tensor):
+        return super().any_negative(self._fit(tensor))
+
     def _exp(self, tensor, squarings: int):
         """(1 + x / 2^n)^(2^n)."""
         power = 1.0 + self._round(self._fit(tensor) / 2.0**squarings)

@@ -42,8 +42,11 @@ TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
 Norm = Literal["layernorm", "static", "none"]
 
-# The inputs and outputs of the whole.
-TOKENS, EMBEDDINGS, LOGITS, TOKEN = "tokens", "hidden", "logits", "token"
+# The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
+TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "hidden", "logits", "token", "out of range"
+# What the check looks at: the residual stream before and after the last block, and the logits. Sums of so many
+# neighbours are compared with bounds, each in two comparisons. Of the first, there is a row for every token.
+CHECKED = {"before": 2, "after": 1, LOGITS: 64}
 
 
 @record(config=RECORD, frozen=True)
@@ -145,7 +148,20 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"h.{layer}.slope"] = (1,)
         if config.ffn_residual_scaling:
             shapes[f"h.{layer}.beta"] = (1,)
-    return shapes | {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
+    shapes |= {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
+    for part, count in CHECKED.items():
+        shapes[bounds_name(part)] = (math.ceil((vocabulary if part == LOGITS else width) / count),)
+    return shapes
+
+
+def sums_name(part: str) -> str:
+    """The variable with the sums of one of `CHECKED`."""
+    return f"sums.{part}"
+
+
+def bounds_name(part: str) -> str:
+    """The weight with the bounds of these sums."""
+    return f"bounds.{part}"
 
 
 def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
@@ -178,17 +194,30 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) ->
 def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iterator[Step]:
     if settings.embedding == "one_hot":
         yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (EMBEDDINGS,))
+    before, after, _ = CHECKED
     for layer in range(config.n_layer):
+        if layer == config.n_layer - 1:
+            yield _sum_up("hidden", before)
         # What the last block finds out about the tokens before the answers, nobody asks for.
         queries = span.answers if layer == config.n_layer - 1 else span.length
         yield from _attention(config, settings, span, queries, layer)
         if layer not in config.pruned_ffn_layers:
             yield from _ffn(config, settings, layer)
+    yield _sum_up("hidden", after)
     if config.final_normalization == "layernorm":
         yield Step("norm", None, partial(normalize, epsilon=config.layer_norm_epsilon), ("hidden",), ("hidden",))
     yield Step("head", None, linear, ("hidden", "head.weight", "head.bias"), (LOGITS,))
     if settings.answer == "token":
         yield Step("argmax", None, choose, (LOGITS,), (TOKEN,))
+    yield _sum_up(LOGITS, LOGITS)
+    inputs = tuple(name(part) for part in CHECKED for name in (sums_name, bounds_name))
+    yield Step("check", None, find_out_of_range, inputs, (OUT_OF_RANGE,))
+
+
+def _sum_up(variable: str, part: str) -> Step:
+    """The sums of one of `CHECKED`; each party adds up its own shares, and nothing is sent."""
+    function = sum_alternating if part == LOGITS else sum_neighbours
+    return Step("check", None, partial(function, count=CHECKED[part]), (variable,), (sums_name(part),))
 
 
 def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
@@ -428,6 +457,27 @@ def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
 
 def choose(ops: Arithmetic, logits):
     return ops.index_of_largest(logits)
+
+
+def sum_neighbours(ops: Arithmetic, hidden, count: int):
+    """Sums of `count` neighbouring numbers each of `(length, width)`; the last ones may be of fewer."""
+    missing = -hidden.shape[1] % count
+    if missing:
+        hidden = ops.xp.concatenate([hidden, ops.xp.zeros((len(hidden), missing), hidden.dtype)], axis=1)
+    return hidden.reshape(len(hidden), -1, count).sum(axis=-1)
+
+
+def sum_alternating(ops: Arithmetic, logits, count: int):
+    """Sums of differences of neighbouring logits: what all logits of a row have in common means nothing."""
+    signs = np.where(np.arange(logits.shape[1]) % 2, -1, 1)
+    return sum_neighbours(ops, ops.xp.where(signs > 0, logits, -logits), count)
+
+
+def find_out_of_range(ops: Arithmetic, *sums_and_bounds):
+    """Whether any number of `(length, sums)` is beyond the bound of its column; sums and `(sums,)` bounds in turns."""
+    pairs = zip(sums_and_bounds[::2], sums_and_bounds[1::2], strict=True)
+    margins = [margin.reshape(-1) for sums, bounds in pairs for margin in (bounds - sums, bounds + sums)]
+    return ops.any_negative(ops.xp.concatenate(margins))
 
 
 def _visible(queries: int, keys: int) -> np.ndarray:

@@ -1,7 +1,11 @@
-"""Whether a model's numbers fit the ring: the range of every tensor, what overflows, and which settings would do."""
+"""
+Whether a model's numbers fit the ring: the range of every tensor, what overflows, and which settings would do.
+
+The same run finds the bounds of the check that each private inference makes of itself.
+"""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,7 +16,7 @@ from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .fixed_point import SAFE_BITS, Float64Arithmetic, emulate, exact_logits, exact_variables
-from .program import LOGITS, Span, build_steps, run_steps
+from .program import CHECKED, LOGITS, OUT_OF_RANGE, Span, bounds_name, build_steps, run_steps, sums_name, weight_shapes
 from .settings import RING_BITS, PrivateSettings
 
 
@@ -20,10 +24,20 @@ from .settings import RING_BITS, PrivateSettings
 FRACTION_BITS = range(12, 23)
 # The last bit of a tensor may be such a part of its typical value.
 COARSEST = 2**-6
+# Sequences of a text that an audit looks at.
+MOST_WINDOWS = 4
 # A prompt that was not audited may make numbers larger by this factor.
 SPARE = 2.0
-# Typical error of logits that nobody notices: it costs about half its square in cross-entropy.
-TOLERATED_ERROR = 0.02
+# Typical rounding error of logits that nobody notices: it costs about half its square in cross-entropy.
+TOLERATED_ROUNDING = 0.02
+# The tolerated error of a single logit: a constant and a share of a typical logit. The largest logit is no measure:
+# one token with a large embedding would excuse errors of all others.
+TOLERATED_ERROR, TOLERATED_SHARE = 0.05, 0.015
+# With fewer most likely tokens that agree, the server says so.
+EXPECTED_AGREEMENT = 0.99
+# The bounds of the check are so many times the largest sums of the audit, and at least as many times those of this
+# quantile of them: other prompts make large what was small here. A few may be far above all others.
+CHECK_MARGIN, USUAL_SUM = 4.0, 0.97
 
 
 @dataclass(config=RECORD)
@@ -62,36 +76,63 @@ class RangeReport:
     Args:
         fraction_bits, exponential_squarings (`int`): The settings' own.
         positions (`int`): Number of positions whose logits were compared.
+        typical_logit (`float`): Root of the mean square of the model's own.
         largest_error, typical_error (`float`):
             Of the emulated logits against the model's own, and the root of their mean square.
         rounding_error (`float`): The part of the typical error that rounding makes; the rest are approximations.
         agreement (`float`): Share of positions at which the most likely token is the same.
         tensors (`list[TensorRange]`): In the order in which they come up, weights first.
+        largest_sums (`dict[str, list[float]]`): By part of `CHECKED`, the largest magnitude of each of its sums.
     """
 
     fraction_bits: int
     exponential_squarings: int
     positions: int
+    typical_logit: float
     largest_error: float
     typical_error: float
     rounding_error: float
     agreement: float
     tensors: list[TensorRange]
+    largest_sums: dict[str, list[float]]
 
     @property
     def problems(self) -> list[str]:
         """A line for every tensor that does not fit: its name, what is wrong, and what to do."""
         found = self._tensor_problems()
-        if not found and not self.rounding_error <= TOLERATED_ERROR:
+        if not found and not self.rounding_error <= TOLERATED_ROUNDING:
             found = [f"logits: rounding makes errors of {self.rounding_error:.2g}; use {self._advice()}."]
+        if not found and not self.largest_error <= (tolerated := tolerated_error(self.typical_logit)):
+            found = [
+                f"logits: an error of {self.largest_error:.2g} was found, {tolerated:.2g} is tolerated, and the most "
+                f"likely token is the same at {self.agreement:.1%} of the positions; {self._advice_for_errors()}."
+            ]
         return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """What does not prevent answers, but is to be known."""
+        if self.agreement >= EXPECTED_AGREEMENT:
+            return []
+        return [
+            f"private answers have another most likely token at {1 - self.agreement:.1%} of the audited positions, "
+            f"where two are nearly as likely: logits differ by up to {self.largest_error:.2g}"
+        ]
+
+    @property
+    def bounds(self) -> dict[str, np.ndarray]:
+        """The bounds of the check, which are weights of the program."""
+        return {
+            bounds_name(part): np.float32(CHECK_MARGIN * np.maximum(sums, np.quantile(sums, USUAL_SUM)))
+            for part, sums in self.largest_sums.items()
+        }
 
     @property
     def recommended_fraction_bits(self) -> int | None:
         """The settings' own where they will do; else as many as precision asks for, or the most that fit, or none."""
         wanted = max([self.fraction_bits, *(_precise_bits(tensor) for tensor in self.tensors)])
-        if self.rounding_error > TOLERATED_ERROR and not self._has_garbage:
-            wanted = max(wanted, self.fraction_bits + math.ceil(math.log2(self.rounding_error / TOLERATED_ERROR)))
+        if self.rounding_error > TOLERATED_ROUNDING and not self._has_garbage:
+            wanted = max(wanted, self.fraction_bits + math.ceil(math.log2(self.rounding_error / TOLERATED_ROUNDING)))
         fitting = list(filter(self._fits, FRACTION_BITS))
         return next((bits for bits in fitting if bits >= wanted), fitting[-1] if fitting else None)
 
@@ -159,10 +200,18 @@ class RangeReport:
             f"{2.0**-self.fraction_bits:.2g}, and {tensor.lost:.0%} vanish; use {self._advice()}."
         )
 
+    def _advice_for_errors(self) -> str:
+        """More bits help against rounding alone."""
+        if 2 * self.rounding_error > self.typical_error and self.fraction_bits + 1 in filter(
+            self._fits, FRACTION_BITS
+        ):
+            return f"use --fraction-bits {self.fraction_bits + 1} or more"
+        return "use another model: its numbers are too large for the approximations"
+
     def _advice(self) -> str:
         bits = self.recommended_fraction_bits
         if bits not in (None, self.fraction_bits):
-            return f"fraction_bits={bits}"
+            return f"--fraction-bits {bits}"
         return "another model: no number of fraction bits leaves room for all of this one's"
 
 
@@ -197,6 +246,31 @@ def _precise_bits(tensor: TensorRange) -> int:
     return math.ceil(-math.log2(COARSEST * _small(tensor)))
 
 
+def tolerated_error(typical_logit: float) -> float:
+    """How far a private logit may be from the one in the clear, whose root of the mean square is given."""
+    return TOLERATED_ERROR + TOLERATED_SHARE * typical_logit
+
+
+def choose_sequences(
+    config: EntropyGPTConfig, weights: dict[str, np.ndarray], text: Sequence[int] = (), seed: int = 0
+) -> list[np.ndarray]:
+    """
+    What an audit looks at: every position with random tokens, every position with the tokens whose embeddings are
+    largest and smallest, and some text.
+
+    Args:
+        config ([`EntropyGPTConfig`]), weights (`dict`): Those of [`prepare_weights`].
+        text (`Sequence[int]`): Tokens, such as those of a user's own text; as many as fit `MOST_WINDOWS` sequences.
+        seed (`int`): Of the choice of tokens and of their order.
+    """
+    random, length = np.random.default_rng(seed), config.n_positions
+    by_size = np.argsort(np.linalg.norm(weights["wte"], axis=1))
+    extremes = np.concatenate([by_size[: length // 2], by_size[-((length + 1) // 2) :]])
+    windows = (np.asarray(text[start : start + length]) for start in range(0, MOST_WINDOWS * length, length))
+    sequences = [random.integers(0, config.vocab_size, length), random.permutation(extremes), *windows]
+    return [sequence for sequence in sequences if len(sequence)]
+
+
 def audit(
     config: EntropyGPTConfig,
     weights: dict[str, np.ndarray],
@@ -211,48 +285,72 @@ def audit(
     Args:
         config ([`EntropyGPTConfig`]), weights (`dict`): Those of [`prepare_weights`].
         settings ([`PrivateSettings`]): What is asked for.
-        tokens (`Iterable[np.ndarray]`): Ids of some sequences.
+        tokens (`Iterable[np.ndarray]`): Ids of some sequences, such as [`choose_sequences`] chooses.
         seed (`int`): As in [`emulate`].
 
     Raises:
         `PrivateInferenceError`: If there is no sequence; or as [`build_steps`].
     """
     ops = _ObservedArithmetic(settings.fraction_bits)
+    bounds, shapes = set(map(bounds_name, CHECKED)), weight_shapes(config)
     for name, weight in weights.items():
-        ops.observe(weight, "weight" if weight.ndim > 1 else "value", name)
-    exact, unrounded, emulated = [], [], []
-    for sequence in tokens:
-        exact.append(exact_logits(config, weights, settings, sequence, len(sequence)))
-        unrounded.append(_run_observed(config, weights, settings, sequence, ops))
-        emulated.append(emulate(config, weights, settings, sequence, len(sequence), seed + len(emulated)))
-    if not exact:
+        if name not in bounds:
+            ops.observe(weight, "weight" if weight.ndim > 1 else "value", name)
+    largest_sums = {part: np.zeros(shapes[bounds_name(part)]) for part in CHECKED}
+    errors = _Errors()
+    for index, sequence in enumerate(tokens):
+        variables = _run_observed(config, weights, settings, sequence, ops)
+        for part, largest in largest_sums.items():
+            np.maximum(largest, np.abs(variables[sums_name(part)]).max(axis=0), out=largest)
+        errors.add(
+            exact_logits(config, weights, settings, sequence, len(sequence)),
+            variables[LOGITS],
+            emulate(config, weights, settings, sequence, len(sequence), seed + index),
+        )
+    if not errors.positions:
         raise PrivateInferenceError("an audit needs a sequence of tokens or more: give some text.")
-    exact, unrounded, emulated = (np.concatenate(logits) for logits in (exact, unrounded, emulated))
     return RangeReport(
         fraction_bits=settings.fraction_bits,
         exponential_squarings=settings.exponential_squarings,
-        positions=len(exact),
-        largest_error=float(np.abs(emulated - exact).max()),
-        typical_error=_root_mean_square(emulated - exact),
-        rounding_error=_root_mean_square(emulated - unrounded),
-        agreement=float((emulated.argmax(-1) == exact.argmax(-1)).mean()),
+        positions=errors.positions,
+        typical_logit=math.sqrt(errors.exact_squares / errors.logits),
+        largest_error=errors.largest,
+        typical_error=math.sqrt(errors.squares / errors.logits),
+        rounding_error=math.sqrt(errors.rounding_squares / errors.logits),
+        agreement=errors.agreeing / errors.positions,
         tensors=list(ops.ranges()),
+        largest_sums={part: largest.tolist() for part, largest in largest_sums.items()},
     )
 
 
-def _root_mean_square(tensor: np.ndarray) -> float:
-    return float(np.sqrt(np.square(tensor).mean()))
+class _Errors:
+    """Statistics of the errors of logits, over sequences; not the logits, of which there may be many."""
+
+    def __init__(self):
+        self.positions = self.logits = self.agreeing = 0
+        self.largest = self.squares = self.rounding_squares = self.exact_squares = 0.0
+
+    def add(self, exact: np.ndarray, unrounded: np.ndarray, emulated: np.ndarray):
+        """Logits `(positions, vocabulary)` of the model, of the program without rounding, and of the ring."""
+        self.positions += len(exact)
+        self.logits += exact.size
+        self.agreeing += int((emulated.argmax(-1) == exact.argmax(-1)).sum())
+        self.exact_squares += float(np.square(exact).sum())
+        self.largest = float(np.maximum(self.largest, np.abs(emulated - exact).max()))
+        self.squares += float(np.square(emulated - exact).sum())
+        self.rounding_squares += float(np.square(emulated - unrounded).sum())
 
 
-def _run_observed(config, weights, settings, tokens, ops: "_ObservedArithmetic") -> np.ndarray:
-    """The program's logits without rounding."""
+def _run_observed(config, weights, settings, tokens, ops: "_ObservedArithmetic") -> dict[str, np.ndarray]:
+    """The program's variables without rounding."""
     variables = exact_variables(config, weights, settings, tokens)
     for step in build_steps(config, settings, Span(0, len(tokens), len(tokens))):
         ops.place = step.operation if step.layer is None else f"layer {step.layer}, {step.operation}"
         variables = run_steps([step], ops, variables)
         for name in step.outputs:
-            ops.observe(variables[name], "value")
-    return variables[LOGITS]
+            if name != OUT_OF_RANGE:
+                ops.observe(variables[name], "value")
+    return variables
 
 
 class _ObservedArithmetic(Float64Arithmetic):

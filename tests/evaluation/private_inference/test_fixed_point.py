@@ -1,6 +1,7 @@
 """The ring in numpy: what its arithmetic rounds and loses, what an audit finds, and that the engine agrees."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,13 @@ from entropy_gpt.evaluation.private_inference.program.fixed_point import (
     emulate,
     exact_logits,
 )
-from entropy_gpt.evaluation.private_inference.program.range_audit import audit, largest_radicand, lowest_exponent
+from entropy_gpt.evaluation.private_inference.program.range_audit import (
+    MOST_WINDOWS,
+    audit,
+    choose_sequences,
+    largest_radicand,
+    lowest_exponent,
+)
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
@@ -204,7 +211,7 @@ def test_fewer_fraction_bits_where_they_make_room():
     assert problem.startswith("head: ")
     bits = report.recommended_fraction_bits
     assert 12 <= bits < 18
-    assert f"use fraction_bits={bits}" in problem
+    assert f"use --fraction-bits {bits}" in problem
     fitting = audit(config, weights, PrivateSettings(fraction_bits=bits), sequences(17))
     assert not any("does not fit" in line for line in fitting.problems)
 
@@ -215,7 +222,7 @@ def test_more_fraction_bits_where_a_root_needs_them():
     problem = report.problems[0]
     assert problem.startswith("layer 0, norm: ")
     assert "(radicand) does not fit with 12 fraction bits, where 2e+03 is the limit" in problem
-    assert f"use fraction_bits={report.recommended_fraction_bits}" in problem
+    assert f"use --fraction-bits {report.recommended_fraction_bits}" in problem
     assert 12 < report.recommended_fraction_bits < 18
 
 
@@ -233,11 +240,11 @@ def test_more_fraction_bits_where_precision_is_lost():
     report = audit(config, scaled(weights, "h.2.output.weight", 1e-4), PrivateSettings(), sequences(17))
     (problem,) = report.problems
     assert problem.startswith("h.2.output.weight: numbers of about")
-    assert f"use fraction_bits={report.recommended_fraction_bits}" in problem
+    assert f"use --fraction-bits {report.recommended_fraction_bits}" in problem
     assert report.recommended_fraction_bits > 18
     (problem,) = audit(config, weights, PrivateSettings(fraction_bits=11), sequences(17)).problems
     assert problem.startswith("logits: rounding makes errors of ")
-    assert "use fraction_bits=1" in problem
+    assert "use --fraction-bits 1" in problem
 
 
 def test_more_squarings_for_scores_that_are_far_apart():
@@ -254,6 +261,57 @@ def test_more_squarings_for_scores_that_are_far_apart():
 def test_an_audit_without_tokens():
     with pytest.raises(PrivateInferenceError, match="an audit needs a sequence"):
         audit(*prepared(), PrivateSettings(), [])
+
+
+def with_one_large_embedding(notation: str, factor: float) -> tuple:
+    """One token in a thousand, which 256 random tokens miss, has an embedding so large; the head does not show it."""
+    config, weights = prepared(notation, vocab_size=1000)
+    weights["wte"][777] *= factor
+    return config, weights
+
+
+@pytest.mark.parametrize(("notation", "factor"), slow_but([("SM+R", 300)], [("SM+R", 300), ("SM+ScFuFFN", 1000)]))
+def test_an_audit_finds_the_one_token_that_is_too_large(notation, factor):
+    config, weights = with_one_large_embedding(notation, factor)
+    random = np.random.default_rng(0).integers(0, config.vocab_size, (4, 64))
+    assert not audit(config, weights, PrivateSettings(), random).problems
+    assert audit(config, weights, PrivateSettings(), choose_sequences(config, weights)).problems
+
+
+def test_an_audit_looks_at_every_position():
+    torch.manual_seed(0)
+    model = make_model("EReg(SM(t)+ScFuFFN)", n_positions=128)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.temperature.log_temperature[:, 64:] = -22
+    config, weights = prepare_weights(model)
+    assert audit(config, weights, PrivateSettings(), choose_sequences(config, weights)).problems
+
+
+def test_what_an_audit_looks_at():
+    config, weights = prepared(vocab_size=1000)
+    weights["wte"][123] *= 9
+    weights["wte"][321] /= 9
+    everywhere, extremes, first, second = choose_sequences(config, weights, text=range(100))
+    assert len(everywhere) == len(extremes) == config.n_positions
+    assert {123, 321} <= {*extremes.tolist()}
+    assert np.concatenate([first, second]).tolist() == [*range(100)]
+    assert len(choose_sequences(config, weights, text=range(1000))) == 2 + MOST_WINDOWS
+
+
+def test_errors_that_would_be_noticed_are_a_problem():
+    """Weights of such scores fit the ring, but not what is approximated."""
+    config, weights = prepared("SM+LN+G")
+    report = audit(config, weights, PrivateSettings(), choose_sequences(config, weights))
+    assert report.problems == report.warnings == []
+    worse = replace(report, largest_error=4.03, agreement=0.984)
+    (problem,) = worse.problems
+    assert problem.startswith("logits: an error of 4 was found, 0.")
+    assert "the same at 98.4% of the positions; use another model" in problem
+    assert "use --fraction-bits 19 or more" in replace(worse, rounding_error=worse.typical_error).problems[0]
+    assert replace(report, largest_error=math.nan).problems
+    (warning,) = replace(report, agreement=0.984).warnings
+    assert "another most likely token at 1.6%" in warning
 
 
 OPERATIONS = {

@@ -13,7 +13,7 @@ pytest.importorskip("spu")
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, compiled_digest
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
 from entropy_gpt.evaluation.private_inference.parties.participant import compile_pass
-from entropy_gpt.evaluation.private_inference.program.program import Span
+from entropy_gpt.evaluation.private_inference.program.program import CHECKED, Span, bounds_name
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 
@@ -72,6 +72,16 @@ def test_embeddings_looked_up_by_the_client_and_a_secure_comparison(protocol, lo
     operations = {step.operation for step in run.steps[0]}
     assert "embedding" not in operations
     assert "argmax" in operations
+
+
+@pytest.mark.parametrize("protocol", slow_but(["ref2k"], ["ref2k", "cheetah", "semi2k", "aby3"]))
+def test_the_check_says_whether_numbers_are_out_of_range(protocol):
+    config, weights = prepare_weights(make_model("SM", n_layer=1))
+    for part in CHECKED:
+        bounds = {bounds_name(part): np.full_like(weights[bounds_name(part)], 1e-4)}
+        for changed, expected in ((weights, False), (weights | bounds, True)):
+            run = infer_locally(config, changed, PrivateSettings(protocol), prompts())
+            assert run.out_of_range == [expected]
 
 
 def test_the_digest_names_code_settings_and_order():

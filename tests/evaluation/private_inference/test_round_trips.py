@@ -42,6 +42,7 @@ CASES = [
     shared("positive part", lambda ops, a: ops.positive_part(a), (100,)),
     shared("largest", lambda ops, a: ops.largest(a), (1, 15)),
     shared("index of largest", lambda ops, a: ops.index_of_largest(a), (1, 3)),
+    shared("any negative", lambda ops, a: ops.any_negative(a), (100,)),
     shared("reciprocal", lambda ops, a: ops.reciprocal(a), (20,)),
     shared("reciprocal root", lambda ops, a: ops.reciprocal_root(a), (20,)),
     shared("tanh", lambda ops, a: ops.tanh(a), (20,)),

@@ -37,7 +37,7 @@ from entropy_gpt.evaluation.private_inference.parties.participant import Partici
 from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Outcome, free_port
 from entropy_gpt.evaluation.private_inference.parties.tunnel import ClientTunnel
 from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION, Client, Offer, Server
-from entropy_gpt.evaluation.private_inference.program.program import TOKENS
+from entropy_gpt.evaluation.private_inference.program.program import CHECKED, LOGITS, TOKENS, bounds_name
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import encode_tokens
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
@@ -59,7 +59,7 @@ def make_offer(notation: str = "SM") -> tuple[Offer, list[int]]:
     with torch.no_grad():
         for _ in range(2):
             tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return Offer(*prepare_weights(model), notation, PrivateSettings(), "hash", 1e3), tokens[0, len(PROMPT) :].tolist()
+    return Offer(*prepare_weights(model), notation, PrivateSettings(), "hash"), tokens[0, len(PROMPT) :].tolist()
 
 
 @dataclass
@@ -206,7 +206,6 @@ def test_a_request_that_is_none_is_refused_and_the_next_client_is_served(served)
 @pytest.mark.parametrize(
     "changed",
     [
-        *({"logit_bound": bound} for bound in ("nan", 0, -1.0, "inf", None)),
         *({"program": {"n_embd": value}} for value in ("x", -1, None, 10**9, 7)),
         *({"program": {name: "none of them"}} for name in ("ffn_type", "normalization", "attention_temperature")),
         {"program": {"n_layer": 1024, "n_embd": 2**16, "n_head": 1024}},
@@ -368,11 +367,20 @@ def test_a_client_that_is_refused_closes_its_connection(served):
         assert client.channel.connection.fileno() == -1
 
 
+def out_of_range(offer: Offer, part: str, answer: str = "logits") -> Offer:
+    """With bounds of the check that no number keeps."""
+    bounds = np.full_like(offer.weights[bounds_name(part)], 1e-4)
+    return replace(
+        offer, weights=offer.weights | {bounds_name(part): bounds}, settings=replace(offer.settings, answer=answer)
+    )
+
+
 @pytest.mark.slow
-def test_an_answer_out_of_range_is_repeated_and_then_refused(served):
-    offer, expected = served.server.offer, []
+@pytest.mark.parametrize("answer", ["logits", "token"])
+@pytest.mark.parametrize("part", CHECKED)
+def test_an_answer_out_of_range_is_repeated_and_then_refused(served, part, answer):
     events: list[str] = []
-    with serving(replace(offer, logit_bound=1e-6), expected) as doubtful:
+    with serving(out_of_range(served.server.offer, part, answer), []) as doubtful:
         with pytest.raises(PrivateInferenceError, match="out of range 3 times"):
             ask(doubtful, 1, on_event=lambda event: events.append(event["event"]))
         assert doubtful.said("out of range 3 times", 10)
@@ -381,13 +389,11 @@ def test_an_answer_out_of_range_is_repeated_and_then_refused(served):
 
 
 @pytest.mark.slow
-def test_a_client_that_always_says_out_of_range_gets_no_more_than_it_may_ask_for(served):
-    offer = served.server.offer
+def test_answers_out_of_range_count_against_what_a_client_may_ask_for(served):
+    offer = out_of_range(served.server.offer, LOGITS)
     with serving(offer, [], limits=replace(UNLIMITED, answers=2)) as strict:
-        client = Client(*strict.server.address, None, SECONDS)
-        client.terms = replace(client.terms, logit_bound=1e-6)  # of its own
         with pytest.raises(PrivateInferenceError, match=r"2 is the most here, with those that are|the peer"):
-            client.ask(PROMPT, 1)
+            ask(strict, 1)
         assert strict.said("2 is the most here, with those that are repeated", 10)
     assert sum("out of range, and has it repeated" in line for line in strict.lines) == 2
     assert [use.positions for use in strict.server._accounts._uses["127.0.0.1"]] == [3]

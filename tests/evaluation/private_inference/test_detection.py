@@ -1,0 +1,115 @@
+"""The check inside the protocol: what it looks at, what it lets pass, and what it costs."""
+
+import numpy as np
+import pytest
+import torch
+
+from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
+from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config as make_large_config
+from entropy_gpt.evaluation.private_inference.detection import CORRUPTIONS, measure_detection, measure_false_alarms
+from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
+from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
+from entropy_gpt.evaluation.private_inference.program.program import (
+    CHECKED,
+    LOGITS,
+    OUT_OF_RANGE,
+    Span,
+    bounds_name,
+    build_steps,
+    find_out_of_range,
+    run_steps,
+    sum_alternating,
+    sum_neighbours,
+    sums_name,
+)
+from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences, tolerated_error
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
+from tests.architectures import ARCHITECTURES, make_config, make_model
+from tests.slow import slow_but
+
+
+LENGTH = 8
+
+
+def audited(model) -> tuple:
+    """Configuration and weights of the program, the audit's bounds, and the tolerated error."""
+    config, weights = prepare_weights(model)
+    report = audit(config, weights, PrivateSettings(), choose_sequences(config, weights))
+    return config, weights, report.bounds, tolerated_error(report.typical_logit)
+
+
+def prompts(count: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(2, 101, (count, LENGTH))
+
+
+@pytest.mark.parametrize("notation", slow_but(["SM+ScFuFFN"], ARCHITECTURES))
+def test_no_corrupted_run_is_returned_and_no_honest_one_stopped(notation):
+    torch.manual_seed(0)
+    model = make_model(notation)
+    config, weights, bounds, tolerated = audited(model)
+    found = list(measure_detection(notation, config, weights | bounds, prompts(2), 5, tolerated))
+    assert len(found) == len(CORRUPTIONS) * config.n_layer
+    assert sum(detection.runs for detection in found) == 5 * len(found)
+    assert sum(detection.other_logits + detection.other_token for detection in found) == 0
+    honest = measure_false_alarms(model, bounds, prompts(100))
+    assert honest.stopped == 0
+    assert 0 < honest.nearest < 0.8
+
+
+def test_false_alarms_are_counted():
+    """With bounds as large as the sums of the emulated ring are, and a little smaller."""
+    model, (prompt,) = make_model("SM+LN+G"), prompts(1)
+    config, weights = prepare_weights(model)
+    ops, span = FixedPointArithmetic(PrivateSettings(embedding="client_table")), Span(0, LENGTH)
+    weights["hidden"] = weights["wte"][prompt] + weights["wpe"][:LENGTH]
+    variables = run_steps(build_steps(config, ops.settings, span), ops, weights)
+    sums = {bounds_name(part): np.abs(variables[sums_name(part)]).max(axis=0) for part in CHECKED}
+    larger, smaller = (
+        {name: part * factor + margin for name, part in sums.items()} for factor, margin in ((1, 0.01), (0.9, 0))
+    )
+    assert measure_false_alarms(model, larger, prompt[None]).stopped == 0
+    assert measure_false_alarms(model, larger, prompt[None]).nearest > 0.9
+    assert measure_false_alarms(model, smaller, prompt[None]).stopped == 1
+
+
+def test_without_bounds_corrupted_runs_are_returned():
+    config, weights = prepare_weights(make_model("SM+LN+G"))
+    found = list(measure_detection("SM+LN+G", config, weights, prompts(1), 1, 0.1))
+    assert sum(detection.other_logits for detection in found) > len(found) / 3
+    assert sum(detection.returned for detection in found) > len(found) / 3
+
+
+def test_sums_and_bounds():
+    ops, hidden = Arithmetic(np), np.arange(14.0).reshape(2, 7)
+    sums = sum_neighbours(ops, hidden, 4)
+    assert sums.tolist() == [[6, 15], [34, 36]]
+    assert not find_out_of_range(ops, sums, np.array([34.0, 36.0]))
+    assert find_out_of_range(ops, sums, np.array([33.5, 36.0]))
+    assert find_out_of_range(ops, -sums, np.array([34.0, 35.5]))
+
+
+def test_what_all_logits_have_in_common_does_not_count():
+    ops, logits = Arithmetic(np), np.random.default_rng(0).normal(size=(3, 640))
+    np.testing.assert_allclose(sum_alternating(ops, logits + 100, 64), sum_alternating(ops, logits, 64), atol=1e-9)
+    logits[1, 77] += 1000
+    assert np.abs(sum_alternating(ops, logits, 64)).max() > 900
+
+
+@pytest.mark.parametrize("answer", ["logits", "token"])
+@pytest.mark.parametrize("span", [Span(0, 5, 2), Span(5, 1)])
+def test_every_pass_ends_with_a_check_of_stream_and_logits(answer, span):
+    steps = build_steps(make_config("SM+LN+G"), PrivateSettings(answer=answer), span)
+    assert steps[-1].outputs == (OUT_OF_RANGE,)
+    looked_at = [step.inputs for step in steps if step.operation == "check"]
+    assert looked_at[:-1] == [("hidden",), ("hidden",), (LOGITS,)]
+
+
+@pytest.mark.parametrize("span", [Span(0, 128), Span(128, 1)])
+@pytest.mark.parametrize("notation", ["SM+LN+G", "SM+ScFuFFN"])
+def test_a_check_costs_less_than_a_hundredth(notation, span):
+    sizes = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
+    steps = predict(make_large_config(notation, 256, **sizes), PrivateSettings(), span)
+    check = [step for step in steps if step.operation == "check"]
+    assert sum(step.total_bytes for step in check) < 0.01 * sum(step.total_bytes for step in steps)
+    assert sum(step.round_trips for step in check) < 0.02 * sum(step.round_trips for step in steps)
