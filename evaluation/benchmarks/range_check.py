@@ -62,7 +62,7 @@ class Share:
     Args:
         notation (`str`): The architecture.
         pass_of (`str`): The tokens.
-        check_bytes, total_bytes (`float`): Of both parties.
+        check_bytes, total_bytes (`float`): Bytes that both parties send.
         check_round_trips, total_round_trips (`float`): One after the other.
     """
 

@@ -49,8 +49,8 @@ class Detection:
         block (`int`): After which the stream was corrupted.
         runs (`int`): Corrupted runs.
         returned (`int`): Those that the check let pass.
-        other_logits (`int`): Of these, those with a logit further off than is tolerated.
-        other_token (`int`): Of these, those with another most likely token.
+        other_logits (`int`): Runs among these with a logit further off than is tolerated.
+        other_token (`int`): Runs among these with another most likely token.
     """
 
     notation: str
@@ -142,7 +142,7 @@ def measure_detection(
         runs (`int`): Runs of each corruption after each block.
         tolerated (`float`): An error of a logit that nobody would notice.
         settings ([`PrivateSettings`], *optional*): The defaults without.
-        seed (`int`): Of what is corrupted, and of the ring's truncations.
+        seed (`int`): Seed of what is corrupted, and of the ring's truncations.
     """
     settings, random = settings or PrivateSettings(), np.random.default_rng(seed)
     ops, steps = FixedPointArithmetic(settings, seed), build_steps(config, settings, Span(0, len(prompts[0])))

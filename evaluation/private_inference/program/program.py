@@ -44,8 +44,8 @@ Norm = Literal["layernorm", "static", "none"]
 
 # The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
 TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "hidden", "logits", "token", "out of range"
-# What the check looks at: the residual stream before and after the last block, and the logits. Sums of so many
-# neighbours are compared with bounds, each in two comparisons. Of the first, there is a row for every token.
+# What the check looks at: the residual stream before and after the last block, and the logits. Sums of this many
+# neighbours are compared with bounds, each in two comparisons. The first has a row for every token.
 CHECKED = {"before": 2, "after": 1, LOGITS: 64}
 
 

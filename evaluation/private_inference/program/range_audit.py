@@ -35,8 +35,8 @@ TOLERATED_ROUNDING = 0.02
 TOLERATED_ERROR, TOLERATED_SHARE = 0.05, 0.015
 # With fewer most likely tokens that agree, the server says so.
 EXPECTED_AGREEMENT = 0.99
-# The bounds of the check are so many times the largest sums of the audit, and at least as many times those of this
-# quantile of them: other prompts make large what was small here. A few may be far above all others.
+# The bounds of the check are the largest sums of the audit times this margin, and at least this quantile of them times
+# the margin: other prompts make large what was small here. A few may be far above all others.
 CHECK_MARGIN, USUAL_SUM = 4.0, 0.97
 
 
@@ -261,7 +261,7 @@ def choose_sequences(
     Args:
         config ([`EntropyGPTConfig`]), weights (`dict`): Those of [`prepare_weights`].
         text (`Sequence[int]`): Tokens, such as those of a user's own text; as many as fit `MOST_WINDOWS` sequences.
-        seed (`int`): Of the choice of tokens and of their order.
+        seed (`int`): Seed of the choice of tokens and of their order.
     """
     random, length = np.random.default_rng(seed), config.n_positions
     by_size = np.argsort(np.linalg.norm(weights["wte"], axis=1))
