@@ -30,6 +30,7 @@ OPERATION_COLORS = {
     "activation": "#F0E442",
     "head": "#9a9a9a",
     "argmax": "#4d4d4d",
+    "check": "#B7410E",
 }
 OTHER_COLOR = "#000000"
 BAR_HEIGHT = 0.62

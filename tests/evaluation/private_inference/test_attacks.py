@@ -52,7 +52,7 @@ FEW = Limits(answers=8, requests=3, positions=10, seconds=100)
 
 def make_offer() -> Offer:
     torch.manual_seed(0)
-    return Offer(*prepare_weights(make_model("SM", n_layer=1)), "SM", PrivateSettings(), "hash", 1e3)
+    return Offer(*prepare_weights(make_model("SM", n_layer=1)), "SM", PrivateSettings(), "hash")
 
 
 @contextlib.contextmanager
@@ -228,7 +228,7 @@ class TestMemory:
 
     def test_the_allowance_follows_the_steps(self, program_config):
         carried = SimpleNamespace(allowed_bytes=None)
-        allowance = Allowance(Job(SERVER, program_config, PrivateSettings(), 60, 1e3), carried)
+        allowance = Allowance(Job(SERVER, program_config, PrivateSettings(), 60), carried)
         assert carried.allowed_bytes == SET_UP_ALLOWANCE
         allowance.note({"event": "pass", "bytes": [100, 200, 400], "answer_bytes": 7})
         assert carried.allowed_bytes == SET_UP_ALLOWANCE + 7 + 1.25 * 300
@@ -311,7 +311,7 @@ class TestPasses:
         monkeypatch.setattr(party_process, "EngineLog", lambda: None)
         monkeypatch.setattr(party_process, "compile_pass", lambda config, settings, span: compiled.append(span) or [])
         monkeypatch.setattr(party_process, "compiled_digest", lambda program, settings: "00")
-        process = PartyProcess(Job(SERVER, program_config, PrivateSettings(), 60, 1e3), lambda event: None)
+        process = PartyProcess(Job(SERVER, program_config, PrivateSettings(), 60), lambda event: None)
         monkeypatch.setattr(process, "_compare", lambda program: None)
 
         def run(index: int, span: Span, program: list):
