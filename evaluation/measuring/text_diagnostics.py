@@ -88,6 +88,9 @@ def diagnose_text(
         text (`str`): The text. Names of special tokens in it are these tokens, as the tokenizer has it.
         weights (`bool`): Whether to keep the attention matrices.
 
+    Returns:
+        [`TextDiagnostics`]: The tokens, every head's entropies and, on request, its attention matrices.
+
     Raises:
         `TextError`: If model or tokenizer can't be loaded or are no GPT-2's, or the text has no tokens or too many.
 

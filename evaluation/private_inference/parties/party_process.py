@@ -164,10 +164,9 @@ class PartyProcess:
             self.tell({"event": "pass", "bytes": steps, "answer_bytes": self._answer_bytes(span)})
             value = self._input(span) if self.job.rank == CLIENT else None
             self.participant.infer(program, span, value, self._tell_step)
-            if not self._was_out_of_range():
+            if not self._was_out_of_range(index):
                 self._exchange()
                 return
-            self.tell({"event": "repeat", "index": index})
         raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE)
 
     def _count(self, span: Span):
@@ -191,15 +190,21 @@ class PartyProcess:
         tokens = [*self.request.prompt, *self.chosen][span.start : span.end]
         return client_input(self.job.config, self.job.settings, span, tokens, self.tables)
 
-    def _was_out_of_range(self) -> bool:
-        """The one bit that both sides learn. The client's share goes first: a lie about it gets no answer."""
-        share, party = self.participant.party.share(OUT_OF_RANGE), self.participant.party
+    def _was_out_of_range(self, index: int) -> bool:
+        """
+        The one bit that both sides learn. The client's share goes first: a lie about it gets no answer. The server
+        tells what it found before the client can know, and end.
+        """
+        share, peer = self.participant.party.share(OUT_OF_RANGE), 1 - self.job.rank
+        if self.job.rank == CLIENT:
+            self.link.send(peer, join_share(share))
+        theirs = read_share(self.link.recv(peer), share)
+        found = bool(self.participant.party.reconstruct([share, theirs]))
+        if found:
+            self.tell({"event": "repeat", "index": index})
         if self.job.rank == SERVER:
-            theirs = read_share(self.link.recv(CLIENT), share)
-            self.link.send(CLIENT, join_share(share))
-            return bool(party.reconstruct([share, theirs]))
-        self.link.send(SERVER, join_share(share))
-        return bool(party.reconstruct([read_share(self.link.recv(SERVER), share), share]))
+            self.link.send(peer, join_share(share))
+        return found
 
     def _exchange(self):
         """The server's share of the answer goes to the client."""

@@ -314,7 +314,7 @@ class Server:
         def note(event: dict):
             if event["event"] == "repeat":
                 use.positions += request.answers
-                self._say(address, "says that an answer was out of range, and has it repeated")
+                self._say(address, "had an answer out of range, and has it repeated")
 
         try:
             outcome = session.answer(request, note, left.seconds)
