@@ -207,7 +207,7 @@ def test_wrong_usage(source, tmp_path):
     missing = run(source)
     assert (missing.status, missing.output) == (2, "")
     assert "--onnx" in missing.error
-    assert "has no config.json" in run(tmp_path, "--onnx", "--output", tmp_path / "graph").complaint
+    assert "holds no config.json" in run(tmp_path, "--onnx", "--output", tmp_path / "graph").complaint
     (tmp_path / "file").touch()
     refused = run(source, "--onnx", "--output", tmp_path / "file" / "graph").complaint
     assert f"{tmp_path / 'file'} is not a writable folder" in refused

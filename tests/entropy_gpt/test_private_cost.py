@@ -47,7 +47,7 @@ def test_more_tokens_than_a_model_has_positions(model):
 
 def test_the_slower_the_network_the_more_time(capsys):
     sizes = {"n_layer": 1, "n_embd": 64, "vocab_size": 64}
-    shown = show(capsys, "SM", networks=["1Gbps,1ms", "10Mbps,500ms"], **sizes)
+    shown = show(capsys, "SM", networks=["1Gbps,1ms", "100Mbps,50ms"], **sizes)
     fast, slow = (line.split()[2:] for line in shown.splitlines() if line.strip().startswith("on "))
     assert fast[1] == slow[1] == "s" and int(fast[0]) < int(slow[0])
     with pytest.raises(UserError, match="network 'fast' is not known"):

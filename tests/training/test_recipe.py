@@ -92,13 +92,13 @@ def test_settings_go_where_they_belong_and_overrides_win(write):
         ("lerning_rate=1", "no setting 'lerning_rate'; did you mean 'learning_rate'?"),
         ("n_layers=1", "no setting 'n_layers'; did you mean 'n_layer'?"),
         ("bos_token_id=1", "no setting 'bos_token_id'"),
-        ("learning_rate=fast", "learning_rate: invalid float value: 'fast'"),
-        ("max_steps=1.5", "max_steps: invalid int value: '1.5'"),
-        ("learning_rate=-1", "learning_rate=-1.0 has to be at least 0"),
-        ("learning_rate=.nan", "learning_rate=nan has to be at least 0"),
-        ("per_device_train_batch_size=0", "per_device_train_batch_size=0 has to be at least 1"),
+        ("learning_rate=fast", "learning_rate=fast: 'fast' is not a number."),
+        ("max_steps=1.5", "max_steps=1.5: 1.5 is not a whole number."),
+        ("learning_rate=-1", "learning_rate=-1: give a number that is not below 0."),
+        ("learning_rate=.nan", "learning_rate=nan: give a number that is not below 0."),
+        ("per_device_train_batch_size=0", "per_device_train_batch_size=0: give a whole number above 0."),
         ("max_steps=0", "leave nothing to train"),
-        ("num_train_epochs=0", "leave nothing to train"),
+        ("num_train_epochs=0", "num_train_epochs=0: give a number above 0."),
         ("temperature_lr_multiplier=-2", "temperature_lr_multiplier=-2.0 has to be at least 0"),
         ("on_divergence=explode", "invalid choice: 'explode'"),
         ("streaming=maybe", "streaming: Truthy value expected"),
@@ -159,9 +159,14 @@ def test_a_recipe_that_is_not_there_is_named_with_the_nearest():
     st.floats(min_value=1e-12, max_value=1e3), st.integers(1, 10**6), st.text(st.characters(codec="ascii"), max_size=9)
 )
 def test_any_value_is_read_back(rate, steps, text):
-    overrides = [f"learning_rate={rate!r}", f"max_steps={steps}", f"dataset={json.dumps(text or 'x')}", "use_cpu=true"]
+    overrides = [
+        f"learning_rate={rate!r}",
+        f"max_steps={steps}",
+        f"run_name={json.dumps(text or 'x')}",
+        "use_cpu=true",
+    ]
     recipe = read_with("python-stdlib-small", *overrides)
     assert recipe.training.learning_rate == rate
     assert recipe.training.max_steps == steps
-    assert recipe.data.dataset == (text or "x")
+    assert recipe.training.run_name == (text or "x")
     assert yaml.safe_load(json.dumps(recipe.settings)) is not None

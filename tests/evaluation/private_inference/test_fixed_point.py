@@ -270,7 +270,9 @@ def with_one_large_embedding(notation: str, factor: float) -> tuple:
     return config, weights
 
 
-@pytest.mark.parametrize(("notation", "factor"), slow_but([("SM+R", 300)], [("SM+R", 300), ("SM+ScFuFFN", 1000)]))
+@pytest.mark.parametrize(
+    ("notation", "factor"), [("SM+R", 300), pytest.param("SM+ScFuFFN", 1000, marks=pytest.mark.slow)]
+)
 def test_an_audit_finds_the_one_token_that_is_too_large(notation, factor):
     config, weights = with_one_large_embedding(notation, factor)
     random = np.random.default_rng(0).integers(0, config.vocab_size, (4, 64))

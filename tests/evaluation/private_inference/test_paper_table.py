@@ -37,7 +37,7 @@ SMALL_GPT2 = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
 
 def record(inference: Inference, steps: list[StepCost]):
     """Steps with the conditions that a measurement would have here and now."""
-    terms = Terms(inference.config, inference.config.notation, inference.settings, "", 1.0)
+    terms = Terms(inference.config, inference.config.notation, inference.settings, "")
     return Outcome(steps=steps).cost(terms, inference.context, 1, NETWORKS[TWO_PARTY])
 
 
