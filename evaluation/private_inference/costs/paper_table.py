@@ -44,7 +44,7 @@ PAPER_COSTS = {
 }
 PAPER_SIZES = {"n_layer": 12, "n_embd": 768, "n_head": 12, "context": 128}
 
-EMBEDDING, HEAD = "embedding", "head"
+EMBEDDING, HEAD, CHECK = "embedding", "head", "check"
 # For the blocks the vocabulary is of no account; around the ends is the smallest block that there is.
 BLOCK_VOCABULARY = 64
 SMALLEST_BLOCK = "SM+FFNi1"
@@ -85,7 +85,7 @@ def take_typical_block(whole: Inference, blocks: InferenceCost) -> InferenceCost
 
 
 def take_ends(whole: Inference) -> Inference:
-    """The embedding and the head, with as little as can be between."""
+    """The embedding, the head and the check of all numbers, with as little as can be between."""
     sizes = {"n_embd": whole.config.n_embd, "vocab_size": whole.config.vocab_size}
     config = make_config(SMALLEST_BLOCK, whole.context, n_layer=1, n_head=1, **sizes)
     return Inference("embedding and head", config, PrivateSettings(), whole.context)
@@ -115,8 +115,8 @@ def add_up(whole: Inference, blocks: InferenceCost, ends: InferenceCost) -> Infe
     steps = steps_of(ends, EMBEDDING)
     for layer, block in enumerate(measured):
         steps += [replace(step, layer=layer) for step in blocks.steps if step.layer == block]
-    steps += [step for step in blocks.steps if step.layer is None and step.operation not in (EMBEDDING, HEAD)]
-    steps += steps_of(ends, HEAD)
+    steps += [step for step in blocks.steps if step.layer is None and step.operation not in (EMBEDDING, HEAD, CHECK)]
+    steps += [*steps_of(ends, HEAD), *steps_of(ends, CHECK)]
     sizes = {"notation": config.notation, "n_layer": config.n_layer, "vocab_size": config.vocab_size}
     return replace(blocks, **sizes, steps=steps, seconds=sum(step.seconds for step in steps))
 
