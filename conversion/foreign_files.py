@@ -3,6 +3,8 @@
 import zipfile
 from pathlib import Path
 
+from .errors import UserError
+
 
 LFS_POINTER = b"version https://git-lfs"
 # The first bytes of a file, what it then is, and what to do.
@@ -50,3 +52,19 @@ def identify(path: Path) -> str | None:
 def _begins_as_onnx(beginning: bytes) -> bool:
     """The version of the format (field 1, a number), then the name of the producer (field 2, text)."""
     return beginning[:1] == b"\x08" and beginning[1:2] < b"\x20" and beginning[2:3] == b"\x12"
+
+
+def check_kind(file: Path, error: type[UserError]):
+    """
+    Refuses a file that can't be opened, or is of another kind, before a reader calls it damaged.
+
+    Args:
+        file (`Path`): The file.
+        error (`type`): What is raised.
+    """
+    try:
+        kind = identify(file)
+    except OSError as failure:
+        raise error(f"{file} can't be read ({failure.strerror}). Make it readable.") from failure
+    if kind is not None:
+        raise error(f"{file} is {kind}.")

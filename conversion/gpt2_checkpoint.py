@@ -46,7 +46,7 @@ from modeling_entropy_gpt.configuration_entropy_gpt import GPT2_CONSTANTS
 from .assembly import assemble
 from .early_checks import ADAPTER_CONFIG
 from .errors import ConversionError
-from .foreign_files import identify
+from .foreign_files import check_kind
 
 
 logger = logging.getLogger(__name__)
@@ -337,7 +337,7 @@ def _find_folder(source: str | Path) -> Path:
 
 
 def _read_json(file: Path) -> dict:
-    _check_kind(file)
+    check_kind(file, ConversionError)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -345,16 +345,6 @@ def _read_json(file: Path) -> dict:
     if not isinstance(content, dict):
         raise ConversionError(f"{file} holds a {type(content).__name__}, not named fields. Download or save it again.")
     return content
-
-
-def _check_kind(file: Path):
-    """Refuses a file that can't be opened, or is of another kind, before a reader calls it damaged."""
-    try:
-        kind = identify(file)
-    except OSError as error:
-        raise ConversionError(f"{file} can't be read ({error.strerror}). Make it readable.") from error
-    if kind is not None:
-        raise ConversionError(f"{file} is {kind}.")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -391,7 +381,7 @@ def _leaves_its_folder(name: str) -> bool:
 def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
     if file.suffix != ".safetensors":
         return _check_tensor_types(_unpickle(file), file)
-    _check_kind(file)
+    check_kind(file, ConversionError)
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
@@ -399,7 +389,7 @@ def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _unpickle(file: Path):
-    _check_kind(file)
+    check_kind(file, ConversionError)
     try:
         with warnings.catch_warnings(action="ignore"):  # of what is an error here
             return torch.load(file, map_location="cpu", weights_only=True)

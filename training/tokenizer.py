@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from entropy_gpt.conversion.foreign_files import identify
+from entropy_gpt.conversion.foreign_files import check_kind
 
 from .errors import CorpusError
 from .text_pieces import cut_pieces
@@ -102,14 +102,8 @@ def fits(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> bool:
 
 def _check_file(place: str):
     """Refuses a file that can't be opened, or is not there but for a pointer to it."""
-    if not (file := _file_of(place)).is_file():
-        return
-    try:
-        kind = identify(file)
-    except OSError as error:
-        raise CorpusError(f"{file} can't be read ({error.strerror}). Make it readable.") from error
-    if kind is not None:
-        raise CorpusError(f"{file} is {kind}.")
+    if (file := _file_of(place)).is_file():
+        check_kind(file, CorpusError)
 
 
 def _file_of(place: str) -> Path:

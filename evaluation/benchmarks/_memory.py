@@ -6,11 +6,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic.dataclasses import dataclass
+
+from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.origin import ROOT
 
 
 # glibc gives tensors back to the system as they are freed, so that resident memory is what is in use.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
+
+
+@dataclass(config=RECORD)
+class Memory:
+    """Peak memory in MiB that a variant took in addition to its inputs."""
+
+    name: str
+    length: int
+    mebibytes: float
 
 
 def mebibytes_of(benchmark: str, *arguments: str) -> float:

@@ -25,7 +25,7 @@ from entropy_gpt.evaluation.origin import ROOT, collect_origin
 from entropy_gpt.evaluation.records.conditions import describe_origin
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
 
-from ._memory import mebibytes_of, peak_mebibytes
+from ._memory import Memory, mebibytes_of, peak_mebibytes
 from ._turns import Timing, compare, format_ratio
 
 
@@ -44,15 +44,6 @@ COMMON = {
 COEFFICIENT = 1e-5
 
 console = Console()
-
-
-@dataclass(config=CONFIG)
-class Memory:
-    """Peak memory in MiB that a variant took in addition to its inputs."""
-
-    name: str
-    length: int
-    mebibytes: float
 
 
 @dataclass(config=CONFIG)

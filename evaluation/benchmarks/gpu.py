@@ -27,6 +27,7 @@ from entropy_gpt.evaluation.origin import ROOT, collect_origin, recorded_version
 from entropy_gpt.evaluation.records.conditions import describe_origin
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention
 
+from ._memory import Memory
 from ._turns import Timing, compare, format_ratio
 from .entropy_attention import matrix_entropies
 
@@ -75,15 +76,6 @@ class Sizes:
     attentions: tuple[str, ...] = (FLASH, FLEX, PUBLIC)
     compiles: bool = True
     milliseconds: float = 20.0
-
-
-@dataclass(config=CONFIG)
-class Memory:
-    """Peak memory in MiB that a variant took in addition to its inputs."""
-
-    name: str
-    length: int
-    mebibytes: float
 
 
 @dataclass(config=CONFIG)
