@@ -26,6 +26,14 @@ PAGE_SUFFIXES = (".html", ".md")
 MANY_LAYERS = 10_000
 
 
+def expanded(path: str | os.PathLike) -> str:
+    """A path in which a leading `~` stands for the home folder. Shells leave it as it is in `--output=~/x`."""
+    try:
+        return str(Path(path).expanduser()) if os.fspath(path).startswith("~") else os.fspath(path)
+    except RuntimeError:  # there is no such user: it is a name that begins so
+        return os.fspath(path)
+
+
 def check_notation(notation: str, n_layer: int = MANY_LAYERS):
     """
     Refuses a notation that can't be read.
@@ -50,7 +58,7 @@ def check_model(source: str | os.PathLike):
     Raises:
         `ConversionError`: If there is no such folder, or no configuration in it. The message suggests another one.
     """
-    folder = Path(source).expanduser()
+    folder = Path(expanded(source))
     if (nearest := _find_meant(source)) is not None:
         raise ConversionError(_missing(source, _model_in(nearest)))
     check_place(source)
@@ -75,7 +83,7 @@ def _base_of(adapter_config: Path) -> str:
 
 def is_model(text: str) -> bool:
     """Whether a text means a model, here or on the Hub, and no notation."""
-    return Path(text).expanduser().exists() or not ("SM" in text or "+" in text or "(" in text)
+    return Path(expanded(text)).exists() or not ("SM" in text or "+" in text or "(" in text)
 
 
 def check_place(source: str | os.PathLike):
@@ -87,7 +95,7 @@ def check_place(source: str | os.PathLike):
         `ConversionError`: If there is no such file or folder.
     """
     nearest = _find_meant(source)
-    if nearest or not (Path(source).expanduser().exists() or REPOSITORY.fullmatch(str(source))):
+    if nearest or not (Path(expanded(source)).exists() or REPOSITORY.fullmatch(str(source))):
         raise ConversionError(_missing(source, nearest))
 
 
@@ -102,8 +110,9 @@ def check_path(path: Path, remedy: str = "Check the path."):
     Raises:
         `UserError`: If there is no such file or folder. The message suggests another one.
     """
-    if not path.expanduser().exists():
-        raise UserError(_missing(path, find_nearest(path.expanduser()), remedy))
+    place = Path(expanded(path))
+    if not place.exists():
+        raise UserError(_missing(path, find_nearest(place), remedy))
 
 
 def find_nearest(path: Path) -> Path | None:
@@ -146,7 +155,7 @@ def _missing(path: str | os.PathLike, nearest: Path | None, remedy: str = "Check
 
 def _find_meant(source: str | os.PathLike) -> Path | None:
     """What lies nearest to a path that does not exist. A single word without a suffix is a repository on the Hub."""
-    path = Path(source).expanduser()
+    path = Path(expanded(source))
     is_path = not REPOSITORY.fullmatch(str(source)) or len(path.parts) > 1 or FILE_SUFFIX.fullmatch(path.suffix)
     return find_nearest(path) if is_path and not path.exists() else None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
+import yaml
 from huggingface_hub import metadata_load
 from pyarrow import parquet
 
@@ -110,7 +111,7 @@ def _find_configuration(folder: Path, config: str | None) -> dict:
     if card.is_file():
         try:
             content = metadata_load(card) or {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise CorpusError(f"The metadata of {card} can't be read: {error}. Mend it.") from error
         known = {entry.get("config_name", "default"): entry for entry in content.get("configs") or []}
     if config is None and len(known) == 1:

@@ -91,14 +91,6 @@ def empty_folder(folder: Path):
         delete(path)
 
 
-def expanded(path: str | os.PathLike) -> str:
-    """A path in which a leading `~` stands for the home folder. Shells leave it as it is in `--output=~/x`."""
-    try:
-        return str(Path(path).expanduser()) if os.fspath(path).startswith("~") else os.fspath(path)
-    except RuntimeError:  # there is no such user: it is a name that begins so
-        return os.fspath(path)
-
-
 def is_finished(path: Path) -> bool:
     """Whether a file or folder in an output folder is there to stay: neither temporary nor the disk's own."""
     return not path.name.startswith(UNFINISHED) and path.name != OF_THE_DISK

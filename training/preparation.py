@@ -13,6 +13,7 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 
 from .arguments import DataArguments
@@ -187,7 +188,7 @@ def _prepare_stream(job: _Job, seed: int) -> PreparedData:
 
 
 def _cache(arguments: DataArguments) -> Path:
-    folder = Path(arguments.data_cache or Path(datasets.config.HF_DATASETS_CACHE, "entropy_gpt")).expanduser()
+    folder = Path(expanded(arguments.data_cache or Path(datasets.config.HF_DATASETS_CACHE, "entropy_gpt")))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,11 +12,17 @@ from typing import Any
 
 import yaml
 
-from entropy_gpt.conversion.early_checks import check_model, check_notation, check_place, find_nearest, suggest
+from entropy_gpt.conversion.early_checks import (
+    check_model,
+    check_notation,
+    check_place,
+    expanded,
+    find_nearest,
+    suggest,
+)
 from entropy_gpt.conversion.errors import ConversionError
 
 from .errors import RecipeError
-from .files import expanded
 
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -72,7 +78,7 @@ def find_recipe(source: str) -> Path:
     for path in (Path(expanded(source)), RECIPES / f"{source.removesuffix('.yaml')}.yaml"):
         if path.is_file():
             return path
-    nearest = find_nearest(Path(source).expanduser())
+    nearest = find_nearest(Path(expanded(source)))
     hint = f"; did you mean {nearest}?" if nearest else suggest(Path(source).stem, list_recipes())
     raise RecipeError(f"There is no recipe {source}{hint} Give a YAML file, or one of {', '.join(list_recipes())}.")
 

@@ -6,7 +6,7 @@ import json
 import logging
 import operator
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +14,8 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
 from datasets.exceptions import DatasetsError
 from pyarrow import compute
+
+from entropy_gpt.conversion.early_checks import expanded
 
 from .arguments import STANDARD_LIBRARY, DataArguments
 from .corpus import (
@@ -33,6 +35,7 @@ from .streaming import Texts
 logger = logging.getLogger(__name__)
 
 Rows = Dataset | IterableDataset
+OTHER_SPLITS = "of other splits"
 # Parts that workers can share among them, where the data set has none of its own.
 PARTS = 64
 
@@ -88,7 +91,7 @@ class _Place:
 
     @property
     def path(self) -> Path:
-        return Path(self.name).expanduser()
+        return Path(expanded(self.name))
 
 
 def open_source(arguments: DataArguments, without: Path | None = None) -> Source:
@@ -119,7 +122,12 @@ def open_source(arguments: DataArguments, without: Path | None = None) -> Source
         raise CorpusError(f"{other.name} is both trained and evaluated on: give another validation_split, or none.")
     training = _open(arguments, place, arguments.dataset_split, 0, without)
     validation = _open(arguments, other, split, 0, without)
-    _log_left_out({place.name: training, other.name: validation})
+    if other.name == place.name:  # what one leaves to the other is read
+        left_out = training.left_out + validation.left_out
+        left_out.subtract(place.left_out + Counter({OTHER_SPLITS: len(place.files)}))
+        _log_left_out({place.name: replace(training, left_out=+left_out)})
+    else:
+        _log_left_out({place.name: training, other.name: validation})
     both = (training, validation)
     return Source(
         name=f"{training.name}, evaluated on {validation.name}",
@@ -159,7 +167,7 @@ def _find_place(dataset: str, without: Path | None) -> _Place:
     """What a name stands for: files, a folder, or else a data set on the Hub."""
     if dataset == STANDARD_LIBRARY:
         return _Place(dataset, "text")
-    path = Path(dataset).expanduser()
+    path = Path(expanded(dataset))
     if path.is_file():
         is_data = suffix_of(path) in READERS
         return _Place(dataset, "data file", [path]) if is_data else _Place(dataset, "text")
@@ -206,7 +214,7 @@ def _open(
         else:
             config = arguments.dataset_config if place.name == arguments.dataset else None
             files = _files_of_split(place, split, config)
-            left_out = left_out + Counter({"of other splits": len(place.files) - len(files)})
+            left_out = left_out + Counter({OTHER_SPLITS: len(place.files) - len(files)})
             rows, fingerprint = _read_files(files, arguments)
         first = next(iter(rows), None)
     except (OSError, ValueError, DatasetsError) as error:

@@ -5,6 +5,11 @@ from typing import Annotated
 
 import typer
 
+from entropy_gpt.conversion.early_checks import check_model, check_place
+from entropy_gpt.training.storage import check_folder
+
+from .paths import read_path
+
 
 def diagnose(
     model: Annotated[
@@ -19,7 +24,9 @@ def diagnose(
         ),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="The model's tokenizer. Default: the model's own.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("attention"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=read_path, help="Folder for the pictures.")
+    ] = Path("attention"),
 ):
     """
     Draw one text: the entropy of every head at every token, and what the tokens attend to in one head.
@@ -29,6 +36,10 @@ def diagnose(
 
     Example: entropy-gpt diagnose model_cards/models/converted "def main(args):" --head 3,2
     """
+    check_model(model)
+    if tokenizer is not None:
+        check_place(tokenizer)
+    check_folder(output)
     from entropy_gpt.terminal.diagnose import run
 
     run(model, text, head, tokenizer, output)

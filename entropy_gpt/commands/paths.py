@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.training.files import expanded
 
 
 def read_path(path: Path | None) -> Path | None:

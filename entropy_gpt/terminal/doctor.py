@@ -210,7 +210,12 @@ def list_requirements(group: str) -> list[Requirement]:
     core = [requirement for requirement in needed if holds(requirement, "")]
     if group == CORE:
         return core
-    return [requirement for requirement in needed if requirement not in core and holds(requirement, group)]
+    own, others = [], []
+    for requirement in needed:
+        if requirement not in core and holds(requirement, group):
+            (own if canonicalize_name(requirement.name) == PROJECT else others).append(requirement)
+    # An extra that asks for others of the project brings what they bring.
+    return [part for each in own for extra in sorted(each.extras) for part in list_requirements(extra)] + others
 
 
 def _judge_packages(

@@ -252,6 +252,8 @@ def perform(conversion: Conversion, progress: Progress) -> ConversionReport:
     with claimed(options.work, lambda: _goes_on(options), options.output):
         check_output(options)  # another command may have written there meanwhile
         if not _needs_text(conversion):
+            if options.text is not None:
+                raise ConversionError(f"--text {options.text} has no effect without a --tokenizer: give both.")
             return _import(conversion)
         text = read_text(options, conversion.original.config, progress)
         try:

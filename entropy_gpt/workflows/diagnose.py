@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pydantic
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.evaluation.measuring.text_diagnostics import TextDiagnostics, diagnose_text
 from entropy_gpt.evaluation.showing.text_plots import plot_text_attention, plot_text_entropies
 from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.storage import check_folder
 
 from .options import Head, read_options
 
@@ -53,13 +55,15 @@ def diagnose(
         output (`str` or `Path`): Folder for the pictures.
 
     Raises:
-        `UserError`: If the model can't be loaded, or text or head do not suit it.
+        `UserError`: If the model can't be loaded, text or head do not suit it, or the folder can't be written to.
     """
     wanted = read_options(DiagnosisOptions, head=head).head
-    diagnostics = diagnose_text(model, tokenizer, text, weights=True)
+    folder = Path(expanded(output))
+    check_folder(folder)
+    tokenizer = None if tokenizer is None else expanded(tokenizer)
+    diagnostics = diagnose_text(expanded(model), tokenizer, text, weights=True)
     layer, number = diagnostics.find_head(wanted)
     name = Path(model).resolve().name
-    folder = Path(output)
     pictures = {
         "entropy of every head at every token": (folder / "entropies.png", plot_text_entropies(diagnostics, name)),
         f"attention of head {number} in layer {layer}": (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.records.measurement import (
@@ -21,7 +22,7 @@ from entropy_gpt.evaluation.records.measurement import (
 )
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results, save_results
 from entropy_gpt.training.claims import claimed
-from entropy_gpt.training.files import delete, expanded, written_whole
+from entropy_gpt.training.files import delete, written_whole
 from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.sources import Source

@@ -10,11 +10,12 @@ from pathlib import Path
 import onnxruntime
 from transformers import PreTrainedTokenizerFast
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.onnx_export import ExportReport, export_onnx
 from entropy_gpt.training.claims import claimed
-from entropy_gpt.training.files import begun_move, delete, expanded, is_finished, put_in_place, written_whole
+from entropy_gpt.training.files import begun_move, delete, is_finished, put_in_place, written_whole
 from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import has_tokenizer, load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress

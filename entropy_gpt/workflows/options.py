@@ -11,8 +11,8 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import pydantic
 from pydantic import BeforeValidator
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.training.files import expanded
 
 
 def _expanded(value: Any) -> Any:

@@ -33,8 +33,9 @@ class OutputKind:
         The folder of unfinished work: next to the output, or inside where nothing can be moved to it from there.
 
         Args:
-            output (`Path`): The output folder, absolute.
+            output (`Path`): The output folder.
         """
+        output = output.resolve()
         if output.exists() and (output.is_mount() or not os.access(output.parent, os.W_OK | os.X_OK)):
             return output / f"{UNFINISHED}{self.name}"
         return output.with_name(f".{self.making}-{output.name}")

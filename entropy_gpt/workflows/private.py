@@ -12,6 +12,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.errors import PrivateInferenceError
@@ -39,7 +40,6 @@ from entropy_gpt.evaluation.private_inference.program.weights import prepare_wei
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import AnswerCheck, ModelResult
-from entropy_gpt.training.files import expanded
 from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress, Stage

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
@@ -24,7 +25,7 @@ from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.program.cost import LAN, MEGA, WAN, InferenceCost, Network, parse_network
 from entropy_gpt.evaluation.private_inference.program.program import Span
 from entropy_gpt.training.claims import claimed
-from entropy_gpt.training.files import expanded, written_whole
+from entropy_gpt.training.files import written_whole
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 
 from .options import as_tuple, check_positive, with_argument_names

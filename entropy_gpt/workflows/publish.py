@@ -36,6 +36,7 @@ from huggingface_hub.utils import (
 from pydantic import Field
 from transformers import PreTrainedTokenizerFast
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.folding import fold
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
@@ -52,7 +53,7 @@ from entropy_gpt.evaluation.showing.publication import (
     check_folding,
     is_published,
 )
-from entropy_gpt.training.files import expanded, written_whole
+from entropy_gpt.training.files import written_whole
 from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_results
 from entropy_gpt.evaluation.records.run_log import LOG_NAME, RunLog
 from entropy_gpt.evaluation.showing.page import Page, page_html, page_markdown
 from entropy_gpt.evaluation.showing.report import build_report
-from entropy_gpt.training.files import expanded, written_whole
+from entropy_gpt.training.files import written_whole
 from entropy_gpt.training.progress import SILENT, Progress
 
 from .options import as_tuple

@@ -142,6 +142,8 @@ class PrivateModel:
         log = EngineLog()
         for _, alike in itertools.groupby(prompts, key=len):
             run = infer_locally(self.config, self.weights, self.settings, list(alike), answers, log)
+            if any(run.out_of_range):
+                raise PrivateInferenceError("numbers were out of range: see the audit of the model.")
             for logits, steps in zip(run.answers, run.steps, strict=True):
                 yield Outcome(logits=[logits], set_up=run.set_up, steps=steps)
 

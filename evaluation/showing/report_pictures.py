@@ -135,9 +135,7 @@ def head_pictures(results: list[ModelResult]) -> list[Picture]:
             "over the layer's heads, and the median of each head)",
             with_heads,
             head_facts,
-            lambda alike: plot_entropy_quantiles(
-                *zip(*((each.heads.heads, each.name) for each in alike), strict=True)
-            ),
+            _compare_quantiles,
         ),
         *alone,
         *(picture for number, result in enumerate(texts, 1) for picture in _text_pictures(number, result)),

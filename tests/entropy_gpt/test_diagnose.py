@@ -51,7 +51,7 @@ def test_two_pictures_and_a_table(model, enter, tmp_path):
         (["def", "--head", "1,-1"], "--head 1,-1: give the numbers"),
         ([""], "The text has no tokens"),
         (["x" * 40], "The text has 40 tokens, and the model sees 32"),
-        (["def", "--tokenizer", "nowhere/at/all"], "nowhere/at/all can't be loaded: there is no such folder"),
+        (["def", "--tokenizer", "nowhere/at/all"], "There is no nowhere/at/all. Check the path."),
     ],
 )
 def test_misuse_is_one_line_and_writes_nothing(words, message, model, enter, tmp_path):

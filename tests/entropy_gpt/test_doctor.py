@@ -101,8 +101,18 @@ def test_all_is_well_here(hub, tmp_path):
 
 def requirements_of_the_project() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = (project["optional-dependencies"][extra] for extra in EXTRAS)
-    return [Requirement(line) for lines in (project["dependencies"], *extras) for line in lines]
+    optional = project["optional-dependencies"]
+
+    def read(lines: list[str]) -> Iterator[Requirement]:
+        for requirement in map(Requirement, lines):
+            if requirement.name == project["name"]:  # it brings what others of its extras bring
+                yield from (part for extra in requirement.extras for part in read(optional[extra]))
+            else:
+                yield requirement
+
+    return [
+        requirement for group in (project["dependencies"], *map(optional.get, EXTRAS)) for requirement in read(group)
+    ]
 
 
 def test_what_is_needed_is_what_the_project_declares():

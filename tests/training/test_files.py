@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from entropy_gpt.training.files import expanded, put_in_place, written_whole
+from entropy_gpt.conversion.early_checks import expanded
+from entropy_gpt.training.files import put_in_place, written_whole
 
 
 def test_a_file_appears_at_the_end(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.training.arguments import STANDARD_LIBRARY
 from entropy_gpt.training.errors import RecipeError
@@ -165,7 +166,7 @@ def read_protocol(path: Path) -> Protocol:
     for name in ("test", "groups", *KINDS):
         _check_mapping(content[name], name, path)
     if content[DATASET] != STANDARD_LIBRARY:
-        content[DATASET] = str(Path(content[DATASET]).expanduser().resolve())
+        content[DATASET] = str(Path(expanded(content[DATASET])).resolve())
     for group, settings in content["groups"].items():
         rows += _read_group(group, dict(_check_mapping(settings, f"group {group}", path)), content, rows, path)
     return Protocol(f"sha256:{digest}", content["dataset"], content["vocabulary"], content["test"], rows)

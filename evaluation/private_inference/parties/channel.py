@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import getpass
 import hashlib
 import ipaddress
@@ -17,7 +18,6 @@ import time
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
@@ -81,6 +81,11 @@ class TLSFiles:
     certificate: Path
     key: Path
     authority: Path
+
+    @functools.cached_property
+    def client_context(self) -> ssl.SSLContext:
+        """[`TLSFiles.context`] of a client, once for all its streams: the key's password is asked for once."""
+        return self.context(server=False)
 
     def context(self, server: bool) -> ssl.SSLContext:
         """
@@ -189,7 +194,7 @@ class Channel:
         try:
             with self._send_lock:
                 while waiting:
-                    waiting = waiting[self._try(partial(self.connection.send, waiting), select.POLLOUT) :]
+                    waiting = waiting[self._try(functools.partial(self.connection.send, waiting), select.POLLOUT) :]
         except OSError as error:
             raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
 
@@ -251,7 +256,7 @@ class Channel:
         content = bytearray()
         while len(content) < size:
             left = min(size - len(content), 2**16)
-            part = self._try(partial(self.connection.recv, left), select.POLLIN, limit)
+            part = self._try(functools.partial(self.connection.recv, left), select.POLLIN, limit)
             if not part:
                 raise closed("the peer closed the connection.")
             content += part
@@ -358,14 +363,20 @@ class Listener:
         """The next connection, about which nothing is known yet."""
         return self._socket.accept()[0]
 
-    def welcome(self, connection: socket.socket) -> Channel:
+    def welcome(
+        self, connection: socket.socket, on_wrapped: Callable[[socket.socket], None] = lambda secured: None
+    ) -> Channel:
         """
         Shakes hands.
+
+        Args:
+            connection (`socket.socket`): One of [`Listener.accept`].
+            on_wrapped: Called with the socket of TLS that takes the connection's place, before hands are shaken.
 
         Raises:
             `PrivateInferenceError`: If the client has no proper certificate, or takes too long.
         """
-        return Channel(_secure(connection, self._context, None))
+        return Channel(_secure(connection, self._context, None, on_wrapped))
 
     def close(self):
         shut_down(self._socket)  # wakes who accepts
@@ -377,7 +388,7 @@ def connect(host: str, port: int, tls: TLSFiles | None) -> Channel:
     Raises:
         `PrivateInferenceError`: If there is no server, or it has no proper certificate for its name.
     """
-    context = tls.context(server=False) if tls else None
+    context = tls.client_context if tls else None
     try:
         connection = socket.create_connection((host, port), timeout=HANDSHAKE_SECONDS)
     except (OSError, UnicodeError) as error:
@@ -385,7 +396,12 @@ def connect(host: str, port: int, tls: TLSFiles | None) -> Channel:
     return Channel(_secure(connection, context, host))
 
 
-def _secure(connection: socket.socket, context: ssl.SSLContext | None, server_name: str | None) -> socket.socket:
+def _secure(
+    connection: socket.socket,
+    context: ssl.SSLContext | None,
+    server_name: str | None,
+    on_wrapped: Callable[[socket.socket], None] = lambda secured: None,
+) -> socket.socket:
     if context is None:
         connection.settimeout(None)
         return connection
@@ -400,6 +416,7 @@ def _secure(connection: socket.socket, context: ssl.SSLContext | None, server_na
     except OSError as error:
         connection.close()
         raise PrivateInferenceError(f"TLS failed: {_reason(error)}.") from error
+    on_wrapped(secured)
     try:
         secured.do_handshake()
     except OSError as error:

@@ -1,6 +1,7 @@
 """What memory a party may use: of this machine, of a model, and of its engine's process."""
 
 import contextlib
+import ctypes
 import math
 import os
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ PEAK_BYTES = 20
 GIGA = 1e9
 # Address space that the engine's threads reserve for each processor and never use.
 RESERVED_BYTES = 2**30
+PR_SET_DUMPABLE = 4
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -40,7 +42,12 @@ def check_memory(shapes: Iterable[tuple[int, ...]]):
 
 
 def forbid_core_dumps():
-    """An engine that a peer makes abort leaves no image of its memory, weights or prompt and all."""
+    """
+    An engine that a peer makes abort leaves no image of its memory, weights or prompt and all. The limit says nothing
+    to a handler to which the system pipes such images, so the process is made one of which none are taken (prctl(2)).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not everywhere
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     with contextlib.suppress(ImportError, OSError, ValueError):  # not everywhere
         import resource
 

@@ -192,7 +192,7 @@ class PartyProcess:
 
     def _was_out_of_range(self, index: int) -> bool:
         """
-        The one bit that both sides learn. The client's share goes first: a lie about it gets no answer. The server
+        The one bit that both sides learn. The client's share goes first: who claims it gets no answer. The server
         reports what it found before the client can know, and end.
         """
         share, peer = self.participant.party.share(OUT_OF_RANGE), 1 - self.job.rank

@@ -329,7 +329,8 @@ class Session:
 class Allowance:
     """
     Raises what a tunnel may carry to this side's engine: what the counts predict of the steps so far and of some more.
-    A peer could fill this machine's memory otherwise, since the engine keeps what it is sent until it asks for it.
+    A peer could fill this machine's memory otherwise, since the engine keeps what it is sent until it asks for it. The
+    counts are Cheetah's: with another protocol there is no such limit.
     """
 
     def __init__(self, job: Job, tunnel: Tunnel):
@@ -353,6 +354,9 @@ class Allowance:
         self._raise()
 
     def _raise(self):
+        if self._job.settings.protocol != "cheetah":
+            self._tunnel.allowed_bytes = math.inf
+            return
         ahead = sum(itertools.islice(self._steps, STEPS_AHEAD))
         self._tunnel.allowed_bytes = self._others + STEP_ALLOWANCE * (self._steps_done + ahead)
 

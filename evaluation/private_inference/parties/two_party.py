@@ -134,7 +134,12 @@ class Server:
                 time.sleep(1)
                 continue
             self._admit(connection)
-            threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
+            try:
+                threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
+            except RuntimeError:  # the system has no more threads
+                self._say("-", "no thread can be started now")
+                self._leave(connection)
+                connection.close()
 
     def close(self):
         """Ends all that goes on, and waits a little until nothing is left of an inference."""
@@ -169,23 +174,35 @@ class Server:
             self._waiting.pop(connection, None)
 
     def _greet(self, connection: socket.socket):
-        address = _address_of(connection)
+        address, slots = _address_of(connection), [connection]
+
+        def replace(secured: socket.socket):
+            slots.append(secured)
+            self._replace(connection, secured)
+
         try:
-            channel = self.listener.welcome(connection)
-            with self._heard(channel, connection):
+            channel = self.listener.welcome(connection, replace)
+            with self._heard(channel):
                 self._hear(channel, address)
         except (PrivateInferenceError, OSError) as error:
             self._say(address, f"a connection was refused: {one_line(error)}")
         finally:
-            self._leave(connection)
+            for slot in slots:
+                self._leave(slot)
+
+    def _replace(self, connection: socket.socket, secured: socket.socket):
+        """A connection of TLS takes the slot of the one beneath it, or ends if that one has lost it."""
+        with self._lock:
+            if connection in self._waiting:
+                self._waiting[secured] = self._waiting.pop(connection)
+            else:
+                shut_down(secured)
 
     @contextlib.contextmanager
-    def _heard(self, channel: Channel, connection: socket.socket) -> Iterator[None]:
-        """Within, [`Server.close`] ends the connection; one of TLS has taken the place of the one beneath it."""
+    def _heard(self, channel: Channel) -> Iterator[None]:
+        """Within, [`Server.close`] ends the connection."""
         with self._lock:
             self._channels.add(channel)
-            if connection in self._waiting:
-                self._waiting[channel.connection] = self._waiting.pop(connection)
             if self._closed:
                 shut_down(channel.connection)
         try:

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import trustme
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties import limits, memory, party_process, tunnel, two_party
-from entropy_gpt.evaluation.private_inference.parties.channel import connect, one_line
+from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, connect, one_line
 from entropy_gpt.evaluation.private_inference.parties.limits import DAY_SECONDS, Accounts, Limits, Use
 from entropy_gpt.evaluation.private_inference.parties.party_process import (
     Job,
@@ -42,6 +43,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import SERVER, Pr
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import make_model
 
+from .test_channel import tls_files
 from .test_tunnel import eventually, linked
 
 
@@ -56,8 +58,8 @@ def make_offer() -> Offer:
 
 
 @contextlib.contextmanager
-def serving(report=lambda line: None, **options) -> Iterator[Server]:
-    server = Server(make_offer(), "127.0.0.1", 0, None, report=report, **options)
+def serving(report=lambda line: None, tls: TLSFiles | None = None, **options) -> Iterator[Server]:
+    server = Server(make_offer(), "127.0.0.1", 0, tls, report=report, **options)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.close()
@@ -98,6 +100,19 @@ class TestGreetings:
             first.setblocking(False)
             with pytest.raises(BlockingIOError):
                 first.recv(1)
+
+    def test_who_begins_tls_and_stops_loses_the_connection_with_the_slot(self, tmp_path):
+        with (
+            serving(tls=tls_files(tmp_path, "server", trustme.CA(), "127.0.0.1")) as server,
+            contextlib.ExitStack() as idle,
+        ):
+            begun = []
+            for _ in range(MAX_GREETINGS + 8):
+                begun.append(idle.enter_context(socket.create_connection(server.address)))
+                begun[-1].sendall(b"\x16")  # the first byte of a handshake
+            assert eventually(lambda: len(server._waiting) == MAX_GREETINGS)
+            begun[0].settimeout(WITHOUT_WAITING)
+            assert begun[0].recv(1000) == b""
 
     def test_a_greeting_has_a_deadline(self, monkeypatch):
         monkeypatch.setattr(two_party, "HANDSHAKE_SECONDS", 0.2)
