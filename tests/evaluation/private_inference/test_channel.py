@@ -397,7 +397,7 @@ def test_wrong_files_of_tls_are_named(name, content, tmp_path, client_files):
     wrong = tmp_path / "wrong"
     if content is not None:
         wrong.write_bytes(content)
-    files = TLSFiles(**{**vars(client_files), name: wrong})
+    files = replace(client_files, **{name: wrong})
     with pytest.raises(PrivateInferenceError, match=str(wrong)):
         files.context(server=False)
 
