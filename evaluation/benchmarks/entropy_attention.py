@@ -8,6 +8,7 @@ Everything is measured side by side in one run: the variants take turns, and eac
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -35,6 +36,8 @@ PICTURE = ROOT / "docs" / "entropy_attention.png"
 
 STOCK, PUBLIC, OURS = "SDPA without entropy", "all matrices", "entropy attention"
 HEADS, HEAD_DIM, BATCH = 12, 64, 8
+# Batch, heads, length and head size of smaller models: the quickstart's and the study's first.
+SMALLER = ((8, 4, 64, 32), (8, 4, 128, 32), (8, 6, 128, 64), (8, 4, 256, 32), (4, 12, 256, 64))
 STEP_SIZES = {"n_layer": 4, "n_embd": 768, "n_head": 12, "vocab_size": 8192, "n_positions": 1024}
 STEP_BATCH = 4
 COMMON = {
@@ -68,7 +71,7 @@ def attend_public(query, key, value):
     """The method of the public code of arXiv 2501.03489: the matrix of probabilities is kept, and p log p is taken."""
     length = query.shape[2]
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
-    scores = (query @ key.transpose(-1, -2) * HEAD_DIM**-0.5).masked_fill(later, torch.finfo(query.dtype).min)
+    scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(later, torch.finfo(query.dtype).min)
     probabilities = scores.softmax(dim=-1)
     return probabilities @ value, matrix_entropies(probabilities)
 
@@ -84,13 +87,15 @@ def matrix_entropies(probabilities: torch.Tensor) -> torch.Tensor:
 ATTENTIONS = {STOCK: attend_stock, PUBLIC: attend_public, OURS: attend_ours}
 
 
-def attention_pass(name: str, length: int, batch_size: int = BATCH) -> Callable[[], None]:
+def attention_pass(
+    name: str, length: int, batch_size: int = BATCH, heads: int = HEADS, head_dim: int = HEAD_DIM
+) -> Callable[[], None]:
     """Forward and backward pass of one attention, with upstream gradients for output and entropies."""
     # Laid out as in the model: queries, keys and values are parts of one matrix product's result.
-    states = torch.randn(batch_size, length, 3 * HEADS * HEAD_DIM).split(HEADS * HEAD_DIM, dim=-1)
-    states = [state.view(batch_size, length, HEADS, HEAD_DIM).transpose(1, 2).requires_grad_() for state in states]
-    grad_output = torch.randn(batch_size, length, HEADS, HEAD_DIM).transpose(1, 2)
-    grad_entropies = torch.randn(batch_size, HEADS, length)
+    states = torch.randn(batch_size, length, 3 * heads * head_dim).split(heads * head_dim, dim=-1)
+    states = [state.view(batch_size, length, heads, head_dim).transpose(1, 2).requires_grad_() for state in states]
+    grad_output = torch.randn(batch_size, length, heads, head_dim).transpose(1, 2)
+    grad_entropies = torch.randn(batch_size, heads, length)
 
     def run():
         output, entropies = ATTENTIONS[name](*states)
@@ -259,6 +264,10 @@ def main(
         measure("attention", attention_pass, length, everything, runs)
         for length in ((128, 256, 512) if quick else (128, 256, 512, 1024, 2048))
     ]
+    for batch, heads, length, head_dim in SMALLER:
+        build = partial(attention_pass, batch_size=batch, heads=heads, head_dim=head_dim)
+        kind = f"attention, batch {batch}, {heads} heads of {head_dim}"
+        times.append(measure(kind, build, length, everything, runs if quick else 5 * runs))
     times += [
         measure("training step", training_step, length, everything, runs)
         for length in ((128,) if quick else (512, 1024))
