@@ -75,10 +75,10 @@ def test_an_extra_is_enough_for_its_commands(extra, words, said, enter):
     ("words", "package", "extra"),
     [
         (("train", "python-stdlib-small", *TRAIN), "datasets|accelerate|peft", "train"),
-        (EVALUATE, "datasets|matplotlib", "eval"),
+        (EVALUATE, "datasets|matplotlib|pyarrow", "eval"),
         (("diagnose", MODELS / "sm-ln-g", "def"), "matplotlib", "eval"),
-        (("evaluate", MODELS / "sm-ln-g", "--tasks", "list"), "lm_eval|datasets", "tasks|eval"),
-        (("export", MODELS / "sm-ln-g", "--onnx", "--output", "exported"), "onnx", "onnx"),
+        (("evaluate", MODELS / "sm-ln-g", "--tasks", "list"), "lm_eval|datasets|pyarrow", "tasks|eval"),
+        (("export", MODELS / "sm-ln-g", "--onnx", "--output", "graph"), "onnx", "onnx"),
         (("private", "demo", MODELS / "converted", "--prompt", "def"), "jax|spu", "private"),
     ],
     ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, tuple) else "",
