@@ -77,8 +77,12 @@ def test_opacus(tmp_path, compared):
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
     folders = [tmp_path / name for name in models]
-    cache = str(tmp_path / "cache")
-    printed = environment.run(SCRIPT, *folders, PYTHONPATH=str(ROOT), HF_MODULES_CACHE=cache, HF_HUB_OFFLINE="1")
+    # Of this project, the environment has what is imported there, by its installed names.
+    (tmp_path / "installed" / "entropy_gpt").mkdir(parents=True)
+    (tmp_path / "installed" / "entropy_gpt" / "training").symlink_to(ROOT / "training")
+    (tmp_path / "installed" / "modeling_entropy_gpt").symlink_to(ROOT / "modeling_entropy_gpt")
+    paths = {"PYTHONPATH": str(tmp_path / "installed"), "HF_MODULES_CACHE": str(tmp_path / "cache")}
+    printed = environment.run(SCRIPT, *folders, HF_HUB_OFFLINE="1", **paths)
     answer = json.loads(printed.splitlines()[-1])
     assert max(answer["without samplers"].values()) <= 1e-4
     assert len(answer["with samplers"]) == len(ARCHITECTURES)
