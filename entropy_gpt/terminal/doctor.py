@@ -111,6 +111,11 @@ class Reported:
     values: list = field(default_factory=list)
     ending: str = ""
 
+    @property
+    def facts(self) -> dict:
+        """The values of a process that reports them by name, together."""
+        return {name: fact for value in self.values for name, fact in value.items()}
+
 
 def run(required: Sequence[Part], gpu: bool = False) -> bool:
     """
@@ -291,7 +296,7 @@ def look_at_machine(torch: Reported) -> Section:
         "processor": f"{name}, {usable_cores()} usable cores",
         "instructions": " ".join(feature for feature in FEATURES if feature in flags) or "unknown",
     }
-    known = {name: fact for value in torch.values for name, fact in value.items()}
+    known = torch.facts
     if known:
         facts["torch"] = f"{known['threads']} threads, instruction set {known['capability']}"
         facts["GPU"] = ", ".join(known["devices"]) or "none visible to torch"
@@ -375,7 +380,7 @@ def _gigabytes(size: float) -> str:
 
 def look_at_hub(reported: Reported) -> list[Section]:
     """Judges the Hub and its token."""
-    facts = {name: fact for value in reported.values for name, fact in value.items()}
+    facts = reported.facts
     sections = [Section("hub", [_judge_hub(facts, reported.ending)], part=Part.hub)]
     return [*sections, _judge_token(facts)] if facts else sections
 
@@ -462,7 +467,7 @@ def answer_privately() -> Iterator[dict]:
 
 def judge_gpu(reported: Reported) -> Section:
     """Whether `make gpu` can run."""
-    facts = {name: fact for value in reported.values for name, fact in value.items()}
+    facts = reported.facts
     if not facts.get("device"):
         finding = Finding(Mark.failed, "GPU", reported.ending or "none visible to torch")
         return Section("gpu", [finding], ["on a machine with a GPU and a torch built for it: make gpu"])
