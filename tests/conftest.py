@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import settings
 
 from .hub_server import HubServer
 
@@ -33,6 +34,12 @@ LONG = (
 )
 
 
+# A change is judged by the same examples on every machine; `--hypothesis-profile=explore` looks for others.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, max_examples=1_000)
+settings.load_profile("same")
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--record-comparisons",
@@ -46,6 +53,12 @@ def pytest_configure():
     """One thread, here and in the processes that tests start: two workers share the machine."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def pytest_collectstart(collector):
+    """What a file makes when it is imported is the same whatever other files are collected."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):

@@ -61,6 +61,20 @@ NOT_NEGATIVE = frozenset(
 )
 # Settings that are files, folders or data sets on the Hub.
 PLACES = ("dataset", "validation_dataset", "tokenizer")
+# Settings that name files or folders, with those that may.
+PATHS = frozenset(
+    {
+        *PLACES,
+        "output_dir",
+        "model_name_or_path",
+        "data_cache",
+        "logging_dir",
+        "resume_from_checkpoint",
+        "deepspeed",
+        "fsdp_config",
+        "accelerator_config",
+    }
+)
 
 
 def list_recipes() -> list[str]:
@@ -85,7 +99,7 @@ def find_recipe(source: str) -> Path:
 
 def read_settings(source: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """
-    The settings of a recipe by their names; without `output_dir`, that is `runs/` and the recipe's name. In texts, a
+    The settings of a recipe by their names; without `output_dir`, that is `runs/` and the recipe's name. In paths, a
     leading `~` stands for the home folder.
 
     Args:
@@ -97,7 +111,8 @@ def read_settings(source: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """
     path = find_recipe(source)
     settings = {"output_dir": str(Path("runs", path.stem)), **read_yaml(path), **overrides}
-    settings = {name: expanded(value) if isinstance(value, str) else value for name, value in settings.items()}
+    paths = {name: expanded(settings[name]) for name in PATHS & settings.keys() if isinstance(settings[name], str)}
+    settings |= paths
     known = sorted({*argument_names(), *config_names()})
     for name in settings:
         if name not in known:

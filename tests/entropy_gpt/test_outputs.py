@@ -116,11 +116,11 @@ def test_a_home_folder_is_found_in_every_path(monkeypatch, tmp_path):
     (tmp_path / "model" / "config.json").touch()
     (tmp_path / "recipe.yaml").write_text("dataset: ~/texts\ntokenizer: ~/tokenizer\nnotation: SM\n")
     settings = read_settings(
-        "~/recipe.yaml", {"output_dir": "~/run", "model_name_or_path": Path("~/model").as_posix()}
+        "~/recipe.yaml", {"output_dir": "~/run", "model_name_or_path": Path("~/model").as_posix(), "run_name": "~"}
     )
     assert settings == {
         **{"dataset": f"{tmp_path}/texts", "tokenizer": f"{tmp_path}/tokenizer", "notation": "SM"},
-        **{"output_dir": f"{tmp_path}/run", "model_name_or_path": f"{tmp_path}/model"},
+        **{"output_dir": f"{tmp_path}/run", "model_name_or_path": f"{tmp_path}/model", "run_name": "~"},
     }
     paths = {"text": "~/texts", "calibration": "~/kept", "output": Path("~/out"), "tokenizer": "~/tokenizer"}
     options = read_options(ConversionOptions, source="~/gpt2", to="SM", **paths)
