@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -64,6 +65,12 @@ def pytest_collectstart(collector):
 def pytest_collection_modifyitems(items):
     places = {TESTS / name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path, len(LONG)))
+
+
+def pytest_collection_finish():
+    """Every training collects garbage; what was imported is none, and going through it takes longer than the steps."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
