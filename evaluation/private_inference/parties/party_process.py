@@ -346,7 +346,7 @@ def main():
             reason = f"{type(error).__name__}: {reason}"
         tell({"event": "error", "reason": reason, "may_be_told": told})
         sys.stderr.flush()
-        sys.stdin.buffer.read()  # this side tells the peer why, before its engine sees this one end
+        sys.stdin.buffer.read()  # the peer hears why before its engine sees this one end
         os._exit(1)  # the engine's threads need not be waited for
 
 
