@@ -368,6 +368,21 @@ def audit(
     )
 
 
+def bound(
+    config: EntropyGPTConfig, weights: dict[str, np.ndarray], settings: PrivateSettings, text: Sequence[int] = ()
+) -> tuple[dict[str, np.ndarray], RangeReport]:
+    """
+    The weights with the bounds of the check, and the audit that found them; arguments as of [`choose_sequences`].
+
+    Raises:
+        `PrivateInferenceError`: If the model's numbers do not fit.
+    """
+    report = audit(config, weights, settings, choose_sequences(config, weights, text))
+    if report.problems:
+        raise PrivateInferenceError(f"the model does not fit the ring: {report.problems[0]}")
+    return weights | report.bounds, report
+
+
 class _Errors:
     """Statistics of the errors of logits, over sequences; not the logits, of which there may be many."""
 
