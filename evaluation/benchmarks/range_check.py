@@ -54,7 +54,7 @@ MODELS = [ROOT / "model_cards" / "models" / name for name in ("sm-ln-g", "conver
 LENGTH, PROMPTS = 16, 20
 RUNS, HONEST_RUNS = 30, 10_000
 QUICK_RUNS, QUICK_HONEST_RUNS = 3, 200
-# Of the honest runs, one in as many is as long as the model allows, in addition.
+# In addition, one honest run in as many is as long as the model allows.
 LONG_SHARE = 20
 # Without one event in n runs, its probability is below 3 / n with 95 % confidence.
 RULE_OF_THREE = 3
@@ -279,7 +279,7 @@ SHIFTS_A_ROW = 4
 
 
 def _bound(found: int, runs: int) -> str:
-    """What none among so many says of the next."""
+    """What none among these runs says of the next."""
     return "" if found else f": at most 1 in {runs // RULE_OF_THREE:,}, with 95 % confidence"
 
 

@@ -38,7 +38,7 @@ SMALLEST_ERROR, LARGEST_ERROR = 64, 14603
 LARGE_ERROR = 2.0**28
 # Errors of single numbers by powers of 2 of last bits.
 SHIFTED_BITS = range(4, 41)
-# Of runs of a gross corruption, one in as many for each subtle one, of which there are more.
+# There are more subtle corruptions: each has one run for this many of a gross one.
 SUBTLE_SHARE = 10
 # Honest runs at once.
 BATCH = 64
