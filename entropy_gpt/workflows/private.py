@@ -34,7 +34,7 @@ from entropy_gpt.evaluation.private_inference.program.range_audit import (
     bound,
     tolerated_error,
 )
-from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.measurement import describe_model
@@ -145,7 +145,7 @@ def open_server(
     host, port = parse_address(listen)
     _check_connection(host, tls, insecure, settings)
     offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
-    check_memory(weight_shapes(offer.config).values())
+    check_memory(weight_shapes(offer.config).values(), SERVER)
     return Server(offer, host, port, tls, timeout, limits, report)
 
 

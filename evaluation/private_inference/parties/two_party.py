@@ -487,7 +487,7 @@ def _check_sizes(config: ProgramConfig, settings: PrivateSettings):
         raise ValueError(f"pruned_ffn_layers are not some of the {config.n_layer} layers in their order")
     if not 0 < config.layer_norm_epsilon < math.inf:
         raise ValueError(f"layer_norm_epsilon={config.layer_norm_epsilon} is no small positive number")
-    check_memory(weight_shapes(config).values())
+    check_memory(weight_shapes(config).values(), CLIENT)
     if not 1 <= settings.fraction_bits < RING_BITS // 2:
         raise ValueError(f"fraction_bits is not from 1 to {RING_BITS // 2 - 1}")
     for name in ("exponential_squarings", "reciprocal_iterations"):

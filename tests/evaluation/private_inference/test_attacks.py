@@ -404,12 +404,12 @@ class TestMemory:
 
     def test_terms_beyond_the_memory_of_this_machine_are_refused(self, monkeypatch):
         shapes = [(1000, 1000), (500,)]
-        needed = 20 * 1_000_500
-        monkeypatch.setattr(memory, "machine_memory", lambda: needed)
-        memory.check_memory(shapes)
-        monkeypatch.setattr(memory, "machine_memory", lambda: needed - 1)
-        with pytest.raises(PrivateInferenceError, match="need 0 GB of memory as secret numbers, and this machine has"):
-            memory.check_memory(shapes)
+        for rank, needed in ((SERVER, 12 * 1_000_500 + 32 * 1_000_000), (CLIENT, 8 * 1_000_500 + 16 * 1_000_000)):
+            monkeypatch.setattr(memory, "machine_memory", lambda needed=needed: needed)
+            memory.check_memory(shapes, rank)
+            monkeypatch.setattr(memory, "machine_memory", lambda needed=needed: needed - 1)
+            with pytest.raises(PrivateInferenceError, match="need 0 GB of memory as secret numbers, and this machine"):
+                memory.check_memory(shapes, rank)
         with serving() as server, pytest.raises(PrivateInferenceError, match="need 0 GB of memory"):
             monkeypatch.setattr(memory, "machine_memory", lambda: 1000)
             Client(*server.address, None)
