@@ -18,8 +18,9 @@ import math
 import re
 import threading
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -41,8 +42,6 @@ BLOCK_ELEMENTS = 2**18
 # Shapes whose memory each thread keeps, and the length up to which it does.
 KEPT_SHAPES = 4
 KEPT_LENGTH = 2**13
-# The least elements of a sequence's blocks that are computed without those of other sequences.
-FEW_ELEMENTS = 2**15
 # Blocks of a shape of which the parts of that memory are kept cut.
 KEPT_PARTS = 512
 
@@ -108,35 +107,40 @@ def forward_pass(
 
         run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, *results)
         return results
-    plan = _plans.find(query, key, output.shape[-1], is_causal)
+    plan = _plans.find(query, key.shape[2], output.shape[-1], is_causal)
+    blocks = plan.blocks(visible)
     with torch.autocast(query.device.type, enabled=False):
-        blocks, hidden = plan.blocks(visible), _hidden_pairs(query, key, visible)
-        for number, group in enumerate(plan.groups):
-            queries, keys = plan.take("queries", query[group]), plan.take("keys", key[group])
-            values = None if value is None else plan.take("values", value[group])
+        for number, place in enumerate(plan.groups):
+            plan.queries.copy_(query[place])
+            plan.keys.copy_(key[place])
+            if value is not None:
+                plan.values.copy_(value[place])
             for block in blocks:
                 part = plan.cut(block)
                 scores, weights = part.scores, part.weights
-                torch.baddbmm(
-                    scores, queries[:, part.rows], keys[:, part.keys].mT, beta=0, alpha=scaling * LOG2_E, out=scores
-                )
-                plan.hide(part, hidden, group)
+                torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=scaling * LOG2_E, out=scores)
+                _hide(part, visible, place, block)
                 torch.amax(scores, -1, True, out=part.maximum)
-                if hidden is not None:
+                if visible is not None:
                     part.maximum.clamp_(min=NOTHING_VISIBLE)
                 torch.exp2(scores.sub_(part.maximum), out=weights)
                 torch.sum(weights, -1, True, out=part.total)
                 torch.sum(scores.mul_(weights), -1, True, out=part.product)
-                if hidden is not None:
-                    part.total.masked_fill_(part.total == 0, 1.0)  # of rows that see nothing
                 if value is not None:
                     if dropout:
-                        weights.mul_(_draw_kept(part.kept, dropout, seed, number * query.shape[2] + block[0]))
-                    torch.bmm(weights, values[:, part.keys], out=part.attended)
-                    output[group][..., part.rows, :] = plan.unflatten(part.attended.div_(part.total))
-            log_total = plan.total.log2()
-            log_sum_exp[group] = plan.unflatten(log_total + plan.maximum).squeeze(-1)
-            entropies[group] = plan.unflatten(log_total.sub_(plan.product.div_(plan.total)).mul_(LN_2)).squeeze(-1)
+                        weights.mul_(
+                            _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
+                        )
+                    torch.bmm(weights, part.values, out=part.outputs)
+            total = plan.total
+            if visible is not None:
+                total.masked_fill_(total == 0, 1.0)  # of rows that see nothing
+            if value is not None:
+                torch.div(plan.outputs, total, out=output[place])
+            log_total = total.log2()
+            torch.add(log_total, plan.maximum, out=log_sum_exp[place].unsqueeze(-1))
+            rows_entropy = entropies[place].unsqueeze(-1)
+            torch.sub(log_total, plan.product.div_(total), out=rows_entropy).mul_(LN_2)
     return results
 
 
@@ -167,49 +171,46 @@ def backward_pass(
             grad_output, grad_entropies, *gradients,
         )  # fmt: skip
         return gradients
-    plan = _plans.find(query, key, output.shape[-1], is_causal)
+    plan = _plans.find(query, key.shape[2], output.shape[-1], is_causal)
+    blocks = plan.blocks(visible)
     with torch.autocast(query.device.type, enabled=False):
-        blocks, hidden = plan.blocks(visible), _hidden_pairs(query, key, visible)
-        constants = grad_entropies * entropies
-        if value is not None:
-            constants += (grad_output.to(plan.dtype) * output).sum(dim=-1)
-        slopes, constants, log_sums = (
-            rows.unsqueeze(-1) for rows in (grad_entropies * -LN_2, -constants, log_sum_exp)
-        )
-        for number, group in enumerate(plan.groups):
-            queries, keys = plan.take("queries", query[group]), plan.take("keys", key[group])
-            slope, constant, log_sum = (plan.flatten(rows[group]) for rows in (slopes, constants, log_sums))
-            grad_keys = plan.grad_keys.zero_()
+        for number, place in enumerate(plan.groups):
+            plan.queries.copy_(query[place])
+            plan.keys.copy_(key[place])
+            slopes, constants = grad_entropies[place].unsqueeze(-1), plan.total
+            torch.mul(slopes, entropies[place].unsqueeze(-1), out=constants)
+            torch.mul(slopes, -LN_2, out=plan.product)
+            plan.maximum.copy_(log_sum_exp[place].unsqueeze(-1))
+            plan.grad_keys.zero_()
             if value is not None:
-                values, upstream = plan.take("values", value[group]), plan.take("upstream", grad_output[group])
-                grad_values = plan.grad_values.zero_()
+                plan.values.copy_(value[place])
+                upstream = plan.upstream.copy_(grad_output[place])
+                torch.mul(upstream, output[place], out=plan.outputs)
+                constants.add_(plan.outputs.sum(-1, True))
+                plan.grad_values.zero_()
+            constants.neg_()
             for block in blocks:
                 part = plan.cut(block)
-                scores, weights, rows = part.scores, part.weights, part.rows
-                block_keys = keys[:, part.keys]
-                torch.baddbmm(scores, queries[:, rows], block_keys.mT, beta=0, alpha=scaling * LOG2_E, out=scores)
-                plan.hide(part, hidden, group)
-                torch.exp2(scores.sub_(log_sum[:, rows]), out=weights)  # of log2 of the probabilities
-                torch.addcmul(constant[:, rows], scores, slope[:, rows], out=scores)
+                scores, weights = part.scores, part.weights
+                torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=scaling * LOG2_E, out=scores)
+                _hide(part, visible, place, block)
+                torch.exp2(scores.sub_(part.maximum), out=weights)  # of log2 of the probabilities
+                torch.addcmul(part.total, scores, part.product, out=scores)
                 if value is not None:
-                    block_values, block_upstream = values[:, part.keys], upstream[:, rows]
                     if dropout:
-                        kept = _draw_kept(part.kept, dropout, seed, number * query.shape[2] + block[0])
-                        scores.addcmul_(torch.bmm(block_upstream, block_values.mT), kept)
-                        kept.mul_(weights)
+                        kept = _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
+                        scores.addcmul_(torch.bmm(part.upstream, part.values.mT), kept)
+                        part.grad_values.baddbmm_(kept.mul_(weights).mT, part.upstream)
                     else:
-                        scores.baddbmm_(block_upstream, block_values.mT)
-                        kept = weights
-                    torch.bmm(kept.mT, block_upstream, out=part.grad_values)
-                    grad_values[:, part.keys].add_(part.grad_values)
+                        scores.baddbmm_(part.upstream, part.values.mT)
+                        part.grad_values.baddbmm_(weights.mT, part.upstream)
                 scores.mul_(weights)  # now the gradient of the scores
-                torch.bmm(scores, block_keys, out=part.grad_queries)
-                torch.mul(plan.unflatten(part.grad_queries), scaling, out=grad_query[group][..., rows, :])
-                torch.bmm(scores.mT, queries[:, rows], out=part.grad_keys)
-                grad_keys[:, part.keys].add_(part.grad_keys)
-            torch.mul(plan.unflatten(grad_keys), scaling, out=grad_key[group])
+                torch.baddbmm(part.grad_queries, scores, part.keys, beta=0, alpha=scaling, out=part.grad_queries)
+                part.grad_keys.baddbmm_(scores.mT, part.queries, alpha=scaling)
+            grad_query[place].copy_(plan.grad_queries)
+            grad_key[place].copy_(plan.grad_keys)
             if value is not None:
-                grad_value[group] = plan.unflatten(grad_values)
+                grad_value[place].copy_(plan.grad_values)
     return gradients
 
 
@@ -228,77 +229,70 @@ def obstacle_to_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) 
     return None
 
 
+class _Block(NamedTuple):
+    """Where some rows begin and end, and the keys that at least one of them may attend to."""
+
+    first_row: int
+    end_row: int
+    first_key: int
+    end_key: int
+
+
 class _Plan:
     """
-    How attention between tensors of some shapes is cut into equal groups of heads and blocks of rows, and memory for
-    one group, which each group and each call overwrites. Its matrices are flat: `(heads of the group, length, width)`.
+    How attention between tensors of some shapes is cut into equal groups of heads and blocks of rows, and the memory
+    for one group: attributes of shape `(batch, heads, length, width)`, and the same cut for a block, batch and heads
+    flat. Each group overwrites it, and so does each call.
     """
 
     def __init__(self, query_shape: tuple, key_length: int, value_dim: int, dtype, device, is_causal: bool):
-        batch_size, heads, query_length, head_dim = query_shape
-        self.lengths, self.past, self.dtype = (query_length, key_length), key_length - query_length, dtype
-        rows = max(1, min(BLOCK_ROWS, query_length))
-        elements = max(1, rows * key_length)  # of one head
-        if heads * elements < FEW_ELEMENTS:  # whole sequences, of which copies are made
-            sequences = _divisor(batch_size, BLOCK_ELEMENTS // max(1, heads * elements))
-            self._shape = (sequences, heads)
-            self.groups = [(slice(first, first + sequences),) for first in range(0, batch_size, sequences)]
-        else:
-            self._shape = (_divisor(heads, BLOCK_ELEMENTS // elements),)
-            firsts = range(0, heads, *self._shape)
-            self.groups = [(b, slice(first, first + self._shape[0])) for b in range(batch_size) for first in firsts]
-        starts = range(0, query_length, rows)
-        ends = [min(start + rows, query_length) for start in starts]
-        last_keys = [end + self.past if is_causal else key_length for end in ends]
-        self._blocks = [(start, end, 0, last) for start, end, last in zip(starts, ends, last_keys, strict=True)]
+        batch_size, heads, self.query_length, head_dim = query_shape
+        self.key_length, self.is_causal = key_length, is_causal
+        self.past = key_length - self.query_length
+        block_rows = max(1, min(BLOCK_ROWS, self.query_length))
+        most = max(1, BLOCK_ELEMENTS // max(1, block_rows * key_length))
+        self.shape = (_divisor(batch_size, most // max(1, heads)), _divisor(heads, most))
+        self.size = math.prod(self.shape)
+        self.groups = [
+            (slice(batch, batch + self.shape[0]), slice(head, head + self.shape[1]))
+            for batch in range(0, batch_size, self.shape[0])
+            for head in range(0, heads, self.shape[1])
+        ]
+        starts = range(0, self.query_length, block_rows)
+        ends = [min(start + block_rows, self.query_length) for start in starts]
+        last_keys = [min(key_length, end + self.past) if is_causal else key_length for end in ends]
+        self._blocks = [_Block(*rows, 0, key) for *rows, key in zip(starts, ends, last_keys, strict=True)]
+
+        rows = {"queries": head_dim, "grad_queries": head_dim, "outputs": value_dim, "upstream": value_dim}
+        rows |= dict.fromkeys(("maximum", "total", "product"), 1)
+        keys = {"keys": head_dim, "grad_keys": head_dim, "values": value_dim, "grad_values": value_dim}
+        options = {"dtype": dtype, "device": device}
+        with torch.inference_mode(False):  # so that it serves with gradients too
+            self._rows = {
+                name: torch.empty(*self.shape, self.query_length, dim, **options) for name, dim in rows.items()
+            }
+            self._keys = {name: torch.empty(*self.shape, key_length, dim, **options) for name, dim in keys.items()}
+            matrix = self.size * block_rows * key_length
+            self._matrices = {name: torch.empty(matrix, **options) for name in ("scores", "weights", "kept")}
+            self._later_keys = torch.full((block_rows, block_rows), MASKED, **options).triu_(1)
+        vars(self).update(self._rows | self._keys)
         self._parts = {}
 
-        sizes = dict.fromkeys(("scores", "weights", "kept"), rows * key_length)
-        sizes |= {"attended": rows * value_dim, "block_grad_queries": rows * head_dim}
-        sizes |= {"queries": query_length * head_dim, "upstream": query_length * value_dim}
-        sizes |= dict.fromkeys(("keys", "grad_keys", "block_grad_keys"), key_length * head_dim)
-        sizes |= dict.fromkeys(("values", "grad_values", "block_grad_values"), key_length * value_dim)
-        sizes |= dict.fromkeys(("maximum", "total", "product"), query_length)
-        self._size = math.prod(self._shape)
-        with torch.inference_mode(False):  # so that it serves outside of it too
-            empty = partial(torch.empty, dtype=dtype, device=device)
-            self._memory = {name: empty(self._size * size) for name, size in sizes.items()}
-            self._later_keys = empty(rows, rows).fill_(MASKED).triu_(1) if is_causal else None
-        self.maximum, self.total, self.product = (self.view(name, query_length, 1) for name in [*sizes][-3:])
-        self.grad_keys = self.view("grad_keys", key_length, head_dim)
-        self.grad_values = self.view("grad_values", key_length, value_dim)
-
-    def view(self, name: str, length: int, width: int) -> torch.Tensor:
-        """Matrices in the memory of that name, as many as the group has heads."""
-        return self._memory[name][: self._size * length * width].view(self._size, length, width)
-
-    def take(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """A group's queries, keys, values or upstream gradients, flat: themselves or a copy."""
-        if len(self._shape) == 1 and states.dtype == self.dtype:
-            return states
-        copy = self.view(name, *states.shape[-2:])
-        self.unflatten(copy).copy_(states)
-        return copy
-
-    def flatten(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.reshape(self._size, -1, 1)
-
-    def unflatten(self, matrices: torch.Tensor) -> torch.Tensor:
-        return matrices.view(*self._shape, *matrices.shape[1:])
-
-    def blocks(self, visible: torch.Tensor | None) -> list[tuple[int, int, int, int]]:
-        """Where the rows of each block begin and end, and the keys that at least one of them may see."""
+    def blocks(self, visible: torch.Tensor | None) -> list[_Block]:
+        """The blocks, with no keys before the first or after the last that the mask lets any of their rows see."""
         if visible is None or visible.shape[-1] == 1:
             return self._blocks
-        return [self._narrow(visible, *block) for block in self._blocks]
+        return [self._narrow(block, visible) for block in self._blocks]
 
-    def _narrow(self, visible: torch.Tensor, first_row: int, end_row: int, first_key: int, end_key: int):
-        rows = visible if visible.shape[2] == 1 else visible[:, :, first_row:end_row]
-        seen = rows[..., first_key:end_key].any(dim=0).any(dim=0).any(dim=0).nonzero()
-        return first_row, end_row, *((seen[0].item(), seen[-1].item() + 1) if len(seen) else (0, 1))
+    def _narrow(self, block: _Block, visible: torch.Tensor) -> _Block:
+        if visible.shape[2] > 1:
+            visible = visible[:, :, block.first_row : block.end_row]
+        seen = visible[..., : block.end_key].any(dim=0).any(dim=0).any(dim=0).nonzero()
+        first, end = (seen[0].item(), seen[-1].item() + 1) if len(seen) else (0, 1)
+        return block._replace(first_key=first, end_key=end)
 
-    def cut(self, block: tuple[int, int, int, int]) -> SimpleNamespace:
-        """A block's rows and keys, and its parts of the memory."""
+    def cut(self, block: _Block) -> SimpleNamespace:
+        """The block's part of the memory; what is added to the scores of later keys, if it has any, is `later_keys`."""
         if block not in self._parts:
             if len(self._parts) == KEPT_PARTS:
                 self._parts.clear()
@@ -306,33 +300,20 @@ class _Plan:
         return self._parts[block]
 
     def _cut(self, first_row: int, end_row: int, first_key: int, end_key: int) -> SimpleNamespace:
-        rows, keys = slice(first_row, end_row), slice(first_key, end_key)
-        length, width = end_row - first_row, end_key - first_key
-        head_dim, value_dim = self.grad_keys.shape[-1], self.grad_values.shape[-1]
-        part = SimpleNamespace(
-            rows=rows,
-            keys=keys,
-            **{name: self.view(name, length, width) for name in ("scores", "weights", "kept")},
-            **{name: getattr(self, name)[:, rows] for name in ("maximum", "total", "product")},
-            attended=self.view("attended", length, value_dim),
-            grad_queries=self.view("block_grad_queries", length, head_dim),
-            grad_keys=self.view("block_grad_keys", width, head_dim),
-            grad_values=self.view("block_grad_values", width, value_dim),
-            later_scores=None,
-        )
+        rows, keys = end_row - first_row, end_key - first_key
+        part = SimpleNamespace(later_keys=None)
+        for name, tensor in self._rows.items():
+            setattr(part, name, tensor.flatten(0, 1)[:, first_row:end_row])
+        for name, tensor in self._keys.items():
+            setattr(part, name, tensor.flatten(0, 1)[:, first_key:end_key])
+        for name, tensor in self._matrices.items():
+            setattr(part, name, tensor[: self.size * rows * keys].view(self.size, rows, keys))
         diagonal = first_row + self.past
         start = max(first_key, diagonal)
-        if self._later_keys is not None and start < end_key:
+        if self.is_causal and start < end_key:
             part.later_scores = part.scores[:, :, start - first_key :]
-            part.later_keys = self._later_keys[:length, start - diagonal : end_key - diagonal]
+            part.later_keys = self._later_keys[:rows, start - diagonal : end_key - diagonal]
         return part
-
-    def hide(self, part: SimpleNamespace, hidden: torch.Tensor | None, group: tuple):
-        """Keeps masked pairs out of a block's scores, in place."""
-        if part.later_scores is not None:
-            part.later_scores.add_(part.later_keys)
-        if hidden is not None:
-            self.unflatten(part.scores).masked_fill_(hidden[group][..., part.rows, part.keys], MASKED)
 
 
 class _Plans(threading.local):
@@ -341,10 +322,10 @@ class _Plans(threading.local):
     def __init__(self):
         self.keep = lru_cache(KEPT_SHAPES)(_Plan)
 
-    def find(self, query: torch.Tensor, key: torch.Tensor, value_dim: int, is_causal: bool) -> _Plan:
-        dtype, key_length = torch.promote_types(query.dtype, torch.float32), key.shape[2]
+    def find(self, query: torch.Tensor, key_length: int, value_dim: int, is_causal: bool) -> _Plan:
+        dtype = torch.promote_types(query.dtype, torch.float32)
         plan = self.keep if key_length <= KEPT_LENGTH else _Plan
-        return plan(tuple(query.shape), key_length, value_dim, dtype, query.device, is_causal)
+        return plan(query.shape, key_length, value_dim, dtype, query.device, is_causal)
 
 
 _plans = _Plans()
@@ -355,9 +336,15 @@ def _divisor(total: int, most: int) -> int:
     return next((number for number in range(min(total, most), 1, -1) if total % number == 0), 1)
 
 
-def _hidden_pairs(query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor | None:
-    """What is not visible, for every query and key, without a copy for each."""
-    return None if visible is None else (~visible).expand(*query.shape[:3], key.shape[2])
+def _hide(part: SimpleNamespace, visible: torch.Tensor | None, place: tuple[slice, slice], block: _Block):
+    """Keeps masked pairs out of a block's scores, in place."""
+    if part.later_keys is not None:
+        part.later_scores.add_(part.later_keys)
+    if visible is not None:
+        places = (*place, slice(*block[:2]), slice(*block[2:]))
+        visible = visible[*(slice(None) if size == 1 else part for size, part in zip(visible.shape, places))]
+        scores = part.scores.unflatten(0, tuple(along.stop - along.start for along in place))
+        scores.masked_fill_(~visible, MASKED)
 
 
 def _draw_kept(kept: torch.Tensor, dropout: float, seed: torch.Tensor, number: int) -> torch.Tensor:
