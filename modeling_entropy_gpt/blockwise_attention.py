@@ -107,19 +107,21 @@ def forward_pass(
 
         run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, *results)
         return results
+    if not key.shape[2]:
+        return tuple(result.zero_() for result in results)
     plan = _plans.find(query, key.shape[2], output.shape[-1], is_causal)
     blocks = plan.blocks(visible)
     with torch.autocast(query.device.type, enabled=False):
-        for number, place in enumerate(plan.groups):
-            plan.queries.copy_(query[place])
-            plan.keys.copy_(key[place])
+        for number, group in enumerate(plan.groups):
+            plan.queries.copy_(query[group])
+            plan.keys.copy_(key[group])
             if value is not None:
-                plan.values.copy_(value[place])
+                plan.values.copy_(value[group])
             for block in blocks:
                 part = plan.cut(block)
                 scores, weights = part.scores, part.weights
                 torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=scaling * LOG2_E, out=scores)
-                _hide(part, visible, place, block)
+                _hide(part, visible, group, block)
                 torch.amax(scores, -1, True, out=part.maximum)
                 if visible is not None:
                     part.maximum.clamp_(min=NOTHING_VISIBLE)
@@ -128,18 +130,17 @@ def forward_pass(
                 torch.sum(scores.mul_(weights), -1, True, out=part.product)
                 if value is not None:
                     if dropout:
-                        weights.mul_(
-                            _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
-                        )
+                        kept = _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
+                        weights.mul_(kept)
                     torch.bmm(weights, part.values, out=part.outputs)
             total = plan.total
             if visible is not None:
                 total.masked_fill_(total == 0, 1.0)  # of rows that see nothing
             if value is not None:
-                torch.div(plan.outputs, total, out=output[place])
+                torch.div(plan.outputs, total, out=output[group])
             log_total = total.log2()
-            torch.add(log_total, plan.maximum, out=log_sum_exp[place].unsqueeze(-1))
-            rows_entropy = entropies[place].unsqueeze(-1)
+            torch.add(log_total, plan.maximum, out=log_sum_exp[group].unsqueeze(-1))
+            rows_entropy = entropies[group].unsqueeze(-1)
             torch.sub(log_total, plan.product.div_(total), out=rows_entropy).mul_(LN_2)
     return results
 
@@ -171,21 +172,23 @@ def backward_pass(
             grad_output, grad_entropies, *gradients,
         )  # fmt: skip
         return gradients
+    if not key.shape[2]:
+        return tuple(gradient.zero_() for gradient in gradients)
     plan = _plans.find(query, key.shape[2], output.shape[-1], is_causal)
     blocks = plan.blocks(visible)
     with torch.autocast(query.device.type, enabled=False):
-        for number, place in enumerate(plan.groups):
-            plan.queries.copy_(query[place])
-            plan.keys.copy_(key[place])
-            slopes, constants = grad_entropies[place].unsqueeze(-1), plan.total
-            torch.mul(slopes, entropies[place].unsqueeze(-1), out=constants)
+        for number, group in enumerate(plan.groups):
+            plan.queries.copy_(query[group])
+            plan.keys.copy_(key[group])
+            slopes, constants = grad_entropies[group].unsqueeze(-1), plan.total
+            torch.mul(slopes, entropies[group].unsqueeze(-1), out=constants)
             torch.mul(slopes, -LN_2, out=plan.product)
-            plan.maximum.copy_(log_sum_exp[place].unsqueeze(-1))
+            plan.maximum.copy_(log_sum_exp[group].unsqueeze(-1))
             plan.grad_keys.zero_()
             if value is not None:
-                plan.values.copy_(value[place])
-                upstream = plan.upstream.copy_(grad_output[place])
-                torch.mul(upstream, output[place], out=plan.outputs)
+                plan.values.copy_(value[group])
+                upstream = plan.upstream.copy_(grad_output[group])
+                torch.mul(upstream, output[group], out=plan.outputs)
                 constants.add_(plan.outputs.sum(-1, True))
                 plan.grad_values.zero_()
             constants.neg_()
@@ -193,7 +196,7 @@ def backward_pass(
                 part = plan.cut(block)
                 scores, weights = part.scores, part.weights
                 torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=scaling * LOG2_E, out=scores)
-                _hide(part, visible, place, block)
+                _hide(part, visible, group, block)
                 torch.exp2(scores.sub_(part.maximum), out=weights)  # of log2 of the probabilities
                 torch.addcmul(part.total, scores, part.product, out=scores)
                 if value is not None:
@@ -207,10 +210,10 @@ def backward_pass(
                 scores.mul_(weights)  # now the gradient of the scores
                 torch.baddbmm(part.grad_queries, scores, part.keys, beta=0, alpha=scaling, out=part.grad_queries)
                 part.grad_keys.baddbmm_(scores.mT, part.queries, alpha=scaling)
-            grad_query[place].copy_(plan.grad_queries)
-            grad_key[place].copy_(plan.grad_keys)
+            grad_query[group].copy_(plan.grad_queries)
+            grad_key[group].copy_(plan.grad_keys)
             if value is not None:
-                grad_value[place].copy_(plan.grad_values)
+                grad_value[group].copy_(plan.grad_values)
     return gradients
 
 
@@ -241,8 +244,8 @@ class _Block(NamedTuple):
 class _Plan:
     """
     How attention between tensors of some shapes is cut into equal groups of heads and blocks of rows, and the memory
-    for one group: attributes of shape `(batch, heads, length, width)`, and the same cut for a block, batch and heads
-    flat. Each group overwrites it, and so does each call.
+    for one group: tensors of shape `(batch, heads, length, width)`, and their parts for a block, with batch and heads
+    flat. Each group of each call overwrites it.
     """
 
     def __init__(self, query_shape: tuple, key_length: int, value_dim: int, dtype, device, is_causal: bool):
@@ -252,7 +255,6 @@ class _Plan:
         block_rows = max(1, min(BLOCK_ROWS, self.query_length))
         most = max(1, BLOCK_ELEMENTS // max(1, block_rows * key_length))
         self.shape = (_divisor(batch_size, most // max(1, heads)), _divisor(heads, most))
-        self.size = math.prod(self.shape)
         self.groups = [
             (slice(batch, batch + self.shape[0]), slice(head, head + self.shape[1]))
             for batch in range(0, batch_size, self.shape[0])
@@ -272,8 +274,8 @@ class _Plan:
                 name: torch.empty(*self.shape, self.query_length, dim, **options) for name, dim in rows.items()
             }
             self._keys = {name: torch.empty(*self.shape, key_length, dim, **options) for name, dim in keys.items()}
-            matrix = self.size * block_rows * key_length
-            self._matrices = {name: torch.empty(matrix, **options) for name in ("scores", "weights", "kept")}
+            matrices = math.prod(self.shape) * block_rows * key_length
+            self._matrices = {name: torch.empty(matrices, **options) for name in ("scores", "weights", "kept")}
             self._later_keys = torch.full((block_rows, block_rows), MASKED, **options).triu_(1)
         vars(self).update(self._rows | self._keys)
         self._parts = {}
@@ -292,7 +294,7 @@ class _Plan:
         return block._replace(first_key=first, end_key=end)
 
     def cut(self, block: _Block) -> SimpleNamespace:
-        """The block's part of the memory; what is added to the scores of later keys, if it has any, is `later_keys`."""
+        """A block's part of the memory; `later_keys` is what is added to `later_scores`, if the block has any."""
         if block not in self._parts:
             if len(self._parts) == KEPT_PARTS:
                 self._parts.clear()
@@ -300,14 +302,15 @@ class _Plan:
         return self._parts[block]
 
     def _cut(self, first_row: int, end_row: int, first_key: int, end_key: int) -> SimpleNamespace:
-        rows, keys = end_row - first_row, end_key - first_key
+        rows, keys, size = end_row - first_row, end_key - first_key, math.prod(self.shape)
         part = SimpleNamespace(later_keys=None)
         for name, tensor in self._rows.items():
             setattr(part, name, tensor.flatten(0, 1)[:, first_row:end_row])
         for name, tensor in self._keys.items():
             setattr(part, name, tensor.flatten(0, 1)[:, first_key:end_key])
         for name, tensor in self._matrices.items():
-            setattr(part, name, tensor[: self.size * rows * keys].view(self.size, rows, keys))
+            setattr(part, name, tensor[: size * rows * keys].view(size, rows, keys))
+        part.whole_scores = part.scores.view(*self.shape, rows, keys)
         diagonal = first_row + self.past
         start = max(first_key, diagonal)
         if self.is_causal and start < end_key:
@@ -336,15 +339,15 @@ def _divisor(total: int, most: int) -> int:
     return next((number for number in range(min(total, most), 1, -1) if total % number == 0), 1)
 
 
-def _hide(part: SimpleNamespace, visible: torch.Tensor | None, place: tuple[slice, slice], block: _Block):
+def _hide(part: SimpleNamespace, visible: torch.Tensor | None, group: tuple[slice, slice], block: _Block):
     """Keeps masked pairs out of a block's scores, in place."""
     if part.later_keys is not None:
         part.later_scores.add_(part.later_keys)
     if visible is not None:
-        places = (*place, slice(*block[:2]), slice(*block[2:]))
-        visible = visible[*(slice(None) if size == 1 else part for size, part in zip(visible.shape, places))]
-        scores = part.scores.unflatten(0, tuple(along.stop - along.start for along in place))
-        scores.masked_fill_(~visible, MASKED)
+        for dim, along in enumerate((*group, slice(*block[:2]), slice(*block[2:]))):
+            if visible.shape[dim] > 1:
+                visible = visible.narrow(dim, along.start, along.stop - along.start)
+        part.whole_scores.masked_fill_(~visible, MASKED)
 
 
 def _draw_kept(kept: torch.Tensor, dropout: float, seed: torch.Tensor, number: int) -> torch.Tensor:
@@ -361,6 +364,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         or tensor.is_meta
         or type(tensor) not in (torch.Tensor, nn.Parameter)
         or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
         or torch._C._len_torch_dispatch_stack()
     )
 
@@ -429,7 +433,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     def backward(ctx, grad_output, grad_entropies, _):
         query, key, value, visible, seed, output, entropies, log_sum_exp = ctx.saved_tensors
         # A function of its own for the second derivative, which it refuses.
-        is_last = _is_plain(grad_entropies) and not torch.is_grad_enabled()
+        is_last = _is_plain(grad_output) and _is_plain(grad_entropies) and not torch.is_grad_enabled()
         run = backward_pass if is_last else _BlockwiseAttentionBackward.apply
         grad_query, grad_key, grad_value = run(
             query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed,
