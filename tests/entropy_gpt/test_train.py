@@ -82,7 +82,9 @@ class Runner:
 
     def records(self, output="run"):
         lines = (self.folder / output / "training_log.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        records = [json.loads(line) for line in lines]
+        assert {"log", "speed"} <= {record["kind"] for record in records}
+        return [record for record in records if record["kind"] != "speed"]  # no two runs have the same
 
 
 @pytest.fixture(scope="module")
