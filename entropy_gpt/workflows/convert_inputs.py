@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.calibration import HELD_OUT_EVERY, least_rows
@@ -58,7 +58,7 @@ class ConversionOptions:
     eos_token: str | None = None
     activation: Literal["gelu", "gelu_new"] | None = None
     final_norm: Literal["layernorm", "static", "none"] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Annotated[dict[str, Any], BeforeValidator(lambda settings: settings or {})] = field(default_factory=dict)
     prune_by_damage: bool = False
     naive: bool = False
     context: Annotated[int, Field(ge=2)] | None = None
