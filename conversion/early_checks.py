@@ -168,7 +168,7 @@ def _find_meant(source: str | os.PathLike) -> Path | None:
 
 
 def _is_on_hub(name: str) -> bool:
-    """Whether there is a repository of this name on the Hub or in its cache here; no, where the Hub does not answer."""
+    """Whether the Hub, or its cache here, has a repository of this name; no, if the Hub does not answer."""
     import httpx2
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError

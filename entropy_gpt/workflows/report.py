@@ -122,7 +122,7 @@ def merge_results(loaded: dict[Path, list[ModelResult]]) -> list[ModelResult]:
 
 def write_page(results: list[ModelResult], runs: list[RunLog], output: Path):
     """
-    Writes the page. If that fails, an earlier page and its pictures stay as they were. One process at a time writes it.
+    Writes the page, one process at a time. If that fails, an earlier page and its pictures stay as they were.
 
     Args:
         results (`list[ModelResult]`): Results of models with unique names.
