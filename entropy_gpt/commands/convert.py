@@ -42,7 +42,7 @@ def convert(
         str | None,
         typer.Option(
             help="Text similar to the model's training text: a text file, a folder of text files, a data file or "
-            "folder (JSON lines, CSV, Parquet), or a data set on the Hub. Default: Python's standard library."
+            "folder (JSON lines, CSV, TSV, Parquet), or a data set on the Hub. Default: Python's standard library."
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
