@@ -36,8 +36,8 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="A text file, a folder of text files, a data file or folder (JSON lines, CSV, TSV, Parquet), or a data "
-            "set on the Hub. Default: the held-out part of Python's standard library."
+            help="A text file, a folder of text files, a data file or folder (JSON lines, CSV, TSV, Parquet), or a "
+            "data set on the Hub. Default: the held-out part of Python's standard library."
         ),
     ] = None,
     held_out: Annotated[

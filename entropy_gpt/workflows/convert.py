@@ -131,8 +131,8 @@ def convert(
         to (`str`): The target architecture in the paper's notation, such as `"EReg(SM(t)+ScFuFFN)"`.
         output (`str` or `Path`): The folder for model, tokenizer and report.
         text (`str` or `Path`, *optional*):
-            Text similar to the training text of the source: a text or data file (JSON lines, CSV, TSV, Parquet), a folder
-            of such, or a data set on the Hub. Default: Python's standard library.
+            Text similar to the training text of the source: a text or data file (JSON lines, CSV, TSV, Parquet), a
+            folder of such, or a data set on the Hub. Default: Python's standard library.
         split, config, text_column (`str`): The split, configuration and column of a data set.
         tokenizer (`str` or `Path`, *optional*):
             The tokenizer's folder, file or repository. Default: the source. Not needed where the text is not.

@@ -89,8 +89,8 @@ def evaluate(
     Args:
         models (`str`, `Path` or a sequence of them): EntropyGPTs or GPT-2s: folders, or repositories on the Hub.
         text (`str` or `Path`, *optional*):
-            A text file, a folder of text files, a data file or folder (JSON lines, CSV, TSV, Parquet), or a data set on the
-            Hub. Default: the held-out part of Python's standard library.
+            A text file, a folder of text files, a data file or folder (JSON lines, CSV, TSV, Parquet), or a data set
+            on the Hub. Default: the held-out part of Python's standard library.
         held_out (`bool`): Evaluate only the part of `text` that training on it keeps for validation.
         split (`str`): The split of a data set.
         config (`str`, *optional*): The configuration of a data set.
