@@ -30,7 +30,7 @@ class Estimate:
         memory (`int`): Bytes of weights, gradients, AdamW's state and activations, in each process, none shared out.
         checkpoint (`int`): Bytes of a checkpoint.
         model (`int`): Bytes of the trained model.
-        seconds (`float`, *optional*): Of the matrix products of all steps; `None` if their number is unknown.
+        seconds (`float`, *optional*): Time of the matrix products of all steps; `None` if their number is unknown.
         speed (`float`): The speed at which these are counted, in operations a second.
     """
 

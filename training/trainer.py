@@ -48,7 +48,7 @@ class EntropyTrainer(ModelLoss, Trainer):
     - no weight decay on temperatures, thresholds, residual scales and gains, nor on norms of any kind, and multiples
       of the learning rate for them;
     - `cross_entropy_loss`, `entropy_loss` and `penalized_share` in the logs, means over the steps since the last log
-      and over all ranks; beside them tokens a second of all ranks and the peak memory of this one;
+      and over all ranks, with the tokens a second of all ranks and the peak memory of this one;
     - labels that `label_smoothing_factor` smooths in the model's own loss, together with the penalty ([`ModelLoss`]);
     - a [`DivergenceGuard`], which stops a run whose loss is not finite or explodes, or takes it back to the last
       checkpoint's state (or the run's beginning) at half the learning rate, and reports where it began;
