@@ -27,8 +27,9 @@ from entropy_gpt.evaluation.private_inference.program.settings import TRUST
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.results import save_results
 from entropy_gpt.training.files import written_whole
-from entropy_gpt.workflows import private
-from entropy_gpt.workflows.private import PrivateAnswer, describe_cost, open_server
+from entropy_gpt.workflows import private, private_client
+from entropy_gpt.workflows.private import describe_cost, open_server
+from entropy_gpt.workflows.private_client import PrivateAnswer
 
 from .progress import progress_display
 from .tables import make_table
@@ -105,14 +106,14 @@ def ask(
         certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
         networks (`list[str]`): Networks to estimate seconds for; LAN and WAN if there are none.
         output (`Path`, *optional*): The file for the cost.
-        options: Further arguments of [`~entropy_gpt.workflows.private.ask`].
+        options: Further arguments of [`~entropy_gpt.workflows.private_client.ask`].
 
     Raises:
         `UserError`: If the server does not answer, or a value can't be used.
     """
     shown, tls, prompt = read_networks(networks), read_certificates(certificates), read_prompt(prompt, prompt_file)
     with progress_display(console) as progress:
-        answer = private.ask(prompt, address, tls=tls, progress=progress, **options)
+        answer = private_client.ask(prompt, address, tls=tls, progress=progress, **options)
     print_answer(prompt, answer)
     _print_cost(answer, shown)
     _save(answer, output)

@@ -27,6 +27,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 from .channel import Channel, one_line
 from .engine import engine_versions
 from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
+from .sampling import Sampling
 from .tunnel import Tunnel
 
 
@@ -220,6 +221,29 @@ def check_request(config: ProgramConfig, settings: PrivateSettings, length: int,
     build_steps(config, settings, Span(0, length + new_tokens - 1))
     if answers > length or (answers > 1 and new_tokens > 1):
         raise PrivateInferenceError(f"answers={answers} positions are not possible with {length} tokens and more.")
+
+
+def check_tokens(config: ProgramConfig, prompt: list[int]):
+    """
+    Raises:
+        `PrivateInferenceError`: If one is not a token of the model.
+    """
+    if unknown := [token for token in prompt if not 0 <= token < config.vocab_size]:
+        raise PrivateInferenceError(
+            f"token {unknown[0]} is not one of the model's, which go from 0 to {config.vocab_size - 1}."
+        )
+
+
+def check_sampling(settings: PrivateSettings, sampling: Sampling):
+    """
+    Raises:
+        `PrivateInferenceError`: If tokens would have to be drawn from logits that the client does not learn.
+    """
+    if settings.answer == "token" and sampling.temperature:
+        raise PrivateInferenceError(
+            f"temperature={sampling.temperature:g} is not possible: this server answers with the most likely tokens "
+            "alone, not with logits. Use temperature 0."
+        )
 
 
 class Session:

@@ -31,7 +31,8 @@ from .engine import engine_versions
 from .limits import Accounts, Limits, Use
 from .memory import check_memory
 from .party_process import Job, Request
-from .session import Outcome, Session, SilenceError, Terms, check_request, free_port
+from .sampling import GREEDY, Sampling
+from .session import Outcome, Session, SilenceError, Terms, check_request, check_sampling, free_port
 from .tunnel import ClientTunnel, ServerTunnel
 
 
@@ -407,6 +408,7 @@ class Client:
         new_tokens: int = 1,
         answers: int = 1,
         on_event: Callable[[dict], None] = lambda event: None,
+        sampling: Sampling = GREEDY,
     ) -> Outcome:
         """
         Asks for the continuation of a prompt. The connection and the engine are kept for the next one; a server waits
@@ -417,6 +419,7 @@ class Client:
             new_tokens (`int`): Number of tokens in the answer; public.
             answers (`int`): Number of last positions of the prompt whose logits are wanted.
             on_event (`Callable`): Told what happens, for progress.
+            sampling ([`Sampling`]): How tokens are chosen from the logits; it stays here too.
 
         Raises:
             `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much. The connection has
@@ -424,11 +427,12 @@ class Client:
         """
         try:
             check_request(self.terms.config, self.terms.settings, len(prompt), new_tokens, answers)
+            check_sampling(self.terms.settings, sampling)
             asked = {"length": len(prompt), "new_tokens": new_tokens, "answers": answers}
             self.channel.send({"kind": "request", **asked})
             if self._session is None:
                 self._open()
-            return self._session.answer(Request(**asked, prompt=prompt), on_event)
+            return self._session.answer(Request(**asked, prompt=prompt, sampling=sampling), on_event)
         except BaseException:
             self.close()
             raise
