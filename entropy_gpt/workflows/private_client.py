@@ -227,11 +227,7 @@ class PrivateClient:
         """
         check_request(self.terms.config, self.terms.settings, len(prompt), new_tokens, answers)
         check_sampling(self.terms.settings, sampling)
-        size = self.terms.config.vocab_size
-        if unknown := [token for token in prompt if not 0 <= token < size]:
-            raise PrivateInferenceError(
-                f"token {unknown[0]} is not one of the model's, which go from 0 to {size - 1}."
-            )
+        check_tokens(self.terms.config, prompt)
 
     def _ask(self, prompt, new_tokens, answers, on_event, sampling) -> Outcome:
         try:
