@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling
-from entropy_gpt.evaluation.private_inference.parties.session import check_sampling, check_tokens
+from entropy_gpt.evaluation.private_inference.parties.session import check_prompt, check_sampling
 from entropy_gpt.workflows.private_client import PrivateClient, tokenize
 
 from .errors import ProtocolError
@@ -143,7 +143,7 @@ def _check(request: CompletionRequest, tokens: list[int], client: PrivateClient)
             "context_length_exceeded",
         )
     with _blaming("prompt"):
-        check_tokens(config, tokens)
+        check_prompt(tokens, config.vocab_size)
     with _blaming("temperature"):
         check_sampling(settings, request.sampling())
 

@@ -23,9 +23,9 @@ from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sa
 from entropy_gpt.evaluation.private_inference.parties.session import (
     Outcome,
     Terms,
+    check_prompt,
     check_request,
     check_sampling,
-    check_tokens,
 )
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
@@ -227,7 +227,7 @@ class PrivateClient:
         """
         check_request(self.terms.config, self.terms.settings, len(prompt), new_tokens, answers)
         check_sampling(self.terms.settings, sampling)
-        check_tokens(self.terms.config, prompt)
+        check_prompt(prompt, self.terms.config.vocab_size)
 
     def _ask(self, prompt, new_tokens, answers, on_event, sampling) -> Outcome:
         try:
@@ -239,15 +239,17 @@ class PrivateClient:
     def _connected(self) -> Client:
         if self._connection is None:
             connection = self._connect()
-            vocabulary = self.tokenizer and hash_vocabulary(self.tokenizer, connection.terms.config.vocab_size)
-            if vocabulary not in (None, connection.terms.tokenizer_hash):
-                connection.close()
-                raise PrivateInferenceError(
-                    "the tokenizer is not the server's, so its tokens would have other meanings. Name the server's "
-                    "tokenizer with --tokenizer."
-                )
+            if self.tokenizer is not None:
+                self._compare_tokenizer(connection)
             self._connection, self.terms = connection, connection.terms
         return self._connection
+
+    def _compare_tokenizer(self, connection: Client):
+        try:
+            connection.check_tokenizer(hash_vocabulary(self.tokenizer, connection.terms.config.vocab_size))
+        except PrivateInferenceError:
+            connection.close()
+            raise
 
     def _disconnect(self):
         if self._connection is not None:

@@ -41,7 +41,7 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
     order = np.argsort(-scaled, kind="stable")
     sums = np.exp(scaled[order]).cumsum()
     # The most likely token, and those after it as long as the ones before them do not have the share.
-    kept = max(1, int(np.searchsorted(sums, sampling.top_p * sums[-1], side="left")) + 1)
+    kept = int(np.searchsorted(sums, sampling.top_p * sums[-1], side="left")) + 1
     sums = sums[:kept]
     drawn = np.searchsorted(sums, generator.random() * sums[-1], side="right")
     return int(order[drawn])
