@@ -34,6 +34,7 @@ def gateway(
     longest_line: Annotated[
         int, typer.Option("--max-waiting", min=0, help="Requests that may wait; further ones are refused.")
     ] = 16,
+    wait: Annotated[int, typer.Option(min=0, help="Seconds in which the server may begin to listen.")] = 60,
     certificate: Certificate = None,
     key: Key = None,
     authority: Authority = None,
@@ -64,6 +65,7 @@ def gateway(
         name=name,
         twin=twin,
         longest_line=longest_line,
+        wait=wait,
         tokenizer=tokenizer,
         insecure=insecure,
         protocol=protocol.value,

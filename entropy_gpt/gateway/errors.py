@@ -2,6 +2,7 @@
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties.channel import NoServerError
 
 
 class ProtocolError(UserError):
@@ -31,6 +32,8 @@ class ProtocolError(UserError):
 
 def of_the_server(error: PrivateInferenceError) -> ProtocolError:
     """What is said where the private server fails, or can't be reached."""
+    if isinstance(error, NoServerError):
+        return ProtocolError(503, f"the private server can't be reached: {error}", code="private_server_missing")
     return ProtocolError(502, f"the private server gave no answer: {error}", code="private_server_failed")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import uvicorn
@@ -11,17 +12,19 @@ from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.text_diagnostics import diagnose_text
+from entropy_gpt.evaluation.private_inference.parties.channel import NoServerError
 from entropy_gpt.gateway.app import Twin, make_app
 from entropy_gpt.gateway.guard import is_loopback
 from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
+from entropy_gpt.training.progress import Stage
 from entropy_gpt.workflows.private_client import PrivateClient
 
 from .private import read_certificates
 from .progress import progress_display
 
 
-PARTING_SECONDS, SHORTEST_TOKEN = 5, 16
+PARTING_SECONDS, RETRY_SECONDS, SHORTEST_TOKEN = 5, 1, 16
 
 console = Console()
 
@@ -36,6 +39,7 @@ def run(
     name: str,
     twin: str | None,
     longest_line: int,
+    wait: int,
     **options,
 ):
     """
@@ -49,6 +53,7 @@ def run(
         name (`str`): Of the model, in the protocol.
         twin (`str`, *optional*): The model in the clear, for the head entropies on the page.
         longest_line (`int`): Requests that may wait.
+        wait (`int`): Seconds in which the server may begin to listen.
         options: Further arguments of [`PrivateClient`].
 
     Raises:
@@ -62,8 +67,8 @@ def run(
     shown = f"[{host}]" if ":" in host else host
     with open_port(host, port) as listener:
         with progress_display(console, transient=True) as progress:
-            with progress.stage("connecting to the server"):
-                client = PrivateClient(address, tls=read_certificates(certificates), **options)
+            with progress.stage("connecting to the server") as line:
+                client = connect(address, wait, line, tls=read_certificates(certificates), **options)
             with progress.stage("loading the twin"):
                 measure = load_twin(twin) if twin else None
         app = make_app(client, name=name, token=token, longest_line=longest_line, twin=measure)
@@ -76,6 +81,30 @@ def run(
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
             print("stopped", flush=True)
+
+
+def connect(address: str, wait: float, line: Stage, **options) -> PrivateClient:
+    """
+    A client, as soon as there is a server.
+
+    Args:
+        address (`str`): Of the server.
+        wait (`float`): Seconds after which it is given up.
+        line (`Stage`): Is told what is waited for.
+        options: Further arguments of [`PrivateClient`].
+
+    Raises:
+        `UserError`: As [`PrivateClient`].
+    """
+    end = time.monotonic() + wait
+    while True:
+        try:
+            return PrivateClient(address, **options)
+        except NoServerError:
+            if time.monotonic() > end:
+                raise
+        line.say(f"nobody listens at {address} yet")
+        time.sleep(RETRY_SECONDS)
 
 
 def open_port(host: str, port: int) -> socket.socket:

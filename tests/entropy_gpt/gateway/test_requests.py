@@ -179,7 +179,7 @@ def test_a_server_that_is_gone_is_named(model):
         server.close()
         for stream in (False, True):
             reply = running.complete(stream=stream)
-            assert (reply.status, reply.error["code"]) == (502, "private_server_failed")
+            assert (reply.status, reply.error["code"]) == (503, "private_server_missing")
             assert "no server at 127.0.0.1" in reply.error["message"]
         assert running.ask("GET", "/health").status == 200
 
@@ -204,6 +204,6 @@ def test_a_token_that_is_none(tmp_path, content, said):
 
 
 def test_beyond_the_loopback_a_token_is_wanted():
-    options = {"port": 0, "token_file": None, "name": "private", "twin": None, "longest_line": 1}
+    options = {"port": 0, "token_file": None, "name": "private", "twin": None, "longest_line": 1, "wait": 0}
     with pytest.raises(UserError, match=r"--host 0.0.0.0 is beyond this machine's loopback.*--token-file"):
         run("127.0.0.1:1", (None, None, None), host="0.0.0.0", **options)
