@@ -48,7 +48,7 @@ def make_app(
     """
     Args:
         client ([`PrivateClient`]): Whom prompts are put to; it has a tokenizer.
-        name (`str`): Of the model, in the protocol.
+        name (`str`): The model's, in the protocol.
         token (`str`, *optional*): That requests have to bring; without it, the loopback alone is answered to.
         longest_line (`int`): Requests that may wait.
         twin (`Callable`, *optional*): For the head entropies on the page.

@@ -25,7 +25,7 @@ class Delta:
     What is new of one answer.
 
     Args:
-        index (`int`): Of the answer.
+        index (`int`): The answer's number.
         piece ([`Piece`]): New text.
         finish_reason (`str`, *optional*): Why it has ended.
     """
@@ -61,7 +61,7 @@ class Completion:
     completion_tokens: int = 0
 
     def work(self, client: PrivateClient, job: Job):
-        """Has all answers computed, one after another, and tells the job what is new: [`Delta`], [`Cost`]."""
+        """Has all answers computed, one after another, and says to the job what is new: [`Delta`], [`Cost`]."""
         count = self.request.n or 1
         for number, prompt in enumerate(self.prompts):
             first = number * count

@@ -10,7 +10,7 @@ class ProtocolError(UserError):
     What a request is answered with where it fails.
 
     Args:
-        status (`int`): Of HTTP.
+        status (`int`): HTTP's number for it.
         message (`str`): What was wrong, and what to do.
         param (`str`, *optional*): The field that is wrong.
         code (`str`, *optional*): A word for programs.

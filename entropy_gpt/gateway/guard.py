@@ -13,7 +13,7 @@ from .errors import ProtocolError
 
 
 MAX_BODY_BYTES = 2**20
-# Of a body that is too large, so much is read before the answer, which a client reads only after it has sent all.
+# A body that is too large is read up to here and forgotten: clients read the answer only when they have sent all.
 MAX_DISCARDED_BYTES = 2**26
 # What anybody may ask for: whether the gateway lives, and the page, which asks for the token.
 OPEN = ("/health", "/")

@@ -36,7 +36,7 @@ class Piece:
 
     Args:
         text (`str`): New text.
-        probabilities (`list[TokenProbability]`): Of new tokens, if they were asked for.
+        probabilities (`list[TokenProbability]`): Those of new tokens, if they were asked for.
     """
 
     text: str = ""

@@ -10,7 +10,7 @@ def run(names: list[str], output: Path, **options):
     Makes the files.
 
     Args:
-        names (`list[str]`): Of the server.
+        names (`list[str]`): The server's.
         output (`Path`): The folder.
         options: Further arguments of [`make_certificates`].
 

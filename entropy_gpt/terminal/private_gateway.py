@@ -50,7 +50,7 @@ def run(
         certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
         host (`str`), port (`int`): Where the gateway listens; port 0 takes a free one.
         token_file (`Path`, *optional*): A file with the token that requests have to bring.
-        name (`str`): Of the model, in the protocol.
+        name (`str`): The model's, in the protocol.
         twin (`str`, *optional*): The model in the clear, for the head entropies on the page.
         longest_line (`int`): Requests that may wait.
         wait (`int`): Seconds in which the server may begin to listen.
@@ -88,9 +88,9 @@ def connect(address: str, wait: float, line: Stage, **options) -> PrivateClient:
     A client, as soon as there is a server.
 
     Args:
-        address (`str`): Of the server.
+        address (`str`): The server's.
         wait (`float`): Seconds after which it is given up.
-        line (`Stage`): Is told what is waited for.
+        line (`Stage`): Shows what is waited for.
         options: Further arguments of [`PrivateClient`].
 
     Raises:

@@ -15,7 +15,7 @@ class Sampling:
     Args:
         temperature (`float`): What the logits are divided by; with 0, the most likely token is taken.
         top_p (`float`): The share of probability of the most likely tokens among which one is drawn.
-        seed (`int`, *optional*): Of the random numbers.
+        seed (`int`, *optional*): Where the random numbers begin.
     """
 
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
