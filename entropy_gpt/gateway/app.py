@@ -189,7 +189,7 @@ class Gateway:
                 elif isinstance(item, Cost) and options and options.include_costs:
                     yield _event(writer.cost(item))
                 elif isinstance(item, Waiting):
-                    yield f": {item.before} requests before this one\n\n"
+                    yield f": {item.what} before this one: {item.before}\n\n"
                 elif item is None:
                     yield ": it goes on\n\n"
                 item = await news.next(KEEP_ALIVE_SECONDS)

@@ -11,7 +11,7 @@ from entropy_gpt.evaluation.private_inference.parties.party_process import read_
 from entropy_gpt.workflows.private_client import PrivateClient
 
 from .costs import Meter
-from .line import Job
+from .line import Job, Waiting
 from .requests import CompletionRequest
 from .text import AnswerText, Piece, TokenProbability
 
@@ -82,6 +82,8 @@ class Completion:
         def ask(sent: list[int], new_tokens: int, positions: int, take: Callable[[int, np.ndarray | None], None]):
             def follow(event: dict):
                 job.check()
+                if event["event"] == "waiting":
+                    job.emit(Waiting(event["before"], "clients of the server"))
                 if (content := self.meter.note(event)) is not None:
                     job.emit(Cost(content))
                 if event["event"] == "token":

@@ -19,9 +19,10 @@ IDLE_SECONDS, END_SECONDS = 25, 5
 
 @dataclass(frozen=True)
 class Waiting:
-    """How many requests are before this one."""
+    """How many are before this request, in the line of the gateway or in that of the server."""
 
-    before: int
+    before: int | str
+    what: str = "requests"
 
 
 class Cancelled(Exception):

@@ -21,6 +21,7 @@ from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
+from entropy_gpt.evaluation.private_inference.parties.turns import Turns
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import (
@@ -44,6 +45,7 @@ from .private_client import DEFAULT_TIMEOUT, PrivateAnswer, answer_prompt, check
 
 
 DEFAULT_ADDRESS, DEFAULT_LIMITS = "127.0.0.1:9000", Limits()
+DEFAULT_LINE = 16
 DEFAULT_FRACTION_BITS = PrivateSettings().fraction_bits
 # Characters of a text that are read for a token of the audit.
 CHARACTERS_A_TOKEN = 16
@@ -62,6 +64,9 @@ def open_server(
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    workers: int = 1,
+    longest_line: int = DEFAULT_LINE,
+    json_log: bool = False,
     timeout: int = DEFAULT_TIMEOUT,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = SILENT,
@@ -81,6 +86,9 @@ def open_server(
         text (`str` or `Path`, *optional*): A file with text that the audit looks at too.
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         limits ([`Limits`]): What each client may ask for, by its certificate, or without TLS by its address.
+        workers (`int`): Clients that are answered at once. Each has an engine with a copy of the weights.
+        longest_line (`int`): Clients that may wait for that.
+        json_log (`bool`): Whether the lines about clients are JSON.
         timeout (`int`): Seconds without any event after which an inference ends.
         report (`Callable`): Receives the audit's warnings, and a line about each client.
         progress (`Progress`): Receives the stages before the server is open.
@@ -107,13 +115,14 @@ def open_server(
         max_positions=limits.positions,
         max_seconds=limits.seconds,
         timeout=timeout,
+        workers=workers,
     )
     settings = read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
     host, port = parse_address(listen)
     check_connection(host, tls, insecure, settings)
     offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
-    check_memory(weight_shapes(offer.config).values())
-    return Server(offer, host, port, tls, timeout, limits, report)
+    check_memory([*weight_shapes(offer.config).values()] * workers)
+    return Server(offer, host, port, tls, timeout, limits, report, Turns(workers, longest_line), json_log)
 
 
 def demonstrate(

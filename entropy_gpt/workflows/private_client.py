@@ -349,7 +349,9 @@ def answer_prompt(
 
 def show_event(event: dict[str, Any], line: Stage):
     """Reports an event of [`Client.ask`] to a stage: the number of steps, and each step with its layer."""
-    if event["event"] == "program":
+    if event["event"] == "waiting":
+        line.say(f"the server is busy; clients before this one: {event['before']}")
+    elif event["event"] == "program":
         line.reach(0, event["steps"])
     elif event["event"] == "step":
         layer = "" if event["cost"]["layer"] is None else f"layer {event['cost']['layer']}, "

@@ -25,7 +25,7 @@ from entropy_gpt.workflows.private_client import PrivateClient
 from tests.entropy_gpt.test_private import save_model
 
 
-SECONDS = 60
+SECONDS = 300
 
 
 @dataclass
