@@ -1,5 +1,6 @@
 """The gateway's page in a browser, asked by keyboard alone."""
 
+import json
 import time
 
 from tests.browser import Browser
@@ -38,14 +39,15 @@ def shown(browser: Browser, name: str) -> str:
     return browser.evaluate(f"document.getElementById('{name}').innerText")
 
 
-def wait_for(browser: Browser, *states: str) -> str:
-    """Until the page says one of these."""
+def eventually(browser: Browser, expression: str):
+    """What an expression of JavaScript gives as soon as it gives something."""
     end = time.monotonic() + PATIENCE
-    while (state := shown(browser, "state")) not in states and time.monotonic() < end:
-        time.sleep(0.1)
-    return state
+    while not (found := browser.evaluate(expression)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
 
 
-def after(browser: Browser, seconds: float, expression: str):
-    """What an expression of JavaScript gives then."""
-    return browser.evaluate(f"new Promise(done => setTimeout(() => done({expression}), {1000 * seconds}))")
+def wait_for(browser: Browser, *states: str) -> str:
+    """Until the page says something that begins with one of these."""
+    begins = " || ".join(f"said.startsWith({json.dumps(state)})" for state in states)
+    return eventually(browser, f"(said => ({begins}) && said)(document.getElementById('state').innerText)")
