@@ -8,7 +8,7 @@ from tests.browser import Browser, find_browser
 from tests.pages import ROOT
 
 from .conftest import gateway, serving
-from .page_by_keyboard import after, ask, shown, wait_for
+from .page_by_keyboard import ask, eventually, shown, wait_for
 
 
 MODEL = ROOT / "model_cards" / "models" / "converted"
@@ -27,7 +27,8 @@ def main():
         ask(browser, "    def __init__(", 4)
         if wait_for(browser, "Done.", "There is no answer.") != "Done.":
             raise SystemExit(shown(browser, "error"))
-        after(browser, 3, "document.activeElement.blur()")
+        eventually(browser, "document.querySelectorAll('#heads rect').length")
+        browser.evaluate("document.activeElement.blur()")
         browser.screenshot(PICTURE)
         browser.close()
 
