@@ -93,9 +93,8 @@ def serving(model: Path, **settings) -> Iterator[Server]:
 def gateway(model: Path, server: Server, **options) -> Iterator[Running]:
     client = PrivateClient(f"127.0.0.1:{server.address[1]}", tokenizer=model, timeout=SECONDS)
     with open_port("127.0.0.1", 0) as listener:
-        runner = uvicorn.Server(
-            uvicorn.Config(make_app(client, **options), log_level="warning", timeout_graceful_shutdown=1)
-        )
+        settings = uvicorn.Config(make_app(client, **options), log_level="warning", timeout_graceful_shutdown=1)
+        runner = uvicorn.Server(settings)
         thread = threading.Thread(target=runner.run, args=([listener],), daemon=True)
         thread.start()
         while not runner.started:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from PIL import Image
+
 from entropy_gpt.terminal.private_gateway import load_twin
 from tests.browser import Browser, find_browser
 from tests.pages import ROOT
@@ -13,7 +15,7 @@ from .page_by_keyboard import ask, eventually, shown, wait_for
 
 MODEL = ROOT / "model_cards" / "models" / "converted"
 PICTURE = ROOT / "docs" / "gateway.png"
-WIDTH = 760
+WIDTH, COLOURS = 760, 48
 
 
 def main():
@@ -30,6 +32,7 @@ def main():
         eventually(browser, "document.querySelectorAll('#heads rect').length")
         browser.evaluate("document.activeElement.blur()")
         browser.screenshot(PICTURE)
+        Image.open(PICTURE).convert("RGB").quantize(COLOURS).save(PICTURE, optimize=True)
         browser.close()
 
 
