@@ -17,7 +17,7 @@ from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.training.storage import check_folder
 
-from .options import check_positive
+from .options import check_positive, with_argument_names
 
 
 SERVER, CLIENT, AUTHORITY = "server", "client", "ca"
@@ -35,6 +35,7 @@ class Pair:
     key: ec.EllipticCurvePrivateKey
 
 
+@with_argument_names
 def make_certificates(
     names: Sequence[str], output: str | Path, *, clients: Sequence[str] = (CLIENT,), days: int = 365
 ) -> list[Path]:

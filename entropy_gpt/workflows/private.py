@@ -40,7 +40,7 @@ from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tok
 from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .options import check_positive
+from .options import check_positive, with_argument_names
 from .private_client import DEFAULT_TIMEOUT, PrivateAnswer, answer_prompt, check_connection, read_settings, tokenize
 
 
@@ -51,6 +51,7 @@ DEFAULT_FRACTION_BITS = PrivateSettings().fraction_bits
 CHARACTERS_A_TOKEN = 16
 
 
+@with_argument_names
 def open_server(
     model: str | Path,
     listen: str = DEFAULT_ADDRESS,
@@ -125,6 +126,7 @@ def open_server(
     return Server(offer, host, port, tls, timeout, limits, report, Turns(workers, longest_line), json_log)
 
 
+@with_argument_names
 def demonstrate(
     model: str | Path,
     prompt: str,

@@ -36,7 +36,7 @@ from entropy_gpt.training.model_tokenizer import hash_vocabulary
 from entropy_gpt.training.progress import SILENT, Progress, Stage
 from entropy_gpt.training.tokenizer import load_tokenizer
 
-from .options import check_positive, read_options
+from .options import check_positive, read_options, with_argument_names
 
 
 DEFAULT_TIMEOUT = 600
@@ -264,6 +264,7 @@ class PrivateClient:
         return tokenize(prompt, self.tokenizer)
 
 
+@with_argument_names
 def ask(
     prompt: str,
     address: str,
