@@ -210,7 +210,7 @@ def test_a_request_that_is_none_is_refused_and_the_next_client_is_served(served)
         *({"program": {name: "none of them"}} for name in ("ffn_type", "normalization", "attention_temperature")),
         {"program": {"n_layer": 1024, "n_embd": 2**16, "n_head": 1024}},
         *({"program": {"layer_norm_epsilon": value}} for value in (-1, "nan")),
-        *({"program": {"pruned_ffn_layers": layers}} for layers in ([0, 0], [-1], [1], list(range(10**5)))),
+        *({"program": {"pruned_ffn_layers": layers}} for layers in ([0, 0], [-1], [1], list(range(10**4)))),
         {"program": {"num_labels": 10**9}},
         *({"notation": value} for value in (None, ["a"])),
         {"program": None},
