@@ -26,8 +26,7 @@ from entropy_gpt.evaluation.private_inference.parties.two_party import Client, O
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import (
     MOST_WINDOWS,
-    audit,
-    choose_sequences,
+    bound,
     tolerated_error,
 )
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -210,13 +209,10 @@ def _make_offer(
     audited_text = _read_audited_text(expanded(text), words, model.config.n_positions) if text else []
     with progress.stage("checking the range of its numbers"):
         config, weights = prepare_weights(model)
-        audited = audit(config, weights, settings, choose_sequences(config, weights, audited_text))
-    if audited.problems:
-        raise PrivateInferenceError(f"{source} does not fit the ring: {audited.problems[0]}")
+        weights, audited = bound(config, weights, settings, audited_text)
     for line in audited.warnings:
         report(line)
-    vocabulary = hash_vocabulary(words, config.vocab_size)
-    offer = Offer(config, weights | audited.bounds, model.config.notation, settings, vocabulary)
+    offer = Offer(config, weights, model.config.notation, settings, hash_vocabulary(words, config.vocab_size))
     return offer, model, words
 
 
