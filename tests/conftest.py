@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import atexit
 import gc
 import importlib.metadata
 import json
@@ -71,6 +72,7 @@ def pytest_collection_finish():
     """Every training collects garbage; what was imported is none, and going through it takes longer than the steps."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # extensions complain of what is left at the end
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,8 @@ from .export import export
 from .paths import check_text
 from .plot import plot
 from .private import private
+from .private_certificates import certificates
+from .private_gateway import gateway
 from .push import push
 from .quickstart import quickstart
 from .report import report
@@ -67,6 +69,8 @@ app.command()(doctor)
 app.command()(card)
 app.command()(push)
 app.command()(export)
+private.command()(gateway)
+private.command()(certificates)
 app.add_typer(private, name="private")
 
 
@@ -130,6 +134,8 @@ def _run_app() -> int:
         failure = error if isinstance(error, StorageError) else find_storage_error(error) or error
         if not isinstance(failure, UserError | OSError):
             raise
+        if isinstance(failure, UserError):
+            failure.in_python = ""
         return _complain(" ".join([str(failure), *_notes(error)]))
 
 

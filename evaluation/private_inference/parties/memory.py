@@ -31,17 +31,18 @@ def machine_memory() -> int:
     return found
 
 
-def check_memory(shapes: Iterable[tuple[int, ...]], rank: int):
+def check_memory(shapes: Iterable[tuple[int, ...]], rank: int, engines: int = 1):
     """
     Args:
         shapes (`Iterable[tuple]`): Those of the weights.
         rank (`int`): The party's.
+        engines (`int`): That are given them at once.
 
     Raises:
-        `PrivateInferenceError`: If a party's engine on this machine can't hold weights of such shapes.
+        `PrivateInferenceError`: If a party's engines on this machine can't hold weights of such shapes.
     """
     sizes, (for_all, for_largest) = [*map(math.prod, shapes)], PEAK_BYTES[rank]
-    needed, there = for_all * sum(sizes) + for_largest * max(sizes), machine_memory()
+    needed, there = engines * (for_all * sum(sizes) + for_largest * max(sizes)), machine_memory()
     if needed > there:
         raise PrivateInferenceError(
             f"the model's weights need {needed / GIGA:,.0f} GB of memory as secret numbers, and this machine has "

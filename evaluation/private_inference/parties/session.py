@@ -27,6 +27,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import SERVER, Pr
 from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
 from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
+from .sampling import Sampling
 from .tunnel import Tunnel
 
 
@@ -255,6 +256,18 @@ def check_prompt(prompt: Sequence[int], vocab_size: int):
     if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
         raise PrivateInferenceError(
             f"token {unknown[0]} is not one of the model's, which go from 0 to {vocab_size - 1}."
+        )
+
+
+def check_sampling(settings: PrivateSettings, sampling: Sampling):
+    """
+    Raises:
+        `PrivateInferenceError`: If tokens would have to be drawn from logits that the client does not learn.
+    """
+    if settings.answer == "token" and sampling.temperature:
+        raise PrivateInferenceError(
+            f"temperature={sampling.temperature:g} is not possible: this server answers with the most likely tokens "
+            "alone, not with logits. Use temperature 0."
         )
 
 

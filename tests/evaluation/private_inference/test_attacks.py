@@ -272,10 +272,11 @@ class TestLimits:
         monkeypatch.setattr(two_party, "KEPT_CHECK_SECONDS", 0.1)
         with serving() as server:
             session, use = SimpleNamespace(events=Events()), Use(0.0, 1)
-            server._queued = 1
+            waiting = server.turns._enter("another")
             with pytest.raises(PrivateInferenceError, match="no further prompt came in time: connect again"):
                 server._next_request(session, use)
             assert 0.1 < use.kept_seconds < 5
+            server.turns._leave(waiting)
             session.events.put({"event": "peer's request"})
             assert server._next_request(session, use) == {"event": "peer's request"}
 
