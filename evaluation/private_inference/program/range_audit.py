@@ -17,6 +17,7 @@ from modeling_entropy_gpt import EntropyGPTConfig
 
 from .fixed_point import SAFE_BITS, Float64Arithmetic, emulate, exact_logits, exact_variables
 from .program import (
+    CHECKED,
     LOGITS,
     OUT_OF_RANGE,
     Span,
@@ -51,6 +52,9 @@ EXPECTED_AGREEMENT = 0.99
 # The bounds of the check are the largest sums of the audit times a margin, at most this one. Each is at least this
 # quantile of them times the margin: other prompts make large what was small here. A few may be far above all others.
 LARGEST_MARGIN, USUAL_SUM = 4.0, 0.97
+# Of sums of scores: those of a row have both signs, and a text's may be many times those of random tokens. With a margin
+# of 4, 19 of 500 honest runs were stopped. What a wrong key or score does is found with a far larger one.
+SCORES_MARGIN = 256.0
 
 
 @dataclass(config=RECORD)
@@ -144,7 +148,9 @@ class RangeReport:
     def bounds(self) -> dict[str, np.ndarray]:
         """The bounds of the check, which are weights of the program."""
         return {
-            bounds_name(part): np.float32(self.margin * np.maximum(sums, np.quantile(sums, USUAL_SUM)))
+            bounds_name(part): np.float32(
+                (self.margin if part in CHECKED else SCORES_MARGIN) * np.maximum(sums, np.quantile(sums, USUAL_SUM))
+            )
             for part, sums in self.largest_sums.items()
         }
 
