@@ -52,8 +52,8 @@ EXPECTED_AGREEMENT = 0.99
 # The bounds of the check are the largest sums of the audit times a margin, at most this one. Each is at least this
 # quantile of them times the margin: other prompts make large what was small here. A few may be far above all others.
 LARGEST_MARGIN, USUAL_SUM = 4.0, 0.97
-# Of sums of scores: those of a row have both signs, and a text's may be many times those of random tokens. With a margin
-# of 4, 19 of 500 honest runs were stopped. What a wrong key or score does is found with a far larger one.
+# The margin of sums of scores: those of a row have both signs, and a text's may be many times those of random tokens.
+# With a margin of 4, 19 of 500 honest runs were stopped. Garbage in keys or scores is found with a far larger one.
 SCORES_MARGIN = 256.0
 
 
