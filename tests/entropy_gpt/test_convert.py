@@ -70,8 +70,7 @@ HEALING = ("--heal-steps", "12", "--schedule", "staircase", "--distill", "--fina
 @pytest.fixture(scope="module")
 def finished(source, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "a[" / "b]" / "model"  # as markup, it would end in an error
-    command = arguments(source, text, output, *HEALING)
-    return output, subprocess.run(command, capture_output=True, text=True)
+    return output, run(source, text, output, *HEALING)
 
 
 def test_everything_is_there_and_true(finished, source, tmp_path):

@@ -92,7 +92,7 @@ def run(text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(run):
-    return run.alone()
+    return run()
 
 
 def assert_same(weights, expected):
