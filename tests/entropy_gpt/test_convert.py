@@ -73,7 +73,7 @@ def finished(source, text, tmp_path_factory):
     return output, run(source, text, output, *HEALING)
 
 
-def test_everything_is_there_and_true(finished, source, tmp_path):
+def test_everything_is_there_and_true(finished):
     output, process = finished
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
@@ -118,6 +118,12 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
     assert model.config.notation == "EReg(SM(t)+ScFuFFN)"
     assert model.num_parameters() == report.steps[-1].parameters
+
+
+@pytest.mark.slow
+def test_a_fresh_process_computes_the_same(finished, tmp_path):
+    output, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(output)
     input_ids = tokenizer("import torch", return_tensors="pt").input_ids
     with torch.no_grad():

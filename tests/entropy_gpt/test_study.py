@@ -128,7 +128,7 @@ def test_a_run_that_was_killed_goes_on(text, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not (checkpoints := list(output.glob("runs/*/training/checkpoint-*"))):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.1)

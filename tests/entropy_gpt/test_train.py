@@ -65,9 +65,9 @@ class Runner:
         settings = [f"dataset={self.text}", f"data_cache={self.folder / 'cache'}", f"output_dir={output}", *settings]
         return [*launcher, COMMAND, "train", recipe, *settings]
 
-    def __call__(self, *settings, **options):
+    def __call__(self, *settings, draws=False, **options):
         _, *words = self.command(*settings, **options)
-        return run_command(*words, cwd=self.folder)
+        return run_command(*words, cwd=self.folder, draws=draws)
 
     def alone(self, *settings, **options):
         """The same in a process of its own."""
@@ -92,7 +92,7 @@ def run(text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(run):
-    return run()
+    return run(draws=True)
 
 
 def assert_same(weights, expected):
@@ -138,7 +138,7 @@ def kill(process):
     process.communicate()
 
 
-def wait_until(condition, process, seconds=120):
+def wait_until(condition, process, seconds=600):
     """Whether it came true before the process ended."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -269,7 +269,7 @@ def test_another_architecture_is_converted_first(run, finished):
 
 def test_divergence_is_a_result(run):
     settings = {"notation": "SM", "final_normalization": "none", "learning_rate": "1e6", "max_grad_norm": 0}
-    process = run(*(f"{name}={value}" for name, value in settings.items()), output="diverged")
+    process = run(*(f"{name}={value}" for name, value in settings.items()), output="diverged", draws=True)
     assert process.returncode == 0, process.stderr
     assert "SM diverged at step" in process.stdout
     assert "first appear in the output of" in " ".join(process.stdout.split())
