@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TextIO
 
 from . import warm_process
 
@@ -20,19 +21,18 @@ class Forks:
     Runs commands in forks of one process.
 
     Args:
-        environment (`dict[str, str]`, *optional*): The variables that libraries read when they are imported. Those of
-            this process if not given.
+        environment (`dict[str, str]`, *optional*): The variables that libraries read when they are imported, by a new
+            process. Without them, the process is a fork of this one, which has imported much already.
     """
 
     def __init__(self, environment: dict[str, str] | None = None):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", warm_process.__name__],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._process = None
+        if environment is None:
+            self._requests, self._answers = _fork()
+        else:
+            command, pipe = [sys.executable, "-m", warm_process.__name__], subprocess.PIPE
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+            self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def __call__(
         self, *arguments, cwd: Path | None = None, env: dict[str, str] | None = None, draws: bool = True
@@ -71,9 +71,8 @@ class Forks:
                 }
                 for number, environment in enumerate(environments)
             ]
-            self._process.stdin.write(json.dumps(tasks) + "\n")
-            self._process.stdin.flush()
-            statuses = json.loads(self._process.stdout.readline())
+            print(json.dumps(tasks), file=self._requests, flush=True)
+            statuses = json.loads(self._answers.readline())
             return [
                 subprocess.CompletedProcess(
                     words, status, *(Path(task[name]).read_text(encoding="utf-8") for name in ("output", "error"))
@@ -82,13 +81,33 @@ class Forks:
             ]
 
     def close(self):
-        self._process.stdin.close()
-        self._process.wait()
+        self._requests.close()
+        if self._process is not None:
+            self._process.wait()
+
+
+def _fork() -> tuple[TextIO, TextIO]:
+    """A fork of this process that serves requests until they end; what it reads, and what it writes."""
+    (request_end, requests), (answers, answer_end) = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        os.close(requests)
+        os.close(answers)
+        try:
+            with os.fdopen(request_end) as read, os.fdopen(answer_end, "w") as written:
+                warm_process.serve(read, written)
+        finally:
+            os._exit(0)
+    os.close(request_end)
+    os.close(answer_end)
+    return os.fdopen(requests, "w"), os.fdopen(answers)
 
 
 @functools.cache
 def shared_forks() -> Forks:
-    """Those of one process that all tests share, with the variables of this one; it ends when this one does."""
+    """
+    Those that all tests share, with the variables of this process. tests/conftest.py asks for them before a test has
+    changed anything.
+    """
     return Forks()
 
 
