@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
@@ -92,6 +93,9 @@ def _fork() -> tuple[TextIO, TextIO]:
     if os.fork() == 0:
         os.close(requests)
         os.close(answers)
+        warnings.resetwarnings()  # pytest has its own; these are Python's
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
         try:
             with os.fdopen(request_end) as read, os.fdopen(answer_end, "w") as written:
                 warm_process.serve(read, written)
