@@ -89,7 +89,10 @@ def pytest_collection_finish():
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     if session.items:  # not where workers of xdist run them
+        capture = session.config.pluginmanager.getplugin("capturemanager")
+        capture.resume_global_capture()  # what was imported prints there, and forks print elsewhere
         shared_forks()
+        capture.suspend_global_capture()
 
 
 @pytest.fixture(autouse=True)

@@ -347,6 +347,7 @@ def test_a_namespace_of_others(hub, command, model):
     assert "others/model" not in hub.repositories
 
 
+@pytest.mark.slow
 def test_a_repository_of_others(hub, command, model, tmp_path):
     earlier = put_earlier(hub, "others/theirs", tmp_path / "earlier")
     assert "--create-pr" in command("push", model, "others/theirs").complaint

@@ -34,7 +34,7 @@ def run(
     for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, writing), (2, error, writing)):
         os.dup2(os.open(path, flags), descriptor)
     sys.stdin = os.fdopen(0)
-    # In a fork of pytest, these print into files that pytest keeps, and handlers of logs hold them.
+    # In a fork of pytest, these print into files that pytest reads, and handlers of logs hold them.
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
         os.dup2(descriptor, stream.fileno())
     if not draws:
