@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -93,7 +94,9 @@ def _fork() -> tuple[TextIO, TextIO]:
     if os.fork() == 0:
         os.close(requests)
         os.close(answers)
-        warnings.resetwarnings()  # pytest has its own; these are Python's
+        # Pytest has its own handlers of logs and filters of warnings. Python prints logs that have no handler.
+        logging.getLogger().handlers.clear()
+        warnings.resetwarnings()
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", category)
         try:

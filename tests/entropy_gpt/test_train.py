@@ -112,7 +112,7 @@ def test_everything_is_there(run, finished):
     assert f"perplexity {result.likelihood.likelihood.perplexity:.2f}" in finished.stdout
     log = RunLog.load(output)
     assert [record.step for record in log.entropies] == [0, 3, 6, 9, 12]
-    assert log.entropies[-1].thresholds is not None
+    assert log.entropies[-1].learned["thresholds"] is not None
     assert [record["step"] for record in run.records() if "eval_loss" in record] == [4, 8, 12]
     losses = [record for record in run.records() if "cross_entropy_loss" in record]
     assert [record["step"] for record in losses] == [2, 4, 6, 8, 10, 12]
