@@ -13,7 +13,6 @@ import torch
 from accelerate.state import AcceleratorState
 from hypothesis import settings
 
-from .entropy_gpt.forks import shared_forks
 from .hub_server import HubServer
 
 
@@ -84,15 +83,6 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # extensions complain of what is left at the end
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session):
-    if session.items:  # not where workers of xdist run them
-        capture = session.config.pluginmanager.getplugin("capturemanager")
-        capture.resume_global_capture()  # what was imported prints there, and forks print elsewhere
-        shared_forks()
-        capture.suspend_global_capture()
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,11 @@
 
 import functools
 import json
-import logging
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TextIO
 
 from . import warm_process
 
@@ -23,18 +20,13 @@ class Forks:
     Runs commands in forks of one process.
 
     Args:
-        environment (`dict[str, str]`, *optional*): The variables that libraries read when they are imported, by a new
-            process. Without them, the process is a fork of this one, which has imported much already.
+        environment (`dict[str, str]`, *optional*): The variables that libraries read when they are imported. Those of
+            this process if not given.
     """
 
     def __init__(self, environment: dict[str, str] | None = None):
-        self._process = None
-        if environment is None:
-            self._requests, self._answers = _fork()
-        else:
-            command, pipe = [sys.executable, "-m", warm_process.__name__], subprocess.PIPE
-            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
-            self._requests, self._answers = self._process.stdin, self._process.stdout
+        command, pipe = [sys.executable, "-m", warm_process.__name__], subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
 
     def __call__(
         self, *arguments, cwd: Path | None = None, env: dict[str, str] | None = None, draws: bool = True
@@ -73,8 +65,8 @@ class Forks:
                 }
                 for number, environment in enumerate(environments)
             ]
-            print(json.dumps(tasks), file=self._requests, flush=True)
-            statuses = json.loads(self._answers.readline())
+            print(json.dumps(tasks), file=self._process.stdin, flush=True)
+            statuses = json.loads(self._process.stdout.readline())
             return [
                 subprocess.CompletedProcess(
                     words, status, *(Path(task[name]).read_text(encoding="utf-8") for name in ("output", "error"))
@@ -83,38 +75,13 @@ class Forks:
             ]
 
     def close(self):
-        self._requests.close()
-        if self._process is not None:
-            self._process.wait()
-
-
-def _fork() -> tuple[TextIO, TextIO]:
-    """A fork of this process that serves requests until they end; what it reads, and what it writes."""
-    (request_end, requests), (answers, answer_end) = os.pipe(), os.pipe()
-    if os.fork() == 0:
-        os.close(requests)
-        os.close(answers)
-        # Pytest has its own handlers of logs and filters of warnings. Python prints logs that have no handler.
-        logging.getLogger().handlers.clear()
-        warnings.resetwarnings()
-        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-            warnings.simplefilter("ignore", category)
-        try:
-            with os.fdopen(request_end) as read, os.fdopen(answer_end, "w") as written:
-                warm_process.serve(read, written)
-        finally:
-            os._exit(0)
-    os.close(request_end)
-    os.close(answer_end)
-    return os.fdopen(requests, "w"), os.fdopen(answers)
+        self._process.stdin.close()
+        self._process.wait()
 
 
 @functools.cache
 def shared_forks() -> Forks:
-    """
-    Those that all tests share, with the variables of this process. tests/conftest.py asks for them before a test has
-    changed anything.
-    """
+    """Those of one process that all tests share, with the variables of this one; it ends when this one does."""
     return Forks()
 
 

@@ -1,6 +1,6 @@
 """
-Runs commands and other programs as if each had a process of its own: in forks of one that has imported all that they
-need, and has done nothing else. Each request is a line: a list of processes that run at the same time, with their
+Runs commands and other programs as if each had a process of its own: in forks of this one, which has imported all that
+they need. Each request is a line: a list of processes that run at the same time, with their
 module, arguments, folder, variables and the files for what they print. Each answer is a list of how they ended.
 """
 
@@ -13,7 +13,6 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import TextIO
 
 from entropy_gpt import programs, terminal, workflows
 
@@ -33,10 +32,6 @@ def run(
     writing = os.O_WRONLY | os.O_CREAT
     for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, writing), (2, error, writing)):
         os.dup2(os.open(path, flags), descriptor)
-    sys.stdin = os.fdopen(0)
-    # In a fork of pytest, these print into files that pytest reads, and handlers of logs hold them.
-    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
-        os.dup2(descriptor, stream.fileno())
     if not draws:
         from matplotlib.figure import Figure
 
@@ -70,13 +65,8 @@ def wait_for_all(numbers: list[int]) -> list[int]:
     return [ended[number] for number in numbers]
 
 
-def serve(requests: TextIO, answers: TextIO):
-    for number, line in enumerate(requests):
-        if number == 0:
-            import_all()
-            gc.freeze()  # forks do not go through what was imported when they collect garbage, and so do not copy it
-        print(json.dumps(wait_for_all([start(process) for process in json.loads(line)])), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    serve(sys.stdin, sys.stdout)
+    import_all()
+    gc.freeze()  # forks do not go through what was imported when they collect garbage, and so do not copy it
+    for line in sys.stdin:
+        print(json.dumps(wait_for_all([start(process) for process in json.loads(line)])), flush=True)
