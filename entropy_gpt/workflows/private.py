@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
-from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY, serve_on_loopback
