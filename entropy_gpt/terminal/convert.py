@@ -15,8 +15,9 @@ from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import RESULTS, load_results
 from entropy_gpt.evaluation.showing.conversion_page import STEP_COLUMNS, format_perplexity, operation_rows, step_rows
-from entropy_gpt.workflows.convert import Conversion, is_naive, perform, prepare
+from entropy_gpt.workflows.convert import Conversion, perform, prepare
 from entropy_gpt.workflows.convert_inputs import LONGEST_CONTEXT, REPORT, ConversionOptions
+from entropy_gpt.workflows.convert_steps import is_naive
 from entropy_gpt.workflows.options import read_options
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
