@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import ROOT, collect_origin
+from entropy_gpt.evaluation.origin import ROOT, Origin, collect_origin
 from entropy_gpt.evaluation.records.conditions import describe_origin
 from entropy_gpt.training.arguments import DataArguments
 from entropy_gpt.training.entropy_callback import measure_heads
@@ -73,7 +73,7 @@ class Pipeline:
 
 
 @dataclass(config=CONFIG)
-class Record(StoredRecord):
+class Record(StoredRecord, Origin):
     """All that was measured, and where."""
 
     KIND: ClassVar[str] = "the benchmark of training steps"
@@ -82,9 +82,6 @@ class Record(StoredRecord):
     steps: list[Timing]
     watching: Timing
     pipeline: Pipeline
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
 
 
 def training_step(name: str, sizes: dict, batch: int, length: int) -> Callable[[], None]:
