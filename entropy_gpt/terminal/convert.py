@@ -1,6 +1,7 @@
 """Shows a conversion: its plan, its progress, and what each step cost."""
 
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -104,7 +105,9 @@ def show_evaluation(report: ConversionReport, output: Path):
     """The perplexity of the result and of the original, or how to measure it."""
     (result,) = load_results(output / RESULTS)
     if result.likelihood is None:
-        lines = [f"not evaluated, because there was no text; do it with: entropy-gpt evaluate {output}"]
+        lines = [
+            f"not evaluated, because there was no text; do it with: {shlex.join(['entropy-gpt', 'evaluate', str(output)])}"
+        ]
     else:
         before, after = (format_perplexity(step) for step in (report.original_nats, report.final_nats))
         likelihood = result.likelihood.likelihood

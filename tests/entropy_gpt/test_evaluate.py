@@ -339,3 +339,11 @@ def test_frequencies_are_those_of_the_text(finished):
         parts = result.likelihood.likelihood.by_frequency
         # What is evaluated is a part of the text that is counted.
         assert all(part.begin >= 1 for part in parts) or np.isclose(parts[0].tokens / 3000, 0, atol=0.02)
+
+
+def test_the_command_that_is_advised_can_be_pasted(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_job, "console", Console(width=80))
+    evaluate_job._print_files([], Path("my [texts] (1)"))
+    *_, line = capsys.readouterr().out.splitlines()
+    words = shlex.split(line.removeprefix("make a page of them: "))
+    assert words[2:] == ["my [texts] (1)/results.json", "-o", "my [texts] (1)/report.html"]
