@@ -105,9 +105,8 @@ def show_evaluation(report: ConversionReport, output: Path):
     """The perplexity of the result and of the original, or how to measure it."""
     (result,) = load_results(output / RESULTS)
     if result.likelihood is None:
-        lines = [
-            f"not evaluated, because there was no text; do it with: {shlex.join(['entropy-gpt', 'evaluate', str(output)])}"
-        ]
+        remedy = shlex.join(["entropy-gpt", "evaluate", str(output)])
+        lines = [f"not evaluated, because there was no text; do it with: {remedy}"]
     else:
         before, after = (format_perplexity(step) for step in (report.original_nats, report.final_nats))
         likelihood = result.likelihood.likelihood

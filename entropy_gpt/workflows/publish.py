@@ -328,8 +328,8 @@ def _find_results(folder: Path, places: list[Path], model: EntropyGPTForCausalLM
     else:
         problem = f"{folder} has no {RESULTS}"
     raise UserError(
-        f"The card of {folder} shows what was measured, but {problem}. Run entropy-gpt evaluate {shlex.quote(str(folder))} "
-        "--output evaluation_output, and add --results evaluation_output."
+        f"The card of {folder} shows what was measured, but {problem}. Run entropy-gpt evaluate "
+        f"{shlex.quote(str(folder))} --output evaluation_output, and add --results evaluation_output."
     )
 
 

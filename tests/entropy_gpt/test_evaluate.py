@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +27,7 @@ from transformers import (
 from entropy_gpt.commands.main import main
 from entropy_gpt.evaluation.measuring.text_diagnostics import diagnose_text
 from entropy_gpt.evaluation.records.results import load_results
+from entropy_gpt.terminal import evaluate as evaluate_job
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.evaluate_inputs import short_names
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
