@@ -26,6 +26,7 @@ WITHOUT_IMPORTS = {
     "train python-stdlib-small learning_rate=-1": 1,
     "convert openai-community/gpt2 --to SM+ScFuFN --output x": 1,
     "evaluate ./nowhere": 1,
+    "evaluate some/model --prompt text --head 2": 1,
 }
 
 
