@@ -88,6 +88,18 @@ class EntropyGPTEntropyThreshold(nn.Module):
         return self.entropy_threshold.clone()
 
 
+class EntropyGPTAttentionShift(nn.Module):
+    """Learnable shift c of the scores, for each head and query position; see attention_functions.py."""
+
+    def __init__(self, n_head: int, n_positions: int):
+        super().__init__()
+        self.attention_shift = nn.Parameter(torch.empty(n_head, n_positions))
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """The shift of each query, of shape `(batch or 1, heads, query_length)`, as long as `position_ids`."""
+        return self.attention_shift[:, position_ids].transpose(0, 1)
+
+
 def keep_in_graph(hidden_states: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """
     The hidden states, bit for bit, whose gradient gives the parameter one of zero. Data parallelism waits for a
@@ -260,6 +272,7 @@ def build_linear(config, nf: int, nx: int, targets: tuple[str, ...], adds_to_res
 
 
 __all__ = [
+    "EntropyGPTAttentionShift",
     "EntropyGPTEntropyThreshold",
     "EntropyGPTLearnableLeakyReLU",
     "EntropyGPTNormalizedConv1D",
