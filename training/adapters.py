@@ -33,9 +33,10 @@ def attach_lora(
     model: EntropyGPTPreTrainedModel, arguments: LoraArguments, base_model: str | None = None
 ) -> PeftModel:
     """
-    Freezes a model but for low-rank adapters on linear maps of its blocks, and, as the flags say, its temperatures and
-    entropy thresholds where the architecture has them. The head of a classifier is trained too, as PEFT does. An
-    adapter of normalised weights is added to them before they are normalised, so that it can be merged.
+    Freezes a model but for low-rank adapters on linear maps of its blocks, and, as the flags say, its temperatures,
+    entropy thresholds and shifts of attention scores where the architecture has them. The head of a classifier is
+    trained too, as PEFT does. An adapter of normalised weights is added to them before they are normalised, so that it
+    can be merged.
 
     Args:
         model ([`EntropyGPTPreTrainedModel`]): A model with any head; it is changed.
@@ -54,6 +55,7 @@ def attach_lora(
         raise ValueError(f"lora_r={arguments.lora_r} is no rank of an adapter: give 1 or more, such as 8.")
     trained_beside = {
         "temperature": arguments.train_temperatures and model.config.attention_temperature != "none",
+        "shift": arguments.train_shifts and model.config.has_attention_shift,
         "threshold": arguments.train_thresholds and model.config.entropy_regularization,
     }
     configuration = LoraConfig(

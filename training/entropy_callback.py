@@ -28,9 +28,10 @@ class EntropyCallback(TrainerCallback):
     Writes down what the attention heads do, in a run's folder and for those who look on.
 
     Every `every` steps, at the beginning and at the end, a forward pass without dropout over the same tokens gives the
-    mean row entropy of each head, thresholds, temperatures (geometric mean over positions), alpha and beta, and the
-    standard deviation of the residual stream behind each block. They go to `training_log.jsonl`, together with all
-    that the trainer logs, and, layer by layer, to TensorBoard and Weights & Biases where `report_to` names these.
+    mean row entropy of each head, thresholds, temperatures (geometric mean over positions), shifts of attention scores
+    (mean over positions), alpha and beta, and the standard deviation of the residual stream behind each block. They go
+    to `training_log.jsonl`, together with all that the trainer logs, and, layer by layer, to TensorBoard and Weights &
+    Biases where `report_to` names these.
     Layers in which half of the heads collapsed or are overloaded are reported, once the learning rate has warmed up.
     Works with any `Trainer`, and changes nothing about the training.
 
@@ -133,9 +134,9 @@ def measure_heads(model: nn.Module, input_ids: torch.Tensor) -> dict:
         input_ids (`torch.Tensor` of shape `(batch, length)`): The batch.
 
     Returns:
-        `dict`: `entropies` in nats, `temperatures` and `thresholds`, of shape `(layers, heads)`; `alpha`, `beta` and
-            `residual_scale`, of shape `(layers,)`; `None` for what the architecture lacks. `maximum` is the mean of
-            the largest entropies that a causal mask allows, `context_maximum` the logarithm of the length.
+        `dict`: `entropies` in nats, `temperatures`, `thresholds` and `shifts`, of shape `(layers, heads)`; `alpha`,
+            `beta` and `residual_scale`, of shape `(layers,)`; `None` for what the architecture lacks. `maximum` is the
+            mean of the largest entropies that a causal mask allows, `context_maximum` the logarithm of the length.
     """
     base = base_model(model)
     deviations: list[float] = []
@@ -154,6 +155,7 @@ def measure_heads(model: nn.Module, input_ids: torch.Tensor) -> dict:
     keys = outputs.visible_keys.double()
     thresholds = _parameters([block.attn.threshold for block in base.h], "entropy_threshold")
     temperatures = _parameters([block.attn.temperature for block in base.h], "log_temperature")
+    shifts = _parameters([block.attn.shift for block in base.h], "attention_shift")
     scalings = [block.residual_scaling for block in base.h]
     return {
         "entropies": [entropies.double().mean(dim=(0, 2)).tolist() for entropies in outputs.attention_entropies],
@@ -161,6 +163,7 @@ def measure_heads(model: nn.Module, input_ids: torch.Tensor) -> dict:
         "context_maximum": keys.max().log().item(),
         "thresholds": thresholds and [values.tolist() for values in thresholds],
         "temperatures": temperatures and [values.mean(dim=-1).exp().tolist() for values in temperatures],
+        "shifts": shifts and [values[:, : input_ids.shape[1]].mean(dim=-1).tolist() for values in shifts],
         "alpha": _scalars(_parameters(scalings, "ffn_alpha")),
         "beta": _scalars(_parameters(scalings, "ffn_beta")),
         "residual_scale": deviations,
@@ -192,7 +195,7 @@ def find_alarms(record: dict) -> dict[tuple[int, str], str]:
 def layer_scalars(record: dict) -> dict[str, float]:
     """One number for each layer and quantity of a record, by name; of quantities of heads the mean."""
     scalars = {}
-    for name in ("entropies", "thresholds", "temperatures", "alpha", "beta", "residual_scale"):
+    for name in ("entropies", "thresholds", "temperatures", "shifts", "alpha", "beta", "residual_scale"):
         for layer, value in enumerate(record[name] or []):
             if value is not None:
                 scalars[f"{name}/layer_{layer}"] = sum(value) / len(value) if isinstance(value, list) else value

@@ -50,6 +50,11 @@ class EntropyGPTArchitectureAdapter(GPT2ArchitectureAdapter):
     def prepare_model(self, hf_model: nn.Module):
         super().prepare_model(hf_model)
         config = hf_model.config
+        if getattr(config, "attention_function", "softmax") != "softmax":
+            raise ValueError(
+                f"attention_function={config.attention_function!r}: TransformerLens computes attention itself, by "
+                "softmax alone. Use the model without a bridge."
+            )
         norms = {config.normalization, config.final_normalization}
         self.cfg.normalization_type = None if norms == {"none"} else "LN"
         self.supports_compatibility_mode = norms == {"layernorm"} and config.ffn_type == "mlp"

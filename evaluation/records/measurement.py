@@ -296,6 +296,8 @@ def describe_config(config: EntropyGPTConfig) -> dict:
     names = [*SIZES]
     if config.attention_temperature != "none":
         names += ["temperature_init"]
+    if config.has_attention_shift:
+        names += ["attention_shift_init", "log_sum_coefficient"]
     if config.entropy_regularization:
         names += ["entropy_penalty", "entropy_coefficient", "entropy_tolerance", "entropy_threshold_init"]
         names += ["entropy_maximum"]

@@ -54,10 +54,11 @@ class TrainingRecord:
 
     Args:
         step (`int`): Optimiser steps done.
-        loss (`float`, *optional*): With the entropy penalty, if there is one.
+        loss (`float`, *optional*): With the penalties, if there are any.
         cross_entropy_loss (`float`, *optional*): Without it.
-        entropy_loss (`float`, *optional*): The penalty.
+        entropy_loss (`float`, *optional*): The entropy penalty.
         penalized_share (`float`, *optional*): Part of the heads (or rows) outside of the tolerance.
+        log_sum_loss (`float`, *optional*): Mean square of what rows' log-sum-exp of scores is off their shift.
         learning_rate (`float`, *optional*): Learning rate of the step.
         grad_norm (`float`, *optional*): Before clipping.
     """
@@ -67,13 +68,15 @@ class TrainingRecord:
     cross_entropy_loss: float | None
     entropy_loss: float | None
     penalized_share: float | None
+    log_sum_loss: float | None
     learning_rate: float | None
     grad_norm: float | None
 
     @property
     def cross_entropy(self) -> float | None:
         """The cross-entropy, which without a penalty is the loss."""
-        return self.loss if self.cross_entropy_loss is None and self.entropy_loss is None else self.cross_entropy_loss
+        has_penalty = self.entropy_loss is not None or self.log_sum_loss is not None
+        return self.loss if self.cross_entropy_loss is None and not has_penalty else self.cross_entropy_loss
 
 
 TRAINING_FIGURES = tuple(figure.name for figure in dataclasses.fields(TrainingRecord) if figure.name != "step")
@@ -108,6 +111,7 @@ class EntropyRecord:
         thresholds (`list[list[float]]`, *optional*):
             Theta of each head, as a part of the maximum that the configuration names.
         temperatures (`list[list[float]]`, *optional*): Geometric mean over positions.
+        shifts (`list[list[float]]`, *optional*): Shift of the attention scores, mean over positions.
         alpha, beta (`list[float]`, *optional*): Scales of the residual sum of each layer's FFN.
         residual_scale (`list[float]`, *optional*): Standard deviation of the residual stream behind each block.
     """
@@ -118,6 +122,7 @@ class EntropyRecord:
     context_maximum: float
     thresholds: list[list[float]] | None
     temperatures: list[list[float]] | None
+    shifts: list[list[float]] | None
     alpha: list[float] | None
     beta: list[float] | None
     residual_scale: list[float] | None
@@ -239,6 +244,11 @@ class RunLog:
         return any(record.entropy_loss is not None or record.penalized_share is not None for record in self.training)
 
     @property
+    def has_log_sums(self) -> bool:
+        """Whether the penalty on log-sums was logged."""
+        return any(record.log_sum_loss is not None for record in self.training)
+
+    @property
     def has_thresholds(self) -> bool:
         """Whether thresholds were logged, as of a run with the penalty."""
         return any(record.thresholds is not None for record in self.entropies)
@@ -280,7 +290,7 @@ class RunLog:
             _numbers(entry, "entropies", heads),
             _number(entry, "maximum"),
             _number(entry, "context_maximum"),
-            **{name: _numbers_or_none(entry, name, heads) for name in ("thresholds", "temperatures")},
+            **{name: _numbers_or_none(entry, name, heads) for name in ("thresholds", "temperatures", "shifts")},
             **{name: _numbers_or_none(entry, name, layers) for name in ("alpha", "beta", "residual_scale")},
         )
 

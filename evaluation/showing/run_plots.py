@@ -270,6 +270,7 @@ def plot_penalty(runs: list[RunLog]) -> Figure:
 # What each row of the picture of scales shows: its name, and the numbers of the layers in a record.
 SCALES: dict[str, Callable[[EntropyRecord], Iterable[float] | None]] = {
     "temperature\n(geometric mean of heads)": lambda record: _geometric_means(record.temperatures),
+    "shift of scores\n(mean of heads)": lambda record: record.shifts and np.mean(record.shifts, axis=1),
     "alpha": lambda record: record.alpha,
     "beta": lambda record: record.beta,
     "residual stream behind\nthe block (std)": lambda record: record.residual_scale,
@@ -278,8 +279,8 @@ SCALES: dict[str, Callable[[EntropyRecord], Iterable[float] | None]] = {
 
 def plot_scales(runs: list[RunLog]) -> Figure:
     """
-    Draws temperatures, the scales of the FFN's residual sum and the residual stream of each layer against the step. A
-    run is a column.
+    Draws temperatures, shifts of attention scores, the scales of the FFN's residual sum and the residual stream of
+    each layer against the step. A run is a column.
 
     Args:
         runs (`list[RunLog]`): Runs with some of these.
