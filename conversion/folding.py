@@ -27,7 +27,7 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from modeling_entropy_gpt.blocks import EntropyGPTBlock, EntropyGPTFusedFFN, EntropyGPTMLP
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D, EntropyGPTStaticLayerNorm
 
-from .assembly import assemble
+from .assembly import assemble, inference_state
 from .errors import ConversionError, NotFiniteError
 
 
@@ -60,8 +60,9 @@ def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
     config = folded.config
     config.entropy_regularization, config.log_sum_coefficient = False, 0.0
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    dropped = ("entropy_threshold",) if config.has_attention_shift else ("entropy_threshold", "attention_shift")
-    tensors = {name: t.to(model.dtype) for name, t in folded.state_dict().items() if not name.endswith(dropped)}
+    tensors = {name: tensor.to(model.dtype) for name, tensor in inference_state(folded).items()}
+    if not config.has_attention_shift:  # a softmax's, which acts in training alone
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("attention_shift")}
     _check_finite(tensors, f"A norm constant or a temperature is 0, or {model.dtype} too narrow for what is folded")
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
