@@ -273,15 +273,14 @@ class _Sums:
         def add_largest(module, arguments, output):
             length = output.shape[1]
             query, key, _ = (
-                states.float().unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                for states in output.chunk(3, dim=-1)
+                states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in output.chunk(3, dim=-1)
             )
             if attention.temperature is not None:
                 query = query * attention.temperature(torch.arange(length, device=output.device)[None])
             later = torch.ones(length, length, dtype=torch.bool, device=output.device).triu(1)
             for queries, keys in zip(query, key, strict=True):  # one sequence's matrices at a time
                 scores = torch.matmul(queries, keys.mT) * attention.scaling
-                largest.append(scores.masked_fill(later, -math.inf).amax(dim=-1)[None].cpu())
+                largest.append(scores.masked_fill(later, -math.inf).amax(dim=-1)[None].float().cpu())
 
         return add_largest
 

@@ -69,23 +69,32 @@ def whole_attention(
         shift (`torch.Tensor`, broadcastable to `(batch, heads, query_length)`): The shift of each row.
 
     Returns:
-        `tuple`: The output, `(batch, heads, query_length, value_dim)`, the probabilities after dropout,
-        `(batch, heads, query_length, key_length)`, both in the dtype of the values, and entropies in nats,
-        `(batch, heads, query_length)` and of at least float32. A row that sees nothing has output and entropy 0.
+        `tuple`: The output, `(batch, heads, query_length, value_dim)`, and the probabilities after dropout,
+        `(batch, heads, query_length, key_length)`, both in the dtype of the values; and the logarithms of f, of at
+        least float32, from which [`entropies_of`] has entropies. A row that sees nothing has output 0.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.matmul(query.to(dtype), key.to(dtype).mT) * scaling
+    scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
     logs = log_function(scores - shift.to(dtype).unsqueeze(-1), function)
     seen = visible_to_rows(visible, is_causal, *scores.shape[-2:], scores.device)
     if seen is not None:
-        logs = logs.masked_fill(~seen, MASKED)
-    log_probabilities = logs.log_softmax(dim=-1)
-    probabilities = log_probabilities.exp()
+        logs = logs + torch.where(seen, 0.0, MASKED)
+    probabilities = logs.softmax(dim=-1)
     if visible is not None:  # a row that sees nothing has none
         probabilities = probabilities * seen.any(dim=-1, keepdim=True)
-    entropies = -(probabilities * log_probabilities).sum(dim=-1)
     probabilities = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0).to(value.dtype)
-    return torch.matmul(probabilities, value), probabilities, entropies
+    return torch.matmul(probabilities, value), probabilities, logs
+
+
+def entropies_of(logs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Entropies in nats, and log-sum-exp, of rows whose logarithms of f are given, `(..., key_length)`, to `(...)`; the
+    entropy of a row that sees nothing is 0.
+    """
+    log_sums = logs.logsumexp(dim=-1)
+    log_probabilities = logs - log_sums.unsqueeze(-1)
+    entropies = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+    return entropies.where(log_sums > MASKED / 10, 0.0), log_sums
 
 
 def log_sum_exp(
@@ -96,11 +105,11 @@ def log_sum_exp(
     matrices; 0 in a row that sees nothing. Arguments as for [`whole_attention`].
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.matmul(query.to(dtype), key.to(dtype).mT) * scaling
+    scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
     seen = visible_to_rows(visible, is_causal, *scores.shape[-2:], scores.device)
     if seen is None:
         return scores.logsumexp(dim=-1)
-    sums = scores.masked_fill(~seen, MASKED).logsumexp(dim=-1)
+    sums = (scores + torch.where(seen, 0.0, MASKED)).logsumexp(dim=-1)
     return sums.where(seen.any(dim=-1), 0.0)
 
 
@@ -115,4 +124,4 @@ def visible_to_rows(
     return not_later if visible is None else visible & not_later
 
 
-__all__ = ["log_function", "log_sum_exp", "whole_attention"]
+__all__ = ["entropies_of", "log_function", "log_sum_exp", "whole_attention"]

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_functions import whole_attention
+from .attention_functions import entropies_of, whole_attention
 from .attention_masks import to_additive, visible_pairs
 from .configuration_entropy_gpt import EntropyGPTConfig
 from .entropy_attention import entropy_attention, row_entropies, row_log_sums
@@ -46,6 +46,12 @@ def eager_attention_forward(
     attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.attn_dropout.training)
     attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
     return attn_output, attn_weights
+
+
+def serves_every_function(config: EntropyGPTConfig) -> bool:
+    """Whether a registered attention implementation computes `attention_function`, given a `shift`: it says so."""
+    interface = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    return getattr(interface, "serves_every_function", False)
 
 
 class EntropyGPTAttention(nn.Module):
@@ -99,12 +105,15 @@ class EntropyGPTAttention(nn.Module):
 
         states = (query_states, key_states, value_states, attention_mask)
         shift = None if self.shift is None else self.shift(position_ids)
-        if output_entropies or self.config.attention_function != "softmax":
+        entropies = None
+        if output_entropies or (
+            self.config.attention_function != "softmax" and not serves_every_function(self.config)
+        ):
             attn_output, attn_weights, entropies = self._attend_with_entropies(
-                *states, shift, position_ids=position_ids, **kwargs
+                *states, shift, output_entropies, position_ids=position_ids, **kwargs
             )
         else:
-            attn_output, attn_weights = self._attend(*states, position_ids=position_ids, **kwargs)
+            attn_output, attn_weights = self._attend(*states, shift=shift, position_ids=position_ids, **kwargs)
         attn_output = self.c_proj(attn_output.reshape(hidden_states.shape))
         thresholds, deviations = None, None
         if self.threshold is not None and (output_entropies or self.training):
@@ -123,7 +132,9 @@ class EntropyGPTAttention(nn.Module):
         """A loss computed elsewhere may leave a parameter out."""
         return keep_in_graph(attn_output, parameter) if self.training and parameter.requires_grad else attn_output
 
-    def _attend(self, query_states, key_states, value_states, attention_mask, **kwargs):
+    def _attend(self, query_states, key_states, value_states, attention_mask, shift=None, **kwargs):
+        if self.config.attention_function != "softmax":
+            kwargs["shift"] = shift
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -139,7 +150,9 @@ class EntropyGPTAttention(nn.Module):
         )
         return attn_output, attn_weights
 
-    def _attend_with_entropies(self, query_states, key_states, value_states, attention_mask, shift, **kwargs):
+    def _attend_with_entropies(
+        self, query_states, key_states, value_states, attention_mask, shift, output_entropies, **kwargs
+    ):
         function, dropout = self.config.attention_function, self.attn_dropout.p if self.attn_dropout.training else 0.0
         is_causal = _hides_later_keys(attention_mask)
         if self.config._attn_implementation == "eager" and function == "softmax":
@@ -149,9 +162,10 @@ class EntropyGPTAttention(nn.Module):
         key_states, value_states = self._seen_by_sdpa(query_states, attention_mask, key_states, value_states)
         if self.config._attn_implementation == "eager":
             visible = visible_pairs(attention_mask, query_states.shape[2], key_states.shape[2], query_states.device)
-            attn_output, attn_weights, entropies = whole_attention(
+            attn_output, attn_weights, logs = whole_attention(
                 query_states, key_states, value_states, visible, is_causal, self.scaling, dropout, function, shift
             )
+            entropies = entropies_of(logs)[0] if output_entropies else None
             return attn_output.transpose(1, 2), attn_weights, entropies
         attn_output, entropies = entropy_attention(
             query_states,

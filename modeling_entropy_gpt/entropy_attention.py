@@ -15,9 +15,9 @@ serve, they come in blocks out of torch's matrix products: any device, dtype, ma
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attention_functions import log_sum_exp, whole_attention
+from .attention_functions import entropies_of, log_sum_exp, whole_attention
 from .attention_masks import check_additive, check_dtype, visible_pairs
-from .blockwise_attention import blockwise_attention
+from .blockwise_attention import LOG2_E, blockwise_attention
 
 
 LARGEST_SEED = 2**62
@@ -66,13 +66,30 @@ def entropy_attention(
         raise ValueError(f"dropout={dropout} has to be between 0 and 1.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = visible_pairs(attention_mask, query.shape[2], key.shape[2], query.device)
+    return attend_rows(query, key, value, visible, is_causal, scaling, dropout, function, shift)[:2]
+
+
+def attend_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+    function: str,
+    shift: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The output and the entropies of [`entropy_attention`], and the logarithm to base 2 of the sum of f over each row,
+    `(batch, heads, query_length)`. Nothing is checked; `visible` is what [`visible_pairs`] gives.
+    """
     if function != "softmax":
-        attended, _, entropies = whole_attention(
-            query, key, value, visible, is_causal, scaling, dropout, function, shift
-        )
-        return attended, entropies
+        attended, _, logs = whole_attention(query, key, value, visible, is_causal, scaling, dropout, function, shift)
+        entropies, log_sums = entropies_of(logs)
+        return attended, entropies, log_sums * LOG2_E
     seed = torch.randint(LARGEST_SEED, (1,)) if dropout else None
-    return blockwise_attention(query, key, value, visible, is_causal, scaling, dropout, seed)[:2]
+    return blockwise_attention(query, key, value, visible, is_causal, scaling, dropout, seed)
 
 
 def row_entropies(

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 # Every file of the model, also those that others import: transformers 5.5 copies no more than these to its cache.
 from .attention_functions import whole_attention  # noqa: F401
 from .attention_masks import prepare_mask
-from .blocks import EntropyGPTAttention, EntropyGPTBlock
+from .blocks import EntropyGPTAttention, EntropyGPTBlock, serves_every_function
 from .blockwise_attention import blockwise_attention  # noqa: F401
 from .configuration_entropy_gpt import EntropyGPTConfig
 from .entropy_attention import entropy_attention  # noqa: F401
@@ -299,6 +299,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if is_paged(past_key_values) or is_paged(kwargs.get("cache")):
             raise ValueError(f"{cause} is not supported in continuous batching (generate_batch).")
         known = implementation in OWN_IMPLEMENTATIONS or "flash" in implementation
+        known = known or serves_every_function(self.config)
         if function != "softmax" and not known:
             raise ValueError(
                 f"attn_implementation={implementation!r} computes softmax alone, and the model has "

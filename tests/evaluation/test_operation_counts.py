@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.activations import ACT2FN
 
 from entropy_gpt.conversion.folding import fold_weight_normalization
-from entropy_gpt.evaluation.measuring.operation_counts import count_operations
+from entropy_gpt.evaluation.measuring.operation_counts import ATTENTION_TITLES, count_operations
 from modeling_entropy_gpt import EntropyGPTConfig, blocks
 from modeling_entropy_gpt.blocks import EntropyGPTMLP, eager_attention_forward
 from modeling_entropy_gpt.configuration_entropy_gpt import OWN_ACTIVATIONS
@@ -133,14 +133,19 @@ def name_of(node: torch.fx.Node) -> str:
     return "getitem" if node.target is operator.getitem else node.target.__name__.partition(".")[0]
 
 
+PARTS_OF_FUNCTIONS = {"power4": ("clamp", "log"), "power2": ("clamp", "log"), "clamped": ("clamp",)}
+
+
 def found_operations(model: nn.Module) -> Counter:
     """How many there are of each non-linear operation in the exported program, by name and shape without the batch."""
-    found, activations = Counter(), set()
+    found, activations, function = Counter(), set(), model.config.attention_function
     for node in nonlinear_nodes(model, {"input_ids": make_tokens(1, T), "use_cache": False}):
         path, _ = list(node.meta["nn_module_stack"].values())[-1]
         shape = tuple(node.meta["val"].shape[1:])
         if name_of(node) == "softmax" and path.endswith(".attn"):
-            found["softmax", shape[1:]] += shape[0]  # one for each head
+            found[ATTENTION_TITLES[function], shape[1:]] += shape[0]  # one for each head
+        elif name_of(node) in PARTS_OF_FUNCTIONS.get(function, ()) and path.endswith(".attn"):
+            continue  # what the exponential of the softmax becomes another function with
         elif name_of(node) == "layer_norm":
             found["final LayerNorm" if path.endswith(".ln_f") else "LayerNorm", shape] += 1
         elif path.endswith(".mlp.act"):
@@ -152,7 +157,7 @@ def found_operations(model: nn.Module) -> Counter:
 
 def counted_operations(config: EntropyGPTConfig) -> Counter:
     """The same, as they are counted from the configuration."""
-    counts, norms = count_operations(config, T), ("softmax", "LayerNorm", "final LayerNorm")
+    counts, norms = count_operations(config, T), (*ATTENTION_TITLES.values(), "LayerNorm", "final LayerNorm")
     return Counter(
         {
             (each.name if each.name in norms else "activation", tuple(each.shape)): each.count
