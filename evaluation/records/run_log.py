@@ -80,6 +80,7 @@ class TrainingRecord:
         return self.loss if self.cross_entropy_loss is None and not has_penalty else self.cross_entropy_loss
 
 
+PENALTY_FIGURES = ("entropy_loss", "penalized_share", "log_sum_loss")
 TRAINING_FIGURES = tuple(figure.name for figure in dataclasses.fields(TrainingRecord) if figure.name != "step")
 
 
@@ -235,13 +236,8 @@ class RunLog:
 
     @property
     def has_penalty(self) -> bool:
-        """Whether anything about the entropy penalty was logged."""
-        return any(record.entropy_loss is not None or record.penalized_share is not None for record in self.training)
-
-    @property
-    def has_log_sums(self) -> bool:
-        """Whether the penalty on log-sums was logged."""
-        return any(record.log_sum_loss is not None for record in self.training)
+        """Whether anything about a penalty on attention rows was logged."""
+        return any(getattr(record, name) is not None for record in self.training for name in PENALTY_FIGURES)
 
     @property
     def has_thresholds(self) -> bool:
