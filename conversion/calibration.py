@@ -238,7 +238,7 @@ class _Sums:
 
     def take_medians(self):
         """Of the largest scores, over all sequences."""
-        for name, largest in self.largest_scores.items():
+        for name, largest in self.largest_scores.items() if self.blocks_before else ():
             self.tensors[f"{name}.largest"] = torch.cat(largest).median(dim=0).values
 
     def remove_hooks(self):
