@@ -185,9 +185,8 @@ def test_the_least_text_is_enough(length):
 
 
 def test_shifts_are_the_median_of_the_largest_scores_of_a_head_and_position():
-    model, blocks = make_model("SM(t)+LN+G").double(), [make_tokens(4, 12), make_tokens(3, 12)]
-    calibration = calibrate(model, [*blocks, *blocks])
-    tokens = torch.cat([*blocks, *blocks])
+    model, tokens = make_model("SM(t)+LN+G").double(), make_tokens(25, 12)
+    calibration = calibrate(model, tokens.split(10))
     model.set_attn_implementation("eager")
     hidden = model.transformer.wte(tokens) + model.transformer.wpe.weight[:12]
     attention = model.transformer.h[0].attn
