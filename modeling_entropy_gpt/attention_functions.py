@@ -15,7 +15,8 @@ visible keys alike, with a gradient of 0, and every row has a logarithm of f by 
 
     P_ij = softmax_j(log f(s_ij - c_i))               ds_ij = (log f)'(s_ij - c_i) dlog f_ij
 
-so that what holds for softmax holds for each of them: entropies, masks, and kernels that compute in blocks.
+so that what holds for softmax holds for each of them: entropies, masks, and how blockwise_attention.py computes in
+blocks.
 """
 
 import torch
@@ -97,22 +98,6 @@ def entropies_of(logs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return entropies.where(log_sums > MASKED / 10, 0.0), log_sums
 
 
-def log_sum_exp(
-    query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor | None, is_causal: bool, scaling: float
-) -> torch.Tensor:
-    """
-    The logarithm of the sum of the exponentials of each row's scores, `(batch, heads, query_length)`, by whole
-    matrices; 0 in a row that sees nothing. Arguments as for [`whole_attention`].
-    """
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
-    seen = visible_to_rows(visible, is_causal, *scores.shape[-2:], scores.device)
-    if seen is None:
-        return scores.logsumexp(dim=-1)
-    sums = (scores + torch.where(seen, 0.0, MASKED)).logsumexp(dim=-1)
-    return sums.where(seen.any(dim=-1), 0.0)
-
-
 def visible_to_rows(
     visible: torch.Tensor | None, is_causal: bool, query_length: int, key_length: int, device: torch.device
 ) -> torch.Tensor | None:
@@ -124,4 +109,4 @@ def visible_to_rows(
     return not_later if visible is None else visible & not_later
 
 
-__all__ = ["entropies_of", "log_function", "log_sum_exp", "whole_attention"]
+__all__ = ["entropies_of", "log_function", "whole_attention"]

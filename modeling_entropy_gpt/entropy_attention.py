@@ -15,9 +15,8 @@ serve, they come in blocks out of torch's matrix products: any device, dtype, ma
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attention_functions import entropies_of, log_sum_exp, whole_attention
 from .attention_masks import check_additive, check_dtype, visible_pairs
-from .blockwise_attention import LOG2_E, blockwise_attention
+from .blockwise_attention import LN_2, NOTHING_VISIBLE, blockwise_attention
 
 
 LARGEST_SEED = 2**62
@@ -84,12 +83,9 @@ def attend_rows(
     The output and the entropies of [`entropy_attention`], and the logarithm to base 2 of the sum of f over each row,
     `(batch, heads, query_length)`. Nothing is checked; `visible` is what [`visible_pairs`] gives.
     """
-    if function != "softmax":
-        attended, _, logs = whole_attention(query, key, value, visible, is_causal, scaling, dropout, function, shift)
-        entropies, log_sums = entropies_of(logs)
-        return attended, entropies, log_sums * LOG2_E
+    shift = None if function == "softmax" else shift.expand(query.shape[:3])
     seed = torch.randint(LARGEST_SEED, (1,)) if dropout else None
-    return blockwise_attention(query, key, value, visible, is_causal, scaling, dropout, seed)
+    return blockwise_attention(query, key, value, visible, is_causal, scaling, dropout, seed, function, shift)
 
 
 def row_entropies(
@@ -122,7 +118,8 @@ def row_log_sums(
     _check_shapes(query, key, None, attention_mask, is_causal)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = visible_pairs(attention_mask, query.shape[2], key.shape[2], query.device)
-    return log_sum_exp(query, key, visible, is_causal, scaling)
+    log_sums = blockwise_attention(query, key, None, visible, is_causal, scaling, 0.0, None)[2]
+    return log_sums.where(log_sums > NOTHING_VISIBLE, 0.0) * LN_2
 
 
 def _cast_as_autocast_does(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -140,8 +140,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def backward_query_kernel(
-    query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants, output, entropies, grad_query,
-    row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants, output, row_constant,
+    grad_query, row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -155,9 +155,9 @@ def backward_query_kernel(
     place, inside = pair.to(tl.int64) * row_count + rows, rows < row_count
     log_sums = tl.load(log_sum_exp + place, mask=inside, other=0.0)
     slopes = tl.load(grad_entropies + place, mask=inside, other=0.0)
-    # do . o + g H, which all keys of a row share.
+    # do . o + g H, less the gradient of the log-sum-exp, which all keys of a row share.
     constant = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), 1)
-    constant += slopes * tl.load(entropies + place, mask=inside, other=0.0)
+    constant += tl.load(row_constant + place, mask=inside, other=0.0)
     tl.store(constants + place, constant, mask=inside)
     grad_queries = tl.zeros([ROWS, WIDTH], tl.float32)
 
@@ -243,16 +243,19 @@ def run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, o
 
 
 def run_backward(
-    query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp,
+    query, key, value, visible, is_causal, scaling, dropout, seed, output, row_constant, log_sum_exp,
     grad_output, grad_entropies, grad_query, grad_key, grad_value,
 ):  # fmt: skip
-    """Computes the gradients of the operator [`blockwise_attention_backward`]."""
+    """
+    Computes the gradients of the operator [`blockwise_attention_backward`]; `row_constant` is what those of the scores
+    have in common over a row, but for what the values bring.
+    """
     if value is None:
         value, grad_value = key[..., :1], torch.empty_like(key[..., :1])
         output = grad_output = query.new_zeros(1).expand(*query.shape[:3], 1)
     launch = _Launch(query, key, value, visible, is_causal, scaling, dropout, seed)
-    common = (log_sum_exp, _matrices(grad_output), grad_entropies.contiguous(), torch.empty_like(entropies))
-    launch(backward_query_kernel, *common, _matrices(output), entropies, _matrices(grad_query))
+    common = (log_sum_exp, _matrices(grad_output), grad_entropies.contiguous(), torch.empty_like(log_sum_exp))
+    launch(backward_query_kernel, *common, _matrices(output), row_constant.contiguous(), _matrices(grad_query))
     launch(backward_key_kernel, *common, _matrices(grad_key), _matrices(grad_value))
 
 

@@ -13,6 +13,7 @@ from entropy_gpt.conversion.folding import fold_weight_normalization
 from entropy_gpt.evaluation.measuring.operation_counts import ATTENTION_TITLES, count_operations
 from modeling_entropy_gpt import EntropyGPTConfig, blocks
 from modeling_entropy_gpt.blocks import EntropyGPTMLP, eager_attention_forward
+from modeling_entropy_gpt.blockwise_attention import OPERATOR
 from modeling_entropy_gpt.configuration_entropy_gpt import OWN_ACTIVATIONS
 from tests.architectures import ARCHITECTURES, make_config, make_model, make_tokens
 
@@ -87,7 +88,11 @@ def test_flops_are_those_that_torch_counts(notation, implementation):
     model = make_model(notation, attn_implementation=implementation)
     counts, config = count_operations(model.config, T), model.config
     fold_weight_normalization(model)  # once and for all before inference
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_flops}
+    blockwise = getattr(torch.ops.entropy_gpt, f"{OPERATOR.removeprefix('entropy_gpt::')}_forward")
+    mapping = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_flops,
+        blockwise: flash_flops,  # of other functions than softmax
+    }
     with FlopCounterMode(display=False, depth=None, custom_mapping=mapping) as counter, torch.no_grad():
         model(make_tokens(1, T), use_cache=False)
     by_module = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
