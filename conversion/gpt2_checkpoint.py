@@ -44,7 +44,7 @@ from modeling_entropy_gpt import (
 from modeling_entropy_gpt.configuration_entropy_gpt import GPT2_CONSTANTS
 
 from .assembly import assemble, inference_state
-from .early_checks import ADAPTER_CONFIG
+from .early_checks import ADAPTER_CONFIG, expanded
 from .errors import ConversionError
 from .foreign_files import check_kind
 
@@ -284,6 +284,7 @@ def _sign_of_age(content: dict) -> str | None:
 def _read(source: str | Path, model_types: list[str], activation: str | None) -> Checkpoint:
     if activation is not None and activation not in NANOGPT_ACTIVATIONS:
         raise ConversionError(f"activation={activation!r}: give {' or '.join(NANOGPT_ACTIVATIONS)}.")
+    source = expanded(source)
     if Path(source).is_file():
         return read_nanogpt(Path(source), activation)
     folder = _find_folder(source)

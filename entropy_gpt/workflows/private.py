@@ -46,7 +46,7 @@ from entropy_gpt.training.progress import SILENT, Progress, Stage
 from entropy_gpt.training.tokenizer import load_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .options import check_positive, read_options
+from .options import check_positive, read_options, with_argument_names
 
 
 DEFAULT_ADDRESS, DEFAULT_TIMEOUT, DEFAULT_LIMITS = "127.0.0.1:9000", 600, Limits()
@@ -83,6 +83,7 @@ class PrivateAnswer(StoredRecord):
         return content if version == 3 else None
 
 
+@with_argument_names
 def open_server(
     model: str | Path,
     listen: str = DEFAULT_ADDRESS,
@@ -150,6 +151,7 @@ def open_server(
     return Server(offer, host, port, tls, timeout, limits, report)
 
 
+@with_argument_names
 def ask(
     prompt: str,
     address: str,
@@ -200,6 +202,7 @@ def ask(
     return answer
 
 
+@with_argument_names
 def demonstrate(
     model: str | Path,
     prompt: str,
