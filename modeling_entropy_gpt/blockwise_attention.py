@@ -178,14 +178,13 @@ def backward_pass(
     took and gave.
     """
     gradients = grad_query, grad_key, grad_value, grad_shift = _empty_gradients(query, key, value, shift)
-    # What the gradient of log f has in common over a row, but for what the values bring.
-    row_constant = grad_entropies * entropies - grad_log_sum_exp * LOG2_E
+    grad_sums = grad_log_sum_exp * LOG2_E
     if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1]), function) is None:
         from .triton_attention import run_backward
 
         run_backward(
-            query, key, value, visible, is_causal, scaling, dropout, seed, output, row_constant, log_sum_exp,
-            grad_output, grad_entropies, grad_query, grad_key, grad_value,
+            query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp,
+            grad_output, grad_entropies, grad_sums, grad_query, grad_key, grad_value,
         )  # fmt: skip
         return gradients
     if not key.shape[2]:
@@ -197,7 +196,7 @@ def backward_pass(
             plan.queries.copy_(query[group])
             plan.keys.copy_(key[group])
             slopes, constants = grad_entropies[group].unsqueeze(-1), plan.total
-            constants.copy_(row_constant[group].unsqueeze(-1))
+            torch.mul(slopes, entropies[group].unsqueeze(-1), out=constants).sub_(grad_sums[group].unsqueeze(-1))
             torch.mul(slopes, -LN_2, out=plan.product)
             plan.maximum.copy_(log_sum_exp[group].unsqueeze(-1))
             plan.grad_keys.zero_()

@@ -140,8 +140,9 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def backward_query_kernel(
-    query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants, output, row_constant,
-    grad_query, row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants,
+    output, entropies, grad_sums, mean_keys, grad_query,
+    row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -156,10 +157,15 @@ def backward_query_kernel(
     log_sums = tl.load(log_sum_exp + place, mask=inside, other=0.0)
     slopes = tl.load(grad_entropies + place, mask=inside, other=0.0)
     # do . o + g H, less the gradient of the log-sum-exp, which all keys of a row share.
+    sums = tl.load(grad_sums + place, mask=inside, other=0.0)
     constant = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), 1)
-    constant += tl.load(row_constant + place, mask=inside, other=0.0)
+    constant += slopes * tl.load(entropies + place, mask=inside, other=0.0) - sums
     tl.store(constants + place, constant, mask=inside)
     grad_queries = tl.zeros([ROWS, WIDTH], tl.float32)
+    # A row's gradients of scores add up to that of its log-sum-exp, but when rounded to half precision they do not, and
+    # multiply what all keys have in common. So it is the keys' distances from their mean that are multiplied.
+    mean_key = _load(mean_keys, pair, heads, 0, 1, HEAD_DIM, 1, WIDTH).to(tl.float32)
+    excess = -sums
 
     end, whole = _ends(first_row, row_count, key_count, ROWS, KEYS, IS_CAUSAL, MASK)
     for EDGE in tl.static_range(2):
@@ -177,9 +183,11 @@ def backward_query_kernel(
             if DROPOUT:
                 grads *= _kept(seed, pair, rows[:, None], columns, dropout)
             grads = tl.exp2(scores) * (grads - constant[:, None] - slopes[:, None] * (LN_2 * scores))
-            grad_queries += _dot(grads.to(keys.dtype), keys)
+            grads = grads.to(keys.dtype)
+            excess += tl.sum(grads.to(tl.float32), 1)
+            grad_queries += _dot(grads, keys)
 
-    grad_queries *= scaling
+    grad_queries = (grad_queries - excess[:, None] * mean_key) * scaling
     _store(grad_queries, grad_query, pair, heads, first_row, row_count, HEAD_DIM, ROWS, WIDTH)
 
 
@@ -243,19 +251,20 @@ def run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, o
 
 
 def run_backward(
-    query, key, value, visible, is_causal, scaling, dropout, seed, output, row_constant, log_sum_exp,
-    grad_output, grad_entropies, grad_query, grad_key, grad_value,
+    query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp,
+    grad_output, grad_entropies, grad_sums, grad_query, grad_key, grad_value,
 ):  # fmt: skip
     """
-    Computes the gradients of the operator [`blockwise_attention_backward`]; `row_constant` is what those of the scores
-    have in common over a row, but for what the values bring.
+    Computes the gradients of the operator [`blockwise_attention_backward`]; `grad_sums` are those of the log-sum-exp
+    in nats.
     """
     if value is None:
         value, grad_value = key[..., :1], torch.empty_like(key[..., :1])
         output = grad_output = query.new_zeros(1).expand(*query.shape[:3], 1)
     launch = _Launch(query, key, value, visible, is_causal, scaling, dropout, seed)
-    common = (log_sum_exp, _matrices(grad_output), grad_entropies.contiguous(), torch.empty_like(log_sum_exp))
-    launch(backward_query_kernel, *common, _matrices(output), row_constant.contiguous(), _matrices(grad_query))
+    common = (log_sum_exp, _matrices(grad_output), grad_entropies.contiguous(), torch.empty_like(entropies))
+    rows = (_matrices(output), entropies, grad_sums.contiguous(), _matrices(key.mean(dim=2, keepdim=True)))
+    launch(backward_query_kernel, *common, *rows, _matrices(grad_query))
     launch(backward_key_kernel, *common, _matrices(grad_key), _matrices(grad_value))
 
 

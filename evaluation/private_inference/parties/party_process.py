@@ -40,6 +40,7 @@ from .channel import may_be_told, one_line
 from .engine import CompiledStep, EngineLog, compiled_digest
 from .memory import forbid_core_dumps, limit_address_space
 from .participant import Participant, compile_pass
+from .sampling import GREEDY, Sampling, choose
 from .shares import RING_BYTES, join_share, read_share
 
 
@@ -80,6 +81,7 @@ class Request:
         most_positions (`int`, *optional*): Positions that may be answered, with those that are answered again.
         limit (`str`, *optional*): The server's option that says so.
         prompt (`list[int]`, *optional*): The client's alone.
+        sampling ([`Sampling`]): The client's alone.
     """
 
     length: int
@@ -88,6 +90,7 @@ class Request:
     most_positions: int | None = None
     limit: str | None = None
     prompt: list[int] | None = None
+    sampling: Sampling = GREEDY
 
     def spans(self) -> list[Span]:
         """The spans of the passes: the prompt, then each new token except the last."""
@@ -114,6 +117,7 @@ class PartyProcess:
     def prepare(self, request: Request):
         """Compiles the first pass of a request; its hash is what both parties have to have in common."""
         self.request, self.chosen, self.positions = request, [], 0
+        self._random = np.random.default_rng(request.sampling.seed)
         self._program = self._compile(request.spans()[0])
         program = self._program.result()
         self.tell({"event": "program", "digest": self._digest(program), "steps": len(program) * request.new_tokens})
@@ -222,7 +226,8 @@ class PartyProcess:
             if not 0 <= token < self.job.config.vocab_size:
                 raise PrivateInferenceError("the answer is no token of the model.")
         else:
-            token, told = int(answer[-1].argmax()), {"logits": write_array(answer)}
+            token = choose(answer[-1], self.request.sampling, self._random)
+            told = {"logits": write_array(answer)}
         self.chosen.append(token)
         self.tell({"event": "token", "token": token, **told})
 

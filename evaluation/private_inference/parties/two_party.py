@@ -7,6 +7,7 @@ and run it; all that the engines send goes through connections the client opens 
 """
 
 import contextlib
+import json
 import math
 import secrets
 import socket
@@ -31,11 +32,13 @@ from .engine import engine_versions
 from .limits import Accounts, Limits, Use
 from .memory import check_memory
 from .party_process import Job, Request
-from .session import Outcome, Session, SilenceError, Terms, check_prompt, check_request, free_port
+from .sampling import GREEDY, Sampling
+from .session import Outcome, Session, SilenceError, Terms, check_prompt, check_request, check_sampling, free_port
 from .tunnel import ClientTunnel, ServerTunnel
+from .turns import Turns
 
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 HANDSHAKE_SECONDS = 30
 # For which a client may keep the engine between two prompts, unless another one waits for it.
 KEPT_SECONDS, KEPT_CHECK_SECONDS = 30, 0.5
@@ -49,7 +52,7 @@ LARGEST = {
     "vocab_size": 2**22,
 }
 MOST_ITERATIONS = 64
-# For which a client is let wait for the one before, whose engine is about to end.
+# For which what is about to end is waited for.
 PARTING_SECONDS = 5
 # What each side is to the other.
 SERVER_NAME, CLIENT_NAME = "server", "client"
@@ -89,7 +92,7 @@ class Offer:
 
 class Server:
     """
-    Answers one client after another; others learn that it is busy.
+    Answers as many clients at once as it has workers; others wait, and know their place.
 
     Args:
         offer ([`Offer`]): What it offers.
@@ -98,6 +101,8 @@ class Server:
         timeout_seconds (`int`): For which nothing may happen in an inference.
         limits ([`Limits`]): What it grants each client.
         report (`Callable`): Told in a line what happens, with time and address.
+        turns ([`Turns`], *optional*): How many clients it answers at once, and how many may wait.
+        json_log (`bool`): Whether lines are JSON.
     """
 
     def __init__(
@@ -109,20 +114,21 @@ class Server:
         timeout_seconds: int = 600,
         limits: Limits | None = None,
         report: Callable[[str], None] = print,
+        turns: Turns | None = None,
+        json_log: bool = False,
     ):
         self.offer, self.timeout_seconds = offer, timeout_seconds
         self.limits = limits or Limits()
         self.listener = Listener(host, port, tls)
         self.address = self.listener.address
-        self._report = report
+        self.turns = turns or Turns()
+        self._report, self._json_log = report, json_log
         self._accounts = Accounts(self.limits)
-        self._busy = threading.Lock()
-        self._queued = 0
         self._lock = threading.Lock()
         self._waiting: dict[socket.socket, str] = {}
         self._channels: set[Channel] = set()
-        self._closed = False
-        self._tunnel: ServerTunnel | None = None
+        self._closed = self._draining = False
+        self._tunnels: set[ServerTunnel] = set()
 
     def serve_forever(self):
         """Until it is closed."""
@@ -151,11 +157,34 @@ class Server:
         self.listener.close()
         for channel in channels:
             shut_down(channel.connection)
-        if self._busy.acquire(timeout=PARTING_SECONDS):
-            self._busy.release()
+        self.turns.wait_until_idle(PARTING_SECONDS)
 
-    def _say(self, address: str, line: str):
-        self._report(f"{datetime.now():%Y-%m-%d %H:%M:%S} {address} {line}")
+    def drain(self, seconds: float):
+        """
+        Lets the answers that are being computed end, and begins no others.
+
+        Args:
+            seconds (`float`): After which it waits no longer.
+        """
+        self._draining = True
+        self.turns.close()
+        threading.Thread(target=self.serve_forever, daemon=True).start()  # engines that have begun need their streams
+        self._say("-", f"ends; {self.turns.active} answers may take {seconds:g} s more")
+        self.turns.wait_until_idle(seconds)
+
+    def state(self) -> dict:
+        """What may be known of it at any time."""
+        turns = self.turns
+        status = "draining" if self._draining else "ok"
+        return {"status": status, "workers": turns.workers, "active": turns.active, "waiting": turns.waiting}
+
+    def _say(self, address: str, line: str, **facts: float):
+        now = datetime.now()
+        if self._json_log:
+            what = {"time": now.isoformat(timespec="milliseconds"), "client": address, "event": line}
+            self._report(json.dumps(what | facts))
+        else:
+            self._report(f"{now:%Y-%m-%d %H:%M:%S} {address} {line}")
 
     def _admit(self, connection: socket.socket):
         """
@@ -228,38 +257,32 @@ class Server:
         channel.close()
 
     def _attach(self, channel: Channel, message: dict):
-        tunnel, token = self._tunnel, message.get("session")
-        known = tunnel is not None and isinstance(token, str) and token.isascii()
-        if not known or not secrets.compare_digest(token.encode(), tunnel.session_token.encode()):
-            raise PrivateInferenceError("a stream belongs to no inference.")
-        tunnel.attach(channel, message.get("direction"))
+        token = str(message.get("session")).encode()
+        with self._lock:
+            tunnels = list(self._tunnels)
+        for tunnel in tunnels:
+            if secrets.compare_digest(token, tunnel.session_token.encode()):
+                tunnel.attach(channel, message.get("direction"))
+                return
+        raise PrivateInferenceError("a stream belongs to no inference.")
 
     def _serve(self, channel: Channel, address: str, hello: dict):
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
         channel.send({"kind": "terms", **self.offer.terms()})
         message = channel.receive(HANDSHAKE_SECONDS, ("request",))
-        if not self._take_engine():
-            raise PrivateInferenceError("the server is busy with another client: try again later.")
-        try:
+        self._leave(channel.connection)
+
+        def announce(before: int):
+            channel.send({"kind": "waiting", "before": before})
+
+        with self.turns.turn(channel.peer, announce):
             asked = self._read_request(channel, message)
-            self._leave(channel.connection)
             with self._opened(channel) as session:
                 while asked:
                     self._answer(session, address, *asked)
                     message = self._next_request(session, asked[1])
                     asked = message and self._read_request(channel, message)
-        finally:
-            self._busy.release()
-
-    def _take_engine(self) -> bool:
-        with self._lock:
-            self._queued += 1
-        try:
-            return self._busy.acquire(timeout=PARTING_SECONDS)
-        finally:
-            with self._lock:
-                self._queued -= 1
 
     def _read_request(self, channel: Channel, message: dict) -> tuple[Request, Use, Limits]:
         """
@@ -289,16 +312,19 @@ class Server:
             settings=self.offer.settings,
             timeout_seconds=self.timeout_seconds,
         )
-        self._tunnel = ServerTunnel(token, own_port)
+        tunnel = ServerTunnel(token, own_port)
+        with self._lock:
+            self._tunnels.add(tunnel)
         try:
             channel.send({"kind": "accepted", "session": token})
-            session = Session(job, self.offer.weights, channel, self._tunnel, own_port)
+            session = Session(job, self.offer.weights, channel, tunnel, own_port)
             # The client hears the reason before engine and streams end, which it would take for the reason.
             with contextlib.closing(session), channel.telling(SERVER_NAME):
                 yield session
         finally:
-            self._tunnel.close()
-            self._tunnel = None
+            with self._lock:
+                self._tunnels.discard(tunnel)
+            tunnel.close()
 
     def _next_request(self, session: Session, use: Use) -> dict | None:
         """
@@ -312,13 +338,14 @@ class Server:
             except ClosedError:
                 return None
             except SilenceError as error:
-                if self._queued or time.monotonic() - began > KEPT_SECONDS:
+                if self.turns.waiting or self._draining or time.monotonic() - began > KEPT_SECONDS:
                     raise PrivateInferenceError("no further prompt came in time: connect again.") from error
             finally:
                 use.kept_seconds = time.monotonic() - began
 
     def _answer(self, session: Session, address: str, request: Request, use: Use, left: Limits):
-        self._say(address, f"asks for {request.new_tokens} token(s) after {request.length}")
+        asked = {"new_tokens": request.new_tokens, "prompt_tokens": request.length, "positions": request.answers}
+        self._say(address, f"asks for {request.new_tokens} token(s) after {request.length}", **asked)
         began = time.monotonic()
 
         def note(event: dict):
@@ -331,7 +358,8 @@ class Server:
         finally:
             use.seconds = time.monotonic() - began
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
-        self._say(address, f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up")
+        line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
+        self._say(address, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))
 
 
 def _address_of(connection: socket.socket) -> str:
@@ -415,6 +443,7 @@ class Client:
         new_tokens: int = 1,
         answers: int = 1,
         on_event: Callable[[dict], None] = lambda event: None,
+        sampling: Sampling = GREEDY,
     ) -> Outcome:
         """
         Asks for the continuation of a prompt. The connection and the engine are kept for the next one; a server waits
@@ -425,6 +454,7 @@ class Client:
             new_tokens (`int`): Number of tokens in the answer; public.
             answers (`int`): Number of last positions of the prompt whose logits are wanted.
             on_event (`Callable`): Told what happens, for progress.
+            sampling ([`Sampling`]): How tokens are chosen from the logits; it stays here too.
 
         Raises:
             `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much or has no such
@@ -433,18 +463,21 @@ class Client:
         try:
             check_prompt(prompt, self.terms.config.vocab_size)
             check_request(self.terms.config, self.terms.settings, len(prompt), new_tokens, answers)
+            check_sampling(self.terms.settings, sampling)
             asked = {"length": len(prompt), "new_tokens": new_tokens, "answers": answers}
             with self.channel.telling(CLIENT_NAME):
                 self.channel.send({"kind": "request", **asked})
                 if self._session is None:
-                    self._open()
-                return self._session.answer(Request(**asked, prompt=prompt), on_event)
+                    self._open(on_event)
+                return self._session.answer(Request(**asked, prompt=prompt, sampling=sampling), on_event)
         except BaseException:
             self.close()
             raise
 
-    def _open(self):
-        token = self.channel.receive(HANDSHAKE_SECONDS, ("accepted",)).get("session")
+    def _open(self, on_event: Callable[[dict], None]):
+        while (answer := self.channel.receive(HANDSHAKE_SECONDS, ("accepted", "waiting")))["kind"] == "waiting":
+            on_event({"event": "waiting", "before": clean(answer.get("before"), most=10)})
+        token = answer.get("session")
         job = Job(
             rank=CLIENT,
             config=self.terms.config,

@@ -46,7 +46,8 @@ Norm = Literal["layernorm", "static", "none"]
 # The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
 TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "hidden", "logits", "token", "out of range"
 # What the check looks at: the residual stream before and after the last block, and the logits. Sums of this many
-# neighbours are compared with bounds, each in two comparisons. The first has a row for every token.
+# neighbours are compared with bounds, each in two comparisons. The first has a row for every token. It looks at scores
+# too, by `checked_parts`: softmax brings any scores back into range.
 CHECKED = {"before": 2, "after": 1, LOGITS: 64}
 
 
@@ -155,11 +156,21 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
     shapes |= {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
     for part, count in CHECKED.items():
         shapes[bounds_name(part)] = (math.ceil((vocabulary if part == LOGITS else width) / count),)
-    return shapes
+    return shapes | {bounds_name(scores_name(layer)): (config.n_head,) for layer in range(config.n_layer)}
+
+
+def scores_name(layer: int) -> str:
+    """The scores of a layer as a part of what the check looks at."""
+    return f"h.{layer}.scores"
+
+
+def checked_parts(config: ProgramConfig) -> list[str]:
+    """All that the check looks at."""
+    return [*CHECKED, *map(scores_name, range(config.n_layer))]
 
 
 def sums_name(part: str) -> str:
-    """The variable with the sums of one of `CHECKED`."""
+    """The variable with the sums of one of [`checked_parts`]."""
     return f"sums.{part}"
 
 
@@ -214,7 +225,7 @@ def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iter
     if settings.answer == "token":
         yield Step("argmax", None, choose, (LOGITS,), (TOKEN,))
     yield _sum_up(LOGITS, LOGITS)
-    inputs = tuple(name(part) for part in CHECKED for name in (sums_name, bounds_name))
+    inputs = tuple(name(part) for part in checked_parts(config) for name in (sums_name, bounds_name))
     attention_sums = tuple(f"h.{layer}.sums" for layer in range(config.n_layer) if _keeps_sums(config, settings))
     check = partial(find_out_of_range, attention_sums=len(attention_sums))
     yield Step("check", None, check, (*inputs, *attention_sums), (OUT_OF_RANGE,))
@@ -248,16 +259,19 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
     if temperatures and early < queries:
         scale = partial(scale_queries, start=start, early=early)
         yield Step("temperatures", layer, scale, ("queries", *temperatures), ("queries",))
+    checked = sums_name(scores_name(layer))
     if config.attention_function != "softmax":
         yield from _attend_without_maximum(config.attention_function, settings, span, queries, layer)
     elif settings.softmax != "efficient":
         yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
+        yield Step("check", None, sum_rows, ("scores",), (checked,))
         whole = partial(whole_softmax, per_row=settings.softmax == "tuned")
         yield Step("softmax", layer, whole, ("scores",), ("weights",))
         yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
     else:
         yield Step("scores", layer, score_visible, ("queries", name + "keys"), ("visible",))
         rows = {"queries": queries, "keys": span.end}
+        yield Step("check", None, partial(sum_visible_rows, **rows), ("visible",), (checked,))
         if early:
             scale = partial(scale_scores, **rows, early=early)
             yield Step("temperatures", layer, scale, ("visible", *temperatures), ("visible",))
@@ -272,15 +286,17 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
 
 
 def _attend_without_maximum(function: str, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
-    name, start = f"h.{layer}.", span.end - queries
+    name, start, checked = f"h.{layer}.", span.end - queries, sums_name(scores_name(layer))
     inputs = ("queries", name + "keys", name + "shift")
     if settings.softmax != "efficient":
         yield Step("scores", layer, partial(score_shifted, start=start), inputs, ("scores",))
+        yield Step("check", None, sum_rows, ("scores",), (checked,))
         whole = partial(whole_attention, function=function, per_row=settings.softmax == "tuned")
         yield Step("attention function", layer, whole, ("scores",), ("weights",))
         yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
         return
     yield Step("scores", layer, partial(score_visible_shifted, start=start), inputs, ("visible",))
+    yield Step("check", None, partial(sum_visible_rows, queries=queries, keys=span.end), ("visible",), (checked,))
     weights = partial(visible_weights, function=function, queries=queries, keys=span.end)
     yield Step("attention function", layer, weights, ("visible",), ("visible",))
     weigh = partial(weigh_visible, queries=queries)
@@ -493,13 +509,17 @@ def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
 
 def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
-    heads, keys = visible.shape[0], value.shape[1]
-    mask = _visible(queries, keys).reshape(-1)
-    # The place of each score among the visible ones, or behind them, where a 0 is.
+    exponentials = _put_apart(ops, visible, queries, value.shape[1])
+    return weigh(ops, exponentials, value), exponentials.sum(axis=-1, keepdims=True)
+
+
+def _put_apart(ops: Arithmetic, visible, queries: int, keys: int):
+    """Numbers of visible keys `(heads, visible)` in their places of `(heads, queries, keys)`, and 0 in all others."""
+    heads, mask = len(visible), _visible(queries, keys).reshape(-1)
+    # The place of each among the visible ones, or behind them, where a 0 is.
     places = np.where(mask, np.cumsum(mask) - 1, mask.sum())
     zero = ops.xp.zeros((heads, 1), visible.dtype)
-    exponentials = ops.xp.concatenate([visible, zero], axis=1)[:, places].reshape(heads, queries, keys)
-    return weigh(ops, exponentials, value), exponentials.sum(axis=-1, keepdims=True)
+    return ops.xp.concatenate([visible, zero], axis=1)[:, places].reshape(heads, queries, keys)
 
 
 def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
@@ -526,6 +546,16 @@ def sum_alternating(ops: Arithmetic, logits, count: int):
     """Sums of differences of neighbouring logits: what all logits of a row have in common means nothing."""
     signs = np.where(np.arange(logits.shape[1]) % 2, -1, 1)
     return sum_neighbours(ops, ops.xp.where(signs > 0, logits, -logits), count)
+
+
+def sum_rows(ops: Arithmetic, scores):
+    """Sums of the visible scores of each row `(queries, heads)`."""
+    return ops.xp.where(_visible(*scores.shape[1:]), scores, 0.0).sum(axis=-1).T
+
+
+def sum_visible_rows(ops: Arithmetic, visible, queries: int, keys: int):
+    """The same of visible scores `(heads, visible)`."""
+    return _put_apart(ops, visible, queries, keys).sum(axis=-1).T
 
 
 def find_out_of_range(ops: Arithmetic, *tensors, attention_sums: int = 0):
