@@ -162,7 +162,7 @@ def backward_query_kernel(
     constant += slopes * tl.load(entropies + place, mask=inside, other=0.0) - sums
     tl.store(constants + place, constant, mask=inside)
     grad_queries = tl.zeros([ROWS, WIDTH], tl.float32)
-    # A row's gradients of scores add up to that of its log-sum-exp, but when rounded to half precision they do not, and
+    # A row's gradients of scores add up to that of its log-sum-exp, but not when rounded to half precision; and they
     # multiply what all keys have in common. So it is the keys' distances from their mean that are multiplied.
     mean_key = _load(mean_keys, pair, heads, 0, 1, HEAD_DIM, 1, WIDTH).to(tl.float32)
     excess = -sums
