@@ -27,7 +27,7 @@ from entropy_gpt.evaluation.records.results import load_results, save_results
 from entropy_gpt.terminal.convert import show_evaluation
 from entropy_gpt.training.progress import SILENT
 from entropy_gpt.training.tokenizer import train_tokenizer
-from entropy_gpt.workflows.convert import _Measurement, _take
+from entropy_gpt.workflows.convert_steps import Measurement, take_step
 from tests.architectures import make_model, make_tokens
 
 from .forks import run_command
@@ -403,7 +403,7 @@ def test_a_naive_version_that_gives_no_numbers_is_said_to(text, source, tmp_path
 
 def test_a_step_that_is_not_as_exact_as_it_should_be_is_measured():
     model, text = make_model("SM+LN+G"), SimpleNamespace(validation=[make_tokens()])
-    measure = _Measurement(model, text, SILENT)
+    measure = Measurement(model, text, SILENT)
     measure(model, "the original")
 
     def shift(model, _):
@@ -412,7 +412,7 @@ def test_a_step_that_is_not_as_exact_as_it_should_be_is_measured():
         return changed
 
     records = []
-    _take(Step("nothing", lambda model, _: model, exact=True), model, None, measure, records, naive=False)
-    _take(Step("shift", shift, exact=True), model, None, measure, records, naive=False)
+    take_step(Step("nothing", lambda model, _: model, exact=True), model, None, measure, records, naive=False)
+    take_step(Step("shift", shift, exact=True), model, None, measure, records, naive=False)
     assert [record.kept for record in records] == [True, False]
     assert records[0].kl == 0 < records[1].kl

@@ -19,11 +19,9 @@ from entropy_gpt.terminal.doctor import (
     EXTRAS,
     Finding,
     Mark,
-    Reported,
     Section,
     ask_hub,
     describe_torch,
-    in_process,
     is_failure,
     list_modules,
     list_requirements,
@@ -35,6 +33,7 @@ from entropy_gpt.terminal.doctor import (
     look_at_packages,
     try_gpu,
 )
+from entropy_gpt.terminal.separate_process import Reported, in_process
 from tests.hub_server import TOKEN, USER, WRONG_TOKEN
 
 

@@ -92,6 +92,7 @@ def test_version():
         ["train", "python-stdlib-small", "learning_rate=-1"],
         ["convert", "openai-community/gpt2", "--to", "SM+ScFuFN", "--output", "x"],
         ["evaluate", "./nowhere"],
+        ["evaluate", "some/model", "--prompt", "a text", "--head", "2"],
     ],
     ids=" ".join,
 )
