@@ -154,6 +154,11 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def is_factor(name: str) -> bool:
+    """Whether a variable is a weight that others are multiplied by; the rest of the weights are added."""
+    return name == "wte" or name.endswith((".weight", ".slope", ".beta", ".inverse_temperature"))
+
+
 def sums_name(part: str) -> str:
     """The variable with the sums of one of `CHECKED`."""
     return f"sums.{part}"
