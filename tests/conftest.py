@@ -1,5 +1,7 @@
 """What every test shares."""
 
+import atexit
+import gc
 import importlib.metadata
 import json
 import os
@@ -64,6 +66,13 @@ def pytest_collectstart(collector):
 def pytest_collection_modifyitems(items):
     places = {TESTS / name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path, len(LONG)))
+
+
+def pytest_collection_finish():
+    """Every training collects garbage; what was imported is none, and going through it takes longer than the steps."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # extensions complain of what is left at the end
 
 
 @pytest.fixture(autouse=True)

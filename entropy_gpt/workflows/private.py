@@ -194,11 +194,7 @@ def ask(
     _check_connection(host, tls, insecure, _read_settings(protocol=protocol))
     words = load_tokenizer(expanded(tokenizer))
     with contextlib.closing(Client(host, port, tls, timeout, protocol)) as client:
-        if hash_vocabulary(words, client.terms.config.vocab_size) != client.terms.tokenizer_hash:
-            raise PrivateInferenceError(
-                "the tokenizer is not the server's, so its tokens would have other meanings. Name the server's "
-                "tokenizer with --tokenizer."
-            )
+        client.check_tokenizer(hash_vocabulary(words, client.terms.config.vocab_size))
         tokens = _tokenize(prompt, words)
         _, answer = _ask(client, words, tokens, new_tokens, f"TCP to {host}", progress)
     return answer

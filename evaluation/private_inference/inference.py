@@ -16,7 +16,7 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
-from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms, check_request
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms, check_prompt, check_request
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
@@ -121,10 +121,7 @@ class PrivateModel:
             raise PrivateInferenceError(f"answers={answers} is no positive number.")
         for prompt in prompts:
             check_request(self.config, self.settings, len(prompt), 1, answers)
-            if unknown := [token for token in prompt if not 0 <= token < self.config.vocab_size]:
-                raise PrivateInferenceError(
-                    f"token {unknown[0]} is not one of the model's, which go from 0 to {self.config.vocab_size - 1}."
-                )
+            check_prompt(prompt, self.config.vocab_size)
         if mode in NETWORKS:
             check_engine()
 

@@ -4,6 +4,7 @@ that they need. Each line of the input gives a command's arguments, its folder, 
 prints; each line of the output is how a command ended.
 """
 
+import gc
 import json
 import os
 import pkgutil
@@ -36,6 +37,7 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], output: 
 
 if __name__ == "__main__":
     import_all()
+    gc.freeze()  # forks do not go through what was imported when they collect garbage, and so do not copy it
     for line in iter(sys.stdin.readline, ""):
         if (process := os.fork()) == 0:
             run(**json.loads(line))

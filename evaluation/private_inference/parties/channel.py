@@ -16,17 +16,19 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 
-MAX_MESSAGE_BYTES = 2**20
+MAX_MESSAGE_BYTES = 2**16
 MAX_REASON_CHARACTERS = 300
 HANDSHAKE_SECONDS, PARTING_SECONDS = 10, 1
+# For which a peer may take nothing of what it is sent.
+SEND_SECONDS = 60
 LENGTH = struct.Struct(">I")
 # The first bytes of TLS, where a message's length belongs.
 TLS_HANDSHAKE = b"\x16\x03"
@@ -164,6 +166,10 @@ class ClosedError(PrivateInferenceError):
     """The peer has ended the connection between two messages."""
 
 
+class RefusalError(PrivateInferenceError):
+    """The peer has said why it ends the connection."""
+
+
 class Channel:
     """
     A connection that carries messages: JSON objects with a "kind".
@@ -185,18 +191,39 @@ class Channel:
     def send(self, message: dict):
         """
         Raises:
-            `PrivateInferenceError`: If the message is too large, or the peer is gone.
+            `PrivateInferenceError`: If the message is too large, or the peer is gone or takes nothing.
         """
         content = json.dumps(message, allow_nan=False).encode()
         if len(content) > MAX_MESSAGE_BYTES:
             raise PrivateInferenceError(f"a message of {len(content):,} bytes is more than {MAX_MESSAGE_BYTES:,}.")
-        waiting = memoryview(LENGTH.pack(len(content)) + content)
+        waiting, limit = memoryview(LENGTH.pack(len(content)) + content), time.monotonic() + SEND_SECONDS
         try:
             with self._send_lock:
                 while waiting:
-                    waiting = waiting[self._try(functools.partial(self.connection.send, waiting), select.POLLOUT) :]
+                    send = functools.partial(self.connection.send, waiting)
+                    waiting = waiting[self._try(send, select.POLLOUT, limit) :]
+        except TimeoutError as error:
+            raise PrivateInferenceError(f"the peer took no whole message for {SEND_SECONDS:g} seconds.") from error
         except OSError as error:
             raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
+
+    @contextlib.contextmanager
+    def telling(self, party: str) -> Iterator[None]:
+        """
+        Within, what fails is said to the peer in a line.
+
+        Args:
+            party (`str`): What this side is to the peer: its own failures are no business of the other's.
+        """
+        try:
+            yield
+        except RefusalError:
+            raise
+        except (PrivateInferenceError, OSError) as error:
+            reason = one_line(error) if may_be_told(error) else f"the {party} failed."
+            with contextlib.suppress(PrivateInferenceError):
+                self.send({"kind": "refusal", "reason": reason})
+            raise
 
     def receive(self, seconds: float | None, kinds: tuple[str, ...]) -> dict:
         """
@@ -221,7 +248,7 @@ class Channel:
             raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
         message = _parse(content)
         if message["kind"] == "refusal":
-            raise PrivateInferenceError(f"the peer refuses: {clean(message.get('reason'))}")
+            raise RefusalError(f"the peer refuses: {clean(message.get('reason'))}")
         if message["kind"] not in kinds:
             raise PrivateInferenceError(
                 f"the peer says {clean(message['kind'])!r} where {' or '.join(kinds)} belongs."
@@ -313,6 +340,11 @@ def _describe_announced(length: int) -> str:
     if begin.startswith(TLS_HANDSHAKE):
         return "the peer wants TLS, and this side has none: give --cert, --key and --ca on both sides or on neither."
     return f"the peer announces a message of {length:,} bytes: it speaks another way."
+
+
+def may_be_told(error: Exception) -> bool:
+    """Whether the peer may hear of an error: what fails in a library or an engine may describe this machine."""
+    return isinstance(error, PrivateInferenceError) and not isinstance(error, EngineError)
 
 
 def one_line(text: object, most: int = MAX_REASON_CHARACTERS) -> str:

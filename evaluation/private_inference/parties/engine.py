@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.arithmetic import CheapArithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, RING, Shape, Stock, count_step
@@ -236,7 +236,7 @@ class EngineLog:
             if found := [match for line in lines if (match := LINK_TOTALS.search(line))]:
                 return tuple(map(int, found[-1].groups()))
             time.sleep(LOG_WAIT_S)
-        raise PrivateInferenceError("the engine's log lacks the traffic of a step: its version is not known here.")
+        raise EngineError("the engine's log lacks the traffic of a step: its version is not known here.")
 
 
 def _unnamed_file() -> BinaryIO:

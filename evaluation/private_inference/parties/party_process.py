@@ -36,7 +36,7 @@ from entropy_gpt.evaluation.private_inference.program.program import (
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_input
 
-from .channel import one_line
+from .channel import may_be_told, one_line
 from .engine import CompiledStep, EngineLog, compiled_digest
 from .memory import forbid_core_dumps, limit_address_space
 from .participant import Participant, compile_pass
@@ -78,6 +78,7 @@ class Request:
         new_tokens (`int`): Number of tokens in the answer, public.
         answers (`int`): Number of last positions whose logits are wanted; 1 where tokens are generated.
         most_positions (`int`, *optional*): Positions that may be answered, with those that are answered again.
+        limit (`str`, *optional*): The server's option that says so.
         prompt (`list[int]`, *optional*): The client's alone.
     """
 
@@ -85,6 +86,7 @@ class Request:
     new_tokens: int
     answers: int
     most_positions: int | None = None
+    limit: str | None = None
     prompt: list[int] | None = None
 
     def spans(self) -> list[Span]:
@@ -176,7 +178,7 @@ class PartyProcess:
         if most is not None and self.positions > most:
             raise PrivateInferenceError(
                 f"an answer was out of range, and to repeat it would make {self.positions} answers: {most} is the "
-                "most here, with those that are repeated."
+                f"most here, with those that are repeated ({self.request.limit})."
             )
 
     def _answer_bytes(self, span: Span) -> int:
@@ -339,8 +341,12 @@ def main():
     try:
         work(sys.stdin.buffer, tell)
     except Exception as error:
-        tell({"event": "error", "reason": f"{type(error).__name__}: {one_line(error, MAX_REASON_CHARACTERS)}"})
+        told, reason = may_be_told(error), one_line(error, MAX_REASON_CHARACTERS)
+        if not told:
+            reason = f"{type(error).__name__}: {reason}"
+        tell({"event": "error", "reason": reason, "may_be_told": told})
         sys.stderr.flush()
+        sys.stdin.buffer.read()  # the peer hears why before its engine sees this one end
         os._exit(1)  # the engine's threads need not be waited for
 
 

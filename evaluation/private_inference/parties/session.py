@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,9 +22,9 @@ from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, build_steps, tables_bytes
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 
-from .channel import Channel, one_line
+from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
 from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
 from .tunnel import Tunnel
@@ -36,6 +36,10 @@ FAREWELL_SECONDS = 60
 # the headers. A step may send more than its price by a share, and a peer may be steps ahead.
 SET_UP_ALLOWANCE, STEP_ALLOWANCE, STEPS_AHEAD = 2**27, 1.25, 2
 LAST_LINES, LINE_CHARACTERS = 20, 2000
+# Messages of a peer that may wait to be asked for: more do not belong here.
+MOST_MESSAGES = 4
+# In which a server says why it has ended an inference; the end of its engine may be noticed before.
+REASON_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ class Outcome:
         )
 
 
+# What an event begins with that is a message of the peer.
+PEERS = "peer's "
+
+
 class SilenceError(PrivateInferenceError):
     """Neither the engine nor the peer was heard of for as long as one waits."""
 
@@ -102,13 +110,26 @@ class Events(queue.Queue):
             raise PrivateInferenceError(f"the peer or the engine said {event['event']!r} in the wrong place.")
         return event
 
-    def rest(self) -> list[dict]:
-        """What has happened and was not asked for yet, but for what broke."""
-        left = []
+    def hear(self, message: dict):
+        """
+        A message of the peer, to be asked for.
+
+        Raises:
+            `PrivateInferenceError`: If too many wait already.
+        """
+        with self.mutex:
+            waiting = sum(isinstance(event, dict) and event["event"].startswith(PEERS) for event in self.queue)
+        if waiting >= MOST_MESSAGES:
+            raise PrivateInferenceError("the peer says more than belongs here.")
+        self.put({**message, "event": PEERS + message["kind"]})
+
+    def rest(self, seconds: float) -> list[dict | Exception]:
+        """What has happened and was not asked for yet, and what happens in some seconds, until the peer has ended."""
+        left, until = [], time.monotonic() + seconds
         with contextlib.suppress(queue.Empty):
-            while True:
-                left.append(self.get_nowait())
-        return [event for event in left if isinstance(event, dict)]
+            while not (left and isinstance(left[-1], (RefusalError, ClosedError))):
+                left.append(self.get(timeout=max(0.0, until - time.monotonic())))
+        return left
 
 
 class EngineProcess:
@@ -172,7 +193,11 @@ class EngineProcess:
                 break
             event = json.loads(line)
             if event["event"] == "error":
-                self._events.put(EngineError(f"this side's engine: {event['reason']}"))
+                may_be_told, reason = event["may_be_told"], event["reason"]
+                failure = (
+                    PrivateInferenceError(reason) if may_be_told else EngineError(f"this side's engine: {reason}")
+                )
+                self._events.put(failure)
                 return
             self._events.put(event)
         status = self._process.wait()
@@ -195,8 +220,7 @@ def listen_to_peer(channel: Channel, events: Events) -> threading.Thread:
     def listen():
         try:
             while True:
-                message = channel.receive(None, ("program", "done", "request", "accepted"))
-                events.put({**message, "event": f"peer's {message['kind']}"})
+                events.hear(channel.receive(None, ("program", "done", "request", "accepted")))
         except PrivateInferenceError as error:
             events.put(error)
 
@@ -220,6 +244,17 @@ def check_request(config: ProgramConfig, settings: PrivateSettings, length: int,
     build_steps(config, settings, Span(0, length + new_tokens - 1))
     if answers > length or (answers > 1 and new_tokens > 1):
         raise PrivateInferenceError(f"answers={answers} positions are not possible with {length} tokens and more.")
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int):
+    """
+    Raises:
+        `PrivateInferenceError`: If a token is not one of the model's, for which an embedding of zeros would be taken.
+    """
+    if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
+        raise PrivateInferenceError(
+            f"token {unknown[0]} is not one of the model's, which go from 0 to {vocab_size - 1}."
+        )
 
 
 class Session:
@@ -274,12 +309,16 @@ class Session:
             self._follow(outcome, on_event)
             return outcome
         except PrivateInferenceError as error:
-            for event in self.events.rest():  # the peer's end may have been heard of before this side's last repeat
-                if event["event"] == "repeat":
+            has_ended = self._job.rank == SERVER or isinstance(error, (RefusalError, ClosedError))
+            rest = self.events.rest(0 if has_ended else REASON_SECONDS)
+            for event in rest:  # the peer's end may have been heard of before this side's last repeat
+                if isinstance(event, dict) and event["event"] == "repeat":
                     _note(outcome, event)
                     on_event(event)
             if REPEATS in outcome.repeats.values():
                 raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE) from error
+            if refusal := next((event for event in rest if isinstance(event, RefusalError)), None):
+                raise refusal from error
             raise
 
     def _expect(self, most_seconds: float, *kinds: str) -> dict:
@@ -296,7 +335,8 @@ class Session:
     def _compare_programs(self, on_event: Callable[[dict], None]):
         digests: dict[str, object] = {}
         while len(digests) < 2:
-            event = self._expect(self._job.timeout_seconds, "program", "peer's program")
+            missing = {"program", "peer's program"} - {*digests}
+            event = self._expect(self._job.timeout_seconds, *missing)
             digests[event["event"]] = event.get("digest")
             if event["event"] == "program":
                 self._channel.send({"kind": "program", "digest": event["digest"]})
@@ -310,11 +350,12 @@ class Session:
     def _follow(self, outcome: Outcome, on_event: Callable[[dict], None]):
         """Notes what the engine does until both sides are done."""
         peer_done = False
-        kinds = ("set-up", "pass", "step", "token", "repeat", "done", "peer's done")
+        kinds = {"set-up", "pass", "step", "token", "repeat", "done", "peer's done"}
         while True:
             event = self._expect(self._job.timeout_seconds, *kinds)
             if event["event"] == "peer's done":
                 peer_done = True
+                kinds.remove(event["event"])
                 continue
             self._allowance.note(event)
             _note(outcome, event)

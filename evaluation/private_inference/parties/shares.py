@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.settings import RING_BITS
 
 
@@ -32,7 +32,7 @@ def make_placeholder(io, shape: tuple[int, ...], owner: int, rank: int, chunk_by
     share = _make_zeros(io, (1,) * len(shape), owner, dtype)[rank]
     ones = _shape_field((1,) * len(shape))
     if share.meta.count(ones) != 1:
-        raise PrivateInferenceError("the engine describes shares in another way: its version is not known here.")
+        raise EngineError("the engine describes shares in another way: its version is not known here.")
     share.meta = share.meta.replace(ones, _shape_field(shape))
     share.share_chunks = list(_zero_chunks(RING_BYTES * math.prod(shape), chunk_bytes))
     return share

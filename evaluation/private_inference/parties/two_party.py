@@ -20,7 +20,7 @@ from datetime import datetime
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, RING_BITS, SERVER, TRUST, PrivateSettings
@@ -31,7 +31,7 @@ from .engine import engine_versions
 from .limits import Accounts, Limits, Use
 from .memory import check_memory
 from .party_process import Job, Request
-from .session import Outcome, Session, SilenceError, Terms, check_request, free_port
+from .session import Outcome, Session, SilenceError, Terms, check_prompt, check_request, free_port
 from .tunnel import ClientTunnel, ServerTunnel
 
 
@@ -51,6 +51,8 @@ LARGEST = {
 MOST_ITERATIONS = 64
 # For which a client is let wait for the one before, whose engine is about to end.
 PARTING_SECONDS = 5
+# What each side is to the other.
+SERVER_NAME, CLIENT_NAME = "server", "client"
 # Connections at once that are not answered yet.
 MAX_GREETINGS = 64
 
@@ -214,24 +216,16 @@ class Server:
 
     def _hear(self, channel: Channel, address: str):
         try:
-            first = channel.receive(HANDSHAKE_SECONDS, ("hello", "stream"))
-            if first["kind"] == "stream":
-                self._attach(channel, first)
-                return
-            self._serve(channel, address, first)
+            with channel.telling(SERVER_NAME):
+                first = channel.receive(HANDSHAKE_SECONDS, ("hello", "stream"))
+                if first["kind"] == "stream":
+                    self._attach(channel, first)
+                    return
+                self._serve(channel, address, first)
         except (PrivateInferenceError, OSError) as error:
             if not self._closed:
                 self._say(address, f"an inference ended early: {one_line(error)}")
-            self._refuse(channel, error)
         channel.close()
-
-    @staticmethod
-    def _refuse(channel: Channel, error: Exception):
-        # What this machine lacks is not the client's business.
-        told = isinstance(error, PrivateInferenceError) and not isinstance(error, EngineError)
-        reason = one_line(error) if told else "the server failed."
-        with contextlib.suppress(PrivateInferenceError):
-            channel.send({"kind": "refusal", "reason": reason})
 
     def _attach(self, channel: Channel, message: dict):
         tunnel, token = self._tunnel, message.get("session")
@@ -275,8 +269,8 @@ class Server:
         length, new_tokens, answers = (self._number(message, name) for name in ("length", "new_tokens", "answers"))
         check_request(self.offer.config, self.offer.settings, length, new_tokens, answers)
         use, left = self._accounts.open(channel.peer, max(new_tokens, answers))
-        most = min(left.answers, left.positions)
-        return Request(length, new_tokens, answers, most), use, left
+        most, limit = min((left.answers, "--max-new-tokens"), (left.positions, "--max-positions"))
+        return Request(length, new_tokens, answers, most, limit), use, left
 
     @staticmethod
     def _number(request: dict, name: str) -> int:
@@ -298,11 +292,10 @@ class Server:
         self._tunnel = ServerTunnel(token, own_port)
         try:
             channel.send({"kind": "accepted", "session": token})
-            with contextlib.closing(Session(job, self.offer.weights, channel, self._tunnel, own_port)) as session:
+            session = Session(job, self.offer.weights, channel, self._tunnel, own_port)
+            # The client hears the reason before engine and streams end, which it would take for the reason.
+            with contextlib.closing(session), channel.telling(SERVER_NAME):
                 yield session
-        except (PrivateInferenceError, OSError) as error:
-            self._refuse(channel, error)  # before the streams end, which the client would take for the reason
-            raise
         finally:
             self._tunnel.close()
             self._tunnel = None
@@ -372,18 +365,33 @@ class Client:
         self._session: Session | None = None
         self.channel = self._connect()
         try:
-            self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
-            self.terms = self._read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
+            with self.channel.telling(CLIENT_NAME):
+                self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+                self.terms = self._read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
+                self._check_protocol(protocol)
         except PrivateInferenceError:
             self.channel.close()
             raise
+
+    def _check_protocol(self, protocol: str):
         offered = self.terms.settings.protocol
         if offered != protocol:
-            self.channel.close()
             raise PrivateInferenceError(
                 f"the server offers the protocol {offered}, and {protocol} is asked for: {offered} means "
                 f"{TRUST[offered]}. Ask for it with --protocol, if that will do."
             )
+
+    def check_tokenizer(self, own_hash: str):
+        """
+        Raises:
+            `PrivateInferenceError`: If this side's tokenizer is not the server's.
+        """
+        with self.channel.telling(CLIENT_NAME):
+            if own_hash != self.terms.tokenizer_hash:
+                raise PrivateInferenceError(
+                    "the tokenizer is not the server's, so its tokens would have other meanings. Name the server's "
+                    "tokenizer with --tokenizer."
+                )
 
     @staticmethod
     def _read_terms(message: dict) -> Terms:
@@ -419,16 +427,18 @@ class Client:
             on_event (`Callable`): Told what happens, for progress.
 
         Raises:
-            `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much. The connection has
-                ended then.
+            `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much or has no such
+                token. The connection has ended then.
         """
         try:
+            check_prompt(prompt, self.terms.config.vocab_size)
             check_request(self.terms.config, self.terms.settings, len(prompt), new_tokens, answers)
             asked = {"length": len(prompt), "new_tokens": new_tokens, "answers": answers}
-            self.channel.send({"kind": "request", **asked})
-            if self._session is None:
-                self._open()
-            return self._session.answer(Request(**asked, prompt=prompt), on_event)
+            with self.channel.telling(CLIENT_NAME):
+                self.channel.send({"kind": "request", **asked})
+                if self._session is None:
+                    self._open()
+                return self._session.answer(Request(**asked, prompt=prompt), on_event)
         except BaseException:
             self.close()
             raise

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import re
 import socket
@@ -16,9 +17,17 @@ import pytest
 import torch
 import trustme
 
-from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties import channel as channel_module
 from entropy_gpt.evaluation.private_inference.parties import limits, memory, party_process, tunnel, two_party
-from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, connect, one_line
+from entropy_gpt.evaluation.private_inference.parties.channel import (
+    Channel,
+    RefusalError,
+    TLSFiles,
+    connect,
+    may_be_told,
+    one_line,
+)
 from entropy_gpt.evaluation.private_inference.parties.limits import DAY_SECONDS, Accounts, Limits, Use
 from entropy_gpt.evaluation.private_inference.parties.party_process import (
     Job,
@@ -29,7 +38,14 @@ from entropy_gpt.evaluation.private_inference.parties.party_process import (
     write_array,
     write_weights,
 )
-from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Allowance, Events
+from entropy_gpt.evaluation.private_inference.parties.session import (
+    MOST_MESSAGES,
+    SET_UP_ALLOWANCE,
+    Allowance,
+    Events,
+    Session,
+    listen_to_peer,
+)
 from entropy_gpt.evaluation.private_inference.parties.shares import join_share, read_share
 from entropy_gpt.evaluation.private_inference.parties.two_party import (
     MAX_GREETINGS,
@@ -39,7 +55,7 @@ from entropy_gpt.evaluation.private_inference.parties.two_party import (
     Server,
 )
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span
-from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import make_model
 
@@ -114,6 +130,24 @@ class TestGreetings:
             begun[0].settimeout(WITHOUT_WAITING)
             assert begun[0].recv(1000) == b""
 
+    def test_many_addresses_that_drip_keep_nobody_waiting(self):
+        with serving() as server, contextlib.ExitStack() as dripping:
+            for address in range(2, 2 + 3 * MAX_GREETINGS):
+                source = (f"127.0.0.{address}", 0)
+                dripping.enter_context(socket.create_connection(server.address, source_address=source)).sendall(b"\0")
+            started = time.monotonic()
+            with contextlib.closing(Client(*server.address, None)):
+                assert time.monotonic() - started < WITHOUT_WAITING
+            assert eventually(lambda: len(server._waiting) <= MAX_GREETINGS)
+
+    def test_who_ends_its_half_of_tls_loses_its_slot(self, tmp_path):
+        authority = trustme.CA()
+        ours, theirs = (tls_files(tmp_path, name, authority, "127.0.0.1") for name in ("server", "client"))
+        with serving(tls=ours) as server, contextlib.closing(connect(*server.address, theirs)) as channel:
+            assert eventually(lambda: server._waiting)
+            socket.socket.shutdown(channel.connection, socket.SHUT_WR)
+            assert eventually(lambda: not server._waiting)
+
     def test_a_greeting_has_a_deadline(self, monkeypatch):
         monkeypatch.setattr(two_party, "HANDSHAKE_SECONDS", 0.2)
         with serving() as server, socket.create_connection(server.address, timeout=5) as silent:
@@ -144,6 +178,49 @@ class TestGreetings:
             assert eventually(lambda: lines)
         (line,) = lines
         assert "an inference ended early: [Errno 28] No space left on device" in line
+
+
+class TestRefusals:
+    """Each party hears in a line why the other ends."""
+
+    def test_a_server_hears_why_a_client_refuses_its_terms(self):
+        lines: list[str] = []
+        with serving(lines.append) as server:
+            with pytest.raises(PrivateInferenceError, match="offers the protocol cheetah, and semi2k is asked for"):
+                Client(*server.address, None, protocol="semi2k")
+            assert eventually(lambda: lines)
+        assert "the peer refuses: the server offers the protocol cheetah, and semi2k is asked for" in lines[0]
+
+    def test_a_server_hears_that_a_clients_tokenizer_is_another(self):
+        lines: list[str] = []
+        with serving(lines.append) as server, contextlib.closing(Client(*server.address, None)) as client:
+            client.check_tokenizer("hash")
+            with pytest.raises(PrivateInferenceError, match="the tokenizer is not the server's"):
+                client.check_tokenizer("another")
+            assert eventually(lambda: lines)
+        assert "the peer refuses: the tokenizer is not the server's" in lines[0]
+
+    def test_a_token_that_the_model_lacks_is_refused_at_home(self):
+        with (
+            serving() as server,
+            contextlib.closing(Client(*server.address, None)) as client,
+            pytest.raises(PrivateInferenceError, match="token 101 is not one of the model's, which go from 0 to 100"),
+        ):
+            client.ask([4, 101])
+
+    def test_an_enormous_reason_is_a_short_line_on_both_sides(self):
+        reason, lines = "\x1b[2J\n" + "x" * 60_000, []
+        with serving(lines.append) as server, contextlib.closing(connect(*server.address, None)) as channel:
+            channel.send({"kind": "refusal", "reason": reason})
+            assert eventually(lambda: lines)
+        (line,) = lines
+        assert line.isprintable() and len(line) < 450
+        with (
+            refusing({"kind": "refusal", "reason": reason}) as address,
+            pytest.raises(PrivateInferenceError, match=r"^the peer refuses: \[2Jxxx") as refused,
+        ):
+            Client(*address, None)
+        assert str(refused.value).isprintable() and len(str(refused.value)) < 350
 
 
 class TestLimits:
@@ -209,6 +286,64 @@ class TestLimits:
         process._count(Span(0, 4))
         with pytest.raises(PrivateInferenceError, match=r"would make 3 answers: 2 is the most here, with those that"):
             process._count(Span(0, 4))
+
+
+class TestMessages:
+    """What a client may say once it is greeted."""
+
+    @pytest.mark.parametrize("kind", ["done", "program", "request", "accepted"])
+    def test_more_than_belongs_there_is_not_kept(self, kind):
+        events = Events()
+        with channels() as (ours, theirs):
+            thread = listen_to_peer(ours, events)
+            with contextlib.suppress(PrivateInferenceError):
+                for _ in range(1000):
+                    theirs.send({"kind": kind, "x": "x" * 1000})
+            thread.join(WITHOUT_WAITING)
+        *heard, failure = events.rest(0)
+        assert len(heard) == MOST_MESSAGES
+        assert str(failure) == "the peer says more than belongs here."
+
+    def test_a_program_is_named_once(self):
+        session = Session.__new__(Session)
+        session.events, session._job, session._end = Events(), SimpleNamespace(timeout_seconds=1), math.inf
+        for _ in range(2):
+            session.events.hear({"kind": "program", "digest": "00"})
+        with pytest.raises(PrivateInferenceError, match=r"said \"peer's program\" in the wrong place"):
+            session._compare_programs(lambda event: None)
+
+    def test_who_reads_nothing_is_given_up(self, monkeypatch):
+        monkeypatch.setattr(channel_module, "SEND_SECONDS", 0.2)
+        with (
+            channels() as (ours, _),
+            pytest.raises(PrivateInferenceError, match=r"took no whole message for 0\.2 sec"),
+        ):
+            while True:
+                ours.send({"kind": "terms", "x": "x" * 60_000})
+
+    def test_a_client_hears_the_reason_of_a_server_although_its_engine_fails_first(self):
+        session = Session.__new__(Session)
+        session.events, session._job, session._end = (
+            Events(),
+            SimpleNamespace(rank=CLIENT, timeout_seconds=1),
+            math.inf,
+        )
+        session._process, session._set_up = SimpleNamespace(prepare=lambda request: None), []
+        session.events.put(EngineError("this side's engine: the link is broken"))
+        threading.Timer(0.3, session.events.put, [RefusalError("the peer refuses: enough.")]).start()
+        with pytest.raises(RefusalError, match="enough"):
+            session.answer(Request(4, 1, 1))
+
+    @pytest.mark.parametrize("size", [0, 19, 21])
+    def test_a_share_of_another_size_ends_the_inference_with_the_reason(self, size):
+        process = PartyProcess.__new__(PartyProcess)
+        share = make_share(b"\x08\x10\x1a\x10" + bytes(16))
+        process.job = SimpleNamespace(rank=SERVER)
+        process.link = SimpleNamespace(recv=lambda rank: bytes(size))
+        process.participant = SimpleNamespace(party=SimpleNamespace(share=lambda name: share))
+        with pytest.raises(PrivateInferenceError, match=rf"share of the answer has {size} bytes") as refused:
+            process._was_out_of_range(0)
+        assert may_be_told(refused.value)
 
 
 class TestMemory:
@@ -356,6 +491,29 @@ class ShareOf:
 
 def make_share(*chunks: bytes) -> ShareOf:
     return ShareOf(b"meta", list(chunks))
+
+
+@contextlib.contextmanager
+def channels() -> Iterator[tuple[Channel, Channel]]:
+    """The two ends of a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname())
+        with contextlib.closing(Channel(listener.accept()[0])) as one, contextlib.closing(Channel(theirs)) as other:
+            yield one, other
+
+
+@contextlib.contextmanager
+def refusing(message: dict) -> Iterator[tuple[str, int]]:
+    """A server that says one thing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            with contextlib.closing(Channel(listener.accept()[0])) as channel:
+                channel.receive(WITHOUT_WAITING, ("hello",))
+                channel.send(message)
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield listener.getsockname()
 
 
 def flood(connection: socket.socket):

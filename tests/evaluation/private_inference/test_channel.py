@@ -183,7 +183,7 @@ def test_both_sides_send_while_they_receive(secure, server_files, client_files):
         (b'{"kind": "a"', "no proper message"),
         (b"", "no proper message"),
         (b"\xff\xfe", "no proper message"),
-        (b"[" * 100_000, "no proper message"),
+        (b"[" * 60_000, "no proper message"),
         (b'{"kind": "a", "b": ' + b"9" * 10_000 + b"}", "no proper message"),
         (b"[]", "no kind"),
         (b"{}", "no kind"),
@@ -202,13 +202,13 @@ def test_broken_messages_are_refused_in_one_line(content, complaint, raw_and_cha
 def test_a_length_too_large_is_refused_unread(raw_and_channel):
     raw, channel = raw_and_channel
     raw.sendall(LENGTH.pack(MAX_MESSAGE_BYTES + 1))
-    with pytest.raises(PrivateInferenceError, match="1,048,577"):
+    with pytest.raises(PrivateInferenceError, match="65,537"):
         channel.receive(5, ("a",))
 
 
 def test_too_large_a_message_is_not_sent(raw_and_channel):
     raw, channel = raw_and_channel
-    with pytest.raises(PrivateInferenceError, match=r"more than 1,048,576"):
+    with pytest.raises(PrivateInferenceError, match=r"more than 65,536"):
         channel.send({"kind": "a", "text": "x" * MAX_MESSAGE_BYTES})
     channel.send({"kind": "b"})
     assert raw.recv(100).endswith(b'{"kind": "b"}')
