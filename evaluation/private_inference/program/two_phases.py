@@ -151,9 +151,7 @@ class Preparation:
         for place, entry in self._record(number, span):
             made = self._made.get(place, ())
             step = entry.step
-            if len(made) != len(entry.demands) or not all(
-                one.demand.covers(other) for one, other in zip(made, entry.demands, strict=True)
-            ):
+            if not _cover(made, entry.demands):
                 raise PrivateInferenceError(
                     f"the preparation is for less: it does not have what {step.operation} needs for {span.end} tokens "
                     f"and {span.answers} answers."
@@ -165,6 +163,16 @@ class Preparation:
             use = UsePrepared(Bound.of(step.function), entry.demands, tuple(one.demand for one in made))
             steps.append(Step(step.operation, step.layer, use, (*step.inputs, *names), step.outputs))
         return steps
+
+    def serves(self, spans: Sequence[Span]) -> bool:
+        """Whether it has what these passes need."""
+        if len(spans) > len(self._spans):
+            return False
+        return all(self._covers(number, span) for number, span in enumerate(spans))
+
+    def _covers(self, number: int, span: Span) -> bool:
+        recorded = self._record(number, span)
+        return all(_cover(self._made.get(place, ()), entry.demands) for place, entry in recorded)
 
     def _record(self, number: int, span: Span) -> Iterator[tuple[Place, _DemandingStep]]:
         """The steps of a pass with their demands, by running it on shapes."""
@@ -236,6 +244,12 @@ class Preparation:
                     pool, size = [], 0
             if pool:
                 yield _pool(kind, multiply, pool)
+
+
+def _cover(made: tuple[Correlation, ...], demands: tuple[Demand, ...]) -> bool:
+    if len(made) != len(demands):
+        return False
+    return all(one.demand.covers(demand) for one, demand in zip(made, demands, strict=True))
 
 
 def _pool(kind: str, multiply: Callable, pool: list[Correlation]) -> Step:
