@@ -1,8 +1,9 @@
 """Private inference: a server with the weights, a client with the prompt, and a demonstration of both."""
 
 import contextlib
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
-from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
+from entropy_gpt.evaluation.private_inference.parties.two_party import MOST_PREPARED_BYTES, Client, Offer, Server
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost, StepCost
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import (
     FRACTION_BITS,
@@ -51,6 +52,7 @@ from .options import check_positive, read_options
 
 DEFAULT_ADDRESS, DEFAULT_TIMEOUT, DEFAULT_LIMITS = "127.0.0.1:9000", 600, Limits()
 DEFAULT_FRACTION_BITS = PrivateSettings().fraction_bits
+DEFAULT_PREPARED_MB = round(MOST_PREPARED_BYTES / MEGA)
 # Characters of a text that are read for a token of the audit.
 CHARACTERS_A_TOKEN = 16
 
@@ -69,7 +71,7 @@ class PrivateAnswer(StoredRecord):
     """
 
     KIND = "a private answer"
-    SCHEMA_VERSION = 4
+    SCHEMA_VERSION = 5
 
     text: str
     check: AnswerCheck | None
@@ -79,8 +81,8 @@ class PrivateAnswer(StoredRecord):
 
     @classmethod
     def migrate(cls, content: dict, version: int) -> dict | None:
-        """Version 3 had no `repeats`."""
-        return content if version == 3 else None
+        """Version 3 had no `repeats`, and 4 no `before` of its cost."""
+        return content if version in (3, 4) else None
 
 
 def open_server(
@@ -96,6 +98,8 @@ def open_server(
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    prepared: str | Path | None = None,
+    prepared_mb: int = DEFAULT_PREPARED_MB,
     timeout: int = DEFAULT_TIMEOUT,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = SILENT,
@@ -115,6 +119,8 @@ def open_server(
         text (`str` or `Path`, *optional*): A file with text that the audit looks at too.
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         limits ([`Limits`]): What each client may ask for, by its certificate, or without TLS by its address.
+        prepared (`str` or `Path`, *optional*): Folder for its halves of preparations. Without it there are none.
+        prepared_mb (`int`): MB that these may take.
         timeout (`int`): Seconds without any event after which an inference ends.
         report (`Callable`): Receives the audit's warnings, and a line about each client.
         progress (`Progress`): Receives the stages before the server is open.
@@ -140,6 +146,7 @@ def open_server(
         max_requests=limits.requests,
         max_positions=limits.positions,
         max_seconds=limits.seconds,
+        prepared_mb=prepared_mb,
         timeout=timeout,
     )
     settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
@@ -147,7 +154,8 @@ def open_server(
     _check_connection(host, tls, insecure, settings)
     offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
     check_memory(weight_shapes(offer.config).values())
-    return Server(offer, host, port, tls, timeout, limits, report)
+    folder = prepared and expanded(prepared)
+    return Server(offer, host, port, tls, timeout, limits, report, folder, round(prepared_mb * MEGA))
 
 
 def ask(
@@ -159,6 +167,8 @@ def ask(
     insecure: bool = False,
     new_tokens: int = 1,
     protocol: str = "cheetah",
+    prepared: str | Path | None = None,
+    require_prepared: bool = False,
     timeout: int = DEFAULT_TIMEOUT,
     progress: Progress = SILENT,
 ) -> PrivateAnswer:
@@ -173,6 +183,8 @@ def ask(
         insecure (`bool`): Allow plain TCP beyond the loopback.
         new_tokens (`int`): Tokens of the answer; their number is public.
         protocol (`str`): The only protocol that the client accepts.
+        prepared (`str` or `Path`, *optional*): Folder of [`prepare`]; the smallest preparation that fits is used up.
+        require_prepared (`bool`): Whether to fail if none fits.
         timeout (`int`): Seconds without any event after which the client gives up.
         progress (`Progress`): Receives one stage, with a unit for each step.
 
@@ -190,14 +202,84 @@ def ask(
     """
     check_engine()
     check_positive(max_new_tokens=new_tokens, timeout=timeout)
+    if require_prepared and prepared is None:
+        raise UserError("--require-prepared needs the folder of preparations: give --prepared DIR.")
+    with _connect(address, tokenizer, tls, insecure, protocol, prepared, timeout) as (client, words, host):
+        tokens = _tokenize(prompt, words)
+        found = client.find_preparation(len(tokens), new_tokens)
+        if require_prepared and found is None:
+            raise UserError(
+                f"no preparation in {prepared} fits {len(tokens)} tokens and {new_tokens} new ones of this server: "
+                "make one (entropy-gpt private prepare)."
+            )
+        _, answer = _ask(client, words, tokens, new_tokens, f"TCP to {host}", progress, found)
+    return answer
+
+
+def prepare(
+    address: str,
+    *,
+    tokenizer: str | Path,
+    prepared: str | Path,
+    tokens: int = 128,
+    new_tokens: int = 1,
+    count: int = 1,
+    tls: TLSFiles | None = None,
+    insecure: bool = False,
+    timeout: int = DEFAULT_TIMEOUT,
+    progress: Progress = SILENT,
+) -> list[list[StepCost]]:
+    """
+    Does with a server all of later answers that needs no prompt. Each serves one prompt and answer, these long or
+    shorter. What is whole stays if it is interrupted.
+
+    Args:
+        address (`str`): `HOST:PORT` of the server.
+        tokenizer (`str` or `Path`): The server's tokenizer: a folder, or a repository on the Hub.
+        prepared (`str` or `Path`): Folder for this side's halves.
+        tokens (`int`): Tokens of the prompt, at most.
+        new_tokens (`int`): Tokens of the answer, at most.
+        count (`int`): How many to make.
+        tls, insecure, timeout: As of [`ask`].
+        progress (`Progress`): Receives one stage for each, with a unit for each step.
+
+    Returns:
+        `list[list[StepCost]]`: What each took.
+
+    Raises:
+        `UserError`: If the server does not answer or keeps no preparations, or a value can't be used.
+    """
+    check_engine()
+    check_positive(tokens=tokens, max_new_tokens=new_tokens, count=count, timeout=timeout)
+    made = []
+    with _connect(address, tokenizer, tls, insecure, "cheetah", prepared, timeout) as (client, _, _):
+        if client.terms.store is None:
+            raise UserError("this server keeps no preparations: it has to be run with serve --prepared.")
+        for number in range(count):
+            with progress.stage(f"preparing {number + 1} of {count}") as line:
+                line.say("both sides compile the program")
+                outcome = client.prepare(tokens, new_tokens, on_event=lambda event, line=line: show_event(event, line))
+            made.append(outcome.steps)
+    return made
+
+
+@contextlib.contextmanager
+def _connect(
+    address: str,
+    tokenizer: str | Path,
+    tls: TLSFiles | None,
+    insecure: bool,
+    protocol: str,
+    prepared: str | Path | None,
+    timeout: int,
+) -> Iterator[tuple[Client, PreTrainedTokenizerFast, str]]:
+    """A client of the server at an address, with its tokenizer and the host."""
     host, port = parse_address(address)
     _check_connection(host, tls, insecure, _read_settings(protocol=protocol))
     words = load_tokenizer(expanded(tokenizer))
-    with contextlib.closing(Client(host, port, tls, timeout, protocol)) as client:
+    with contextlib.closing(Client(host, port, tls, timeout, protocol, prepared and expanded(prepared))) as client:
         client.check_tokenizer(hash_vocabulary(words, client.terms.config.vocab_size))
-        tokens = _tokenize(prompt, words)
-        _, answer = _ask(client, words, tokens, new_tokens, f"TCP to {host}", progress)
-    return answer
+        yield client, words, host
 
 
 def demonstrate(
@@ -211,6 +293,7 @@ def demonstrate(
     fraction_bits: int = DEFAULT_FRACTION_BITS,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    prepared: bool = False,
     timeout: int = DEFAULT_TIMEOUT,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = SILENT,
@@ -225,6 +308,7 @@ def demonstrate(
         new_tokens (`int`): Tokens of the answer.
         protocol, embedding, answer, fraction_bits, text: As of [`open_server`].
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
+        prepared (`bool`): Whether to do first what needs no prompt, as [`prepare`] does.
         timeout (`int`): Seconds without any event after which both sides give up.
         report (`Callable`): Receives the audit's warnings.
         progress (`Progress`): Receives each stage.
@@ -248,10 +332,16 @@ def demonstrate(
     tokens = _tokenize(prompt, words)
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
     with (
-        serve_on_loopback(offer, timeout) as address,
-        contextlib.closing(Client(*address, None, timeout, protocol)) as client,
+        tempfile.TemporaryDirectory() as folder,
+        serve_on_loopback(offer, timeout, Path(folder)) as address,
+        contextlib.closing(Client(*address, None, timeout, protocol, Path(folder))) as client,
     ):
-        outcome, found = _ask(client, words, tokens, new_tokens, NETWORKS[TWO_PARTY], progress)
+        name = None
+        if prepared:
+            with progress.stage("preparing") as line:
+                line.say("both sides compile the program")
+                name = client.prepare(len(tokens), new_tokens, 1, lambda event: show_event(event, line)).prepared
+        outcome, found = _ask(client, words, tokens, new_tokens, NETWORKS[TWO_PARTY], progress, name)
     found.check = _compare(clear, tokens, outcome)
     return found
 
@@ -337,11 +427,12 @@ def _ask(
     new_tokens: int,
     network: str,
     progress: Progress,
+    preparation: str | None,
 ) -> tuple[Outcome, PrivateAnswer]:
     started = time.perf_counter()
     with progress.stage("answering privately") as line:
         line.say("both sides compile the program")
-        outcome = client.ask(tokens, new_tokens, on_event=lambda event: show_event(event, line))
+        outcome = client.ask(tokens, new_tokens, 1, lambda event: show_event(event, line), preparation)
     seconds = time.perf_counter() - started
     cost = outcome.cost(client.terms, len(tokens), new_tokens, network)
     text, repeats = words.decode(outcome.tokens), outcome.repeats.total()

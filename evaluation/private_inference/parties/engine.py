@@ -129,7 +129,6 @@ def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: 
 def _compile(
     function: "_Hashable", given: tuple[tuple[tuple[int, ...], np.dtype], ...], settings: PrivateSettings
 ) -> bytes:
-    import jax.numpy as jnp
     from jax import ShapeDtypeStruct
     from jax.experimental import enable_x64
     from spu import libspu

@@ -95,7 +95,7 @@ def hash_weights(weights: dict[str, np.ndarray], config: ProgramConfig) -> str:
 
 
 def draw_mask(seed: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A party's part of a mask: integers of the ring that nobody who lacks the seed can distinguish from random ones."""
+    """A party's part of a mask: integers of the ring that look random to all who lack the seed."""
     size = int(np.prod(shape)) * np.dtype(RING).itemsize
     return np.frombuffer(hashlib.shake_256(seed + name.encode()).digest(size), RING).reshape(shape)
 
@@ -177,7 +177,9 @@ class Store:
             self._sync()
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise PrivateInferenceError(f"a preparation can't be written to {self.folder}: {error.strerror}.") from error
+            raise PrivateInferenceError(
+                f"a preparation can't be written to {self.folder}: {error.strerror}."
+            ) from error
 
     def take(self, name: str) -> Path:
         """

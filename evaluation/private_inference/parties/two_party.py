@@ -7,6 +7,7 @@ and run it; all that the engines send goes through connections the client opens 
 """
 
 import contextlib
+import functools
 import math
 import secrets
 import socket
@@ -134,6 +135,10 @@ class Server:
         self._channels: set[Channel] = set()
         self._closed = False
         self._tunnel: ServerTunnel | None = None
+
+    @functools.cached_property
+    def _weights_hash(self) -> str:
+        return hash_weights(self.offer.weights, self.offer.config)
 
     def serve_forever(self):
         """Until it is closed."""
@@ -279,7 +284,8 @@ class Server:
         """
         length, new_tokens, answers = (self._number(message, name) for name in ("length", "new_tokens", "answers"))
         check_request(self.offer.config, self.offer.settings, length, new_tokens, answers)
-        prepares, name = message.get("prepares") is True, message.get("preparation")
+        prepares = message.get("prepares") is True
+        name = None if prepares else message.get("preparation")
         if prepares:
             self._check_room(pass_spans(length, new_tokens, answers))
         use, left = self._accounts.open(channel.peer, 0 if prepares else max(new_tokens, answers))
@@ -310,8 +316,8 @@ class Server:
             raise PrivateInferenceError("no such preparation is kept here (serve --prepared).")
         path = self.store.take(name)
         header = read_header(path)
-        weights = hash_weights(self.offer.weights, self.offer.config)
-        if (header.terms, header.weights) != (hash_terms(self.offer.config, self.offer.settings), weights):
+        terms = hash_terms(self.offer.config, self.offer.settings)
+        if (header.terms, header.weights) != (terms, self._weights_hash):
             path.unlink()
             raise PrivateInferenceError(
                 "this preparation was made with another model, other settings or another version: prepare another one."

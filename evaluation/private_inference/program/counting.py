@@ -94,9 +94,9 @@ class Shape(np.ndarray):
         return make_shape(result, owners.pop() if len(owners) == 1 else None)
 
 
-def make_shape(tensor: np.ndarray | tuple[int, ...], owner: int | None = None, zero: np.generic = NUMBER(0)) -> Shape:
+def make_shape(tensor: np.ndarray | tuple[int, ...], owner: int | None = None, dtype: type = NUMBER) -> Shape:
     """A tensor of an owner, or one of zeros that takes no memory: of numbers, or of integers of the ring."""
-    tensor = np.broadcast_to(zero, tensor) if isinstance(tensor, tuple) else np.asarray(tensor)
+    tensor = np.broadcast_to(dtype(0), tensor) if isinstance(tensor, tuple) else np.asarray(tensor)
     shape = tensor.view(Shape)
     shape.owner = owner
     return shape
@@ -158,7 +158,7 @@ class CountingArithmetic(CheapArithmetic):
         return make_shape(product.shape, product.owner) if _is_local(left, right) else self._truncated(product.shape)
 
     def as_ring(self, tensor):
-        return make_shape(tensor.shape, _owner(tensor), RING(0))
+        return make_shape(tensor.shape, _owner(tensor), RING)
 
     def truncate(self, product):
         return self._truncated(product.shape)
@@ -166,12 +166,12 @@ class CountingArithmetic(CheapArithmetic):
     def reveal(self, masked):
         self.counts[REVEALED] += masked.size
         self.waits[OPENINGS] += 1
-        return make_shape(masked.shape, PUBLIC, RING(0))
+        return make_shape(masked.shape, PUBLIC, RING)
 
     def ring_matmul(self, left, right):
         shape = (*left.shape[:-1], right.shape[-1])
         if _is_local(left, right):
-            return make_shape(shape, _owner_of_both(left, right), RING(0))
+            return make_shape(shape, _owner_of_both(left, right), RING)
         rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
         matrices = math.prod(left.shape[:-2])
         # With two shared factors, each party multiplies its share by both of the other's.
@@ -180,18 +180,18 @@ class CountingArithmetic(CheapArithmetic):
             self.counts[part] += times * count
         # Those of a batch come one after the other, with a round trip between.
         self.waits[PRODUCTS] += 2 * matrices - 1
-        return make_shape(shape, None, RING(0))
+        return make_shape(shape, None, RING)
 
     def ring_multiply(self, left, right):
         shape = np.broadcast_shapes(left.shape, right.shape)
         if _is_local(left, right):
-            return make_shape(shape, _owner_of_both(left, right), RING(0))
+            return make_shape(shape, _owner_of_both(left, right), RING)
         if _owner(left) is None and _owner(right) is None:
             self._multiply_shares(math.prod(shape))
         else:
             self.counts[OWNED_BATCHES] += math.ceil(math.prod(shape) / SLOTS)
             self.waits[OWNED_FACTORS] += 1
-        return make_shape(shape, None, RING(0))
+        return make_shape(shape, None, RING)
 
     def scale(self, tensor, constant):
         shape = np.broadcast_shapes(tensor.shape, np.shape(constant))

@@ -181,9 +181,7 @@ class Preparation:
             recorder = _Recorder(self._settings)
             inputs = tuple(variables[name] for name in step.inputs)
             results = step.function(recorder, *inputs)
-            variables.update(
-                zip(step.outputs, results if isinstance(results, tuple) else (results,), strict=True)
-            )
+            variables.update(zip(step.outputs, results if isinstance(results, tuple) else (results,), strict=True))
             name = Bound.of(step.function).function.__name__
             index = seen[step.layer, step.operation, name]
             seen[step.layer, step.operation, name] += 1
@@ -196,9 +194,9 @@ class Preparation:
         for side, shape in zip(("left", "right"), demand.masks, strict=False):
             parts = (f"{name}/{side}/server", f"{name}/{side}/client")
             for part, owner in zip(parts, (SERVER, client_rank(self._settings)), strict=True):
-                self.masks[part] = make_shape(shape, owner, RING(0))
+                self.masks[part] = make_shape(shape, owner, RING)
             masks.append(parts)
-        self.products[f"{name}/product"] = make_shape(demand.product, None, RING(0))
+        self.products[f"{name}/product"] = make_shape(demand.product, None, RING)
         return Correlation(demand, tuple(masks), f"{name}/product")
 
     def _multiply_weights(self, recorded: dict[Place, _DemandingStep]) -> Iterator[Step]:
@@ -210,14 +208,11 @@ class Preparation:
                 groups[*place[1:], alike].append(place)
         for places in groups.values():
             entry = recorded[places[0]]
-            made = [
-                one for numbers in zip(*(self._made[place] for place in places), strict=True) for one in numbers
-            ]
+            made = [one for numbers in zip(*(self._made[place] for place in places), strict=True) for one in numbers]
             made = [one for one in made if one.demand.is_weight]
             factors = tuple(name for name in entry.step.inputs if is_factor(name))
             blanks = tuple(
-                None if name in factors else shape
-                for name, shape in zip(entry.step.inputs, entry.inputs, strict=True)
+                None if name in factors else shape for name, shape in zip(entry.step.inputs, entry.inputs, strict=True)
             )
             multiply = MultiplyWeights(Bound.of(entry.step.function), entry.demands, len(places), blanks)
             masks = tuple(name for one in made for name in one.masks[0])
@@ -232,7 +227,7 @@ class Preparation:
                     yield Step(entry.step.operation, entry.step.layer, multiply_matrices, names[:-1], names[-1:])
 
     def _multiply_pools(self) -> Iterator[Step]:
-        """Products and squares of numbers, whatever they are for: a few numbers take as much as a ciphertext of them."""
+        """Products and squares of numbers, whatever they are for: a few take as much as a ciphertext of them."""
         for kind, multiply in ((NUMBERS, multiply_numbers), (SQUARES, square_numbers)):
             pool, size = [], 0
             wanted = (one for made in self._made.values() for one in made)
