@@ -5,6 +5,8 @@ import copy
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from modeling_entropy_gpt.layers import LEARNED_SCALARS
+
 
 def assemble(
     model_class: type[PreTrainedModel],
@@ -30,3 +32,9 @@ def assemble(
     if generation_config is not None:
         model.generation_config = copy.deepcopy(generation_config)
     return model
+
+
+def inference_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state of a model but for what acts in training alone, such as entropy thresholds."""
+    left_out = tuple(scalar.parameter for scalar in LEARNED_SCALARS if scalar.in_training_alone)
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(left_out)}

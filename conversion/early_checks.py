@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+from contextlib import suppress
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,8 @@ from .errors import ConversionError, UserError
 
 # How alike a wrong name and the one that is suggested must be.
 LIKENESS = 0.75
+# How long the Hub may take to reply.
+HUB_SECONDS = 3
 # Names that could be repositories on the Hub.
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FILE_SUFFIX = re.compile(r"\.[a-z]{2,7}")
@@ -88,8 +91,8 @@ def is_model(text: str) -> bool:
 
 def check_place(source: str | os.PathLike):
     """
-    Refuses a wrong path. What could be a repository on the Hub is not looked up, unless a file or folder here has
-    nearly the same path.
+    Refuses a wrong path. What could be a repository on the Hub is let through, and looked up there only if its first
+    part is a folder here that holds something of nearly the same name.
 
     Raises:
         `ConversionError`: If there is no such file or folder.
@@ -154,10 +157,30 @@ def _missing(path: str | os.PathLike, nearest: Path | None, remedy: str = "Check
 
 
 def _find_meant(source: str | os.PathLike) -> Path | None:
-    """What lies nearest to a path that does not exist. A single word without a suffix is a repository on the Hub."""
+    """What lies nearest to a path that does not exist, if it is no name of a repository on the Hub."""
     path = Path(expanded(source))
-    is_path = not REPOSITORY.fullmatch(str(source)) or len(path.parts) > 1 or FILE_SUFFIX.fullmatch(path.suffix)
-    return find_nearest(path) if is_path and not path.exists() else None
+    if path.exists():
+        return None
+    if not REPOSITORY.fullmatch(str(source)) or FILE_SUFFIX.fullmatch(path.suffix):
+        return find_nearest(path)
+    nearest = find_nearest(path) if len(path.parts) > 1 and Path(path.parts[0]).is_dir() else None
+    return nearest if nearest and not _is_on_hub(str(source)) else None
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether the Hub, or its cache here, has a repository of this name; no, if the Hub does not answer."""
+    import httpx2
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    kinds = ("model", "dataset")
+    if any(Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").exists() for kind in kinds):
+        return True
+    for kind in kinds:
+        with suppress(HfHubHTTPError, httpx2.HTTPError, OSError):
+            HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
+            return True
+    return False
 
 
 def _model_in(folder: Path) -> Path:

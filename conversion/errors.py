@@ -14,8 +14,14 @@ PROJECT = "entropy-gpt"
 class UserError(Exception):
     """
     The root of all errors whose cause lies in what was given: arguments, files, the network. The message names the bad
-    value and says what to do; commands show it without a traceback.
+    value and says what to do; commands show it without a traceback, and without `in_python`, which names the arguments
+    of a Python function that options in the message stand for.
     """
+
+    in_python = ""
+
+    def __str__(self) -> str:
+        return f"{super().__str__().rstrip('.')}. {self.in_python}" if self.in_python else super().__str__()
 
 
 def missing_package(wanted: str, missing: ModuleNotFoundError, likely: str = "") -> str:

@@ -26,7 +26,7 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 from modeling_entropy_gpt.blocks import EntropyGPTBlock, EntropyGPTFusedFFN, EntropyGPTMLP
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D, EntropyGPTStaticLayerNorm
 
-from .assembly import assemble
+from .assembly import assemble, inference_state
 from .errors import ConversionError, NotFiniteError
 
 
@@ -59,7 +59,7 @@ def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
     config = folded.config
     config.entropy_regularization = False
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    tensors = {name: t.to(model.dtype) for name, t in folded.state_dict().items() if "entropy_threshold" not in name}
+    tensors = {name: tensor.to(model.dtype) for name, tensor in inference_state(folded).items()}
     _check_finite(tensors, f"A norm constant or a temperature is 0, or {model.dtype} too narrow for what is folded")
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]

@@ -43,8 +43,8 @@ from modeling_entropy_gpt import (
 )
 from modeling_entropy_gpt.configuration_entropy_gpt import GPT2_CONSTANTS
 
-from .assembly import assemble
-from .early_checks import ADAPTER_CONFIG
+from .assembly import assemble, inference_state
+from .early_checks import ADAPTER_CONFIG, expanded
 from .errors import ConversionError
 from .foreign_files import check_kind
 
@@ -186,7 +186,7 @@ def to_gpt2(model: EntropyGPTPreTrainedModel) -> GPT2PreTrainedModel:
     activation = "linear" if config.activation_function == "identity" else config.activation_function
     shared = {name: getattr(config, name) for name in SHARED_FIELDS}
     gpt2_config = GPT2Config(**{**shared, "activation_function": activation})
-    tensors = {name: t.detach() for name, t in model.state_dict().items() if not name.endswith("entropy_threshold")}
+    tensors = {name: tensor.detach() for name, tensor in inference_state(model).items()}
     return assemble(twins[type(model)], gpt2_config, tensors, _generation_config(model)).train(model.training)
 
 
@@ -284,6 +284,7 @@ def _sign_of_age(content: dict) -> str | None:
 def _read(source: str | Path, model_types: list[str], activation: str | None) -> Checkpoint:
     if activation is not None and activation not in NANOGPT_ACTIVATIONS:
         raise ConversionError(f"activation={activation!r}: give {' or '.join(NANOGPT_ACTIVATIONS)}.")
+    source = expanded(source)
     if Path(source).is_file():
         return read_nanogpt(Path(source), activation)
     folder = _find_folder(source)

@@ -7,14 +7,16 @@ version, which copies weights and fits nothing, to show what the calibration is 
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
-from modeling_entropy_gpt.layers import EntropyGPTLearnableLeakyReLU, EntropyGPTNormalizedConv1D
+from modeling_entropy_gpt.layers import LEARNED_SCALARS, EntropyGPTLearnableLeakyReLU, EntropyGPTNormalizedConv1D
 from modeling_entropy_gpt.notation import parse_notation
 
 from .assembly import assemble
@@ -28,6 +30,7 @@ Model = EntropyGPTForCausalLM
 
 # Tried on held-out rows, as parts of each feature's own second moment.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+ADDABLE_SCALARS = tuple(scalar for scalar in LEARNED_SCALARS if scalar.neutral is not None)
 ENTROPY_FIELDS = ("entropy_coefficient", "entropy_tolerance", "entropy_maximum", "entropy_penalty")
 # What a target may have otherwise than its source without a step: it acts in training alone.
 TRAINING_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "detect_divergence", *ENTROPY_FIELDS)
@@ -123,30 +126,24 @@ def fuse_ffns(model: Model) -> Model:
     return _rebuild(model, tensors, ffn_type="fused")
 
 
-def scale_ffns(model: Model) -> Model:
-    """Learnable scales of the FFN's residual sum, which start at 1. Exact."""
-    tensors = model.state_dict()
-    for ffn in _ffn_names(model):
-        block = ffn.removesuffix(".mlp")
-        for scale in ("ffn_alpha", "ffn_beta"):
-            tensors[f"{block}.residual_scaling.{scale}"] = torch.ones(1, dtype=model.dtype)
-    return _rebuild(model, tensors, ffn_residual_scaling=True)
-
-
-def add_temperatures(model: Model, kind: str) -> Model:
+def add_scalars(model: Model, **setting: str | bool) -> Model:
     """
-    Learnable temperatures, which start at 1. Exact.
+    Learned scalars, each at the value at which the model computes what it did. Exact.
 
     Args:
         model ([`EntropyGPTForCausalLM`]): A model without them.
-        kind (`str`): `"head"`, or `"position"`: one for each head and position.
+        setting: The field of the configuration that brings them, such as `attention_temperature="head"`.
     """
-    tensors, config = model.state_dict(), model.config
-    positions = config.n_positions if kind == "position" else 1
-    for layer in range(config.n_layer):
-        name = f"transformer.h.{layer}.attn.temperature.log_temperature"
-        tensors[name] = torch.zeros(config.n_head, positions, dtype=model.dtype)
-    return _rebuild(model, tensors, attention_temperature=kind, temperature_init=1.0)
+    scalars = [scalar for scalar in ADDABLE_SCALARS if scalar.setting in setting]
+    changes = setting | {scalar.start: scalar.neutral for scalar in scalars}
+    tensors = model.state_dict()
+    for layer, block in enumerate(assemble_like(model, **changes).transformer.h):
+        for scalar in scalars:
+            if (parameter := scalar.get(block)) is not None:
+                value = math.log(scalar.neutral) if scalar.is_logarithm else scalar.neutral
+                name = f"transformer.h.{layer}.{scalar.place}"
+                tensors[name] = torch.full(parameter.shape, value, dtype=model.dtype)
+    return _rebuild(model, tensors, **changes)
 
 
 def add_thresholds(model: Model, calibration: Calibration, **fields) -> Model:
@@ -351,9 +348,7 @@ def plan_conversion(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Plan:
             Step("final norm static", make_final_norm_static, lambda m: make_final_norm_static(m, None), True)
         )
     simplifications += _ffn_steps(source, target)
-    if target.attention_temperature != source.attention_temperature:
-        temperatures = target.attention_temperature
-        simplifications.append(Step("temperatures, at 1", lambda m, _: add_temperatures(m, temperatures), exact=True))
+    simplifications += _scalar_steps(source, target)
     if target.entropy_regularization and not source.entropy_regularization:
         fields = {name: getattr(target, name) for name in ENTROPY_FIELDS}
         simplifications.append(
@@ -386,8 +381,15 @@ def _ffn_steps(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Iterable[S
             )
     if target.ffn_type != source.ffn_type:
         yield Step("FFNs fused", lambda m, _: fuse_ffns(m), exact=True)
-    if target.ffn_residual_scaling != source.ffn_residual_scaling:
-        yield Step("FFNs scaled, at 1", lambda m, _: scale_ffns(m), exact=True)
+
+
+def _scalar_steps(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Iterable[Step]:
+    missing = [scalar for scalar in ADDABLE_SCALARS if scalar.is_in(target) and not scalar.is_in(source)]
+    for setting, group in groupby(missing, key=lambda scalar: scalar.setting):
+        first, *others = group
+        title = f"{' and '.join(scalar.name for scalar in (first, *others))}, at {first.neutral:g}"
+        added = {setting: getattr(target, setting)}
+        yield Step(title, lambda m, _, added=added: add_scalars(m, **added), exact=True)
 
 
 def _check_reachable(source: EntropyGPTConfig, target: EntropyGPTConfig):
@@ -399,8 +401,10 @@ def _check_reachable(source: EntropyGPTConfig, target: EntropyGPTConfig):
         "ffn_type": source.ffn_type == "fused" != target.ffn_type,
         "pruned_ffn_layers": not {*source.pruned_ffn_layers} <= {*target.pruned_ffn_layers},
         "entropy_regularization": source.entropy_regularization and not target.entropy_regularization,
-        "ffn_residual_scaling": source.ffn_residual_scaling and not target.ffn_residual_scaling,
-        "attention_temperature": source.attention_temperature not in ("none", target.attention_temperature),
+        **{
+            scalar.setting: scalar.is_in(source) and getattr(source, scalar.setting) != getattr(target, scalar.setting)
+            for scalar in ADDABLE_SCALARS
+        },
         "weight_normalization": source.weight_normalization is not None
         and (source.weight_normalization, source.weight_normalization_targets)
         != (target.weight_normalization, target.weight_normalization_targets),

@@ -68,9 +68,9 @@ class EntropyGPTAttention(nn.Module):
         self.temperature, self.threshold = None, None
         if config.attention_temperature != "none":
             positions = config.n_positions if config.attention_temperature == "position" else None
-            self.temperature = EntropyGPTTemperature(config.n_head, positions)
+            self.temperature = EntropyGPTTemperature(config.n_head, positions, config.temperature_init)
         if config.entropy_regularization:
-            self.threshold = EntropyGPTEntropyThreshold(config.n_head)
+            self.threshold = EntropyGPTEntropyThreshold(config.n_head, config.entropy_threshold_init)
 
     def forward(
         self,
@@ -191,7 +191,7 @@ class EntropyGPTBlock(GradientCheckpointingLayer):
             self.ln_2 = build_norm(config.normalization, config.n_embd, config.layer_norm_epsilon)
             self.mlp = EntropyGPTFusedFFN(config) if config.ffn_type == "fused" else EntropyGPTMLP(config)
             if config.ffn_residual_scaling:
-                self.residual_scaling = EntropyGPTResidualScaling()
+                self.residual_scaling = EntropyGPTResidualScaling(config.ffn_alpha_init, config.ffn_beta_init)
 
     def forward(
         self,

@@ -10,22 +10,28 @@ the output and g of the entropy,
     ds_ij   = P_ij (do_i . v_j  -  do_i . o_i  -  g_i (log P_ij + H_i))
 
 so entropy adds no matrix product to those of attention, only passes over a block. Scores are kept to base 2, since
-`exp2` is fast for every argument, where `exp` slows down a hundredfold where its result underflows.
+`exp2` is fast for every argument, where `exp` slows down a hundredfold where its result underflows. Memory for blocks
+is kept from call to call: at short lengths, fresh memory would take as long as the arithmetic.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers.utils import is_triton_available
+from transformers.utils.import_utils import is_tracing
 
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
-# Added to the scores of pairs that are masked: far below any score, and far enough from the end of float32 that no
-# product with it overflows.
+# The scores of pairs that are masked: far below any score, and far enough from the end of float32 that no product with
+# it overflows.
 MASKED = -1e20
 # Rows with a maximum below this have nothing that they may attend to.
 NOTHING_VISIBLE = MASKED / 10
@@ -33,6 +39,11 @@ NOTHING_VISIBLE = MASKED / 10
 # Sizes of blocks, by measurement (evaluation/benchmarks/entropy_attention.py).
 BLOCK_ROWS = 64
 BLOCK_ELEMENTS = 2**18
+# Shapes whose memory each thread keeps, and the length up to which it does.
+KEPT_SHAPES = 4
+KEPT_LENGTH = 2**13
+# Blocks of a shape of which the parts of that memory are kept cut.
+KEPT_PARTS = 512
 
 # What the kernel of triton_attention.py serves.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -74,11 +85,12 @@ def blockwise_attention(
         `(batch, query_length, heads, value_dim)`; entropies in nats and log-sum-exp to base 2, both
         `(batch, heads, query_length)` and of at least float32. No entropy is negative.
     """
-    return _BlockwiseAttention.apply(query, key, value, visible, is_causal, scaling, dropout, seed)
+    # What `Function.apply` does first, for graphs and transforms alone, takes as long as a pass over short sequences.
+    function = super(torch.autograd.Function, _BlockwiseAttention) if _is_plain(query) else _BlockwiseAttention
+    return function.apply(query, key, value, visible, is_causal, scaling, dropout, seed)
 
 
-@torch.library.custom_op(f"{OPERATOR}_forward", mutates_args=())
-def blockwise_attention_forward(
+def forward_pass(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor | None,
@@ -89,49 +101,51 @@ def blockwise_attention_forward(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The forward pass of [`blockwise_attention`]."""
-    output, entropies, log_sum_exp = _empty_results(query, value)
+    output, entropies, log_sum_exp = results = _empty_results(query, value)
     if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1])) is None:
         from .triton_attention import run_forward
 
-        run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp)
-        return output, entropies, log_sum_exp
-    plan = _Plan(query, key, visible, is_causal)
-
-    def compute(group: _Group, buffers: _Buffers):
-        queries = group.take(query, scaling * LOG2_E)
-        keys = group.take(key).mT
-        values = None if value is None else group.take(value)
-        row_maximum, row_sum, row_product = group.columns(3)
-        for block in plan.blocks:
-            if block.is_empty:
-                row_maximum[:, block.rows], row_sum[:, block.rows], row_product[:, block.rows] = 0.0, 0.0, 0.0
-                group.of(output)[:, :, block.rows] = 0.0
-                continue
-            scores, exponentials, *kept = buffers.views(group, block)
-            torch.bmm(queries[:, block.rows], keys[:, :, block.keys], out=scores)
-            plan.mask(scores, group, block)
-            maximum = torch.amax(scores, dim=-1, keepdim=True, out=row_maximum[:, block.rows])
-            if visible is not None:
-                maximum.clamp_(min=NOTHING_VISIBLE)
-            torch.exp2(scores.sub_(maximum), out=exponentials)
-            sums = torch.sum(exponentials, dim=-1, keepdim=True, out=row_sum[:, block.rows])
-            torch.sum(scores.mul_(exponentials), dim=-1, keepdim=True, out=row_product[:, block.rows])
+        run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, *results)
+        return results
+    if not key.shape[2]:
+        return tuple(result.zero_() for result in results)
+    plan = _plans.find(query, key.shape[2], output.shape[-1], is_causal)
+    blocks = plan.blocks(visible)
+    with torch.autocast(query.device.type, enabled=False):
+        for number, group in enumerate(plan.groups):
+            plan.queries.copy_(query[group])
+            plan.keys.copy_(key[group])
             if value is not None:
-                if dropout:
-                    exponentials.mul_(_draw_kept(kept[0], dropout, seed, group, block))
-                attended = group.unflatten(torch.bmm(exponentials, values[:, block.keys]))
-                torch.div(attended, group.unflatten(_positive(sums)), out=group.of(output)[:, :, block.rows])
-        log_sum = _positive(row_sum).log2()
-        rows_entropy = (log_sum - row_product / row_sum).mul_(LN_2).where(row_sum != 0, 0.0)
-        group.of(entropies)[:] = group.unflatten(rows_entropy).squeeze(-1)
-        group.of(log_sum_exp)[:] = group.unflatten(log_sum + row_maximum).squeeze(-1)
+                plan.values.copy_(value[group])
+            for block in blocks:
+                part = plan.cut(block)
+                scores, weights = part.scores, part.weights
+                torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=scaling * LOG2_E, out=scores)
+                _hide(part, visible, group, block)
+                torch.amax(scores, -1, True, out=part.maximum)
+                if visible is not None:
+                    part.maximum.clamp_(min=NOTHING_VISIBLE)
+                torch.exp2(scores.sub_(part.maximum), out=weights)
+                torch.sum(weights, -1, True, out=part.total)
+                torch.sum(scores.mul_(weights), -1, True, out=part.product)
+                if value is not None:
+                    if dropout:
+                        kept = _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
+                        weights.mul_(kept)
+                    torch.bmm(weights, part.values, out=part.outputs)
+            total = plan.total
+            if visible is not None:
+                total.masked_fill_(total == 0, 1.0)  # of rows that see nothing
+            if value is not None:
+                torch.div(plan.outputs, total, out=output[group])
+            log_total = total.log2()
+            torch.add(log_total, plan.maximum, out=log_sum_exp[group].unsqueeze(-1))
+            rows_entropy = entropies[group].unsqueeze(-1)
+            torch.sub(log_total, plan.product.div_(total), out=rows_entropy).mul_(LN_2)
+    return results
 
-    plan.run(compute, buffers=3 if dropout else 2)
-    return output, entropies, log_sum_exp
 
-
-@torch.library.custom_op(f"{OPERATOR}_backward", mutates_args=())
-def blockwise_attention_backward(
+def backward_pass(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor | None,
@@ -158,49 +172,49 @@ def blockwise_attention_backward(
             grad_output, grad_entropies, *gradients,
         )  # fmt: skip
         return gradients
-    plan = _Plan(query, key, visible, is_causal)
-    row_constant = -grad_entropies * entropies
-    if value is not None:
-        row_constant -= (grad_output.to(plan.dtype) * output.to(plan.dtype)).sum(dim=-1)
-    slope = grad_entropies * -LN_2
-
-    def compute(group: _Group, buffers: _Buffers):
-        queries = group.take(query, scaling * LOG2_E)
-        keys = group.take(key)
-        log_sums, slopes, constants = (group.take(rows.unsqueeze(-1)) for rows in (log_sum_exp, slope, row_constant))
-        sum_key = torch.zeros_like(keys)
-        if value is not None:
-            values, upstream = group.take(value), group.take(grad_output)
-            sum_value = torch.zeros_like(values)
-        for block in plan.blocks:
-            if block.is_empty:
-                group.of(grad_query)[:, :, block.rows] = 0.0
-                continue
-            scores, probabilities, *kept = buffers.views(group, block)
-            torch.bmm(queries[:, block.rows], keys[:, block.keys].mT, out=scores)
-            plan.mask(scores, group, block)
-            scores.sub_(log_sums[:, block.rows])  # log2 of the probabilities
-            torch.exp2(scores, out=probabilities)
-            scores.mul_(slopes[:, block.rows]).add_(constants[:, block.rows])
+    if not key.shape[2]:
+        return tuple(gradient.zero_() for gradient in gradients)
+    plan = _plans.find(query, key.shape[2], output.shape[-1], is_causal)
+    blocks = plan.blocks(visible)
+    with torch.autocast(query.device.type, enabled=False):
+        for number, group in enumerate(plan.groups):
+            plan.queries.copy_(query[group])
+            plan.keys.copy_(key[group])
+            slopes, constants = grad_entropies[group].unsqueeze(-1), plan.total
+            torch.mul(slopes, entropies[group].unsqueeze(-1), out=constants)
+            torch.mul(slopes, -LN_2, out=plan.product)
+            plan.maximum.copy_(log_sum_exp[group].unsqueeze(-1))
+            plan.grad_keys.zero_()
             if value is not None:
-                block_upstream, block_values = upstream[:, block.rows], values[:, block.keys]
-                if dropout:
-                    factor = _draw_kept(kept[0], dropout, seed, group, block)
-                    scores.add_((block_upstream @ block_values.mT).mul_(factor))
-                    sum_value[:, block.keys] += (probabilities * factor).mT @ block_upstream
-                else:
-                    scores.baddbmm_(block_upstream, block_values.mT)
-                    sum_value[:, block.keys].baddbmm_(probabilities.mT, block_upstream)
-            scores.mul_(probabilities)  # now the gradient of the scores
-            block_grad = group.unflatten(torch.bmm(scores, keys[:, block.keys]))
-            torch.mul(block_grad, scaling, out=group.of(grad_query)[:, :, block.rows])
-            sum_key[:, block.keys].baddbmm_(scores.mT, queries[:, block.rows])
-        torch.mul(group.unflatten(sum_key), LN_2, out=group.of(grad_key))
-        if value is not None:
-            group.of(grad_value)[:] = group.unflatten(sum_value)
-
-    plan.run(compute, buffers=3 if dropout else 2)
-    return grad_query, grad_key, grad_value
+                plan.values.copy_(value[group])
+                upstream = plan.upstream.copy_(grad_output[group])
+                torch.mul(upstream, output[group], out=plan.outputs)
+                constants.add_(plan.outputs.sum(-1, True))
+                plan.grad_values.zero_()
+            constants.neg_()
+            for block in blocks:
+                part = plan.cut(block)
+                scores, weights = part.scores, part.weights
+                torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=scaling * LOG2_E, out=scores)
+                _hide(part, visible, group, block)
+                torch.exp2(scores.sub_(part.maximum), out=weights)  # of log2 of the probabilities
+                torch.addcmul(part.total, scores, part.product, out=scores)
+                if value is not None:
+                    if dropout:
+                        kept = _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
+                        scores.addcmul_(torch.bmm(part.upstream, part.values.mT), kept)
+                        part.grad_values.baddbmm_(kept.mul_(weights).mT, part.upstream)
+                    else:
+                        scores.baddbmm_(part.upstream, part.values.mT)
+                        part.grad_values.baddbmm_(weights.mT, part.upstream)
+                scores.mul_(weights)  # now the gradient of the scores
+                torch.baddbmm(part.grad_queries, scores, part.keys, beta=0, alpha=scaling, out=part.grad_queries)
+                part.grad_keys.baddbmm_(scores.mT, part.queries, alpha=scaling)
+            grad_query[group].copy_(plan.grad_queries)
+            grad_key[group].copy_(plan.grad_keys)
+            if value is not None:
+                grad_value[group].copy_(plan.grad_values)
+    return gradients
 
 
 def obstacle_to_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -218,146 +232,141 @@ def obstacle_to_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) 
     return None
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rows, and the keys that at least one of them may attend to."""
+class _Block(NamedTuple):
+    """Where some rows begin and end, and the keys that at least one of them may attend to."""
 
-    rows: slice
-    keys: slice
-
-    @property
-    def is_empty(self) -> bool:
-        return self.keys.start >= self.keys.stop
-
-
-class _Group:
-    """Some heads of some sequences, computed together: as `(batch, heads, ...)`, or flat as `(size, ...)`."""
-
-    def __init__(self, plan: "_Plan", batch: slice, heads: slice):
-        self.plan = plan
-        self.batch = batch
-        self.heads = heads
-        self.shape = (batch.stop - batch.start, heads.stop - heads.start)
-        self.size = self.shape[0] * self.shape[1]
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This group's part of a tensor of shape `(batch, heads, ...)`."""
-        return tensor[self.batch, self.heads]
-
-    def flatten(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[0] if self.shape[0] == 1 else tensor.flatten(0, 1)
-
-    def unflatten(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.view(*self.shape, *tensor.shape[1:])
-
-    def take(self, tensor: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-        """This group's part, flat, in the dtype of the computation, times a factor."""
-        part = self.flatten(self.of(tensor).to(self.plan.dtype))
-        return part if factor == 1.0 else part * factor
-
-    def columns(self, count: int) -> list[torch.Tensor]:
-        """Uninitialised numbers, one for each row: `count` tensors of shape `(size, query_length, 1)`."""
-        shape = (self.size, self.plan.query_length, 1)
-        return [torch.empty(shape, dtype=self.plan.dtype, device=self.plan.device) for _ in range(count)]
+    first_row: int
+    end_row: int
+    first_key: int
+    end_key: int
 
 
 class _Plan:
-    """How the work is cut into groups of heads and blocks of rows, and what is masked in a block."""
+    """
+    How attention between tensors of some shapes is cut into equal groups of heads and blocks of rows, and the memory
+    for one group: tensors of shape `(batch, heads, length, width)`, and their parts for a block, with batch and heads
+    flat. Each group of each call overwrites it.
+    """
 
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor | None, is_causal: bool):
-        self.batch_size, self.heads, self.query_length, self.head_dim = query.shape
-        self.key_length = key.shape[2]
-        self.device = query.device
-        self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self.visible = visible
-        self.is_causal = is_causal
-        self.past = self.key_length - self.query_length
-        self.block_rows = max(1, min(BLOCK_ROWS, self.query_length))
-        heads = max(1, BLOCK_ELEMENTS // max(1, self.block_rows * self.key_length))
-        self.group_heads = _equal_parts(self.heads, heads)
-        self.group_batch = _equal_parts(self.batch_size, max(1, heads // self.heads))
-        self.blocks = list(self._cut_rows())
-        if is_causal:
-            square = torch.full((self.block_rows, self.block_rows), MASKED, dtype=self.dtype, device=self.device)
-            self.later_keys = square.triu(1)
+    def __init__(self, query_shape: tuple, key_length: int, value_dim: int, dtype, device, is_causal: bool):
+        batch_size, heads, self.query_length, head_dim = query_shape
+        self.key_length, self.is_causal = key_length, is_causal
+        self.past = key_length - self.query_length
+        block_rows = max(1, min(BLOCK_ROWS, self.query_length))
+        most = max(1, BLOCK_ELEMENTS // max(1, block_rows * key_length))
+        self.shape = (_divisor(batch_size, most // max(1, heads)), _divisor(heads, most))
+        self.groups = [
+            (slice(batch, batch + self.shape[0]), slice(head, head + self.shape[1]))
+            for batch in range(0, batch_size, self.shape[0])
+            for head in range(0, heads, self.shape[1])
+        ]
+        starts = range(0, self.query_length, block_rows)
+        ends = [min(start + block_rows, self.query_length) for start in starts]
+        last_keys = [min(key_length, end + self.past) if is_causal else key_length for end in ends]
+        self._blocks = [_Block(*rows, 0, key) for *rows, key in zip(starts, ends, last_keys, strict=True)]
 
-    def run(self, compute: Callable[["_Group", "_Buffers"], None], buffers: int):
-        """Computes all groups, one after the other."""
-        memory = _Buffers(self, buffers)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            for group in self._groups():
-                compute(group, memory)
+        rows = {"queries": head_dim, "grad_queries": head_dim, "outputs": value_dim, "upstream": value_dim}
+        rows |= dict.fromkeys(("maximum", "total", "product"), 1)
+        keys = {"keys": head_dim, "grad_keys": head_dim, "values": value_dim, "grad_values": value_dim}
+        options = {"dtype": dtype, "device": device}
+        with torch.inference_mode(False):  # so that it serves with gradients too
+            self._rows = {
+                name: torch.empty(*self.shape, self.query_length, dim, **options) for name, dim in rows.items()
+            }
+            self._keys = {name: torch.empty(*self.shape, key_length, dim, **options) for name, dim in keys.items()}
+            matrices = math.prod(self.shape) * block_rows * key_length
+            self._matrices = {name: torch.empty(matrices, **options) for name in ("scores", "weights", "kept")}
+            self._later_keys = torch.full((block_rows, block_rows), MASKED, **options).triu_(1)
+        vars(self).update(self._rows | self._keys)
+        self._parts = {}
 
-    def _groups(self) -> Iterator[_Group]:
-        for batch in range(0, self.batch_size, self.group_batch):
-            for head in range(0, self.heads, self.group_heads):
-                yield _Group(
-                    self,
-                    slice(batch, min(batch + self.group_batch, self.batch_size)),
-                    slice(head, min(head + self.group_heads, self.heads)),
-                )
+    def blocks(self, visible: torch.Tensor | None) -> list[_Block]:
+        """The blocks, with no keys before the first or after the last that the mask lets any of their rows see."""
+        if visible is None or visible.shape[-1] == 1:
+            return self._blocks
+        return [self._narrow(block, visible) for block in self._blocks]
 
-    def mask(self, scores: torch.Tensor, group: _Group, block: _Block):
-        """Adds to the scores of a block, flat and in place, what keeps masked pairs out."""
-        if self.is_causal:
-            diagonal = block.rows.start + self.past
-            start = max(block.keys.start, diagonal)
-            if start < block.keys.stop:
-                rows = block.rows.stop - block.rows.start
-                later_keys = self.later_keys[:rows, start - diagonal : block.keys.stop - diagonal]
-                scores[:, :, start - block.keys.start :].add_(later_keys)
-        if self.visible is not None:
-            visible = self.visible
-            for dim, part in enumerate((group.batch, group.heads, block.rows, block.keys)):
-                if visible.shape[dim] > 1:
-                    visible = visible.narrow(dim, part.start, part.stop - part.start)
-            group.unflatten(scores).add_(torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, MASKED))
+    def _narrow(self, block: _Block, visible: torch.Tensor) -> _Block:
+        if visible.shape[2] > 1:
+            visible = visible[:, :, block.first_row : block.end_row]
+        seen = visible[..., : block.end_key].any(dim=0).any(dim=0).any(dim=0).nonzero()
+        first, end = (seen[0].item(), seen[-1].item() + 1) if len(seen) else (0, 1)
+        return block._replace(first_key=first, end_key=end)
 
-    def _cut_rows(self) -> Iterator[_Block]:
-        for start in range(0, self.query_length, self.block_rows):
-            rows = slice(start, min(start + self.block_rows, self.query_length))
-            last = min(self.key_length, rows.stop + self.past) if self.is_causal else self.key_length
-            yield _Block(rows, self._visible_range(rows, last))
+    def cut(self, block: _Block) -> SimpleNamespace:
+        """A block's part of the memory; `later_keys` is what is added to `later_scores`, if the block has any."""
+        if block not in self._parts:
+            if len(self._parts) == KEPT_PARTS:
+                self._parts.clear()
+            self._parts[block] = self._cut(*block)
+        return self._parts[block]
 
-    def _visible_range(self, rows: slice, last: int) -> slice:
-        """The keys before `last` from the first to the last that the mask lets any of these rows see."""
-        if self.visible is None or self.visible.shape[-1] == 1:
-            return slice(0, last)
-        visible = self.visible if self.visible.shape[2] == 1 else self.visible[:, :, rows]
-        seen = visible[..., :last].any(dim=0).any(dim=0).any(dim=0).nonzero()
-        return slice(seen[0].item(), seen[-1].item() + 1) if len(seen) else slice(0, 0)
-
-
-class _Buffers:
-    """Memory for the matrices of one block, used again for each."""
-
-    def __init__(self, plan: _Plan, count: int):
-        size = plan.group_batch * plan.group_heads * plan.block_rows * plan.key_length
-        self._buffers = [torch.empty(size, dtype=plan.dtype, device=plan.device) for _ in range(count)]
-
-    def views(self, group: _Group, block: _Block) -> list[torch.Tensor]:
-        """One matrix of shape `(group size, rows, keys)` from each buffer."""
-        shape = (group.size, block.rows.stop - block.rows.start, block.keys.stop - block.keys.start)
-        return [buffer[: math.prod(shape)].view(shape) for buffer in self._buffers]
+    def _cut(self, first_row: int, end_row: int, first_key: int, end_key: int) -> SimpleNamespace:
+        rows, keys, size = end_row - first_row, end_key - first_key, math.prod(self.shape)
+        part = SimpleNamespace(later_keys=None)
+        for name, tensor in self._rows.items():
+            setattr(part, name, tensor.flatten(0, 1)[:, first_row:end_row])
+        for name, tensor in self._keys.items():
+            setattr(part, name, tensor.flatten(0, 1)[:, first_key:end_key])
+        for name, tensor in self._matrices.items():
+            setattr(part, name, tensor[: size * rows * keys].view(size, rows, keys))
+        part.whole_scores = part.scores.view(*self.shape, rows, keys)
+        diagonal = first_row + self.past
+        start = max(first_key, diagonal)
+        if self.is_causal and start < end_key:
+            part.later_scores = part.scores[:, :, start - first_key :]
+            part.later_keys = self._later_keys[:rows, start - diagonal : end_key - diagonal]
+        return part
 
 
-def _equal_parts(total: int, largest: int) -> int:
-    """The size of the parts when `total` is cut into as few as possible of at most `largest`, as equal as can be."""
-    count = max(1, -(-total // largest))
-    return max(1, -(-total // count))
+class _Plans(threading.local):
+    """Each thread's plans for the shapes that it met last."""
+
+    def __init__(self):
+        self.keep = lru_cache(KEPT_SHAPES)(_Plan)
+
+    def find(self, query: torch.Tensor, key_length: int, value_dim: int, is_causal: bool) -> _Plan:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        plan = self.keep if key_length <= KEPT_LENGTH else _Plan
+        return plan(query.shape, key_length, value_dim, dtype, query.device, is_causal)
 
 
-def _positive(sums: torch.Tensor) -> torch.Tensor:
-    """The sums, with the smallest number in place of 0, the sum of a row without a visible key."""
-    return sums.clamp(min=torch.finfo(sums.dtype).tiny)
+_plans = _Plans()
 
 
-def _draw_kept(kept: torch.Tensor, dropout: float, seed: torch.Tensor, group: _Group, block: _Block) -> torch.Tensor:
+def _divisor(total: int, most: int) -> int:
+    """The largest number up to `most` that divides the total; at least 1."""
+    return next((number for number in range(min(total, most), 1, -1) if total % number == 0), 1)
+
+
+def _hide(part: SimpleNamespace, visible: torch.Tensor | None, group: tuple[slice, slice], block: _Block):
+    """Keeps masked pairs out of a block's scores, in place."""
+    if part.later_keys is not None:
+        part.later_scores.add_(part.later_keys)
+    if visible is not None:
+        for dim, along in enumerate((*group, slice(*block[:2]), slice(*block[2:]))):
+            if visible.shape[dim] > 1:
+                visible = visible.narrow(dim, along.start, along.stop - along.start)
+        part.whole_scores.masked_fill_(~visible, MASKED)
+
+
+def _draw_kept(kept: torch.Tensor, dropout: float, seed: torch.Tensor, number: int) -> torch.Tensor:
     """Fills a matrix with 1 / (1 - dropout) where a probability is kept, else 0; the same in both passes."""
-    place = (group.batch.start * group.plan.heads + group.heads.start) * group.plan.query_length + block.rows.start
-    generator = torch.Generator(kept.device).manual_seed(seed.item() + place)
+    generator = torch.Generator(kept.device).manual_seed(seed.item() + number)
     kept.bernoulli_(1 - dropout, generator=generator)
     return kept if dropout == 1 else kept.div_(1 - dropout)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether nothing records, transforms or intercepts what is computed with a tensor, so no operator is needed."""
+    return not (
+        is_tracing(tensor)
+        or tensor.is_meta
+        or type(tensor) not in (torch.Tensor, nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+        or torch._C._len_torch_dispatch_stack()
+    )
 
 
 def _empty_results(query: torch.Tensor, value: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -371,6 +380,10 @@ def _empty_results(query: torch.Tensor, value: torch.Tensor | None) -> tuple[tor
 def _empty_gradients(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     grad_value = query.new_empty(0) if value is None else torch.empty_like(value)
     return torch.empty_like(query), torch.empty_like(key), grad_value
+
+
+blockwise_attention_forward = torch.library.custom_op(f"{OPERATOR}_forward", forward_pass, mutates_args=())
+blockwise_attention_backward = torch.library.custom_op(f"{OPERATOR}_backward", backward_pass, mutates_args=())
 
 
 @blockwise_attention_forward.register_fake
@@ -407,7 +420,8 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(query, key, value, visible, is_causal, scaling, dropout, seed):
-        return blockwise_attention_forward(query, key, value, visible, is_causal, scaling, dropout, seed)
+        run = forward_pass if _is_plain(query) else blockwise_attention_forward
+        return run(query, key, value, visible, is_causal, scaling, dropout, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -418,7 +432,10 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, grad_entropies, _):
         query, key, value, visible, seed, output, entropies, log_sum_exp = ctx.saved_tensors
-        grad_query, grad_key, grad_value = _BlockwiseAttentionBackward.apply(
+        # A function of its own for the second derivative, which it refuses.
+        is_last = _is_plain(grad_output) and _is_plain(grad_entropies) and not torch.is_grad_enabled()
+        run = backward_pass if is_last else _BlockwiseAttentionBackward.apply
+        grad_query, grad_key, grad_value = run(
             query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed,
             output, entropies, log_sum_exp, grad_output, grad_entropies,
         )  # fmt: skip

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The building blocks in which an EntropyGPT may differ from GPT-2: norms, activations, linear maps and scalars."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -13,7 +16,108 @@ POWER_ITERATIONS_AT_INIT = 20
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
 
 
-class EntropyGPTStaticLayerNorm(nn.Module):
+@dataclass(frozen=True)
+class LearnedScalar:
+    """
+    A kind of numbers that blocks learn one by one, in contrast to matrices. Initial values, optimiser, adapters, logs,
+    pictures and conversion go by this list; the block alone knows what the number does.
+
+    Args:
+        name (`str`): What logs call it.
+        place (`str`): Where a block has it.
+        title (`str`): What pictures call it.
+        setting (`str`): The field of the configuration that brings it.
+        values (`tuple`): The values of this field with which it is there.
+        start (`str`, *optional*): The field of the configuration with its initial value.
+        neutral (`float`, *optional*): The value at which a block computes what it does without it.
+        by_head (`bool`): Whether there is one for each head (or several, whose geometric mean is logged).
+        is_logarithm (`bool`): Whether the parameter is the logarithm of the number.
+        in_training_alone (`bool`): Whether only the loss of training reads it.
+        lr_multiplier (`str`, *optional*): The training argument that multiplies its learning rate.
+        adapter_switch (`str`, *optional*): The argument of adapters with which it is trained with them.
+    """
+
+    name: str
+    place: str
+    title: str
+    setting: str
+    values: tuple
+    start: str | None = None
+    neutral: float | None = None
+    by_head: bool = False
+    is_logarithm: bool = False
+    in_training_alone: bool = False
+    lr_multiplier: str | None = None
+    adapter_switch: str | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The parameter's own name."""
+        return self.place.rpartition(".")[2]
+
+    @property
+    def module(self) -> str:
+        """The name of the module that holds it."""
+        return self.place.split(".")[-2]
+
+    def is_in(self, config) -> bool:
+        """Whether a model of this configuration has it."""
+        return getattr(config, self.setting) in self.values
+
+    def get(self, block: nn.Module) -> nn.Parameter | None:
+        """The parameter of a block; `None` if the block has none."""
+        found = block
+        for name in self.place.split("."):
+            found = getattr(found, name, None)
+        return found if isinstance(found, torch.Tensor) else None  # other leaky ReLUs have a plain number
+
+
+LEARNED_SCALARS = (
+    LearnedScalar(
+        *("thresholds", "attn.threshold.entropy_threshold", "threshold", "entropy_regularization", (True,)),
+        start="entropy_threshold_init",
+        by_head=True,
+        in_training_alone=True,
+        lr_multiplier="threshold_lr_multiplier",
+        adapter_switch="train_thresholds",
+    ),
+    LearnedScalar(
+        *("alpha", "residual_scaling.ffn_alpha", "alpha", "ffn_residual_scaling", (True,)),
+        start="ffn_alpha_init",
+        neutral=1.0,
+        lr_multiplier="residual_scale_lr_multiplier",
+    ),
+    LearnedScalar(
+        *("beta", "residual_scaling.ffn_beta", "beta", "ffn_residual_scaling", (True,)),
+        start="ffn_beta_init",
+        neutral=1.0,
+        lr_multiplier="residual_scale_lr_multiplier",
+    ),
+    LearnedScalar(
+        *("temperatures", "attn.temperature.log_temperature", "temperature", "attention_temperature"),
+        ("head", "position"),
+        start="temperature_init",
+        neutral=1.0,
+        by_head=True,
+        is_logarithm=True,
+        lr_multiplier="temperature_lr_multiplier",
+        adapter_switch="train_temperatures",
+    ),
+    LearnedScalar(
+        *("slopes", "mlp.act.negative_slope", "slope of leaky ReLU", "activation_function", ("learnable_leaky_relu",)),
+    ),
+)
+
+
+class EntropyGPTLayer(nn.Module):
+    """A layer with parameters or buffers that GPT-2 has not."""
+
+    def initialize(self):
+        """What `_init_weights` does not do of itself; called where a checkpoint does not bring all of the layer."""
+        raise NotImplementedError
+
+
+class EntropyGPTStaticLayerNorm(EntropyGPTLayer):
     """
     LayerNorm with a constant in place of each row's standard deviation: `(x - mean(x)) / standard_deviation * weight +
     bias`, an affine map and so free of charge under secure computation. The constant is measured on data (arXiv
@@ -33,11 +137,10 @@ class EntropyGPTStaticLayerNorm(nn.Module):
         return centered * (self.weight / self.standard_deviation) + self.bias
 
     def initialize(self):
-        """What `_init_weights` does not do for every LayerNorm."""
         init.ones_(self.standard_deviation)
 
 
-class EntropyGPTLearnableLeakyReLU(nn.Module):
+class EntropyGPTLearnableLeakyReLU(EntropyGPTLayer):
     """Leaky ReLU with one learnable slope, which starts at 0.01, the constant of `leaky_relu`."""
 
     def __init__(self):
@@ -51,7 +154,7 @@ class EntropyGPTLearnableLeakyReLU(nn.Module):
         init.constant_(self.negative_slope, 0.01)
 
 
-class EntropyGPTTemperature(nn.Module):
+class EntropyGPTTemperature(EntropyGPTLayer):
     """
     Learnable softmax temperatures (SM(t) in arXiv 2501.03489), kept as logarithms, so that no training step can bring
     one to zero or below. A module of its own, as the two below, so that PEFT's `modules_to_save` can name it.
@@ -59,10 +162,12 @@ class EntropyGPTTemperature(nn.Module):
     Args:
         n_head (`int`): Number of heads.
         n_positions (`int`, *optional*): With it, there is one for each head and query position, else one a head.
+        start (`float`): The first temperature.
     """
 
-    def __init__(self, n_head: int, n_positions: int | None = None):
+    def __init__(self, n_head: int, n_positions: int | None = None, start: float = 1.0):
         super().__init__()
+        self.start = start
         self.by_position = n_positions is not None
         self.log_temperature = nn.Parameter(torch.empty(n_head, n_positions or 1))
 
@@ -75,17 +180,24 @@ class EntropyGPTTemperature(nn.Module):
         rows = 1 if position_ids is None else len(position_ids)
         return inverse[None, :, :, None].expand(rows, -1, -1, -1)
 
+    def initialize(self):
+        init.constant_(self.log_temperature, math.log(self.start))
 
-class EntropyGPTEntropyThreshold(nn.Module):
+
+class EntropyGPTEntropyThreshold(EntropyGPTLayer):
     """Learnable threshold (theta in arXiv 2501.03489) of the entropy penalty for each head."""
 
-    def __init__(self, n_head: int):
+    def __init__(self, n_head: int, start: float = 0.5):
         super().__init__()
+        self.start = start
         self.entropy_threshold = nn.Parameter(torch.empty(n_head))
 
     def forward(self) -> torch.Tensor:
         """A copy, of shape `(heads,)`: FSDP frees the parameter's storage after the block, the penalty comes later."""
         return self.entropy_threshold.clone()
+
+    def initialize(self):
+        init.constant_(self.entropy_threshold, self.start)
 
 
 def keep_in_graph(hidden_states: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -97,11 +209,12 @@ def keep_in_graph(hidden_states: torch.Tensor, parameter: torch.Tensor) -> torch
     return torch.where(never, parameter.sum().to(hidden_states.dtype), hidden_states)
 
 
-class EntropyGPTResidualScaling(nn.Module):
+class EntropyGPTResidualScaling(EntropyGPTLayer):
     """The FFN's residual sum with learnable scales, `beta * residual + ffn_output / alpha` (arXiv 2501.03489)."""
 
-    def __init__(self):
+    def __init__(self, alpha: float = 1.0, beta: float = 1.0):
         super().__init__()
+        self.start = {"ffn_alpha": alpha, "ffn_beta": beta}
         # FSDP takes no parameters without a dimension.
         self.ffn_alpha = nn.Parameter(torch.empty(1))
         self.ffn_beta = nn.Parameter(torch.empty(1))
@@ -109,8 +222,12 @@ class EntropyGPTResidualScaling(nn.Module):
     def forward(self, residual: torch.Tensor, ffn_output: torch.Tensor) -> torch.Tensor:
         return self.ffn_beta.squeeze() * residual + ffn_output / self.ffn_alpha.squeeze()
 
+    def initialize(self):
+        for name, value in self.start.items():
+            init.constant_(getattr(self, name), value)
 
-class EntropyGPTNormalizedConv1D(nn.Module):
+
+class EntropyGPTNormalizedConv1D(EntropyGPTLayer):
     """
     GPT-2's linear map with its weights normalised, for all or some of the equal groups of its output features.
 
@@ -260,12 +377,15 @@ def build_linear(config, nf: int, nx: int, targets: tuple[str, ...], adds_to_res
 
 
 __all__ = [
+    "LEARNED_SCALARS",
     "EntropyGPTEntropyThreshold",
+    "EntropyGPTLayer",
     "EntropyGPTLearnableLeakyReLU",
     "EntropyGPTNormalizedConv1D",
     "EntropyGPTResidualScaling",
     "EntropyGPTStaticLayerNorm",
     "EntropyGPTTemperature",
+    "LearnedScalar",
     "build_activation",
     "build_linear",
     "build_norm",

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch EntropyGPT: GPT-2 whose non-linearities can be removed, with entropy-guided attention (arXiv 2501.03489)."""
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,15 +27,7 @@ from .entropy_attention import entropy_attention  # noqa: F401
 from .entropy_regularization import count_visible_keys, number_sequences
 from .forward_keywords import CACHE, check_keywords, is_paged, slice_logits_to_keep, takes_cache
 from .heads import EntropyGPTHead, smoothed_cross_entropy
-from .layers import (
-    EntropyGPTEntropyThreshold,
-    EntropyGPTLearnableLeakyReLU,
-    EntropyGPTNormalizedConv1D,
-    EntropyGPTResidualScaling,
-    EntropyGPTStaticLayerNorm,
-    EntropyGPTTemperature,
-    build_norm,
-)
+from .layers import EntropyGPTLayer, EntropyGPTNormalizedConv1D, build_norm
 from .model_outputs import (
     EntropyGPTCausalLMOutput,
     EntropyGPTModelOutput,
@@ -80,16 +71,8 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
         if isinstance(module, Conv1D | EntropyGPTNormalizedConv1D):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range * module.initializer_scale)
             init.zeros_(module.bias)
-        if isinstance(module, EntropyGPTNormalizedConv1D | EntropyGPTStaticLayerNorm | EntropyGPTLearnableLeakyReLU):
+        if isinstance(module, EntropyGPTLayer):
             module.initialize()
-
-        if isinstance(module, EntropyGPTTemperature):
-            init.constant_(module.log_temperature, math.log(self.config.temperature_init))
-        elif isinstance(module, EntropyGPTEntropyThreshold):
-            init.constant_(module.entropy_threshold, self.config.entropy_threshold_init)
-        elif isinstance(module, EntropyGPTResidualScaling):
-            init.constant_(module.ffn_alpha, self.config.ffn_alpha_init)
-            init.constant_(module.ffn_beta, self.config.ffn_beta_init)
 
     def __init__(self, config: EntropyGPTConfig, *inputs, **kwargs):
         config.validate()  # fields may have been set since it was made

@@ -75,6 +75,7 @@ def test_an_extra_is_enough_for_its_commands(extra, words, said, enter):
     ("words", "package", "extra"),
     [
         (("train", "python-stdlib-small", *TRAIN), "datasets|accelerate|peft", "train"),
+        (("convert", MODELS / "sm-ln-g", "--to", "SM+G", "--output", "simpler"), "datasets|pyarrow", "train"),
         (EVALUATE, "datasets|matplotlib|pyarrow", "eval"),
         (("diagnose", MODELS / "sm-ln-g", "def"), "matplotlib", "eval"),
         (("evaluate", MODELS / "sm-ln-g", "--tasks", "list"), "lm_eval|datasets|pyarrow", "tasks|eval"),

@@ -14,7 +14,7 @@ from modeling_entropy_gpt import (
     EntropyGPTModel,
     EntropyGPTPreTrainedModel,
 )
-from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D
+from modeling_entropy_gpt.layers import LEARNED_SCALARS, EntropyGPTNormalizedConv1D
 
 from .arguments import LoraArguments
 
@@ -52,17 +52,18 @@ def attach_lora(
     """
     if arguments.lora_r is None or arguments.lora_r < 1:
         raise ValueError(f"lora_r={arguments.lora_r} is no rank of an adapter: give 1 or more, such as 8.")
-    trained_beside = {
-        "temperature": arguments.train_temperatures and model.config.attention_temperature != "none",
-        "threshold": arguments.train_thresholds and model.config.entropy_regularization,
-    }
+    trained_beside = [
+        scalar.module
+        for scalar in LEARNED_SCALARS
+        if scalar.adapter_switch and getattr(arguments, scalar.adapter_switch) and scalar.is_in(model.config)
+    ]
     configuration = LoraConfig(
         task_type=TASK_TYPES[type(model)],
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         **_find_targets(model, arguments),
-        modules_to_save=[name for name, is_trained in trained_beside.items() if is_trained] or None,
+        modules_to_save=trained_beside or None,
     )
     adapted = get_peft_model(model, configuration)
     if base_model is not None:  # PEFT has put the model's own note of it there

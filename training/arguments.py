@@ -40,8 +40,8 @@ class DataArguments:
         default=STANDARD_LIBRARY,
         metadata={
             "help": "'python-stdlib' (this interpreter's own source), a text file, a folder of text files, a JSON, "
-            "JSON lines, CSV or Parquet file or a folder of such, a folder of `Dataset.save_to_disk`, or a data set "
-            "on the Hub."
+            "JSON lines, CSV, TSV or Parquet file or a folder of such, a folder of `Dataset.save_to_disk`, or a data "
+            "set on the Hub."
         },
     )
     dataset_config: str | None = field(

@@ -80,7 +80,7 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
     except Timeout as error:
         raise UserError(
             f"Another command is at work in {output}{_describe_holder(folder)}. Wait until it ends, or give another "
-            "folder."
+            "place."
         ) from error
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:

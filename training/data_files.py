@@ -1,7 +1,8 @@
-"""Data files: JSON, JSON lines, CSV and Parquet, also compressed by gzip. A path is a path, never a pattern."""
+"""Data files: JSON, JSON lines, CSV, TSV and Parquet, also compressed by gzip. A path is a path, never a pattern."""
 
 import csv
 import fnmatch
+import functools
 import gzip
 import io
 import json
@@ -174,9 +175,9 @@ def _as_row(value) -> dict:
     return value
 
 
-def _read_csv(file: BinaryIO, column: str | None) -> Iterator[dict]:
+def _read_csv(file: BinaryIO, column: str | None, delimiter: str = ",") -> Iterator[dict]:
     csv.field_size_limit(sys.maxsize)  # documents are long
-    yield from csv.DictReader(io.TextIOWrapper(file, ENCODING, newline=""))
+    yield from csv.DictReader(io.TextIOWrapper(file, ENCODING, newline=""), delimiter=delimiter)
 
 
 def _read_parquet(file: BinaryIO, column: str | None) -> Iterator[dict]:
@@ -190,6 +191,7 @@ READERS = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".csv": _read_csv,
+    ".tsv": functools.partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
 }
 

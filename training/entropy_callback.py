@@ -1,5 +1,6 @@
 """Entropies of every head while a model trains: measured on the same text each time, logged, and alarms in words."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from modeling_entropy_gpt.layers import gather
+from modeling_entropy_gpt.layers import LEARNED_SCALARS, LearnedScalar, gather
 
 from .divergence import base_model
 from .run_log import RunLogWriter
@@ -28,9 +29,10 @@ class EntropyCallback(TrainerCallback):
     Writes down what the attention heads do, in a run's folder and for those who look on.
 
     Every `every` steps, at the beginning and at the end, a forward pass without dropout over the same tokens gives the
-    mean row entropy of each head, thresholds, temperatures (geometric mean over positions), alpha and beta, and the
-    standard deviation of the residual stream behind each block. They go to `training_log.jsonl`, together with all
-    that the trainer logs, and, layer by layer, to TensorBoard and Weights & Biases where `report_to` names these.
+    mean row entropy of each head, the scalars that blocks learn ([`LEARNED_SCALARS`]; of temperatures the geometric
+    mean over positions), and the standard deviation of the residual stream behind each block. They go to
+    `training_log.jsonl`, together with all that the trainer logs, and, layer by layer, to TensorBoard and Weights &
+    Biases where `report_to` names these.
     Layers in which half of the heads collapsed or are overloaded are reported, once the learning rate has warmed up.
     Works with any `Trainer`, and changes nothing about the training.
 
@@ -133,8 +135,8 @@ def measure_heads(model: nn.Module, input_ids: torch.Tensor) -> dict:
         input_ids (`torch.Tensor` of shape `(batch, length)`): The batch.
 
     Returns:
-        `dict`: `entropies` in nats, `temperatures` and `thresholds`, of shape `(layers, heads)`; `alpha`, `beta` and
-            `residual_scale`, of shape `(layers,)`; `None` for what the architecture lacks. `maximum` is the mean of
+        `dict`: `entropies` in nats, of shape `(layers, heads)`; `residual_scale`, of shape `(layers,)`; each of
+            [`LEARNED_SCALARS`] by name, of one of these shapes, `None` where there are none. `maximum` is the mean of
             the largest entropies that a causal mask allows, `context_maximum` the logarithm of the length.
     """
     base = base_model(model)
@@ -152,17 +154,11 @@ def measure_heads(model: nn.Module, input_ids: torch.Tensor) -> dict:
         for handle in handles:
             handle.remove()
     keys = outputs.visible_keys.double()
-    thresholds = _parameters([block.attn.threshold for block in base.h], "entropy_threshold")
-    temperatures = _parameters([block.attn.temperature for block in base.h], "log_temperature")
-    scalings = [block.residual_scaling for block in base.h]
     return {
         "entropies": [entropies.double().mean(dim=(0, 2)).tolist() for entropies in outputs.attention_entropies],
         "maximum": keys.log().mean().item(),
         "context_maximum": keys.max().log().item(),
-        "thresholds": thresholds and [values.tolist() for values in thresholds],
-        "temperatures": temperatures and [values.mean(dim=-1).exp().tolist() for values in temperatures],
-        "alpha": _scalars(_parameters(scalings, "ffn_alpha")),
-        "beta": _scalars(_parameters(scalings, "ffn_beta")),
+        **{scalar.name: _values(scalar, base.h) for scalar in LEARNED_SCALARS},
         "residual_scale": deviations,
     }
 
@@ -192,20 +188,22 @@ def find_alarms(record: dict) -> dict[tuple[int, str], str]:
 def layer_scalars(record: dict) -> dict[str, float]:
     """One number for each layer and quantity of a record, by name; of quantities of heads the mean."""
     scalars = {}
-    for name in ("entropies", "thresholds", "temperatures", "alpha", "beta", "residual_scale"):
+    for name in ("entropies", *(scalar.name for scalar in LEARNED_SCALARS), "residual_scale"):
         for layer, value in enumerate(record[name] or []):
             if value is not None:
                 scalars[f"{name}/layer_{layer}"] = sum(value) / len(value) if isinstance(value, list) else value
     return scalars
 
 
-def _parameters(modules: list[nn.Module | None], name: str) -> list[torch.Tensor | None] | None:
-    """A parameter of the same module in every block, whole and in float32; `None` if no block has the module."""
-    if not any(modules):
+def _values(scalar: LearnedScalar, blocks: Iterable[nn.Module]) -> list[float | list[float] | None] | None:
+    """The numbers of every block, or of each of its heads; `None` for a block, or for all, without any."""
+    found = [scalar.get(block) for block in blocks]
+    if all(parameter is None for parameter in found):
         return None
-    found = [None if module is None else getattr(module, name) for module in modules]
-    return [None if value is None else gather(value).float().cpu() for value in found]
+    return [None if parameter is None else _numbers(scalar, gather(parameter).float().cpu()) for parameter in found]
 
 
-def _scalars(values: list[torch.Tensor | None] | None) -> list[float | None] | None:
-    return values and [None if value is None else value.item() for value in values]
+def _numbers(scalar: LearnedScalar, values: torch.Tensor) -> float | list[float]:
+    values = values.flatten(1).mean(dim=-1) if values.ndim > 1 else values
+    values = values.exp() if scalar.is_logarithm else values
+    return values.tolist() if scalar.by_head else values.item()

@@ -1,6 +1,7 @@
 """Packing: documents to tokens, joined and cut into blocks of equal length."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
 # The size of a batch of documents: work for all threads of the tokenizer, and little memory.
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
+
+
+class Witness:
+    """Counts and hashes texts as they are read, the hash into one that may be shared."""
+
+    def __init__(self, texts: Iterable[str], digest: "hashlib._Hash"):
+        self.texts = texts
+        self.digest = digest
+        self.documents = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.documents += 1
+            self.digest.update(hashlib.sha256(text.encode()).digest())
+            yield text
 
 
 def pack(

@@ -19,7 +19,7 @@ from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from .arguments import DataArguments
 from .errors import CorpusError
 from .files import delete, written_whole
-from .packing import pack, plain_backend, spread_blocks
+from .packing import Witness, pack, plain_backend, spread_blocks
 from .sources import Source, open_source
 from .streaming import PackedStream, Texts
 from .tokenizer import SMALLEST_VOCABULARY, check_end_of_text, load_tokenizer, train_tokenizer
@@ -288,18 +288,3 @@ def _pack_validation(
 def _most_validation_blocks(job: _Job) -> int | None:
     tokens = job.arguments.validation_tokens
     return None if tokens is None else tokens // job.context
-
-
-class Witness:
-    """Counts and hashes texts as they are read, the hash into one that may be shared."""
-
-    def __init__(self, texts: Iterable[str], digest: "hashlib._Hash"):
-        self.texts = texts
-        self.digest = digest
-        self.documents = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
-            self.documents += 1
-            self.digest.update(hashlib.sha256(text.encode()).digest())
-            yield text

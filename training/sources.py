@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import operator
+import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -350,11 +351,13 @@ def _share_of(text: str) -> float:
 
 def _source_of_corpus(corpus: Corpus) -> Source:
     documents = (*corpus.training, *corpus.validation)
-    columns = {name: [getattr(document, name) for document in documents] for name in ("name", "length", "begin")}
+    columns = {name: [getattr(document, name) for document in documents] for name in ("length", "begin")}
     rows = Dataset.from_dict(
         {
             **columns,
-            "path": [str(document.path) for document in documents],
+            # Names of files need not be UTF-8.
+            "name": [os.fsencode(document.name) for document in documents],
+            "path": [os.fsencode(document.path) for document in documents],
             "held_out": [index >= len(corpus.training) for index in range(len(documents))],
         }
     ).to_iterable_dataset(num_shards=min(PARTS, len(documents)))
@@ -366,4 +369,4 @@ def _source_of_corpus(corpus: Corpus) -> Source:
 
 
 def _read_row(row: dict) -> str:
-    return Document(row["name"], Path(row["path"]), row["length"], row["begin"]).text
+    return Document(os.fsdecode(row["name"]), Path(os.fsdecode(row["path"])), row["length"], row["begin"]).text

@@ -13,6 +13,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from modeling_entropy_gpt.layers import LEARNED_SCALARS
+
 from .arguments import EntropyTrainingArguments
 from .callbacks import find_callback
 from .checkpoints import STAGING, seal
@@ -25,13 +27,13 @@ from .storage import storing
 # Scalars and vectors that weight decay would pull away from what they mean, and the argument with the multiple of the
 # learning rate that they have.
 LEARNING_RATE_MULTIPLIERS = {
-    "log_temperature": "temperature_lr_multiplier",
-    "entropy_threshold": "threshold_lr_multiplier",
-    "ffn_alpha": "residual_scale_lr_multiplier",
-    "ffn_beta": "residual_scale_lr_multiplier",
+    **{scalar.parameter: scalar.lr_multiplier for scalar in LEARNED_SCALARS if scalar.lr_multiplier},
     "gain": "gain_lr_multiplier",
 }
-NOT_DECAYED = (*LEARNING_RATE_MULTIPLIERS, "negative_slope", "ln_1.weight", "ln_2.weight", "ln_f.weight")
+NOT_DECAYED = (
+    *(scalar.parameter for scalar in LEARNED_SCALARS),
+    *("gain", "ln_1.weight", "ln_2.weight", "ln_f.weight"),
+)
 # Outputs of the model that are logged with its loss.
 LOGGED = ("cross_entropy_loss", "entropy_loss", "penalized_share")
 # What the guard looks at where there is no cross-entropy.

@@ -42,7 +42,7 @@ def convert(
         str | None,
         typer.Option(
             help="Text similar to the model's training text: a text file, a folder of text files, a data file or "
-            "folder (JSON lines, CSV, Parquet), or a data set on the Hub. Default: Python's standard library."
+            "folder (JSON lines, CSV, TSV, Parquet), or a data set on the Hub. Default: Python's standard library."
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
@@ -137,6 +137,7 @@ def convert(
     Example: entropy-gpt convert openai-community/gpt2 --to 'EReg(SM(t)+ScFuFFN)' --text my_texts --output my_model
     --heal-steps 1000 --distill
     """
+    options = dict(locals())
     check_model(source)
     check_notation(to)
     for place in filter(None, (text, tokenizer)):
@@ -147,34 +148,4 @@ def convert(
         refuse_claimed(CONVERSION.work(output), output)
     from entropy_gpt.terminal.convert import run
 
-    run(
-        settings or [],
-        dry_run,
-        source=source,
-        to=to,
-        output=output,
-        text=text,
-        split=split,
-        config=config,
-        text_column=text_column,
-        tokenizer=tokenizer,
-        eos_token=eos_token,
-        activation=activation and activation.value,
-        final_norm=final_norm and final_norm.value,
-        prune_by_damage=prune_by_damage,
-        naive=naive,
-        context=context,
-        calibration_tokens=calibration_tokens,
-        evaluation_tokens=evaluation_tokens,
-        calibration=calibration,
-        heal_steps=heal_steps,
-        schedule=schedule.value,
-        distill=distill,
-        distill_temperature=distill_temperature,
-        hidden_state_weight=hidden_state_weight,
-        residual_scale_weight=residual_scale_weight,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        seed=seed,
-        overwrite=overwrite,
-    )
+    run(**options | {"output": output})

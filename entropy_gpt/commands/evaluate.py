@@ -36,8 +36,8 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="A text file, a folder of text files, a data file or folder (JSON lines, CSV, Parquet), or a data "
-            "set on the Hub. Default: the held-out part of Python's standard library."
+            help="A text file, a folder of text files, a data file or folder (JSON lines, CSV, TSV, Parquet), or a "
+            "data set on the Hub. Default: the held-out part of Python's standard library."
         ),
     ] = None,
     held_out: Annotated[
@@ -132,6 +132,7 @@ def evaluate(
 
     Example: entropy-gpt evaluate runs/baseline/model runs/proposal/model --text my_texts --stride 64 --per-position
     """
+    options = dict(locals())
     for model in models:
         check_model(model)
     for place in filter(None, (text, frequency_text, tokenizer)):
@@ -140,39 +141,5 @@ def evaluate(
     if not dry_run:
         refuse_claimed(output)
     from entropy_gpt.terminal.evaluate import run
-    from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
-    from entropy_gpt.workflows.options import read_options
 
-    run(
-        read_options(
-            EvaluationOptions,
-            models=tuple(models),
-            text=text,
-            held_out=held_out,
-            split=split,
-            config=config,
-            text_column=text_column,
-            tokenizer=tokenizer,
-            eos_token=eos_token,
-            context=context,
-            stride=stride,
-            separate=separate,
-            bos=bos,
-            max_tokens=max_tokens,
-            per_position=per_position,
-            frequency_text=frequency_text,
-            head_tokens=head_tokens,
-            prompt=prompt,
-            head=head,
-            tasks=tasks,
-            task_data=task_data,
-            limit=limit,
-            batch_tokens=batch_tokens,
-            dtype=str(dtype),
-            device=device,
-            seed=seed,
-        ),
-        output,
-        overwrite,
-        dry_run,
-    )
+    run(**options)

@@ -130,6 +130,8 @@ def _run_app() -> int:
         failure = error if isinstance(error, StorageError) else find_storage_error(error) or error
         if not isinstance(failure, UserError | OSError):
             raise
+        if isinstance(failure, UserError):
+            failure.in_python = ""
         return _complain(" ".join([str(failure), *_notes(error)]))
 
 

@@ -86,25 +86,8 @@ def push(
 
     Example: entropy-gpt push runs/python-stdlib-small/model my-name/my-model --license apache-2.0 --folded beside
     """
+    options = dict(locals())
     check_folder(folder, results)
     from entropy_gpt.terminal.publish import run
-    from entropy_gpt.workflows.options import read_options
-    from entropy_gpt.workflows.publish import PublicationOptions
 
-    run(
-        folder,
-        read_options(
-            PublicationOptions,
-            repository=repository,
-            results=tuple(results or ()),
-            licence=licence,
-            folded=folded and folded.value,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            message=message,
-            shard_size=shard_size,
-            timeout=timeout,
-            dry_run=dry_run,
-        ),
-    )
+    run(**options)

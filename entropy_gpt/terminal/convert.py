@@ -27,19 +27,19 @@ from .tables import make_table
 console = Console()
 
 
-def run(settings: list[str], dry_run: bool, **options):
+def run(settings: list[str] | None, dry_run: bool, **options):
     """
     Converts a model and shows the report, or shows only the plan.
 
     Args:
-        settings (`list[str]`): `FIELD=VALUE` settings of the target; values are JSON, or else text.
+        settings (`list[str]`, *optional*): `FIELD=VALUE` settings of the target; values are JSON, or else text.
         dry_run (`bool`): Whether to show the plan and write nothing.
         options: The other arguments of [`~entropy_gpt.convert`].
 
     Raises:
         `UserError`: If an option, the source, the text, the target or the output can't be used, or healing diverges.
     """
-    checked = read_options(ConversionOptions, settings=_read_settings(settings), **options)
+    checked = read_options(ConversionOptions, settings=_read_settings(settings or []), **options)
     with progress_display(console) as progress:
         conversion = prepare(checked, progress)
         report = None if dry_run else perform(conversion, progress)

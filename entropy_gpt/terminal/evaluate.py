@@ -20,6 +20,7 @@ from entropy_gpt.evaluation.showing.columns import (
 )
 from entropy_gpt.workflows.evaluate import PICTURES, Evaluation, list_tasks, measure_models, prepare_evaluation
 from entropy_gpt.workflows.evaluate_inputs import EvaluationOptions
+from entropy_gpt.workflows.options import read_options
 
 from .progress import progress_display
 from .tables import break_path, make_table, print_side_by_side
@@ -31,22 +32,22 @@ COLUMNS = (NAME, PERPLEXITY, WORD_PERPLEXITY, BITS_PER_BYTE, MEAN_ENTROPY, OVERL
 console = Console()
 
 
-def run(options: EvaluationOptions, output: Path, overwrite: bool, dry_run: bool):
+def run(output: Path, overwrite: bool, dry_run: bool, **options):
     """
     Measures all models and prints their results, or only prints what would be measured.
 
     Args:
-        options ([`EvaluationOptions`]): The options.
         output (`Path`): Folder for numbers and pictures.
         overwrite (`bool`): Whether another evaluation there is replaced.
         dry_run (`bool`): Whether to measure and write nothing.
+        options: The other arguments of [`~entropy_gpt.evaluate`].
 
     Raises:
         `UserError`: If a model, the text or a task can't be used, or the folder holds something else.
     """
     logging.set_verbosity_error()
     with progress_display(console) as progress:
-        evaluation = prepare_evaluation(options, output, overwrite, progress)
+        evaluation = prepare_evaluation(read_options(EvaluationOptions, **options), output, overwrite, progress)
         results = [] if dry_run else measure_models(evaluation, progress)
     if dry_run:
         _print_plan(evaluation)

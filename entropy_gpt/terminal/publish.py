@@ -9,6 +9,7 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 
+from entropy_gpt.workflows.options import read_options
 from entropy_gpt.workflows.publish import PublicationOptions, prepare_package, send_package, write_card
 
 from .progress import progress_display
@@ -18,26 +19,27 @@ from .tables import make_table
 console = Console()
 
 
-def run(folder: Path, options: PublicationOptions):
+def run(folder: Path, **options):
     """
     Sends a model if it passes all checks, and prints its files and its address.
 
     Args:
         folder (`Path`): Folder of a trained model with its tokenizer.
-        options ([`PublicationOptions`]): The options.
+        options: The other arguments of [`~entropy_gpt.publish`].
 
     Raises:
         `UserError`: If something is missing or wrong, or the Hub refuses or does not answer.
     """
+    checked = read_options(PublicationOptions, **options)
     hub_logging.set_verbosity_error()  # errors are printed in one line
     if not sys.stderr.isatty():
         disable_progress_bars()
     with ExitStack() as stack:
         with progress_display(console) as progress:
-            package = stack.enter_context(prepare_package(folder, options, progress))
+            package = stack.enter_context(prepare_package(folder, checked, progress))
         rows = [(name, f"{size / 1e6:,.3f}") for name, size in package.files.items()]
         console.print(make_table(("file", "MB"), rows))
-        if options.dry_run:
+        if checked.dry_run:
             console.print("It loads in a fresh process with the same logits. Nothing was sent.")
             return
         console.print(f"sending it to {package.options.repository}", highlight=False)

@@ -56,7 +56,7 @@ from .convert_inputs import (
     name_source,
     read_text,
 )
-from .options import read_options, with_argument_names
+from .options import read_arguments, with_argument_names
 from .output_folder import CONVERSION
 
 
@@ -131,8 +131,8 @@ def convert(
         to (`str`): The target architecture in the paper's notation, such as `"EReg(SM(t)+ScFuFFN)"`.
         output (`str` or `Path`): The folder for model, tokenizer and report.
         text (`str` or `Path`, *optional*):
-            Text similar to the training text of the source: a text or data file (JSON lines, CSV, Parquet), a folder
-            of such, or a data set on the Hub. Default: Python's standard library.
+            Text similar to the training text of the source: a text or data file (JSON lines, CSV, TSV, Parquet), a
+            folder of such, or a data set on the Hub. Default: Python's standard library.
         split, config, text_column (`str`): The split, configuration and column of a data set.
         tokenizer (`str` or `Path`, *optional*):
             The tokenizer's folder, file or repository. Default: the source. Not needed where the text is not.
@@ -186,37 +186,7 @@ def convert(
     print([(step.title, step.kl) for step in report.steps])
     ```
     """
-    options = read_options(
-        ConversionOptions,
-        source=source,
-        to=to,
-        output=output,
-        text=text,
-        split=split,
-        config=config,
-        text_column=text_column,
-        tokenizer=tokenizer,
-        eos_token=eos_token,
-        activation=activation,
-        final_norm=final_norm,
-        settings=settings or {},
-        prune_by_damage=prune_by_damage,
-        naive=naive,
-        context=context,
-        calibration_tokens=calibration_tokens,
-        evaluation_tokens=evaluation_tokens,
-        calibration=calibration,
-        heal_steps=heal_steps,
-        schedule=schedule,
-        distill=distill,
-        distill_temperature=distill_temperature,
-        hidden_state_weight=hidden_state_weight,
-        residual_scale_weight=residual_scale_weight,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        seed=seed,
-        overwrite=overwrite,
-    )
+    options = read_arguments(ConversionOptions, locals())
     return perform(prepare(options, progress), progress)
 
 

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.calibration import HELD_OUT_EVERY, least_rows
-from entropy_gpt.conversion.errors import ConversionError, UserError
+from entropy_gpt.conversion.errors import ConversionError, UserError, missing_package
 from entropy_gpt.conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELDS, Plan, target_config
 from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText
 from entropy_gpt.evaluation.records.measurement import read_text as read_measured_text
 from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments
 from entropy_gpt.training.files import is_finished
 from entropy_gpt.training.model_tokenizer import load_model_tokenizer
-from entropy_gpt.training.packing import pack, spread_blocks
+from entropy_gpt.training.packing import Witness, pack, spread_blocks
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.storage import check_folder
 from entropy_gpt.training.tokenizer import check_end_of_text
@@ -58,7 +58,7 @@ class ConversionOptions:
     eos_token: str | None = None
     activation: Literal["gelu", "gelu_new"] | None = None
     final_norm: Literal["layernorm", "static", "none"] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Annotated[dict[str, Any], BeforeValidator(lambda settings: settings or {})] = field(default_factory=dict)
     prune_by_damage: bool = False
     naive: bool = False
     context: Annotated[int, Field(ge=2)] | None = None
@@ -214,10 +214,13 @@ def read_text(options: ConversionOptions, config: EntropyGPTConfig, progress: Pr
 
     Raises:
         `CorpusError`: If the text or the tokenizer can't be used.
-        `UserError`: If the context is longer than the model allows.
+        `UserError`: If the context is longer than the model allows, or the packages that read text are missing.
     """
-    from entropy_gpt.training.preparation import Witness  # conversions that fit nothing read no text
-    from entropy_gpt.training.sources import open_source
+    try:
+        from entropy_gpt.training.sources import open_source  # conversions that fit nothing read no text
+    except ModuleNotFoundError as missing:
+        wanted = "Reading the text that this conversion is fitted to and measured on"
+        raise UserError(missing_package(wanted, missing, "train")) from missing
 
     tokenizer = load_model_tokenizer(options.tokenizer, options.source, config.vocab_size, options.eos_token)
     check_end_of_text(tokenizer)

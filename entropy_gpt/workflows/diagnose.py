@@ -11,7 +11,7 @@ from entropy_gpt.evaluation.showing.text_plots import plot_text_attention, plot_
 from entropy_gpt.training.files import written_whole
 from entropy_gpt.training.storage import check_folder
 
-from .options import Head, read_options
+from .options import Head, read_options, with_argument_names
 
 
 @pydantic.dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Diagnosis:
     pictures: dict[str, Path]
 
 
+@with_argument_names
 def diagnose(
     model: str | Path,
     text: str,

@@ -39,7 +39,7 @@ from .evaluate_inputs import (
     open_text,
     tokenize_text,
 )
-from .options import as_tuple, read_options, with_argument_names
+from .options import read_arguments, with_argument_names
 from .output_folder import EVALUATION
 
 
@@ -89,8 +89,8 @@ def evaluate(
     Args:
         models (`str`, `Path` or a sequence of them): EntropyGPTs or GPT-2s: folders, or repositories on the Hub.
         text (`str` or `Path`, *optional*):
-            A text file, a folder of text files, a data file or folder (JSON lines, CSV, Parquet), or a data set on the
-            Hub. Default: the held-out part of Python's standard library.
+            A text file, a folder of text files, a data file or folder (JSON lines, CSV, TSV, Parquet), or a data set
+            on the Hub. Default: the held-out part of Python's standard library.
         held_out (`bool`): Evaluate only the part of `text` that training on it keeps for validation.
         split (`str`): The split of a data set.
         config (`str`, *optional*): The configuration of a data set.
@@ -140,34 +140,7 @@ def evaluate(
         print(result.title, result.likelihood.likelihood.perplexity)
     ```
     """
-    options = read_options(
-        EvaluationOptions,
-        models=as_tuple(models),
-        text=text,
-        held_out=held_out,
-        split=split,
-        config=config,
-        text_column=text_column,
-        tokenizer=tokenizer,
-        eos_token=eos_token,
-        context=context,
-        stride=stride,
-        separate=separate,
-        bos=bos,
-        max_tokens=max_tokens,
-        per_position=per_position,
-        frequency_text=frequency_text,
-        head_tokens=head_tokens,
-        prompt=prompt,
-        head=head,
-        tasks=None if tasks is None else ",".join(as_tuple(tasks)),
-        task_data=task_data,
-        limit=limit,
-        batch_tokens=batch_tokens,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-    )
+    options = read_arguments(EvaluationOptions, locals())
     evaluation = prepare_evaluation(options, output, overwrite, progress)
     return measure_models(evaluation, progress)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pydantic
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.errors import UserError
@@ -26,7 +26,7 @@ from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tok
 from entropy_gpt.training.sources import Source, open_source
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .options import Head, LocalPath, Place, option_name
+from .options import Head, LocalPath, Place, as_tuple, option_name
 
 
 LONGEST_BLOCK = 1024
@@ -34,11 +34,15 @@ LONGEST_BLOCK = 1024
 TRAINING = "training"
 
 
+def _join(tasks: str | Iterable[str] | None) -> str | None:
+    return None if tasks is None else ",".join(as_tuple(tasks))
+
+
 @pydantic.dataclasses.dataclass(frozen=True)
 class EvaluationOptions:
     """The options of an evaluation. [`~entropy_gpt.evaluate`] takes them as keyword arguments and describes each."""
 
-    models: tuple[Place, ...]
+    models: Annotated[tuple[Place, ...], BeforeValidator(as_tuple)]
     text: Place | None = None
     held_out: bool = False
     split: str = "train"
@@ -56,7 +60,7 @@ class EvaluationOptions:
     head_tokens: Annotated[int, Field(ge=0)] = HEAD_TOKENS
     prompt: str | None = None
     head: Head = None
-    tasks: str | None = None
+    tasks: Annotated[str | None, BeforeValidator(_join)] = None
     task_data: LocalPath | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_tokens: Annotated[int, Field(ge=1)] = BATCH_TOKENS

@@ -20,10 +20,12 @@ from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import has_tokenizer, load_model_tokenizer
 from entropy_gpt.training.progress import SILENT, Progress
 
+from .options import with_argument_names
 from .output_folder import EXPORT, refuse_to_delete
 
 
 @library_bars_hidden()
+@with_argument_names
 def export(
     source: str | Path,
     *,

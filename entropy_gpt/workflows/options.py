@@ -1,10 +1,11 @@
 """Options of workflows: their types and ranges, checked alike for commands and for callers from Python."""
 
+import dataclasses
 import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -38,7 +39,10 @@ def _read_head(value):
 
 # Layer and head, from 0; the command has a comma between them.
 Head = Annotated[tuple[int, int] | None, BeforeValidator(_read_head)]
-OPTIONS_OF_OTHER_NAMES = {"settings": "--set", "shard_size": "--max-shard-size", "licence": "--license"}
+OPTIONS_OF_OTHER_NAMES = {
+    **{"settings": "--set", "shard_size": "--max-shard-size", "licence": "--license", "cached": "--cache"},
+    **{"length": "--seq", "networks": "--network", "new_tokens": "--max-new-tokens", "whole": "--full"},
+}
 
 
 def read_options(options: type[Options], **values) -> Options:
@@ -60,6 +64,11 @@ def read_options(options: type[Options], **values) -> Options:
         raise UserError(f"{option_name(str(first['loc'][0]))} {first['input']}: {reason}.") from error
 
 
+def read_arguments(options: type[Options], arguments: Mapping[str, Any]) -> Options:
+    """As [`read_options`], from the arguments of a function (`locals()`), of which some may be no options."""
+    return read_options(options, **{field.name: arguments[field.name] for field in dataclasses.fields(options)})
+
+
 def check_positive(**numbers: int):
     """
     Refuses numbers below 1.
@@ -75,9 +84,9 @@ def check_positive(**numbers: int):
             raise UserError(f"{option_name(name)} {number}: give a number of at least 1.")
 
 
-def as_tuple(values: str | os.PathLike | Iterable) -> tuple:
-    """Several values, or a single one given by itself."""
-    return (values,) if isinstance(values, str | os.PathLike) else tuple(values)
+def as_tuple(values: str | os.PathLike | Iterable | None) -> tuple:
+    """Several values, a single one given by itself, or none."""
+    return (values,) if isinstance(values, str | os.PathLike) else tuple(values or ())
 
 
 def with_argument_names(workflow: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -95,7 +104,7 @@ def with_argument_names(workflow: Callable[Parameters, Result]) -> Callable[Para
             named = dict.fromkeys(option for option in OPTION.findall(str(error)) if option in names)
             if named:
                 meant = ", ".join(f"{option} is {names[option]}" for option in named)
-                error.args = (f"{str(error).rstrip('.')}. In Python, {meant}.",)
+                error.in_python = f"In Python, {meant}."
             raise
 
     return call

@@ -47,7 +47,7 @@ from entropy_gpt.training.progress import SILENT, Progress, Stage
 from entropy_gpt.training.tokenizer import load_tokenizer
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .options import check_positive, read_options
+from .options import check_positive, read_options, with_argument_names
 
 
 DEFAULT_ADDRESS, DEFAULT_TIMEOUT, DEFAULT_LIMITS = "127.0.0.1:9000", 600, Limits()
@@ -85,6 +85,7 @@ class PrivateAnswer(StoredRecord):
         return content if version in (3, 4) else None
 
 
+@with_argument_names
 def open_server(
     model: str | Path,
     listen: str = DEFAULT_ADDRESS,
@@ -158,6 +159,7 @@ def open_server(
     return Server(offer, host, port, tls, timeout, limits, report, folder, round(prepared_mb * MEGA))
 
 
+@with_argument_names
 def ask(
     prompt: str,
     address: str,
@@ -282,6 +284,7 @@ def _connect(
         yield client, words, host
 
 
+@with_argument_names
 def demonstrate(
     model: str | Path,
     prompt: str,

@@ -19,7 +19,7 @@ from entropy_gpt.evaluation.private_inference.program.program import Span, table
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .options import as_tuple, check_positive, read_options
+from .options import as_tuple, check_positive, read_options, with_argument_names
 
 
 HEAD_SIZE = 64
@@ -86,6 +86,7 @@ class PredictedCost:
         return predict_seconds(self.steps)
 
 
+@with_argument_names
 def private_cost(
     architectures: str | Path | Sequence[str | Path],
     *,

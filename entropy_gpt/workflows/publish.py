@@ -33,7 +33,7 @@ from huggingface_hub.utils import (
     get_session,
     validate_repo_id,
 )
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.early_checks import expanded
@@ -60,7 +60,7 @@ from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.storage import check_file
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .options import LocalPath, as_tuple, read_options, with_argument_names
+from .options import LocalPath, as_tuple, read_arguments, with_argument_names
 
 
 # A file of every saved EntropyGPT.
@@ -79,7 +79,7 @@ class PublicationOptions:
     """The options of a publication. [`~entropy_gpt.publish`] takes them as keyword arguments and describes each."""
 
     repository: str
-    results: tuple[LocalPath, ...] = ()
+    results: Annotated[tuple[LocalPath, ...], BeforeValidator(as_tuple)] = ()
     licence: str | None = None
     folded: Literal["beside", "instead"] | None = None
     private: bool = False
@@ -162,20 +162,7 @@ def publish(
     print(publication.files)
     ```
     """
-    options = read_options(
-        PublicationOptions,
-        repository=repository,
-        results=as_tuple(results),
-        licence=licence,
-        folded=folded,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        message=message,
-        shard_size=shard_size,
-        timeout=timeout,
-        dry_run=dry_run,
-    )
+    options = read_arguments(PublicationOptions, locals())
     with library_bars_hidden(), prepare_package(folder, options, progress) as package:
         url = None
         if not dry_run:

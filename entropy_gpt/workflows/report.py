@@ -12,10 +12,11 @@ from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, load_re
 from entropy_gpt.evaluation.records.run_log import LOG_NAME, RunLog
 from entropy_gpt.evaluation.showing.page import Page, page_html, page_markdown
 from entropy_gpt.evaluation.showing.report import build_report
-from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.claims import claimed
+from entropy_gpt.training.files import delete, written_whole
 from entropy_gpt.training.progress import SILENT, Progress
 
-from .options import as_tuple
+from .options import as_tuple, with_argument_names
 from .output_folder import check_page
 
 
@@ -23,6 +24,7 @@ from .output_folder import check_page
 PICTURE = re.compile(r"[a-z0-9-]+-[0-9a-f]{8}\.png")
 
 
+@with_argument_names
 def report(
     paths: str | Path | Sequence[str | Path], output: str | Path = "report.html", *, progress: Progress = SILENT
 ) -> Path:
@@ -120,19 +122,25 @@ def merge_results(loaded: dict[Path, list[ModelResult]]) -> list[ModelResult]:
 
 def write_page(results: list[ModelResult], runs: list[RunLog], output: Path):
     """
-    Writes the page. If that fails, an earlier page and its pictures stay as they were.
+    Writes the page, one process at a time. If that fails, an earlier page and its pictures stay as they were.
 
     Args:
         results (`list[ModelResult]`): Results of models with unique names.
         runs (`list[RunLog]`): Training runs.
         output (`Path`): The page.
+
+    Raises:
+        `UserError`: If another process writes it.
     """
-    page = build_report(results, runs)
-    if output.suffix == ".html":
-        with written_whole(output) as path:
-            path.write_text(page_html(page), encoding="utf-8")
-    else:
-        _write_markdown(page, output)
+    work = output.with_name(f".writing-{output.name}")
+    with claimed(work, output=output):
+        page = build_report(results, runs)
+        if output.suffix == ".html":
+            with written_whole(output) as path:
+                path.write_text(page_html(page), encoding="utf-8")
+        else:
+            _write_markdown(page, output)
+        delete(work)
 
 
 def _write_markdown(page: Page, output: Path):

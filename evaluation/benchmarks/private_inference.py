@@ -242,7 +242,7 @@ The estimates for a WAN are usually too high. They assume that both directions s
 computed while bytes are under way.
 
 ![Where the bytes of a block go]({PICTURE.name})
-
+{_where_temperatures_are(proposal)}
 With keys and values kept, a block of {FUSED} takes for one more token at T={record.decoding.context}
 {record.decoding.total_bytes / 1e6:.1f} MB and {record.decoding.seconds:.1f} s. Computing all positions again would
 send {fused.total_bytes / record.decoding.total_bytes:.1f} times as much.
@@ -280,6 +280,15 @@ def _commits(record: Record) -> str:
     """Of the parts between two processes, in the order in which they were measured."""
     parts = [*record.blocks.values(), record.ends, record.whole, *record.slowed.values(), record.decoding]
     return ", ".join(dict.fromkeys(part.git_revision or "unknown" for part in parts if part is not None))
+
+
+def _where_temperatures_are(cost: InferenceCost) -> str:
+    """What is to be said of a record from before the product with temperatures was a step of its own."""
+    if any(step.operation == "temperatures" for step in cost.steps):
+        return ""
+    return f"""
+In these measurements, the product of {PROPOSAL} with its temperatures is counted as a part of "maximum".
+"""
 
 
 def _slowed_table(blocks: dict[str, InferenceCost]) -> str:

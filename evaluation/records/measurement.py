@@ -17,6 +17,7 @@ from entropy_gpt.evaluation.measuring.tokenized_text import TokenizedText, token
 from entropy_gpt.evaluation.origin import collect_origin, hash_weights
 from entropy_gpt.training.progress import Progress
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from modeling_entropy_gpt.layers import LEARNED_SCALARS
 
 from .results import (
     Architecture,
@@ -293,12 +294,9 @@ def _conditions(
 
 def describe_config(config: EntropyGPTConfig) -> dict:
     """The settings of a model that its notation does not show: sizes, dropout, temperature and penalty."""
-    names = [*SIZES]
-    if config.attention_temperature != "none":
-        names += ["temperature_init"]
+    names = [*SIZES, *(scalar.start for scalar in LEARNED_SCALARS if scalar.start and scalar.is_in(config))]
     if config.entropy_regularization:
-        names += ["entropy_penalty", "entropy_coefficient", "entropy_tolerance", "entropy_threshold_init"]
-        names += ["entropy_maximum"]
+        names += ["entropy_penalty", "entropy_coefficient", "entropy_tolerance", "entropy_maximum"]
     dropouts = {name: getattr(config, name) for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")}
     dropout = dropouts if len({*dropouts.values()}) > 1 else {"dropout": config.resid_pdrop}
     return dropout | {name: getattr(config, name) for name in names}

@@ -10,6 +10,7 @@ from pathlib import Path
 from entropy_gpt.evaluation.errors import RecordError
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import HeadwiseEntropy
 from entropy_gpt.evaluation.measuring.perplexity import perplexity_of
+from modeling_entropy_gpt.layers import LEARNED_SCALARS
 
 
 LOG_NAME = "training_log.jsonl"
@@ -105,10 +106,9 @@ class EntropyRecord:
         entropies (`list[list[float]]`): Mean row entropy of each head, in nats.
         maximum (`float`): That of uniform attention under the causal mask.
         context_maximum (`float`): The logarithm of the context.
-        thresholds (`list[list[float]]`, *optional*):
-            Theta of each head, as a part of the maximum that the configuration names.
-        temperatures (`list[list[float]]`, *optional*): Geometric mean over positions.
-        alpha, beta (`list[float]`, *optional*): Scales of the residual sum of each layer's FFN.
+        learned (`dict[str, list]`):
+            The numbers of each kind of learned scalars ([`LEARNED_SCALARS`]) that the model has, by name: of each
+            layer, or of each head.
         residual_scale (`list[float]`, *optional*): Standard deviation of the residual stream behind each block.
     """
 
@@ -116,10 +116,7 @@ class EntropyRecord:
     entropies: list[list[float]]
     maximum: float
     context_maximum: float
-    thresholds: list[list[float]] | None
-    temperatures: list[list[float]] | None
-    alpha: list[float] | None
-    beta: list[float] | None
+    learned: dict[str, list]
     residual_scale: list[float] | None
 
     @property
@@ -241,7 +238,7 @@ class RunLog:
     @property
     def has_thresholds(self) -> bool:
         """Whether thresholds were logged, as of a run with the penalty."""
-        return any(record.thresholds is not None for record in self.entropies)
+        return any("thresholds" in record.learned for record in self.entropies)
 
     def nearest_entropies(self, step: int) -> EntropyRecord:
         """The entropies recorded nearest to a step; the earlier ones of two."""
@@ -275,13 +272,17 @@ class RunLog:
     def _read_entropies(self, step: int, entry: dict) -> EntropyRecord:
         heads = (self.layers, self.description.config["n_head"])
         layers = heads[:1]
+        learned = {
+            scalar.name: _numbers_or_none(entry, scalar.name, heads if scalar.by_head else layers)
+            for scalar in LEARNED_SCALARS
+        }
         return EntropyRecord(
             step,
             _numbers(entry, "entropies", heads),
             _number(entry, "maximum"),
             _number(entry, "context_maximum"),
-            **{name: _numbers_or_none(entry, name, heads) for name in ("thresholds", "temperatures")},
-            **{name: _numbers_or_none(entry, name, layers) for name in ("alpha", "beta", "residual_scale")},
+            {name: numbers for name, numbers in learned.items() if numbers is not None},
+            _numbers_or_none(entry, "residual_scale", layers),
         )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 from matplotlib import colormaps
@@ -15,6 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from entropy_gpt.evaluation.records.run_log import EntropyRecord, RunLog, run_titles
+from modeling_entropy_gpt.layers import LEARNED_SCALARS, LearnedScalar
 
 from .plots import (
     COLORMAP,
@@ -174,8 +176,8 @@ def plot_thresholds(runs: list[RunLog]) -> Figure:
     width, heights = _heat_map_width(runs), [max(2.4, _heat_map_height(run)) for run in runs]
     figure = Figure(figsize=(2 * width + 1.6, sum(heights) + 1.0 * len(runs)), dpi=DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(len(runs), 2, squeeze=False, height_ratios=heights)
-    with_thresholds = [[record for record in run.entropies if record.thresholds is not None] for run in runs]
-    seen = [record.thresholds for records in with_thresholds for record in (records[0], records[-1])]
+    with_thresholds = [[record for record in run.entropies if "thresholds" in record.learned] for run in runs]
+    seen = [record.learned["thresholds"] for records in with_thresholds for record in (records[0], records[-1])]
     lowest, highest = _limits(seen)
     for row, run, records, title in zip(panels, runs, with_thresholds, run_titles(runs), strict=True):
         heat_map, strip = row
@@ -183,7 +185,7 @@ def plot_thresholds(runs: list[RunLog]) -> Figure:
         causal = run.description.config.get("entropy_maximum") == "causal"
         name = "part of the causal maximum" if causal else "part of log T"
         _set_row_title(heat_map, title, 2 * width)
-        image = draw_heat_map(heat_map, last.thresholds, lowest, highest, font_size=6.5)
+        image = draw_heat_map(heat_map, last.learned["thresholds"], lowest, highest, font_size=6.5)
         heat_map.set_title(f"thresholds at step {last.step:,}", fontsize=9)
         figure.colorbar(image, ax=heat_map, label=name)
         strip.set_title("by layer: each head, and their mean", fontsize=9)
@@ -193,9 +195,9 @@ def plot_thresholds(runs: list[RunLog]) -> Figure:
             sides = [(first, "gray", -0.18), (last, RUN_COLORS[0], 0.18)]
         for record, color, shift in sides:
             layers = np.arange(run.layers)
-            for thresholds in np.transpose(record.thresholds):
+            for thresholds in np.transpose(record.learned["thresholds"]):
                 strip.plot(layers + shift, thresholds, "o", ms=3.5, color=color, alpha=0.5, mew=0)
-            means = np.mean(record.thresholds, axis=1)
+            means = np.mean(record.learned["thresholds"], axis=1)
             strip.plot(layers + shift, means, "_", ms=10, color=color, mew=2, label=f"step {record.step:,}")
         margin = 0.06 * (highest - lowest)
         strip.set(xlabel="layer", xlim=(-0.6, run.layers - 0.4), xticks=range(run.layers))
@@ -267,18 +269,29 @@ def plot_penalty(runs: list[RunLog]) -> Figure:
     return figure
 
 
+def _title(scalar: LearnedScalar) -> str:
+    return f"{scalar.title}\n(geometric mean of heads)" if scalar.by_head else scalar.title
+
+
+def _layer_values(scalar: LearnedScalar, record: EntropyRecord) -> Iterable[float] | None:
+    """The number of each layer; of heads the geometric mean."""
+    values = record.learned.get(scalar.name)
+    if values is None or not scalar.by_head:
+        return values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.exp(np.log(values).mean(axis=1))
+
+
 # What each row of the picture of scales shows: its name, and the numbers of the layers in a record.
 SCALES: dict[str, Callable[[EntropyRecord], Iterable[float] | None]] = {
-    "temperature\n(geometric mean of heads)": lambda record: _geometric_means(record.temperatures),
-    "alpha": lambda record: record.alpha,
-    "beta": lambda record: record.beta,
+    **{_title(scalar): partial(_layer_values, scalar) for scalar in LEARNED_SCALARS if not scalar.in_training_alone},
     "residual stream behind\nthe block (std)": lambda record: record.residual_scale,
 }
 
 
 def plot_scales(runs: list[RunLog]) -> Figure:
     """
-    Draws temperatures, the scales of the FFN's residual sum and the residual stream of each layer against the step. A
+    Draws the scalars that blocks learn but for thresholds, and the residual stream, of each layer against the step. A
     run is a column.
 
     Args:
@@ -431,13 +444,6 @@ def _limits(values: list) -> tuple[float, float]:
         return 0.0, 1.0
     lowest, highest = float(numbers.min()), float(numbers.max())
     return (lowest, highest) if highest - lowest > 0.02 else (lowest - 0.01, highest + 0.01)
-
-
-def _geometric_means(temperatures: list[list[float]] | None) -> np.ndarray | None:
-    if temperatures is None:
-        return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.exp(np.log(temperatures).mean(axis=1))
 
 
 def _spans_decades(values: list[float]) -> bool:

@@ -1,6 +1,7 @@
 """What is found wrong with names and notations before torch and transformers are imported."""
 
 import pytest
+from huggingface_hub import constants
 
 from entropy_gpt.conversion.early_checks import check_model, check_notation, check_path, check_place
 from entropy_gpt.conversion.errors import UserError
@@ -44,6 +45,15 @@ def test_a_wrong_folder_of_a_model_is_refused_with_the_nearest_one(given, messag
 @pytest.mark.parametrize("given", ["runs/baseline/model", "gpt2", "openai-community/gpt2", "pln", "recipe.yaml"])
 def test_models_and_what_may_be_on_the_hub_are_let_through(given, here):
     check_model(given)
+
+
+@pytest.mark.parametrize("folder", ["my-orgs/model-v1", "my-org/model-v2"])
+def test_a_repository_is_not_refused_for_a_folder_of_nearly_its_name(folder, here, monkeypatch):
+    (here / folder).mkdir(parents=True)
+    (here / "cache" / "models--my-org--model-v1").mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "cache"))
+    check_model("my-org/model-v1")
+    check_place("my-org/model-v1")
 
 
 def test_files_are_suggested_by_their_names(here):

@@ -10,7 +10,7 @@ from entropy_gpt.conversion.calibration import calibrate
 from entropy_gpt.conversion.divergence import Reference
 from entropy_gpt.conversion.errors import ConversionError
 from entropy_gpt.conversion.simplification import (
-    add_temperatures,
+    add_scalars,
     add_thresholds,
     fuse_ffns,
     linearize_ffns,
@@ -23,7 +23,6 @@ from entropy_gpt.conversion.simplification import (
     remove_final_static_norm,
     remove_static_norms,
     replace_activation,
-    scale_ffns,
     set_training_fields,
     target_config,
 )
@@ -45,9 +44,9 @@ def largest_difference(model, twin):
 
 EXACT = {
     "fuse": ("SM+LN", fuse_ffns, "SM+LN+FuFFN"),
-    "scale": ("SM+LN+G", scale_ffns, "SM+LN+G+ScFFN"),
-    "head temperatures": ("SM+LN+G", lambda m: add_temperatures(m, "head"), "SM(t_h)+LN+G"),
-    "position temperatures": ("SM+R", lambda m: add_temperatures(m, "position"), "SM(t)+R"),
+    "scale": ("SM+LN+G", lambda m: add_scalars(m, ffn_residual_scaling=True), "SM+LN+G+ScFFN"),
+    "head temperatures": ("SM+LN+G", lambda m: add_scalars(m, attention_temperature="head"), "SM(t_h)+LN+G"),
+    "position temperatures": ("SM+R", lambda m: add_scalars(m, attention_temperature="position"), "SM(t)+R"),
     "static norms": ("SM+StaticLN+G+ScFFNi1", remove_static_norms, "SM+G+ScFFNi1"),
     "weight": ("SM+LN+G", lambda m: normalize_weights(m, "weight", ["q", "v", "ffn"]), "SM+LN+G+WN(QV+FFN)"),
     "spectral": ("SM+ScFuFFN", lambda m: normalize_weights(m, "spectral", ["k", "o"]), "SM+ScFuFFN+SN(KO)"),

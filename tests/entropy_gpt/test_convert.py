@@ -84,7 +84,7 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     assert report.target_final_normalization == "none"
     titles = [step.title for step in report.steps]
     assert titles == [
-        *("LayerNorms static", "final norm static", "gelu_new to identity", "FFNs fused", "FFNs scaled, at 1"),
+        *("LayerNorms static", "final norm static", "gelu_new to identity", "FFNs fused", "alpha and beta, at 1"),
         *("temperatures, at 1", "thresholds, at entropies", "healed, 12 steps"),
         *("norms folded away", "final norm folded away"),
     ]
@@ -93,7 +93,7 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     # Exact steps change nothing, and are not measured again.
     assert by_title["thresholds, at entropies"].kl == by_title["gelu_new to identity"].kl
     assert by_title["final norm folded away"].kl == by_title["healed, 12 steps"].kl
-    kept = ["FFNs fused", "FFNs scaled, at 1", "temperatures, at 1", "thresholds, at entropies"]
+    kept = ["FFNs fused", "alpha and beta, at 1", "temperatures, at 1", "thresholds, at entropies"]
     assert [step.title for step in report.steps if step.kept] == [*kept, "norms folded away", "final norm folded away"]
     assert [operation.name for operation in report.target_operations.nonlinear] == ["softmax"]
     assert report.healing.validation_nats[0][0] == 0

@@ -11,6 +11,7 @@ from PIL import Image
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.records.results import save_results
 from entropy_gpt.terminal import report as report_command
+from entropy_gpt.training.claims import claimed
 from entropy_gpt.workflows import report as report_workflow
 from entropy_gpt.workflows.report import merge_results, read_inputs
 from tests.browser import Browser, find_browser
@@ -165,6 +166,18 @@ def test_a_page_that_fails_leaves_the_one_before(pages, tmp_path, monkeypatch):
             report_command.run([pages / "counts.json"], output)
         assert output.read_text() == "before"
     assert [name for name in contents(tmp_path) if "unfinished" in name] == []
+
+
+def test_one_process_at_a_time_writes_a_page(tmp_path):
+    save_results([example_result("a", "SM")], tmp_path / "a.json")
+    page = tmp_path / "page.html"
+    with (
+        claimed(tmp_path / ".writing-page.html", output=page),
+        pytest.raises(UserError, match=r"Another command is at work in .*page\.html: process \d+"),
+    ):
+        report_command.run([tmp_path / "a.json"], page)
+    report_command.run([tmp_path / "a.json"], page)
+    assert contents(tmp_path) == ["a.json", "page.html"]
 
 
 def test_pictures_of_an_earlier_page_are_deleted_and_nothing_else(tmp_path):

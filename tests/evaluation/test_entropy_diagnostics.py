@@ -23,7 +23,7 @@ from entropy_gpt.evaluation.measuring.entropy_diagnostics import (
     logit_spectral_norms,
 )
 from modeling_entropy_gpt.blocks import EntropyGPTAttention
-from modeling_entropy_gpt.blockwise_attention import blockwise_attention_forward
+from modeling_entropy_gpt.blockwise_attention import forward_pass
 from tests.architectures import ARCHITECTURES, SIZES, make_model, make_tokens
 
 
@@ -268,7 +268,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_matrix_of_length_by_length_is_ever_there(monkeypatch):
     # The operator as a plain function, or what it allocates would not be seen.
-    monkeypatch.setattr(entropy_diagnostics, "blockwise_attention", blockwise_attention_forward._init_fn)
+    monkeypatch.setattr(entropy_diagnostics, "blockwise_attention", forward_pass)
     largest = {}
     for length in (512, 1024):
         model = make_model("SM(t)+ScFuFFN", n_positions=length, n_layer=1, n_head=2)

@@ -90,8 +90,8 @@ def test_everything_is_read(tmp_path):
     assert evaluation.perplexity == pytest.approx(math.exp(2.5))
     (record,) = log.entropies
     assert record.headwise_entropy.maximum == 1.9
-    assert record.alpha[0] == 1
-    assert math.isnan(record.alpha[1])
+    assert record.learned["alpha"][0] == 1
+    assert math.isnan(record.learned["alpha"][1])
     assert [alarm.layer for alarm in log.alarms] == [1]
     assert (log.last_step, log.diverged_at, log.place) == (20, None, tmp_path)
 

@@ -5,11 +5,14 @@ import math
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_entropy_gpt import blockwise_attention as module
 from modeling_entropy_gpt import entropy_attention, row_entropies
@@ -405,6 +408,90 @@ def test_two_copies_of_the_file_live_side_by_side():
     states = make_states()
     for attend in (copy.blockwise_attention, blockwise_attention):
         torch.autograd.grad(attend(*states, None, True, SCALING, 0.0, None)[0].sum(), states)
+
+
+def attend_and_differentiate(states, is_causal=True):
+    results = entropy_attention(*states, is_causal=is_causal)
+    return *results, *torch.autograd.grad((results[0].sum(), results[1].sum()), states)
+
+
+def test_memory_that_is_used_again_keeps_nothing():
+    """Neither do results change with the next call, nor does what was there change results."""
+    states = make_states(150, 150, dtype=torch.float32)
+    first = attend_and_differentiate(states)
+    expected = [result.clone() for result in first]
+    broken = [torch.full_like(state, math.nan).requires_grad_() for state in states]
+    assert all(result.isnan().all() for result in attend_and_differentiate(broken))
+    for kept, again, result in zip(first, attend_and_differentiate(states), expected, strict=True):
+        assert torch.equal(kept, result)
+        assert torch.equal(again, result)
+
+
+def test_memory_of_inference_serves_training():
+    states = make_states(11, 11)
+    with torch.inference_mode():
+        expected = entropy_attention(*states, is_causal=True)
+    torch.testing.assert_close(attend_and_differentiate(states)[:2], expected)
+
+
+def test_memory_is_kept_for_few_shapes_and_for_each_thread():
+    (state, *_), find = make_states(), module._plans.find
+    plans = {id(find(state, length, 8, False)) for length in range(LENGTH, LENGTH + 20)}
+    assert module._plans.keep.cache_info().currsize == module.KEPT_SHAPES < len(plans)
+    plan = find(state, LENGTH, 8, False)
+    assert find(state, LENGTH, 8, False) is plan
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(find, state, LENGTH, 8, False).result() is not plan
+    long = module.KEPT_LENGTH + 1
+    assert find(state[:, :, :1], long, 8, False) is not find(state[:, :, :1], long, 8, False)
+
+
+def test_many_blocks_of_masks_are_not_kept():
+    states, visible = make_states(2, 700), torch.zeros(1, 1, 2, 700, dtype=torch.bool)
+    for last in range(module.KEPT_PARTS + 2):
+        visible[..., last] = True
+        entropies = row_entropies(*states[:2], visible)
+    torch.testing.assert_close(entropies, naive(*states, visible, HEAD_DIM**-0.5)[1])
+    assert len(module._plans.find(states[0], 700, 0, False)._parts) <= module.KEPT_PARTS
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (3, 0), (0, 0)])
+def test_nothing_to_attend_with_or_to(lengths):
+    states = make_states(*lengths)
+    output, entropies, *gradients = attend_and_differentiate(states, is_causal=False)
+    assert (output.shape, entropies.shape) == ((BATCH, HEADS, lengths[0], HEAD_DIM), (BATCH, HEADS, lengths[0]))
+    assert not any(result.any() for result in (output, entropies, *gradients))
+
+
+def test_many_gradients_at_once():
+    states = make_states()
+    results = entropy_attention(*states, is_causal=True)
+    upstream = [torch.randn(3, *result.shape, dtype=result.dtype) for result in results]
+    together = torch.autograd.grad(results, states, upstream, is_grads_batched=True, retain_graph=True)
+    for i, rows in enumerate(zip(*upstream, strict=True)):
+        apart = torch.autograd.grad(results, states, rows, retain_graph=True)
+        torch.testing.assert_close([gradient[i] for gradient in together], list(apart))
+
+
+def test_what_intercepts_operations_sees_one():
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        attend_and_differentiate(make_states())
+    assert sum(name.startswith("entropy_gpt") for name in seen) == 2
+    assert not any("bmm" in name for name in seen)
+
+
+def test_outside_of_graphs_no_operator_is_called():
+    """They take as long as the arithmetic at short lengths."""
+    operators = ("blockwise_attention_forward", "blockwise_attention_backward")
+    with mock.patch.multiple(module, **dict.fromkeys(operators)):
+        attend_and_differentiate(make_states())
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from transformers.activations import ACT2FN
 
 from modeling_entropy_gpt import EntropyGPTForCausalLM
-from modeling_entropy_gpt.layers import TANH_GELUS, EntropyGPTNormalizedConv1D, build_activation
-from tests.architectures import NO_DROPOUT, make_config, make_model, make_tokens
+from modeling_entropy_gpt.layers import LEARNED_SCALARS, TANH_GELUS, EntropyGPTNormalizedConv1D, build_activation
+from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_config, make_model, make_tokens
 
 
 SPECTRAL = "SM+ScFFN+SN(QK+FFN)"
@@ -143,3 +143,29 @@ def test_singular_vectors_are_found_once_there_are_weights():
     linear.update_singular_vectors(50)
     for group in linear.normalized_weight().chunk(2, dim=1):
         torch.testing.assert_close(torch.linalg.svdvals(group)[0], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("notation", ARCHITECTURES)
+def test_every_learned_scalar_is_on_the_list(notation):
+    """What blocks learn beyond linear maps and norms, where the configuration says so, and only there."""
+    model = make_model(notation)
+    ordinary = ("weight", "bias", "gain")
+    found = {
+        name.split(".", 3)[3]
+        for name, _ in model.named_parameters()
+        if name.startswith("transformer.h.") and not name.endswith(ordinary)
+    }
+    assert found == {scalar.place for scalar in LEARNED_SCALARS if scalar.is_in(model.config)}
+    for scalar in LEARNED_SCALARS:
+        parameters = [scalar.get(block) for block in model.transformer.h]
+        assert any(parameter is not None for parameter in parameters) == scalar.is_in(model.config)
+
+
+@pytest.mark.parametrize("scalar", LEARNED_SCALARS, ids=lambda scalar: scalar.name)
+def test_learned_scalars_begin_where_the_configuration_says(scalar):
+    notation = "EReg(SM(t_h)+StaticLN+LearnableLeakyR+ScFFN)"
+    start = {} if scalar.start is None else {scalar.start: 0.25}
+    model = EntropyGPTForCausalLM(make_config(notation, **start))
+    values = scalar.get(model.transformer.h[0])
+    values = values.exp() if scalar.is_logarithm else values
+    torch.testing.assert_close(values, torch.full_like(values, 0.25 if start else 0.01))

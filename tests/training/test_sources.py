@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -51,15 +52,25 @@ def test_a_path_is_no_pattern(name, tmp_path):
     assert texts_of(f"{folder} saved") == ["saved"]
 
 
-@pytest.mark.parametrize("suffix", ["TXT", "txt.gz", "JSONL", "jsonl.gz", "json", "csv", "CSV.GZ"])
+@pytest.mark.parametrize("suffix", ["TXT", "txt.gz", "JSONL", "jsonl.gz", "json", "csv", "CSV.GZ", "TSV"])
 def test_neither_suffixes_in_capitals_nor_byte_order_marks_matter(suffix, tmp_path):
     text = "Zoë said:\nyes"
-    content = {"j": json.dumps({"text": text}), "c": f'number,text\n1,"{text}"\n', "t": text}[suffix[0].lower()]
+    kind = suffix.lower().removesuffix(".gz")
+    tables = {"csv": f'number,text\n1,"{text}"\n', "tsv": f'number\ttext\n1\t"{text}"\n', "txt": text}
+    content = tables.get(kind) or json.dumps({"text": text})
     content = b"\xef\xbb\xbf" + content.encode()
     path = tmp_path / "texts" / f"file.{suffix}"
     path.parent.mkdir()
     path.write_bytes(gzip.compress(content) if suffix.lower().endswith("gz") else content)
     assert texts_of(path) == texts_of(path.parent) == [text]
+
+
+@pytest.mark.parametrize(("suffix", "content"), [("txt", "a text"), ("jsonl", '{"text": "a text"}')])
+def test_names_of_files_need_not_be_utf_8(suffix, content, tmp_path):
+    path = tmp_path / "texts" / os.fsdecode(b"caf\xe9." + suffix.encode())
+    path.parent.mkdir()
+    path.write_text(content)
+    assert texts_of(path) == texts_of(path.parent) == ["a text"]
 
 
 def test_values_that_look_like_missing_ones_are_text(tmp_path):
