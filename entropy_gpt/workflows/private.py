@@ -218,6 +218,7 @@ def ask(
     return answer
 
 
+@with_argument_names
 def prepare(
     address: str,
     *,

@@ -74,7 +74,7 @@ class Job:
         settings ([`PrivateSettings`]): Public.
         timeout_seconds (`int`): For which a silent peer is waited for.
         store (`str`, *optional*): Folder for this party's halves of preparations.
-        peer_store (`str`): Of the client's, the server's store of the other halves.
+        peer_store (`str`): The server's store of the other halves; empty at the server.
     """
 
     rank: int

@@ -53,7 +53,7 @@ class Header:
         weights (`str`): A hash of the server's weights; empty in a client's half.
         store (`str`): The server's store of the other half; empty in that one.
         length, new_tokens, answers (`int`): The most that it serves.
-        shares (`list[tuple[str, str, list[int]]]`): Of each product its variable, the engine's description of the
+        shares (`list[tuple[str, str, list[int]]]`): For each product its variable, the engine's description of the
             share, and the bytes of each of its parts.
         costs (`list[StepCost]`): What the first phase took.
         format (`int`): Version of the file.

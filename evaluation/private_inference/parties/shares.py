@@ -27,7 +27,7 @@ def make_placeholder(io, shape: tuple[int, ...], owner: int, rank: int, chunk_by
         owner (`int`): Rank of its owner.
         rank (`int`): Rank of this party.
         chunk_bytes (`int`): The most bytes of a chunk.
-        dtype (`type`): Of the variable.
+        dtype (`type`): The variable's.
     """
     share = _make_zeros(io, (1,) * len(shape), owner, dtype)[rank]
     ones = _shape_field((1,) * len(shape))

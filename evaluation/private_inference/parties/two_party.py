@@ -560,10 +560,10 @@ class Client:
         check_request(self.terms.config, self.terms.settings, length, new_tokens, answers)
         return {"length": length, "new_tokens": new_tokens, "answers": answers}
 
-    def _request(self, asked: dict[str, int], told: dict, on_event: Callable[[dict], None], **own) -> Outcome:
+    def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
         """Has a request answered, of which the server is told a part."""
         with self.channel.telling(CLIENT_NAME):
-            self.channel.send({"kind": "request", **asked, **told})
+            self.channel.send({"kind": "request", **asked, **also})
             if self._session is None:
                 self._open()
             return self._session.answer(Request(**asked, **own), on_event)

@@ -105,7 +105,7 @@ class _DemandingStep:
     inputs: tuple[tuple[int, ...], ...]
 
 
-# Of a pass, its number; of a step its layer, its operation, its function, and which of such steps it is.
+# The number of a pass; then a step's layer, its operation, its function, and which of such steps it is.
 Place = tuple[int, int | None, str, str, int]
 
 

@@ -86,16 +86,15 @@ def test_an_answer_of_two_phases(model, tmp_path):
 
 
 def test_a_server_of_other_weights_refuses_what_is_not_its_own(model, tmp_path):
+    """Its configuration differs too, so a client does not even choose it."""
     with served(model, tmp_path / "server", []) as address, connect(address, tmp_path / "client") as client:
-        client.prepare(len(PROMPT))
+        made = client.prepare(len(PROMPT))
     torch.manual_seed(1)
     other = make_model("SM+ScFuFFN", n_layer=1)
-    with (
-        served(other, tmp_path / "server", []) as address,
-        connect(address, tmp_path / "client") as client,
-        pytest.raises(PrivateInferenceError, match="made with another model, other settings or another version"),
-    ):
-        client.ask(PROMPT, preparation=client.find_preparation(len(PROMPT)))
+    with served(other, tmp_path / "server", []) as address, connect(address, tmp_path / "client") as client:
+        assert client.find_preparation(len(PROMPT)) is None
+        with pytest.raises(PrivateInferenceError, match="made with another model, other settings or another version"):
+            client.ask(PROMPT, preparation=made.prepared)
     assert not halves(tmp_path / "server") and not halves(tmp_path / "client")
 
 
