@@ -11,7 +11,7 @@ COMPARISONS := model_cards/results/interoperability.jsonl
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := modeling_entropy_gpt conversion training evaluation entropy_gpt tests docs/site_hooks.py
 
-.PHONY: gpu install docs quickstart results runs study test test-all test-releases test-newest interoperability style bench clean
+.PHONY: gpu install docs quickstart results runs study test test-all test-releases test-newest interoperability style gateway-page bench clean
 
 install: $(INSTALLED)  ## Installs everything into .venv.
 
@@ -82,6 +82,9 @@ style: $(INSTALLED)  ## Checks code and prose; `make style FIX=1` mends what ruf
 	$(BIN)/ruff check $(if $(FIX),--fix) $(SOURCES)
 	$(BIN)/ruff format $(if $(FIX),,--check) $(SOURCES)
 	$(BIN)/python -m tests.check_prose
+
+gateway-page: $(INSTALLED)  ## Asks a private model by the gateway's page in a browser, and draws it: docs/gateway.png.
+	$(BIN)/python -m tests.entropy_gpt.gateway.draw_page
 
 bench: $(INSTALLED)  ## Runs every benchmark but that of `make gpu`, side by side with what it is held against.
 	for benchmark in $(filter-out %/gpu.py,$(wildcard evaluation/benchmarks/[a-z]*.py)); do \

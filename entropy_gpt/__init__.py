@@ -19,14 +19,27 @@ if TYPE_CHECKING:
     from entropy_gpt.workflows.convert import convert
     from entropy_gpt.workflows.evaluate import evaluate
     from entropy_gpt.workflows.export import export
+    from entropy_gpt.workflows.private_client import PrivateClient
     from entropy_gpt.workflows.publish import publish
     from entropy_gpt.workflows.report import report
     from entropy_gpt.workflows.train import train
 
 
-__all__ = ["PrivateModel", "UserError", "convert", "diagnose_text", "evaluate", "export", "publish", "report", "train"]
+__all__ = [
+    "PrivateClient",
+    "PrivateModel",
+    "UserError",
+    "convert",
+    "diagnose_text",
+    "evaluate",
+    "export",
+    "publish",
+    "report",
+    "train",
+]
 
 _MODULES = {
+    "PrivateClient": "workflows.private_client",
     "PrivateModel": "evaluation.private_inference.inference",
     "UserError": "conversion.errors",
     "convert": "workflows.convert",

@@ -140,7 +140,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def backward_query_kernel(
-    query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants, output, entropies, grad_query,
+    query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants,
+    output, entropies, mean_keys, grad_query,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -160,6 +161,10 @@ def backward_query_kernel(
     constant += slopes * tl.load(entropies + place, mask=inside, other=0.0)
     tl.store(constants + place, constant, mask=inside)
     grad_queries = tl.zeros([ROWS, WIDTH], tl.float32)
+    # A row's gradients of scores add up to 0, but when rounded to half precision they do not, and multiply what all
+    # keys have in common. So it is the keys' distances from their mean that are multiplied.
+    mean_key = _load(mean_keys, pair, heads, 0, 1, HEAD_DIM, 1, WIDTH).to(tl.float32)
+    excess = tl.zeros([ROWS], tl.float32)
 
     end, whole = _ends(first_row, row_count, key_count, ROWS, KEYS, IS_CAUSAL, MASK)
     for EDGE in tl.static_range(2):
@@ -177,9 +182,11 @@ def backward_query_kernel(
             if DROPOUT:
                 grads *= _kept(seed, pair, rows[:, None], columns, dropout)
             grads = tl.exp2(scores) * (grads - constant[:, None] - slopes[:, None] * (LN_2 * scores))
-            grad_queries += _dot(grads.to(keys.dtype), keys)
+            grads = grads.to(keys.dtype)
+            excess += tl.sum(grads.to(tl.float32), 1)
+            grad_queries += _dot(grads, keys)
 
-    grad_queries *= scaling
+    grad_queries = (grad_queries - excess[:, None] * mean_key) * scaling
     _store(grad_queries, grad_query, pair, heads, first_row, row_count, HEAD_DIM, ROWS, WIDTH)
 
 
@@ -252,7 +259,8 @@ def run_backward(
         output = grad_output = query.new_zeros(1).expand(*query.shape[:3], 1)
     launch = _Launch(query, key, value, visible, is_causal, scaling, dropout, seed)
     common = (log_sum_exp, _matrices(grad_output), grad_entropies.contiguous(), torch.empty_like(entropies))
-    launch(backward_query_kernel, *common, _matrices(output), entropies, _matrices(grad_query))
+    mean_keys = _matrices(key.mean(dim=2, keepdim=True))
+    launch(backward_query_kernel, *common, _matrices(output), entropies, mean_keys, _matrices(grad_query))
     launch(backward_key_kernel, *common, _matrices(grad_key), _matrices(grad_value))
 
 

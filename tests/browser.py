@@ -58,25 +58,25 @@ class Browser:
         self._count = 0
         self._session = None
         self.events: list[dict] = []
-        (page,) = (each for each in self._call("Target.getTargets")["targetInfos"] if each["type"] == "page")
-        attached = self._call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
+        (page,) = (each for each in self.call("Target.getTargets")["targetInfos"] if each["type"] == "page")
+        attached = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime", "Audits"):
-            self._call(f"{domain}.enable")
+            self.call(f"{domain}.enable")
 
     def open(self, url: str, width: int, height: int = 900, dark: bool = False):
         """Shows a page in a window of this size, in pixels, and waits until all of it is there."""
         self.events.clear()
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=url)
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._read()
 
     def evaluate(self, expression: str):
         """What an expression of JavaScript gives on the page."""
-        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -93,12 +93,12 @@ class Browser:
 
     def screenshot(self, path: Path):
         """Writes a PNG of the whole page."""
-        answer = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def print(self, path: Path):
         """Writes a PDF of the page as it is printed."""
-        answer = self._call("Page.printToPDF", preferCSSPageSize=True, printBackground=False)
+        answer = self.call("Page.printToPDF", preferCSSPageSize=True, printBackground=False)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def close(self):
@@ -108,7 +108,8 @@ class Browser:
         self._process.terminate()
         self._process.wait()
 
-    def _call(self, method: str, **parameters) -> dict:
+    def call(self, method: str, **parameters) -> dict:
+        """A method of the DevTools protocol, such as a key that is pressed, and what it answers."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": parameters}
         if self._session is not None:

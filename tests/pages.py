@@ -39,12 +39,13 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """Each as it is typed; a server and who asks it are one."""
+        """Each as it is typed; a server and who asks it, also by a gateway, are one."""
         lines = re.sub(r"\\\n\s*", " ", self.text).splitlines()
         commands = [line for line in lines if line.strip()]
         for index, command in enumerate(commands):
             if command.startswith("entropy-gpt private serve"):
-                commands[index : index + 2] = ["\n".join(commands[index : index + 2])]
+                count = 3 if commands[index + 1].startswith("entropy-gpt private gateway") else 2
+                commands[index : index + count] = ["\n".join(commands[index : index + count])]
         return commands
 
 

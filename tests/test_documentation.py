@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -35,11 +37,15 @@ COMMANDS = Path(sys.executable).parent
 LINKED = ("evaluation/lm_eval_tasks", "model_cards/models", "training/accelerate", ".pre-commit-config.yaml")
 GPT2 = "openai-community/gpt2"
 LISTENING = "listening on "
+# What pages begin with that speak of a private server and its gateway, and where these listen.
+SERVE = "entropy-gpt private serve model_cards/models/converted"
+OPEN_GATEWAY = "entropy-gpt private gateway --connect 127.0.0.1:9000 --tokenizer model_cards/models/converted"
+PRIVATE_SERVER, GATEWAY = "127.0.0.1:9000", "127.0.0.1:8080"
 README_WORDS = 1200
-TASKS = ("quickstart", "train", "convert", "evaluate", "private", "publish", "study", "python")
+TASKS = ("quickstart", "train", "convert", "evaluate", "private", "gateway", "publish", "study", "python")
 # Pages whose blocks of Python are typed one after the other.
 SESSIONS = ("docs/attention.md",)
-BETWEEN_TWO = ("entropy-gpt private demo", "entropy-gpt private serve")
+BETWEEN_TWO = ("entropy-gpt private demo", "entropy-gpt private serve", "lm_eval run --model local-completions")
 
 SHORT = "max_steps=2 save_steps=2 eval_steps=2 logging_steps=1 validation_tokens=1024 data_cache=cache use_cpu=true"
 SMALL = f"{SHORT} dataset=my_texts n_layer=1 n_head=2 n_embd=32"
@@ -106,7 +112,9 @@ SAID = {
     "lm_eval run": ["local_lambada_openai"],
     "entropy-gpt doctor": ["--require", "Exit status"],
     "entropy-gpt private demo": ["def main(", "in the clear"],
-    "entropy-gpt private serve": ["def main("],
+    "entropy-gpt private serve MODEL": ["def main("],
+    "entropy-gpt private serve model_cards": ["<title>Private model</title>"],
+    "entropy-gpt private certificates": ["certificates/server.key", "--cert certificates/grace.pem"],
     "entropy-gpt private benchmark": ["to be measured", "SM+LN+G"],
     "entropy-gpt private cost": ["exponential", "EReg(SM(t)+"],
     "entropy-gpt export": ["Not linear in the graph: ", "Softmax"],
@@ -230,7 +238,11 @@ class Reader:
         words = " ".join(entries(ADDED, command))
         typed = f"{replace(without_comment(command))} {words}".strip()
         if typed.startswith("entropy-gpt private serve"):
-            return self._serve_and_ask(*typed.splitlines())
+            lines = typed.splitlines()
+            return self._open_page(*lines) if len(lines) > 2 else self._serve_and_ask(*lines)
+        if GATEWAY in typed:
+            with self.gateway() as address:
+                return self.shell(typed.replace(GATEWAY, address))
         if typed.startswith("make "):
             return self.shell(f"make -n {typed.removeprefix('make ')}", ROOT)
         if typed.startswith("bash -n"):
@@ -260,15 +272,33 @@ class Reader:
         return process.stdout
 
     def _serve_and_ask(self, serve: str, ask: str) -> str:
-        command = ["bash", "-c", f"exec {serve}"]
+        with self._listening(serve) as address:
+            return self.shell(ask.replace("ADDRESS", address))
+
+    @contextmanager
+    def _listening(self, command: str) -> Iterator[str]:
+        """A command that listens, and where."""
+        words = ["bash", "-c", f"exec {command.removesuffix(' &')}"]
         options = {"cwd": self.folder, "env": self.environment, "text": True}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as server:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, **options) as process:
             try:
-                line = server.stdout.readline().strip()
+                line = process.stdout.readline().strip()
                 assert line.startswith(LISTENING)
-                return self.shell(ask.replace("ADDRESS", line.removeprefix(LISTENING)))
+                yield line.removeprefix(LISTENING).removeprefix("http://")
             finally:
-                server.kill()
+                process.kill()
+
+    @contextmanager
+    def gateway(self, serve: str = SERVE, gateway: str = OPEN_GATEWAY) -> Iterator[str]:
+        """A private server and a gateway before it, which takes a port that is free; its address."""
+        with self._listening(f"{serve.removesuffix(' &')} --listen 127.0.0.1:0 --max-positions 9999") as self.server:
+            command = gateway.removesuffix(" &").replace(PRIVATE_SERVER, self.server)
+            with self._listening(f"{command} --port 0") as address:
+                yield address
+
+    def _open_page(self, serve: str, gateway: str, look: str) -> str:
+        with self.gateway(serve, gateway) as address:
+            return self.shell(look.replace("xdg-open", "curl --silent --show-error").replace(GATEWAY, address))
 
 
 @pytest.fixture
@@ -312,7 +342,12 @@ def test_code(block, reader, capfd):
     for name, command in MADE_BY.items():
         if name in code:
             reader.enter(command)
-    if GPT2 in code:
+    if GATEWAY in code or PRIVATE_SERVER in code:
+        pytest.importorskip("spu")
+        with reader.gateway() as address:
+            code = code.replace(GATEWAY, address).replace(PRIVATE_SERVER, reader.server)
+            exec(compile(code, block.name, "exec"), {"__name__": "__main__"})
+    elif GPT2 in code:
         (reader.folder / "block.py").write_text(code, encoding="utf-8")
         reader.shell("python block.py")
     else:

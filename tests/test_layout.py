@@ -23,6 +23,7 @@ ROOMS = (
     "entropy_gpt.evaluation.private_inference",
     "entropy_gpt.evaluation.private_inference.costs",
     "entropy_gpt.workflows",
+    "entropy_gpt.gateway",
     "entropy_gpt",
     "entropy_gpt.terminal",
     "entropy_gpt.programs",

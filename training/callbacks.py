@@ -1,12 +1,17 @@
-"""What accompanies the steps of a training run: its duration, and its progress."""
+"""What accompanies the steps of a training run: its duration, its memory, and its progress."""
 
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+
+# What the trainer logs of speed and memory.
+TOKENS_PER_SECOND, PEAK_MEMORY = "tokens_per_second", "peak_memory_mebibytes"
 
 Callback = TypeVar("Callback", bound=TrainerCallback)
 
@@ -14,6 +19,15 @@ Callback = TypeVar("Callback", bound=TrainerCallback)
 def find_callback(trainer: Trainer, kind: type[Callback]) -> Callback:
     """The present callback of a kind: a resumed run may have another than the one it was given."""
     return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
+
+
+def peak_mebibytes(device: torch.device) -> float:
+    """The most memory that this process has had so far, in MiB: of a GPU what tensors took, else of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class Stopwatch(TrainerCallback, ExportableState):
@@ -50,12 +64,13 @@ class StepObserver(TrainerCallback):
 
     Args:
         on_step: Called with the number of finished steps and that of all, at the beginning and after each step.
-        on_loss: Called with the mean training loss since the last call, whenever the trainer logs it.
+        say: Called with the mean training loss and the tokens a second since the last call, in words, whenever the
+            trainer logs them.
     """
 
-    def __init__(self, on_step: Callable[[int, int], None], on_loss: Callable[[float], None]):
+    def __init__(self, on_step: Callable[[int, int], None], say: Callable[[str], None]):
         self.notify_step = on_step
-        self.notify_loss = on_loss
+        self.say = say
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.notify_step(state.global_step, state.max_steps)
@@ -65,4 +80,4 @@ class StepObserver(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.notify_loss(logs["loss"])
+            self.say(f"loss {logs['loss']:.3f}, {logs[TOKENS_PER_SECOND]:,.0f} tokens/s")

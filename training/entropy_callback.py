@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from modeling_entropy_gpt.layers import LEARNED_SCALARS, LearnedScalar, gather
 
+from .callbacks import PEAK_MEMORY, TOKENS_PER_SECOND
 from .divergence import base_model
 from .run_log import RunLogWriter
 
@@ -72,9 +73,12 @@ class EntropyCallback(TrainerCallback):
             action = "stop" if control.should_training_stop else "rollback"
             self._log.write("divergence", state.global_step + 1, text=logs["divergence"], action=action)
             return
-        self._log.write(
-            "log", state.global_step, **{name: value for name, value in logs.items() if not name.endswith(SPEEDS)}
-        )
+        # Apart, since a run that is repeated is as before but for its speed.
+        speed = {name: logs[name] for name in (TOKENS_PER_SECOND, PEAK_MEMORY) if name in logs}
+        others = {name: value for name, value in logs.items() if name not in speed and not name.endswith(SPEEDS)}
+        self._log.write("log", state.global_step, **others)
+        if speed:
+            self._log.write("speed", state.global_step, **speed)
 
     def on_train_end(self, args, state, control, **kwargs):
         for writer in (self._log, self._board):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from modeling_entropy_gpt.layers import LEARNED_SCALARS
 
 from .arguments import EntropyTrainingArguments
-from .callbacks import find_callback
+from .callbacks import PEAK_MEMORY, TOKENS_PER_SECOND, find_callback, peak_mebibytes
 from .checkpoints import STAGING, seal
 from .divergence import MOST_ROLLBACKS, DivergenceGuard, base_model, find_first_bad_layer
 from .files import delete, give_usual_mode
@@ -47,7 +48,7 @@ class EntropyTrainer(ModelLoss, Trainer):
     - no weight decay on temperatures, thresholds, residual scales and gains, nor on norms of any kind, and multiples
       of the learning rate for them;
     - `cross_entropy_loss`, `entropy_loss` and `penalized_share` in the logs, means over the steps since the last log
-      and over all ranks;
+      and over all ranks, with the tokens a second of all ranks and the peak memory of this one;
     - labels that `label_smoothing_factor` smooths in the model's own loss, together with the penalty ([`ModelLoss`]);
     - a [`DivergenceGuard`], which stops a run whose loss is not finite or explodes, or takes it back to the last
       checkpoint's state (or the run's beginning) at half the learning rate, and reports where it began;
@@ -134,6 +135,7 @@ class EntropyTrainer(ModelLoss, Trainer):
         self._good_state: dict | None = None
         self._step_sums: dict[str, torch.Tensor] = {}
         self._logged_sums: dict[str, torch.Tensor] = {}
+        self._tokens, self._counted_from = 0, time.perf_counter()
         self._logged_steps = 0
         self._step_is_void = False
 
@@ -145,6 +147,7 @@ class EntropyTrainer(ModelLoss, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         if model.training:
+            self._tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
             share = 1.0 if num_items_in_batch is not None else 1 / self.current_gradient_accumulation_steps
             for name in LOGGED:
                 if (value := outputs.get(name)) is not None:
@@ -187,6 +190,9 @@ class EntropyTrainer(ModelLoss, Trainer):
         if "loss" in logs and self._logged_steps:
             logs |= {name: value.item() / self._logged_steps for name, value in self._logged_sums.items()}
             self._logged_sums, self._logged_steps = {}, 0
+            logs[TOKENS_PER_SECOND] = self._tokens / (time.perf_counter() - self._counted_from)
+            logs[PEAK_MEMORY] = peak_mebibytes(self.args.device)
+        self._tokens, self._counted_from = 0, time.perf_counter()  # evaluations, which log too, are left out
         if "eval_loss" in logs and self.is_language_model:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         super().log(logs, start_time)

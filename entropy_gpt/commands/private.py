@@ -159,10 +159,25 @@ def serve(
     ] = 14_400,
     prepared: PreparedFolder = None,
     prepared_mb: Annotated[int, typer.Option(min=1, help="The most MB that preparations may take.")] = 4000,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Clients that are answered at once; each takes an engine with all weights.")
+    ] = 1,
+    longest_line: Annotated[
+        int,
+        typer.Option("--max-waiting", min=0, help="Clients that may wait; further ones are refused."),
+    ] = 16,
+    drain_seconds: Annotated[
+        int, typer.Option(min=0, help="For how long answers that have begun may go on after SIGTERM.")
+    ] = 10,
+    json_log: Annotated[bool, typer.Option("--json-log", help="Write lines about clients as JSON.")] = False,
+    health_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Say at this port of the same host, by HTTP, whether the server lives."),
+    ] = None,
     timeout: Timeout = 600,
 ):
     """
-    Hold the weights, and answer one client after another.
+    Hold the weights, and answer clients, as many at once as there are workers. Others wait, and know their place.
 
     A client is known by its certificate, or without TLS by its address.
 
@@ -191,6 +206,11 @@ def serve(
         limits=(longest, requests, positions, seconds),
         prepared=prepared,
         prepared_mb=prepared_mb,
+        workers=workers,
+        longest_line=longest_line,
+        drain_seconds=drain_seconds,
+        json_log=json_log,
+        health_port=health_port,
         timeout=timeout,
     )
 

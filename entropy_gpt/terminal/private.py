@@ -1,5 +1,6 @@
 """Serves, asks and demonstrates private inference, and prints answers with their costs."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from rich.markup import escape
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.folding import list_absorbable_ffns
 from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, clean
+from entropy_gpt.evaluation.private_inference.parties.health import Health
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
+from entropy_gpt.evaluation.private_inference.parties.two_party import Server
 from entropy_gpt.evaluation.private_inference.program.cost import (
     LAN,
     MEGA,
@@ -29,8 +32,9 @@ from entropy_gpt.evaluation.private_inference.program.settings import TRUST
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.results import save_results
 from entropy_gpt.training.files import written_whole
-from entropy_gpt.workflows import private
-from entropy_gpt.workflows.private import PrivateAnswer, describe_cost, open_server
+from entropy_gpt.workflows import private, private_client
+from entropy_gpt.workflows.private import describe_cost, open_server
+from entropy_gpt.workflows.private_client import PrivateAnswer
 
 from .progress import progress_display
 from .tables import make_table
@@ -46,6 +50,9 @@ def serve(
     listen: str,
     certificates: tuple[Path | None, Path | None, Path | None],
     limits: tuple[int, int, int, int],
+    *,
+    drain_seconds: int,
+    health_port: int | None,
     **options,
 ):
     """
@@ -56,6 +63,8 @@ def serve(
         listen (`str`): `HOST:PORT`.
         certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
         limits (`tuple[int]`): The fields of [`Limits`].
+        drain_seconds (`int`): For which answers that have begun may go on after SIGTERM.
+        health_port (`int`, *optional*): Where the server's state can be asked for, on the same host.
         options: Further arguments of [`open_server`].
 
     Raises:
@@ -81,11 +90,24 @@ def serve(
         names = ", ".join(map(str, layers))
         _print_line(f"FFNs of layers {names} can't be absorbed: they stretch or shrink the stream too far")
     try:
-        server.serve_forever()
+        with contextlib.ExitStack() as stack:
+            if health_port is not None:
+                health = stack.enter_context(contextlib.closing(Health(host, health_port, server.state)))
+                _print_line(f"health: port {health.address[1]}")
+            _serve_until_terminated(server, drain_seconds)
     except KeyboardInterrupt:
         _print_line("stopped")
     finally:
         server.close()
+
+
+def _serve_until_terminated(server: Server, drain_seconds: int):
+    """The handler of SIGTERM raises `SystemExit`; a second one, or an interrupt, ends the waiting too."""
+    try:
+        server.serve_forever()
+    except SystemExit:
+        server.drain(drain_seconds)
+        raise
 
 
 def ask(
@@ -107,14 +129,14 @@ def ask(
         certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
         networks (`list[str]`): Networks to estimate seconds for; LAN and WAN if there are none.
         output (`Path`, *optional*): The file for the cost.
-        options: Further arguments of [`~entropy_gpt.workflows.private.ask`].
+        options: Further arguments of [`~entropy_gpt.workflows.private_client.ask`].
 
     Raises:
         `UserError`: If the server does not answer, or a value can't be used.
     """
     shown, tls, prompt = read_networks(networks), read_certificates(certificates), read_prompt(prompt, prompt_file)
     with progress_display(console) as progress:
-        answer = private.ask(prompt, address, tls=tls, progress=progress, **options)
+        answer = private_client.ask(prompt, address, tls=tls, progress=progress, **options)
     print_answer(prompt, answer)
     _print_cost(answer, shown)
     _save(answer, output)
@@ -127,13 +149,13 @@ def prepare(address: str, certificates: tuple[Path | None, Path | None, Path | N
     Args:
         address (`str`): `HOST:PORT` of the server.
         certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
-        options: Further arguments of [`~entropy_gpt.workflows.private.prepare`].
+        options: Further arguments of [`~entropy_gpt.workflows.private_client.prepare`].
 
     Raises:
         `UserError`: If the server does not answer or keeps none, or a value can't be used.
     """
     with progress_display(console) as progress:
-        made = private.prepare(address, tls=read_certificates(certificates), progress=progress, **options)
+        made = private_client.prepare(address, tls=read_certificates(certificates), progress=progress, **options)
     for number, steps in enumerate(made, start=1):
         megabytes, seconds = sum(step.total_bytes for step in steps) / MEGA, sum(step.seconds for step in steps)
         _print_line(f"preparation {number}: {megabytes:,.1f} MB, {seconds:,.1f} s")

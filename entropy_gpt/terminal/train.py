@@ -8,12 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from entropy_gpt.training.estimate import estimate
 from entropy_gpt.training.recipe import describe_setting, group_settings
 from entropy_gpt.training.recipe_file import RECIPES, list_recipes
 from entropy_gpt.workflows.train import PlannedRun, TrainedRun, perform, prepare
 
 from . import plot
-from .progress import progress_display
+from .progress import format_seconds, progress_display
 from .tables import make_table
 
 
@@ -69,6 +70,7 @@ def run(source: str, overrides: dict[str, Any], dry_run: bool):
     console = Console(quiet=not planned.recipe.training.should_save)  # one of several processes speaks
     _show_plan(planned, console)
     if dry_run:
+        _show_estimate(planned, console)
         return
     with progress_display(console) as progress:
         trained = perform(planned, progress)
@@ -96,6 +98,30 @@ def _show_plan(planned: PlannedRun, console: Console):
         rows["adapters"] = f"rank {recipe.lora.lora_r} on {', '.join(recipe.lora.lora_target_modules)}"
     for name, value in rows.items():
         console.print(f"{name:14}{value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_estimate(planned: PlannedRun, console: Console):
+    """Memory, hours and what is written, and how that is known."""
+    training, found = planned.recipe.training, estimate(planned.recipe, planned.start)
+    speed = f"at {found.speed / 1e9:,.0f} billion operations a second (a probe)"
+    time = f"at least {format_seconds(found.seconds)} of matrix products, {speed}"
+    if found.seconds is None:
+        time = f"not known before the text is read: it sets the number of steps; matrix products {speed}"
+    kept = f", the last {training.save_total_limit} kept" if training.save_total_limit else ""
+    written = f"the model, {_gigabytes(found.model)}; log and pictures"
+    if training.save_strategy != "no":
+        written = f"checkpoints of {_gigabytes(found.checkpoint)}{kept}; {written}"
+    rows = {
+        "memory": f"about {_gigabytes(found.memory)} a process (an estimate: weights, gradients, AdamW, activations)",
+        "time": time,
+        "writes": written,
+    }
+    for name, value in rows.items():
+        console.print(f"{name:14}{value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
 
 
 def _show_result(trained: TrainedRun, console: Console):

@@ -42,6 +42,7 @@ Head = Annotated[tuple[int, int] | None, BeforeValidator(_read_head)]
 OPTIONS_OF_OTHER_NAMES = {
     **{"settings": "--set", "shard_size": "--max-shard-size", "licence": "--license", "cached": "--cache"},
     **{"length": "--seq", "networks": "--network", "new_tokens": "--max-new-tokens", "whole": "--full"},
+    **{"longest_line": "--max-waiting", "names": "--name", "clients": "--client"},
 }
 
 

@@ -1,88 +1,63 @@
-"""Private inference: a server with the weights, a client with the prompt, and a demonstration of both."""
+"""Private inference: a server with the weights, and a demonstration of it with a client."""
 
 import contextlib
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from pydantic.dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
-from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY, serve_on_loopback
-from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, check_plain_allowed, parse_address
+from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, parse_address
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
+from entropy_gpt.evaluation.private_inference.parties.turns import Turns
 from entropy_gpt.evaluation.private_inference.parties.two_party import MOST_PREPARED_BYTES, Client, Offer, Server
-from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost, StepCost
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import (
-    FRACTION_BITS,
     MOST_WINDOWS,
-    audit,
-    choose_sequences,
+    bound,
     tolerated_error,
 )
-from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.measurement import describe_model
 from entropy_gpt.evaluation.records.results import AnswerCheck, ModelResult
 from entropy_gpt.training.library_bars import library_bars_hidden
 from entropy_gpt.training.model_tokenizer import hash_vocabulary, load_model_tokenizer
-from entropy_gpt.training.progress import SILENT, Progress, Stage
-from entropy_gpt.training.tokenizer import load_tokenizer
+from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .options import check_positive, read_options, with_argument_names
+from .options import check_positive, with_argument_names
+from .private_client import (
+    DEFAULT_TIMEOUT,
+    PrivateAnswer,
+    answer_prompt,
+    check_connection,
+    read_settings,
+    show_event,
+    tokenize,
+)
 
 
-DEFAULT_ADDRESS, DEFAULT_TIMEOUT, DEFAULT_LIMITS = "127.0.0.1:9000", 600, Limits()
+DEFAULT_ADDRESS, DEFAULT_LIMITS = "127.0.0.1:9000", Limits()
+DEFAULT_LINE = 16
 DEFAULT_FRACTION_BITS = PrivateSettings().fraction_bits
 DEFAULT_PREPARED_MB = round(MOST_PREPARED_BYTES / MEGA)
 # Characters of a text that are read for a token of the audit.
 CHARACTERS_A_TOKEN = 16
-
-
-@dataclass(config=RECORD)
-class PrivateAnswer(StoredRecord):
-    """
-    The client's answer as text, with its check and its cost.
-
-    Args:
-        text (`str`): The continuation of the prompt.
-        check ([`AnswerCheck`], *optional*): How it compares with the model in the clear, if that is at hand.
-        seconds (`float`): Wall-clock time, including compilation and set-up.
-        cost ([`InferenceCost`]): The cost by the client's count.
-        repeats (`int`): How many tokens were out of range and computed again.
-    """
-
-    KIND = "a private answer"
-    SCHEMA_VERSION = 5
-
-    text: str
-    check: AnswerCheck | None
-    seconds: float
-    cost: InferenceCost
-    repeats: int = 0
-
-    @classmethod
-    def migrate(cls, content: dict, version: int) -> dict | None:
-        """Version 3 had no `repeats`, and 4 no `before` of its cost."""
-        return content if version in (3, 4) else None
 
 
 @with_argument_names
@@ -99,6 +74,9 @@ def open_server(
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    workers: int = 1,
+    longest_line: int = DEFAULT_LINE,
+    json_log: bool = False,
     prepared: str | Path | None = None,
     prepared_mb: int = DEFAULT_PREPARED_MB,
     timeout: int = DEFAULT_TIMEOUT,
@@ -120,6 +98,9 @@ def open_server(
         text (`str` or `Path`, *optional*): A file with text that the audit looks at too.
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         limits ([`Limits`]): What each client may ask for, by its certificate, or without TLS by its address.
+        workers (`int`): Clients that are answered at once. Each has an engine with a copy of the weights.
+        longest_line (`int`): Clients that may wait for that.
+        json_log (`bool`): Whether the lines about clients are JSON.
         prepared (`str` or `Path`, *optional*): Folder for its halves of preparations. Without it there are none.
         prepared_mb (`int`): MB that these may take.
         timeout (`int`): Seconds without any event after which an inference ends.
@@ -149,140 +130,15 @@ def open_server(
         max_seconds=limits.seconds,
         prepared_mb=prepared_mb,
         timeout=timeout,
+        workers=workers,
     )
-    settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
+    settings = read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
     host, port = parse_address(listen)
-    _check_connection(host, tls, insecure, settings)
+    check_connection(host, tls, insecure, settings)
     offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
-    check_memory(weight_shapes(offer.config).values())
-    folder = prepared and expanded(prepared)
-    return Server(offer, host, port, tls, timeout, limits, report, folder, round(prepared_mb * MEGA))
-
-
-@with_argument_names
-def ask(
-    prompt: str,
-    address: str,
-    *,
-    tokenizer: str | Path,
-    tls: TLSFiles | None = None,
-    insecure: bool = False,
-    new_tokens: int = 1,
-    protocol: str = "cheetah",
-    prepared: str | Path | None = None,
-    require_prepared: bool = False,
-    timeout: int = DEFAULT_TIMEOUT,
-    progress: Progress = SILENT,
-) -> PrivateAnswer:
-    """
-    Asks a server to continue a prompt, always with the most likely token. The prompt stays on this machine.
-
-    Args:
-        prompt (`str`): The prompt.
-        address (`str`): `HOST:PORT` of the server.
-        tokenizer (`str` or `Path`): The server's tokenizer: a folder, or a repository on the Hub.
-        tls ([`TLSFiles`], *optional*): This side's certificate and key. Required beyond the loopback.
-        insecure (`bool`): Allow plain TCP beyond the loopback.
-        new_tokens (`int`): Tokens of the answer; their number is public.
-        protocol (`str`): The only protocol that the client accepts.
-        prepared (`str` or `Path`, *optional*): Folder of [`prepare`]; the smallest preparation that fits is used up.
-        require_prepared (`bool`): Whether to fail if none fits.
-        timeout (`int`): Seconds without any event after which the client gives up.
-        progress (`Progress`): Receives one stage, with a unit for each step.
-
-    Raises:
-        `UserError`: If the server does not answer, or a value can't be used.
-
-    Example:
-
-    ```python
-    from entropy_gpt.workflows.private import ask
-
-    answer = ask("def main(", "127.0.0.1:9000", tokenizer="runs/proposal/model", new_tokens=3)
-    print(answer.text, answer.cost.total_bytes)
-    ```
-    """
-    check_engine()
-    check_positive(max_new_tokens=new_tokens, timeout=timeout)
-    if require_prepared and prepared is None:
-        raise UserError("--require-prepared needs the folder of preparations: give --prepared DIR.")
-    with _connect(address, tokenizer, tls, insecure, protocol, prepared, timeout) as (client, words, host):
-        tokens = _tokenize(prompt, words)
-        found = client.find_preparation(len(tokens), new_tokens)
-        if require_prepared and found is None:
-            raise UserError(
-                f"no preparation in {prepared} fits {len(tokens)} tokens and {new_tokens} new ones of this server: "
-                "make one (entropy-gpt private prepare)."
-            )
-        _, answer = _ask(client, words, tokens, new_tokens, f"TCP to {host}", progress, found)
-    return answer
-
-
-@with_argument_names
-def prepare(
-    address: str,
-    *,
-    tokenizer: str | Path,
-    prepared: str | Path,
-    tokens: int = 128,
-    new_tokens: int = 1,
-    count: int = 1,
-    tls: TLSFiles | None = None,
-    insecure: bool = False,
-    timeout: int = DEFAULT_TIMEOUT,
-    progress: Progress = SILENT,
-) -> list[list[StepCost]]:
-    """
-    Does with a server all of later answers that needs no prompt. Each serves one prompt and answer, these long or
-    shorter. What is whole stays if it is interrupted.
-
-    Args:
-        address (`str`): `HOST:PORT` of the server.
-        tokenizer (`str` or `Path`): The server's tokenizer: a folder, or a repository on the Hub.
-        prepared (`str` or `Path`): Folder for this side's halves.
-        tokens (`int`): Tokens of the prompt, at most.
-        new_tokens (`int`): Tokens of the answer, at most.
-        count (`int`): How many to make.
-        tls, insecure, timeout: As of [`ask`].
-        progress (`Progress`): Receives one stage for each, with a unit for each step.
-
-    Returns:
-        `list[list[StepCost]]`: What each took.
-
-    Raises:
-        `UserError`: If the server does not answer or keeps no preparations, or a value can't be used.
-    """
-    check_engine()
-    check_positive(tokens=tokens, max_new_tokens=new_tokens, count=count, timeout=timeout)
-    made = []
-    with _connect(address, tokenizer, tls, insecure, "cheetah", prepared, timeout) as (client, _, _):
-        if client.terms.store is None:
-            raise UserError("this server keeps no preparations: it has to be run with serve --prepared.")
-        for number in range(count):
-            with progress.stage(f"preparing {number + 1} of {count}") as line:
-                line.say("both sides compile the program")
-                outcome = client.prepare(tokens, new_tokens, on_event=lambda event, line=line: show_event(event, line))
-            made.append(outcome.steps)
-    return made
-
-
-@contextlib.contextmanager
-def _connect(
-    address: str,
-    tokenizer: str | Path,
-    tls: TLSFiles | None,
-    insecure: bool,
-    protocol: str,
-    prepared: str | Path | None,
-    timeout: int,
-) -> Iterator[tuple[Client, PreTrainedTokenizerFast, str]]:
-    """A client of the server at an address, with its tokenizer and the host."""
-    host, port = parse_address(address)
-    _check_connection(host, tls, insecure, _read_settings(protocol=protocol))
-    words = load_tokenizer(expanded(tokenizer))
-    with contextlib.closing(Client(host, port, tls, timeout, protocol, prepared and expanded(prepared))) as client:
-        client.check_tokenizer(hash_vocabulary(words, client.terms.config.vocab_size))
-        yield client, words, host
+    check_memory([*weight_shapes(offer.config).values()] * workers)
+    turns, folder = Turns(workers, longest_line), prepared and expanded(prepared)
+    return Server(offer, host, port, tls, timeout, limits, report, turns, json_log, folder, round(prepared_mb * MEGA))
 
 
 @with_argument_names
@@ -331,21 +187,20 @@ def demonstrate(
     """
     check_engine()
     check_positive(max_new_tokens=new_tokens, timeout=timeout)
-    settings = _read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
+    settings = read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
     offer, clear, words = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
-    tokens = _tokenize(prompt, words)
+    tokens = tokenize(prompt, words)
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
     with (
         tempfile.TemporaryDirectory() as folder,
         serve_on_loopback(offer, timeout, Path(folder)) as address,
         contextlib.closing(Client(*address, None, timeout, protocol, Path(folder))) as client,
     ):
-        name = None
         if prepared:
             with progress.stage("preparing") as line:
                 line.say("both sides compile the program")
-                name = client.prepare(len(tokens), new_tokens, 1, lambda event: show_event(event, line)).prepared
-        outcome, found = _ask(client, words, tokens, new_tokens, NETWORKS[TWO_PARTY], progress, name)
+                client.prepare(len(tokens), new_tokens, on_event=lambda event: show_event(event, line))
+        outcome, found = answer_prompt(client, words, tokens, new_tokens, NETWORKS[TWO_PARTY], progress)
     found.check = _compare(clear, tokens, outcome)
     return found
 
@@ -360,25 +215,6 @@ def describe_cost(model: str | Path, answer: PrivateAnswer) -> ModelResult:
     windows = Windows(context, context, separate=False, bos=False)
     result = describe_model(loaded, *short_names([model]), windows)
     return replace(result, costs=[as_private_cost(answer.cost, answer.check)])
-
-
-def _read_settings(**settings: str | int) -> PrivateSettings:
-    """Settings for two parties; other protocols run only in one process."""
-    read = read_options(PrivateSettings, **settings)
-    if read.fraction_bits not in FRACTION_BITS:
-        raise UserError(
-            f"--fraction-bits {read.fraction_bits} is not from {FRACTION_BITS[0]} to {FRACTION_BITS[-1]}: fewer leave "
-            "no precision, and more no room before the point."
-        )
-    if PARTIES[read.protocol] != 2:
-        two = " or ".join(name for name, parties in PARTIES.items() if parties == 2)
-        raise UserError(f"--protocol {read.protocol} is not for two parties: give {two}.")
-    return read
-
-
-def _check_connection(host: str, tls: TLSFiles | None, insecure: bool, settings: PrivateSettings):
-    if tls is None:
-        check_plain_allowed(host, insecure, settings)
 
 
 def _make_offer(
@@ -396,13 +232,10 @@ def _make_offer(
     audited_text = _read_audited_text(expanded(text), words, model.config.n_positions) if text else []
     with progress.stage("checking the range of its numbers"):
         config, weights = prepare_weights(model)
-        audited = audit(config, weights, settings, choose_sequences(config, weights, audited_text))
-    if audited.problems:
-        raise PrivateInferenceError(f"{source} does not fit the ring: {audited.problems[0]}")
+        weights, audited = bound(config, weights, settings, audited_text)
     for line in audited.warnings:
         report(line)
-    vocabulary = hash_vocabulary(words, config.vocab_size)
-    offer = Offer(config, weights | audited.bounds, model.config.notation, settings, vocabulary)
+    offer = Offer(config, weights, model.config.notation, settings, hash_vocabulary(words, config.vocab_size))
     return offer, model, words
 
 
@@ -415,42 +248,6 @@ def _read_audited_text(path: Path, words: PreTrainedTokenizerFast, n_positions: 
     except OSError as error:
         raise UserError(f"--text {path} can't be read: {error.strerror}.") from error
     return words(text)["input_ids"][:tokens]
-
-
-def _tokenize(prompt: str, words: PreTrainedTokenizerFast) -> list[int]:
-    tokens = words(prompt)["input_ids"]
-    if not tokens:
-        raise PrivateInferenceError("the prompt is empty: give some text.")
-    return tokens
-
-
-def _ask(
-    client: Client,
-    words: PreTrainedTokenizerFast,
-    tokens: list[int],
-    new_tokens: int,
-    network: str,
-    progress: Progress,
-    preparation: str | None,
-) -> tuple[Outcome, PrivateAnswer]:
-    started = time.perf_counter()
-    with progress.stage("answering privately") as line:
-        line.say("both sides compile the program")
-        outcome = client.ask(tokens, new_tokens, 1, lambda event: show_event(event, line), preparation)
-    seconds = time.perf_counter() - started
-    cost = outcome.cost(client.terms, len(tokens), new_tokens, network)
-    text, repeats = words.decode(outcome.tokens), outcome.repeats.total()
-    return outcome, PrivateAnswer(text=text, check=None, seconds=seconds, cost=cost, repeats=repeats)
-
-
-def show_event(event: dict[str, Any], line: Stage):
-    """Reports an event of [`Client.ask`] to a stage: the number of steps, and each step with its layer."""
-    if event["event"] == "program":
-        line.reach(0, event["steps"])
-    elif event["event"] == "step":
-        layer = "" if event["cost"]["layer"] is None else f"layer {event['cost']['layer']}, "
-        line.say(layer + event["cost"]["operation"])
-        line.advance()
 
 
 @torch.no_grad()

@@ -223,7 +223,7 @@ def _train(planned: PlannedRun, progress: Progress) -> tuple[EntropyTrainer, Pre
         model = attach_lora(model, recipe.lora, _find_base(recipe, start))
     training.prediction_loss_only = True
     with progress.stage(f"training {start.config.notation}") as line:
-        observer = StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))
+        observer = StepObserver(line.reach, line.say)
         try:
             trainer = EntropyTrainer(
                 model=model,

@@ -3,6 +3,8 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass as plain_dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,9 +25,9 @@ from .program.program import (
     build_steps,
     find_out_of_range,
     run_steps,
+    scores_name,
     sum_alternating,
     sum_neighbours,
-    sums_name,
 )
 from .program.settings import RING_BITS, PrivateSettings
 from .program.variables import client_input, input_shape
@@ -34,6 +36,10 @@ from .program.variables import client_input, input_shape
 # Errors of single numbers: from the smallest to the largest that an engine was seen to make by itself.
 SMALLEST_ERROR, LARGEST_ERROR = 64, 14603
 LARGE_ERROR = 2.0**28
+# Errors of single numbers by powers of 2 of last bits.
+SHIFTED_BITS = range(4, 41)
+# There are more subtle corruptions: each has one run for this many of a gross one.
+SUBTLE_SHARE = 10
 # Honest runs at once.
 BATCH = 64
 
@@ -41,12 +47,12 @@ BATCH = 64
 @dataclass(config=RECORD)
 class Detection:
     """
-    What became of runs whose residual stream was corrupted after a block.
+    What became of runs that were corrupted in a block.
 
     Args:
         notation (`str`): The architecture.
         corruption (`str`): One of `CORRUPTIONS`.
-        block (`int`): After which the stream was corrupted.
+        block (`int`): Where.
         runs (`int`): Corrupted runs.
         returned (`int`): Those that the check let pass.
         other_logits (`int`): Runs among these with a logit further off than is tolerated.
@@ -69,46 +75,103 @@ class FalseAlarms:
 
     Args:
         notation (`str`): The architecture.
+        length (`int`): Tokens of each.
         runs (`int`): Honest runs.
         stopped (`int`): Those that the check stopped.
         nearest (`float`): The largest sum in any of them, as a share of its bound.
     """
 
     notation: str
+    length: int
     runs: int
     stopped: int
     nearest: float
 
 
-def corrupt_all(ops: FixedPointArithmetic, hidden: np.ndarray, random: np.random.Generator):
-    hidden[:] = _uniform(ops, random, hidden.shape)
+def make_all_uniform(ops: FixedPointArithmetic, tensor: np.ndarray, random: np.random.Generator):
+    tensor[:] = _uniform(ops, random, tensor.shape)
 
 
-def corrupt_one(ops: FixedPointArithmetic, hidden: np.ndarray, random: np.random.Generator):
-    hidden[_choose(random, hidden)] = _uniform(ops, random, ())
+def make_one_uniform(ops: FixedPointArithmetic, tensor: np.ndarray, random: np.random.Generator):
+    tensor[_choose(random, tensor)] = _uniform(ops, random, ())
 
 
-def shift_column(ops: FixedPointArithmetic, hidden: np.ndarray, random: np.random.Generator):
-    hidden[:, random.integers(hidden.shape[1])] += LARGE_ERROR
+def shift_column(ops: FixedPointArithmetic, tensor: np.ndarray, random: np.random.Generator):
+    tensor[..., random.integers(tensor.shape[-1])] += LARGE_ERROR
 
 
-def shift_column_in_last_bits(ops: FixedPointArithmetic, hidden: np.ndarray, random: np.random.Generator):
-    hidden[:, random.integers(hidden.shape[1])] += LARGE_ERROR / 2.0**ops.settings.fraction_bits
+def shift_column_in_last_bits(ops: FixedPointArithmetic, tensor: np.ndarray, random: np.random.Generator):
+    tensor[..., random.integers(tensor.shape[-1])] += LARGE_ERROR / 2.0**ops.settings.fraction_bits
 
 
-def shift_one(ops: FixedPointArithmetic, hidden: np.ndarray, random: np.random.Generator):
+def shift_one(ops: FixedPointArithmetic, tensor: np.ndarray, random: np.random.Generator):
     """By an error of any order of magnitude, up or down."""
     size = np.exp(random.uniform(np.log(SMALLEST_ERROR), np.log(LARGEST_ERROR)))
-    hidden[_choose(random, hidden)] += ops.encode(random.choice([-1, 1]) * size)
+    tensor[_choose(random, tensor)] += ops.encode(random.choice([-1, 1]) * size)
 
 
-# What is done to the numbers `(length, width)` after a block.
-CORRUPTIONS: dict[str, Callable] = {
-    "all numbers uniform": corrupt_all,
-    "one number uniform": corrupt_one,
-    "one column off by 2^28": shift_column,
-    "one column off by 2^28 last bits": shift_column_in_last_bits,
-    f"one number off by {SMALLEST_ERROR} to {LARGEST_ERROR:,}": shift_one,
+def shift_one_by(ops: FixedPointArithmetic, tensor: np.ndarray, random: np.random.Generator, bit: int):
+    """By one power of 2 of last bits, up or down."""
+    tensor[_choose(random, tensor)] += random.choice([-1, 1]) * 2.0 ** (bit - ops.settings.fraction_bits)
+
+
+def scale_row(ops: FixedPointArithmetic, tensor: np.ndarray, random: np.random.Generator, factor: float):
+    row = _choose(random, tensor)[:-1]
+    tensor[row] = ops.scale(tensor[row], factor)
+
+
+def flip_row(ops: FixedPointArithmetic, tensor: np.ndarray, random: np.random.Generator):
+    tensor[_choose(random, tensor)[:-1]] *= -1
+
+
+def flip_one(ops: FixedPointArithmetic, tensor: np.ndarray, random: np.random.Generator):
+    tensor[_choose(random, tensor)] *= -1
+
+
+def exchange_two(ops: FixedPointArithmetic, tensor: np.ndarray, random: np.random.Generator):
+    one, other = _choose(random, tensor), _choose(random, tensor)
+    tensor[one], tensor[other] = tensor[other], tensor[one]
+
+
+@plain_dataclass(frozen=True)
+class Corruption:
+    """
+    What is done to a tensor of a block.
+
+    Args:
+        variable (`str`): "hidden", the stream `(length, width)` after the block; "keys" or "values" of its heads; or
+            "visible", its scores.
+        function (`Callable`): Changes the tensor in place.
+        is_gross (`bool`): Whether all of it has to be found: what leaves a plausible answer can't be.
+    """
+
+    variable: str
+    function: Callable
+    is_gross: bool
+
+
+# In which a block computes what can be corrupted.
+ORDER = ("keys", "values", "visible", "hidden")
+ERROR = f"off by {SMALLEST_ERROR} to {LARGEST_ERROR:,}"
+SHIFT = "one number off by 2^{bit} last bits"
+CORRUPTIONS: dict[str, Corruption] = {
+    "all numbers uniform": Corruption("hidden", make_all_uniform, True),
+    "one number uniform": Corruption("hidden", make_one_uniform, True),
+    "one column off by 2^28": Corruption("hidden", shift_column, True),
+    "one column off by 2^28 last bits": Corruption("hidden", shift_column_in_last_bits, True),
+    f"one number {ERROR}": Corruption("hidden", shift_one, True),
+    "one row times 2^10": Corruption("hidden", partial(scale_row, factor=2.0**10), True),
+    "all values uniform": Corruption("values", make_all_uniform, True),
+    "all keys uniform": Corruption("keys", make_all_uniform, True),
+    "all scores uniform": Corruption("visible", make_all_uniform, True),
+    f"one value {ERROR}": Corruption("values", shift_one, False),
+    f"one key {ERROR}": Corruption("keys", shift_one, False),
+    f"one score {ERROR}": Corruption("visible", shift_one, False),
+    "one row times 2": Corruption("hidden", partial(scale_row, factor=2.0), False),
+    "signs of one row flipped": Corruption("hidden", flip_row, False),
+    "sign of one number flipped": Corruption("hidden", flip_one, False),
+    "two numbers exchanged": Corruption("hidden", exchange_two, False),
+    **{SHIFT.format(bit=bit): Corruption("hidden", partial(shift_one_by, bit=bit), False) for bit in SHIFTED_BITS},
 }
 
 
@@ -118,8 +181,8 @@ def _uniform(ops: FixedPointArithmetic, random: np.random.Generator, shape: tupl
     return random.integers(-half, half, shape).astype(np.float64) / 2.0**ops.settings.fraction_bits
 
 
-def _choose(random: np.random.Generator, hidden: np.ndarray) -> tuple[int, int]:
-    return tuple(random.integers(size) for size in hidden.shape)
+def _choose(random: np.random.Generator, tensor: np.ndarray) -> tuple[int, ...]:
+    return tuple(random.integers(size) for size in tensor.shape)
 
 
 def measure_detection(
@@ -133,13 +196,13 @@ def measure_detection(
     seed: int = 0,
 ) -> Iterator[Detection]:
     """
-    Corrupts runs in the emulated ring, by each of `CORRUPTIONS` after each block.
+    Corrupts runs in the emulated ring, by each of `CORRUPTIONS` in each block.
 
     Args:
         notation (`str`): The architecture.
         config ([`EntropyGPTConfig`]), weights (`dict`): Those of [`prepare_weights`], with the audit's bounds.
         prompts (`Sequence[np.ndarray]`): Tokens, taken in turns, as many in each.
-        runs (`int`): Runs of each corruption after each block.
+        runs (`int`): Runs of each corruption in each block.
         tolerated (`float`): An error of a logit that nobody would notice.
         settings ([`PrivateSettings`], *optional*): The defaults without.
         seed (`int`): Seed of what is corrupted, and of the ring's truncations.
@@ -150,20 +213,30 @@ def measure_detection(
     honest = [run_steps(steps, ops, begun)[LOGITS] for begun in variables]
     done = 0
     for block in range(config.n_layer):
-        begin, done = done, 1 + max(index for index, step in enumerate(steps) if step.layer == block)
-        variables = [run_steps(steps[begin:done], ops, begun) for begun in variables]
-        for name, corrupt in CORRUPTIONS.items():
-            detection = Detection(notation, name, block, runs, 0, 0, 0)
-            for run in range(runs):
+        for name, corruption in sorted(CORRUPTIONS.items(), key=lambda item: ORDER.index(item[1].variable)):
+            variable, end = _find(corruption.variable, steps, block)
+            if end > done:
+                variables = [run_steps(steps[done:end], ops, begun) for begun in variables]
+                done = end
+            chosen = runs if corruption.is_gross else max(1, runs // SUBTLE_SHARE)
+            detection = Detection(notation, name, block, chosen, 0, 0, 0)
+            for run in range(chosen):
                 turn = run % len(prompts)
-                hidden = variables[turn]["hidden"].copy()
-                corrupt(ops, hidden, random)
-                logits = _finish(steps[done:], ops, variables[turn] | {"hidden": hidden})
+                tensor = variables[turn][variable].copy()
+                corruption.function(ops, tensor, random)
+                logits = _finish(steps[done:], ops, variables[turn] | {variable: tensor})
                 if logits is not None:
                     detection.returned += 1
                     detection.other_logits += bool(np.abs(logits - honest[turn]).max() > tolerated)
                     detection.other_token += bool((logits.argmax(-1) != honest[turn].argmax(-1)).any())
             yield detection
+
+
+def _find(part: str, steps: list[Step], block: int) -> tuple[str, int]:
+    """A variable of a block, and the number of steps after which it is to be corrupted: the stream after all."""
+    variable = f"h.{block}.{part}" if part in ("keys", "values") else part
+    done = [1 + index for index, step in enumerate(steps) if step.layer == block and variable in step.outputs]
+    return variable, done[-1] if part == "hidden" else done[0]
 
 
 @torch.no_grad()
@@ -182,24 +255,46 @@ def measure_false_alarms(
     folded = fold(copy.deepcopy(model).double()).eval()
     absorb_linear_ffns(folded)
     folded.float()
-    last, stream = folded.transformer.h[-1], {}
-    last.register_forward_pre_hook(lambda block, inputs: stream.update(before=inputs[0]))
-    last.register_forward_hook(lambda block, inputs, output: stream.update(after=output))
+    blocks, sums = folded.transformer.h, {}
+    for layer, block in enumerate(blocks):
+        keep = partial(_keep_row_sums, sums, scores_name(layer), block.attn, only_last=layer == len(blocks) - 1)
+        block.attn.c_attn.register_forward_hook(keep)
+    blocks[-1].register_forward_pre_hook(lambda block, inputs: _keep_sums(sums, "before", inputs[0]))
+    blocks[-1].register_forward_hook(lambda block, inputs, output: _keep_sums(sums, "after", output[:, -1]))
     stopped, nearest = 0, 0.0
     for batch in np.array_split(prompts, math.ceil(len(prompts) / BATCH)):
-        logits = folded(torch.from_numpy(batch), use_cache=False).logits[:, -1]
-        looked_at = {"before": stream["before"], "after": stream["after"][:, -1], LOGITS: logits}
-        shares = np.max([_shares(part, tensor, bounds) for part, tensor in looked_at.items()], axis=0)
+        _keep_sums(sums, LOGITS, folded(torch.from_numpy(batch), use_cache=False).logits[:, -1])
+        shares = np.max([_shares(each, bounds[bounds_name(part)], len(batch)) for part, each in sums.items()], axis=0)
         stopped += int((shares > 1).sum())
         nearest = max(nearest, float(shares.max()))
-    return FalseAlarms(model.config.notation, len(prompts), stopped, nearest)
+    return FalseAlarms(model.config.notation, prompts.shape[1], len(prompts), stopped, nearest)
 
 
-def _shares(part: str, tensor: torch.Tensor, bounds: dict[str, np.ndarray]) -> np.ndarray:
-    """For each run, its largest sum of a part as a share of the bound."""
+def _keep_sums(sums: dict[str, np.ndarray], part: str, tensor: torch.Tensor):
     rows = tensor.reshape(-1, tensor.shape[-1]).numpy()
-    sums = (sum_alternating if part == LOGITS else sum_neighbours)(Arithmetic(np), rows, CHECKED[part])
-    return (np.abs(sums) / bounds[bounds_name(part)]).reshape(len(tensor), -1).max(axis=1)
+    sums[part] = (sum_alternating if part == LOGITS else sum_neighbours)(Arithmetic(np), rows, CHECKED[part])
+
+
+def _keep_row_sums(sums: dict[str, np.ndarray], part: str, attention, linear, inputs, mapped, *, only_last: bool):
+    """
+    Sums of scores, as the program has them where it looks at them: a query's product with the sum of its keys, without
+    the temperatures of the first positions (`_attention`).
+    """
+    query, key, _ = (
+        states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in mapped.chunk(3, dim=-1)
+    )
+    if attention.temperature is not None:
+        positions = torch.arange(query.shape[2])
+        scaled = query * attention.temperature(positions[None])
+        query = torch.where(positions[:, None] < attention.head_dim, query, scaled)
+    rows = attention.scaling * (query * key.cumsum(dim=2)).sum(dim=-1).transpose(1, 2)
+    rows = rows[:, -1:] if only_last else rows
+    sums[part] = rows.reshape(-1, rows.shape[-1]).numpy()
+
+
+def _shares(sums: np.ndarray, bounds: np.ndarray, runs: int) -> np.ndarray:
+    """For each run, its largest sum of a part as a share of the bound."""
+    return (np.abs(sums) / bounds).reshape(runs, -1).max(axis=1)
 
 
 def _begin(ops: FixedPointArithmetic, config, settings: PrivateSettings, weights: dict, prompt: np.ndarray) -> dict:
@@ -212,10 +307,11 @@ def _begin(ops: FixedPointArithmetic, config, settings: PrivateSettings, weights
 
 def _finish(steps: list[Step], ops: FixedPointArithmetic, variables: dict) -> np.ndarray | None:
     """The logits of the rest of a run, or nothing as soon as it is certain that the check will stop it."""
-    parts = {sums_name(part): bounds_name(part) for part in CHECKED}
+    *_, last = steps
+    bounds = dict(zip(last.inputs[::2], last.inputs[1::2], strict=True))
     for step in steps:
         variables = run_steps([step], ops, variables)
-        for name in step.outputs:
-            if name in parts and find_out_of_range(ops, variables[name], variables[parts[name]]):
+        for name in bounds.keys() & set(step.outputs):
+            if find_out_of_range(ops, variables[name], variables[bounds[name]]):
                 return None
     return variables[LOGITS]

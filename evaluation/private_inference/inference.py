@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Te
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
+from entropy_gpt.evaluation.private_inference.program.range_audit import bound
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTForCausalLM
@@ -58,17 +61,23 @@ class PrivateModel:
     """
     A model as it is now, with the settings of its private inference; what becomes of the model later is not seen.
 
+    Before the first answer of an engine, the model is audited, as a server does: the check of each answer has its
+    bounds from there. "emulated" answers are not checked.
+
     Args:
         model ([`EntropyGPTForCausalLM`]): Such as [`load_language_model`] loads, a GPT-2 too.
         settings ([`PrivateSettings`], *optional*): The defaults without.
+        text (`Sequence[int]`): Tokens that the audit looks at too, such as those of a user's own text.
 
     Raises:
         `PrivateInferenceError`: If an operation of the model has no private form, or the answers are tokens alone.
         `ConversionError`: As [`prepare_weights`].
     """
 
-    def __init__(self, model: EntropyGPTForCausalLM, settings: PrivateSettings | None = None):
-        self.settings = settings or PrivateSettings()
+    def __init__(
+        self, model: EntropyGPTForCausalLM, settings: PrivateSettings | None = None, text: Sequence[int] = ()
+    ):
+        self.settings, self._text = settings or PrivateSettings(), text
         if self.settings.answer != "logits":
             raise PrivateInferenceError(f"answer={self.settings.answer!r} can't be compared: use answer='logits'.")
         self.config, self.weights = prepare_weights(model)
@@ -90,8 +99,8 @@ class PrivateModel:
             answers (`int`): Number of last positions whose logits are wanted.
 
         Raises:
-            `PrivateInferenceError`: If the protocol has no such mode, the model can't answer so much, the engine is
-                not installed, or it fails.
+            `PrivateInferenceError`: If the protocol has no such mode, the model can't answer so much, its numbers do
+                not fit the ring, the engine is not installed, or it fails.
         """
         prompts = [[int(token) for token in prompt] for prompt in prompts]
         self._check(prompts, mode, answers)
@@ -111,6 +120,13 @@ class PrivateModel:
                 for prompt, outcome in zip(prompts, found, strict=True)
             ]
         return InferenceResult(mode, [outcome.logits[0].astype(np.float32) for outcome in found], seconds, costs)
+
+    @functools.cached_property
+    def _bounded_weights(self) -> dict[str, np.ndarray]:
+        weights, report = bound(self.config, self.weights, self.settings, self._text)
+        for line in report.warnings:
+            warnings.warn(line, stacklevel=5)
+        return weights
 
     def _check(self, prompts: list[list[int]], mode: str, answers: int):
         if mode not in self.modes:
@@ -139,7 +155,7 @@ class PrivateModel:
     def _ask_threads(self, prompts: list[list[int]], answers: int) -> Iterator[Outcome]:
         log = EngineLog()
         for _, alike in itertools.groupby(prompts, key=len):
-            run = infer_locally(self.config, self.weights, self.settings, list(alike), answers, log)
+            run = infer_locally(self.config, self._bounded_weights, self.settings, list(alike), answers, log)
             if any(run.out_of_range):
                 raise PrivateInferenceError("numbers were out of range: see the audit of the model.")
             for logits, steps in zip(run.answers, run.steps, strict=True):
@@ -147,7 +163,7 @@ class PrivateModel:
 
     def _ask_processes(self, prompts: list[list[int]], answers: int) -> Iterator[Outcome]:
         notation = self._model.config.notation
-        offer = Offer(self.config, self.weights, notation, self.settings, "")
+        offer = Offer(self.config, self._bounded_weights, notation, self.settings, "")
         with (
             serve_on_loopback(offer) as address,
             contextlib.closing(Client(*address, None, TIMEOUT_SECONDS, self.settings.protocol)) as client,
@@ -175,7 +191,7 @@ def serve_on_loopback(
         `PrivateInferenceError`: What is raised within, with the server's last word.
     """
     said: queue.Queue[str] = queue.Queue()
-    server = Server(offer, "127.0.0.1", 0, None, timeout_seconds, UNLIMITED, said.put, prepared)
+    server = Server(offer, "127.0.0.1", 0, None, timeout_seconds, UNLIMITED, said.put, prepared=prepared)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.address

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -82,7 +83,9 @@ class Runner:
 
     def records(self, output="run"):
         lines = (self.folder / output / "training_log.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        records = [json.loads(line) for line in lines]
+        assert {"log", "speed"} <= {record["kind"] for record in records}
+        return [record for record in records if record["kind"] != "speed"]  # no two runs have the same
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +300,9 @@ def test_a_dry_run_writes_nothing(run):
     assert process.returncode == 0, process.stderr
     assert "EReg(SM(t)+ScFuFFN)" in process.stdout
     assert "12 steps" in process.stdout
+    assert re.search(r"memory +about \d\.\d\d GB a process \(an estimate", process.stdout)
+    assert re.search(r"time +at least \d+ s of matrix products, at [\d,]+ billion operations", process.stdout)
+    assert re.search(r"writes +checkpoints of \d\.\d\d GB.*; the model, \d\.\d\d GB; log", process.stdout)
     assert sorted(run.folder.rglob("*")) == before
 
 

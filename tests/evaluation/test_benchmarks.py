@@ -88,3 +88,36 @@ def test_without_a_gpu_the_benchmark_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(gpu.typer.Exit):
         gpu.main()
+
+
+def test_training_steps_are_compared_with_the_stock_model(capsys):
+    """At a tiny size; the models have as many weights as stock GPT-2, but for the penalty's thresholds."""
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50, "n_positions": 8}
+    steps = training_step.measure_steps(training_step.EVERYTHING, sizes, 8, 2, 2)
+    assert steps.ratios.keys() == steps.milliseconds.keys() - {training_step.STOCK}
+    counts = {
+        name: sum(parameter.numel() for parameter in training_step.build_model(name, sizes).parameters())
+        for name in training_step.EVERYTHING[:5]
+    }
+    thresholds = sizes["n_layer"] * sizes["n_head"]
+    assert {count - counts[training_step.STOCK] for count in [*counts.values()][:4]} == {0}
+    assert counts[training_step.REGULARIZED] - counts[training_step.STOCK] == thresholds
+    record = dataclasses.replace(training_step.Record.load(training_step.RECORD), steps=[steps])
+    row = next(line for line in training_step.page(record).splitlines() if line.startswith("| 16 | 2 x 8 |"))
+    assert row.count("(") == 5
+
+
+def test_the_first_records_of_training_steps_are_read():
+    step = {
+        "kind": "training step",
+        "length": 512,
+        "runs": 6,
+        "milliseconds": {training_step.STOCK: 4.0, training_step.REGULARIZED: 3.0, training_step.PROPOSAL: 2.0},
+        "ratios": {training_step.STOCK: [0.4, 0.5, 0.6], training_step.REGULARIZED: [0.6, 0.7, 0.8]},
+    }
+    ((migrated,), watching) = training_step.Record.migrate({"steps": [step], "watching": 1}, 1).values()
+    steps = training_step.Steps(**migrated)
+    assert (steps.sizes["n_embd"], steps.batch, watching) == (768, 2, 1)
+    assert training_step.format_step(steps, training_step.PROPOSAL) == "0.50 (0.40-0.60)"
+    assert training_step.format_step(steps, training_step.REGULARIZED) == "0.75"
+    assert training_step.format_step(steps, training_step.BASELINE) == ""

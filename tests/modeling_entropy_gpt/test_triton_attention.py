@@ -94,12 +94,16 @@ def compare(
     deviation: float = 1.0,
     heads: int = 1,
     alone: bool = False,
+    offset: float = 0.0,
 ) -> dict[str, float]:
     """
     Errors against float64: the largest of both results; of gradients the norm, as a part of the gradient's. On request
     those of `row_entropies` too.
     """
     states, wide = make_states(*lengths, *dims, dtype, deviation, heads)
+    with torch.no_grad():
+        states[1] += offset
+        wide[1].copy_(states[1])
     mask = None
     visible = causal(*lengths) if is_causal else torch.ones(lengths, dtype=torch.bool)
     if kind is not None:
@@ -190,6 +194,12 @@ def test_any_shape(examples, interpreter):
         assert_small(interpreter(compare, None, is_causal, sizes[:2], sizes[2:]))
 
     check()
+
+
+def test_keys_that_share_an_offset(interpreter):
+    """In half precision, whose rounding of a row's gradients it would multiply."""
+    errors = interpreter(compare, offset=30.0, dtype=torch.float16, dims=(32, 32))
+    assert errors["gradient of query"] < 3e-3
 
 
 @pytest.mark.parametrize(("deviation", "bound"), [(20.0, 3e-5), pytest.param(200.0, 1e-2, marks=pytest.mark.slow)])

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -371,7 +372,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_adds_up_its_time(tmp
             raise Interruption
 
     interrupted = make_trainer(
-        model(), tmp_path / "resumed", [Stopwatch(), StepObserver(lambda step, steps: stop(step), lambda loss: None)]
+        model(),
+        tmp_path / "resumed",
+        [Stopwatch(), StepObserver(lambda step, steps: stop(step), print)],
     )
     with pytest.raises(Interruption):
         interrupted.train()
@@ -385,7 +388,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_adds_up_its_time(tmp
     trainer = make_trainer(
         resumed,
         tmp_path / "resumed",
-        [Stopwatch(), StepObserver(lambda *counts: steps.append(counts), lambda loss: None)],
+        [Stopwatch(), StepObserver(lambda *counts: steps.append(counts), print)],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     assert steps == [(4, 6), (5, 6), (6, 6)]
@@ -396,7 +399,15 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_adds_up_its_time(tmp
 
 
 def test_losses_are_handed_on(tmp_path):
-    losses = []
-    observer = StepObserver(lambda step, steps: None, losses.append)
-    make_trainer(make_model("SM+LN+G"), tmp_path, [observer], max_steps=3).train()
-    assert len(losses) == 3
+    said = []
+    observer = StepObserver(lambda step, steps: None, said.append)
+    trainer = make_trainer(make_model("SM+LN+G"), tmp_path, [observer], max_steps=3)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    losses, speeds = logged(trainer, "loss"), logged(trainer, "tokens_per_second")
+    expected = [f"loss {loss:.3f}, {speed:,.0f} tokens/s" for loss, speed in zip(losses, speeds, strict=True)]
+    assert said == expected
+    a_step = trainer.args.sequences_per_step * len(trainer.train_dataset[0]["input_ids"])
+    assert sum(a_step / speed for speed in speeds) <= seconds
+    assert all(100 < peak < 2**17 for peak in logged(trainer, "peak_memory_mebibytes"))  # MiB, of torch at least

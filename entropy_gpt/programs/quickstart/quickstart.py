@@ -329,7 +329,7 @@ def _train(
             args=arguments,
             train_dataset=data.training,
             data_collator=collate_blocks,
-            callbacks=[Stopwatch(), StepObserver(stages.follow(line), lambda loss: line.say(f"loss {loss:.3f}"))],
+            callbacks=[Stopwatch(), StepObserver(stages.follow(line), line.say)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))

@@ -166,6 +166,10 @@ class ClosedError(PrivateInferenceError):
     """The peer has ended the connection between two messages."""
 
 
+class NoServerError(PrivateInferenceError):
+    """Nobody listens at the server's address."""
+
+
 class RefusalError(PrivateInferenceError):
     """The peer has said why it ends the connection."""
 
@@ -418,13 +422,14 @@ class Listener:
 def connect(host: str, port: int, tls: TLSFiles | None) -> Channel:
     """
     Raises:
-        `PrivateInferenceError`: If there is no server, or it has no proper certificate for its name.
+        `NoServerError`: If there is no server.
+        `PrivateInferenceError`: If it has no proper certificate for its name.
     """
     context = tls.client_context if tls else None
     try:
         connection = socket.create_connection((host, port), timeout=HANDSHAKE_SECONDS)
     except (OSError, UnicodeError) as error:
-        raise PrivateInferenceError(f"no server at {host}:{port}: {_reason(error)}.") from error
+        raise NoServerError(f"no server at {host}:{port}: {_reason(error)}.") from error
     return Channel(_secure(connection, context, host))
 
 

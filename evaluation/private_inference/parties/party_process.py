@@ -53,6 +53,7 @@ from .preparations import (
     pass_spans,
     read_half,
 )
+from .sampling import GREEDY, Sampling, choose
 from .shares import RING_BYTES, join_share, read_share
 
 
@@ -99,6 +100,7 @@ class Request:
         prompt (`list[int]`, *optional*): The client's alone.
         prepares (`bool`): Whether this is the first phase of a later answer, of which there is no prompt yet.
         preparation (`str`, *optional*): The file with this party's half of a preparation, taken out of its store.
+        sampling ([`Sampling`]): The client's alone.
     """
 
     length: int
@@ -109,6 +111,7 @@ class Request:
     prompt: list[int] | None = None
     prepares: bool = False
     preparation: str | None = None
+    sampling: Sampling = GREEDY
 
     def spans(self) -> list[Span]:
         """The spans of the passes."""
@@ -134,6 +137,7 @@ class PartyProcess:
     def prepare(self, request: Request):
         """Compiles the first pass of a request; its hash is what both parties have to have in common."""
         self.request, self.chosen, self.positions = request, [], 0
+        self._random = np.random.default_rng(request.sampling.seed)
         self._preparation = self._half = None
         if request.preparation is not None:
             self._half = header, _, _ = read_half(Path(request.preparation))
@@ -296,7 +300,8 @@ class PartyProcess:
             if not 0 <= token < self.job.config.vocab_size:
                 raise PrivateInferenceError("the answer is no token of the model.")
         else:
-            token, told = int(answer[-1].argmax()), {"logits": write_array(answer)}
+            token = choose(answer[-1], self.request.sampling, self._random)
+            told = {"logits": write_array(answer)}
         self.chosen.append(token)
         self.tell({"event": "token", "token": token, **told})
 

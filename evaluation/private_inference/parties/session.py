@@ -27,6 +27,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import SERVER, Pr
 from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
 from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
+from .sampling import Sampling
 from .tunnel import Tunnel
 
 
@@ -38,7 +39,7 @@ SET_UP_ALLOWANCE, STEP_ALLOWANCE, STEPS_AHEAD = 2**27, 1.25, 2
 LAST_LINES, LINE_CHARACTERS = 20, 2000
 # Messages of a peer that may wait to be asked for: more do not belong here.
 MOST_MESSAGES = 4
-# In which a server says why it has ended an inference; the end of its engine may be noticed before.
+# In which a client hears both why a server has ended an inference and what its own engine did at last.
 REASON_SECONDS = 2
 
 
@@ -88,6 +89,7 @@ class Outcome:
 
 # What an event begins with that is a message of the peer.
 PEERS = "peer's "
+PEER_ENDS = (RefusalError, ClosedError)
 
 
 class SilenceError(PrivateInferenceError):
@@ -130,11 +132,11 @@ class Events(queue.Queue):
             raise PrivateInferenceError("the peer says more than belongs here.")
         self.put({**message, "event": PEERS + message["kind"]})
 
-    def rest(self, seconds: float) -> list[dict | Exception]:
-        """What has happened and was not asked for yet, and what happens in some seconds, until the peer has ended."""
-        left, until = [], time.monotonic() + seconds
+    def rest(self, first: Exception, seconds: float) -> list[dict | Exception]:
+        """The first of two ends, the peer's and the engine's, and what happens in some seconds until the other."""
+        left, until = [first], time.monotonic() + seconds
         with contextlib.suppress(queue.Empty):
-            while not (left and isinstance(left[-1], (RefusalError, ClosedError))):
+            while len({isinstance(event, PEER_ENDS) for event in left if isinstance(event, Exception)}) < 2:
                 left.append(self.get(timeout=max(0.0, until - time.monotonic())))
         return left
 
@@ -264,6 +266,18 @@ def check_prompt(prompt: Sequence[int], vocab_size: int):
         )
 
 
+def check_sampling(settings: PrivateSettings, sampling: Sampling):
+    """
+    Raises:
+        `PrivateInferenceError`: If tokens would have to be drawn from logits that the client does not learn.
+    """
+    if settings.answer == "token" and sampling.temperature:
+        raise PrivateInferenceError(
+            f"temperature={sampling.temperature:g} is not possible: this server answers with the most likely tokens "
+            "alone, not with logits. Use temperature 0."
+        )
+
+
 class Session:
     """
     One party's engine and the peer's messages, for one answer after another.
@@ -316,8 +330,7 @@ class Session:
             self._follow(outcome, on_event)
             return outcome
         except PrivateInferenceError as error:
-            has_ended = self._job.rank == SERVER or isinstance(error, (RefusalError, ClosedError))
-            rest = self.events.rest(0 if has_ended else REASON_SECONDS)
+            rest = self.events.rest(error, 0 if self._job.rank == SERVER else REASON_SECONDS)
             for event in rest:  # the peer's end may have been heard of before this side's last repeat
                 if isinstance(event, dict) and event["event"] == "repeat":
                     _note(outcome, event)

@@ -8,6 +8,7 @@ and run it; all that the engines send goes through connections the client opens 
 
 import contextlib
 import functools
+import json
 import math
 import secrets
 import socket
@@ -35,8 +36,10 @@ from .limits import Accounts, Limits, Use
 from .memory import check_memory
 from .party_process import Job, Request
 from .preparations import Store, half_bytes, hash_terms, hash_weights, is_name, pass_spans, read_header
-from .session import Outcome, Session, SilenceError, Terms, check_prompt, check_request, free_port
+from .sampling import GREEDY, Sampling
+from .session import Outcome, Session, SilenceError, Terms, check_prompt, check_request, check_sampling, free_port
 from .tunnel import ClientTunnel, ServerTunnel
+from .turns import Turns
 
 
 PROTOCOL_VERSION = 4
@@ -55,7 +58,7 @@ LARGEST = {
 MOST_ITERATIONS = 64
 # What a server's preparations may take.
 MOST_PREPARED_BYTES = 4_000_000_000
-# For which a client is let wait for the one before, whose engine is about to end.
+# For which what is about to end is waited for.
 PARTING_SECONDS = 5
 # What each side is to the other.
 SERVER_NAME, CLIENT_NAME = "server", "client"
@@ -95,7 +98,7 @@ class Offer:
 
 class Server:
     """
-    Answers one client after another; others learn that it is busy.
+    Answers as many clients at once as it has workers; others wait, and know their place.
 
     Args:
         offer ([`Offer`]): What it offers.
@@ -104,6 +107,8 @@ class Server:
         timeout_seconds (`int`): For which nothing may happen in an inference.
         limits ([`Limits`]): What it grants each client.
         report (`Callable`): Told in a line what happens, with time and address.
+        turns ([`Turns`], *optional*): How many clients it answers at once, and how many may wait.
+        json_log (`bool`): Whether lines are JSON.
         prepared (`Path`, *optional*): Folder for its halves of preparations; without it there are none.
         most_prepared_bytes (`int`): That these may take.
     """
@@ -117,6 +122,8 @@ class Server:
         timeout_seconds: int = 600,
         limits: Limits | None = None,
         report: Callable[[str], None] = print,
+        turns: Turns | None = None,
+        json_log: bool = False,
         prepared: Path | None = None,
         most_prepared_bytes: int = MOST_PREPARED_BYTES,
     ):
@@ -126,15 +133,14 @@ class Server:
         self.limits = limits or Limits()
         self.listener = Listener(host, port, tls)
         self.address = self.listener.address
-        self._report = report
+        self.turns = turns or Turns()
+        self._report, self._json_log = report, json_log
         self._accounts = Accounts(self.limits)
-        self._busy = threading.Lock()
-        self._queued = 0
         self._lock = threading.Lock()
         self._waiting: dict[socket.socket, str] = {}
         self._channels: set[Channel] = set()
-        self._closed = False
-        self._tunnel: ServerTunnel | None = None
+        self._closed = self._draining = False
+        self._tunnels: set[ServerTunnel] = set()
 
     @functools.cached_property
     def _weights_hash(self) -> str:
@@ -167,11 +173,34 @@ class Server:
         self.listener.close()
         for channel in channels:
             shut_down(channel.connection)
-        if self._busy.acquire(timeout=PARTING_SECONDS):
-            self._busy.release()
+        self.turns.wait_until_idle(PARTING_SECONDS)
 
-    def _say(self, address: str, line: str):
-        self._report(f"{datetime.now():%Y-%m-%d %H:%M:%S} {address} {line}")
+    def drain(self, seconds: float):
+        """
+        Lets the answers that are being computed end, and begins no others.
+
+        Args:
+            seconds (`float`): After which it waits no longer.
+        """
+        self._draining = True
+        self.turns.close()
+        threading.Thread(target=self.serve_forever, daemon=True).start()  # engines that have begun need their streams
+        self._say("-", f"ends; {self.turns.active} answers may take {seconds:g} s more")
+        self.turns.wait_until_idle(seconds)
+
+    def state(self) -> dict:
+        """What may be known of it at any time."""
+        turns = self.turns
+        status = "draining" if self._draining else "ok"
+        return {"status": status, "workers": turns.workers, "active": turns.active, "waiting": turns.waiting}
+
+    def _say(self, address: str, line: str, **facts: float):
+        now = datetime.now()
+        if self._json_log:
+            what = {"time": now.isoformat(timespec="milliseconds"), "client": address, "event": line}
+            self._report(json.dumps(what | facts))
+        else:
+            self._report(f"{now:%Y-%m-%d %H:%M:%S} {address} {line}")
 
     def _admit(self, connection: socket.socket):
         """
@@ -244,38 +273,32 @@ class Server:
         channel.close()
 
     def _attach(self, channel: Channel, message: dict):
-        tunnel, token = self._tunnel, message.get("session")
-        known = tunnel is not None and isinstance(token, str) and token.isascii()
-        if not known or not secrets.compare_digest(token.encode(), tunnel.session_token.encode()):
-            raise PrivateInferenceError("a stream belongs to no inference.")
-        tunnel.attach(channel, message.get("direction"))
+        token = str(message.get("session")).encode()
+        with self._lock:
+            tunnels = list(self._tunnels)
+        for tunnel in tunnels:
+            if secrets.compare_digest(token, tunnel.session_token.encode()):
+                tunnel.attach(channel, message.get("direction"))
+                return
+        raise PrivateInferenceError("a stream belongs to no inference.")
 
     def _serve(self, channel: Channel, address: str, hello: dict):
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
         channel.send({"kind": "terms", **self.offer.terms(), "store": self.store and self.store.identity})
         message = channel.receive(HANDSHAKE_SECONDS, ("request",))
-        if not self._take_engine():
-            raise PrivateInferenceError("the server is busy with another client: try again later.")
-        try:
+        self._leave(channel.connection)
+
+        def announce(before: int):
+            channel.send({"kind": "waiting", "before": before})
+
+        with self.turns.turn(channel.peer, announce):
             asked = self._read_request(channel, message)
-            self._leave(channel.connection)
             with self._opened(channel) as session:
                 while asked:
                     self._answer(session, address, *asked)
                     message = self._next_request(session, asked[1])
                     asked = message and self._read_request(channel, message)
-        finally:
-            self._busy.release()
-
-    def _take_engine(self) -> bool:
-        with self._lock:
-            self._queued += 1
-        try:
-            return self._busy.acquire(timeout=PARTING_SECONDS)
-        finally:
-            with self._lock:
-                self._queued -= 1
 
     def _read_request(self, channel: Channel, message: dict) -> tuple[Request, Use, Limits]:
         """
@@ -342,16 +365,19 @@ class Server:
             timeout_seconds=self.timeout_seconds,
             store=None if self.store is None else str(self.store.folder),
         )
-        self._tunnel = ServerTunnel(token, own_port)
+        tunnel = ServerTunnel(token, own_port)
+        with self._lock:
+            self._tunnels.add(tunnel)
         try:
             channel.send({"kind": "accepted", "session": token})
-            session = Session(job, self.offer.weights, channel, self._tunnel, own_port)
+            session = Session(job, self.offer.weights, channel, tunnel, own_port)
             # The client hears the reason before engine and streams end, which it would take for the reason.
             with contextlib.closing(session), channel.telling(SERVER_NAME):
                 yield session
         finally:
-            self._tunnel.close()
-            self._tunnel = None
+            with self._lock:
+                self._tunnels.discard(tunnel)
+            tunnel.close()
 
     def _next_request(self, session: Session, use: Use) -> dict | None:
         """
@@ -365,7 +391,7 @@ class Server:
             except ClosedError:
                 return None
             except SilenceError as error:
-                if self._queued or time.monotonic() - began > KEPT_SECONDS:
+                if self.turns.waiting or self._draining or time.monotonic() - began > KEPT_SECONDS:
                     raise PrivateInferenceError("no further prompt came in time: connect again.") from error
             finally:
                 use.kept_seconds = time.monotonic() - began
@@ -373,7 +399,8 @@ class Server:
     def _answer(self, session: Session, address: str, request: Request, use: Use, left: Limits):
         asks = "prepares" if request.prepares else "asks for"
         prepared = " (prepared)" if request.preparation else ""
-        self._say(address, f"{asks} {request.new_tokens} token(s) after {request.length}{prepared}")
+        asked = {"new_tokens": request.new_tokens, "prompt_tokens": request.length, "positions": request.answers}
+        self._say(address, f"{asks} {request.new_tokens} token(s) after {request.length}{prepared}", **asked)
         began = time.monotonic()
 
         def note(event: dict):
@@ -388,7 +415,8 @@ class Server:
             if request.preparation is not None:
                 Path(request.preparation).unlink(missing_ok=True)
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
-        self._say(address, f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up")
+        line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
+        self._say(address, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))
 
 
 def _address_of(connection: socket.socket) -> str:
@@ -481,6 +509,7 @@ class Client:
         new_tokens: int = 1,
         answers: int = 1,
         on_event: Callable[[dict], None] = lambda event: None,
+        sampling: Sampling = GREEDY,
         preparation: str | None = None,
     ) -> Outcome:
         """
@@ -492,7 +521,8 @@ class Client:
             new_tokens (`int`): Number of tokens in the answer; public.
             answers (`int`): Number of last positions of the prompt whose logits are wanted.
             on_event (`Callable`): Told what happens, for progress.
-            preparation (`str`, *optional*): The name of one that [`Client.find_preparation`] found. It is used up.
+            sampling ([`Sampling`]): How tokens are chosen from the logits; it stays here too.
+            preparation (`str`, *optional*): Name of the one to use up. Default: that of [`Client.find_preparation`].
 
         Raises:
             `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much or has no such
@@ -500,14 +530,15 @@ class Client:
         """
         try:
             check_prompt(prompt, self.terms.config.vocab_size)
+            check_sampling(self.terms.settings, sampling)
             asked = self._check(len(prompt), new_tokens, answers)
+            own = {"prompt": prompt, "sampling": sampling}
+            preparation = preparation or self.find_preparation(len(prompt), new_tokens, answers)
             if preparation is None:
-                return self._request(asked, {}, on_event, prompt=prompt)
+                return self._request(asked, {}, on_event, **own)
             taken = self.store.take(preparation)
             try:
-                return self._request(
-                    asked, {"preparation": preparation}, on_event, prompt=prompt, preparation=str(taken)
-                )
+                return self._request(asked, {"preparation": preparation}, on_event, preparation=str(taken), **own)
             finally:
                 taken.unlink(missing_ok=True)
         except BaseException:
@@ -565,11 +596,13 @@ class Client:
         with self.channel.telling(CLIENT_NAME):
             self.channel.send({"kind": "request", **asked, **also})
             if self._session is None:
-                self._open()
+                self._open(on_event)
             return self._session.answer(Request(**asked, **own), on_event)
 
-    def _open(self):
-        token = self.channel.receive(HANDSHAKE_SECONDS, ("accepted",)).get("session")
+    def _open(self, on_event: Callable[[dict], None]):
+        while (answer := self.channel.receive(HANDSHAKE_SECONDS, ("accepted", "waiting")))["kind"] == "waiting":
+            on_event({"event": "waiting", "before": clean(answer.get("before"), most=10)})
+        token = answer.get("session")
         job = Job(
             rank=CLIENT,
             config=self.terms.config,

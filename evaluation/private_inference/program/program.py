@@ -45,7 +45,8 @@ Norm = Literal["layernorm", "static", "none"]
 # The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
 TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "hidden", "logits", "token", "out of range"
 # What the check looks at: the residual stream before and after the last block, and the logits. Sums of this many
-# neighbours are compared with bounds, each in two comparisons. The first has a row for every token.
+# neighbours are compared with bounds, each in two comparisons. The first has a row for every token. It looks at scores
+# too, by `checked_parts`: softmax brings any scores back into range.
 CHECKED = {"before": 2, "after": 1, LOGITS: 64}
 
 
@@ -151,7 +152,17 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
     shapes |= {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
     for part, count in CHECKED.items():
         shapes[bounds_name(part)] = (math.ceil((vocabulary if part == LOGITS else width) / count),)
-    return shapes
+    return shapes | {bounds_name(scores_name(layer)): (config.n_head,) for layer in range(config.n_layer)}
+
+
+def scores_name(layer: int) -> str:
+    """The scores of a layer as a part of what the check looks at."""
+    return f"h.{layer}.scores"
+
+
+def checked_parts(config: ProgramConfig) -> list[str]:
+    """All that the check looks at."""
+    return [*CHECKED, *map(scores_name, range(config.n_layer))]
 
 
 def is_factor(name: str) -> bool:
@@ -160,7 +171,7 @@ def is_factor(name: str) -> bool:
 
 
 def sums_name(part: str) -> str:
-    """The variable with the sums of one of `CHECKED`."""
+    """The variable with the sums of one of [`checked_parts`]."""
     return f"sums.{part}"
 
 
@@ -215,7 +226,7 @@ def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iter
     if settings.answer == "token":
         yield Step("argmax", None, choose, (LOGITS,), (TOKEN,))
     yield _sum_up(LOGITS, LOGITS)
-    inputs = tuple(name(part) for part in CHECKED for name in (sums_name, bounds_name))
+    inputs = tuple(name(part) for part in checked_parts(config) for name in (sums_name, bounds_name))
     yield Step("check", None, find_out_of_range, inputs, (OUT_OF_RANGE,))
 
 
@@ -242,14 +253,17 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
     if temperatures and early < queries:
         scale = partial(scale_queries, start=start, early=early)
         yield Step("temperatures", layer, scale, ("queries", *temperatures), ("queries",))
+    checked = sums_name(scores_name(layer))
     if settings.softmax != "efficient":
         yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
+        yield Step("check", None, sum_rows, ("scores",), (checked,))
         whole = partial(whole_softmax, per_row=settings.softmax == "tuned")
         yield Step("softmax", layer, whole, ("scores",), ("weights",))
         yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
     else:
         yield Step("scores", layer, score_visible, ("queries", name + "keys"), ("visible",))
         rows = {"queries": queries, "keys": span.end}
+        yield Step("check", None, partial(sum_visible_rows, **rows), ("visible",), (checked,))
         if early:
             scale = partial(scale_scores, **rows, early=early)
             yield Step("temperatures", layer, scale, ("visible", *temperatures), ("visible",))
@@ -447,13 +461,17 @@ def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
 
 def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
-    heads, keys = visible.shape[0], value.shape[1]
-    mask = _visible(queries, keys).reshape(-1)
-    # The place of each score among the visible ones, or behind them, where a 0 is.
+    exponentials = _put_apart(ops, visible, queries, value.shape[1])
+    return weigh(ops, exponentials, value), exponentials.sum(axis=-1, keepdims=True)
+
+
+def _put_apart(ops: Arithmetic, visible, queries: int, keys: int):
+    """Numbers of visible keys `(heads, visible)` in their places of `(heads, queries, keys)`, and 0 in all others."""
+    heads, mask = len(visible), _visible(queries, keys).reshape(-1)
+    # The place of each among the visible ones, or behind them, where a 0 is.
     places = np.where(mask, np.cumsum(mask) - 1, mask.sum())
     zero = ops.xp.zeros((heads, 1), visible.dtype)
-    exponentials = ops.xp.concatenate([visible, zero], axis=1)[:, places].reshape(heads, queries, keys)
-    return weigh(ops, exponentials, value), exponentials.sum(axis=-1, keepdims=True)
+    return ops.xp.concatenate([visible, zero], axis=1)[:, places].reshape(heads, queries, keys)
 
 
 def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
@@ -476,6 +494,16 @@ def sum_alternating(ops: Arithmetic, logits, count: int):
     """Sums of differences of neighbouring logits: what all logits of a row have in common means nothing."""
     signs = np.where(np.arange(logits.shape[1]) % 2, -1, 1)
     return sum_neighbours(ops, ops.xp.where(signs > 0, logits, -logits), count)
+
+
+def sum_rows(ops: Arithmetic, scores):
+    """Sums of the visible scores of each row `(queries, heads)`."""
+    return ops.xp.where(_visible(*scores.shape[1:]), scores, 0.0).sum(axis=-1).T
+
+
+def sum_visible_rows(ops: Arithmetic, visible, queries: int, keys: int):
+    """The same of visible scores `(heads, visible)`."""
+    return _put_apart(ops, visible, queries, keys).sum(axis=-1).T
 
 
 def find_out_of_range(ops: Arithmetic, *sums_and_bounds):

@@ -16,7 +16,17 @@ from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .fixed_point import SAFE_BITS, Float64Arithmetic, emulate, exact_logits, exact_variables
-from .program import CHECKED, LOGITS, OUT_OF_RANGE, Span, bounds_name, build_steps, run_steps, sums_name, weight_shapes
+from .program import (
+    LOGITS,
+    OUT_OF_RANGE,
+    Span,
+    bounds_name,
+    build_steps,
+    checked_parts,
+    run_steps,
+    sums_name,
+    weight_shapes,
+)
 from .settings import RING_BITS, PrivateSettings
 
 
@@ -26,8 +36,11 @@ FRACTION_BITS = range(12, 23)
 COARSEST = 2**-6
 # Sequences of a text that an audit looks at.
 MOST_WINDOWS = 4
-# A prompt that was not audited may make numbers larger by this factor.
+# A prompt that was not audited may make the stream larger by this factor.
 SPARE = 2.0
+# What grows as the square of the stream at most: variances, scores, and all that is made of them. Sums of exponentials
+# are at most as large as the number of keys.
+GROWING = ("value", "product", "radicand", "exponent")
 # Typical rounding error of logits that nobody notices: it costs about half its square in cross-entropy.
 TOLERATED_ROUNDING = 0.02
 # The tolerated error of a single logit: a constant and a share of a typical logit. The largest logit is no measure:
@@ -35,9 +48,9 @@ TOLERATED_ROUNDING = 0.02
 TOLERATED_ERROR, TOLERATED_SHARE = 0.05, 0.015
 # With fewer most likely tokens that agree, the server says so.
 EXPECTED_AGREEMENT = 0.99
-# The bounds of the check are the largest sums of the audit times this margin, and at least this quantile of them times
-# the margin: other prompts make large what was small here. A few may be far above all others.
-CHECK_MARGIN, USUAL_SUM = 4.0, 0.97
+# The bounds of the check are the largest sums of the audit times a margin, at most this one. Each is at least this
+# quantile of them times the margin: other prompts make large what was small here. A few may be far above all others.
+LARGEST_MARGIN, USUAL_SUM = 4.0, 0.97
 
 
 @dataclass(config=RECORD)
@@ -82,7 +95,7 @@ class RangeReport:
         rounding_error (`float`): The part of the typical error that rounding makes; the rest are approximations.
         agreement (`float`): Share of positions at which the most likely token is the same.
         tensors (`list[TensorRange]`): In the order in which they come up, weights first.
-        largest_sums (`dict[str, list[float]]`): By part of `CHECKED`, the largest magnitude of each of its sums.
+        largest_sums (`dict[str, list[float]]`): By part of `checked_parts`, the largest magnitude of each of its sums.
     """
 
     fraction_bits: int
@@ -120,10 +133,18 @@ class RangeReport:
         ]
 
     @property
+    def margin(self) -> float:
+        """
+        By how much larger than in the audit the check lets stream and logits be. Numbers in between, which it does not
+        look at, still fit the ring then.
+        """
+        return min([LARGEST_MARGIN, *(self._room(tensor, self.fraction_bits) for tensor in self.tensors)])
+
+    @property
     def bounds(self) -> dict[str, np.ndarray]:
         """The bounds of the check, which are weights of the program."""
         return {
-            bounds_name(part): np.float32(CHECK_MARGIN * np.maximum(sums, np.quantile(sums, USUAL_SUM)))
+            bounds_name(part): np.float32(self.margin * np.maximum(sums, np.quantile(sums, USUAL_SUM)))
             for part, sums in self.largest_sums.items()
         }
 
@@ -145,7 +166,8 @@ class RangeReport:
         bits = self.recommended_fraction_bits or self.fraction_bits
         balanced = (bits - 1) // 2
         lowest = min((tensor.least for tensor in self.tensors if tensor.role == "exponent"), default=0.0)
-        return next((n for n in range(balanced, RING_BITS) if lowest * SPARE >= lowest_exponent(n, bits)), RING_BITS)
+        fitting = (n for n in range(balanced, RING_BITS) if lowest * SPARE**2 >= lowest_exponent(n, bits))
+        return next(fitting, RING_BITS)
 
     @property
     def _has_garbage(self) -> bool:
@@ -156,8 +178,20 @@ class RangeReport:
         lines = ((tensor.name, self._problem(tensor)) for tensor in self.tensors)
         return [f"{name}: {line}" for name, line in lines if line is not None]
 
+    def _room(self, tensor: TensorRange, bits: int) -> float:
+        """The factor by which the stream may grow until a tensor does not fit."""
+        if tensor.role not in GROWING or not tensor.size:
+            return math.inf
+        limit, size = _largest(tensor.role, bits), tensor.size
+        if tensor.role == "exponent":
+            limit, size = -lowest_exponent(self.exponential_squarings, bits), max(-tensor.least, 1.0)
+        return math.sqrt(limit / size)
+
     def _fits(self, bits: int) -> bool:
-        return all(tensor.size * SPARE < _largest(tensor.role, bits) for tensor in self.tensors)
+        tensors = [tensor for tensor in self.tensors if tensor.role != "exponent"]
+        return all(
+            tensor.size < _largest(tensor.role, bits) and self._room(tensor, bits) >= SPARE for tensor in tensors
+        )
 
     def _too_large(self, tensor: TensorRange) -> bool:
         return not tensor.size < _largest(tensor.role, self.fraction_bits)
@@ -172,6 +206,8 @@ class RangeReport:
             return self._say_too_large(tensor)
         if self._too_low(tensor):
             return self._say_low_exponent(tensor) if tensor.role == "exponent" else self._say_low_scores(tensor)
+        if not self._room(tensor, self.fraction_bits) >= SPARE:
+            return self._say_low_exponent(tensor) if tensor.role == "exponent" else self._say_little_room(tensor)
         return self._say_imprecise(tensor) if _precise_bits(tensor) > self.fraction_bits else None
 
     def _say_too_large(self, tensor: TensorRange) -> str:
@@ -181,11 +217,19 @@ class RangeReport:
             f"{limit:.2g} is the limit; use {self._advice()}."
         )
 
+    def _say_little_room(self, tensor: TensorRange) -> str:
+        return (
+            f"{tensor.size:.2g} ({tensor.role}) leaves too little room with {self.fraction_bits} fraction bits: other "
+            f"prompts may make it {SPARE**2:g} times larger, and {_largest(tensor.role, self.fraction_bits):.2g} is "
+            f"the limit; use {self._advice()}."
+        )
+
     def _say_low_exponent(self, tensor: TensorRange) -> str:
         lowest = lowest_exponent(self.exponential_squarings, self.fraction_bits)
         return (
-            f"exp({tensor.least:.4g}) is out of reach of {self.exponential_squarings} squarings, which are right from "
-            f"{lowest:.4g} to 0; use exponential_squarings={self.recommended_squarings}."
+            f"exp({tensor.least:.4g}), or of {SPARE**2:g} times as much, is out of reach of "
+            f"{self.exponential_squarings} squarings, which are right from {lowest:.4g} to 0; use "
+            f"exponential_squarings={self.recommended_squarings}."
         )
 
     def _say_low_scores(self, tensor: TensorRange) -> str:
@@ -292,11 +336,12 @@ def audit(
         `PrivateInferenceError`: If there is no sequence; or as [`build_steps`].
     """
     ops = _ObservedArithmetic(settings.fraction_bits)
-    bounds, shapes = set(map(bounds_name, CHECKED)), weight_shapes(config)
+    parts, shapes = checked_parts(config), weight_shapes(config)
+    bounds = set(map(bounds_name, parts))
     for name, weight in weights.items():
         if name not in bounds:
             ops.observe(weight, "weight" if weight.ndim > 1 else "value", name)
-    largest_sums = {part: np.zeros(shapes[bounds_name(part)]) for part in CHECKED}
+    largest_sums = {part: np.zeros(shapes[bounds_name(part)]) for part in parts}
     errors = _Errors()
     for index, sequence in enumerate(tokens):
         variables = _run_observed(config, weights, settings, sequence, ops)
@@ -321,6 +366,21 @@ def audit(
         tensors=list(ops.ranges()),
         largest_sums={part: largest.tolist() for part, largest in largest_sums.items()},
     )
+
+
+def bound(
+    config: EntropyGPTConfig, weights: dict[str, np.ndarray], settings: PrivateSettings, text: Sequence[int] = ()
+) -> tuple[dict[str, np.ndarray], RangeReport]:
+    """
+    The weights with the bounds of the check, and the audit that found them; arguments as of [`choose_sequences`].
+
+    Raises:
+        `PrivateInferenceError`: If the model's numbers do not fit.
+    """
+    report = audit(config, weights, settings, choose_sequences(config, weights, text))
+    if report.problems:
+        raise PrivateInferenceError(f"the model does not fit the ring: {report.problems[0]}")
+    return weights | report.bounds, report
 
 
 class _Errors:

@@ -8,7 +8,7 @@ from torch import nn
 from entropy_gpt.conversion.folding import absorb_linear_ffns, fold
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .program import CHECKED, bounds_name, check_config, weight_shapes
+from .program import bounds_name, check_config, checked_parts, weight_shapes
 
 
 # The bound of what nobody has audited: it lets nearly all pass.
@@ -67,8 +67,8 @@ def prepare_weights(model: EntropyGPTForCausalLM) -> tuple[EntropyGPTConfig, dic
     matrix, bias = _absorb_gain(body.ln_f, folded.lm_head.weight.mT, head_bias)
     weights["head.weight"], weights["head.bias"] = matrix, bias
     weights = {name: weight.detach().float().numpy().copy() for name, weight in weights.items()}
-    shapes = weight_shapes(config)
-    return config, weights | {name: np.full(shapes[name], BOUNDLESS, np.float32) for name in map(bounds_name, CHECKED)}
+    shapes, bounds = weight_shapes(config), map(bounds_name, checked_parts(config))
+    return config, weights | {name: np.full(shapes[name], BOUNDLESS, np.float32) for name in bounds}
 
 
 def _absorb_gain(norm, matrix, bias):

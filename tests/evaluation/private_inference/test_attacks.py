@@ -272,10 +272,11 @@ class TestLimits:
         monkeypatch.setattr(two_party, "KEPT_CHECK_SECONDS", 0.1)
         with serving() as server:
             session, use = SimpleNamespace(events=Events()), Use(0.0, 1)
-            server._queued = 1
+            waiting = server.turns._enter("another")
             with pytest.raises(PrivateInferenceError, match="no further prompt came in time: connect again"):
                 server._next_request(session, use)
             assert 0.1 < use.kept_seconds < 5
+            server.turns._leave(waiting)
             session.events.put({"event": "peer's request"})
             assert server._next_request(session, use) == {"event": "peer's request"}
 
@@ -300,7 +301,7 @@ class TestMessages:
                 for _ in range(1000):
                     theirs.send({"kind": kind, "x": "x" * 1000})
             thread.join(WITHOUT_WAITING)
-        *heard, failure = events.rest(0)
+        *heard, failure = events.rest(EngineError(), 0)[1:]
         assert len(heard) == MOST_MESSAGES
         assert str(failure) == "the peer says more than belongs here."
 

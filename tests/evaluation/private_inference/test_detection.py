@@ -6,16 +6,22 @@ import torch
 
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config as make_large_config
-from entropy_gpt.evaluation.private_inference.detection import CORRUPTIONS, measure_detection, measure_false_alarms
+from entropy_gpt.evaluation.private_inference.detection import (
+    CORRUPTIONS,
+    SHIFT,
+    SHIFTED_BITS,
+    measure_detection,
+    measure_false_alarms,
+)
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
 from entropy_gpt.evaluation.private_inference.program.program import (
-    CHECKED,
     LOGITS,
     OUT_OF_RANGE,
     Span,
     bounds_name,
     build_steps,
+    checked_parts,
     find_out_of_range,
     run_steps,
     sum_alternating,
@@ -50,23 +56,30 @@ def test_no_corrupted_run_is_returned_and_no_honest_one_stopped(notation):
     config, weights, bounds, tolerated = audited(model)
     found = list(measure_detection(notation, config, weights | bounds, prompts(2), 5, tolerated))
     assert len(found) == len(CORRUPTIONS) * config.n_layer
-    assert sum(detection.runs for detection in found) == 5 * len(found)
-    assert sum(detection.other_logits + detection.other_token for detection in found) == 0
+    assert {detection.runs for detection in found} == {5, 1}
+    gross = [each for each in found if CORRUPTIONS[each.corruption].is_gross]
+    print([e for e in gross if e.other_logits])
+    assert sum(detection.other_logits + detection.other_token for detection in gross) == 0
+    by_size = {bit: [each for each in found if each.corruption == SHIFT.format(bit=bit)] for bit in SHIFTED_BITS}
+    assert not any(each.other_logits for each in by_size[min(SHIFTED_BITS)])
+    assert not any(each.returned for each in by_size[max(SHIFTED_BITS)])
     honest = measure_false_alarms(model, bounds, prompts(100))
     assert honest.stopped == 0
     assert 0 < honest.nearest < 0.8
 
 
-def test_false_alarms_are_counted():
+@pytest.mark.parametrize("length", [LENGTH, 20])
+@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
+def test_false_alarms_are_counted(notation, length):
     """With bounds as large as the sums of the emulated ring are, and a little smaller."""
-    model, (prompt,) = make_model("SM+LN+G"), prompts(1)
+    model, prompt = make_model(notation), np.random.default_rng(1).integers(2, 101, length)
     config, weights = prepare_weights(model)
-    ops, span = FixedPointArithmetic(PrivateSettings(embedding="client_table")), Span(0, LENGTH)
-    weights["hidden"] = weights["wte"][prompt] + weights["wpe"][:LENGTH]
+    ops, span = FixedPointArithmetic(PrivateSettings(embedding="client_table")), Span(0, length)
+    weights["hidden"] = weights["wte"][prompt] + weights["wpe"][:length]
     variables = run_steps(build_steps(config, ops.settings, span), ops, weights)
-    sums = {bounds_name(part): np.abs(variables[sums_name(part)]).max(axis=0) for part in CHECKED}
+    sums = {bounds_name(part): np.abs(variables[sums_name(part)]).max(axis=0) for part in checked_parts(config)}
     larger, smaller = (
-        {name: part * factor + margin for name, part in sums.items()} for factor, margin in ((1, 0.01), (0.9, 0))
+        {name: part * factor + margin for name, part in sums.items()} for factor, margin in ((1.02, 0.02), (0.9, 0))
     )
     assert measure_false_alarms(model, larger, prompt[None]).stopped == 0
     assert measure_false_alarms(model, larger, prompt[None]).nearest > 0.9
@@ -102,7 +115,7 @@ def test_every_pass_ends_with_a_check_of_stream_and_logits(answer, span):
     steps = build_steps(make_config("SM+LN+G"), PrivateSettings(answer=answer), span)
     assert steps[-1].outputs == (OUT_OF_RANGE,)
     looked_at = [step.inputs for step in steps if step.operation == "check"]
-    assert looked_at[:-1] == [("hidden",), ("hidden",), (LOGITS,)]
+    assert looked_at[:-1] == [("visible",), ("visible",), ("hidden",), ("visible",), ("hidden",), (LOGITS,)]
 
 
 @pytest.mark.parametrize("span", [Span(0, 128), Span(128, 1)])

@@ -10,8 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference import inference
 from entropy_gpt.evaluation.private_inference.inference import MODES, NETWORKS, InferenceResult, PrivateModel
+from entropy_gpt.evaluation.private_inference.parties.two_party import Offer
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.weights import BOUNDLESS
 from tests.architectures import make_model
 
 
@@ -100,6 +103,24 @@ def test_a_mode_that_the_protocol_has_not_is_refused_with_those_that_it_has(prot
 def test_what_the_model_can_not_answer_is_refused_alike_in_every_mode(mode, prompt, answers, message, private):
     with pytest.raises(PrivateInferenceError, match=message):
         private.infer([[2, 3, 4], prompt], mode, answers)
+
+
+def test_a_model_is_audited_before_an_engine_answers(private, monkeypatch):
+    offers: list[Offer] = []
+
+    def serve(offer: Offer):
+        offers.append(offer)
+        raise PrivateInferenceError("enough")
+
+    monkeypatch.setattr(inference, "serve_on_loopback", serve)
+    monkeypatch.setattr(inference, "check_engine", lambda: None)
+    with pytest.raises(PrivateInferenceError, match="enough"):
+        private.infer(PROMPTS, "two_party")
+    bounds = [weight for name, weight in offers[0].weights.items() if name.startswith("bounds.")]
+    assert bounds and all(bound.max() < BOUNDLESS for bound in bounds)
+    private = PrivateModel(make_model("SM+ScFuFFN", **SIZES), PrivateSettings(fraction_bits=11))
+    with pytest.raises(PrivateInferenceError, match="does not fit the ring: logits: rounding makes errors"):
+        private.infer(PROMPTS, "two_party")
 
 
 def test_answers_that_are_tokens_alone_are_refused():

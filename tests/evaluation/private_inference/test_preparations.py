@@ -38,7 +38,7 @@ def model():
 @contextlib.contextmanager
 def served(model, folder: Path | None, said: list[str], **options) -> Iterator[tuple[str, int]]:
     offer = Offer(*prepare_weights(model), "SM+ScFuFFN", PrivateSettings(), "")
-    server = Server(offer, "127.0.0.1", 0, None, SECONDS, UNLIMITED, said.append, folder, **options)
+    server = Server(offer, "127.0.0.1", 0, None, SECONDS, UNLIMITED, said.append, prepared=folder, **options)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.address

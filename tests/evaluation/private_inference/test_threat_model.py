@@ -1,5 +1,6 @@
 """What docs/private_inference.md says of the engine's parameters, and of what answers tell of the weights."""
 
+import mmap
 import os
 import re
 from pathlib import Path
@@ -13,8 +14,9 @@ from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, P
 from entropy_gpt.evaluation.private_inference.parties.local import run_parties
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
 from entropy_gpt.evaluation.private_inference.parties.shares import make_placeholder
-from entropy_gpt.evaluation.private_inference.program.counting import make_shape
+from entropy_gpt.evaluation.private_inference.program.counting import INPUTS, make_shape
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
+from entropy_gpt.evaluation.private_inference.program.prices import load_prices
 from entropy_gpt.evaluation.private_inference.program.program import Step
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
@@ -24,6 +26,8 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "private_inference.md"
 WIDTH, VOCABULARY, POSITIONS = 64, 512, 128
+# Bytes of machine code within which parameters that belong together stand.
+NEAR = 64
 
 
 def make_small_model(notation: str) -> EntropyGPTForCausalLM:
@@ -65,6 +69,12 @@ def test_three_requests_of_128_positions_tell_the_head(notation):
     # Fewer positions than the model is wide tell no more than as many directions of it.
     _, rows = find_head(logits[:32])
     assert missed(head, rows) > 0.5
+
+
+def test_ciphertexts_are_as_long_as_three_primes_of_60_bits():
+    measured = load_prices().bytes[INPUTS]
+    assert f"takes {measured:,.0f} bytes" in PAGE.read_text(encoding="utf-8")
+    assert measured == pytest.approx(8192 * 3 * 60 / 8, rel=0.005)
 
 
 @pytest.mark.private
@@ -111,6 +121,29 @@ class TestEngine:
             placeholder = make_placeholder(io, shape, SERVER, rank, config.share_max_chunk_size)
             assert placeholder.meta == zeros[rank].meta
             assert placeholder.share_chunks == zeros[rank].share_chunks
+
+    def test_its_settings_are_those_of_the_page(self):
+        from spu import libspu
+
+        config = runtime_config(PrivateSettings())
+        assert (config.protocol, config.field) == (libspu.ProtocolKind.CHEETAH, libspu.FieldType.FM64)
+        assert not config.trunc_allow_msb_error
+        assert not config.cheetah_2pc_config.enable_mul_lsb_error
+
+    @pytest.mark.slow
+    def test_the_lpn_parameters_stand_in_the_installed_engine(self):
+        """As 32-bit operands of instructions that follow one another."""
+        from spu import libspu
+
+        page = " ".join(PAGE.read_text(encoding="utf-8").split())
+        found = re.search(
+            r"LPN: n = ([\d,]+), k = ([\d,]+), t = ([\d,]+), .* before that ([\d,]+), ([\d,]+), ([\d,]+) ", page
+        )
+        numbers = [int(number.replace(",", "")).to_bytes(4, "little") for number in found.groups()]
+        with Path(libspu.__file__).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+            places = [match.start() for match in re.finditer(re.escape(numbers[1]), code)]
+            near = [code[max(0, place - NEAR) : place + NEAR] for place in places]
+        assert any(all(number in part for number in numbers) for part in near)
 
     @pytest.mark.slow
     def test_oblivious_transfers_are_set_up_in_the_set_up_whatever_the_number_of_processors(self, monkeypatch):

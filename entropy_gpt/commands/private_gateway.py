@@ -1,0 +1,73 @@
+"""`entropy-gpt private gateway`: a private model for programs that speak OpenAI's protocol, and for a browser."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from entropy_gpt.conversion.early_checks import check_model, check_place
+
+from .paths import read_path
+from .private import Authority, Certificate, Insecure, Key, ProtocolOption, Timeout, TwoPartyProtocol
+
+
+def gateway(
+    connect: Annotated[str, typer.Option(help="HOST:PORT of the private server.")],
+    tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where the gateway listens. 0 takes a free port.")
+    ] = 8080,
+    host: Annotated[str, typer.Option(help="Where it listens. Beyond the loopback, it needs a token.")] = "127.0.0.1",
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", callback=read_path, help="A file with the token (API key) that requests have to bring."
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="The name of the model in requests.")] = "private",
+    twin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The model in the clear: the page shows what its heads do with the prompt."
+        ),
+    ] = None,
+    longest_line: Annotated[
+        int, typer.Option("--max-waiting", min=0, help="Requests that may wait; further ones are refused.")
+    ] = 16,
+    wait: Annotated[int, typer.Option(min=0, help="Seconds in which the server may begin to listen.")] = 60,
+    certificate: Certificate = None,
+    key: Key = None,
+    authority: Authority = None,
+    insecure: Insecure = False,
+    protocol: ProtocolOption = TwoPartyProtocol.cheetah,
+    timeout: Timeout = 600,
+):
+    """
+    Speak OpenAI's protocol, and show a page, in front of a private server.
+
+    Run it on the machine that may see the prompts. Programs use http://127.0.0.1:8080/v1 as their base URL; a browser
+    opens http://127.0.0.1:8080. Prompts and answers leave this machine as secret shares alone.
+
+    Example: entropy-gpt private gateway --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key
+    --ca ca.pem
+    """
+    check_place(tokenizer)
+    if twin is not None:
+        check_model(twin)
+    from entropy_gpt.terminal.private_gateway import run
+
+    run(
+        connect,
+        (certificate, key, authority),
+        host=host,
+        port=port,
+        token_file=token_file,
+        name=name,
+        twin=twin,
+        longest_line=longest_line,
+        wait=wait,
+        tokenizer=tokenizer,
+        insecure=insecure,
+        protocol=protocol.value,
+        timeout=timeout,
+    )

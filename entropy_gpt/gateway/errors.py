@@ -1,0 +1,42 @@
+"""Errors as OpenAI's protocol has them."""
+
+from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties.channel import NoServerError
+
+
+class ProtocolError(UserError):
+    """
+    What a request is answered with where it fails.
+
+    Args:
+        status (`int`): HTTP's number for it.
+        message (`str`): What was wrong, and what to do.
+        param (`str`, *optional*): The field that is wrong.
+        code (`str`, *optional*): A word for programs.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def content(self) -> dict:
+        """The body of the answer."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's client repeats some requests by itself. A secret one costs too much for that."""
+        return {"x-should-retry": "false"}
+
+
+def of_the_server(error: PrivateInferenceError) -> ProtocolError:
+    """What is said where the private server fails, or can't be reached."""
+    if isinstance(error, NoServerError):
+        return ProtocolError(503, f"the private server can't be reached: {error}", code="private_server_missing")
+    return ProtocolError(502, f"the private server gave no answer: {error}", code="private_server_failed")
+
+
+def of_the_gateway() -> ProtocolError:
+    """What is said of a fault of the gateway itself, which its log describes."""
+    return ProtocolError(500, "the gateway failed; its log says why. It goes on.", code="gateway_failed")

@@ -1,0 +1,136 @@
+"""The line of requests: one after another is put to the private server, by one thread."""
+
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.workflows.private_client import PrivateClient
+
+from .errors import ProtocolError, of_the_gateway, of_the_server
+
+
+# A connection without requests for so long is given up: the server would end it, and other clients may wait for it.
+IDLE_SECONDS, END_SECONDS = 25, 5
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How many are before this request, in the line of the gateway or in that of the server."""
+
+    before: int | str
+    what: str = "requests"
+
+
+class Cancelled(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Job:
+    """
+    A request in the line.
+
+    Args:
+        work (`Callable`): Answers it, by way of a client and the job.
+        emit (`Callable`): Receives what there is to say: [`Waiting`], what `work` says, and last an error or `None`.
+    """
+
+    def __init__(self, work: Callable[[PrivateClient, "Job"], None], emit: Callable[[object], None]):
+        self.work, self.emit = work, emit
+        self.cancelled = threading.Event()
+
+    def check(self):
+        """
+        Raises:
+            `Cancelled`: If nobody waits any more.
+        """
+        if self.cancelled.is_set():
+            raise Cancelled
+
+
+class Line:
+    """
+    Args:
+        client ([`PrivateClient`]): Whom the requests are put to.
+        longest (`int`): Requests that may wait.
+    """
+
+    def __init__(self, client: PrivateClient, longest: int):
+        self.client, self.longest = client, longest
+        self.active: Job | None = None
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    @property
+    def length(self) -> int:
+        """Requests that wait, without the one that is answered."""
+        return len(self._waiting)
+
+    def join(self, job: Job):
+        """
+        Puts a request at the end.
+
+        Raises:
+            `ProtocolError`: If the line is full.
+        """
+        with self._changed:
+            if self.length >= self.longest:
+                raise ProtocolError(
+                    429, f"{self.length} requests are waiting already, the most here: try again later.", code="busy"
+                )
+            self._waiting.append(job)
+            before = self.length - 1 + (self.active is not None)
+            if before:
+                job.emit(Waiting(before))
+            self._changed.notify_all()
+
+    def close(self):
+        """Ends what goes on."""
+        with self._changed:
+            self._closed = True
+            for job in (*self._waiting, *filter(None, [self.active])):
+                job.cancelled.set()
+            self._changed.notify_all()
+        self._thread.join(END_SECONDS)
+
+    def _work(self):
+        while (job := self._next()) is not None:
+            job.emit(self._answer(job))
+            with self._changed:
+                self.active = None
+        self.client.close()
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            while not self._waiting:
+                if self._closed:
+                    return None
+                if not self._changed.wait(IDLE_SECONDS):
+                    self.client.close()
+            self.active = self._waiting.popleft()
+            for before, job in enumerate(self._waiting, start=1):
+                job.emit(Waiting(before))
+            return self.active
+
+    def _answer(self, job: Job) -> ProtocolError | None:
+        try:
+            job.check()
+            job.work(self.client, job)
+        except Cancelled:
+            return None
+        except ProtocolError as error:
+            return error
+        except PrivateInferenceError as error:
+            return of_the_server(error)
+        except Exception as error:  # the gateway goes on; messages may hold a prompt, places in the code do not
+            print(
+                f"a request failed: {type(error).__name__}", *traceback.format_tb(error.__traceback__), file=sys.stderr
+            )
+            return of_the_gateway()
+        return None

@@ -1,0 +1,47 @@
+"""How a client chooses a token from its logits. The server does not learn it."""
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from entropy_gpt.evaluation.json_records import RECORD
+
+
+@dataclass(config=RECORD, frozen=True)
+class Sampling:
+    """
+    How the next token is chosen.
+
+    Args:
+        temperature (`float`): What the logits are divided by; with 0, the most likely token is taken.
+        top_p (`float`): The share of probability of the most likely tokens among which one is drawn.
+        seed (`int`, *optional*): Where the random numbers begin.
+    """
+
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(1.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=0)
+
+
+GREEDY = Sampling()
+
+
+def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
+    """
+    The next token.
+
+    Args:
+        logits (`np.ndarray`): `(vocabulary,)`.
+        sampling ([`Sampling`]): How.
+        generator (`np.random.Generator`): Draws one number.
+    """
+    if not sampling.temperature:
+        return int(logits.argmax())
+    scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    sums = np.exp(scaled[order]).cumsum()
+    # The most likely token, and those after it as long as the ones before them do not have the share.
+    kept = int(np.searchsorted(sums, sampling.top_p * sums[-1], side="left")) + 1
+    sums = sums[:kept]
+    drawn = np.searchsorted(sums, generator.random() * sums[-1], side="right")
+    return int(order[drawn])
