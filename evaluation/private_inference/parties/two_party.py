@@ -592,7 +592,7 @@ class Client:
         return {"length": length, "new_tokens": new_tokens, "answers": answers}
 
     def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
-        """Has a request answered, of which the server is told a part."""
+        """Has a request answered, of which the server is shown a part."""
         with self.channel.telling(CLIENT_NAME):
             self.channel.send({"kind": "request", **asked, **also})
             if self._session is None:
