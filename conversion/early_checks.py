@@ -131,6 +131,34 @@ def find_nearest(path: Path) -> Path | None:
     return found
 
 
+def read_head(value):
+    """
+    Layer and head from text with a comma between them; other values as they are.
+
+    Raises:
+        `ValueError`: If it is other text.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = value.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError("give the numbers of a layer and a head, such as 2,1")
+    return tuple(map(int, parts))
+
+
+def check_head(value: str | None):
+    """
+    Refuses text that is not a layer and a head.
+
+    Raises:
+        `UserError`: If it is not.
+    """
+    try:
+        read_head(value)
+    except ValueError as error:
+        raise UserError(f"--head {value}: {error}.") from error
+
+
 def check_page(output: Path):
     """
     Refuses a page whose name has another suffix than those of [`PAGE_SUFFIXES`].

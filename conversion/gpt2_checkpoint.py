@@ -5,19 +5,15 @@ checkpoints are written: with or without the prefix of the base model, with cons
 nanoGPT, or with LayerNorms that were made linear by an enormous epsilon.
 """
 
-import json
 import logging
 import re
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     GenerationConfig,
     GPT2Config,
@@ -46,7 +42,15 @@ from modeling_entropy_gpt.configuration_entropy_gpt import GPT2_CONSTANTS
 from .assembly import assemble, inference_state
 from .early_checks import ADAPTER_CONFIG, expanded
 from .errors import ConversionError
-from .foreign_files import check_kind
+from .weight_files import (
+    WEIGHT_FILES,
+    check_tensor_types,
+    gather_tensors,
+    read_json,
+    read_weights,
+    shorten_names,
+    unpickle,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -65,8 +69,6 @@ HEAD_OF_PARAMETER = {
     "qa_outputs.": EntropyGPTForQuestionAnswering,
     "lm_head.": EntropyGPTForCausalLM,
 }
-# As transformers looks for weights: the first that is there, or its shards, which the index next to it lists.
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "transformer."
 # Causal masks that old versions of transformers and nanoGPT saved with the weights.
@@ -89,9 +91,6 @@ NANOGPT_OPTIONS = frozenset({"bias", "dropout"})
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 # The exact GELU of nanoGPT, and the approximation by tanh that it had until 14 June 2023.
 NANOGPT_ACTIVATIONS = (GELU, TANH_GELU) = ("gelu", "gelu_new")
-# How the unpickler of torch names what it refuses.
-REFUSED = re.compile(r"(?:GLOBAL|Unsupported class) (\S+)")
-MOST_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def read_nanogpt(path: Path, activation: str | None = None) -> Checkpoint:
     """
     if path.suffix == ".safetensors":
         raise ConversionError(f"{path} holds weights alone. Give the folder that holds it and its config.json.")
-    content = _unpickle(path)
+    content = unpickle(path)
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ConversionError(
             f"{path} is no checkpoint of nanoGPT: it has no 'model' and 'model_args'. Give that, a folder with a "
@@ -227,8 +226,8 @@ def read_nanogpt(path: Path, activation: str | None = None) -> Checkpoint:
             f"{path} is of a variant of nanoGPT: its model_args have {named}, which nanoGPT has not. What such a "
             "model computes is not known here."
         )
-    named = _check_tensor_types(content["model"], path).items()
-    tensors = _gather(((WRAPPERS.sub("", name), tensor) for name, tensor in named), path)
+    named = check_tensor_types(content["model"], path).items()
+    tensors = gather_tensors(((WRAPPERS.sub("", name), tensor) for name, tensor in named), path)
     for name in filter(LINEAR_WEIGHT.search, tensors):
         if tensors[name].ndim == 2:
             tensors[name] = tensors[name].mT.contiguous()
@@ -290,7 +289,7 @@ def _read(source: str | Path, model_types: list[str], activation: str | None) ->
     folder = _find_folder(source)
     if not (folder / "config.json").is_file():
         if (folder / ADAPTER_CONFIG).is_file():
-            base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+            base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
             raise ConversionError(
                 f"{folder} holds an adapter of {base or 'a model'}, not a model. Give the model that it was merged "
                 "into: in the folder of a run, that is the folder model."
@@ -300,11 +299,11 @@ def _read(source: str | Path, model_types: list[str], activation: str | None) ->
         raise ConversionError(
             f"--activation {activation} has no effect: the config.json of {source} names its activation. Leave it out."
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("model_type") not in model_types:
         allowed = " or ".join(map(repr, model_types))
         raise ConversionError(f"{folder} holds a model of type {config.get('model_type')!r}, not {allowed}.")
-    tensors = _gather((named for file in _weight_files(folder) for named in _load_tensors(file).items()), folder)
+    tensors = read_weights(folder)
     model_class, generation_config = _find_class(config, tensors), None
     if model_class.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
         generation_config = _read_generation_config(folder)
@@ -337,99 +336,6 @@ def _find_folder(source: str | Path) -> Path:
     return folder
 
 
-def _read_json(file: Path) -> dict:
-    check_kind(file, ConversionError)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{file} can't be read: {error}. Download or save it again.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} holds a {type(content).__name__}, not named fields. Download or save it again.")
-    return content
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-        if (index := folder / f"{name}.index.json").is_file():
-            return [folder / shard for shard in _shards(index)]
-    raise ConversionError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES)}, nor an index of shards.")
-
-
-def _shards(index: Path) -> list[str]:
-    """The files that an index lists, all of which have to be there, in its own folder."""
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ConversionError(f"{index} has no 'weight_map' from names to files. Download or save it again.")
-    shards = sorted(set(weight_map.values()))
-    if outside := [shard for shard in shards if _leaves_its_folder(shard)]:
-        raise ConversionError(
-            f"{index} lists files outside of its folder: {_shorten(outside)}. Files are read from there alone: take a "
-            "checkpoint from another source, or put its files next to the index."
-        )
-    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
-        raise ConversionError(f"{index} lists files that are not there: {_shorten(missing)}. Download or save them.")
-    return shards
-
-
-def _leaves_its_folder(name: str) -> bool:
-    """Whether a path is absolute or goes up, by the rules of either kind of system: what Windows forbids, all do."""
-    path = PureWindowsPath(name)
-    return bool(path.anchor) or ".." in path.parts
-
-
-def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
-    if file.suffix != ".safetensors":
-        return _check_tensor_types(_unpickle(file), file)
-    check_kind(file, ConversionError)
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{file} is damaged: {error}. Download or save it again.") from error
-
-
-def _unpickle(file: Path):
-    check_kind(file, ConversionError)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of what is an error here
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever the bytes make it
-        # Its own message is not passed on: it advises to load without this safety.
-        raise ConversionError(f"{file} can't be read as weights alone: {_why_not(error)}") from error
-
-
-def _why_not(error: Exception) -> str:
-    if (found := REFUSED.search(str(error))) is None:
-        return "it is damaged, or not written by torch.save. Download or save it again."
-    name = found[1].rstrip(".,")
-    kind = f"a number or array of numpy ({name})" if name.startswith("numpy.") else name
-    return (
-        f"it holds {kind}. Only tensors, plain numbers and text are unpickled, because anything else can run code. "
-        "Save it again without that."
-    )
-
-
-def _check_tensor_types(content, file: Path) -> dict[str, torch.Tensor]:
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} has a {type(content).__name__} for weights, not dense tensors by their names.")
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not torch.is_tensor(tensor) or tensor.layout != torch.strided:
-            raise ConversionError(
-                f"{file} has a {type(tensor).__name__} for {name!r}, not a dense tensor with a name."
-            )
-    return content
-
-
-def _gather(named_tensors: Iterable[tuple[str, torch.Tensor]], source: str | Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in named_tensors:
-        if name in tensors:
-            raise ConversionError(f"{source} has {name} twice (in two files, or with a prefix and without): keep one.")
-        tensors[name] = tensor
-    return tensors
-
-
 def _find_class(config: dict, tensors: Iterable[str]) -> type[EntropyGPTPreTrainedModel]:
     """The class for what the config names, or without one, for the names of the parameters."""
     is_gpt2 = config["model_type"] == GPT2Config.model_type
@@ -458,7 +364,7 @@ def _known_classes(known: Iterable[type]) -> str:
 def _build(checkpoint: Checkpoint, source: str) -> EntropyGPTPreTrainedModel:
     names = [name for name in checkpoint.tensors if CROSS_ATTENTION.search(name)]
     if names:
-        raise ConversionError(f"{source} has cross-attention ({_shorten(names)}), which an EntropyGPT has not.")
+        raise ConversionError(f"{source} has cross-attention ({shorten_names(names)}), which an EntropyGPT has not.")
     model_class, config = checkpoint.model_class, _make_config(checkpoint, source)
     tensors = _with_our_names(checkpoint.tensors, model_class, source)
     if checkpoint.is_gpt2 and config.layer_norm_epsilon >= EPSILON_OF_STATIC_NORM:
@@ -501,7 +407,7 @@ def _with_our_names(tensors: dict[str, torch.Tensor], model_class: type, source:
                 continue
             yield bare if is_head or model_class is EntropyGPTModel else PREFIX + bare, tensor
 
-    return _gather(rename(), source)
+    return gather_tensors(rename(), source)
 
 
 def _with_static_norms(tensors: dict[str, torch.Tensor], epsilon: float) -> dict[str, torch.Tensor]:
@@ -522,18 +428,18 @@ def _check_tensors(tensors: dict[str, torch.Tensor], model_class: type, config: 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = []
     if missing := expected.keys() - tensors.keys():
-        problems.append(f"missing: {_shorten(missing)}")
+        problems.append(f"missing: {shorten_names(missing)}")
     if unexpected := tensors.keys() - expected.keys():
-        problems.append(f"unexpected: {_shorten(unexpected)}")
+        problems.append(f"unexpected: {shorten_names(unexpected)}")
     common = sorted(expected.keys() & tensors.keys())
     shapes = {name: tuple(tensors[name].shape) for name in common}
     if wrong := [f"{name} {shapes[name]}, not {expected[name]}" for name in common if shapes[name] != expected[name]]:
-        problems.append(f"of a wrong shape: {_shorten(wrong)}")
+        problems.append(f"of a wrong shape: {shorten_names(wrong)}")
     kinds = {name: tensors[name].dtype for name in common}
     if other := [f"{name} {kind}" for name, kind in kinds.items() if kind not in WEIGHT_DTYPES]:
-        problems.append(f"of another dtype than {', '.join(map(str, WEIGHT_DTYPES))}: {_shorten(other)}")
+        problems.append(f"of another dtype than {', '.join(map(str, WEIGHT_DTYPES))}: {shorten_names(other)}")
     if bad := [name for name in common if kinds[name] in WEIGHT_DTYPES and not tensors[name].isfinite().all()]:
-        problems.append(f"not finite: {_shorten(bad)}")
+        problems.append(f"not finite: {shorten_names(bad)}")
     if problems:
         raise ConversionError(f"The weights of {source} are not those of its config. {'; '.join(problems)}.")
 
@@ -551,9 +457,3 @@ def _obstacles_to_gpt2(config: EntropyGPTConfig) -> list[str]:
         f"attention_temperature={config.attention_temperature!r}": config.attention_temperature != "none",
     }
     return [obstacle for obstacle, is_there in found.items() if is_there]
-
-
-def _shorten(names: Iterable[str]) -> str:
-    names = sorted(names)
-    rest = len(names) - MOST_NAMES_SHOWN
-    return ", ".join(names[:MOST_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -10,7 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
+
+from .json_records import RECORD
 
 
 # The working tree of this code, if it runs from one.
@@ -18,9 +21,25 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDED_VERSIONS = ("entropy-gpt", "torch", "transformers", "datasets", "tokenizers")
 
 
+@dataclass(config=RECORD, kw_only=True)
+class Origin:
+    """
+    The three fields with which a record says what computed it, as a base of it.
+
+    Args:
+        versions (`dict[str, str]`): Versions of Python and of the packages that compute.
+        git_revision (`str`, *optional*): Commit of this project, with "+changes" if there were uncommitted ones.
+        machine (`str`): Processor and number of threads, or the GPU.
+    """
+
+    versions: dict[str, str]
+    git_revision: str | None
+    machine: str
+
+
 def collect_origin(device: torch.device, versions: dict[str, str] | None = None) -> dict:
     """
-    Collects the three fields with which every record says what computed it.
+    Collects the fields of [`Origin`].
 
     Args:
         device (`torch.device`): The device that computed.

@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,18 +22,27 @@ LONG = (
     "entropy_gpt/test_quickstart.py",
     "test_documentation.py",
     "entropy_gpt/test_study.py",
+    "evaluation/private_inference/test_two_party.py",
+    "entropy_gpt/test_push.py",
+    "entropy_gpt/test_private.py",
+    "modeling_entropy_gpt/test_modeling.py",
     "modeling_entropy_gpt/test_training.py",
+    "evaluation/private_inference/test_fixed_point.py",
+    "modeling_entropy_gpt/test_triton_attention.py",
+    "evaluation/private_inference/test_round_trips.py",
+    "evaluation/private_inference/test_detection.py",
+    "test_extras.py",
     "compatibility/test_trl.py",
     "entropy_gpt/test_train.py",
     "entropy_gpt/test_convert.py",
-    "evaluation/private_inference/test_two_party.py",
-    "entropy_gpt/test_push.py",
+    "evaluation/private_inference/test_local.py",
     "training/test_healing.py",
     "training/test_trainer.py",
-    "modeling_entropy_gpt/test_modeling.py",
+    "conversion/test_onnx_export.py",
+    "test_wheel.py",
     "entropy_gpt/test_evaluate.py",
     "conversion/test_gpt2_checkpoint.py",
-    "evaluation/private_inference/test_fixed_point.py",
+    "compatibility/test_peft.py",
 )
 
 
@@ -76,10 +86,15 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """Every test starts from the same random numbers, on one thread too."""
+def fresh_start():
+    """Every test starts from the same random numbers, on one thread too, and what ends a process ends this one."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():  # `entropy-gpt private` sets its own
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from entropy_gpt.conversion.early_checks import check_model, check_place
+from entropy_gpt.conversion.early_checks import check_head, check_model, check_place
 from entropy_gpt.training.storage import check_folder
 
 from .paths import read_path
@@ -39,6 +39,7 @@ def diagnose(
     check_model(model)
     if tokenizer is not None:
         check_place(tokenizer)
+    check_head(head)
     check_folder(output)
     from entropy_gpt.terminal.diagnose import run
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from entropy_gpt.conversion.early_checks import check_model, check_place
+from entropy_gpt.conversion.early_checks import check_head, check_model, check_place
 from entropy_gpt.training.claims import refuse_claimed
 from entropy_gpt.workflows.output_folder import EVALUATION
 
@@ -137,6 +137,7 @@ def evaluate(
         check_model(model)
     for place in filter(None, (text, frequency_text, tokenizer)):
         check_place(place)
+    check_head(head)
     EVALUATION.is_in(output)  # before the imports, which take seconds
     if not dry_run:
         refuse_claimed(output)

@@ -126,7 +126,8 @@ def _run_app() -> int:
         return _complain(" ".join(["interrupted.", *interruption.args]), INTERRUPTED)
     except typer.TyperException as wrong_usage:
         if message := wrong_usage.format_message():  # none where the help is shown for want of a subcommand
-            return _complain(f"{message} (entropy-gpt --help shows more)", wrong_usage.exit_code)
+            plain = message.replace("Value error, ", "")  # a word of pydantic's
+            return _complain(f"{plain} (entropy-gpt --help shows more)", wrong_usage.exit_code)
         return wrong_usage.exit_code
     except ModuleNotFoundError as missing:
         return _complain(missing_package("this command", missing, _likely_extra()))

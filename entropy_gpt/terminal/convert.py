@@ -1,6 +1,7 @@
 """Shows a conversion: its plan, its progress, and what each step cost."""
 
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import RESULTS, load_results
 from entropy_gpt.evaluation.showing.conversion_page import STEP_COLUMNS, format_perplexity, operation_rows, step_rows
-from entropy_gpt.workflows.convert import Conversion, is_naive, perform, prepare
+from entropy_gpt.workflows.convert import Conversion, perform, prepare
 from entropy_gpt.workflows.convert_inputs import LONGEST_CONTEXT, REPORT, ConversionOptions
+from entropy_gpt.workflows.convert_steps import is_naive
 from entropy_gpt.workflows.options import read_options
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
@@ -103,7 +105,8 @@ def show_evaluation(report: ConversionReport, output: Path):
     """The perplexity of the result and of the original, or how to measure it."""
     (result,) = load_results(output / RESULTS)
     if result.likelihood is None:
-        lines = [f"not evaluated, because there was no text; do it with: entropy-gpt evaluate {output}"]
+        remedy = shlex.join(["entropy-gpt", "evaluate", str(output)])
+        lines = [f"not evaluated, because there was no text; do it with: {remedy}"]
     else:
         before, after = (format_perplexity(step) for step in (report.original_nats, report.final_nats))
         likelihood = result.likelihood.likelihood

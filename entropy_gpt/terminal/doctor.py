@@ -5,17 +5,14 @@ Checks that may crash or hang run in separate processes, which report their find
 """
 
 import importlib
-import json
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from importlib.metadata import PackageNotFoundError, distribution, metadata, requires, version
 from pathlib import Path
@@ -28,6 +25,7 @@ from rich.markup import escape
 
 from .extras import Part
 from .progress import progress_display
+from .separate_process import Reported, in_process, shorten
 
 
 PROJECT = "entropy-gpt"
@@ -47,9 +45,6 @@ TOLERATED_ERROR = 0.05
 TOLERATED_NATS = 1e-3
 # What the tests that need a GPU are run with.
 TESTING = ("pytest", "hypothesis", "accelerate", "datasets")
-MESSAGE_CHARACTERS = 200
-# The exit status of Python after an uncaught exception, whose last line is the message.
-UNCAUGHT = 1
 
 console = Console()
 
@@ -102,19 +97,6 @@ class Section:
     def mark(self) -> Mark:
         """The worst mark of the findings."""
         return max(finding.mark for finding in self.findings)
-
-
-@dataclass(frozen=True)
-class Reported:
-    """The values that a process reported, and why it ended early; the reason is empty if it did not."""
-
-    values: list = field(default_factory=list)
-    ending: str = ""
-
-    @property
-    def facts(self) -> dict:
-        """The values of a process that reports them by name, together."""
-        return {name: fact for value in self.values for name, fact in value.items()}
 
 
 def run(required: Sequence[Part], gpu: bool = False) -> bool:
@@ -509,60 +491,3 @@ def try_gpu() -> Iterator[dict]:
         _, exact = entropy_attention(*(state.detach().double() for state in states), is_causal=True)
         error = (entropies - exact).abs().max().item()
         yield {"error": error, "seconds": time.perf_counter() - started}
-
-
-def in_process(function: Callable[..., Iterator], *arguments, seconds: float) -> Reported:
-    """
-    Runs a generator in a separate process, and collects the values that it yields before it ends.
-
-    Args:
-        function (`Callable`): A function of an importable module.
-        arguments: Its arguments, which JSON can hold.
-        seconds (`float`): Time limit, after which the process is killed.
-    """
-    imports = f"from {__name__} import print_values; from {function.__module__} import {function.__name__} as check"
-    code = f"{imports}; print_values(check)"
-    # -P: nothing is imported from the current folder, which may contain a datasets.py.
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, json.dumps(arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-    try:
-        output, error = child.communicate(timeout=seconds)
-        ending = _describe_ending(child.returncode, error)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        output, _ = child.communicate()
-        ending = f"not done after {seconds:g} s"
-    *lines, _ = output.split("\n")
-    return Reported([json.loads(line) for line in lines], ending)
-
-
-def print_values(function: Callable[..., Iterator]):
-    """
-    Runs a generator with the arguments of the command line, and prints each value as JSON. Output of libraries goes to
-    stderr.
-    """
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    for value in function(*json.loads(sys.argv[1])):
-        print(json.dumps(value), file=lines, flush=True)
-
-
-def _describe_ending(status: int, error: str) -> str:
-    if status == 0:
-        return ""
-    if status < 0:
-        return f"it crashed ({signal.Signals(-status).name})"
-    lines = [line for line in error.splitlines() if line.strip()]
-    return shorten(lines[-1]) if status == UNCAUGHT and lines else f"it ended with status {status}"
-
-
-def shorten(message: str) -> str:
-    """A message in one line, without control characters."""
-    line = " ".join(message.split())
-    return "".join(letter for letter in line if letter.isprintable())[:MESSAGE_CHARACTERS]

@@ -1,5 +1,6 @@
 """Runs an evaluation and prints its plan or its results."""
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -125,8 +126,5 @@ def _print_files(results: list[ModelResult], output: Path):
     if any(result.heads is not None for result in results):
         console.print(f"pictures of the heads: {output / PICTURES}", markup=False, soft_wrap=True)
     console.print(f"all numbers: {output / RESULTS}", markup=False, soft_wrap=True)
-    console.print(
-        f"make a page of them: entropy-gpt report {output / RESULTS} -o {output / 'report.html'}",
-        markup=False,
-        soft_wrap=True,
-    )
+    words = ["entropy-gpt", "report", str(output / RESULTS), "-o", str(output / "report.html")]
+    console.print(f"make a page of them: {shlex.join(words)}", markup=False, soft_wrap=True)

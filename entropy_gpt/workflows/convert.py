@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from entropy_gpt.conversion.calibration import Calibration, calibrate, fingerprint
-from entropy_gpt.conversion.divergence import Divergence, Reference
+from entropy_gpt.conversion.calibration import fingerprint
 from entropy_gpt.conversion.errors import ConversionError, NotFiniteError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.conversion.simplification import (
@@ -26,13 +25,10 @@ from entropy_gpt.conversion.simplification import (
     set_training_fields,
 )
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
-from entropy_gpt.evaluation.measuring.operation_counts import count_operations
-from entropy_gpt.evaluation.measuring.perplexity import Windows
-from entropy_gpt.evaluation.origin import collect_origin, git_revision, peak_memory, recorded_versions
+from entropy_gpt.evaluation.origin import git_revision, recorded_versions
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport, StepRecord
-from entropy_gpt.evaluation.records.measurement import MeasuredText, describe_model, measure_model
-from entropy_gpt.evaluation.records.results import RESULTS, Conditions, ModelResult, TrainingResult, save_results
-from entropy_gpt.evaluation.showing.conversion_page import PICTURE, format_perplexity, report_markdown
+from entropy_gpt.evaluation.records.results import RESULTS, ModelResult, save_results
+from entropy_gpt.evaluation.showing.conversion_page import PICTURE, report_markdown
 from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.files import begun_move, delete, empty_folder, put_in_place, written_whole
@@ -50,19 +46,14 @@ from .convert_inputs import (
     check_amount,
     check_options,
     check_output,
-    find_base_model,
     find_context,
     find_target,
-    name_source,
     read_text,
 )
+from .convert_report import describe_conditions, evaluate_result, make_report
+from .convert_steps import Calibrator, Measurement, is_naive, record_step, take_step
 from .options import read_arguments, with_argument_names
 from .output_folder import CONVERSION
-
-
-# What an exact step is checked on: sequences, and tokens of each. And the KL, in nats per token, that rounding leaves.
-SAMPLE_SEQUENCES, SAMPLE_TOKENS = 4, 128
-LARGEST_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -245,10 +236,10 @@ def _import(conversion: Conversion) -> ConversionReport:
     started = time.perf_counter()
     model = set_training_fields(original, conversion.target)
     context = find_context(options, original.config)
-    conditions = _describe_conditions(options, model, "no text", "", original.config.vocab_size, context, 0)
-    report = _make_report(options, original, model, conditions, started, original_nats=None)
+    conditions = describe_conditions(options, model, "no text", "", original.config.vocab_size, context, 0)
+    report = make_report(options, original, model, conditions, started, original_nats=None)
     delete(CONVERSION.content(options.output))  # of an earlier attempt
-    _save(options, model.cpu(), None, report, _evaluate(options, model, report, None, SILENT))
+    _save(options, model.cpu(), None, report, evaluate_result(options, model, report, None, SILENT))
     return _put_in_place(options)
 
 
@@ -299,8 +290,8 @@ def _convert(
 ):
     """Leaves everything that the output is going to hold in the folder of unfinished work."""
     started = time.perf_counter()
-    measure = _Measurement(original, text, progress)
-    calibrator = _Calibrator(text, options.calibration or options.work / KEPT_STATISTICS, progress)
+    measure = Measurement(original, text, progress)
+    calibrator = Calibrator(text, options.calibration or options.work / KEPT_STATISTICS, progress)
     original_nats = measure(original, "the original")[0].nats
 
     damage = {}
@@ -312,7 +303,7 @@ def _convert(
     with _counted_steps(plan, options, text, progress) as begin_step:
         for step in plan.simplifications:
             begin_step()
-            model = _take(step, model, calibrator, measure, records, options.naive)
+            model = take_step(step, model, calibrator, measure, records, options.naive)
         model = set_training_fields(model, target)
         healing = None
         if options.heal_steps:
@@ -321,16 +312,16 @@ def _convert(
             begin_step()
             model, healing = heal(options, original, model, calibrator(original), text, progress)
             divergence, *_ = measure(model, "healing")
-            records.append(_record(f"healed, {options.heal_steps:,} steps", model, [divergence], healing.seconds))
+            records.append(record_step(f"healed, {options.heal_steps:,} steps", model, [divergence], healing.seconds))
         for step in plan.finish:
             begin_step()
-            model = _take(step, model, calibrator, measure, records, options.naive)
+            model = take_step(step, model, calibrator, measure, records, options.naive)
 
-    conditions = _describe_conditions(
+    conditions = describe_conditions(
         *(options, model, text.name, text.revision, len(text.tokenizer), text.context),
         sum(batch.numel() - len(batch) for batch in text.validation),
     )
-    report = _make_report(
+    report = make_report(
         *(options, original, model, conditions, started),
         original_nats=original_nats,
         pruning_damage={str(layer): kl for layer, kl in damage.items()},
@@ -338,71 +329,8 @@ def _convert(
         steps=records,
         healing=healing,
     )
-    result = _evaluate(options, model, report, text.evaluated, progress)
+    result = evaluate_result(options, model, report, text.evaluated, progress)
     _save(options, model.cpu(), text.tokenizer, report, result)
-
-
-def _evaluate(
-    options: ConversionOptions,
-    model: EntropyGPTForCausalLM,
-    report: ConversionReport,
-    text: MeasuredText | None,
-    progress: Progress,
-) -> ModelResult:
-    """The model's entry in `results.json`; without text, what it is and how it was made."""
-    name, training = options.output.name, _describe_training(options, report)
-    if text is not None:
-        return measure_model(model, name, text, training, options.seed, progress)
-    width = report.conditions.context - 1
-    result = describe_model(model, name, Windows(width, width, separate=False, bos=False))
-    return replace(result, training=training)
-
-
-def _describe_conditions(
-    options: ConversionOptions,
-    model: EntropyGPTForCausalLM,
-    corpus: str,
-    revision: str,
-    vocab_size: int,
-    context: int,
-    evaluated_tokens: int,
-) -> Conditions:
-    return Conditions(
-        corpus=corpus,
-        corpus_revision=revision,
-        vocab_size=vocab_size,
-        context=context,
-        evaluated_tokens=evaluated_tokens,
-        dtype=str(model.dtype).removeprefix("torch."),
-        seed=options.seed,
-        **collect_origin(model.device),
-    )
-
-
-def _make_report(
-    options: ConversionOptions,
-    original: EntropyGPTForCausalLM,
-    model: EntropyGPTForCausalLM,
-    conditions: Conditions,
-    started: float,
-    **measured,
-) -> ConversionReport:
-    """The report with what both models are, and what was `measured`: the other fields of a [`ConversionReport`]."""
-    return ConversionReport(
-        source=options.source,
-        source_notation=original.config.notation,
-        target_notation=model.config.notation,
-        source_final_normalization=original.config.final_normalization,
-        target_final_normalization=model.config.final_normalization,
-        original_parameters=original.num_parameters(),
-        source_operations=count_operations(original.config, conditions.context),
-        target_operations=count_operations(model.config, conditions.context),
-        naive=options.naive,
-        seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory(),
-        conditions=conditions,
-        **measured,
-    )
 
 
 @contextmanager
@@ -453,121 +381,10 @@ def _begin_work(options: ConversionOptions, original: EntropyGPTForCausalLM, tex
         path.write_text(json.dumps(settings), encoding="utf-8")
 
 
-class _Measurement:
-    """Compares models with the original on validation text."""
-
-    def __init__(self, original: EntropyGPTForCausalLM, text: Text, progress: Progress):
-        self.reference, self.progress = Reference(original, text.validation), progress
-        self.sample = text.validation[0][:SAMPLE_SEQUENCES, :SAMPLE_TOKENS]
-        self.last: Divergence | None = None
-
-    def __call__(self, model: EntropyGPTForCausalLM, after: str, *others: EntropyGPTForCausalLM) -> list[Divergence]:
-        with self.progress.stage(f"measuring {after}", sum(map(len, self.reference.batches))) as line:
-            found = self.reference.compare([model, *others], line.advance)
-            line.say(f"KL {found[0].kl:.4f}, perplexity {format_perplexity(found[0].nats)}")
-        if not found[0].is_finite:
-            raise NotFiniteError(f"After {after}, the model's predictions are not finite: choose another target.")
-        self.last = found[0]
-        return found
-
-    def naive(self, models: list[EntropyGPTForCausalLM], of: str) -> list[Divergence]:
-        """What the naive versions of a step cost, if there are any."""
-        if not models:
-            return []
-        with self.progress.stage(f"measuring {of}, naively", sum(map(len, self.reference.batches))) as line:
-            return self.reference.compare(models, line.advance)
-
-    def is_kept(self, before: EntropyGPTForCausalLM, after: EntropyGPTForCausalLM) -> bool:
-        """Whether a step has kept the predictions on a sample of the text, up to rounding."""
-        return Reference(before, [self.sample]).compare([after])[0].kl < LARGEST_ROUNDING
-
-
-class _Calibrator:
-    """Collects the statistics of models, or loads those that were kept in a folder."""
-
-    def __init__(self, text: Text, folder: Path, progress: Progress):
-        self.batches, self.folder, self.progress = text.calibration, folder, progress
-
-    def __call__(self, model: EntropyGPTForCausalLM, hidden_activation: str | None = None) -> Calibration:
-        path = self.folder / f"{fingerprint(model, self.batches, hidden_activation)}.safetensors"
-        if not path.exists():
-            with self.progress.stage("calibrating", sum(map(len, self.batches))) as line:
-                calibration = calibrate(model, self.batches, hidden_activation, line.advance)
-            with written_whole(path) as temporary:
-                calibration.save(temporary)
-        return Calibration.load(path)
-
-
-def _take(
-    step: Step,
-    model: EntropyGPTForCausalLM,
-    calibrator: _Calibrator,
-    measure: _Measurement,
-    records: list[StepRecord],
-    naive: bool,
-) -> EntropyGPTForCausalLM:
-    """
-    Takes a step, measures it with its naive version, and adds the record. An exact step is checked on a sample of the
-    text, and measured only if the check fails.
-
-    Args:
-        step ([`Step`]): The step.
-        model ([`EntropyGPTForCausalLM`]): The model before it.
-        calibrator: Gives the statistics to fit to.
-        measure: Compares with the original.
-        records (`list[StepRecord]`): The records so far; one is added.
-        naive (`bool`): Whether a step that could be fitted is taken in its naive version alone.
-
-    Returns:
-        [`EntropyGPTForCausalLM`]: The model after it.
-    """
-    started = time.perf_counter()
-    alone = is_naive(step, naive)
-    if alone:
-        simpler = step.naive(model)
-    else:
-        calibration = calibrator(model, step.hidden_activation) if step.calibrated else None
-        simpler = step.apply(model, calibration)
-    seconds = time.perf_counter() - started
-    others = [] if alone or step.naive is None else [step.naive(model)]
-    if kept := step.exact and measure.is_kept(model, simpler):
-        divergences = [measure.last, *measure.naive(others, step.title)]
-    else:
-        divergences = measure(simpler, step.title, *others)
-    records.append(_record(step.title, simpler, divergences, seconds, kept))
-    return simpler
-
-
-def is_naive(step: Step, wanted: bool) -> bool:
-    """
-    Whether a step is taken in its naive version alone, if that is wanted. Thresholds have none: they are always
-    measured, and change no prediction.
-    """
-    return wanted and step.calibrated and step.naive is not None
-
-
-def _record(
-    title: str, model: EntropyGPTForCausalLM, divergences: list[Divergence], seconds: float, kept: bool = False
-) -> StepRecord:
-    found, *naive = divergences
-    is_finite = bool(naive) and naive[0].is_finite
-    return StepRecord(
-        title=title,
-        kl=found.kl,
-        nats=found.nats,
-        naive_kl=naive[0].kl if is_finite else None,
-        naive_nats=naive[0].nats if is_finite else None,
-        naive_diverged=bool(naive) and not is_finite,
-        parameters=model.num_parameters(),
-        seconds=seconds,
-        kept=kept,
-    )
-
-
 def _choose_ffns(
     original: EntropyGPTForCausalLM,
     target: EntropyGPTConfig,
-    calibrator: _Calibrator,
+    calibrator: Calibrator,
     text: Text,
     progress: Progress,
 ) -> tuple[EntropyGPTConfig, dict[int, float]]:
@@ -606,18 +423,3 @@ def _save(
             from entropy_gpt.evaluation.showing.plots import plot_healing
 
             plot_healing(report).savefig(folder / PICTURE, format="png")
-
-
-def _describe_training(options: ConversionOptions, report: ConversionReport) -> TrainingResult:
-    """How the model was made, for its entry in `results.json`."""
-    conditions, healing = report.conditions, report.healing
-    return TrainingResult(
-        steps=healing.steps if healing else 0,
-        tokens=healing.tokens if healing else 0,
-        seconds=healing.seconds if healing else 0.0,
-        hyperparameters={**(healing.settings if healing else {}), **({"fitted": False} if report.naive else {})},
-        converted_from=report.source_notation,
-        text=f"{conditions.corpus} ({conditions.corpus_revision})" if conditions.corpus_revision else None,
-        started_from=name_source(options.source),
-        base_model=find_base_model(options.source),
-    )

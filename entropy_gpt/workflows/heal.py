@@ -96,7 +96,7 @@ def heal(
             train_dataset=text.training,
             eval_dataset=Dataset.from_dict({"input_ids": torch.cat(text.validation).tolist()}),
             data_collator=collate_blocks,
-            callbacks=[Stopwatch(), StepObserver(line.reach, lambda loss: line.say(f"loss {loss:.3f}"))],
+            callbacks=[Stopwatch(), StepObserver(line.reach, line.say)],
             healing_loss=loss,
             original=original,
             residual_scale=calibration.norm_constant("transformer.ln_f"),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import pydantic
 from pydantic import BeforeValidator
 
-from entropy_gpt.conversion.early_checks import expanded
+from entropy_gpt.conversion.early_checks import expanded, read_head
 from entropy_gpt.conversion.errors import UserError
 
 
@@ -28,17 +28,8 @@ Options, Result, Parameters = TypeVar("Options"), TypeVar("Result"), ParamSpec("
 OPTION = re.compile(r"--[a-z][a-z-]*")
 
 
-def _read_head(value):
-    if not isinstance(value, str):
-        return value
-    parts = value.split(",")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError("give the numbers of a layer and a head, such as 2,1")
-    return tuple(map(int, parts))
-
-
 # Layer and head, from 0; the command has a comma between them.
-Head = Annotated[tuple[int, int] | None, BeforeValidator(_read_head)]
+Head = Annotated[tuple[int, int] | None, BeforeValidator(read_head)]
 OPTIONS_OF_OTHER_NAMES = {
     **{"settings": "--set", "shard_size": "--max-shard-size", "licence": "--license", "cached": "--cache"},
     **{"length": "--seq", "networks": "--network", "new_tokens": "--max-new-tokens", "whole": "--full"},

@@ -1,6 +1,7 @@
 """Publication of a model on the Hub: the folder is put together, checked, and sent in one commit."""
 
 import json
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -327,8 +328,8 @@ def _find_results(folder: Path, places: list[Path], model: EntropyGPTForCausalLM
     else:
         problem = f"{folder} has no {RESULTS}"
     raise UserError(
-        f"The card of {folder} shows what was measured, but {problem}. Run entropy-gpt evaluate {folder} "
-        "--output evaluation_output, and add --results evaluation_output."
+        f"The card of {folder} shows what was measured, but {problem}. Run entropy-gpt evaluate "
+        f"{shlex.quote(str(folder))} --output evaluation_output, and add --results evaluation_output."
     )
 
 

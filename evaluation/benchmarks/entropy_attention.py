@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import ROOT, collect_origin
+from entropy_gpt.evaluation.origin import ROOT, Origin, collect_origin
 from entropy_gpt.evaluation.records.conditions import describe_origin
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention, entropy_penalty
 
@@ -50,7 +50,7 @@ console = Console()
 
 
 @dataclass(config=CONFIG)
-class Record(StoredRecord):
+class Record(StoredRecord, Origin):
     """All that was measured, and where."""
 
     KIND: ClassVar[str] = "the benchmark of entropy attention"
@@ -58,9 +58,6 @@ class Record(StoredRecord):
 
     times: list[Timing]
     memory: list[Memory]
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
 
 
 def attend_stock(query, key, value):

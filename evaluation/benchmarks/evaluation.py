@@ -25,7 +25,7 @@ from entropy_gpt.evaluation.json_records import StoredRecord
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import diagnose_heads
 from entropy_gpt.evaluation.measuring.perplexity import Windows, measure_likelihood
 from entropy_gpt.evaluation.measuring.tokenized_text import tokenize
-from entropy_gpt.evaluation.origin import ROOT, collect_origin, recorded_versions
+from entropy_gpt.evaluation.origin import ROOT, Origin, collect_origin, recorded_versions
 from entropy_gpt.evaluation.records.conditions import describe_origin
 from entropy_gpt.training.corpus import load_standard_library
 from entropy_gpt.training.tokenizer import train_tokenizer
@@ -53,7 +53,7 @@ console = Console()
 
 
 @dataclass(config=CONFIG)
-class Record(StoredRecord):
+class Record(StoredRecord, Origin):
     """
     All that was measured, and where.
 
@@ -62,9 +62,6 @@ class Record(StoredRecord):
         largest_difference (`float`): How far the two log-likelihoods differ, as a part of them.
         heads (`list[Timing]`): Both read the same batch.
         memory (`dict[int, float]`): Peak memory in MiB of the diagnostics of a sequence without the model, by length.
-        versions (`dict[str, str]`): Versions of the packages that compute.
-        git_revision (`str`, *optional*): Commit of this project.
-        machine (`str`): Processor and threads.
     """
 
     KIND: ClassVar[str] = "the benchmark of evaluation"
@@ -74,9 +71,6 @@ class Record(StoredRecord):
     largest_difference: float
     heads: list[Timing]
     memory: dict[int, float]
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
 
 
 def make_model(sizes: dict) -> EntropyGPTForCausalLM:

@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import ROOT, collect_origin, recorded_versions
+from entropy_gpt.evaluation.origin import ROOT, Origin, collect_origin, recorded_versions
 from entropy_gpt.evaluation.records.conditions import describe_origin
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, entropy_attention
 
@@ -79,7 +79,7 @@ class Sizes:
 
 
 @dataclass(config=CONFIG)
-class Record(StoredRecord):
+class Record(StoredRecord, Origin):
     """All that was measured, and where."""
 
     KIND: ClassVar[str] = "the benchmark on a GPU"
@@ -89,9 +89,6 @@ class Record(StoredRecord):
     attention: list[Timing]
     memory: list[Memory]
     models: list[Timing]
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
 
 
 def attend_flash(query, key, value):

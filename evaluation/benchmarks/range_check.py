@@ -19,7 +19,7 @@ from rich.console import Console
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import ROOT, collect_origin
+from entropy_gpt.evaluation.origin import ROOT, Origin, collect_origin
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config
 from entropy_gpt.evaluation.private_inference.detection import (
@@ -86,7 +86,7 @@ class Share:
 
 
 @dataclass(config=CONFIG)
-class Record(StoredRecord):
+class Record(StoredRecord, Origin):
     """
     All that was measured, and where.
 
@@ -96,7 +96,6 @@ class Record(StoredRecord):
         detections (`list[Detection]`): For each model, corruption and block.
         honest (`list[FalseAlarms]`): For each model and length.
         shares (`list[Share]`): Predicted costs.
-        versions (`dict[str, str]`), git_revision (`str`, *optional*), machine (`str`): Where it was measured.
     """
 
     KIND: ClassVar[str] = "the benchmark of the check of private inferences"
@@ -107,9 +106,6 @@ class Record(StoredRecord):
     detections: list[Detection]
     honest: list[FalseAlarms]
     shares: list[Share]
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
 
     @classmethod
     def migrate(cls, content: dict, version: int) -> dict | None:

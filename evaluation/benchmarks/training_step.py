@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import ROOT, collect_origin
+from entropy_gpt.evaluation.origin import ROOT, Origin, collect_origin
 from entropy_gpt.evaluation.records.conditions import describe_origin
 from entropy_gpt.training.arguments import DataArguments
 from entropy_gpt.training.entropy_callback import measure_heads
@@ -104,7 +104,7 @@ class Steps:
 
 
 @dataclass(config=CONFIG)
-class Record(StoredRecord):
+class Record(StoredRecord, Origin):
     """All that was measured, and where."""
 
     KIND: ClassVar[str] = "the benchmark of training steps"
@@ -113,9 +113,6 @@ class Record(StoredRecord):
     steps: list[Steps]
     watching: Timing
     pipeline: Pipeline
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
 
     @classmethod
     def migrate(cls, content: dict, version: int) -> dict:

@@ -46,17 +46,6 @@ LEGEND_SIZE = 8
 LIMIT_COLOR = "#D55E00"
 
 
-def plot_headwise_entropy(heads: HeadDiagnostics, title: str = "") -> Figure:
-    """
-    Draws the mean entropy of every head as a heat map, layers downwards, on a scale from 0 to the causal maximum.
-
-    Args:
-        heads ([`HeadDiagnostics`]): The heads of a model.
-        title (`str`): What stands above it; may have several lines.
-    """
-    return plot_comparison([heads], [title])
-
-
 def plot_comparison(models: Sequence[HeadDiagnostics], titles: Sequence[str]) -> Figure:
     """
     Draws the heat maps of several models side by side on one scale in nats.

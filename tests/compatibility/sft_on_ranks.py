@@ -17,7 +17,8 @@ from tests.architectures import NO_DROPOUT, make_model
 TRAINERS = {"SFTTrainer": SFTTrainer, "EntropySFTTrainer": EntropySFTTrainer}
 
 
-def main(folder: str, notation: str, trainer: str, arguments: str):
+def main():
+    folder, notation, trainer, arguments = sys.argv[1:]
     torch.manual_seed(0)
     lines = [f"line {index}: the quick brown fox jumps over the lazy dog" for index in range(32)]
     tokenizer = train_tokenizer(lines, vocab_size=270)
@@ -48,4 +49,4 @@ def main(folder: str, notation: str, trainer: str, arguments: str):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -3,9 +3,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +14,14 @@ from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 from entropy_gpt.training.tokenizer import train_tokenizer
 from modeling_entropy_gpt import EntropyGPTForSequenceClassification
 from tests.architectures import make_model
+from tests.ranks import run_on_ranks
 from tests.slow import slow_but
 from tests.strangers import do
 from tests.twins import make_twins
 
+from . import sft_on_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
+
 LINES = [f"line {index}: the quick brown fox jumps over the lazy dog" for index in range(32)]
 TEXTS = {"text": LINES}
 COMPLETIONS = {"prompt": [line[:12] for line in LINES], "completion": [line[12:] for line in LINES]}
@@ -257,19 +256,15 @@ def test_reinforcement(method, folders, tokenizer, compared):
 def fine_tune_on_ranks(folder, ranks, notation, trainer, **arguments):
     """In processes of their own; returns the weights that were saved and a record of the run."""
     folder = folder / f"ranks{ranks}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    if ranks > 1:
-        command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={ranks}"]
-        command += [f"--config_file={ROOT / 'training' / 'accelerate' / 'ddp.yaml'}", "--main_process_port=0"]
-    process = subprocess.run(
-        [*command, Path(__file__).with_name("sft_on_ranks.py"), folder, notation, trainer, json.dumps(arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=folder.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    run_on_ranks(
+        sft_on_ranks.__name__,
+        folder,
+        notation,
+        trainer,
+        json.dumps(arguments),
+        ranks=ranks,
+        configuration="ddp" if ranks > 1 else None,
     )
-    assert process.returncode == 0, process.stderr[-3000:]
     return load_file(folder / "model.safetensors"), json.loads((folder / "record.json").read_text())["losses"]
 
 

@@ -12,6 +12,7 @@ from . import warm_process
 
 
 ROOT = Path(__file__).parents[2]
+COMMAND = "entropy_gpt.commands.main"
 
 
 class Forks:
@@ -24,34 +25,54 @@ class Forks:
     """
 
     def __init__(self, environment: dict[str, str] | None = None):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", warm_process.__name__],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command, pipe = [sys.executable, "-m", warm_process.__name__], subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
 
     def __call__(
-        self, *arguments, cwd: Path | None = None, env: dict[str, str] | None = None
+        self, *arguments, cwd: Path | None = None, env: dict[str, str] | None = None, draws: bool = True
     ) -> subprocess.CompletedProcess:
-        """`entropy-gpt` with these arguments, as `subprocess.run` runs it."""
+        """
+        `entropy-gpt` with these arguments, as `subprocess.run` runs it.
+
+        Args:
+            cwd (`Path`, *optional*): Its folder.
+            env (`dict[str, str]`, *optional*): Its variables.
+            draws (`bool`): Whether the files of its pictures have any content, which takes seconds.
+        """
+        (process,) = self.run_together(COMMAND, arguments, [env or os.environ], cwd, draws)
+        return process
+
+    def run_together(
+        self,
+        module: str,
+        arguments: tuple,
+        environments: list[dict[str, str]],
+        cwd: Path | None = None,
+        draws: bool = True,
+    ) -> list[subprocess.CompletedProcess]:
+        """A module's `main` in processes at the same time, one for each set of variables."""
         words = list(map(str, arguments))
         with TemporaryDirectory() as folder:
-            output, error = Path(folder, "output"), Path(folder, "error")
-            task = {
-                "arguments": words,
-                "folder": str(cwd or Path.cwd()),
-                "environment": dict(env or os.environ),
-                "output": str(output),
-                "error": str(error),
-            }
-            self._process.stdin.write(json.dumps(task) + "\n")
-            self._process.stdin.flush()
-            status = int(self._process.stdout.readline())
-            printed = (path.read_text(encoding="utf-8") for path in (output, error))
-            return subprocess.CompletedProcess(words, status, *printed)
+            tasks = [
+                {
+                    "module": module,
+                    "arguments": words,
+                    "folder": str(cwd or Path.cwd()),
+                    "environment": dict(environment),
+                    "output": str(Path(folder, f"output{number}")),
+                    "error": str(Path(folder, f"error{number}")),
+                    "draws": draws,
+                }
+                for number, environment in enumerate(environments)
+            ]
+            print(json.dumps(tasks), file=self._process.stdin, flush=True)
+            statuses = json.loads(self._process.stdout.readline())
+            return [
+                subprocess.CompletedProcess(
+                    words, status, *(Path(task[name]).read_text(encoding="utf-8") for name in ("output", "error"))
+                )
+                for status, task in zip(statuses, tasks, strict=True)
+            ]
 
     def close(self):
         self._process.stdin.close()
@@ -59,10 +80,11 @@ class Forks:
 
 
 @functools.cache
-def _shared_forks() -> Forks:
-    return Forks()  # ends when this process does
+def shared_forks() -> Forks:
+    """Those of one process that all tests share, with the variables of this one; it ends when this one does."""
+    return Forks()
 
 
 def run_command(*arguments, **options) -> subprocess.CompletedProcess:
-    """The same in forks of one process that all tests share, with the variables of this one."""
-    return _shared_forks()(*arguments, **options)
+    """`entropy-gpt` in forks of the shared process."""
+    return shared_forks()(*arguments, **options)

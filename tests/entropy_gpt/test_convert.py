@@ -27,7 +27,7 @@ from entropy_gpt.evaluation.records.results import load_results, save_results
 from entropy_gpt.terminal.convert import show_evaluation
 from entropy_gpt.training.progress import SILENT
 from entropy_gpt.training.tokenizer import train_tokenizer
-from entropy_gpt.workflows.convert import _Measurement, _take
+from entropy_gpt.workflows.convert_steps import Measurement, take_step
 from tests.architectures import make_model, make_tokens
 
 from .forks import run_command
@@ -70,11 +70,10 @@ HEALING = ("--heal-steps", "12", "--schedule", "staircase", "--distill", "--fina
 @pytest.fixture(scope="module")
 def finished(source, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "a[" / "b]" / "model"  # as markup, it would end in an error
-    command = arguments(source, text, output, *HEALING)
-    return output, subprocess.run(command, capture_output=True, text=True)
+    return output, run(source, text, output, *HEALING)
 
 
-def test_everything_is_there_and_true(finished, source, tmp_path):
+def test_everything_is_there_and_true(finished):
     output, process = finished
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
@@ -119,6 +118,12 @@ def test_everything_is_there_and_true(finished, source, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
     assert model.config.notation == "EReg(SM(t)+ScFuFFN)"
     assert model.num_parameters() == report.steps[-1].parameters
+
+
+@pytest.mark.slow
+def test_a_fresh_process_computes_the_same(finished, tmp_path):
+    output, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(output)
     input_ids = tokenizer("import torch", return_tensors="pt").input_ids
     with torch.no_grad():
@@ -403,7 +408,7 @@ def test_a_naive_version_that_gives_no_numbers_is_said_to(text, source, tmp_path
 
 def test_a_step_that_is_not_as_exact_as_it_should_be_is_measured():
     model, text = make_model("SM+LN+G"), SimpleNamespace(validation=[make_tokens()])
-    measure = _Measurement(model, text, SILENT)
+    measure = Measurement(model, text, SILENT)
     measure(model, "the original")
 
     def shift(model, _):
@@ -412,7 +417,7 @@ def test_a_step_that_is_not_as_exact_as_it_should_be_is_measured():
         return changed
 
     records = []
-    _take(Step("nothing", lambda model, _: model, exact=True), model, None, measure, records, naive=False)
-    _take(Step("shift", shift, exact=True), model, None, measure, records, naive=False)
+    take_step(Step("nothing", lambda model, _: model, exact=True), model, None, measure, records, naive=False)
+    take_step(Step("shift", shift, exact=True), model, None, measure, records, naive=False)
     assert [record.kept for record in records] == [True, False]
     assert records[0].kl == 0 < records[1].kl

@@ -19,11 +19,9 @@ from entropy_gpt.terminal.doctor import (
     EXTRAS,
     Finding,
     Mark,
-    Reported,
     Section,
     ask_hub,
     describe_torch,
-    in_process,
     is_failure,
     list_modules,
     list_requirements,
@@ -35,7 +33,10 @@ from entropy_gpt.terminal.doctor import (
     look_at_packages,
     try_gpu,
 )
+from entropy_gpt.terminal.separate_process import Reported, in_process
 from tests.hub_server import TOKEN, USER, WRONG_TOKEN
+
+from .forks import run_command
 
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
@@ -154,14 +155,14 @@ class TestWithTheCoreAlone:
 
 
 def test_an_unknown_part_is_refused_with_what_is_allowed():
-    result = run("--require", "gpu", environment={**os.environ})
+    result = run_command("doctor", "--require", "gpu")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert all(f"'{part}'" in line for part in ("gpu", "train", "eval", "private", "onnx", "hub"))
 
 
 def test_help_shows_an_example():
-    result = run("--help", environment={**os.environ})
+    result = run_command("doctor", "--help")
     assert result.returncode == 0
     assert "Example: entropy-gpt doctor --require train" in result.stdout
 

@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +27,7 @@ from transformers import (
 from entropy_gpt.commands.main import main
 from entropy_gpt.evaluation.measuring.text_diagnostics import diagnose_text
 from entropy_gpt.evaluation.records.results import load_results
+from entropy_gpt.terminal import evaluate as evaluate_job
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.evaluate_inputs import short_names
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
@@ -339,3 +343,11 @@ def test_frequencies_are_those_of_the_text(finished):
         parts = result.likelihood.likelihood.by_frequency
         # What is evaluated is a part of the text that is counted.
         assert all(part.begin >= 1 for part in parts) or np.isclose(parts[0].tokens / 3000, 0, atol=0.02)
+
+
+def test_the_command_that_is_advised_can_be_pasted(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_job, "console", Console(width=80))
+    evaluate_job._print_files([], Path("my [texts] (1)"))
+    *_, line = capsys.readouterr().out.splitlines()
+    words = shlex.split(line.removeprefix("make a page of them: "))
+    assert words[2:] == ["my [texts] (1)/results.json", "-o", "my [texts] (1)/report.html"]

@@ -115,7 +115,7 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
     begun = time.monotonic()
     again = study("--protocol", PROTOCOL, "--only", "smoke", "--output", output)
     assert again.returncode == 0 and "10 rows are measured" in again.stdout
-    assert time.monotonic() - begun < 60, "nothing was left to do"
+    assert time.monotonic() - begun < 300, "nothing was left to do"
     assert load_results(output / "models.json") == models
 
 
@@ -128,7 +128,7 @@ def test_a_run_that_was_killed_goes_on(text, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not (checkpoints := list(output.glob("runs/*/training/checkpoint-*"))):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.1)

@@ -1,18 +1,20 @@
 """
-Runs commands one after the other as if each had a process of its own: in a fork of this one, which has imported all
-that they need. Each line of the input gives a command's arguments, its folder, its variables and the files for what it
-prints; each line of the output is how a command ended.
+Runs commands and other programs as if each had a process of its own: in forks of this one, which has imported all that
+they need. Each request is a line: a list of processes that run at the same time, with their
+module, arguments, folder, variables and the files for what they print. Each answer is a list of how they ended.
 """
 
 import gc
 import json
 import os
 import pkgutil
+import signal
 import sys
+import traceback
 from importlib import import_module
+from pathlib import Path
 
 from entropy_gpt import programs, terminal, workflows
-from entropy_gpt.commands.main import main
 
 
 def import_all():
@@ -21,25 +23,50 @@ def import_all():
             import_module(module.name)
 
 
-def run(arguments: list[str], folder: str, environment: dict[str, str], output: str, error: str):
+def run(
+    module: str, arguments: list[str], folder: str, environment: dict[str, str], output: str, error: str, draws: bool
+):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     writing = os.O_WRONLY | os.O_CREAT
     for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, writing), (2, error, writing)):
         os.dup2(os.open(path, flags), descriptor)
+    if not draws:
+        from matplotlib.figure import Figure
+
+        Figure.savefig = lambda figure, path, **options: Path(path).touch()
     sys.argv = ["entropy-gpt", *arguments]
-    status = main()
+    status = import_module(module).main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # taking apart what was imported takes a second
+    os._exit(status or 0)  # taking apart what was imported takes a second
+
+
+def start(process: dict) -> int:
+    if (number := os.fork()) == 0:
+        try:
+            run(**process)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)  # not by the interpreter's end, which may wait for threads that a fork lacks
+    return number
+
+
+def wait_for_all(numbers: list[int]) -> list[int]:
+    """How processes ended. Once one has failed, the others, which may wait for it, are killed."""
+    ended = {}
+    while len(ended) < len(numbers):
+        number, status = os.wait()
+        ended[number] = os.waitstatus_to_exitcode(status)
+        if ended[number] != 0:
+            for other in {*numbers} - {*ended}:
+                os.kill(other, signal.SIGKILL)
+    return [ended[number] for number in numbers]
 
 
 if __name__ == "__main__":
     import_all()
     gc.freeze()  # forks do not go through what was imported when they collect garbage, and so do not copy it
-    for line in iter(sys.stdin.readline, ""):
-        if (process := os.fork()) == 0:
-            run(**json.loads(line))
-        _, status = os.waitpid(process, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(wait_for_all([start(process) for process in json.loads(line)])), flush=True)

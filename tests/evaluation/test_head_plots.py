@@ -10,7 +10,6 @@ from entropy_gpt.evaluation.showing.head_plots import (
     compare_models,
     plot_comparison,
     plot_head_diagnostics,
-    plot_headwise_entropy,
 )
 
 from .example_results import example_heads, example_likelihood, example_result
@@ -52,8 +51,9 @@ def test_spectral_norms_have_about_three_digits(largest, written):
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 12), (26, 16)])
 def test_models_of_every_size(layers, heads):
     diagnostics = example_heads(layers=layers, heads=heads).heads
-    for plot in (plot_head_diagnostics, plot_headwise_entropy):
-        assert any("cost" in text for text in texts_of(plot(diagnostics, "cost $a and $b/" * 9)))
+    title = "cost $a and $b/" * 9
+    for figure in (plot_head_diagnostics(diagnostics, title), plot_comparison([diagnostics], [title])):
+        assert any("cost" in text for text in texts_of(figure))
 
 
 def test_a_broken_model_is_drawn():

@@ -1,6 +1,7 @@
 """What every transformers model does, over every architecture: backends, caches, generation, padding, compilation."""
 
 import copy
+import itertools
 import logging
 
 import pytest
@@ -41,8 +42,23 @@ HEADS = (
 
 every_architecture = pytest.mark.parametrize("notation", ARCHITECTURES)
 representatives = pytest.mark.parametrize("notation", REPRESENTATIVES)
-# Compilation takes its time: the default tests compile the first and the last of the paper's table alone.
-compiled_representatives = pytest.mark.parametrize("notation", slow_but((TABLE_1[0], TABLE_1[-1]), REPRESENTATIVES))
+# Compilation takes its time: the default tests compile the first and the last of the paper's table alone, each in one
+# of two ways, and all tests compile models of two blocks.
+FIRST, LAST = TABLE_1[0], TABLE_1[-1]
+FEW = {"n_layer": 2}
+
+
+def compiled(name: str, ids: list[str]):
+    """Parametrises with the representatives, and a flag of this name that is false first."""
+    kept = ((FIRST, False), (LAST, True))
+    cases = itertools.product(REPRESENTATIVES, (False, True))
+    return pytest.mark.parametrize(
+        ("notation", name),
+        [
+            pytest.param(*case, id=f"{case[0]}-{ids[case[1]]}", marks=() if case in kept else pytest.mark.slow)
+            for case in cases
+        ],
+    )
 
 
 def assert_close(got, expected, **options):
@@ -103,9 +119,9 @@ def test_eager_and_sdpa_train_alike(notation, padding):
 
 
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers sets it
-@compiled_representatives
+@pytest.mark.parametrize("notation", slow_but((LAST,), REPRESENTATIVES))
 def test_flex_and_sdpa_agree(notation):
-    model = make_model(notation)
+    model = make_model(notation, **FEW)
     inputs = pad(make_tokens(), "left")
     valid = inputs["attention_mask"].bool()
     with torch.no_grad():
@@ -348,11 +364,10 @@ def test_half_precision(notation, dtype):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@compiled_representatives
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@compiled("training", ["eval", "train"])
 def test_compiles_to_one_graph(notation, training):
     torch._dynamo.reset()
-    model = make_model(notation, **NO_DROPOUT).train(training)
+    model = make_model(notation, **FEW, **NO_DROPOUT).train(training)
     tokens = make_tokens()
     # A copy, since spectral normalisation follows the weights with every forward pass in training.
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
@@ -361,10 +376,9 @@ def test_compiles_to_one_graph(notation, training):
     assert_close(got.logits, expected.logits)
 
 
-@compiled_representatives
-@pytest.mark.parametrize("output_entropies", [False, True], ids=["logits", "entropies"])
+@compiled("output_entropies", ["logits", "entropies"])
 def test_exports_for_every_batch_and_length(notation, output_entropies):
-    model = make_model(notation)
+    model = make_model(notation, **FEW)
     model.config.use_cache = False
     inputs = {"input_ids": make_tokens(), "output_entropies": output_entropies}
     sizes = {0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", min=3, max=SIZES["n_positions"])}
@@ -377,10 +391,10 @@ def test_exports_for_every_batch_and_length(notation, output_entropies):
         assert_close(torch.stack(got.attention_entropies), torch.stack(expected.attention_entropies))
 
 
-@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
+@pytest.mark.parametrize("notation", slow_but((LAST,), (FIRST, LAST)))
 def test_exports_with_a_cache(notation):
     """As for a phone: token by token, with the keys and values inside the program."""
-    model = make_model(notation)
+    model = make_model(notation, **FEW)
     model.generation_config = GenerationConfig(
         use_cache=True, cache_implementation="static", cache_config={"batch_size": 1, "max_cache_len": 32}
     )

@@ -20,11 +20,13 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from entropy_gpt.training.packing import collate_blocks
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, EntropyGPTForTokenClassification
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
+from tests.ranks import CONFIGURATIONS, launcher_words, run_on_ranks
+
+from . import train_on_ranks as train_on_ranks_script
 
 
 ROOT = Path(__file__).resolve().parents[2]
 PAYLOAD = {path.name for path in (ROOT / "modeling_entropy_gpt").glob("*.py")} - {"__init__.py"}
-ACCELERATE_CONFIGS = ROOT / "training" / "accelerate"
 
 
 def make_dataset(rows=16, length=16):
@@ -83,24 +85,24 @@ def test_the_trajectory_does_not_depend_on_accumulation(penalty, tmp_path):
             torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def train_on_ranks(folder, ranks, notation, configuration="ddp", arguments=None, **fields):
-    """Trains in processes of their own; returns the weights that were saved and a record of the run."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def train_on_ranks(folder, ranks, notation, configuration="ddp", arguments=None, launched=False, **fields):
+    """Trains on ranks, by accelerate's launcher or as it would; gives the saved weights and a record of the run."""
     folder = folder / f"{configuration}{ranks}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    if ranks > 1:
-        command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={ranks}"]
-        command += [f"--config_file={ACCELERATE_CONFIGS / configuration}.yaml", "--main_process_port=0"]
-    command += [Path(__file__).with_name("train_on_ranks.py"), folder, notation]
-    process = subprocess.run(
-        [*command, json.dumps(fields), json.dumps(arguments or {})],
-        env=environment,
-        cwd=folder.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    words = [folder, notation, json.dumps(fields), json.dumps(arguments or {})]
+    if launched:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *launcher_words(configuration, ranks)]
+        process = subprocess.run(
+            [*launcher, train_on_ranks_script.__file__, *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            cwd=folder.parent,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert process.returncode == 0, process.stderr[-3000:]
+    else:
+        module = train_on_ranks_script.__name__
+        run_on_ranks(module, *words, ranks=ranks, configuration=configuration if ranks > 1 else None)
     return load_file(folder / "model.safetensors"), json.loads((folder / "record.json").read_text())
 
 
@@ -120,7 +122,7 @@ def test_the_trajectory_does_not_depend_on_the_number_of_ranks(penalty, tmp_path
     run = partial(train_on_ranks, tmp_path, notation="EReg(SM(t)+ScFuFFN)", entropy_penalty=penalty)
     expected = run(1)
     for configuration in ("ddp", "fsdp"):
-        got = run(2, configuration=configuration)
+        got = run(2, configuration=configuration, launched=penalty == "row_sum")
         assert ("transformer.h.0" in got[1]["sharded"]) == (configuration == "fsdp")  # or it would be DDP twice
         assert_same_run(got, expected)
         folder = tmp_path / f"{configuration}2"
@@ -165,7 +167,7 @@ def test_ranks_need_no_penalty_in_the_loss(tmp_path):
 
 @pytest.mark.parametrize("configuration", ["ddp", "fsdp"])
 def test_accelerate_understands_its_configurations(configuration):
-    file = ACCELERATE_CONFIGS / f"{configuration}.yaml"
+    file = CONFIGURATIONS / f"{configuration}.yaml"
     config = load_config_from_file(str(file))
     assert config.distributed_type == {"ddp": DistributedType.MULTI_GPU, "fsdp": DistributedType.FSDP}[configuration]
     parser = launch_command_parser()

@@ -15,7 +15,8 @@ from tests.architectures import NO_DROPOUT, make_model, make_tokens
 from tests.fsdp_on_cpu import allow_fsdp_on_cpu
 
 
-def main(folder: str, notation: str, fields: str, arguments: str):
+def main():
+    folder, notation, fields, arguments = sys.argv[1:]
     torch.manual_seed(0)
     allow_fsdp_on_cpu()
     model = make_model(notation, **NO_DROPOUT, entropy_coefficient=0.1, **json.loads(fields))
@@ -47,4 +48,4 @@ def main(folder: str, notation: str, fields: str, arguments: str):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -14,7 +14,8 @@ from entropy_gpt.training.trainer import EntropyTrainer
 from tests.architectures import NO_DROPOUT, make_model, make_tokens
 
 
-def main(folder: str, rank: str):
+def main():
+    folder, rank = sys.argv[1:]
     torch.manual_seed(0)
     model = make_model("SM+ScFuFFN", **NO_DROPOUT)
     steps = [0]
@@ -41,4 +42,4 @@ def main(folder: str, rank: str):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,6 +1,7 @@
 """Recipes: those that come along, overrides, and what is refused."""
 
 import json
+import subprocess
 
 import pytest
 import yaml
@@ -170,3 +171,15 @@ def test_any_value_is_read_back(rate, steps, text):
     assert recipe.training.max_steps == steps
     assert recipe.training.run_name == (text or "x")
     assert yaml.safe_load(json.dumps(recipe.settings)) is not None
+
+
+def test_the_job_for_a_node_keeps_the_batch_of_its_recipe():
+    """As a shell reads it, with eight processes in place of one."""
+    script = RECIPES.parent / "accelerate" / "slurm.sh"
+    program = 'torchrun() { printf \'%s\\n\' "$@"; }; which() { echo program; }; . "$1"'
+    words = subprocess.check_output(["bash", "-c", program, "bash", script], text=True).split()
+    processes, source, *settings = words[words.index("--nproc-per-node") + 1], *words[words.index("train") + 1 :]
+    whole, job = (read_with(source, "use_cpu=true", *more).training for more in (["fp16=false"], settings))
+    assert int(processes) * job.sequences_per_step == whole.sequences_per_step == 512
+    assert job.bf16
+    assert not job.fp16

@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,9 +19,11 @@ from entropy_gpt.training.packing import collate_blocks
 from entropy_gpt.training.trainer import LOGGED, EntropyTrainer
 from modeling_entropy_gpt import EntropyGPTForSequenceClassification
 from tests.architectures import NO_DROPOUT, make_model, make_tokens
+from tests.ranks import run_on_ranks
+
+from . import diverge_on_ranks
 
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"input_ids": row} for row in make_tokens(32, 16).tolist()]
 
 
@@ -227,15 +226,7 @@ def test_a_run_that_diverges_is_stopped_and_says_where(spoil, message, tmp_path)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_rank_that_diverges_says_where(rank, tmp_path):
     """Also where the other one, with a batch of its own, is healthy."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.run(
-        [*command, Path(__file__).with_name("diverge_on_ranks.py"), tmp_path, str(rank)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_on_ranks(diverge_on_ranks.__name__, tmp_path, rank, ranks=2)
     found = {json.loads((tmp_path / f"rank{each}.json").read_text()) for each in (0, 1)}
     place = f"on rank {rank}, values that are not finite first appear in the output of layer 1 (h.1)"
     assert found == {f"stopped: the loss is nan; {place}"}

@@ -256,5 +256,5 @@ def test_closing_ends_everything_promptly(side, files):
                 read_all(end)
         with pytest.raises(ConnectionError):
             socket.create_connection(("127.0.0.1", port))
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 20
     assert eventually(lambda: not [thread for thread in set(threading.enumerate()) - before if thread.is_alive()])
