@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modeling_entropy_gpt import EntropyGPTForCausalLM
-from modeling_entropy_gpt.blocks import EntropyGPTMLP
+from modeling_entropy_gpt.blocks import EntropyGPTAttention, EntropyGPTMLP
 from modeling_entropy_gpt.layers import build_activation
 
 from .errors import ConversionError
@@ -29,6 +29,8 @@ FIRST_POSITION, END_OF_TEXT, OTHERS = range(3)
 HELD_OUT_EVERY = 5
 # A least squares fit wants several rows for each feature; below this, it follows chance.
 LEAST_ROWS_PER_FEATURE = 4
+# Higher whenever other statistics are collected, so that those kept before are not taken for these.
+STATISTICS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Calibration:
             - `<block>.scale`, float64 of shape `(2,)`: number of rows, sum of the mean squares of the residual stream
               after the block;
             - `<block>.attn.entropies`, float64 of shape `(heads,)`: sum of the entropies of attention rows, in nats;
+            - `<block>.attn.largest`, float32 of shape `(heads, context)`: the median over sequences of the largest
+              score that each position's query has, temperatures included;
             - `<ffn>.fit` and `<ffn>.held_out`, float32 of shape `(1 + features, 1 + features + n_embd)`: the second
               moments `sum [1, u]^T [1, u, y]` of what a linear map reads and what the FFN writes;
             - `keys`, float64 of shape `(2,)`: number of attention rows, sum of the logarithms of their keys' numbers.
@@ -90,6 +94,15 @@ class Calibration:
         count, log_keys = self.tensors["keys"].tolist()
         largest = math.log(self.context) if maximum == "context" else log_keys / count
         return (self.tensors[f"{name}.entropies"] / count / largest).clamp(0, 1).float()
+
+    def shift(self, name: str, positions: int) -> torch.Tensor:
+        """
+        A shift of the scores with which the largest one of a row is 0, of the attention of that name, in the median;
+        positions behind the context have that of the last one in it. Of shape `(heads, positions)`.
+        """
+        largest = self.tensors[f"{name}.largest"]
+        last = largest[:, -1:].expand(-1, max(0, positions - largest.shape[1]))
+        return torch.cat([largest[:, :positions], last], dim=1)
 
     def save(self, path: Path):
         """Writes the statistics as safetensors."""
@@ -146,6 +159,7 @@ def calibrate(
     finally:
         sums.remove_hooks()
         model.train(was_training)
+    sums.take_medians()
     calibration = Calibration({name: tensor.cpu() for name, tensor in sums.tensors.items()}, context)
     _check(calibration)
     return calibration
@@ -164,7 +178,8 @@ def group_rows(input_ids: torch.Tensor, end_of_text: int | list[int] | None) -> 
 
 def fingerprint(model: EntropyGPTForCausalLM, batches: Iterable[torch.Tensor], hidden_activation: str | None) -> str:
     """A name for the statistics of this model over this text; another for any other weights, settings or text."""
-    digest = hashlib.sha256(f"{model.config.to_json_string()}\0{hidden_activation}\0".encode())
+    kinds = f"{STATISTICS_VERSION}\0{model.config.to_json_string()}\0{hidden_activation}\0"
+    digest = hashlib.sha256(kinds.encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -192,11 +207,13 @@ class _Sums:
         self.end_of_text = model.config.eos_token_id
         self.activation = None if hidden_activation is None else build_activation(hidden_activation).to(model.device)
         self.blocks_before = 0
+        self.largest_scores: dict[str, list[torch.Tensor]] = {}
         self.handles = [self._watch_norm("transformer.ln_f", model.transformer.ln_f)]
         for index, block in enumerate(model.transformer.h):
             name = f"transformer.h.{index}"
             self.handles.append(self._watch_norm(f"{name}.ln_1", block.ln_1))
             self.handles.append(block.register_forward_hook(self._scale_hook(name)))
+            self.handles.append(block.attn.c_attn.register_forward_hook(self._scores_hook(f"{name}.attn", block.attn)))
             if block.mlp is None:
                 continue
             self.handles.append(self._watch_norm(f"{name}.ln_2", block.ln_2))
@@ -218,6 +235,11 @@ class _Sums:
         self._add("keys", torch.tensor([keys.numel(), keys.sum()], dtype=torch.double, device=keys.device))
         for layer, entropies in enumerate(outputs.attention_entropies):
             self._add(f"transformer.h.{layer}.attn.entropies", entropies.double().sum(dim=(0, 2)))
+
+    def take_medians(self):
+        """Of the largest scores, over all sequences."""
+        for name, largest in self.largest_scores.items() if self.blocks_before else ():
+            self.tensors[f"{name}.largest"] = torch.cat(largest).median(dim=0).values
 
     def remove_hooks(self):
         for handle in self.handles:
@@ -244,6 +266,23 @@ class _Sums:
             self._add(f"{name}.scale", torch.stack([torch.full_like(squares.sum(), squares.numel()), squares.sum()]))
 
         return add_scale
+
+    def _scores_hook(self, name: str, attention: EntropyGPTAttention):
+        largest = self.largest_scores.setdefault(name, [])
+
+        def add_largest(module, arguments, output):
+            length = output.shape[1]
+            query, key, _ = (
+                states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in output.chunk(3, dim=-1)
+            )
+            if attention.temperature is not None:
+                query = query * attention.temperature(torch.arange(length, device=output.device)[None])
+            later = torch.ones(length, length, dtype=torch.bool, device=output.device).triu(1)
+            for queries, keys in zip(query, key, strict=True):  # one sequence's matrices at a time
+                scores = torch.matmul(queries, keys.mT) * attention.scaling
+                largest.append(scores.masked_fill(later, -math.inf).amax(dim=-1)[None].float().cpu())
+
+        return add_largest
 
     def _moments_hook(self, name: str):
         def add_moments(module, arguments, output):

@@ -7,6 +7,7 @@ model consists of embeddings, linear maps and softmax. All is computed in double
 - static norm `(x - mean(x)) / s * g + b`, with `C = I - 1/n` that takes the mean off: into the next linear map,
   `W' = C diag(g / s) W` and `b' = b W + bias`; the final one into a head of its own, with a bias;
 - temperature of a head: into its queries (one for each position stays a product with constants);
+- shifts of scores: those of softmax, which cancel, are dropped; others stay constants that scores are less by;
 - `x -> beta x + FFN(x) / alpha`: 1 / alpha into the FFN, and beta into a scale S that the residual stream runs short
   of, `z = x / S`: maps that read the stream are multiplied by S, those that write to it divided by it;
 - two linear maps without an activation between them: into one;
@@ -39,7 +40,7 @@ MOST_NAMES_SHOWN = 5
 
 def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
     """
-    A model that computes the same with less, for inference: without dropout, thresholds and entropy penalty.
+    A model that computes the same with less, for inference: without dropout, thresholds and penalties.
 
     Args:
         model ([`EntropyGPTForCausalLM`]): Any architecture; it is not changed.
@@ -57,9 +58,11 @@ def fold(model: EntropyGPTForCausalLM) -> EntropyGPTForCausalLM:
         for step in FOLDS:
             step(folded)
     config = folded.config
-    config.entropy_regularization = False
+    config.entropy_regularization, config.log_sum_coefficient = False, 0.0
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     tensors = {name: tensor.to(model.dtype) for name, tensor in inference_state(folded).items()}
+    if not config.has_attention_shift:  # a softmax's, which acts in training alone
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("attention_shift")}
     _check_finite(tensors, f"A norm constant or a temperature is 0, or {model.dtype} too narrow for what is folded")
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]

@@ -454,6 +454,7 @@ def _obstacles_to_gpt2(config: EntropyGPTConfig) -> list[str]:
         "head_bias": config.head_bias,
         "ffn_residual_scaling": config.ffn_residual_scaling,
         f"weight_normalization={config.weight_normalization!r}": config.weight_normalization is not None,
+        f"attention_function={config.attention_function!r}": config.attention_function != "softmax",
         f"attention_temperature={config.attention_temperature!r}": config.attention_temperature != "none",
     }
     return [obstacle for obstacle, is_there in found.items() if is_there]

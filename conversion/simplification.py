@@ -33,7 +33,8 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 ADDABLE_SCALARS = tuple(scalar for scalar in LEARNED_SCALARS if scalar.neutral is not None)
 ENTROPY_FIELDS = ("entropy_coefficient", "entropy_tolerance", "entropy_maximum", "entropy_penalty")
 # What a target may have otherwise than its source without a step: it acts in training alone.
-TRAINING_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "detect_divergence", *ENTROPY_FIELDS)
+TRAINING_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "detect_divergence", "log_sum_coefficient")
+TRAINING_FIELDS += ENTROPY_FIELDS
 
 
 def make_norms_static(model: Model, calibration: Calibration | None) -> Model:
@@ -144,6 +145,31 @@ def add_scalars(model: Model, **setting: str | bool) -> Model:
                 name = f"transformer.h.{layer}.{scalar.place}"
                 tensors[name] = torch.full(parameter.shape, value, dtype=model.dtype)
     return _rebuild(model, tensors, **changes)
+
+
+def replace_attention(
+    model: Model, function: str, log_sum_coefficient: float, calibration: Calibration | None
+) -> Model:
+    """
+    Another attention function, and shifts of the scores where it has some. With a calibration, each head and position
+    has the shift with which the largest score of a row is 0, in the median: there, power4 and power2 touch softmax's
+    exponential. Without, shifts are 0.
+
+    Args:
+        model ([`EntropyGPTForCausalLM`]): A model with softmax.
+        function (`str`): As `attention_function` of the configuration.
+        log_sum_coefficient (`float`): The target's, above 0 of which softmax has shifts too.
+        calibration ([`Calibration`], *optional*): Of this model.
+    """
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("attention_shift")}
+    config = _changed(model.config, {"attention_function": function, "log_sum_coefficient": log_sum_coefficient})
+    for layer in range(config.n_layer if config.has_attention_shift else 0):
+        name = f"transformer.h.{layer}.attn"
+        shift = torch.zeros(config.n_head, config.n_positions)
+        if calibration is not None:
+            shift = calibration.shift(name, config.n_positions)
+        tensors[f"{name}.shift.attention_shift"] = shift.to(model.dtype)
+    return _rebuild(model, tensors, attention_function=function, log_sum_coefficient=log_sum_coefficient)
 
 
 def add_thresholds(model: Model, calibration: Calibration, **fields) -> Model:
@@ -349,6 +375,7 @@ def plan_conversion(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Plan:
         )
     simplifications += _ffn_steps(source, target)
     simplifications += _scalar_steps(source, target)
+    simplifications += _attention_steps(source, target)
     if target.entropy_regularization and not source.entropy_regularization:
         fields = {name: getattr(target, name) for name in ENTROPY_FIELDS}
         simplifications.append(
@@ -364,6 +391,22 @@ def plan_conversion(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Plan:
         kind, targets = target.weight_normalization, target.weight_normalization_targets
         finish.append(Step(f"{kind} normalisation", lambda m, _: normalize_weights(m, kind, targets), exact=True))
     return Plan(tuple(simplifications), tuple(finish))
+
+
+def _attention_steps(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Iterable[Step]:
+    function, coefficient = target.attention_function, target.log_sum_coefficient
+    if function != source.attention_function:
+        yield Step(
+            f"{source.attention_function} to {function}, shifts at the largest scores",
+            lambda m, c: replace_attention(m, function, coefficient, c),
+            lambda m: replace_attention(m, function, coefficient, None),
+            True,
+        )
+    elif target.has_attention_shift and not source.has_attention_shift:
+        title = "shifts, at the largest scores"
+        yield Step(title, lambda m, c: replace_attention(m, function, coefficient, c), None, True, exact=True)
+    elif source.has_attention_shift and not target.has_attention_shift:
+        yield Step("no shifts", lambda m, _: replace_attention(m, function, coefficient, None), exact=True)
 
 
 def _ffn_steps(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Iterable[Step]:
@@ -401,6 +444,7 @@ def _check_reachable(source: EntropyGPTConfig, target: EntropyGPTConfig):
         "ffn_type": source.ffn_type == "fused" != target.ffn_type,
         "pruned_ffn_layers": not {*source.pruned_ffn_layers} <= {*target.pruned_ffn_layers},
         "entropy_regularization": source.entropy_regularization and not target.entropy_regularization,
+        "attention_function": source.attention_function not in ("softmax", target.attention_function),
         **{
             scalar.setting: scalar.is_in(source) and getattr(source, scalar.setting) != getattr(target, scalar.setting)
             for scalar in ADDABLE_SCALARS
@@ -413,7 +457,8 @@ def _check_reachable(source: EntropyGPTConfig, target: EntropyGPTConfig):
         changes = ", ".join(f"{name} {getattr(source, name)!r} to {getattr(target, name)!r}" for name in names)
         raise ConversionError(
             f"{source.notation} can't become {target.notation}: no step leads from {changes}. Steps only simplify: "
-            "layernorm to static to none, an activation to another or to none, two linear maps to one."
+            "layernorm to static to none, an activation to another or to none, two linear maps to one, softmax to "
+            "another attention function."
         )
     if source.weight_normalization is not None and source.notation != target.notation:
         raise ConversionError(

@@ -5,16 +5,19 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_masks import to_additive
+from .attention_functions import entropies_of, whole_attention
+from .attention_masks import to_additive, visible_pairs
 from .configuration_entropy_gpt import EntropyGPTConfig
-from .entropy_attention import entropy_attention, row_entropies
+from .entropy_attention import entropy_attention, row_entropies, row_log_sums
 from .layers import (
+    EntropyGPTAttentionShift,
     EntropyGPTEntropyThreshold,
     EntropyGPTResidualScaling,
     EntropyGPTTemperature,
@@ -45,11 +48,18 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
+def serves_every_function(config: EntropyGPTConfig) -> bool:
+    """Whether a registered attention implementation computes `attention_function`, given a `shift`: it says so."""
+    interface = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    return getattr(interface, "serves_every_function", False)
+
+
 class EntropyGPTAttention(nn.Module):
     """
     Multi-head causal self-attention with GPT-2's weights, an optional learnable temperature (SM(t) in arXiv
-    2501.03489). Its result is the output and the attention matrices (`None` where the implementation keeps none), as
-    of GPT-2's; if entropies are asked for, also those of all rows and the heads' thresholds, `None` without any.
+    2501.03489) and a choice of functions in softmax's place. Its result is the output and the attention matrices
+    (`None` where the implementation keeps none), as of GPT-2's; if entropies are asked for, also those of all rows,
+    the heads' thresholds, and the rows' log-sum-exp less their shift, `None` where the architecture has none.
     """
 
     def __init__(self, config: EntropyGPTConfig, layer_idx: int):
@@ -65,12 +75,14 @@ class EntropyGPTAttention(nn.Module):
         self.attn_dropout = nn.Dropout(config.attn_pdrop)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-        self.temperature, self.threshold = None, None
+        self.temperature, self.threshold, self.shift = None, None, None
         if config.attention_temperature != "none":
             positions = config.n_positions if config.attention_temperature == "position" else None
             self.temperature = EntropyGPTTemperature(config.n_head, positions, config.temperature_init)
         if config.entropy_regularization:
             self.threshold = EntropyGPTEntropyThreshold(config.n_head, config.entropy_threshold_init)
+        if config.has_attention_shift:
+            self.shift = EntropyGPTAttentionShift(config.n_head, config.n_positions, config.attention_shift_init)
 
     def forward(
         self,
@@ -91,22 +103,38 @@ class EntropyGPTAttention(nn.Module):
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
-        attend = self._attend_with_entropies if output_entropies else self._attend
-        attn_output, attn_weights, entropies = attend(
-            query_states, key_states, value_states, attention_mask, position_ids=position_ids, **kwargs
-        )
+        states = (query_states, key_states, value_states, attention_mask)
+        shift = None if self.shift is None else self.shift(position_ids)
+        entropies = None
+        if output_entropies or (
+            self.config.attention_function != "softmax" and not serves_every_function(self.config)
+        ):
+            attn_output, attn_weights, entropies = self._attend_with_entropies(
+                *states, shift, output_entropies, position_ids=position_ids, **kwargs
+            )
+        else:
+            attn_output, attn_weights = self._attend(*states, shift=shift, position_ids=position_ids, **kwargs)
         attn_output = self.c_proj(attn_output.reshape(hidden_states.shape))
-        thresholds = None
+        thresholds, deviations = None, None
         if self.threshold is not None and (output_entropies or self.training):
             thresholds = self.threshold()
-            if self.training and thresholds.requires_grad:  # a loss computed elsewhere may leave them out
-                attn_output = keep_in_graph(attn_output, thresholds)
+            attn_output = self._kept_in_graph(attn_output, thresholds)
+        if self.config.log_sum_coefficient and output_entropies:
+            deviations = self._log_sum_deviations(*states, shift)
+        elif shift is not None and self.config.attention_function == "softmax":
+            attn_output = self._kept_in_graph(attn_output, shift)
         attn_output = self.resid_dropout(attn_output)
         if not output_entropies:
             return attn_output, attn_weights
-        return attn_output, attn_weights, entropies, thresholds
+        return attn_output, attn_weights, entropies, thresholds, deviations
 
-    def _attend(self, query_states, key_states, value_states, attention_mask, **kwargs):
+    def _kept_in_graph(self, attn_output: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """A loss computed elsewhere may leave a parameter out."""
+        return keep_in_graph(attn_output, parameter) if self.training and parameter.requires_grad else attn_output
+
+    def _attend(self, query_states, key_states, value_states, attention_mask, shift=None, **kwargs):
+        if self.config.attention_function != "softmax":
+            kwargs["shift"] = shift
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -120,21 +148,25 @@ class EntropyGPTAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return attn_output, attn_weights, None
+        return attn_output, attn_weights
 
-    def _attend_with_entropies(self, query_states, key_states, value_states, attention_mask, **kwargs):
-        query_length = query_states.shape[2]
-        # Masks of padding alone (flash attention) and no mask leave it to the kernel to hide later keys.
-        is_causal = attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.ndim == 2)
-        if self.config._attn_implementation == "eager":
-            attn_output, attn_weights, _ = self._attend(
-                query_states, key_states, value_states, attention_mask, **kwargs
-            )
+    def _attend_with_entropies(
+        self, query_states, key_states, value_states, attention_mask, shift, output_entropies, **kwargs
+    ):
+        function, dropout = self.config.attention_function, self.attn_dropout.p if self.attn_dropout.training else 0.0
+        is_causal = _hides_later_keys(attention_mask)
+        if self.config._attn_implementation == "eager" and function == "softmax":
+            attn_output, attn_weights = self._attend(query_states, key_states, value_states, attention_mask, **kwargs)
             entropies = row_entropies(query_states, key_states, attention_mask, is_causal, self.scaling)
             return attn_output, attn_weights, entropies
-        if self.config._attn_implementation == "sdpa" and attention_mask is None and query_length > 1:
-            # SDPA's meaning of no mask: the first query stands at the first key (a static cache that is still empty).
-            key_states, value_states = key_states[:, :, :query_length], value_states[:, :, :query_length]
+        key_states, value_states = self._seen_by_sdpa(query_states, attention_mask, key_states, value_states)
+        if self.config._attn_implementation == "eager":
+            visible = visible_pairs(attention_mask, query_states.shape[2], key_states.shape[2], query_states.device)
+            attn_output, attn_weights, logs = whole_attention(
+                query_states, key_states, value_states, visible, is_causal, self.scaling, dropout, function, shift
+            )
+            entropies = entropies_of(logs)[0] if output_entropies else None
+            return attn_output.transpose(1, 2), attn_weights, entropies
         attn_output, entropies = entropy_attention(
             query_states,
             key_states,
@@ -142,9 +174,28 @@ class EntropyGPTAttention(nn.Module):
             attention_mask,
             is_causal=is_causal,
             scaling=self.scaling,
-            dropout=self.attn_dropout.p if self.attn_dropout.training else 0.0,
+            dropout=dropout,
+            function=function,
+            shift=shift,
         )
         return attn_output.transpose(1, 2), None, entropies
+
+    def _log_sum_deviations(self, query_states, key_states, value_states, attention_mask, shift):
+        key_states, _ = self._seen_by_sdpa(query_states, attention_mask, key_states, value_states)
+        is_causal = _hides_later_keys(attention_mask)
+        return row_log_sums(query_states, key_states, attention_mask, is_causal, self.scaling) - shift
+
+    def _seen_by_sdpa(self, query_states, attention_mask, *states) -> tuple[torch.Tensor, ...]:
+        """SDPA's meaning of no mask: the first query stands at the first key (a static cache that is still empty)."""
+        query_length = query_states.shape[2]
+        if self.config._attn_implementation == "sdpa" and attention_mask is None and query_length > 1:
+            return tuple(state[:, :, :query_length] for state in states)
+        return states
+
+
+def _hides_later_keys(attention_mask: torch.Tensor | BlockMask | None) -> bool:
+    """Masks of padding alone (flash attention) and no mask leave it to the kernel to hide later keys."""
+    return attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.ndim == 2)
 
 
 class EntropyGPTMLP(nn.Module):
@@ -176,9 +227,9 @@ class EntropyGPTFusedFFN(nn.Module):
 class EntropyGPTBlock(GradientCheckpointingLayer):
     """
     A Pre-LN block. Its result is the hidden states, as of GPT-2's, so that tools may hook it; if entropies are asked
-    for, a tuple of them, the entropies of the attention rows and the heads' thresholds (`None` without any). These go
-    up the stack as results: entropies caught by hooks lose their gradient under checkpointing, and outside of its
-    block a parameter is only there in part under FSDP.
+    for, a tuple of them, the entropies of the attention rows, the heads' thresholds and the rows' log-sum-exp less
+    their shift (`None` without any). These go up the stack as results: entropies caught by hooks lose their gradient
+    under checkpointing, and outside of its block a parameter is only there in part under FSDP.
     """
 
     def __init__(self, config: EntropyGPTConfig, layer_idx: int):
@@ -203,7 +254,7 @@ class EntropyGPTBlock(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         residual = hidden_states
-        attn_output, _, *entropies_and_thresholds = self.attn(
+        attn_output, _, *row_measures = self.attn(
             self.ln_1(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -217,7 +268,7 @@ class EntropyGPTBlock(GradientCheckpointingLayer):
             ffn_output = self.mlp(self.ln_2(hidden_states))
             scaling = self.residual_scaling
             hidden_states = residual + ffn_output if scaling is None else scaling(residual, ffn_output)
-        return (hidden_states, *entropies_and_thresholds) if output_entropies else hidden_states
+        return (hidden_states, *row_measures) if output_entropies else hidden_states
 
 
 __all__ = ["EntropyGPTAttention", "EntropyGPTBlock", "EntropyGPTFusedFFN", "EntropyGPTMLP"]

@@ -9,7 +9,9 @@ the output and g of the entropy,
     H_i     = lse_i - sum_j P_ij s_ij
     ds_ij   = P_ij (do_i . v_j  -  do_i . o_i  -  g_i (log P_ij + H_i))
 
-so entropy adds no matrix product to those of attention, only passes over a block. Scores are kept to base 2, since
+so entropy adds no matrix product to those of attention, only passes over a block. For another attention function f, s
+stands for log f, whose gradient is multiplied by its derivative in the end (attention_functions.py); the gradient of
+lse adds P_ij to that of s_ij. Scores are kept to base 2, since
 `exp2` is fast for every argument, where `exp` slows down a hundredfold where its result underflows. Memory for blocks
 is kept from call to call: at short lengths, fresh memory would take as long as the arithmetic.
 """
@@ -27,12 +29,11 @@ from torch import nn
 from transformers.utils import is_triton_available
 from transformers.utils.import_utils import is_tracing
 
+from .attention_functions import HIGHEST, LOWEST, MASKED, POWERS, SMALLEST
+
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
-# The scores of pairs that are masked: far below any score, and far enough from the end of float32 that no product with
-# it overflows.
-MASKED = -1e20
 # Rows with a maximum below this have nothing that they may attend to.
 NOTHING_VISIBLE = MASKED / 10
 
@@ -63,10 +64,12 @@ def blockwise_attention(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    function: str = "softmax",
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Attention, the entropy of its rows, and their log-sum-exp. Differentiable in query, key and value: once, and in
-    reverse mode; torch raises `RuntimeError` for a second derivative and for one in forward mode.
+    Attention, the entropy of its rows, and their log-sum-exp. Differentiable in query, key, value and shift: once, and
+    in reverse mode; torch raises `RuntimeError` for a second derivative and for one in forward mode.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, query_length, head_dim)`): Queries.
@@ -79,15 +82,18 @@ def blockwise_attention(
         scaling (`float`): What the products are multiplied by.
         dropout (`float`): Dropout on the probabilities; entropies are taken before it.
         seed (`torch.Tensor` of one integer, *optional*): Seed of the dropout.
+        function (`str`, *optional*, defaults to `"softmax"`): The attention function, as the configuration names it.
+        shift (`torch.Tensor` of shape `(batch, heads, query_length)`, *optional*):
+            The shift of each row's scores, of the dtype of the computation; for functions other than softmax.
 
     Returns:
         `tuple`: Output, `(batch, heads, query_length, value_dim)`, of the values' dtype and laid out as
-        `(batch, query_length, heads, value_dim)`; entropies in nats and log-sum-exp to base 2, both
+        `(batch, query_length, heads, value_dim)`; entropies in nats, and log-sum-exp to base 2 of log f, both
         `(batch, heads, query_length)` and of at least float32. No entropy is negative.
     """
     # What `Function.apply` does first, for graphs and transforms alone, takes as long as a pass over short sequences.
-    function = super(torch.autograd.Function, _BlockwiseAttention) if _is_plain(query) else _BlockwiseAttention
-    return function.apply(query, key, value, visible, is_causal, scaling, dropout, seed)
+    cls = super(torch.autograd.Function, _BlockwiseAttention) if _is_plain(query) else _BlockwiseAttention
+    return cls.apply(query, key, value, visible, is_causal, scaling, dropout, seed, function, shift)
 
 
 def forward_pass(
@@ -99,10 +105,12 @@ def forward_pass(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    function: str = "softmax",
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The forward pass of [`blockwise_attention`]."""
     output, entropies, log_sum_exp = results = _empty_results(query, value)
-    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1])) is None:
+    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1]), function) is None:
         from .triton_attention import run_forward
 
         run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, *results)
@@ -117,10 +125,12 @@ def forward_pass(
             plan.keys.copy_(key[group])
             if value is not None:
                 plan.values.copy_(value[group])
+            if shift is not None:
+                plan.shift.copy_(shift[group].unsqueeze(-1))
             for block in blocks:
                 part = plan.cut(block)
                 scores, weights = part.scores, part.weights
-                torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=scaling * LOG2_E, out=scores)
+                _score(part, scaling, function)
                 _hide(part, visible, group, block)
                 torch.amax(scores, -1, True, out=part.maximum)
                 if visible is not None:
@@ -159,17 +169,22 @@ def backward_pass(
     log_sum_exp: torch.Tensor,
     grad_output: torch.Tensor | None,
     grad_entropies: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_log_sum_exp: torch.Tensor,
+    function: str = "softmax",
+    shift: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Gradients of query, key and value (without a value: an empty tensor), given what the forward pass took and gave.
+    Gradients of query, key, value and shift (without a value or shift: an empty tensor), given what the forward pass
+    took and gave.
     """
-    gradients = grad_query, grad_key, grad_value = _empty_gradients(query, key, value)
-    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1])) is None:
+    gradients = grad_query, grad_key, grad_value, grad_shift = _empty_gradients(query, key, value, shift)
+    grad_sums = grad_log_sum_exp * LOG2_E
+    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1]), function) is None:
         from .triton_attention import run_backward
 
         run_backward(
             query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp,
-            grad_output, grad_entropies, *gradients,
+            grad_output, grad_entropies, grad_sums, grad_query, grad_key, grad_value,
         )  # fmt: skip
         return gradients
     if not key.shape[2]:
@@ -181,7 +196,7 @@ def backward_pass(
             plan.queries.copy_(query[group])
             plan.keys.copy_(key[group])
             slopes, constants = grad_entropies[group].unsqueeze(-1), plan.total
-            torch.mul(slopes, entropies[group].unsqueeze(-1), out=constants)
+            torch.mul(slopes, entropies[group].unsqueeze(-1), out=constants).sub_(grad_sums[group].unsqueeze(-1))
             torch.mul(slopes, -LN_2, out=plan.product)
             plan.maximum.copy_(log_sum_exp[group].unsqueeze(-1))
             plan.grad_keys.zero_()
@@ -191,11 +206,14 @@ def backward_pass(
                 torch.mul(upstream, output[group], out=plan.outputs)
                 constants.add_(plan.outputs.sum(-1, True))
                 plan.grad_values.zero_()
+            if shift is not None:
+                plan.shift.copy_(shift[group].unsqueeze(-1))
+                plan.grad_shift.zero_()
             constants.neg_()
             for block in blocks:
                 part = plan.cut(block)
                 scores, weights = part.scores, part.weights
-                torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=scaling * LOG2_E, out=scores)
+                _score(part, scaling, function, with_derivative=True)
                 _hide(part, visible, group, block)
                 torch.exp2(scores.sub_(part.maximum), out=weights)  # of log2 of the probabilities
                 torch.addcmul(part.total, scores, part.product, out=scores)
@@ -207,20 +225,29 @@ def backward_pass(
                     else:
                         scores.baddbmm_(part.upstream, part.values.mT)
                         part.grad_values.baddbmm_(weights.mT, part.upstream)
-                scores.mul_(weights)  # now the gradient of the scores
+                scores.mul_(weights)  # now the gradient of log f
+                if shift is not None:
+                    scores.mul_(part.derivative)
+                    torch.sum(scores, -1, True, out=part.grad_shift)
                 torch.baddbmm(part.grad_queries, scores, part.keys, beta=0, alpha=scaling, out=part.grad_queries)
                 part.grad_keys.baddbmm_(scores.mT, part.queries, alpha=scaling)
             grad_query[group].copy_(plan.grad_queries)
             grad_key[group].copy_(plan.grad_keys)
             if value is not None:
                 grad_value[group].copy_(plan.grad_values)
+            if shift is not None:
+                grad_shift[group].copy_(plan.grad_shift.squeeze(-1)).neg_()
     return gradients
 
 
-def obstacle_to_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def obstacle_to_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, function: str = "softmax"
+) -> str | None:
     """Why the kernel of triton_attention.py does not serve, so that blocks are computed; `None` if it does."""
     if device.type != "cuda":
         return f"there is none for {device.type}"
+    if function != "softmax":
+        return f"it computes softmax alone, not {function}"
     if dtype not in KERNEL_DTYPES or head_dim > LARGEST_HEAD_DIM:
         return f"it takes {', '.join(map(str, KERNEL_DTYPES))} and up to {LARGEST_HEAD_DIM} numbers a head"
     if not is_triton_available():
@@ -239,6 +266,9 @@ class _Block(NamedTuple):
     end_row: int
     first_key: int
     end_key: int
+
+
+MATRICES = ("scores", "weights", "kept", "derivative")
 
 
 class _Plan:
@@ -266,7 +296,7 @@ class _Plan:
         self._blocks = [_Block(*rows, 0, key) for *rows, key in zip(starts, ends, last_keys, strict=True)]
 
         rows = {"queries": head_dim, "grad_queries": head_dim, "outputs": value_dim, "upstream": value_dim}
-        rows |= dict.fromkeys(("maximum", "total", "product"), 1)
+        rows |= dict.fromkeys(("maximum", "total", "product", "shift", "grad_shift"), 1)
         keys = {"keys": head_dim, "grad_keys": head_dim, "values": value_dim, "grad_values": value_dim}
         options = {"dtype": dtype, "device": device}
         with torch.inference_mode(False):  # so that it serves with gradients too
@@ -275,7 +305,7 @@ class _Plan:
             }
             self._keys = {name: torch.empty(*self.shape, key_length, dim, **options) for name, dim in keys.items()}
             matrices = math.prod(self.shape) * block_rows * key_length
-            self._matrices = {name: torch.empty(matrices, **options) for name in ("scores", "weights", "kept")}
+            self._matrices = {name: torch.empty(matrices, **options) for name in MATRICES}
             self._later_keys = torch.full((block_rows, block_rows), MASKED, **options).triu_(1)
         vars(self).update(self._rows | self._keys)
         self._parts = {}
@@ -339,6 +369,27 @@ def _divisor(total: int, most: int) -> int:
     return next((number for number in range(min(total, most), 1, -1) if total % number == 0), 1)
 
 
+def _score(part: SimpleNamespace, scaling: float, function: str, with_derivative: bool = False):
+    """Fills a block's scores with log f to base 2, and on request `derivative` with that of log f by the score."""
+    scores, factor = part.scores, scaling / POWERS.get(function, 1)
+    factor = factor * LOG2_E if function == "softmax" else factor
+    torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=factor, out=scores)
+    if function == "softmax":
+        return
+    if function == "clamped":
+        scores.sub_(part.shift)
+        if with_derivative:
+            torch.logical_and(scores >= LOWEST, scores <= HIGHEST, out=part.derivative)
+        scores.clamp_(LOWEST, HIGHEST).mul_(LOG2_E)
+        return
+    power = POWERS[function]
+    least = SMALLEST ** (1 / power)
+    scores.sub_(part.shift / power - 1).clamp_(min=least)
+    if with_derivative:
+        torch.reciprocal(scores, out=part.derivative).masked_fill_(scores <= least, 0.0)
+    scores.log2_().mul_(power)
+
+
 def _hide(part: SimpleNamespace, visible: torch.Tensor | None, group: tuple[slice, slice], block: _Block):
     """Keeps masked pairs out of a block's scores, in place."""
     if part.later_keys is not None:
@@ -377,9 +428,11 @@ def _empty_results(query: torch.Tensor, value: torch.Tensor | None) -> tuple[tor
     return output, *(query.new_empty(batch_size, heads, query_length, dtype=dtype) for _ in range(2))
 
 
-def _empty_gradients(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    grad_value = query.new_empty(0) if value is None else torch.empty_like(value)
-    return torch.empty_like(query), torch.empty_like(key), grad_value
+def _empty_gradients(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, shift: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    optional = (query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in (value, shift))
+    return torch.empty_like(query), torch.empty_like(key), *optional
 
 
 blockwise_attention_forward = torch.library.custom_op(f"{OPERATOR}_forward", forward_pass, mutates_args=())
@@ -387,13 +440,16 @@ blockwise_attention_backward = torch.library.custom_op(f"{OPERATOR}_backward", b
 
 
 @blockwise_attention_forward.register_fake
-def _(query, key, value, visible, is_causal, scaling, dropout, seed):
+def _(query, key, value, visible, is_causal, scaling, dropout, seed, function="softmax", shift=None):
     return _empty_results(query, value)
 
 
 @blockwise_attention_backward.register_fake
-def _(query, key, value, *rest):
-    return _empty_gradients(query, key, value)
+def _(
+    query, key, value, visible, is_causal, scaling, dropout, seed,
+    output, entropies, log_sum_exp, grad_output, grad_entropies, grad_log_sum_exp, function="softmax", shift=None,
+):  # fmt: skip
+    return _empty_gradients(query, key, value, shift)
 
 
 def _one_by_one(operator: Callable) -> Callable:
@@ -404,7 +460,8 @@ def _one_by_one(operator: Callable) -> Callable:
             operator(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
-        return tuple(torch.stack(results) for results in zip(*examples, strict=True)), (0, 0, 0)
+        stacked = tuple(torch.stack(results) for results in zip(*examples, strict=True))
+        return stacked, (0,) * len(stacked)
 
     return rule
 
@@ -419,27 +476,29 @@ class _BlockwiseAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query, key, value, visible, is_causal, scaling, dropout, seed):
+    def forward(query, key, value, visible, is_causal, scaling, dropout, seed, function, shift):
         run = forward_pass if _is_plain(query) else blockwise_attention_forward
-        return run(query, key, value, visible, is_causal, scaling, dropout, seed)
+        return run(query, key, value, visible, is_causal, scaling, dropout, seed, function, shift)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed = inputs
-        ctx.save_for_backward(query, key, value, visible, seed, *output)
-        ctx.mark_non_differentiable(output[2])
+        query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed, ctx.function, shift = inputs
+        ctx.save_for_backward(query, key, value, visible, seed, shift, *output)
 
     @staticmethod
-    def backward(ctx, grad_output, grad_entropies, _):
-        query, key, value, visible, seed, output, entropies, log_sum_exp = ctx.saved_tensors
+    def backward(ctx, grad_output, grad_entropies, grad_log_sum_exp):
+        query, key, value, visible, seed, shift, output, entropies, log_sum_exp = ctx.saved_tensors
         # A function of its own for the second derivative, which it refuses.
         is_last = _is_plain(grad_output) and _is_plain(grad_entropies) and not torch.is_grad_enabled()
         run = backward_pass if is_last else _BlockwiseAttentionBackward.apply
-        grad_query, grad_key, grad_value = run(
+        grad_query, grad_key, grad_value, grad_shift = run(
             query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed,
-            output, entropies, log_sum_exp, grad_output, grad_entropies,
+            output, entropies, log_sum_exp, grad_output, grad_entropies, grad_log_sum_exp, ctx.function, shift,
         )  # fmt: skip
-        return grad_query, grad_key, None if value is None else grad_value, None, None, None, None, None
+        grad_value, grad_shift = (
+            None if tensor is None else gradient for tensor, gradient in ((value, grad_value), (shift, grad_shift))
+        )
+        return grad_query, grad_key, grad_value, None, None, None, None, None, None, grad_shift
 
 
 class _BlockwiseAttentionBackward(torch.autograd.Function):
@@ -449,11 +508,11 @@ class _BlockwiseAttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(  # by name, since captured graphs take no `*arguments` here
         query, key, value, visible, is_causal, scaling, dropout, seed,
-        output, entropies, log_sum_exp, grad_output, grad_entropies,
+        output, entropies, log_sum_exp, grad_output, grad_entropies, grad_log_sum_exp, function, shift,
     ):
         return blockwise_attention_backward(
             query, key, value, visible, is_causal, scaling, dropout, seed,
-            output, entropies, log_sum_exp, grad_output, grad_entropies,
+            output, entropies, log_sum_exp, grad_output, grad_entropies, grad_log_sum_exp, function, shift,
         )
     # fmt: on
 

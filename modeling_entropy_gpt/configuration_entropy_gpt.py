@@ -25,7 +25,7 @@ from .notation import format_notation, parse_notation
 logger = logging.get_logger(__name__)
 
 # Higher whenever a configuration may say what the code before does not know.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 OWN_ACTIVATIONS = ("identity", "leaky_relu", "learnable_leaky_relu")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")
@@ -132,6 +132,11 @@ class EntropyGPTConfig(PreTrainedConfig):
             Normalisation of the weights of `weight_normalization_targets`: each output feature's weights to length
             one, times a learnable gain; or each matrix divided by its largest singular value.
         weight_normalization_targets (`list[str]`, *optional*): Some of `"q"`, `"k"`, `"v"`, `"o"`, `"ffn"`.
+        attention_function (`"softmax"`, `"power4"`, `"power2"` or `"clamped"`, *optional*, defaults to `"softmax"`):
+            What attention weights are proportional to, as a function of a score less a learned shift of its head and
+            query position: the exponential, which needs no shift; `relu(1 + x / 4) ** 4`; `relu(1 + x / 2) ** 2`; or
+            the exponential of x clamped to -7.4 to 3. All but the first do without a row's maximum in private.
+        attention_shift_init (`float`, *optional*, defaults to 0.0): Initial shift of every head and position.
         attention_temperature (`"none"`, `"head"` or `"position"`, *optional*, defaults to `"none"`):
             Learnable temperature by which attention logits are divided: one a head, or one for each head and query
             position (the paper's).
@@ -152,6 +157,9 @@ class EntropyGPTConfig(PreTrainedConfig):
             row's, summed over all parts of an optimiser step, on all ranks. The paper's public code sums over each
             part and averages over accumulation steps and ranks: its lambda of 1e-5 at 128 sequences x 4 steps is
             2.5e-6 here.
+        log_sum_coefficient (`float`, *optional*, defaults to 0.0):
+            Weight in the training loss of the mean of `(log sum exp(scores) - shift) ** 2` over all attention rows,
+            which keeps scores where the attention function works. Above 0, softmax has shifts too.
         detect_divergence (`bool`, *optional*, defaults to `False`):
             Whether training stops at the first non-finite value with an error that names the layer.
         code_version (`int`, *optional*): Version of the code that the configuration was written for.
@@ -177,9 +185,11 @@ class EntropyGPTConfig(PreTrainedConfig):
         "attention_entropies",
         "visible_keys",
         "entropy_thresholds",
+        "log_sum_deviations",
         "packed_sequences",
         "cross_entropy_loss",
         "entropy_loss",
+        "log_sum_loss",
         "penalized_share",
     ]
     attribute_map = {
@@ -218,6 +228,8 @@ class EntropyGPTConfig(PreTrainedConfig):
     ffn_beta_init: float | int = 1.0
     weight_normalization: Literal["weight", "spectral"] | None = None
     weight_normalization_targets: list[str] = field(default_factory=list)
+    attention_function: Literal["softmax", "power4", "power2", "clamped"] = "softmax"
+    attention_shift_init: float | int = 0.0
     attention_temperature: Literal["none", "head", "position"] = "none"
     temperature_init: float | int = 1.0
     entropy_regularization: bool = False
@@ -226,6 +238,7 @@ class EntropyGPTConfig(PreTrainedConfig):
     entropy_threshold_init: float | int = 0.5
     entropy_maximum: Literal["context", "causal"] = "context"
     entropy_penalty: Literal["head_mean", "row_mean", "row_sum"] = "head_mean"
+    log_sum_coefficient: float | int = 0.0
     detect_divergence: bool = False
     code_version: int = CODE_VERSION
 
@@ -269,7 +282,8 @@ class EntropyGPTConfig(PreTrainedConfig):
         Args:
             text (`str`):
                 The architecture: SM+LN+G, SM+LN+R, SM+LN, SM+G, SM+R, SM, SM+ScFFN, SM+ScFuFFN, SM(t)+ScFuFFN,
-                EReg(SM(t)+ScFuFFN); with a suffix i<k> on the FFN for the deepest k layers without one; with
+                EReg(SM(t)+ScFuFFN); with Pow4, Pow2 or ClSM in place of SM for another attention function; with a
+                suffix i<k> on the FFN for the deepest k layers without one; with
                 +WN(QK+FFN) or +SN(QK+FFN) for weight or spectral normalisation.
             sizes: Every other field, such as `n_layer`, `n_embd`, `vocab_size`, `temperature_init`.
 
@@ -289,6 +303,20 @@ class EntropyGPTConfig(PreTrainedConfig):
     def notation(self) -> str:
         """The architecture in the paper's notation; `from_notation` reads it back. Sizes are no part of it."""
         return format_notation(self)
+
+    @property
+    def has_attention_shift(self) -> bool:
+        """Whether each head and position has a learned shift of its scores."""
+        return self.attention_function != "softmax" or self.log_sum_coefficient > 0
+
+    @property
+    def penalty(self) -> str | None:
+        """The penalty on attention rows that the training loss contains and the field with it, in words."""
+        if self.entropy_regularization:
+            return "entropy penalty that entropy_regularization=True"
+        if self.log_sum_coefficient:
+            return f"penalty on log-sums that log_sum_coefficient={self.log_sum_coefficient}"
+        return None
 
     @property
     def inner_size(self) -> int:
@@ -315,7 +343,8 @@ class EntropyGPTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name}={value} has to be a finite number.")
-        for name in ("layer_norm_epsilon", "initializer_range", "entropy_coefficient", "entropy_tolerance"):
+        at_least_zero = ("entropy_coefficient", "entropy_tolerance", "log_sum_coefficient")
+        for name in ("layer_norm_epsilon", "initializer_range", *at_least_zero):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} has to be at least 0.")
         for name in (*DROPOUTS, "entropy_threshold_init"):

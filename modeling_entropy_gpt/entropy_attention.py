@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention that also returns the Shannon entropy of each of its rows.
 
-Row i of a head attends with probabilities P_ij = softmax_j(scaling * q_i . k_j); its entropy is
+Row i of a head attends with probabilities P_ij = softmax_j(scaling * q_i . k_j), or with another function of these
+scores (attention_functions.py); its entropy is
 
     H_i = - sum_j P_ij log P_ij        (arXiv 2501.03489, section 3; in nats)
 
@@ -15,7 +16,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from .attention_masks import check_additive, check_dtype, visible_pairs
-from .blockwise_attention import blockwise_attention
+from .blockwise_attention import LN_2, NOTHING_VISIBLE, blockwise_attention
 
 
 LARGEST_SEED = 2**62
@@ -29,6 +30,8 @@ def entropy_attention(
     is_causal: bool = False,
     scaling: float | None = None,
     dropout: float = 0.0,
+    function: str = "softmax",
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Attention and the entropy of its rows, differentiable in query, key and value through both results: once, and in
@@ -43,6 +46,9 @@ def entropy_attention(
             stands at the last key. Holds in addition to the mask.
         scaling (`float`, *optional*, defaults to `head_dim ** -0.5`): What the products are multiplied by.
         dropout (`float`, *optional*, defaults to 0.0): Dropout on the probabilities; entropies are taken before it.
+        function (`str`, *optional*, defaults to `"softmax"`): The attention function, as the configuration names it.
+        shift (`torch.Tensor`, broadcastable to `(batch, heads, query_length)`, *optional*):
+            The shift of each row's scores. Functions other than softmax need it.
 
     Returns:
         `tuple`: The output, of shape `(batch, heads, query_length, value_dim)` and the values' dtype, and the row
@@ -59,8 +65,27 @@ def entropy_attention(
         raise ValueError(f"dropout={dropout} has to be between 0 and 1.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = visible_pairs(attention_mask, query.shape[2], key.shape[2], query.device)
+    return attend_rows(query, key, value, visible, is_causal, scaling, dropout, function, shift)[:2]
+
+
+def attend_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+    function: str,
+    shift: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The output and the entropies of [`entropy_attention`], and the logarithm to base 2 of the sum of f over each row,
+    `(batch, heads, query_length)`. Nothing is checked; `visible` is what [`visible_pairs`] gives.
+    """
+    shift = None if function == "softmax" else shift.expand(query.shape[:3])
     seed = torch.randint(LARGEST_SEED, (1,)) if dropout else None
-    return blockwise_attention(query, key, value, visible, is_causal, scaling, dropout, seed)[:2]
+    return blockwise_attention(query, key, value, visible, is_causal, scaling, dropout, seed, function, shift)
 
 
 def row_entropies(
@@ -76,6 +101,25 @@ def row_entropies(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = visible_pairs(attention_mask, query.shape[2], key.shape[2], query.device)
     return blockwise_attention(query, key, None, visible, is_causal, scaling, 0.0, None)[1]
+
+
+def row_log_sums(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | None = None,
+    is_causal: bool = False,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """
+    The logarithm of the sum of the exponentials of the scores that each row sees, `(batch, heads, query_length)`; 0
+    where it sees nothing. Arguments as for [`entropy_attention`].
+    """
+    query, key = _cast_as_autocast_does(query, key)
+    _check_shapes(query, key, None, attention_mask, is_causal)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    visible = visible_pairs(attention_mask, query.shape[2], key.shape[2], query.device)
+    log_sums = blockwise_attention(query, key, None, visible, is_causal, scaling, 0.0, None)[2]
+    return log_sums.where(log_sums > NOTHING_VISIBLE, 0.0) * LN_2
 
 
 def _cast_as_autocast_does(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -148,4 +192,4 @@ def _found(attention_mask: torch.Tensor) -> str:
     return f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}"
 
 
-__all__ = ["entropy_attention", "row_entropies"]
+__all__ = ["entropy_attention", "row_entropies", "row_log_sums"]

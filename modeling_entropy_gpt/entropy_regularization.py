@@ -111,6 +111,25 @@ def entropy_penalty(
     return penalties.squeeze(-1) if sequences is None else penalties
 
 
+def log_sum_penalty(
+    deviations: torch.Tensor, visible_keys: torch.Tensor, sequences: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The mean square of what rows' log-sum-exp of scores is off their shift, of each sequence: over layers, heads and
+    valid rows.
+
+    Args:
+        deviations (`torch.Tensor` of shape `(layers, batch, heads, rows)`): Log-sum-exp less shift, in nats.
+        visible_keys, sequences: As for [`entropy_penalty`].
+
+    Returns:
+        `torch.Tensor` of the shape that [`entropy_penalty`] has.
+    """
+    valid = (visible_keys > 0).to(deviations.dtype)[:, None]
+    penalties = _mean_over_rows(deviations.square(), valid, sequences).mean(dim=(0, 2))
+    return penalties.squeeze(-1) if sequences is None else penalties
+
+
 def penalized_share(
     entropies: torch.Tensor,
     thresholds: torch.Tensor,
@@ -243,6 +262,7 @@ __all__ = [
     "count_tokens",
     "count_visible_keys",
     "entropy_penalty",
+    "log_sum_penalty",
     "mean_over_sequences",
     "mean_over_tokens",
     "number_sequences",

@@ -7,6 +7,7 @@ from torch import nn
 from .entropy_regularization import (
     count_tokens,
     entropy_penalty,
+    log_sum_penalty,
     mean_over_sequences,
     mean_over_tokens,
     penalized_share,
@@ -89,9 +90,9 @@ class EntropyGPTHead:
 
     def needs_entropies(self, labels: torch.Tensor | None) -> bool:
         """Whether this forward pass yields a loss with the penalty; says so once if the penalty is lost."""
-        if self.penalizes_entropy and labels is None:
+        if self.penalizes_rows and labels is None:
             self._warn_of_a_lost_penalty("No labels are given")
-        return self.penalizes_entropy and labels is not None
+        return self.penalizes_rows and labels is not None
 
     def entropy_loss(
         self,
@@ -111,6 +112,21 @@ class EntropyGPTHead:
         penalties = entropy_penalty(**self._penalty_arguments(outputs))
         tokens = count_tokens(predicted, outputs.packed_sequences)
         return reduce_over_batch(penalties, tokens, num_items_in_batch, self.config.entropy_penalty)
+
+    def log_sum_loss(
+        self,
+        outputs: EntropyGPTModelOutput,
+        predicted: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The penalty on the rows' log-sum-exp, not multiplied by its coefficient; as [`entropy_loss`]."""
+        tokens = count_tokens(predicted, outputs.packed_sequences)
+        return mean_over_tokens(self._log_sum_penalties(outputs), tokens, num_items_in_batch)
+
+    def _log_sum_penalties(self, outputs: EntropyGPTModelOutput) -> torch.Tensor:
+        device = outputs.last_hidden_state.device
+        deviations = torch.stack([deviations.to(device) for deviations in outputs.log_sum_deviations])
+        return log_sum_penalty(deviations, outputs.visible_keys.to(device), outputs.packed_sequences)
 
     @torch.no_grad()
     def penalized_share(
@@ -137,7 +153,10 @@ class EntropyGPTHead:
         }
 
     def add_entropy_loss(self, loss: torch.Tensor, outputs: EntropyGPTModelOutput) -> torch.Tensor:
-        """The loss of a head that predicts one thing for each sequence, with the penalty added in training."""
+        """The loss of a head that predicts one thing for each sequence, with the penalties added in training."""
+        if self.training and outputs.log_sum_deviations is not None:
+            penalty = mean_over_sequences(self._log_sum_penalties(outputs), outputs.packed_sequences).to(loss.device)
+            loss = loss + self.config.log_sum_coefficient * penalty
         if self.penalizes_entropy and outputs.attention_entropies is not None:
             # A mean over sequences, whatever the penalty: so is the loss of these heads, over parts of a batch too.
             penalties = entropy_penalty(**self._penalty_arguments(outputs))

@@ -26,11 +26,11 @@ class LearnedScalar:
         name (`str`): What logs call it.
         place (`str`): Where a block has it.
         title (`str`): What pictures call it.
-        setting (`str`): The field of the configuration that brings it.
+        setting (`str`): The field or property of the configuration that brings it.
         values (`tuple`): The values of this field with which it is there.
         start (`str`, *optional*): The field of the configuration with its initial value.
         neutral (`float`, *optional*): The value at which a block computes what it does without it.
-        by_head (`bool`): Whether there is one for each head (or several, whose geometric mean is logged).
+        by_head (`bool`): Whether there is one for each head, or several, whose mean is logged (of logarithms).
         is_logarithm (`bool`): Whether the parameter is the logarithm of the number.
         in_training_alone (`bool`): Whether only the loss of training reads it.
         lr_multiplier (`str`, *optional*): The training argument that multiplies its learning rate.
@@ -102,6 +102,13 @@ LEARNED_SCALARS = (
         is_logarithm=True,
         lr_multiplier="temperature_lr_multiplier",
         adapter_switch="train_temperatures",
+    ),
+    LearnedScalar(
+        *("shifts", "attn.shift.attention_shift", "shift of scores", "has_attention_shift", (True,)),
+        start="attention_shift_init",
+        by_head=True,
+        lr_multiplier="shift_lr_multiplier",
+        adapter_switch="train_shifts",
     ),
     LearnedScalar(
         *("slopes", "mlp.act.negative_slope", "slope of leaky ReLU", "activation_function", ("learnable_leaky_relu",)),
@@ -198,6 +205,22 @@ class EntropyGPTEntropyThreshold(EntropyGPTLayer):
 
     def initialize(self):
         init.constant_(self.entropy_threshold, self.start)
+
+
+class EntropyGPTAttentionShift(EntropyGPTLayer):
+    """Learnable shift c of the scores, for each head and query position; see attention_functions.py."""
+
+    def __init__(self, n_head: int, n_positions: int, start: float = 0.0):
+        super().__init__()
+        self.start = start
+        self.attention_shift = nn.Parameter(torch.empty(n_head, n_positions))
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """The shift of each query, of shape `(batch or 1, heads, query_length)`, as long as `position_ids`."""
+        return self.attention_shift[:, position_ids].transpose(0, 1)
+
+    def initialize(self):
+        init.constant_(self.attention_shift, self.start)
 
 
 def keep_in_graph(hidden_states: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -378,6 +401,7 @@ def build_linear(config, nf: int, nx: int, targets: tuple[str, ...], adds_to_res
 
 __all__ = [
     "LEARNED_SCALARS",
+    "EntropyGPTAttentionShift",
     "EntropyGPTEntropyThreshold",
     "EntropyGPTLayer",
     "EntropyGPTLearnableLeakyReLU",

@@ -37,6 +37,9 @@ class EntropyGPTModelOutput(BaseModelOutputWithPast):
         entropy_thresholds (`tuple(torch.Tensor)`, *optional*):
             Thresholds of the heads of each layer, `(heads,)`; returned when `output_entropies=True` by a model with
             `entropy_regularization`.
+        log_sum_deviations (`tuple(torch.Tensor)`, *optional*):
+            Log-sum-exp of the scores of each attention row less its shift, `(batch_size, heads, query_length)`;
+            returned when `output_entropies=True` by a model with a `log_sum_coefficient`.
         packed_sequences (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*):
             The sequence that each position belongs to, from 0; returned with `entropy_thresholds` if positions or a 4D
             mask allow several sequences in one row.
@@ -45,6 +48,7 @@ class EntropyGPTModelOutput(BaseModelOutputWithPast):
     attention_entropies: tuple[torch.Tensor, ...] | None = None
     visible_keys: torch.Tensor | None = None
     entropy_thresholds: tuple[torch.Tensor, ...] | None = None
+    log_sum_deviations: tuple[torch.Tensor, ...] | None = None
     packed_sequences: torch.Tensor | None = None
 
 
@@ -53,8 +57,9 @@ class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
-            In training `cross_entropy_loss + entropy_coefficient * entropy_loss`, else the cross-entropy; with
-            `smoothing`, of smoothed labels.
+            In training `cross_entropy_loss + entropy_coefficient * entropy_loss + log_sum_coefficient *
+            log_sum_loss`, of which those that the config asks for, else the cross-entropy; with `smoothing`, of
+            smoothed labels.
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
         past_key_values, hidden_states, attentions:
             As in [`EntropyGPTModelOutput`].
@@ -65,6 +70,10 @@ class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
         entropy_loss (`torch.Tensor` of shape `(1,)`, *optional*):
             Penalty on the attention entropies, not multiplied by its coefficient; returned when `labels` is given to a
             model with `entropy_regularization` that is in training or asked for entropies.
+        log_sum_loss (`torch.Tensor` of shape `(1,)`, *optional*):
+            Mean over attention rows of the square of their log-sum-exp less their shift, not multiplied by its
+            coefficient; returned when `labels` is given to a model with a `log_sum_coefficient` that is in training
+            or asked for entropies.
         penalized_share (`torch.Tensor` of shape `(1,)`, *optional*, returned with `entropy_loss`):
             Share of the heads (of their rows, where rows are penalised) whose deviation exceeds the margin, averaged
             over the predicted tokens; without gradient. Parts of a split batch add up to that of the whole.
@@ -72,6 +81,7 @@ class EntropyGPTCausalLMOutput(CausalLMOutputWithPast):
 
     cross_entropy_loss: torch.Tensor | None = None
     entropy_loss: torch.Tensor | None = None
+    log_sum_loss: torch.Tensor | None = None
     penalized_share: torch.Tensor | None = None
     attention_entropies: tuple[torch.Tensor, ...] | None = None
     visible_keys: torch.Tensor | None = None

@@ -19,8 +19,9 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 # Every file of the model, also those that others import: transformers 5.5 copies no more than these to its cache.
+from .attention_functions import whole_attention  # noqa: F401
 from .attention_masks import prepare_mask
-from .blocks import EntropyGPTAttention, EntropyGPTBlock
+from .blocks import EntropyGPTAttention, EntropyGPTBlock, serves_every_function
 from .blockwise_attention import blockwise_attention  # noqa: F401
 from .configuration_entropy_gpt import EntropyGPTConfig
 from .entropy_attention import entropy_attention  # noqa: F401
@@ -44,6 +45,9 @@ if TYPE_CHECKING:  # where it is needed, blockwise_attention.py imports it
 
 
 logger = logging.get_logger(__name__)
+
+# Attention implementations in whose place another attention function may stand, and all of flash attention.
+OWN_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
 class EntropyGPTPreTrainedModel(PreTrainedModel):
@@ -96,14 +100,17 @@ class EntropyGPTPreTrainedModel(PreTrainedModel):
         """Whether the loss contains the entropy penalty: in training, where the config says so."""
         return self.training and self.config.entropy_regularization
 
-    @staticmethod
-    def _warn_of_a_lost_penalty(reason: str):
+    @property
+    def penalizes_rows(self) -> bool:
+        """Whether the loss contains a penalty on attention rows, on their entropies or on their log-sum-exp."""
+        return self.training and self.config.penalty is not None
+
+    def _warn_of_a_lost_penalty(self, reason: str):
         if not torch.compiler.is_compiling():
             logger.warning_once(
                 f"{reason} in training, so the model gives no loss, and one computed elsewhere (as the Trainer does "
-                "with label_smoothing_factor, and TRL's trainers do) lacks the entropy penalty that "
-                "entropy_regularization=True asks for: give labels, and smoothing if need be, or "
-                "output_entropies=True and add the penalty."
+                f"with label_smoothing_factor, and TRL's trainers do) lacks the {self.config.penalty} asks for: give "
+                "labels, and smoothing if need be, or output_entropies=True and add the penalty."
             )
 
 
@@ -163,7 +170,8 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
 
         Raises:
             `ValueError`: If not exactly one of `input_ids` and `inputs_embeds` is given, there is no such position in
-                the model, cross-attention is asked for, or entropies of attention that is not causal are.
+                the model, cross-attention is asked for, or entropies of attention that is not causal are; or if the
+                attention implementation or a mask can't do what the attention function needs.
             `TypeError`: If a keyword is none of this model's and none that transformers hands to every model.
             `FloatingPointError`: If `detect_divergence` is set and a layer yields a non-finite value in training.
         """
@@ -172,19 +180,26 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if kwargs.pop("output_attentions", None):
             self._warn_of_missing_matrices()
         kwargs.pop("output_hidden_states", None)
-        if self.penalizes_entropy and output_entropies is None:  # heads of this family say what they need
+        if self.penalizes_rows and output_entropies is None:  # heads of this family say what they need
             self._warn_of_a_lost_penalty("The model is run without its head")
         output_entropies = bool(output_entropies)
         is_given_whole = attention_mask is not None and len(attention_mask.shape) == 4
-        if output_entropies:
-            self._check_entropies(past_key_values, attention_mask if is_given_whole else None, kwargs)
+        # What else than the implementation's own softmax attention has its own needs.
+        is_own_attention = output_entropies or self.config.attention_function != "softmax"
+        if is_own_attention:
+            self._check_own_attention(output_entropies, past_key_values, kwargs)
+        if self.config.penalty and output_entropies and is_given_whole and attention_mask.shape[1] > 1:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: the {self.config.penalty} asks for knows "
+                "one mask for all heads, (batch, 1, queries, keys)."
+            )
 
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.wte(input_ids)
         has_positions = position_ids is not None
         past_length = None  # where it is not asked for, or there is no cache
-        if past_key_values is not None and (not has_positions or output_entropies):
+        if past_key_values is not None and (not has_positions or is_own_attention):
             past_length = past_key_values.get_seq_length()
         if not has_positions:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
@@ -200,19 +215,19 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
             **{CACHE: past_key_values},
         )
         causal_mask = prepare_mask(
-            causal_mask, self.config._attn_implementation, inputs_embeds, output_entropies, is_given_whole
+            causal_mask, self.config._attn_implementation, inputs_embeds, is_own_attention, is_given_whole
         )
         if use_cache and past_key_values is None:
             # Not before the mask is made: with a cache, transformers does not look for packed sequences.
             past_key_values = DynamicCache(config=self.config)
         visible_keys = None
-        if output_entropies:
+        if is_own_attention:
             given_mask = attention_mask
             if is_given_whole:
                 given_mask = causal_mask.expand(-1, -1, inputs_embeds.shape[1], -1)
             visible_keys = count_visible_keys(position_ids, given_mask, past_length)
         is_flash = "flash" in self.config._attn_implementation
-        if is_flash and output_entropies and causal_mask is None and past_length is None:
+        if is_flash and is_own_attention and causal_mask is None and past_length is None:
             # Flash attention finds packed sequences by their positions; here it takes a mask.
             causal_mask = self._packed_mask(visible_keys)
         if self.config.weight_normalization == "spectral" and self.training and torch.is_grad_enabled():
@@ -224,7 +239,7 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         hidden_states = self.drop(hidden_states)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             past_key_values = None  # recomputation would add the same keys a second time
-        attention_entropies, entropy_thresholds = [], []
+        attention_entropies, entropy_thresholds, log_sum_deviations = [], [], []
         detect_divergence = self.config.detect_divergence and self.training
         if detect_divergence:
             self._raise_if_not_finite("the embeddings", hidden_states)
@@ -239,9 +254,10 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 **kwargs,
             )
             if output_entropies:
-                hidden_states, entropies, thresholds = self._check_hooked(layer_idx, hidden_states)
+                hidden_states, entropies, thresholds, deviations = self._check_hooked(layer_idx, hidden_states)
                 attention_entropies.append(entropies)
                 entropy_thresholds.append(thresholds)
+                log_sum_deviations.append(deviations)
             if detect_divergence:
                 self._raise_if_not_finite(f"layer {layer_idx} (h.{layer_idx})", hidden_states)
         hidden_states = self.ln_f(hidden_states)
@@ -251,14 +267,16 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         has_thresholds = output_entropies and self.config.entropy_regularization
         packed_sequences = None
         may_be_packed = (has_positions and past_length is None) if attention_mask is None else is_given_whole
-        if has_thresholds and may_be_packed and not past_length:
+        has_deviations = output_entropies and self.config.log_sum_coefficient > 0
+        if (has_thresholds or has_deviations) and may_be_packed and not past_length:
             packed_sequences = number_sequences(visible_keys, given_mask).to(hidden_states.device)
         return EntropyGPTModelOutput(
             last_hidden_state=hidden_states,
             **{CACHE: past_key_values if use_cache else None},
             attention_entropies=tuple(attention_entropies) if output_entropies else None,
-            visible_keys=visible_keys,
+            visible_keys=visible_keys if output_entropies else None,
             entropy_thresholds=tuple(entropy_thresholds) if has_thresholds else None,
+            log_sum_deviations=tuple(log_sum_deviations) if has_deviations else None,
             packed_sequences=packed_sequences,
         )
 
@@ -272,15 +290,21 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
                 "truncate it (tokenizer(..., truncation=True, max_length=...))."
             )
 
-    def _check_entropies(self, past_key_values, whole_mask, kwargs: dict):
+    def _check_own_attention(self, output_entropies: bool, past_key_values, kwargs: dict):
+        implementation, function = self.config._attn_implementation, self.config.attention_function
+        cause = "output_entropies=True" if output_entropies else f"attention_function={function!r}"
         if kwargs.get("is_causal") is False:
-            raise ValueError("is_causal=False with output_entropies=True: entropies are those of causal attention.")
+            subject = "entropies are those of" if output_entropies else "shifts are learned with"
+            raise ValueError(f"is_causal=False with {cause}: {subject} causal attention.")
         if is_paged(past_key_values) or is_paged(kwargs.get("cache")):
-            raise ValueError("output_entropies=True is not supported in continuous batching (generate_batch).")
-        if self.config.entropy_regularization and whole_mask is not None and whole_mask.shape[1] > 1:
+            raise ValueError(f"{cause} is not supported in continuous batching (generate_batch).")
+        known = implementation in OWN_IMPLEMENTATIONS or "flash" in implementation
+        known = known or serves_every_function(self.config)
+        if function != "softmax" and not known:
             raise ValueError(
-                f"attention_mask has shape {tuple(whole_mask.shape)}: the entropy penalty knows one mask for all "
-                "heads, (batch, 1, queries, keys)."
+                f"attn_implementation={implementation!r} computes softmax alone, and the model has "
+                f"attention_function={function!r}: call model.set_attn_implementation with one of "
+                f"{', '.join(OWN_IMPLEMENTATIONS)}."
             )
 
     def _warn_of_missing_matrices(self):
@@ -412,7 +436,7 @@ class EntropyGPTForCausalLM(EntropyGPTHead, EntropyGPTPreTrainedModel, Generatio
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
 
-        loss, cross_entropy_loss, entropy_loss, penalized_share = None, None, None, None
+        loss, cross_entropy_loss, entropy_loss, penalized_share, log_sum_loss = None, None, None, None, None
         if labels is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not smoothing):
                 cross_entropy_loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -423,9 +447,13 @@ class EntropyGPTForCausalLM(EntropyGPTHead, EntropyGPTPreTrainedModel, Generatio
                 targets = nn.functional.pad(labels[..., 1:], (0, 1), value=ignored)
             if smoothing:
                 loss = smoothed_cross_entropy(logits, targets, smoothing, kwargs.get("num_items_in_batch"), ignored)
+            predicted = (targets != ignored).to(outputs.last_hidden_state.device)
+            weights = (predicted, kwargs.get("num_items_in_batch"))
+            if outputs.log_sum_deviations is not None:
+                log_sum_loss = self.log_sum_loss(outputs, *weights)
+                if self.training:
+                    loss = loss + self.config.log_sum_coefficient * log_sum_loss.to(loss.device)
             if outputs.attention_entropies is not None and self.config.entropy_regularization:
-                predicted = (targets != ignored).to(outputs.last_hidden_state.device)
-                weights = (predicted, kwargs.get("num_items_in_batch"))
                 entropy_loss = self.entropy_loss(outputs, *weights)
                 penalized_share = self.penalized_share(outputs, *weights)
                 if self.training:
@@ -438,6 +466,7 @@ class EntropyGPTForCausalLM(EntropyGPTHead, EntropyGPTPreTrainedModel, Generatio
             **{CACHE: getattr(outputs, CACHE)},
             cross_entropy_loss=cross_entropy_loss,
             entropy_loss=entropy_loss,
+            log_sum_loss=log_sum_loss,
             penalized_share=penalized_share,
             **self.handed_on(outputs, output_entropies),
         )

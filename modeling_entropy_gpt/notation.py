@@ -5,8 +5,10 @@ A notation names what is left of a GPT-2 block: `SM+LN+G` is GPT-2 itself (softm
 `EReg(SM(t)+ScFuFFN)` is the paper's proposal. The grammar, with what each token selects:
 
     notation      := "EReg(" architecture ")" | architecture         entropy_regularization
-    architecture  := softmax ("+" token)*
-    softmax       := "SM" | "SM(t)" | "SM(t_h)"                      attention_temperature: none, position, head
+    architecture  := attention ("+" token)*
+    attention     := function ["(t)" | "(t_h)"]                      attention_temperature: position, head (or none)
+    function      := "SM" | "Pow4" | "Pow2" | "ClSM"                 attention_function: softmax, power4, power2,
+                                                                     clamped
     token         := "LN" | "StaticLN"                               normalization (absent: none)
                    | "G" | "R" | "LeakyR" | "LearnableLeakyR" | "Act(" name ")"
                                                                      activation_function (absent: identity)
@@ -16,9 +18,9 @@ A notation names what is left of a GPT-2 block: `SM+LN+G` is GPT-2 itself (softm
     k             := "0" | one of "1" to "9", then any of "0" to "9"
     targets       := letters of "QKVO", in that order, and "FFN", joined by "+", such as "QK+FFN"
 
-The paper itself uses everything but `SM(t_h)`, `StaticLN`, `LeakyR`, `LearnableLeakyR`, `Act(...)`, `FuFFN` and listed
-layers; these are there so that every configuration of this package has a notation. `final_normalization`, the sizes,
-and numeric settings are no part of it.
+The paper itself uses everything but `Pow4`, `Pow2`, `ClSM`, `(t_h)`, `StaticLN`, `LeakyR`, `LearnableLeakyR`,
+`Act(...)`, `FuFFN` and listed layers; these are there so that every configuration of this package has a notation.
+`final_normalization`, the sizes, and numeric settings are no part of it.
 """
 
 import difflib
@@ -27,11 +29,13 @@ import re
 
 NORMALIZATION_TOKENS = {"LN": "layernorm", "StaticLN": "static"}
 ACTIVATION_TOKENS = {"G": "gelu_new", "R": "relu", "LeakyR": "leaky_relu", "LearnableLeakyR": "learnable_leaky_relu"}
-TEMPERATURE_TOKENS = {"SM": "none", "SM(t)": "position", "SM(t_h)": "head"}
+ATTENTION_TOKENS = {"SM": "softmax", "Pow4": "power4", "Pow2": "power2", "ClSM": "clamped"}
+TEMPERATURE_TOKENS = {"": "none", "(t)": "position", "(t_h)": "head"}
 WEIGHT_NORMALIZATION_TOKENS = {"WN": "weight", "SN": "spectral"}
 FFN_TOKENS = ("FFN", "ScFFN", "FuFFN", "ScFuFFN")
 EXAMPLE = "EReg(SM(t)+ScFuFFN)"
 
+_ATTENTION_PATTERN = re.compile(r"(\w+)(\(.*\))?")
 _FFN_PATTERN = re.compile(r"(Sc)?(Fu)?FFN(i.*)?")
 # With no more digits than a number of layers has, so that it can be read at all.
 _NUMBER = "(?:0|[1-9][0-9]{0,8})"
@@ -63,7 +67,7 @@ def parse_notation(text: str, n_layer: int) -> dict:
     tokens = _split_outside_brackets(compact[len("EReg(") : -1] if regularized else compact)
 
     fields = {
-        "attention_temperature": _parse_softmax(tokens[0], text),
+        **_parse_attention(tokens[0], text),
         "entropy_regularization": regularized,
         "normalization": "none",
         "activation_function": "identity",
@@ -85,7 +89,8 @@ def parse_notation(text: str, n_layer: int) -> dict:
 
 def format_notation(config) -> str:
     """Writes the notation of an [`EntropyGPTConfig`]; [`parse_notation`] reads it back to the same fields."""
-    tokens = [_key_of(TEMPERATURE_TOKENS, config.attention_temperature)]
+    temperature = _key_of(TEMPERATURE_TOKENS, config.attention_temperature)
+    tokens = [_key_of(ATTENTION_TOKENS, config.attention_function) + temperature]
     if config.normalization != "none":
         tokens.append(_key_of(NORMALIZATION_TOKENS, config.normalization))
     if config.activation_function in ACTIVATION_TOKENS.values():
@@ -108,13 +113,19 @@ def format_notation(config) -> str:
     return f"EReg({architecture})" if config.entropy_regularization else architecture
 
 
-def _parse_softmax(token: str, text: str) -> str:
-    if token not in TEMPERATURE_TOKENS:
+def _parse_attention(token: str, text: str) -> dict:
+    match = _ATTENTION_PATTERN.fullmatch(token)
+    function, temperature = (match[1], match[2] or "") if match else (token, "")
+    if function not in ATTENTION_TOKENS or temperature not in TEMPERATURE_TOKENS:
         raise ValueError(
-            f"The notation {text!r} has to begin with its softmax, one of {', '.join(TEMPERATURE_TOKENS)} (or with "
-            f"'EReg(' before it), not with {token!r}. Example: {EXAMPLE}"
+            f"The notation {text!r} has to begin with its attention, one of SM, SM(t), SM(t_h), or with one of "
+            f"{', '.join(ATTENTION_TOKENS)} in place of SM (or with 'EReg(' before it), not with {token!r}. "
+            f"Example: {EXAMPLE}"
         )
-    return TEMPERATURE_TOKENS[token]
+    return {
+        "attention_function": ATTENTION_TOKENS[function],
+        "attention_temperature": TEMPERATURE_TOKENS[temperature],
+    }
 
 
 def _parse_token(token: str, text: str, n_layer: int) -> tuple[str, dict]:

@@ -141,7 +141,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def backward_query_kernel(
     query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants,
-    output, entropies, mean_keys, grad_query,
+    output, entropies, grad_sums, mean_keys, grad_query,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -156,15 +156,16 @@ def backward_query_kernel(
     place, inside = pair.to(tl.int64) * row_count + rows, rows < row_count
     log_sums = tl.load(log_sum_exp + place, mask=inside, other=0.0)
     slopes = tl.load(grad_entropies + place, mask=inside, other=0.0)
-    # do . o + g H, which all keys of a row share.
+    # do . o + g H, less the gradient of the log-sum-exp, which all keys of a row share.
+    sums = tl.load(grad_sums + place, mask=inside, other=0.0)
     constant = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), 1)
-    constant += slopes * tl.load(entropies + place, mask=inside, other=0.0)
+    constant += slopes * tl.load(entropies + place, mask=inside, other=0.0) - sums
     tl.store(constants + place, constant, mask=inside)
     grad_queries = tl.zeros([ROWS, WIDTH], tl.float32)
-    # A row's gradients of scores add up to 0, but when rounded to half precision they do not, and multiply what all
-    # keys have in common. So it is the keys' distances from their mean that are multiplied.
+    # A row's gradients of scores add up to that of its log-sum-exp, but not when rounded to half precision; and they
+    # multiply what all keys have in common. So it is the keys' distances from their mean that are multiplied.
     mean_key = _load(mean_keys, pair, heads, 0, 1, HEAD_DIM, 1, WIDTH).to(tl.float32)
-    excess = tl.zeros([ROWS], tl.float32)
+    excess = -sums
 
     end, whole = _ends(first_row, row_count, key_count, ROWS, KEYS, IS_CAUSAL, MASK)
     for EDGE in tl.static_range(2):
@@ -251,16 +252,19 @@ def run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, o
 
 def run_backward(
     query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp,
-    grad_output, grad_entropies, grad_query, grad_key, grad_value,
+    grad_output, grad_entropies, grad_sums, grad_query, grad_key, grad_value,
 ):  # fmt: skip
-    """Computes the gradients of the operator [`blockwise_attention_backward`]."""
+    """
+    Computes the gradients of the operator [`blockwise_attention_backward`]; `grad_sums` are those of the log-sum-exp
+    in nats.
+    """
     if value is None:
         value, grad_value = key[..., :1], torch.empty_like(key[..., :1])
         output = grad_output = query.new_zeros(1).expand(*query.shape[:3], 1)
     launch = _Launch(query, key, value, visible, is_causal, scaling, dropout, seed)
     common = (log_sum_exp, _matrices(grad_output), grad_entropies.contiguous(), torch.empty_like(entropies))
-    mean_keys = _matrices(key.mean(dim=2, keepdim=True))
-    launch(backward_query_kernel, *common, _matrices(output), entropies, mean_keys, _matrices(grad_query))
+    rows = (_matrices(output), entropies, grad_sums.contiguous(), _matrices(key.mean(dim=2, keepdim=True)))
+    launch(backward_query_kernel, *common, *rows, _matrices(grad_query))
     launch(backward_key_kernel, *common, _matrices(grad_key), _matrices(grad_value))
 
 

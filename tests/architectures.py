@@ -38,6 +38,8 @@ ARCHITECTURES = (
     "SM+ScFFN+WN(QKV+FFN)",
     "SM+ScFuFFN+SN(QKVO+FFN)",
     "EReg(SM(t_h)+LN+G+WN(QK+FFN))",
+    "EReg(Pow4(t_h)+ScFuFFN)",
+    "ClSM(t)+LN+G",
 )
 
 
@@ -54,7 +56,7 @@ def make_model(notation: str, model_class=EntropyGPTForCausalLM, **fields):
     model = model_class(make_config(notation, **fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("log_temperature"):
+            if name.endswith(("log_temperature", "attention_shift")):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             elif parameter.ndim < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -33,9 +33,10 @@ def attach_lora(
     model: EntropyGPTPreTrainedModel, arguments: LoraArguments, base_model: str | None = None
 ) -> PeftModel:
     """
-    Freezes a model but for low-rank adapters on linear maps of its blocks, and, as the flags say, its temperatures and
-    entropy thresholds where the architecture has them. The head of a classifier is trained too, as PEFT does. An
-    adapter of normalised weights is added to them before they are normalised, so that it can be merged.
+    Freezes a model but for low-rank adapters on linear maps of its blocks, and, as the flags say, its temperatures,
+    entropy thresholds and shifts of attention scores where the architecture has them. The head of a classifier is
+    trained too, as PEFT does. An adapter of normalised weights is added to them before they are normalised, so that it
+    can be merged.
 
     Args:
         model ([`EntropyGPTPreTrainedModel`]): A model with any head; it is changed.

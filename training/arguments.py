@@ -125,6 +125,9 @@ class LoraArguments:
     train_thresholds: bool = field(
         default=True, metadata={"help": "Whether entropy thresholds are trained with adapters."}
     )
+    train_shifts: bool = field(
+        default=True, metadata={"help": "Whether shifts of attention scores are trained with adapters."}
+    )
 
 
 @dataclass
@@ -136,6 +139,10 @@ class EntropyTrainingArguments(TrainingArguments):
     )
     threshold_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of entropy thresholds, as a multiple of learning_rate."}
+    )
+    shift_lr_multiplier: float = field(
+        default=10.0,
+        metadata={"help": "Learning rate of shifts of attention scores, as a multiple of learning_rate."},
     )
     residual_scale_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of the FFN's alpha and beta, as a multiple of learning_rate."}

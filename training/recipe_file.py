@@ -56,6 +56,7 @@ NOT_NEGATIVE = frozenset(
         "embd_pdrop",
         "attn_pdrop",
         "entropy_coefficient",
+        "log_sum_coefficient",
         "seed",
     }
 )

@@ -36,7 +36,7 @@ NOT_DECAYED = (
     *("gain", "ln_1.weight", "ln_2.weight", "ln_f.weight"),
 )
 # Outputs of the model that are logged with its loss.
-LOGGED = ("cross_entropy_loss", "entropy_loss", "penalized_share")
+LOGGED = ("cross_entropy_loss", "entropy_loss", "penalized_share", "log_sum_loss")
 # What the guard looks at where there is no cross-entropy.
 OTHER_LOSS = "other_loss"
 
@@ -45,10 +45,10 @@ class EntropyTrainer(ModelLoss, Trainer):
     """
     A `Trainer` for this family. The loss, with its entropy penalty, is the model's own, so a plain `Trainer` works
     too; this one adds:
-    - no weight decay on temperatures, thresholds, residual scales and gains, nor on norms of any kind, and multiples
-      of the learning rate for them;
-    - `cross_entropy_loss`, `entropy_loss` and `penalized_share` in the logs, means over the steps since the last log
-      and over all ranks, with the tokens a second of all ranks and the peak memory of this one;
+    - no weight decay on temperatures, thresholds, shifts, residual scales and gains, nor on norms of any kind, and
+      multiples of the learning rate for them;
+    - `cross_entropy_loss`, `entropy_loss`, `penalized_share` and `log_sum_loss` in the logs, means over the steps
+      since the last log and over all ranks, with the tokens a second of all ranks and the peak memory of this one;
     - labels that `label_smoothing_factor` smooths in the model's own loss, together with the penalty ([`ModelLoss`]);
     - a [`DivergenceGuard`], which stops a run whose loss is not finite or explodes, or takes it back to the last
       checkpoint's state (or the run's beginning) at half the learning rate, and reports where it began;
@@ -58,7 +58,7 @@ class EntropyTrainer(ModelLoss, Trainer):
         guard ([`DivergenceGuard`], *optional*): One that does more. Else one that does what `on_divergence` says.
 
     Raises:
-        `ValueError`: If the loss of a model with `entropy_regularization` would be the `Trainer`'s, without the
+        `ValueError`: If the loss of a model with a penalty on attention rows would be the `Trainer`'s, without the
             penalty: by `compute_loss_func`, or by `label_smoothing_factor` for another head than a language model's.
     """
 
@@ -203,10 +203,10 @@ class EntropyTrainer(ModelLoss, Trainer):
             "compute_loss_func": self.compute_loss_func,
         }
         given = [name for name, value in loss_of_its_own.items() if value is not None]
-        if given and getattr(self.model.config, "entropy_regularization", False):
+        if given and (penalty := getattr(self.model.config, "penalty", None)):
             raise ValueError(
-                f"With {given[0]} the Trainer computes a loss of its own, without the entropy penalty that "
-                "entropy_regularization=True asks for: leave it out, or train a model without the penalty."
+                f"With {given[0]} the Trainer computes a loss of its own, without the {penalty} asks for: leave it "
+                "out, or train a model without the penalty."
             )
 
     # Divergence

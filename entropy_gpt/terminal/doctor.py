@@ -323,7 +323,9 @@ def describe_torch() -> Iterator[dict]:
 
     obstacle = obstacle_to_kernel(torch.device(_device()), torch.bfloat16, 64)
     yield {
-        "entropies": f"computed in {'one kernel' if obstacle is None else f'blocks, not by the kernel: {obstacle}'}"
+        "entropies": "computed in one kernel; of other attention functions than softmax in blocks"
+        if obstacle is None
+        else f"computed in blocks, not by the kernel: {obstacle}"
     }
 
 

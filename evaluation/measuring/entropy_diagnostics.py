@@ -4,7 +4,7 @@ import bisect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -12,7 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTPreTrainedModel
-from modeling_entropy_gpt.blockwise_attention import LOG2_E, blockwise_attention
+from modeling_entropy_gpt.attention_functions import log_function
+from modeling_entropy_gpt.blockwise_attention import LOG2_E
+from modeling_entropy_gpt.entropy_attention import attend_rows
 
 from .modes import evaluation_mode
 from .perplexity import batches
@@ -212,11 +214,13 @@ def _common_length(blocks: "Dataset") -> int:
 def _watched_attention(model: EntropyGPTPreTrainedModel, layers: "list[_LayerSums]") -> Iterator[None]:
     """Causal attention that adds up what it sees, layer by layer, for the body; afterwards the model's own again."""
 
-    def attend(module, query, key, value, attention_mask, scaling, **kwargs):
-        output, entropies, log_sum_exp = blockwise_attention(query, key, value, None, True, scaling, 0.0, None)
-        layers[module.layer_idx].add(query, key, entropies, log_sum_exp, scaling)
+    def attend(module, query, key, value, attention_mask, scaling, shift=None, **kwargs):
+        function = module.config.attention_function
+        output, entropies, log_sums = attend_rows(query, key, value, None, True, scaling, 0.0, function, shift)
+        layers[module.layer_idx].add(Rows(query, key, log_sums, scaling, function, shift), entropies)
         return output.transpose(1, 2), None
 
+    attend.serves_every_function = True
     own = model.config._attn_implementation
     watched = f"watched_{id(layers)}"  # two models may be looked at in two threads
     ALL_ATTENTION_FUNCTIONS[watched] = attend
@@ -256,42 +260,53 @@ def logit_spectral_norms(query: torch.Tensor, key: torch.Tensor, scaling: float)
     return scaling * (weighted / weight.clamp(min=tiny)).clamp(min=0).sqrt()
 
 
-def first_key_probabilities(
-    query: torch.Tensor, key: torch.Tensor, log_sum_exp: torch.Tensor, scaling: float
-) -> torch.Tensor:
+class Rows(NamedTuple):
     """
-    The probability of the first key in each row, of shape `(batch, heads, rows)`.
+    Causal attention of some sequences, of which any part of the probabilities can be had.
 
     Args:
         query, key (`torch.Tensor` of shape `(batch, heads, rows, head_dim)`): With temperatures, without scaling.
-        log_sum_exp (`torch.Tensor` of shape `(batch, heads, rows)`): Log-sum-exp of the rows' logits, to base 2.
+        log_sums (`torch.Tensor` of shape `(batch, heads, rows)`):
+            Logarithm to base 2 of the sum of the attention function over each row.
         scaling (`float`): What the products are multiplied by.
+        function (`str`): The attention function.
+        shift (`torch.Tensor`, broadcastable to `(batch, heads, rows)`, *optional*): The shift of each row's scores.
     """
-    query, first_key = query.to(log_sum_exp.dtype), key[:, :, :1].to(log_sum_exp.dtype)
-    return torch.exp2((query @ first_key.mT).squeeze(-1) * (scaling * LOG2_E) - log_sum_exp)
+
+    query: torch.Tensor
+    key: torch.Tensor
+    log_sums: torch.Tensor
+    scaling: float
+    function: str = "softmax"
+    shift: torch.Tensor | None = None
+
+    def probabilities(self, rows: torch.Tensor, keys: slice) -> torch.Tensor:
+        """Those of some rows and keys, `(batch, heads, rows, keys)`, as if no key were hidden."""
+        dtype = self.log_sums.dtype
+        logits = torch.matmul(self.query[:, :, rows].to(dtype), self.key[:, :, keys].to(dtype).mT).mul_(self.scaling)
+        if self.shift is not None:
+            logits = log_function(logits - self.shift[:, :, rows, None], self.function)
+        return logits.mul_(LOG2_E).sub_(self.log_sums[:, :, rows, None]).exp2_()
 
 
-def head_divergences(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    entropies: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-    scaling: float,
-    rows: torch.Tensor,
-) -> torch.Tensor:
+def first_key_probabilities(attention: Rows) -> torch.Tensor:
+    """The probability of the first key in each row but the first, of shape `(batch, heads, rows - 1)`."""
+    rows = torch.arange(1, attention.query.shape[2], device=attention.query.device)
+    return attention.probabilities(rows, slice(1)).squeeze(-1)
+
+
+def head_divergences(attention: Rows, entropies: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """
     How much the heads differ in some rows: H(mean over heads of P) - mean over heads of H(P), the Jensen-Shannon
     divergence in nats, of shape `(batch, len(rows))`.
 
     Args:
+        attention ([`Rows`]): The attention of the heads.
         entropies (`torch.Tensor` of shape `(batch, heads, rows)`): In nats.
         rows (`torch.Tensor` of integers): Which rows.
-        query, key, log_sum_exp, scaling: As for [`first_key_probabilities`].
     """
-    query, key = query[:, :, rows].to(log_sum_exp.dtype), key.to(log_sum_exp.dtype)
-    logits = torch.matmul(query * (scaling * LOG2_E), key.mT).sub_(log_sum_exp[:, :, rows, None])
-    later = torch.arange(key.shape[2], device=key.device) > rows[:, None]
-    probabilities = logits.masked_fill_(later, -math.inf).exp2_()
+    later = torch.arange(attention.key.shape[2], device=rows.device) > rows[:, None]
+    probabilities = attention.probabilities(rows, slice(None)).masked_fill_(later, 0.0)
     entropy_of_mean = torch.special.entr(probabilities.mean(dim=1)).sum(dim=-1)
     return (entropy_of_mean - entropies[:, :, rows].mean(dim=1)).clamp(min=0)  # below 0 by rounding alone
 
@@ -314,21 +329,13 @@ class _LayerSums:
         count = min(DIVERSITY_ROWS, length)
         self._rows = ((torch.arange(count, device=device) + 0.5) * length / count).long()
 
-    def add(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        entropies: torch.Tensor,
-        log_sum_exp: torch.Tensor,
-        scaling: float,
-    ):
+    def add(self, attention: Rows, entropies: torch.Tensor):
         """Adds a batch of sequences; arguments as for [`head_divergences`]."""
-        self.sequences += len(query)
+        self.sequences += len(entropies)
         self._entropies += entropies.sum(dim=(0, 2), dtype=torch.float64)
-        first_key = first_key_probabilities(query[:, :, 1:], key, log_sum_exp[:, :, 1:], scaling)
-        self._first_key += first_key.sum(dim=(0, 2), dtype=torch.float64)
-        self._norms += logit_spectral_norms(query, key, scaling).sum(dim=0)
-        divergences = head_divergences(query, key, entropies, log_sum_exp, scaling, self._rows)
+        self._first_key += first_key_probabilities(attention).sum(dim=(0, 2), dtype=torch.float64)
+        self._norms += logit_spectral_norms(attention.query, attention.key, attention.scaling).sum(dim=0)
+        divergences = head_divergences(attention, entropies, self._rows)
         self._divergence += divergences.sum(dtype=torch.float64)
         self._histogram += self._count(entropies)
 

@@ -18,6 +18,12 @@ ACTIVATION_TITLES = {
     "learnable_leaky_relu": "leaky ReLU",
     "silu": "SiLU",
 }
+ATTENTION_TITLES = {
+    "softmax": "softmax",
+    "power4": "power4 attention",
+    "power2": "power2 attention",
+    "clamped": "clamped softmax",
+}
 LINEAR_ACTIVATIONS = ("identity", "linear")
 
 
@@ -115,7 +121,9 @@ def _ffn_flops(config: EntropyGPTConfig, context: int) -> int:
 
 
 def _in_blocks(config: EntropyGPTConfig, context: int) -> Iterator[NonlinearOperation]:
-    yield NonlinearOperation("softmax", [context, context], config.n_layer * config.n_head)
+    yield NonlinearOperation(
+        ATTENTION_TITLES[config.attention_function], [context, context], config.n_layer * config.n_head
+    )
     if config.normalization == "layernorm":
         yield NonlinearOperation("LayerNorm", [context, config.n_embd], config.n_layer + _ffns(config))
     activation = config.activation_function

@@ -50,6 +50,16 @@ class EntropyGPTArchitectureAdapter(GPT2ArchitectureAdapter):
     def prepare_model(self, hf_model: nn.Module):
         super().prepare_model(hf_model)
         config = hf_model.config
+        if getattr(config, "attention_function", "softmax") != "softmax":
+            raise ValueError(
+                f"attention_function={config.attention_function!r}: TransformerLens computes attention itself, by "
+                "softmax alone. Use the model without a bridge."
+            )
+        if getattr(config, "log_sum_coefficient", 0):
+            raise ValueError(
+                f"log_sum_coefficient={config.log_sum_coefficient}: the bridge has no log-sums for this penalty. Set "
+                "it to 0, or use the model without a bridge."
+            )
         norms = {config.normalization, config.final_normalization}
         self.cfg.normalization_type = None if norms == {"none"} else "LN"
         self.supports_compatibility_mode = norms == {"layernorm"} and config.ffn_type == "mlp"
@@ -93,7 +103,8 @@ class EntropyGPTAttentionBridge(JointQKVAttentionBridge):
         if not output_entropies:
             return output, pattern, None, None
         threshold = self.original_component.threshold
-        return output, pattern, torch.special.entr(pattern).sum(dim=-1), None if threshold is None else threshold()
+        entropies = torch.special.entr(pattern).sum(dim=-1)
+        return output, pattern, entropies, None if threshold is None else threshold(), None
 
     def _reconstruct_attention(self, q, k, v, position_ids=None, **kwargs):
         attention = self.original_component

@@ -295,6 +295,8 @@ def _conditions(
 def describe_config(config: EntropyGPTConfig) -> dict:
     """The settings of a model that its notation does not show: sizes, dropout, temperature and penalty."""
     names = [*SIZES, *(scalar.start for scalar in LEARNED_SCALARS if scalar.start and scalar.is_in(config))]
+    if config.has_attention_shift:
+        names += ["log_sum_coefficient"]
     if config.entropy_regularization:
         names += ["entropy_penalty", "entropy_coefficient", "entropy_tolerance", "entropy_maximum"]
     dropouts = {name: getattr(config, name) for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")}

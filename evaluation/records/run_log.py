@@ -55,10 +55,11 @@ class TrainingRecord:
 
     Args:
         step (`int`): Optimiser steps done.
-        loss (`float`, *optional*): With the entropy penalty, if there is one.
+        loss (`float`, *optional*): With the penalties, if there are any.
         cross_entropy_loss (`float`, *optional*): Without it.
-        entropy_loss (`float`, *optional*): The penalty.
+        entropy_loss (`float`, *optional*): The entropy penalty.
         penalized_share (`float`, *optional*): Part of the heads (or rows) outside of the tolerance.
+        log_sum_loss (`float`, *optional*): Mean square of what rows' log-sum-exp of scores is off their shift.
         learning_rate (`float`, *optional*): Learning rate of the step.
         grad_norm (`float`, *optional*): Before clipping.
     """
@@ -68,15 +69,18 @@ class TrainingRecord:
     cross_entropy_loss: float | None
     entropy_loss: float | None
     penalized_share: float | None
+    log_sum_loss: float | None
     learning_rate: float | None
     grad_norm: float | None
 
     @property
     def cross_entropy(self) -> float | None:
         """The cross-entropy, which without a penalty is the loss."""
-        return self.loss if self.cross_entropy_loss is None and self.entropy_loss is None else self.cross_entropy_loss
+        has_penalty = self.entropy_loss is not None or self.log_sum_loss is not None
+        return self.loss if self.cross_entropy_loss is None and not has_penalty else self.cross_entropy_loss
 
 
+PENALTY_FIGURES = ("entropy_loss", "penalized_share", "log_sum_loss")
 TRAINING_FIGURES = tuple(figure.name for figure in dataclasses.fields(TrainingRecord) if figure.name != "step")
 
 
@@ -232,8 +236,8 @@ class RunLog:
 
     @property
     def has_penalty(self) -> bool:
-        """Whether anything about the entropy penalty was logged."""
-        return any(record.entropy_loss is not None or record.penalized_share is not None for record in self.training)
+        """Whether anything about a penalty on attention rows was logged."""
+        return any(getattr(record, name) is not None for record in self.training for name in PENALTY_FIGURES)
 
     @property
     def has_thresholds(self) -> bool:

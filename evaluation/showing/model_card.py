@@ -28,10 +28,16 @@ FOLDER = "path/to/this/folder"
 PROMPT = "import "
 MEGA = 1e6
 
+ATTENTIONS = {
+    "softmax": "softmax attention",
+    "power4": "attention by fourth powers in place of exponentials, which needs no maximum",
+    "power2": "attention by squares in place of exponentials, which needs no maximum",
+    "clamped": "softmax attention of clamped scores, which needs no maximum",
+}
 TEMPERATURES = {
-    "none": "softmax attention",
-    "head": "softmax attention with a learnable temperature for each head",
-    "position": "softmax attention with a learnable temperature for each head and position",
+    "none": "",
+    "head": " with a learnable temperature for each head",
+    "position": " with a learnable temperature for each head and position",
 }
 NORMS = {"layernorm": "LayerNorm", "static": "a norm that divides by a measured constant", "none": "no norm"}
 
@@ -122,7 +128,7 @@ def describe_architecture(architecture: Architecture) -> str:
     """An architecture in words."""
     config = EntropyGPTConfig.from_notation(architecture.notation, n_layer=architecture.n_layer)
     parts = [
-        TEMPERATURES[config.attention_temperature],
+        ATTENTIONS[config.attention_function] + TEMPERATURES[config.attention_temperature],
         f"{NORMS[config.normalization]} in the blocks, {NORMS[architecture.final_normalization]} before the head",
         _describe_ffn(config),
     ]

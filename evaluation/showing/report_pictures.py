@@ -181,7 +181,12 @@ def run_pictures(runs: list[RunLog]) -> list[Picture]:
             lambda run: bool(run.entropies),
         ),
         ("thresholds", "Learned entropy thresholds of the heads", plot_thresholds, lambda run: run.has_thresholds),
-        ("penalty", "Entropy penalty, and the part of heads that has one", plot_penalty, lambda run: run.has_penalty),
+        (
+            "penalty",
+            "Penalties on attention rows, and the part that has one",
+            plot_penalty,
+            lambda run: run.has_penalty,
+        ),
         ("scales", "Temperatures and residual scales of each layer", plot_scales, has_scales),
     ]
     pictures = []

@@ -104,7 +104,7 @@ def _list_pictures(steps: Sequence[int] | None) -> list[Picture]:
             *entropies,
         ),
         Picture("thresholds.png", "learned entropy thresholds", plots.plot_thresholds, *thresholds),
-        Picture("penalty.png", "entropy penalty over training", plots.plot_penalty, *penalty),
+        Picture("penalty.png", "penalties on attention rows over training", plots.plot_penalty, *penalty),
         Picture(
             "scales.png",
             "temperatures and residual scales by layer",

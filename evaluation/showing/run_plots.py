@@ -236,48 +236,61 @@ def plot_entropy_ranges(runs: list[RunLog]) -> Figure:
     return figure
 
 
+PENALTY_TITLES = {
+    "entropy_loss": "entropy loss",
+    "penalized_share": "penalised share",
+    "log_sum_loss": "log-sum loss\n(nats²)",
+}
+
+
 def plot_penalty(runs: list[RunLog]) -> Figure:
     """
-    Draws the entropy penalty, and the part of heads or rows that has one, against the step.
+    Draws the entropy penalty, the part of heads or rows that has one, and the penalty on log-sums, against the step:
+    those of them that any run has.
 
     Args:
         runs (`list[RunLog]`): Runs with a penalty.
     """
-    figure = Figure(figsize=(8, 5.4 + 0.24 * len(runs)), dpi=DOTS_PER_INCH, layout="constrained")
-    losses, shares = figure.subplots(2, 1, sharex=True)
+    records = [record for run in runs for record in run.training]
+    names = [name for name in PENALTY_TITLES if any(getattr(record, name) is not None for record in records)]
+    height = 0.4 + 2.5 * len(names) + 0.24 * len(runs)
+    figure = Figure(figsize=(8, height), dpi=DOTS_PER_INCH, layout="constrained")
+    panels = dict(zip(names, figure.subplots(len(names), 1, sharex=True, squeeze=False).flat, strict=True))
     handles = []
     for index, (run, title) in enumerate(zip(runs, run_titles(runs), strict=True)):
         style = _run_style(index)
-        for axes, name in ((losses, "entropy_loss"), (shares, "penalized_share")):
+        for name, axes in panels.items():
             figures = [(record.step, getattr(record, name)) for record in run.training]
             figures = [point for point in figures if point[1] is not None]
             marker = MARKERS[index % len(MARKERS)] if len(figures) <= MOST_MARKED_RECORDS else None
             axes.plot(*_columns(figures), **style, lw=1.4, marker=marker, ms=4)
-        for axes in (losses, shares):
             for step, _ in _breaks(run):
                 axes.axvline(step, color=style["color"], ls=":", lw=1)
         handles.append(Line2D([], [], **style, lw=1.8, label=wrap(title + _fate(run), 7.4, 9)))
-    losses.set_ylabel("entropy loss")
-    losses.set_ylim(bottom=0)
-    shares.set_ylabel("penalised share")
-    shares.set_ylim(-0.03, 1.03)
-    shares.yaxis.set_major_formatter(PercentFormatter(1))
-    for axes in (losses, shares):
+    for name, axes in panels.items():
+        axes.set_ylabel(PENALTY_TITLES[name])
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
-    _label_steps(shares)
+    if "penalized_share" in panels:
+        panels["penalized_share"].set_ylim(-0.03, 1.03)
+        panels["penalized_share"].yaxis.set_major_formatter(PercentFormatter(1))
+    _label_steps(panels[names[-1]])
     figure.legend(handles=handles, loc="outside lower center", fontsize=9, frameon=False)
     return figure
 
 
 def _title(scalar: LearnedScalar) -> str:
-    return f"{scalar.title}\n(geometric mean of heads)" if scalar.by_head else scalar.title
+    mean = "geometric mean" if scalar.is_logarithm else "mean"
+    return f"{scalar.title}\n({mean} of heads)" if scalar.by_head else scalar.title
 
 
 def _layer_values(scalar: LearnedScalar, record: EntropyRecord) -> Iterable[float] | None:
-    """The number of each layer; of heads the geometric mean."""
+    """The number of each layer; of heads the mean, a geometric one where their logarithms are learned."""
     values = record.learned.get(scalar.name)
     if values is None or not scalar.by_head:
         return values
+    if not scalar.is_logarithm:
+        return np.mean(values, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.exp(np.log(values).mean(axis=1))
 

@@ -182,3 +182,21 @@ def test_the_least_text_is_enough(length):
     model = make_model("SM+LN+G", n_layer=1)
     blocks = math.ceil(least_rows(model) / length)
     calibrate(model, [make_tokens(math.ceil(blocks / HELD_OUT_EVERY) * HELD_OUT_EVERY, length)])
+
+
+def test_shifts_are_the_median_of_the_largest_scores_of_a_head_and_position():
+    model, tokens = make_model("SM(t)+LN+G").double(), make_tokens(25, 12)
+    calibration = calibrate(model, tokens.split(10))
+    model.set_attn_implementation("eager")
+    hidden = model.transformer.wte(tokens) + model.transformer.wpe.weight[:12]
+    attention = model.transformer.h[0].attn
+    query, key, _ = (
+        part.unflatten(-1, (4, -1)).transpose(1, 2)
+        for part in attention.c_attn(model.transformer.h[0].ln_1(hidden)).chunk(3, dim=-1)
+    )
+    query = query * attention.temperature(torch.arange(12)[None])
+    scores = (query @ key.mT * attention.scaling).masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf)
+    expected = scores.amax(dim=-1).median(dim=0).values.float()
+    shift = calibration.shift("transformer.h.0.attn", 20)
+    torch.testing.assert_close(shift[:, :12], expected)
+    assert (shift[:, 12:] == expected[:, -1:]).all()

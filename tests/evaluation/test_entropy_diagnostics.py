@@ -1,5 +1,6 @@
 """What is told of attention heads, against attention matrices written out, and what it costs in memory."""
 
+import importlib
 import math
 from functools import partial
 
@@ -12,7 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_gpt2
-from entropy_gpt.evaluation.measuring import entropy_diagnostics
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import (
     DIVERSITY_ROWS,
     ENTROPY_STEPS,
@@ -25,6 +25,7 @@ from entropy_gpt.evaluation.measuring.entropy_diagnostics import (
 from modeling_entropy_gpt.blocks import EntropyGPTAttention
 from modeling_entropy_gpt.blockwise_attention import forward_pass
 from tests.architectures import ARCHITECTURES, SIZES, make_model, make_tokens
+from tests.slow import slow_but
 
 
 # More rows than the diversity is taken from.
@@ -266,12 +267,14 @@ class LargestTensor(TorchDispatchMode):
         return results
 
 
-def test_no_matrix_of_length_by_length_is_ever_there(monkeypatch):
+@pytest.mark.parametrize("notation", slow_but(["SM(t)+ScFuFFN"], ["SM(t)+ScFuFFN", "Pow4(t_h)+ScFuFFN"]))
+def test_no_matrix_of_length_by_length_is_ever_there(notation, monkeypatch):
     # The operator as a plain function, or what it allocates would not be seen.
-    monkeypatch.setattr(entropy_diagnostics, "blockwise_attention", forward_pass)
+    entropy_attention = importlib.import_module("modeling_entropy_gpt.entropy_attention")  # also a function's name
+    monkeypatch.setattr(entropy_attention, "blockwise_attention", forward_pass)
     largest = {}
     for length in (512, 1024):
-        model = make_model("SM(t)+ScFuFFN", n_positions=length, n_layer=1, n_head=2)
+        model = make_model(notation, n_positions=length, n_layer=1, n_head=2)
         with LargestTensor() as mode:
             diagnose_heads(model, blocks_of(make_tokens(1, length)))
         largest[length] = mode.numbers

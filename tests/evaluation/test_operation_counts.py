@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.activations import ACT2FN
 
 from entropy_gpt.conversion.folding import fold_weight_normalization
-from entropy_gpt.evaluation.measuring.operation_counts import count_operations
+from entropy_gpt.evaluation.measuring.operation_counts import ATTENTION_TITLES, count_operations
 from modeling_entropy_gpt import EntropyGPTConfig, blocks
 from modeling_entropy_gpt.blocks import EntropyGPTMLP, eager_attention_forward
+from modeling_entropy_gpt.blockwise_attention import OPERATOR
 from modeling_entropy_gpt.configuration_entropy_gpt import OWN_ACTIVATIONS
 from tests.architectures import ARCHITECTURES, make_config, make_model, make_tokens
 
@@ -87,7 +88,11 @@ def test_flops_are_those_that_torch_counts(notation, implementation):
     model = make_model(notation, attn_implementation=implementation)
     counts, config = count_operations(model.config, T), model.config
     fold_weight_normalization(model)  # once and for all before inference
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_flops}
+    blockwise = getattr(torch.ops.entropy_gpt, f"{OPERATOR.removeprefix('entropy_gpt::')}_forward")
+    mapping = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_flops,
+        blockwise: flash_flops,  # of other functions than softmax
+    }
     with FlopCounterMode(display=False, depth=None, custom_mapping=mapping) as counter, torch.no_grad():
         model(make_tokens(1, T), use_cache=False)
     by_module = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
@@ -133,14 +138,19 @@ def name_of(node: torch.fx.Node) -> str:
     return "getitem" if node.target is operator.getitem else node.target.__name__.partition(".")[0]
 
 
+PARTS_OF_FUNCTIONS = {"power4": ("clamp", "log"), "power2": ("clamp", "log"), "clamped": ("clamp",)}
+
+
 def found_operations(model: nn.Module) -> Counter:
     """How many there are of each non-linear operation in the exported program, by name and shape without the batch."""
-    found, activations = Counter(), set()
+    found, activations, function = Counter(), set(), model.config.attention_function
     for node in nonlinear_nodes(model, {"input_ids": make_tokens(1, T), "use_cache": False}):
         path, _ = list(node.meta["nn_module_stack"].values())[-1]
         shape = tuple(node.meta["val"].shape[1:])
         if name_of(node) == "softmax" and path.endswith(".attn"):
-            found["softmax", shape[1:]] += shape[0]  # one for each head
+            found[ATTENTION_TITLES[function], shape[1:]] += shape[0]  # one for each head
+        elif name_of(node) in PARTS_OF_FUNCTIONS.get(function, ()) and path.endswith(".attn"):
+            continue  # what the exponential of the softmax becomes another function with
         elif name_of(node) == "layer_norm":
             found["final LayerNorm" if path.endswith(".ln_f") else "LayerNorm", shape] += 1
         elif path.endswith(".mlp.act"):
@@ -152,7 +162,7 @@ def found_operations(model: nn.Module) -> Counter:
 
 def counted_operations(config: EntropyGPTConfig) -> Counter:
     """The same, as they are counted from the configuration."""
-    counts, norms = count_operations(config, T), ("softmax", "LayerNorm", "final LayerNorm")
+    counts, norms = count_operations(config, T), (*ATTENTION_TITLES.values(), "LayerNorm", "final LayerNorm")
     return Counter(
         {
             (each.name if each.name in norms else "activation", tuple(each.shape)): each.count

@@ -172,7 +172,8 @@ def saved_and_loaded(config, name, value):
 
 
 @settings(deadline=None, max_examples=150)
-@given(names.filter(str.isidentifier), scalars | st.lists(scalars, max_size=2))
+# Saving says anew where the code of a registered class is, whatever stood there.
+@given(names.filter(str.isidentifier).filter("auto_map".__ne__), scalars | st.lists(scalars, max_size=2))
 def test_what_can_be_set_and_saved_can_be_loaded(name, value):
     """Where GPT-2's configuration can't do it either, the name is transformers' own."""
     step, result = saved_and_loaded(EntropyGPTConfig(), name, value)

@@ -315,15 +315,18 @@ def test_passes_on_a_device_without_numbers(mask):
     assert [state.grad.shape for state in states] == [state.shape for state in states]
 
 
+@pytest.mark.parametrize("function", ["softmax", "power4"])
 @pytest.mark.parametrize("with_value", [True, False])
-def test_the_operators_are_well_made(with_value):
+def test_the_operators_are_well_made(with_value, function):
     query, key, value = (state.detach() for state in make_states(9, 12, value_dim=5, dtype=torch.float32))
     mask, seed = torch.ones(BATCH, 1, 1, 12, dtype=torch.bool), torch.tensor([3])
     arguments = (query, key, value if with_value else None, mask, True, SCALING, 0.1, seed)
     torch.library.opcheck(module.blockwise_attention_forward, arguments)
-    results = module.blockwise_attention_forward(*arguments)
-    upstream = (torch.randn_like(results[0]) if with_value else None, torch.randn_like(results[1]))
-    torch.library.opcheck(module.blockwise_attention_backward, (*arguments, *results, *upstream))
+    last = (function, None if function == "softmax" else torch.randn_like(query[..., 0]))
+    torch.library.opcheck(module.blockwise_attention_forward, (*arguments, *last))
+    results = module.blockwise_attention_forward(*arguments, *last)
+    upstream = (torch.randn_like(results[0]) if with_value else None, *map(torch.randn_like, results[1:]))
+    torch.library.opcheck(module.blockwise_attention_backward, (*arguments, *results, *upstream, *last))
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["output", "entropies"])

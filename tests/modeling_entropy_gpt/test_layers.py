@@ -165,7 +165,7 @@ def test_every_learned_scalar_is_on_the_list(notation):
 def test_learned_scalars_begin_where_the_configuration_says(scalar):
     notation = "EReg(SM(t_h)+StaticLN+LearnableLeakyR+ScFFN)"
     start = {} if scalar.start is None else {scalar.start: 0.25}
-    model = EntropyGPTForCausalLM(make_config(notation, **start))
+    model = EntropyGPTForCausalLM(make_config(notation, log_sum_coefficient=1e-3, **start))
     values = scalar.get(model.transformer.h[0])
     values = values.exp() if scalar.is_logarithm else values
     torch.testing.assert_close(values, torch.full_like(values, 0.25 if start else 0.01))

@@ -104,7 +104,8 @@ def test_the_parts_of_the_loss_are_logged_whatever_the_accumulation(penalty, tmp
     found = {}
     for size, accumulation in ((8, 1), (4, 2), (2, 4)):
         torch.manual_seed(0)
-        model = make_model("EReg(SM(t)+ScFuFFN)", entropy_coefficient=0.05, entropy_penalty=penalty, **NO_DROPOUT)
+        coefficients = {"entropy_coefficient": 0.05, "log_sum_coefficient": 1e-4}
+        model = make_model("EReg(SM(t)+ScFuFFN)", entropy_penalty=penalty, **coefficients, **NO_DROPOUT)
         trainer = make_trainer(
             model,
             tmp_path,
@@ -116,8 +117,9 @@ def test_the_parts_of_the_loss_are_logged_whatever_the_accumulation(penalty, tmp
         )
         trainer.train()
         found[size] = [logged(trainer, name) for name in ("loss", *LOGGED)]
-    loss, cross_entropy, penalty_loss, share = found[8]
-    assert loss == pytest.approx([a + 0.05 * b for a, b in zip(cross_entropy, penalty_loss, strict=True)], rel=1e-5)
+    loss, cross_entropy, penalty_loss, share, log_sum_loss = found[8]
+    parts = zip(cross_entropy, penalty_loss, log_sum_loss, strict=True)
+    assert loss == pytest.approx([a + 0.05 * b + 1e-4 * c for a, b, c in parts], rel=1e-5)
     assert all(0 < value < 1 for value in share)
     for size in (4, 2):
         assert found[size] == [pytest.approx(values, rel=1e-4) for values in found[8]]

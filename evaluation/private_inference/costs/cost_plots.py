@@ -23,6 +23,7 @@ OPERATION_COLORS = {
     "maximum": "#7a3300",
     "exponential": "#D55E00",
     "softmax": "#6F2DA8",
+    "attention function": "#E9967A",
     "values": "#8fd6c0",
     "division": "#F0C27A",
     "output": "#0072B2",

@@ -9,6 +9,8 @@ HALVES = 2 * SLOTS
 # From this many numbers on the engine's square is cheaper by way of its exponential: that takes a whole batch of
 # ciphertexts, of which products of fewer numbers share one.
 SQUARE_BY_EXP_FROM = 4096
+# The least sum of a row of attention weights.
+LEAST_SUM = 2.0**-10
 
 
 class Arithmetic:
@@ -18,6 +20,9 @@ class Arithmetic:
     Args:
         xp: `jax.numpy`, from which the engine's program is traced, or `numpy`.
     """
+
+    # What is added to the sums of attention weights, where no maximum keeps them from 0 (attention_functions.py).
+    least_sum = LEAST_SUM
 
     def __init__(self, xp):
         self.xp = xp
@@ -78,6 +83,10 @@ class Arithmetic:
 
     def index_of_largest(self, tensor):
         return self.xp.argmax(tensor, axis=-1)
+
+    def ranged(self, tensor, most: float):
+        """A tensor of which what follows takes for granted that it is positive, and not above a bound."""
+        return tensor
 
     def any_negative(self, tensor):
         """One bit. Counting waits less often than a tree of ORs, whatever the length."""

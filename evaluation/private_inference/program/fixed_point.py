@@ -243,7 +243,7 @@ def exact_logits(
     gelu = "tanh" if config.activation_function in TANH_GELUS else "erf"
     steps = build_steps(config, replace(settings, softmax="stock", gelu=gelu), Span(0, len(tokens), answers))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return run_steps(steps, Float64Arithmetic(np), exact_variables(config, weights, settings, tokens))[LOGITS]
+        return run_steps(steps, ExactArithmetic(np), exact_variables(config, weights, settings, tokens))[LOGITS]
 
 
 def exact_variables(config, weights, settings, tokens) -> dict[str, np.ndarray]:
@@ -253,10 +253,16 @@ def exact_variables(config, weights, settings, tokens) -> dict[str, np.ndarray]:
 
 
 class Float64Arithmetic(Arithmetic):
-    """Exact, on numpy's arrays of float64."""
+    """Without rounding, on numpy's arrays of float64."""
 
     def erf(self, tensor):
         return np.vectorize(math.erf)(tensor)
+
+
+class ExactArithmetic(Float64Arithmetic):
+    """As the model computes: sums of attention weights are kept from 0 by next to nothing."""
+
+    least_sum = 1e-12
 
 
 def _inputs(config, weights, settings, tokens) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 
 from .arithmetic import Arithmetic
+from .attention_functions import MOST_SUM, reciprocal_between, weigh_visible_scores, whole_weights
 from .nonlinear import (
     erf_gelu,
     exponentiate,
@@ -71,6 +72,7 @@ class ProgramConfig:
     final_normalization: Norm
     layer_norm_epsilon: float
     attention_temperature: Literal["none", "head", "position"]
+    attention_function: Literal["softmax", "power4", "power2", "clamped"]
 
     @classmethod
     def of(cls, config) -> Self:
@@ -143,6 +145,8 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
             shapes |= {f"h.{layer}.{name}.weight": shape, f"h.{layer}.{name}.bias": shape[1:]}
         if config.attention_temperature == "position":
             shapes[f"h.{layer}.inverse_temperature"] = (config.n_head, config.n_positions)
+        if config.attention_function != "softmax":
+            shapes[f"h.{layer}.shift"] = (config.n_head, config.n_positions)
         if layer in config.pruned_ffn_layers:
             continue
         if config.ffn_type == "mlp" and config.activation_function == "learnable_leaky_relu":
@@ -227,13 +231,20 @@ def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iter
         yield Step("argmax", None, choose, (LOGITS,), (TOKEN,))
     yield _sum_up(LOGITS, LOGITS)
     inputs = tuple(name(part) for part in checked_parts(config) for name in (sums_name, bounds_name))
-    yield Step("check", None, find_out_of_range, inputs, (OUT_OF_RANGE,))
+    attention_sums = tuple(f"h.{layer}.sums" for layer in range(config.n_layer) if _keeps_sums(config, settings))
+    check = partial(find_out_of_range, attention_sums=len(attention_sums))
+    yield Step("check", None, check, (*inputs, *attention_sums), (OUT_OF_RANGE,))
 
 
 def _sum_up(variable: str, part: str) -> Step:
     """The sums of one of `CHECKED`; each party adds up its own shares, and nothing is sent."""
     function = sum_alternating if part == LOGITS else sum_neighbours
     return Step("check", None, partial(function, count=CHECKED[part]), (variable,), (sums_name(part),))
+
+
+def _keeps_sums(config, settings) -> bool:
+    """Whether the sums of attention weights are within a range that has to be checked."""
+    return config.attention_function != "softmax" and settings.softmax == "efficient"
 
 
 def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
@@ -243,7 +254,7 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
     kept = (name + "keys", name + "values") if span.start else ()
     temperatures = (name + "inverse_temperature",) if config.attention_temperature == "position" else ()
     start, early = span.end - queries, 0
-    if temperatures and settings.softmax == "efficient":
+    if temperatures and settings.softmax == "efficient" and config.attention_function == "softmax":
         # Where fewer scores are visible than a query has numbers, temperatures multiply scores.
         early = min(max(config.n_embd // config.n_head - start, 0), queries)
     split = partial(split_heads, heads=config.n_head, queries=queries)
@@ -254,7 +265,9 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
         scale = partial(scale_queries, start=start, early=early)
         yield Step("temperatures", layer, scale, ("queries", *temperatures), ("queries",))
     checked = sums_name(scores_name(layer))
-    if settings.softmax != "efficient":
+    if config.attention_function != "softmax":
+        yield from _attend_without_maximum(config.attention_function, settings, span, queries, layer)
+    elif settings.softmax != "efficient":
         yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
         yield Step("check", None, sum_rows, ("scores",), (checked,))
         whole = partial(whole_softmax, per_row=settings.softmax == "tuned")
@@ -275,6 +288,25 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
         yield Step("division", layer, divide, ("attended", "sums"), ("attended",))
     inputs = ("attended", name + "output.weight", name + "output.bias", "hidden")
     yield Step("output", layer, add_linear, inputs, ("hidden",))
+
+
+def _attend_without_maximum(function: str, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
+    name, start, checked = f"h.{layer}.", span.end - queries, sums_name(scores_name(layer))
+    inputs = ("queries", name + "keys", name + "shift")
+    if settings.softmax != "efficient":
+        yield Step("scores", layer, partial(score_shifted, start=start), inputs, ("scores",))
+        yield Step("check", None, sum_rows, ("scores",), (checked,))
+        whole = partial(whole_attention, function=function, per_row=settings.softmax == "tuned")
+        yield Step("attention function", layer, whole, ("scores",), ("weights",))
+        yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
+        return
+    yield Step("scores", layer, partial(score_visible_shifted, start=start), inputs, ("visible",))
+    yield Step("check", None, partial(sum_visible_rows, queries=queries, keys=span.end), ("visible",), (checked,))
+    weights = partial(visible_weights, function=function, queries=queries, keys=span.end)
+    yield Step("attention function", layer, weights, ("visible",), ("visible",))
+    weigh = partial(weigh_visible, queries=queries)
+    yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", name + "sums"))
+    yield Step("division", layer, divide_widely_and_merge, ("attended", name + "sums"), ("attended",))
 
 
 def _norm(config, layer: int) -> tuple[str, list[Step]]:
@@ -415,6 +447,27 @@ def score_visible(ops: Arithmetic, query, key):
     return scores.reshape(heads, queries * keys)[:, np.flatnonzero(_visible(queries, keys))]
 
 
+def score_shifted(ops: Arithmetic, query, key, shift, start: int):
+    """Scores `(heads, queries, keys)` with what is added to those of each head and position, from `start` on."""
+    return score(ops, query, key) + shift[:, start : start + query.shape[1], None]
+
+
+def score_visible_shifted(ops: Arithmetic, query, key, shift, start: int):
+    """The same of keys that their query may attend to, in one row a head: `(heads, visible)`."""
+    rows = np.nonzero(_visible(query.shape[1], key.shape[1]))[0]
+    return score_visible(ops, query, key) + shift[:, start + rows]
+
+
+def visible_weights(ops: Arithmetic, visible, function: str, queries: int, keys: int):
+    """Weights, before division, of visible scores `(heads, visible)`."""
+    return weigh_visible_scores(ops, visible, np.nonzero(_visible(queries, keys))[0], function)
+
+
+def whole_attention(ops: Arithmetic, scores, function: str, per_row: bool):
+    """Attention weights of all scores `(heads, queries, keys)`."""
+    return whole_weights(ops, scores, _visible(*scores.shape[1:]), function, per_row)
+
+
 def scale_scores(ops: Arithmetic, visible, inverse_temperature, queries: int, keys: int, early: int):
     """Visible scores, those of the `early` first rows times `(heads, positions)`, from the first query's position."""
     mask, start = _visible(queries, keys), keys - queries
@@ -478,6 +531,10 @@ def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
     return _merge(ops.multiply(attended, reciprocal_up_to(ops, sums, keys)))
 
 
+def divide_widely_and_merge(ops: Arithmetic, attended, sums):
+    return _merge(ops.multiply(attended, reciprocal_between(ops, sums)))
+
+
 def choose(ops: Arithmetic, logits):
     return ops.index_of_largest(logits)
 
@@ -506,10 +563,19 @@ def sum_visible_rows(ops: Arithmetic, visible, queries: int, keys: int):
     return _put_apart(ops, visible, queries, keys).sum(axis=-1).T
 
 
-def find_out_of_range(ops: Arithmetic, *sums_and_bounds):
-    """Whether any number of `(length, sums)` is beyond the bound of its column; sums and `(sums,)` bounds in turns."""
-    pairs = zip(sums_and_bounds[::2], sums_and_bounds[1::2], strict=True)
+def find_out_of_range(ops: Arithmetic, *tensors, attention_sums: int = 0):
+    """
+    Whether any number of `(length, sums)` is beyond the bound of its column, or one of attention's sums above the most
+    that its reciprocal takes.
+
+    Args:
+        tensors: Sums and `(sums,)` bounds in turns, then sums of attention weights.
+        attention_sums (`int`): Number of the latter.
+    """
+    checked = tensors[: len(tensors) - attention_sums]
+    pairs = zip(checked[::2], checked[1::2], strict=True)
     margins = [margin.reshape(-1) for sums, bounds in pairs for margin in (bounds - sums, bounds + sums)]
+    margins += [(MOST_SUM - sums).reshape(-1) for sums in tensors[len(checked) :]]
     return ops.any_negative(ops.xp.concatenate(margins))
 
 

@@ -15,6 +15,7 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTConfig
 
+from .attention_functions import MOST_SUM
 from .fixed_point import SAFE_BITS, Float64Arithmetic, emulate, exact_logits, exact_variables
 from .program import (
     LOGITS,
@@ -62,14 +63,15 @@ class TensorRange:
         name (`str`): Where it comes up, such as "layer 3, FFN" or "h.3.ffn.weight".
         role (`str`):
             "weight", "value" (what a step writes), "product" (before its truncation), "exponent" (what exp is taken
-            of), "divisor" or "radicand" (what 1 / x or 1 / sqrt(x) is taken of).
+            of), "divisor" or "radicand" (what 1 / x or 1 / sqrt(x) is taken of), or "sum" (of attention weights, from
+            a range that is the same for all models).
         least, most (`float`): The smallest and the largest number.
         typical (`float`): Root of the mean square.
         lost (`float`): Share of the numbers other than 0 that are smaller than the last bit.
     """
 
     name: str
-    role: Literal["weight", "value", "product", "exponent", "divisor", "radicand"]
+    role: Literal["weight", "value", "product", "exponent", "divisor", "radicand", "sum"]
     least: float
     most: float
     typical: float
@@ -188,7 +190,8 @@ class RangeReport:
         return math.sqrt(limit / size)
 
     def _fits(self, bits: int) -> bool:
-        tensors = [tensor for tensor in self.tensors if tensor.role != "exponent"]
+        # A sum of attention weights has the same limit whatever the bits.
+        tensors = [tensor for tensor in self.tensors if tensor.role not in ("exponent", "sum")]
         return all(
             tensor.size < _largest(tensor.role, bits) and self._room(tensor, bits) >= SPARE for tensor in tensors
         )
@@ -203,7 +206,7 @@ class RangeReport:
 
     def _problem(self, tensor: TensorRange) -> str | None:
         if self._too_large(tensor):
-            return self._say_too_large(tensor)
+            return _say_large_sum(tensor) if tensor.role == "sum" else self._say_too_large(tensor)
         if self._too_low(tensor):
             return self._say_low_exponent(tensor) if tensor.role == "exponent" else self._say_low_scores(tensor)
         if not self._room(tensor, self.fraction_bits) >= SPARE:
@@ -259,6 +262,13 @@ class RangeReport:
         return "another model: no number of fraction bits leaves room for all of this one's"
 
 
+def _say_large_sum(tensor: TensorRange) -> str:
+    return (
+        f"a sum of attention weights is {tensor.most:.4g}, and may be up to {MOST_SUM:,.0f}; use a model trained with "
+        "a log_sum_coefficient, or a larger one."
+    )
+
+
 def lowest_exponent(squarings: int, fraction_bits: int) -> float:
     """
     The lowest x for which (1 + x / 2^n)^(2^n) is 0 to the last bit: it is even about -2^n, and 1 again at -2^(n + 1).
@@ -273,6 +283,8 @@ def largest_radicand(fraction_bits: int) -> float:
 
 def _largest(role: str, fraction_bits: int) -> float:
     """The limit of a tensor's magnitude."""
+    if role == "sum":
+        return MOST_SUM
     if role in ("divisor", "radicand"):
         return 2.0**fraction_bits if role == "divisor" else largest_radicand(fraction_bits)
     return 2.0 ** (SAFE_BITS - fraction_bits * (2 if role == "product" else 1))
@@ -444,6 +456,9 @@ class _ObservedArithmetic(Float64Arithmetic):
 
     def exp(self, tensor):
         return super().exp(self.observe(tensor, "exponent"))
+
+    def ranged(self, tensor, most: float):
+        return self.observe(tensor, "sum")
 
     def reciprocal(self, tensor):
         self.observe(tensor, "divisor")

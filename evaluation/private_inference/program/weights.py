@@ -8,6 +8,7 @@ from torch import nn
 from entropy_gpt.conversion.folding import absorb_linear_ffns, fold
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
+from .attention_functions import prepare_function
 from .program import bounds_name, check_config, checked_parts, weight_shapes
 
 
@@ -18,7 +19,7 @@ BOUNDLESS = 2.0**30
 def prepare_weights(model: EntropyGPTForCausalLM) -> tuple[EntropyGPTConfig, dict[str, np.ndarray]]:
     """
     Everything that weights can take over: what [`fold`] folds, linear FFNs where [`absorb_linear_ffns`] can, the scale
-    of the scores, and the gains and biases of LayerNorms.
+    of the scores, what an attention function adds to them, and the gains and biases of LayerNorms.
 
     Returns:
         `tuple`: The config of the program, and its weights by name in float32. The bounds of its check let nearly all
@@ -37,8 +38,12 @@ def prepare_weights(model: EntropyGPTForCausalLM) -> tuple[EntropyGPTConfig, dic
     for layer, block in enumerate(body.h):
         name = f"h.{layer}."
         matrix, bias = _absorb_gain(block.ln_1, block.attn.c_attn.weight, block.attn.c_attn.bias)
-        matrix[:, : config.n_embd] *= block.attn.scaling
-        bias[: config.n_embd] *= block.attn.scaling
+        scaling = block.attn.scaling
+        if block.attn.shift is not None:
+            shift = block.attn.shift.attention_shift
+            scaling, weights[name + "shift"] = prepare_function(config.attention_function, scaling, shift)
+        matrix[:, : config.n_embd] *= scaling
+        bias[: config.n_embd] *= scaling
         weights[name + "qkv.weight"], weights[name + "qkv.bias"] = matrix, bias
         if block.attn.temperature is not None:
             weights[name + "inverse_temperature"] = (-block.attn.temperature.log_temperature).exp()

@@ -49,7 +49,10 @@ def test_fixed_point_keeps_the_answer(notation):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("notation", "protocol"),
-    [("SM+LN+G", "semi2k"), ("SM+LN+G", "aby3"), ("EReg(SM(t)+ScFuFFN)", "cheetah"), ("EReg(SM(t)+ScFuFFN)", "aby3")],
+    [
+        *(("SM+LN+G", "semi2k"), ("SM+LN+G", "aby3"), ("EReg(SM(t)+ScFuFFN)", "cheetah")),
+        *(("EReg(SM(t)+ScFuFFN)", "aby3"), ("Pow4(t_h)+ScFuFFN", "cheetah")),
+    ],
 )
 def test_every_protocol_keeps_the_answer(notation, protocol, log):
     model = make_model(notation, n_layer=1)
