@@ -120,6 +120,16 @@ AuditedText = Annotated[
 ]
 
 
+PreparedFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--prepared",
+        callback=read_path,
+        help="Folder of this side's halves of preparations (private prepare). They are secret.",
+    ),
+]
+
+
 @private.command()
 def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="An EntropyGPT or GPT-2: a folder, or on the Hub.")],
@@ -147,6 +157,8 @@ def serve(
     seconds: Annotated[
         int, typer.Option("--max-seconds", min=1, help="The most seconds that a client may hold the engine in a day.")
     ] = 14_400,
+    prepared: PreparedFolder = None,
+    prepared_mb: Annotated[int, typer.Option(min=1, help="The most MB that preparations may take.")] = 4000,
     workers: Annotated[
         int, typer.Option(min=1, help="Clients that are answered at once; each takes an engine with all weights.")
     ] = 1,
@@ -192,6 +204,8 @@ def serve(
         text=text,
         tokenizer=tokenizer,
         limits=(longest, requests, positions, seconds),
+        prepared=prepared,
+        prepared_mb=prepared_mb,
         workers=workers,
         longest_line=longest_line,
         drain_seconds=drain_seconds,
@@ -223,6 +237,10 @@ def ask(
     insecure: Insecure = False,
     new_tokens: NewTokens = 1,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
+    prepared: PreparedFolder = None,
+    require_prepared: Annotated[
+        bool, typer.Option("--require-prepared", help="Fail at once if no preparation fits.")
+    ] = False,
     networks: Networks = None,
     output: Annotated[
         Path | None,
@@ -251,6 +269,49 @@ def ask(
         insecure=insecure,
         new_tokens=new_tokens,
         protocol=protocol.value,
+        prepared=prepared,
+        require_prepared=require_prepared,
+        timeout=timeout,
+    )
+
+
+@private.command()
+def prepare(
+    connect: Annotated[str, typer.Option(help="HOST:PORT of the server, which has to run with --prepared.")],
+    tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
+    prepared: Annotated[
+        Path,
+        typer.Option("--prepared", callback=read_path, help="Folder for this side's halves. They are secret."),
+    ],
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a prompt.")] = 128,
+    new_tokens: NewTokens = 1,
+    count: Annotated[int, typer.Option(min=1, help="How many to make; each serves one prompt.")] = 1,
+    certificate: Certificate = None,
+    key: Key = None,
+    authority: Authority = None,
+    insecure: Insecure = False,
+    timeout: Timeout = 600,
+):
+    """
+    Do with a server all of later answers that needs no prompt, so that `ask --prepared` takes less time.
+
+    What is whole stays if it is interrupted.
+
+    Example: entropy-gpt private prepare --connect example.org:9000 --tokenizer DIR --prepared prepared --count 4
+    --cert c.pem --key c.key --ca ca.pem
+    """
+    check_place(tokenizer)
+    from entropy_gpt.terminal.private import prepare as run
+
+    run(
+        connect,
+        (certificate, key, authority),
+        tokenizer=tokenizer,
+        prepared=prepared,
+        tokens=tokens,
+        new_tokens=new_tokens,
+        count=count,
+        insecure=insecure,
         timeout=timeout,
     )
 
@@ -266,6 +327,9 @@ def demo(
     fraction_bits: FractionBits = 18,
     text: AuditedText = None,
     tokenizer: TokenizerPlace = None,
+    prepared: Annotated[
+        bool, typer.Option("--prepared", help="Do first what needs no prompt, and show both phases.")
+    ] = False,
     networks: Networks = None,
     output: Annotated[
         Path | None,
@@ -303,6 +367,7 @@ def demo(
         fraction_bits=fraction_bits,
         text=text,
         tokenizer=tokenizer,
+        prepared=prepared,
         timeout=timeout,
     )
 
@@ -328,6 +393,9 @@ def cost(
         bool, typer.Option("--all-positions", help="Compute the logits of every position, not only of the last one.")
     ] = False,
     embedding: EmbeddingOption = Embedding.one_hot,
+    prepared: Annotated[
+        bool, typer.Option("--prepared", help="Do before the prompt what needs none (private prepare).")
+    ] = False,
     networks: Networks = None,
 ):
     """
@@ -353,6 +421,7 @@ def cost(
         length=length,
         all_positions=all_positions,
         embedding=embedding.value,
+        prepared=prepared,
     )
 
 

@@ -17,9 +17,11 @@ from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.two_party import Server
 from entropy_gpt.evaluation.private_inference.program.cost import (
     LAN,
+    MEGA,
     TABLE_COLUMNS,
     WAN,
     Network,
+    before_by_operation,
     by_operation,
     parse_network,
     project,
@@ -140,6 +142,25 @@ def ask(
     _save(answer, output)
 
 
+def prepare(address: str, certificates: tuple[Path | None, Path | None, Path | None], **options):
+    """
+    Makes preparations, and prints what each took.
+
+    Args:
+        address (`str`): `HOST:PORT` of the server.
+        certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
+        options: Further arguments of [`~entropy_gpt.workflows.private_client.prepare`].
+
+    Raises:
+        `UserError`: If the server does not answer or keeps none, or a value can't be used.
+    """
+    with progress_display(console) as progress:
+        made = private_client.prepare(address, tls=read_certificates(certificates), progress=progress, **options)
+    for number, steps in enumerate(made, start=1):
+        megabytes, seconds = sum(step.total_bytes for step in steps) / MEGA, sum(step.seconds for step in steps)
+        _print_line(f"preparation {number}: {megabytes:,.1f} MB, {seconds:,.1f} s")
+
+
 def demo(model: str, prompt: str, networks: list[str], output: Path | None, results: Path | None, **options):
     """
     Runs both sides on this machine, and prints the answer, its check and its cost.
@@ -225,10 +246,17 @@ def read_networks(texts: Sequence[str]) -> list[Network]:
 def _print_cost(answer: PrivateAnswer, networks: list[Network]):
     cost = answer.cost
     console.print(f"{answer.seconds:.1f} s in all, including compilation and set-up")
-    console.print(make_table(("operation", *TABLE_COLUMNS), table_rows(by_operation(cost))))
+    if cost.before:
+        _print_before(table_rows(before_by_operation(cost)))
+    name = "after it came" if cost.before else "operation"
+    console.print(make_table((name, *TABLE_COLUMNS), table_rows(by_operation(cost))))
     console.print(make_table(("once a connection", *TABLE_COLUMNS), table_rows(set_up_by_operation(cost))[-1:]))
     for network in networks:
         console.print(f"on {network.name}: about {project(cost, network):,.0f} s", highlight=False)
+
+
+def _print_before(rows: list[tuple[str, ...]]):
+    console.print(make_table(("before the prompt", *TABLE_COLUMNS), rows))
 
 
 def _save(answer: PrivateAnswer, output: Path | None):

@@ -35,6 +35,8 @@ def run(architectures: list[str], networks: Sequence[str], kept: int, length: in
     operations = list(dict.fromkeys(name for part in parts for name in part))
     rows = [(name, *(f"{part.get(name, 0) / MEGA:,.1f}" for part in parts)) for name in operations]
     rows.append(("all", *(f"{cost.total_bytes / MEGA:,.1f}" for cost in costs)))
+    if any(cost.before for cost in costs):
+        rows.append(("before the prompt", *(f"{cost.before_bytes / MEGA:,.1f}" for cost in costs)))
     rows.append(("times fewer", *(f"{costs[0].total_bytes / cost.total_bytes:.2f}" for cost in costs)))
     rows.append(("round trips", *(f"{cost.round_trips:,.0f}" for cost in costs)))
     for network in shown:

@@ -1,6 +1,7 @@
 """Private inference: a server with the weights, and a demonstration of it with a client."""
 
 import contextlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
 from entropy_gpt.evaluation.private_inference.parties.turns import Turns
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
+from entropy_gpt.evaluation.private_inference.parties.two_party import MOST_PREPARED_BYTES, Client, Offer, Server
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import (
     MOST_WINDOWS,
@@ -39,12 +41,21 @@ from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .options import check_positive, with_argument_names
-from .private_client import DEFAULT_TIMEOUT, PrivateAnswer, answer_prompt, check_connection, read_settings, tokenize
+from .private_client import (
+    DEFAULT_TIMEOUT,
+    PrivateAnswer,
+    answer_prompt,
+    check_connection,
+    read_settings,
+    show_event,
+    tokenize,
+)
 
 
 DEFAULT_ADDRESS, DEFAULT_LIMITS = "127.0.0.1:9000", Limits()
 DEFAULT_LINE = 16
 DEFAULT_FRACTION_BITS = PrivateSettings().fraction_bits
+DEFAULT_PREPARED_MB = round(MOST_PREPARED_BYTES / MEGA)
 # Characters of a text that are read for a token of the audit.
 CHARACTERS_A_TOKEN = 16
 
@@ -66,6 +77,8 @@ def open_server(
     workers: int = 1,
     longest_line: int = DEFAULT_LINE,
     json_log: bool = False,
+    prepared: str | Path | None = None,
+    prepared_mb: int = DEFAULT_PREPARED_MB,
     timeout: int = DEFAULT_TIMEOUT,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = SILENT,
@@ -88,6 +101,8 @@ def open_server(
         workers (`int`): Clients that are answered at once. Each has an engine with a copy of the weights.
         longest_line (`int`): Clients that may wait for that.
         json_log (`bool`): Whether the lines about clients are JSON.
+        prepared (`str` or `Path`, *optional*): Folder for its halves of preparations. Without it there are none.
+        prepared_mb (`int`): MB that these may take.
         timeout (`int`): Seconds without any event after which an inference ends.
         report (`Callable`): Receives the audit's warnings, and a line about each client.
         progress (`Progress`): Receives the stages before the server is open.
@@ -113,6 +128,7 @@ def open_server(
         max_requests=limits.requests,
         max_positions=limits.positions,
         max_seconds=limits.seconds,
+        prepared_mb=prepared_mb,
         timeout=timeout,
         workers=workers,
     )
@@ -121,7 +137,8 @@ def open_server(
     check_connection(host, tls, insecure, settings)
     offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
     check_memory(weight_shapes(offer.config).values(), SERVER, workers)
-    return Server(offer, host, port, tls, timeout, limits, report, Turns(workers, longest_line), json_log)
+    turns, folder = Turns(workers, longest_line), prepared and expanded(prepared)
+    return Server(offer, host, port, tls, timeout, limits, report, turns, json_log, folder, round(prepared_mb * MEGA))
 
 
 @with_argument_names
@@ -136,6 +153,7 @@ def demonstrate(
     fraction_bits: int = DEFAULT_FRACTION_BITS,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    prepared: bool = False,
     timeout: int = DEFAULT_TIMEOUT,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = SILENT,
@@ -150,6 +168,7 @@ def demonstrate(
         new_tokens (`int`): Tokens of the answer.
         protocol, embedding, answer, fraction_bits, text: As of [`open_server`].
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
+        prepared (`bool`): Whether to do first what needs no prompt, as [`prepare`] does.
         timeout (`int`): Seconds without any event after which both sides give up.
         report (`Callable`): Receives the audit's warnings.
         progress (`Progress`): Receives each stage.
@@ -173,9 +192,14 @@ def demonstrate(
     tokens = tokenize(prompt, words)
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
     with (
-        serve_on_loopback(offer, timeout) as address,
-        contextlib.closing(Client(*address, None, timeout, protocol)) as client,
+        tempfile.TemporaryDirectory() as folder,
+        serve_on_loopback(offer, timeout, Path(folder)) as address,
+        contextlib.closing(Client(*address, None, timeout, protocol, Path(folder))) as client,
     ):
+        if prepared:
+            with progress.stage("preparing") as line:
+                line.say("both sides compile the program")
+                client.prepare(len(tokens), new_tokens, on_event=lambda event: show_event(event, line))
         outcome, found = answer_prompt(client, words, tokens, new_tokens, NETWORKS[TWO_PARTY], progress)
     found.check = _compare(clear, tokens, outcome)
     return found

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from entropy_gpt.evaluation.private_inference.parties.session import (
     check_sampling,
 )
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client
-from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
 from entropy_gpt.evaluation.private_inference.program.range_audit import FRACTION_BITS
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
 from entropy_gpt.evaluation.records.results import AnswerCheck
@@ -101,6 +102,8 @@ class PrivateClient:
         insecure (`bool`): Allow plain TCP beyond the loopback.
         protocol (`str`): The only protocol that the client accepts.
         timeout (`int`): Seconds without any event after which the client gives up.
+        prepared (`str` or `Path`, *optional*): Folder of [`prepare`]; the smallest preparation that fits is used up.
+        require_prepared (`bool`): Whether to fail if none fits.
 
     Attributes:
         terms ([`Terms`]): What the server offers.
@@ -129,15 +132,21 @@ class PrivateClient:
         insecure: bool = False,
         protocol: str = "cheetah",
         timeout: int = DEFAULT_TIMEOUT,
+        prepared: str | Path | None = None,
+        require_prepared: bool = False,
     ):
         check_engine()
         check_positive(timeout=timeout)
+        if require_prepared and prepared is None:
+            raise UserError("--require-prepared needs the folder of preparations: give --prepared DIR.")
+        self._require_prepared = require_prepared
         self.host, port = parse_address(address)
         check_connection(self.host, tls, insecure, read_settings(protocol=protocol))
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(expanded(tokenizer))
         self.tokenizer = tokenizer
-        self._connect = lambda: Client(self.host, port, tls, timeout, protocol)
+        folder = prepared and expanded(prepared)
+        self._connect = lambda: Client(self.host, port, tls, timeout, protocol, folder)
         self._connection: Client | None = None
         self._lock = threading.Lock()
         self.terms = self._connected().terms
@@ -231,10 +240,35 @@ class PrivateClient:
 
     def _ask(self, prompt, new_tokens, answers, on_event, sampling) -> Outcome:
         try:
-            return self._connected().ask(prompt, new_tokens, answers, on_event, sampling)
+            connection = self._connected()
+            found = connection.find_preparation(len(prompt), new_tokens, answers)
+            if found is None and self._require_prepared:
+                raise UserError(
+                    f"no preparation fits {len(prompt)} tokens and {new_tokens} new ones of this server: make one "
+                    "(entropy-gpt private prepare)."
+                )
+            return connection.ask(prompt, new_tokens, answers, on_event, sampling, found)
         except BaseException:
             self._disconnect()
             raise
+
+    def prepare(
+        self, length: int, new_tokens: int = 1, on_event: Callable[[dict], None] = lambda event: None
+    ) -> Outcome:
+        """
+        Makes a preparation; as of [`Client.prepare`].
+
+        Raises:
+            `UserError`: If the server keeps none, or does not answer.
+        """
+        with self._lock:
+            if self.terms.store is None:
+                raise UserError("this server keeps no preparations: it has to be run with serve --prepared.")
+            try:
+                return self._connected().prepare(length, new_tokens, 1, on_event)
+            except BaseException:
+                self._disconnect()
+                raise
 
     def _connected(self) -> Client:
         if self._connection is None:
@@ -275,6 +309,8 @@ def ask(
     new_tokens: int = 1,
     protocol: str = "cheetah",
     timeout: int = DEFAULT_TIMEOUT,
+    prepared: str | Path | None = None,
+    require_prepared: bool = False,
     progress: Progress = SILENT,
 ) -> PrivateAnswer:
     """
@@ -282,7 +318,7 @@ def ask(
 
     Args:
         prompt (`str`): The prompt.
-        address, tokenizer, tls, insecure, protocol, timeout: As of [`PrivateClient`].
+        address, tokenizer, tls, insecure, protocol, timeout, prepared, require_prepared: As of [`PrivateClient`].
         new_tokens (`int`): Tokens of the answer; their number is public.
         progress (`Progress`): Receives one stage, with a unit for each step.
 
@@ -300,8 +336,52 @@ def ask(
     """
     check_positive(max_new_tokens=new_tokens)
     options = {"tls": tls, "insecure": insecure, "protocol": protocol, "timeout": timeout}
+    options |= {"prepared": prepared, "require_prepared": require_prepared}
     with PrivateClient(address, tokenizer=tokenizer, **options) as client:
         return client.generate(prompt, max_new_tokens=new_tokens, progress=progress)
+
+
+@with_argument_names
+def prepare(
+    address: str,
+    *,
+    tokenizer: str | Path,
+    prepared: str | Path,
+    tokens: int = 128,
+    new_tokens: int = 1,
+    count: int = 1,
+    tls: TLSFiles | None = None,
+    insecure: bool = False,
+    timeout: int = DEFAULT_TIMEOUT,
+    progress: Progress = SILENT,
+) -> list[list[StepCost]]:
+    """
+    Does with a server all of later answers that needs no prompt. Each serves one prompt and answer, these long or
+    shorter. What is whole stays if it is interrupted.
+
+    Args:
+        address, tokenizer, tls, insecure, timeout: As of [`PrivateClient`].
+        prepared (`str` or `Path`): Folder for this side's halves.
+        tokens (`int`): Tokens of the prompt, at most.
+        new_tokens (`int`): Tokens of the answer, at most.
+        count (`int`): How many to make.
+        progress (`Progress`): Receives one stage for each, with a unit for each step.
+
+    Returns:
+        `list[list[StepCost]]`: What each took.
+
+    Raises:
+        `UserError`: If the server does not answer or keeps no preparations, or a value can't be used.
+    """
+    check_positive(tokens=tokens, max_new_tokens=new_tokens, count=count)
+    options = {"tls": tls, "insecure": insecure, "timeout": timeout, "prepared": prepared}
+    made = []
+    with PrivateClient(address, tokenizer=tokenizer, **options) as client:
+        for number in range(count):
+            with progress.stage(f"preparing {number + 1} of {count}") as line:
+                line.say("both sides compile the program")
+                made.append(client.prepare(tokens, new_tokens, partial(show_event, line=line)).steps)
+    return made
 
 
 def answer_prompt(

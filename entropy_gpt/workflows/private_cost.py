@@ -8,7 +8,12 @@ from entropy_gpt.conversion.early_checks import is_model
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES, PredictedStep, predict
+from entropy_gpt.evaluation.private_inference.costs.cost_model import (
+    SET_UP_BYTES,
+    PredictedStep,
+    predict,
+    predict_phases,
+)
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import Span, tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -40,6 +45,7 @@ class PredictedCost:
         steps (`list[PredictedStep]`): The steps of the inference.
         key_bytes (`float`): Bytes of the keys, sent once per connection.
         table_bytes (`int`): Bytes of the embeddings, sent once per connection with "client_table".
+        before (`list[PredictedStep]`): Steps that are done before the prompt comes, in no other number here.
     """
 
     title: str
@@ -47,6 +53,12 @@ class PredictedCost:
     steps: list[PredictedStep]
     key_bytes: float
     table_bytes: int
+    before: list[PredictedStep]
+
+    @property
+    def before_bytes(self) -> float:
+        """Bytes that both parties send before the prompt comes."""
+        return sum(step.total_bytes for step in self.before)
 
     @property
     def by_operation(self) -> dict[str, float]:
@@ -69,6 +81,8 @@ class PredictedCost:
     @property
     def seconds(self) -> float:
         """About how long two processes on two cores take, without a network between them."""
+        if self.before:  # what is left of products is computed at home
+            return OF_NUMBERS * self.total_bytes / MEGA
         return predict_seconds(self.steps)
 
 
@@ -84,6 +98,7 @@ def private_cost(
     length: int = 128,
     all_positions: bool = False,
     embedding: str = "one_hot",
+    prepared: bool = False,
 ) -> list[PredictedCost]:
     """
     Predicts the traffic and the round trips of private inference under Cheetah.
@@ -98,6 +113,7 @@ def private_cost(
         length (`int`): Tokens of the prompt.
         all_positions (`bool`): Whether the logits of all positions are computed, not only those of the last one.
         embedding (`str`): "one_hot" or "client_table", as in [`PrivateSettings`].
+        prepared (`bool`): Whether what needs no prompt is done before it comes.
 
     Returns:
         `list[PredictedCost]`: The cost of each architecture, in order.
@@ -127,7 +143,7 @@ def private_cost(
     sizes = {**DEFAULT_SIZES, **of_model, **given}
     if n_head is None and (n_embd is not None or not models):
         sizes["n_head"] = count_heads(sizes["n_embd"])
-    return [_predict(title, models.get(title), sizes, settings, span) for title in titles]
+    return [_predict(title, models.get(title), sizes, settings, span, prepared) for title in titles]
 
 
 def predict_seconds(steps: Iterable[PredictedStep]) -> float:
@@ -142,18 +158,18 @@ def count_heads(n_embd: int) -> int:
 
 
 def _predict(
-    title: str, model: EntropyGPTConfig | None, sizes: dict, settings: PrivateSettings, span: Span
+    title: str, model: EntropyGPTConfig | None, sizes: dict, settings: PrivateSettings, span: Span, prepared: bool
 ) -> PredictedCost:
     try:
         config = model or _make_config(title, sizes, span)
         if span.end > config.n_positions:
             raise UserError(f"{title} has {config.n_positions} positions, and {span.end} are asked for: lower --seq.")
-        steps = predict(config, settings, span)
+        before, steps = predict_phases(config, settings, [span]) if prepared else ([], predict(config, settings, span))
     except (PrivateInferenceError, ValueError) as error:
         raise UserError(f"{title}: {error}") from error
     by_client = settings.embedding == "client_table"
     tables = tables_bytes(config.vocab_size, span.end, config.n_embd) if by_client else 0
-    return PredictedCost(title, config, steps, SET_UP_BYTES, tables)
+    return PredictedCost(title, config, steps, SET_UP_BYTES, tables, before)
 
 
 def _make_config(notation: str, sizes: dict, span: Span) -> EntropyGPTConfig:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -172,13 +173,16 @@ class PrivateModel:
 
 
 @contextlib.contextmanager
-def serve_on_loopback(offer: Offer, timeout_seconds: int = TIMEOUT_SECONDS) -> Iterator[tuple[str, int]]:
+def serve_on_loopback(
+    offer: Offer, timeout_seconds: int = TIMEOUT_SECONDS, prepared: Path | None = None
+) -> Iterator[tuple[str, int]]:
     """
     A server in a thread of this process, for as long as the context lasts.
 
     Args:
         offer ([`Offer`]): What it offers.
         timeout_seconds (`int`): For which nothing may happen in an inference.
+        prepared (`Path`, *optional*): Folder for its halves of preparations.
 
     Returns:
         `tuple[str, int]`: Its address.
@@ -187,7 +191,7 @@ def serve_on_loopback(offer: Offer, timeout_seconds: int = TIMEOUT_SECONDS) -> I
         `PrivateInferenceError`: What is raised within, with the server's last word.
     """
     said: queue.Queue[str] = queue.Queue()
-    server = Server(offer, "127.0.0.1", 0, None, timeout_seconds, UNLIMITED, said.put)
+    server = Server(offer, "127.0.0.1", 0, None, timeout_seconds, UNLIMITED, said.put, prepared=prepared)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.address

@@ -6,16 +6,18 @@ was measured (`program/prices.json`; `price_fitting.py` measures anew).
 """
 
 import copy
+from collections.abc import Sequence
 
 from pydantic.dataclasses import dataclass
 
 from entropy_gpt.conversion.folding import fold, list_absorbable_ffns
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
-from entropy_gpt.evaluation.private_inference.program.counting import StepCounts, Stock, count_step
+from entropy_gpt.evaluation.private_inference.program.counting import Shape, StepCounts, Stock, count_step, make_shape
 from entropy_gpt.evaluation.private_inference.program.prices import Prices, load_prices, price_of
-from entropy_gpt.evaluation.private_inference.program.program import Span, Step, build_steps
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.program import Span, Step, build_steps, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import program_variables
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
@@ -64,13 +66,9 @@ def count_steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span)
     Raises:
         `PrivateInferenceError`: As [`build_steps`], or for another protocol than Cheetah.
     """
-    if settings.protocol != "cheetah":
-        raise PrivateInferenceError(
-            f"costs are predicted for the protocol cheetah, not for {settings.protocol!r}: measure them."
-        )
+    _check_counted(settings)
     config = program_config(config)
-    variables, stock = program_variables(config, settings, span), Stock()
-    return [(step, count_step(step, variables, settings, stock)) for step in build_steps(config, settings, span)]
+    return _count(build_steps(config, settings, span), program_variables(config, settings, span), settings)
 
 
 def predict(
@@ -88,13 +86,49 @@ def predict(
     Raises:
         `PrivateInferenceError`: As [`count_steps`].
     """
+    return _price(count_steps(config, settings, span), prices)
+
+
+def predict_phases(
+    config: EntropyGPTConfig, settings: PrivateSettings, spans: Sequence[Span]
+) -> tuple[list[PredictedStep], list[PredictedStep]]:
+    """
+    What each step takes before the prompt comes, and after it, without the set-up.
+
+    Args:
+        config, settings: As of [`predict`].
+        spans (`Sequence[Span]`): The tokens of each pass.
+
+    Raises:
+        `PrivateInferenceError`: As [`count_steps`].
+    """
+    _check_counted(settings)
+    config = program_config(config)
+    preparation = Preparation(config, settings, spans)
+    weights = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
+    before = _count(preparation.steps, weights | preparation.masks, settings)
+    after = []
+    for number, span in enumerate(spans):
+        variables = program_variables(config, settings, span) | preparation.masks | preparation.products
+        after += _count(preparation.use(number, span), variables, settings)
+    return _price(before), _price(after)
+
+
+def _count(steps: list[Step], variables: dict[str, Shape], settings: PrivateSettings) -> list[tuple[Step, StepCounts]]:
+    stock = Stock()
+    return [(step, count_step(step, variables, settings, stock)) for step in steps]
+
+
+def _price(counted: list[tuple[Step, StepCounts]], prices: Prices | None = None) -> list[PredictedStep]:
     prices = prices or load_prices()
     return [
-        PredictedStep(
-            step.operation,
-            step.layer,
-            price_of(counts.parts, prices.bytes),
-            counts.round_trips,
-        )
-        for step, counts in count_steps(config, settings, span)
+        PredictedStep(step.operation, step.layer, price_of(counts.parts, prices.bytes), counts.round_trips)
+        for step, counts in counted
     ]
+
+
+def _check_counted(settings: PrivateSettings):
+    if settings.protocol != "cheetah":
+        raise PrivateInferenceError(
+            f"costs are predicted for the protocol cheetah, not for {settings.protocol!r}: measure them."
+        )

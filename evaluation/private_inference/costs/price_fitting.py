@@ -63,6 +63,7 @@ def fitting_cases() -> list[Case]:
         *(_case(lambda ops, a, b: ops.multiply(a, b), n, None, SERVER) for n in (100, 8192, 30000)),
         *(_case(lambda ops, a: ops.square(a), n, None) for n in (100, 8192, 30000)),
         *(_case(lambda ops, a: ops.scale(a, 0.3), n, None) for n in (1000, 20000, 60000)),
+        *(_case(lambda ops, a: ops.reveal(a), n, None) for n in (1000, 20000)),
         *(_case(lambda ops, a: ops.positive_part(a), n, None) for n in (1000, 20000, 60000)),
         *(_case(lambda ops, a: ops.reciprocal(a), n, None) for n in (32, 1000, 4000)),
         *(_case(lambda ops, a: ops.reciprocal_root(a), n, None) for n in (32, 1000, 4000)),

@@ -19,7 +19,7 @@ import numpy as np
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.arithmetic import CheapArithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.counting import Shape, Stock, count_step
+from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, RING, Shape, Stock, count_step
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices, price_of
 from entropy_gpt.evaluation.private_inference.program.program import Step
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -116,7 +116,7 @@ def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: 
 
     variables, stock, compiled = dict(variables), Stock(), []
     for step in steps:
-        given = tuple(variables[name].shape for name in step.inputs)
+        given = tuple((variables[name].shape, variables[name].dtype) for name in step.inputs)
         code = _compile(_Hashable(step.function), given, settings)
         executable = libspu.Executable(step.operation, list(step.inputs), list(step.outputs), code)
         counts = count_step(step, variables, settings, stock)
@@ -126,25 +126,63 @@ def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: 
 
 
 @functools.lru_cache(maxsize=512)
-def _compile(function: "_Hashable", shapes: tuple[tuple[int, ...], ...], settings: PrivateSettings) -> bytes:
-    import jax.numpy as jnp
+def _compile(
+    function: "_Hashable", given: tuple[tuple[tuple[int, ...], np.dtype], ...], settings: PrivateSettings
+) -> bytes:
     from jax import ShapeDtypeStruct
+    from jax.experimental import enable_x64
     from spu import libspu
     from spu.utils import frontend
 
-    def program(*tensors):
-        return function.function(CheapArithmetic(jnp, settings), *tensors)
+    # Among integers of the ring numbers are named as wide as these, so that one can be taken for the other. The engine
+    # has one ring for all of them; a conversion would make one party's number one that is shared.
+    in_ring = any(dtype == RING for _, dtype in given)
+    number = np.float64 if in_ring else NUMBER
 
-    executable, _ = frontend.compile(
-        frontend.Kind.JAX,
-        program,
-        [ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-        {},
-        [f"in{index}" for index in range(len(shapes))],
-        [libspu.Visibility.VIS_SECRET] * len(shapes),
-        lambda flat: [f"out{index}" for index in range(len(flat))],
-    )
+    def program(*tensors):
+        return function.function(EngineArithmetic(settings), *tensors)
+
+    with enable_x64(in_ring):
+        executable, _ = frontend.compile(
+            frontend.Kind.JAX,
+            program,
+            [ShapeDtypeStruct(shape, RING if dtype == RING else number) for shape, dtype in given],
+            {},
+            [f"in{index}" for index in range(len(given))],
+            [libspu.Visibility.VIS_SECRET] * len(given),
+            lambda flat: [f"out{index}" for index in range(len(flat))],
+        )
     return executable.code
+
+
+class EngineArithmetic(CheapArithmetic):
+    """
+    What JAX has for the engine to run.
+
+    Args:
+        settings ([`PrivateSettings`]): The form of each operation.
+    """
+
+    def __init__(self, settings: PrivateSettings):
+        import jax.numpy as jnp
+
+        super().__init__(jnp, settings)
+
+    def as_ring(self, tensor):
+        import jax
+
+        return jax.lax.bitcast_convert_type(tensor, RING)
+
+    def truncate(self, product):
+        """By a product with the last bit, which is the integer 1."""
+        import jax
+
+        return self.scale(jax.lax.bitcast_convert_type(product, np.float64), 2.0**-self.settings.fraction_bits)
+
+    def reveal(self, masked):
+        from spu.experimental.reveal_impl import reveal
+
+        return reveal(masked)
 
 
 class _Hashable:
@@ -235,10 +273,10 @@ class Party:
         shares = self.io.make_shares(np.ascontiguousarray(value), libspu.Visibility.VIS_SECRET, self.link.rank)
         self.runtime.set_var(name, shares[self.link.rank])
 
-    def set_foreign(self, name: str, shape: tuple[int, ...], owner: int):
+    def set_foreign(self, name: str, shape: tuple[int, ...], owner: int, dtype: type = NUMBER):
         """A placeholder for a variable of another party, made from its public shape."""
         chunk_bytes = self.config.share_max_chunk_size
-        self.runtime.set_var(name, make_placeholder(self.io, shape, owner, self.link.rank, chunk_bytes))
+        self.runtime.set_var(name, make_placeholder(self.io, shape, owner, self.link.rank, chunk_bytes, dtype))
 
     def run(self, step: CompiledStep) -> StepCost:
         """Runs a step together with the other parties; what it took, by this party's count."""

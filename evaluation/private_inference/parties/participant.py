@@ -7,7 +7,7 @@ import numpy as np
 
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.counting import make_shape
+from entropy_gpt.evaluation.private_inference.program.counting import RING, make_shape
 from entropy_gpt.evaluation.private_inference.program.program import (
     ProgramConfig,
     Span,
@@ -16,9 +16,11 @@ from entropy_gpt.evaluation.private_inference.program.program import (
     weight_shapes,
 )
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import client_rank, input_shape, program_variables
 
 from .engine import CompiledStep, EngineLog, Party, compile_steps
+from .preparations import draw_mask
 
 
 SET_UP = "set-up"
@@ -34,6 +36,27 @@ def compile_pass(config: ProgramConfig, settings: PrivateSettings, span: Span) -
         `PrivateInferenceError`: As [`build_steps`].
     """
     return compile_steps(build_steps(config, settings, span), program_variables(config, settings, span), settings)
+
+
+def compile_preparation(
+    config: ProgramConfig, settings: PrivateSettings, preparation: Preparation
+) -> list[CompiledStep]:
+    """The engine's code of a first phase."""
+    weights = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
+    return compile_steps(preparation.steps, weights | preparation.masks, settings)
+
+
+def compile_prepared_pass(
+    config: ProgramConfig, settings: PrivateSettings, preparation: Preparation, number: int, span: Span
+) -> list[CompiledStep]:
+    """
+    The engine's code of a pass of a second phase.
+
+    Raises:
+        `PrivateInferenceError`: If this is not prepared.
+    """
+    variables = program_variables(config, settings, span) | preparation.masks | preparation.products
+    return compile_steps(preparation.use(number, span), variables, settings)
 
 
 class Participant:
@@ -87,6 +110,50 @@ class Participant:
         for name in (*step.inputs, *step.outputs):
             self.party.forget(name)
         return [replace(cost, round_trips=0.0)]
+
+    def prepare(
+        self,
+        program: list[CompiledStep],
+        preparation: Preparation,
+        seed: bytes,
+        on_step: Callable[[StepCost], None] = lambda cost: None,
+    ) -> dict:
+        """
+        The first phase of an inference, together with the other parties.
+
+        Args:
+            program (`list[CompiledStep]`): The compiled steps of the preparation.
+            preparation ([`Preparation`]): What is prepared.
+            seed (`bytes`): Secret and random, of which this party's parts of the masks are drawn.
+            on_step (`Callable`): Called with what each step took.
+
+        Returns:
+            `dict`: This party's share of each product.
+        """
+        self._set_masks(preparation, seed)
+        for step in program:
+            on_step(self.party.run(step))
+        shares = {name: self.party.share(name) for name in preparation.products}
+        self.forget(preparation)
+        return shares
+
+    def load(self, preparation: Preparation, seed: bytes, shares: dict):
+        """Sets what [`Participant.prepare`] left, for the second phase."""
+        self._set_masks(preparation, seed)
+        for name in preparation.products:
+            self.party.runtime.set_var(name, shares[name])
+
+    def forget(self, preparation: Preparation):
+        """Nothing of a preparation is used a second time."""
+        for name in (*preparation.masks, *preparation.products):
+            self.party.forget(name)
+
+    def _set_masks(self, preparation: Preparation, seed: bytes):
+        for name, mask in preparation.masks.items():
+            if mask.owner == self.party.link.rank:
+                self.party.set_own(name, draw_mask(seed, name, mask.shape))
+            else:
+                self.party.set_foreign(name, mask.shape, mask.owner, RING)
 
     def infer(
         self,

@@ -3,7 +3,7 @@ The process that holds one party's engine, apart from the command: a program tha
 
 It reads a job, a first request, the word to start and the weights from standard input, then further requests, and
 writes events to standard output, one JSON a line. It knows nothing of the network: the peer is a port on this machine,
-behind which `tunnel.py` is. It writes no files.
+behind which `tunnel.py` is. It writes no files but the halves of preparations, where it is asked to keep some.
 """
 
 import base64
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -34,12 +35,24 @@ from entropy_gpt.evaluation.private_inference.program.program import (
     weight_shapes,
 )
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_input
 
 from .channel import may_be_told, one_line
 from .engine import CompiledStep, EngineLog, compiled_digest
 from .memory import forbid_core_dumps, limit_address_space
-from .participant import Participant, compile_pass
+from .participant import Participant, compile_pass, compile_preparation, compile_prepared_pass
+from .preparations import (
+    Header,
+    Store,
+    describe_shares,
+    draw_bytes,
+    draw_name,
+    hash_terms,
+    hash_weights,
+    pass_spans,
+    read_half,
+)
 from .sampling import GREEDY, Sampling, choose
 from .shares import RING_BYTES, join_share, read_share
 
@@ -61,12 +74,16 @@ class Job:
         config ([`ProgramConfig`]): Configuration of the program, public.
         settings ([`PrivateSettings`]): Public.
         timeout_seconds (`int`): For which a silent peer is waited for.
+        store (`str`, *optional*): Folder for this party's halves of preparations.
+        peer_store (`str`): The server's store of the other halves; empty at the server.
     """
 
     rank: int
     config: ProgramConfig
     settings: PrivateSettings
     timeout_seconds: int
+    store: str | None = None
+    peer_store: str = ""
 
 
 @dataclass(config=RECORD)
@@ -81,6 +98,8 @@ class Request:
         most_positions (`int`, *optional*): Positions that may be answered, with those that are answered again.
         limit (`str`, *optional*): The server's option that says so.
         prompt (`list[int]`, *optional*): The client's alone.
+        prepares (`bool`): Whether this is the first phase of a later answer, of which there is no prompt yet.
+        preparation (`str`, *optional*): The file with this party's half of a preparation, taken out of its store.
         sampling ([`Sampling`]): The client's alone.
     """
 
@@ -90,12 +109,13 @@ class Request:
     most_positions: int | None = None
     limit: str | None = None
     prompt: list[int] | None = None
+    prepares: bool = False
+    preparation: str | None = None
     sampling: Sampling = GREEDY
 
     def spans(self) -> list[Span]:
-        """The spans of the passes: the prompt, then each new token except the last."""
-        first = Span(0, self.length, self.answers)
-        return [first, *(Span(self.length + index, 1) for index in range(self.new_tokens - 1))]
+        """The spans of the passes."""
+        return pass_spans(self.length, self.new_tokens, self.answers)
 
 
 class PartyProcess:
@@ -118,14 +138,21 @@ class PartyProcess:
         """Compiles the first pass of a request; its hash is what both parties have to have in common."""
         self.request, self.chosen, self.positions = request, [], 0
         self._random = np.random.default_rng(request.sampling.seed)
-        self._program = self._compile(request.spans()[0])
-        program = self._program.result()
-        self.tell({"event": "program", "digest": self._digest(program), "steps": len(program) * request.new_tokens})
+        self._preparation = self._half = None
+        if request.preparation is not None:
+            self._half = header, _, _ = read_half(Path(request.preparation))
+            self._preparation = Preparation(self.job.config, self.job.settings, header.spans())
+        elif request.prepares:
+            self._preparation = Preparation(self.job.config, self.job.settings, request.spans())
+        self._program = self._compile_preparation() if request.prepares else self._compile(0, request.spans()[0])
+        program, passes = self._program.result(), 1 if request.prepares else request.new_tokens
+        self.tell({"event": "program", "digest": self._digest(program), "steps": len(program) * passes})
 
     def start(self, own_port: int, peer_port: int, weights: dict[str, np.ndarray] | None):
         """Meets the peer, and pays the set-up."""
         limit_address_space()
         job = self.job
+        self._weights_hash = hash_weights(weights, job.config) if weights and job.store else ""
         self.link = make_link(job.rank, own_port, peer_port, job.timeout_seconds)
         self.participant = Participant(self.link, job.config, job.settings, weights, self.log)
         for cost in [*self._share_tables(weights), *self.participant.set_up()]:
@@ -133,18 +160,65 @@ class PartyProcess:
 
     def answer(self):
         """Answers the request that was prepared; each pass is compiled while the one before runs."""
+        if self.request.prepares:
+            self._prepare()
+        elif self._half is None:
+            self._run_passes()
+        else:
+            header, seed, shares = self._half
+            self.tell({"event": "prepared before", "costs": [asdict(cost) for cost in header.costs]})
+            self.participant.load(self._preparation, seed, shares)
+            self._run_passes()
+            self.participant.forget(self._preparation)
+        self.tell({"event": "done"})
+
+    def _run_passes(self):
         spans = self.request.spans()
         for index, span in enumerate(spans):
             program = self._program.result()
             if span.start:
                 self._compare(program)
             if index + 1 < len(spans):
-                self._program = self._compile(spans[index + 1])
+                self._program = self._compile(index + 1, spans[index + 1])
             self._answer(index, span, program)
-        self.tell({"event": "done"})
 
-    def _compile(self, span: Span) -> Future[list[CompiledStep]]:
-        return self._compiler.submit(compile_pass, self.job.config, self.job.settings, span)
+    def _prepare(self):
+        """The first phase; this party's half goes to its store."""
+        program, request, costs, seed = self._program.result(), self.request, [], draw_bytes()
+
+        def note(cost: StepCost):
+            costs.append(cost)
+            self._tell_step(cost)
+
+        own, peer = draw_bytes(), 1 - self.job.rank
+        self.link.send(peer, own)
+        theirs = self.link.recv(peer)
+        name = draw_name((own, theirs) if self.job.rank == SERVER else (theirs, own))
+        self.tell({"event": "pass", "bytes": [round(step.total_bytes) for step in program], "answer_bytes": 0})
+        shares = self.participant.prepare(program, self._preparation, seed, note)
+        header = Header(
+            name=name,
+            rank=self.job.rank,
+            terms=hash_terms(self.job.config, self.job.settings),
+            weights=self._weights_hash,
+            store=self.job.peer_store,
+            length=request.length,
+            new_tokens=request.new_tokens,
+            answers=request.answers,
+            shares=describe_shares(shares),
+            costs=costs,
+        )
+        Store(Path(self.job.store), self.job.rank).put(header, seed, shares)
+        self.tell({"event": "prepared", "name": name})
+
+    def _compile(self, index: int, span: Span) -> Future[list[CompiledStep]]:
+        config, settings = self.job.config, self.job.settings
+        if self._half is None:
+            return self._compiler.submit(compile_pass, config, settings, span)
+        return self._compiler.submit(compile_prepared_pass, config, settings, self._preparation, index, span)
+
+    def _compile_preparation(self) -> Future[list[CompiledStep]]:
+        return self._compiler.submit(compile_preparation, self.job.config, self.job.settings, self._preparation)
 
     def _digest(self, program: list[CompiledStep]) -> str:
         return compiled_digest(program, self.job.settings)
@@ -161,9 +235,9 @@ class PartyProcess:
 
     def _answer(self, index: int, span: Span, program: list[CompiledStep]):
         for repeat in range(REPEATS):
-            if repeat:  # what is kept of the tokens before may be what is wrong: all anew
+            if repeat:  # what is kept of the tokens before may be what is wrong: all anew, and nothing prepared twice
                 span = Span(0, span.end, span.answers)
-                program = self._compile(span).result()
+                program = self._compiler.submit(compile_pass, self.job.config, self.job.settings, span).result()
                 self._compare(program)
             self._count(span)
             steps = [round(step.total_bytes) for step in program]

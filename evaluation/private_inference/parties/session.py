@@ -51,17 +51,23 @@ class Terms:
     notation: str
     settings: PrivateSettings
     tokenizer_hash: str
+    store: str | None = None
 
 
 @dataclass
 class Outcome:
-    """What the client learned, what it cost by its count, and how often each token was computed anew."""
+    """
+    What the client learned, what it cost by its count, and how often each token was computed anew; with a preparation,
+    what that took before, and of a preparation its name.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
     set_up: list[StepCost] = field(default_factory=list)
     steps: list[StepCost] = field(default_factory=list)
     repeats: Counter[int] = field(default_factory=Counter)
+    before: list[StepCost] = field(default_factory=list)
+    prepared: str | None = None
 
     def cost(self, terms: Terms, context: int, answers: int, network: str) -> InferenceCost:
         """The costs with their conditions; arguments as of [`InferenceCost`]."""
@@ -75,6 +81,7 @@ class Outcome:
             network=network,
             set_up=self.set_up,
             steps=self.steps,
+            before=self.before,
             seconds=sum(step.seconds for step in self.steps),
             **collect_origin(torch.device("cpu"), engine_versions()),
         )
@@ -363,7 +370,7 @@ class Session:
     def _follow(self, outcome: Outcome, on_event: Callable[[dict], None]):
         """Notes what the engine does until both sides are done."""
         peer_done = False
-        kinds = {"set-up", "pass", "step", "token", "repeat", "done", "peer's done"}
+        kinds = {"set-up", "pass", "step", "token", "repeat", "prepared", "prepared before", "done", "peer's done"}
         while True:
             event = self._expect(self._job.timeout_seconds, *kinds)
             if event["event"] == "peer's done":
@@ -422,5 +429,9 @@ def _note(outcome: Outcome, event: dict):
             outcome.logits.append(read_array(event["logits"]))
     elif event["event"] == "repeat":
         outcome.repeats[event["index"]] += 1
+    elif event["event"] == "prepared":
+        outcome.prepared = event["name"]
+    elif event["event"] == "prepared before":
+        outcome.before = [StepCost(**cost) for cost in event["costs"]]
     elif "cost" in event:
         (outcome.set_up if event["event"] == "set-up" else outcome.steps).append(StepCost(**event["cost"]))

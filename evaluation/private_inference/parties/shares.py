@@ -16,7 +16,7 @@ TOTAL, OFFSET, CONTENT = b"\x08", b"\x10", b"\x1a"
 SHAPE, DIMENSIONS = b"\x22", b"\x0a"
 
 
-def make_placeholder(io, shape: tuple[int, ...], owner: int, rank: int, chunk_bytes: int):
+def make_placeholder(io, shape: tuple[int, ...], owner: int, rank: int, chunk_bytes: int, dtype: type = np.float32):
     """
     A share of zeros of another party's variable. Encoding zeros takes the engine 60 ns a number, so they are written
     as it would write them.
@@ -27,8 +27,9 @@ def make_placeholder(io, shape: tuple[int, ...], owner: int, rank: int, chunk_by
         owner (`int`): Rank of its owner.
         rank (`int`): Rank of this party.
         chunk_bytes (`int`): The most bytes of a chunk.
+        dtype (`type`): The variable's.
     """
-    share = _make_zeros(io, (1,) * len(shape), owner)[rank]
+    share = _make_zeros(io, (1,) * len(shape), owner, dtype)[rank]
     ones = _shape_field((1,) * len(shape))
     if share.meta.count(ones) != 1:
         raise EngineError("the engine describes shares in another way: its version is not known here.")
@@ -65,10 +66,10 @@ def read_share(received: bytes, own):
     return theirs
 
 
-def _make_zeros(io, shape: tuple[int, ...], owner: int) -> list:
+def _make_zeros(io, shape: tuple[int, ...], owner: int, dtype: type) -> list:
     from spu import libspu
 
-    return io.make_shares(np.zeros(shape, np.float32), libspu.Visibility.VIS_SECRET, owner)
+    return io.make_shares(np.zeros(shape, dtype), libspu.Visibility.VIS_SECRET, owner)
 
 
 def _zero_chunks(size: int, chunk_bytes: int) -> Iterator[bytes]:

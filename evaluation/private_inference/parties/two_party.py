@@ -7,6 +7,7 @@ and run it; all that the engines send goes through connections the client opens 
 """
 
 import contextlib
+import functools
 import json
 import math
 import secrets
@@ -17,14 +18,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, RING_BITS, SERVER, TRUST, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .channel import Channel, ClosedError, Listener, TLSFiles, clean, connect, one_line, shut_down
@@ -32,6 +35,7 @@ from .engine import engine_versions
 from .limits import Accounts, Limits, Use
 from .memory import check_memory
 from .party_process import Job, Request
+from .preparations import Store, half_bytes, hash_terms, hash_weights, is_name, pass_spans, read_header
 from .sampling import GREEDY, Sampling
 from .session import Outcome, Session, SilenceError, Terms, check_prompt, check_request, check_sampling, free_port
 from .tunnel import ClientTunnel, ServerTunnel
@@ -52,6 +56,8 @@ LARGEST = {
     "vocab_size": 2**22,
 }
 MOST_ITERATIONS = 64
+# What a server's preparations may take.
+MOST_PREPARED_BYTES = 4_000_000_000
 # For which what is about to end is waited for.
 PARTING_SECONDS = 5
 # What each side is to the other.
@@ -103,6 +109,8 @@ class Server:
         report (`Callable`): Told in a line what happens, with time and address.
         turns ([`Turns`], *optional*): How many clients it answers at once, and how many may wait.
         json_log (`bool`): Whether lines are JSON.
+        prepared (`Path`, *optional*): Folder for its halves of preparations; without it there are none.
+        most_prepared_bytes (`int`): That these may take.
     """
 
     def __init__(
@@ -116,8 +124,12 @@ class Server:
         report: Callable[[str], None] = print,
         turns: Turns | None = None,
         json_log: bool = False,
+        prepared: Path | None = None,
+        most_prepared_bytes: int = MOST_PREPARED_BYTES,
     ):
         self.offer, self.timeout_seconds = offer, timeout_seconds
+        self.store = None if prepared is None else Store(prepared, SERVER)
+        self._most_prepared_bytes = most_prepared_bytes
         self.limits = limits or Limits()
         self.listener = Listener(host, port, tls)
         self.address = self.listener.address
@@ -129,6 +141,10 @@ class Server:
         self._channels: set[Channel] = set()
         self._closed = self._draining = False
         self._tunnels: set[ServerTunnel] = set()
+
+    @functools.cached_property
+    def _weights_hash(self) -> str:
+        return hash_weights(self.offer.weights, self.offer.config)
 
     def serve_forever(self):
         """Until it is closed."""
@@ -269,7 +285,7 @@ class Server:
     def _serve(self, channel: Channel, address: str, hello: dict):
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
-        channel.send({"kind": "terms", **self.offer.terms()})
+        channel.send({"kind": "terms", **self.offer.terms(), "store": self.store and self.store.identity})
         message = channel.receive(HANDSHAKE_SECONDS, ("request",))
         self._leave(channel.connection)
 
@@ -291,9 +307,45 @@ class Server:
         """
         length, new_tokens, answers = (self._number(message, name) for name in ("length", "new_tokens", "answers"))
         check_request(self.offer.config, self.offer.settings, length, new_tokens, answers)
-        use, left = self._accounts.open(channel.peer, max(new_tokens, answers))
+        prepares = message.get("prepares") is True
+        name = None if prepares else message.get("preparation")
+        if prepares:
+            self._check_room(pass_spans(length, new_tokens, answers))
+        use, left = self._accounts.open(channel.peer, 0 if prepares else max(new_tokens, answers))
         most, limit = min((left.answers, "--max-new-tokens"), (left.positions, "--max-positions"))
-        return Request(length, new_tokens, answers, most, limit), use, left
+        taken = None if name is None else str(self._take_half(name))
+        return Request(length, new_tokens, answers, most, limit, prepares=prepares, preparation=taken), use, left
+
+    def _check_room(self, spans: list[Span]):
+        """
+        Raises:
+            `PrivateInferenceError`: If preparations are not kept here, or there is no room for this one.
+        """
+        if self.store is None:
+            raise PrivateInferenceError("no preparations are kept here (serve --prepared).")
+        size = self.store.size() + half_bytes(Preparation(self.offer.config, self.offer.settings, spans))
+        if size > self._most_prepared_bytes:
+            raise PrivateInferenceError(
+                f"preparations would take {size / MEGA:,.0f} MB here, and {self._most_prepared_bytes / MEGA:,.0f} is "
+                "the most (--prepared-mb): use some first."
+            )
+
+    def _take_half(self, name: object) -> Path:
+        """
+        Raises:
+            `PrivateInferenceError`: If it is not here, or not for this model.
+        """
+        if self.store is None or not is_name(name):
+            raise PrivateInferenceError("no such preparation is kept here (serve --prepared).")
+        path = self.store.take(name)
+        header = read_header(path)
+        terms = hash_terms(self.offer.config, self.offer.settings)
+        if (header.terms, header.weights) != (terms, self._weights_hash):
+            path.unlink()
+            raise PrivateInferenceError(
+                "this preparation was made with another model, other settings or another version: prepare another one."
+            )
+        return path
 
     @staticmethod
     def _number(request: dict, name: str) -> int:
@@ -311,6 +363,7 @@ class Server:
             config=ProgramConfig.of(self.offer.config),
             settings=self.offer.settings,
             timeout_seconds=self.timeout_seconds,
+            store=None if self.store is None else str(self.store.folder),
         )
         tunnel = ServerTunnel(token, own_port)
         with self._lock:
@@ -344,8 +397,10 @@ class Server:
                 use.kept_seconds = time.monotonic() - began
 
     def _answer(self, session: Session, address: str, request: Request, use: Use, left: Limits):
+        asks = "prepares" if request.prepares else "asks for"
+        prepared = " (prepared)" if request.preparation else ""
         asked = {"new_tokens": request.new_tokens, "prompt_tokens": request.length, "positions": request.answers}
-        self._say(address, f"asks for {request.new_tokens} token(s) after {request.length}", **asked)
+        self._say(address, f"{asks} {request.new_tokens} token(s) after {request.length}{prepared}", **asked)
         began = time.monotonic()
 
         def note(event: dict):
@@ -357,6 +412,8 @@ class Server:
             outcome = session.answer(request, note, left.seconds)
         finally:
             use.seconds = time.monotonic() - began
+            if request.preparation is not None:
+                Path(request.preparation).unlink(missing_ok=True)
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
         line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
         self._say(address, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))
@@ -379,14 +436,22 @@ class Client:
         tls ([`TLSFiles`], *optional*): As the server's.
         timeout_seconds (`int`): For which nothing may happen.
         protocol (`str`): What the client agrees to; a server's word alone must not choose one that protects less.
+        prepared (`Path`, *optional*): Folder for its halves of preparations; without it there are none.
 
     Raises:
         `PrivateInferenceError`: If there is no server, it breaks rules, or offers another protocol.
     """
 
     def __init__(
-        self, host: str, port: int, tls: TLSFiles | None, timeout_seconds: int = 600, protocol: str = "cheetah"
+        self,
+        host: str,
+        port: int,
+        tls: TLSFiles | None,
+        timeout_seconds: int = 600,
+        protocol: str = "cheetah",
+        prepared: Path | None = None,
     ):
+        self.store = None if prepared is None else Store(prepared, CLIENT)
         self._connect = lambda: connect(host, port, tls)
         self.timeout_seconds = timeout_seconds
         self._tunnel: ClientTunnel | None = None
@@ -431,11 +496,12 @@ class Client:
         try:
             settings = TypeAdapter(PrivateSettings).validate_python(message.get("settings"))
             config = TypeAdapter(ProgramConfig).validate_python(message.get("program"))
+            store = TypeAdapter(str | None).validate_python(message.get("store"))
             notation = TypeAdapter(str).validate_python(message.get("notation"))
             _check_sizes(config, settings)
         except ValueError as error:  # those of pydantic too
             raise PrivateInferenceError(f"the server's terms are broken: {_describe(error)}") from error
-        return Terms(config, clean(notation), settings, str(message.get("tokenizer")))
+        return Terms(config, clean(notation), settings, str(message.get("tokenizer")), store)
 
     def ask(
         self,
@@ -444,6 +510,7 @@ class Client:
         answers: int = 1,
         on_event: Callable[[dict], None] = lambda event: None,
         sampling: Sampling = GREEDY,
+        preparation: str | None = None,
     ) -> Outcome:
         """
         Asks for the continuation of a prompt. The connection and the engine are kept for the next one; a server waits
@@ -455,6 +522,7 @@ class Client:
             answers (`int`): Number of last positions of the prompt whose logits are wanted.
             on_event (`Callable`): Told what happens, for progress.
             sampling ([`Sampling`]): How tokens are chosen from the logits; it stays here too.
+            preparation (`str`, *optional*): Name of the one to use up. Default: that of [`Client.find_preparation`].
 
         Raises:
             `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much or has no such
@@ -462,17 +530,74 @@ class Client:
         """
         try:
             check_prompt(prompt, self.terms.config.vocab_size)
-            check_request(self.terms.config, self.terms.settings, len(prompt), new_tokens, answers)
             check_sampling(self.terms.settings, sampling)
-            asked = {"length": len(prompt), "new_tokens": new_tokens, "answers": answers}
-            with self.channel.telling(CLIENT_NAME):
-                self.channel.send({"kind": "request", **asked})
-                if self._session is None:
-                    self._open(on_event)
-                return self._session.answer(Request(**asked, prompt=prompt, sampling=sampling), on_event)
+            asked = self._check(len(prompt), new_tokens, answers)
+            own = {"prompt": prompt, "sampling": sampling}
+            preparation = preparation or self.find_preparation(len(prompt), new_tokens, answers)
+            if preparation is None:
+                return self._request(asked, {}, on_event, **own)
+            taken = self.store.take(preparation)
+            try:
+                return self._request(asked, {"preparation": preparation}, on_event, preparation=str(taken), **own)
+            finally:
+                taken.unlink(missing_ok=True)
         except BaseException:
             self.close()
             raise
+
+    def prepare(
+        self,
+        length: int,
+        new_tokens: int = 1,
+        answers: int = 1,
+        on_event: Callable[[dict], None] = lambda event: None,
+    ) -> Outcome:
+        """
+        Does with the server all of an answer that needs no prompt; each side keeps its half.
+
+        Args:
+            length (`int`): The most tokens of the prompt.
+            new_tokens (`int`): The most tokens in the answer.
+            answers (`int`): The most last positions of the prompt whose logits are wanted.
+            on_event (`Callable`): Told what happens, for progress.
+
+        Returns:
+            [`Outcome`]: With the preparation's name.
+
+        Raises:
+            `PrivateInferenceError`: As [`Client.ask`].
+        """
+        try:
+            asked = self._check(length, new_tokens, answers)
+            return self._request(asked, {"prepares": True}, on_event, prepares=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def find_preparation(self, length: int, new_tokens: int = 1, answers: int = 1) -> str | None:
+        """The name of the smallest preparation here that serves such a request, if there is one."""
+        if self.store is None or self.terms.store is None:
+            return None
+        config, settings = self.terms.config, self.terms.settings
+        terms, spans = hash_terms(config, settings), pass_spans(length, new_tokens, answers)
+        for header in self.store.headers():
+            if (header.terms, header.store) != (terms, self.terms.store) or header.new_tokens < new_tokens:
+                continue
+            if Preparation(config, settings, header.spans()).serves(spans):
+                return header.name
+        return None
+
+    def _check(self, length: int, new_tokens: int, answers: int) -> dict[str, int]:
+        check_request(self.terms.config, self.terms.settings, length, new_tokens, answers)
+        return {"length": length, "new_tokens": new_tokens, "answers": answers}
+
+    def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
+        """Has a request answered, of which the server is shown a part."""
+        with self.channel.telling(CLIENT_NAME):
+            self.channel.send({"kind": "request", **asked, **also})
+            if self._session is None:
+                self._open(on_event)
+            return self._session.answer(Request(**asked, **own), on_event)
 
     def _open(self, on_event: Callable[[dict], None]):
         while (answer := self.channel.receive(HANDSHAKE_SECONDS, ("accepted", "waiting")))["kind"] == "waiting":
@@ -483,6 +608,8 @@ class Client:
             config=self.terms.config,
             settings=self.terms.settings,
             timeout_seconds=self.timeout_seconds,
+            store=None if self.store is None else str(self.store.folder),
+            peer_store=self.terms.store or "",
         )
         own_port = free_port()
         self._tunnel = ClientTunnel(self._connect, str(token), own_port)

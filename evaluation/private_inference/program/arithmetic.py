@@ -92,6 +92,26 @@ class Arithmetic:
         """One bit. Counting waits less often than a tree of ORs, whatever the length."""
         return self.xp.sum((tensor < 0).astype(self.xp.int32)) != 0
 
+    def as_ring(self, tensor):
+        """Numbers as the integers of the ring that they are."""
+        raise NotImplementedError
+
+    def truncate(self, product):
+        """The number that a product of two numbers is, both taken as integers of the ring."""
+        raise NotImplementedError
+
+    def reveal(self, masked):
+        """Integers of the ring that all parties may see."""
+        return masked
+
+    def ring_matmul(self, left, right):
+        """Of integers of the ring."""
+        return self.xp.matmul(left, right)
+
+    def ring_multiply(self, left, right):
+        """Of integers of the ring."""
+        return left * right
+
 
 class CheapArithmetic(Arithmetic):
     """

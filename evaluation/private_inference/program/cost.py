@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import field
 
 from pydantic.dataclasses import dataclass
 
@@ -67,13 +68,14 @@ class InferenceCost(StoredRecord):
             tables that the server sends): paid once a connection, and in no other number here.
         steps (`list[StepCost]`): Steps of the inference itself, in order.
         seconds (`float`): By the clock, from the first step's beginning to the last one's end.
+        before (`list[StepCost]`): Steps that were done before the prompt came, in no other number here.
         versions (`dict[str, str]`): Versions of the packages that compute.
         git_revision (`str`, *optional*): Commit of this project.
         machine (`str`): Processor and number of threads.
     """
 
     KIND = "the cost of a private inference"
-    SCHEMA_VERSION = 2
+    SCHEMA_VERSION = 3
 
     notation: str
     n_layer: int
@@ -90,6 +92,17 @@ class InferenceCost(StoredRecord):
     versions: dict[str, str]
     git_revision: str | None
     machine: str
+    before: list[StepCost] = field(default_factory=list)
+
+    @classmethod
+    def migrate(cls, content: dict, version: int) -> dict | None:
+        """Version 2 had no `before`."""
+        return content if version == 2 else None
+
+    @property
+    def before_bytes(self) -> int:
+        """Bytes of what was done before the prompt came, sent by all parties together."""
+        return self.all_parties(sum(step.total_bytes for step in self.before))
 
     @property
     def total_bytes(self) -> int:
@@ -144,6 +157,11 @@ def by_operation(cost: InferenceCost) -> list[CostSum]:
 def by_layer(cost: InferenceCost) -> list[CostSum]:
     """The steps of each layer, and those around the blocks."""
     return _sums(cost, cost.steps, lambda step: AROUND_BLOCKS if step.layer is None else f"layer {step.layer}")
+
+
+def before_by_operation(cost: InferenceCost) -> list[CostSum]:
+    """What was done before the prompt came, by operation."""
+    return _sums(cost, cost.before, lambda step: step.operation)
 
 
 def set_up_by_operation(cost: InferenceCost) -> list[CostSum]:

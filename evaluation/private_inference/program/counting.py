@@ -27,6 +27,7 @@ OWNED_BATCHES, SHARED_BATCHES, OPENED = "batches of owned factors", "batches of 
 # Numbers that go through oblivious transfer.
 TRUNCATED, HALVED, COMPARED = "truncated numbers", "halved numbers", "compared numbers"
 CHOSEN, CHECKED = "numbers compared with their places", "numbers compared for one bit"
+REVEALED = "revealed numbers"
 RECIPROCALS, ROOTS, TANHS, ERFS = "reciprocals", "reciprocal roots", "hyperbolic tangents", "error functions"
 # What round trips are counted in: operations, of which one waits for the other.
 PRODUCTS, TRUNCATIONS, HALVINGS = "products of matrices", "truncations", "halvings"
@@ -63,6 +64,12 @@ RECIPROCAL_PRODUCTS, RECIPROCAL_PRODUCTS_A_STEP, ROOT_PRODUCTS, TANH_PRODUCTS, E
 RECIPROCAL_SQUARES, TANH_SQUARES, ERF_SQUARES = 1, 1, 3
 
 
+# What a variable holds: fixed-point numbers, or integers of the ring that are no such numbers.
+NUMBER, RING = np.float32, np.int64
+# The owner of what all parties know.
+PUBLIC = -1
+
+
 class Shape(np.ndarray):
     """
     A tensor of which the shape matters, and who owns it: what is computed of one party's tensors and of public numbers
@@ -75,14 +82,21 @@ class Shape(np.ndarray):
         self.owner = getattr(source, "owner", None)
 
     def __array_ufunc__(self, function, method, *inputs, **options):
-        owners = {operand.owner for operand in inputs if isinstance(operand, Shape)}
+        owners = {operand.owner for operand in inputs if isinstance(operand, Shape)} - {PUBLIC} or {PUBLIC}
         plain = [np.asarray(operand) if isinstance(operand, Shape) else operand for operand in inputs]
         return make_shape(getattr(function, method)(*plain, **options), owners.pop() if len(owners) == 1 else None)
 
+    def __array_function__(self, function, types, inputs, options):
+        result = super().__array_function__(function, types, inputs, options)
+        if function is not np.concatenate:
+            return result
+        owners = {_owner(part) for part in inputs[0]}
+        return make_shape(result, owners.pop() if len(owners) == 1 else None)
 
-def make_shape(tensor: np.ndarray | tuple[int, ...], owner: int | None = None) -> Shape:
-    """A tensor of an owner, or one of zeros that takes no memory."""
-    tensor = np.broadcast_to(np.float32(0), tensor) if isinstance(tensor, tuple) else np.asarray(tensor)
+
+def make_shape(tensor: np.ndarray | tuple[int, ...], owner: int | None = None, dtype: type = NUMBER) -> Shape:
+    """A tensor of an owner, or one of zeros that takes no memory: of numbers, or of integers of the ring."""
+    tensor = np.broadcast_to(dtype(0), tensor) if isinstance(tensor, tuple) else np.asarray(tensor)
     shape = tensor.view(Shape)
     shape.owner = owner
     return shape
@@ -137,7 +151,27 @@ class CountingArithmetic(CheapArithmetic):
         self.stock, self.counts, self.waits = stock, Counter(), Counter()
 
     def matmul(self, left, right):
+        return self._truncated(self.ring_matmul(left, right).shape)
+
+    def multiply(self, left, right):
+        product = self.ring_multiply(left, right)
+        return make_shape(product.shape, product.owner) if _is_local(left, right) else self._truncated(product.shape)
+
+    def as_ring(self, tensor):
+        return make_shape(tensor.shape, _owner(tensor), RING)
+
+    def truncate(self, product):
+        return self._truncated(product.shape)
+
+    def reveal(self, masked):
+        self.counts[REVEALED] += masked.size
+        self.waits[OPENINGS] += 1
+        return make_shape(masked.shape, PUBLIC, RING)
+
+    def ring_matmul(self, left, right):
         shape = (*left.shape[:-1], right.shape[-1])
+        if _is_local(left, right):
+            return make_shape(shape, _owner_of_both(left, right), RING)
         rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
         matrices = math.prod(left.shape[:-2])
         # With two shared factors, each party multiplies its share by both of the other's.
@@ -146,19 +180,18 @@ class CountingArithmetic(CheapArithmetic):
             self.counts[part] += times * count
         # Those of a batch come one after the other, with a round trip between.
         self.waits[PRODUCTS] += 2 * matrices - 1
-        return self._truncated(shape)
+        return make_shape(shape, None, RING)
 
-    def multiply(self, left, right):
+    def ring_multiply(self, left, right):
         shape = np.broadcast_shapes(left.shape, right.shape)
-        owners = (_owner(left), _owner(right))
-        if owners[0] is not None and owners[0] == owners[1]:
-            return make_shape(shape, owners[0])
-        if owners == (None, None):
+        if _is_local(left, right):
+            return make_shape(shape, _owner_of_both(left, right), RING)
+        if _owner(left) is None and _owner(right) is None:
             self._multiply_shares(math.prod(shape))
         else:
             self.counts[OWNED_BATCHES] += math.ceil(math.prod(shape) / SLOTS)
             self.waits[OWNED_FACTORS] += 1
-        return self._truncated(shape)
+        return make_shape(shape, None, RING)
 
     def scale(self, tensor, constant):
         shape = np.broadcast_shapes(tensor.shape, np.shape(constant))
@@ -260,6 +293,17 @@ class CountingArithmetic(CheapArithmetic):
 
 def _owner(tensor) -> int | None:
     return getattr(tensor, "owner", None)
+
+
+def _is_local(left, right) -> bool:
+    """Whether a product takes no message: a factor is public, or both are one party's."""
+    owners = (_owner(left), _owner(right))
+    return PUBLIC in owners or (owners[0] is not None and owners[0] == owners[1])
+
+
+def _owner_of_both(left, right) -> int | None:
+    """Of a product that takes no message."""
+    return ({_owner(left), _owner(right)} - {PUBLIC} or {PUBLIC}).pop()
 
 
 def _levels(numbers: int) -> int:

@@ -129,6 +129,12 @@ class FixedPointArithmetic(CheapArithmetic):
     def any_negative(self, tensor):
         return super().any_negative(self._fit(tensor))
 
+    def as_ring(self, tensor):
+        return (self._fit(tensor) * self._one).astype(np.int64)
+
+    def truncate(self, product):
+        return self._truncate(product / self._one**2)
+
     def _exp(self, tensor, squarings: int):
         """(1 + x / 2^n)^(2^n)."""
         power = 1.0 + self._round(self._fit(tensor) / 2.0**squarings)

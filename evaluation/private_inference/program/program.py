@@ -169,6 +169,11 @@ def checked_parts(config: ProgramConfig) -> list[str]:
     return [*CHECKED, *map(scores_name, range(config.n_layer))]
 
 
+def is_factor(name: str) -> bool:
+    """Whether a variable is a weight that others are multiplied by; the rest of the weights are added."""
+    return name == "wte" or name.endswith((".weight", ".slope", ".beta", ".inverse_temperature"))
+
+
 def sums_name(part: str) -> str:
     """The variable with the sums of one of [`checked_parts`]."""
     return f"sums.{part}"

@@ -1,0 +1,302 @@
+"""
+A party's halves of preparations, kept in a folder until they are used, once.
+
+A half is a seed, of which the party's parts of all masks are drawn, and its shares of the products. Both parties draw
+a preparation's name. A half is written whole or not at all, and is renamed, durably, before anything of it is used.
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.json_records import RECORD
+from entropy_gpt.evaluation.private_inference.program.cost import StepCost
+from entropy_gpt.evaluation.private_inference.program.counting import RING
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
+
+from .engine import engine_versions
+
+
+FORMAT = 1
+SEED_BYTES, NAME_BYTES, HASH_BYTES = 32, 16, 32
+NAME = re.compile(f"[0-9a-f]{{{2 * NAME_BYTES}}}")
+HALF, TAKEN, PART = ".half", ".taken", ".part"
+# After which a file of these belongs to no process any more.
+LEFT_SECONDS = 3600
+MOST_HEADER_BYTES = 2**24
+
+
+@dataclass(config=RECORD, frozen=True)
+class Header:
+    """
+    What a half is for.
+
+    Args:
+        name (`str`): The preparation's, which both parties drew.
+        rank (`int`): Whose half it is.
+        terms (`str`): A hash of program, settings and versions.
+        weights (`str`): A hash of the server's weights; empty in a client's half.
+        store (`str`): The server's store of the other half; empty in that one.
+        length, new_tokens, answers (`int`): The most that it serves.
+        shares (`list[tuple[str, str, list[int]]]`): For each product its variable, the engine's description of the
+            share, and the bytes of each of its parts.
+        costs (`list[StepCost]`): What the first phase took.
+        format (`int`): Version of the file.
+    """
+
+    name: str
+    rank: int
+    terms: str
+    weights: str
+    store: str
+    length: int
+    new_tokens: int
+    answers: int
+    shares: list[tuple[str, str, list[int]]]
+    costs: list[StepCost]
+    format: int = FORMAT
+
+    def spans(self) -> list[Span]:
+        """Those of the passes that it was made for."""
+        return pass_spans(self.length, self.new_tokens, self.answers)
+
+
+def pass_spans(length: int, new_tokens: int, answers: int) -> list[Span]:
+    """The prompt, then each new token except the last."""
+    return [Span(0, length, answers), *(Span(length + index, 1) for index in range(new_tokens - 1))]
+
+
+def hash_terms(config: ProgramConfig, settings: PrivateSettings) -> str:
+    """Of all that decides about the programs of both phases."""
+    terms = [asdict(ProgramConfig.of(config)), asdict(settings), engine_versions()]
+    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
+
+
+def hash_weights(weights: dict[str, np.ndarray], config: ProgramConfig) -> str:
+    digest = hashlib.sha256()
+    for name in weight_shapes(config):
+        digest.update(np.ascontiguousarray(weights[name], np.float32).data.cast("B"))
+    return digest.hexdigest()
+
+
+def draw_mask(seed: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A party's part of a mask: integers of the ring that look random to all who lack the seed."""
+    size = int(np.prod(shape)) * np.dtype(RING).itemsize
+    return np.frombuffer(hashlib.shake_256(seed + name.encode()).digest(size), RING).reshape(shape)
+
+
+class Store:
+    """
+    A folder of halves of one party.
+
+    Args:
+        folder (`Path`): Made if it is not there, readable by its owner alone.
+        rank (`int`): The party's.
+
+    Attributes:
+        identity (`str`): By which a client knows the store of the other halves.
+
+    Raises:
+        `PrivateInferenceError`: If the folder can't be used.
+    """
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self._rank = folder, rank
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.identity = self._identify()
+            self._clear()
+        except OSError as error:
+            raise PrivateInferenceError(f"{folder} can't hold preparations: {error.strerror}.") from error
+
+    def _identify(self) -> str:
+        path = self.folder / f"store-{self._rank}"
+        with contextlib.suppress(FileExistsError), open(_create(path), "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(NAME_BYTES))
+        return path.read_text(encoding="ascii")
+
+    def _clear(self):
+        """Deletes what killed processes have left."""
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.suffix in (TAKEN, PART) and path.stat().st_ctime < time.time() - LEFT_SECONDS:
+                    path.unlink()
+
+    def path(self, name: str) -> Path:
+        """The file of a half."""
+        return self.folder / f"{name}-{self._rank}{HALF}"
+
+    def size(self) -> int:
+        """Bytes of all halves."""
+        return sum(path.stat().st_size for path in self.folder.glob(f"*-{self._rank}{HALF}"))
+
+    def headers(self) -> Iterator[Header]:
+        """What is there, the smallest first; what can't be read is left out."""
+        found = []
+        for path in sorted(self.folder.glob(f"*-{self._rank}{HALF}")):
+            with contextlib.suppress(PrivateInferenceError, OSError), path.open("rb") as file:
+                found.append(_parse_header(file, path))
+        yield from sorted(found, key=lambda header: (header.length + header.new_tokens, header.answers))
+
+    def put(self, header: Header, seed: bytes, shares: dict):
+        """
+        Writes a half, whole or not at all.
+
+        Raises:
+            `PrivateInferenceError`: If it can't be written.
+        """
+        path = self.path(header.name)
+        part = path.with_suffix(PART)
+        try:
+            with open(_create(part), "wb") as file:
+                digest = hashlib.sha256()
+                chunks = (chunk for share in shares.values() for chunk in share.share_chunks)
+                line = TypeAdapter(Header).dump_json(header) + b"\n"
+                for content in (line, seed, *chunks):
+                    digest.update(content)
+                    file.write(content)
+                file.write(digest.digest())
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(path)
+            self._sync()
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise PrivateInferenceError(
+                f"a preparation can't be written to {self.folder}: {error.strerror}."
+            ) from error
+
+    def take(self, name: str) -> Path:
+        """
+        Takes a half out of the store, durably, so that nobody uses it again.
+
+        Returns:
+            `Path`: Its file, for [`read_half`]; to be deleted then.
+
+        Raises:
+            `PrivateInferenceError`: If it is not there.
+        """
+        path = self.path(name)
+        taken = path.with_suffix(TAKEN)
+        try:
+            path.rename(taken)
+            self._sync()
+        except OSError as error:
+            raise PrivateInferenceError(
+                "this preparation is not here: it was used, or its other half is lost. Prepare another one."
+            ) from error
+        return taken
+
+    def _sync(self):
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _create(path: Path) -> int:
+    """A new file that its owner alone may read."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def half_bytes(preparation: Preparation) -> int:
+    """About what a half takes on disk."""
+    return sum(mask.nbytes for mask in preparation.products.values())
+
+
+def is_name(text: object) -> bool:
+    return isinstance(text, str) and NAME.fullmatch(text) is not None
+
+
+def draw_name(parts: tuple[bytes, bytes]) -> str:
+    """A preparation's name, of the random bytes of both parties."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[: 2 * NAME_BYTES]
+
+
+def draw_bytes() -> bytes:
+    return secrets.token_bytes(SEED_BYTES)
+
+
+def describe_shares(shares: dict) -> list[tuple[str, str, list[int]]]:
+    """As a [`Header`] has them."""
+    return [
+        (name, base64.b64encode(share.meta).decode(), [len(chunk) for chunk in share.share_chunks])
+        for name, share in shares.items()
+    ]
+
+
+def read_half(path: Path) -> tuple[Header, bytes, dict]:
+    """
+    Reads a half that was taken, and deletes it.
+
+    Returns:
+        `tuple`: Its header, its seed, and its share of each product, by variable.
+
+    Raises:
+        `PrivateInferenceError`: If it is damaged, or of another version.
+    """
+    from spu import libspu
+
+    try:
+        with path.open("rb") as file:
+            header = _parse_header(file, path)
+            file.seek(0)
+            content = file.read()
+    except OSError as error:
+        raise PrivateInferenceError(f"a preparation can't be read: {error.strerror}.") from error
+    finally:
+        path.unlink(missing_ok=True)
+    if hashlib.sha256(content[:-HASH_BYTES]).digest() != content[-HASH_BYTES:]:
+        raise _damaged(path)
+    begin = content.index(b"\n") + 1
+    seed, begin, shares = content[begin : begin + SEED_BYTES], begin + SEED_BYTES, {}
+    for name, meta, sizes in header.shares:
+        share, chunks = libspu.Share(), []
+        for size in sizes:
+            chunks.append(content[begin : begin + size])
+            begin += size
+        share.meta, share.share_chunks = base64.b64decode(meta), chunks
+        shares[name] = share
+    return header, seed, shares
+
+
+def read_header(path: Path) -> Header:
+    """
+    What a half is for.
+
+    Raises:
+        `PrivateInferenceError`: If it is damaged, or of another version.
+    """
+    with path.open("rb") as file:
+        return _parse_header(file, path)
+
+
+def _parse_header(file, path: Path) -> Header:
+    line = file.readline(MOST_HEADER_BYTES)
+    try:
+        header = TypeAdapter(Header).validate_json(line)
+    except ValidationError as error:
+        raise _damaged(path) from error
+    if header.format != FORMAT:
+        raise PrivateInferenceError(f"{path.name} is of another version of entropy-gpt: prepare another one.")
+    return header
+
+
+def _damaged(path: Path) -> PrivateInferenceError:
+    return PrivateInferenceError(f"{path.name} is damaged: prepare another one.")

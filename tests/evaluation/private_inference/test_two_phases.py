@@ -1,0 +1,398 @@
+"""What is done before the prompt comes: the same numbers as in one phase, nothing revealed, and used once."""
+
+import math
+import os
+import stat
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.costs.cost_model import predict, predict_phases
+from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
+from entropy_gpt.evaluation.private_inference.program.program import (
+    LOGITS,
+    OUT_OF_RANGE,
+    TOKENS,
+    Span,
+    build_steps,
+    run_steps,
+)
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.two_phases import (
+    MATRICES,
+    NUMBERS,
+    SQUARES,
+    Demand,
+    Preparation,
+)
+from entropy_gpt.evaluation.private_inference.program.variables import client_input
+from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
+from tests.architectures import ARCHITECTURES, make_model
+from tests.slow import slow_but
+
+
+LENGTH = 9
+# The prompt, and two tokens after it.
+SPANS = [Span(0, LENGTH), Span(LENGTH, 1), Span(LENGTH + 1, 1)]
+LONGER = [Span(0, 20), Span(20, 1), Span(21, 1), Span(22, 1)]
+QUICK = ["EReg(SM(t_h)+LN+G+WN(QK+FFN))", "EReg(SM(t)+ScFuFFNi1)"]
+
+
+class ExactSquares(FixedPointArithmetic):
+    """Squares as they are in two phases: without the engine's division by 2."""
+
+    def square_by_exp(self, tensor):
+        return self.square_by_product(tensor)
+
+
+def prepared_weights(notation: str, **fields):
+    torch.manual_seed(0)
+    return prepare_weights(make_model(notation, **fields))
+
+
+def draw_masks(preparation: Preparation, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        name: random.integers(-(2**63), 2**63 - 1, mask.shape, np.int64, endpoint=True)
+        for name, mask in preparation.masks.items()
+    }
+
+
+def encode(ops, config, private, weights, span: Span, tokens) -> dict:
+    given = client_input(config, private, span, tokens[span.start : span.end], weights)
+    return {TOKENS if private.embedding == "one_hot" else "hidden": ops.encode(given)}
+
+
+def answers_in_one_phase(config, weights, private, spans, tokens) -> list[np.ndarray]:
+    ops = ExactSquares(private)
+    variables, found = {name: ops.encode(weight) for name, weight in weights.items()}, []
+    for span in spans:
+        variables |= encode(ops, config, private, weights, span, tokens)
+        variables = run_steps(build_steps(config, private, span), ops, variables)
+        found.append(variables[LOGITS])
+    return found
+
+
+def answers_in_two(config, weights, private, prepared, spans, tokens, ops_class=FixedPointArithmetic):
+    preparation = Preparation(config, private, prepared)
+    ops = ops_class(private)
+    variables = {name: ops.encode(weight) for name, weight in weights.items()} | draw_masks(preparation)
+    variables, found = run_steps(preparation.steps, ops, variables), []
+    ops = ops_class(private)
+    for number, span in enumerate(spans):
+        variables |= encode(ops, config, private, weights, span, tokens)
+        variables = run_steps(preparation.use(number, span), ops, variables)
+        found.append(variables[LOGITS])
+    return found
+
+
+@pytest.mark.parametrize("longer", [False, True])
+@pytest.mark.parametrize("notation", slow_but(QUICK, ARCHITECTURES))
+def test_two_phases_give_the_same_numbers_to_the_last_bit(notation, longer):
+    if longer and "(t)" in notation:
+        pytest.skip("temperatures by position multiply other numbers of a short prompt than of a long one")
+    config, weights = prepared_weights(notation, n_layer=2)
+    tokens = np.random.default_rng(0).integers(2, 101, LENGTH + 2)
+    private = PrivateSettings()
+    expected = answers_in_one_phase(config, weights, private, SPANS, tokens)
+    found = answers_in_two(config, weights, private, LONGER if longer else SPANS, SPANS, tokens)
+    for one, two in zip(expected, found, strict=True):
+        assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "private",
+    [
+        PrivateSettings(embedding="client_table", answer="token", softmax="tuned", fraction_bits=16),
+        pytest.param(PrivateSettings(softmax="stock", gelu="tanh"), marks=pytest.mark.slow),
+        pytest.param(PrivateSettings(gelu="erf"), marks=pytest.mark.slow),
+    ],
+)
+def test_every_setting_has_two_phases(private):
+    pytest.importorskip("jax")
+    config, weights = prepared_weights("SM+LN+G", n_layer=1)
+    tokens, spans = np.random.default_rng(0).integers(2, 101, LENGTH), [Span(0, LENGTH, 3)]
+    (one,) = answers_in_one_phase(config, weights, private, spans, tokens)
+    (two,) = answers_in_two(config, weights, private, spans, spans, tokens)
+    assert np.array_equal(one, two)
+
+
+def test_what_is_prepared_for_less_is_refused():
+    config, _ = prepared_weights("SM+ScFuFFN", n_layer=1)
+    preparation = Preparation(config, PrivateSettings(), [Span(0, 9), Span(9, 1)])
+    assert preparation.serves([Span(0, 9)])
+    assert preparation.serves([Span(0, 5), Span(5, 1)])
+    for spans in ([Span(0, 10)], [Span(0, 9, 2)], [Span(0, 5), Span(5, 1), Span(6, 1)]):
+        assert not preparation.serves(spans)
+    assert Preparation(config, PrivateSettings(), [Span(0, 9, 4)]).serves([Span(0, 7, 3)])
+    with pytest.raises(PrivateInferenceError, match="the preparation is for less: it does not have what"):
+        preparation.use(0, Span(0, 10))
+
+
+def test_temperatures_of_positions_that_were_not_prepared_are_refused():
+    config, _ = prepared_weights("SM(t)+ScFuFFN", n_layer=1)
+    assert not Preparation(config, PrivateSettings(), [Span(0, 30), Span(30, 1)]).serves([Span(0, 4), Span(4, 1)])
+
+
+def test_smaller_factors_are_covered_and_other_weights_are_not():
+    weight = Demand(MATRICES, (8, 4), (4, 3), is_weight=True)
+    assert weight.covers(Demand(MATRICES, (5, 4), (4, 3), is_weight=True))
+    assert not weight.covers(Demand(MATRICES, (5, 4), (4, 2), is_weight=True))
+    assert not weight.covers(Demand(MATRICES, (5, 4), (4, 3)))
+    pair = Demand(MATRICES, (2, 8, 6), (2, 6, 4))
+    assert pair.covers(Demand(MATRICES, (2, 5, 3), (2, 3, 4)))
+    assert not pair.covers(Demand(MATRICES, (2, 9, 3), (2, 3, 4)))
+    assert not Demand(NUMBERS, (4,), (4,)).covers(Demand(SQUARES, (4,)))
+
+
+class Watched(FixedPointArithmetic):
+    """Keeps what is revealed."""
+
+    seen: list[np.ndarray]
+
+    def reveal(self, masked):
+        self.seen.append(masked.copy())
+        return masked
+
+
+def revealed(config, weights, seed: int, tokens) -> np.ndarray:
+    """All that the parties of an inference see."""
+    private, span = PrivateSettings(), Span(0, LENGTH)
+    preparation, ops = Preparation(config, private, [span]), Watched(private)
+    ops.seen = []
+    variables = {name: ops.encode(weight) for name, weight in weights.items()} | draw_masks(preparation, seed)
+    variables = run_steps(preparation.steps, ops, variables) | encode(ops, config, private, weights, span, tokens)
+    assert not ops.seen
+    run_steps(preparation.use(0, span), ops, variables)
+    return np.concatenate(ops.seen)
+
+
+def chi_square(numbers: np.ndarray, bits: int = 6) -> float:
+    """Of the highest and the lowest bits, each as a standard normal deviation from uniform."""
+    largest = 0.0
+    for part in ((numbers >> (64 - bits)) + 2 ** (bits - 1), numbers & (2**bits - 1)):
+        counts = np.bincount(part.astype(np.int64), minlength=2**bits)
+        expected = len(numbers) / 2**bits
+        statistic = ((counts - expected) ** 2 / expected).sum()
+        freedom = 2**bits - 1
+        largest = max(largest, abs(statistic - freedom) / math.sqrt(2 * freedom))
+    return largest
+
+
+def test_what_is_revealed_is_uniform_whatever_the_prompt_is():
+    config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
+    same = np.full(LENGTH, 7)
+    runs = np.stack([revealed(config, weights, seed, same) for seed in range(6)])
+    assert chi_square(runs.reshape(-1)) < 5
+    # Each of the numbers by itself, over the runs: the sign is a fair coin.
+    assert abs((runs < 0).mean() - 0.5) < 0.01
+
+
+def test_a_mask_that_is_used_twice_shows_the_difference_of_two_prompts():
+    """What would happen: it is why a preparation serves once."""
+    config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
+    first, second = (revealed(config, weights, 0, np.full(LENGTH, token)) for token in (7, 8))
+    assert chi_square(first - second) > 100
+    fresh = revealed(config, weights, 1, np.full(LENGTH, 8))
+    assert chi_square(first - fresh) < 5
+
+
+def test_masks_have_two_parts_of_one_shape_with_an_owner_each():
+    config, _ = prepared_weights("SM+LN+G", n_layer=1)
+    preparation = Preparation(config, PrivateSettings(), SPANS)
+    owners = Counter(mask.owner for mask in preparation.masks.values())
+    assert owners[SERVER] == owners[CLIENT] > 0
+    for name, mask in preparation.masks.items():
+        if name.endswith("/server"):
+            assert preparation.masks[name.removesuffix("server") + "client"].shape == mask.shape
+
+
+def test_the_second_phase_waits_and_sends_less():
+    config, _ = prepared_weights("SM+ScFuFFN", n_embd=192, n_head=3, n_positions=128)
+    spans = [Span(0, 64)]
+    one = predict(config, PrivateSettings(), spans[0])
+    before, after = predict_phases(config, PrivateSettings(), spans)
+    sums = [sum(step.total_bytes for step in steps) for steps in (one, before, after)]
+    assert sums[2] < sums[0] / 2
+    assert sums[1] + sums[2] < 1.3 * sums[0]
+    assert sum(step.round_trips for step in after) < sum(step.round_trips for step in one)
+    assert [(step.operation, step.layer) for step in after] == [(step.operation, step.layer) for step in one]
+    with pytest.raises(PrivateInferenceError, match="not for 'semi2k'"):
+        predict_phases(config, PrivateSettings("semi2k"), spans)
+
+
+def test_several_answers_share_the_weights():
+    """The rows of all passes are one product."""
+    config, _ = prepared_weights("SM+ScFuFFN", n_layer=1)
+    one, three = (predict_phases(config, PrivateSettings(), spans)[0] for spans in (SPANS[:1], SPANS))
+    products = [[step.total_bytes for step in steps if step.operation == "output"] for steps in (one, three)]
+    assert len(products[0]) == len(products[1]) == 1
+    assert products[1][0] < 2 * products[0][0]
+
+
+@pytest.fixture
+def parties():
+    """What needs the engine's package."""
+    pytest.importorskip("spu")
+    from entropy_gpt.evaluation.private_inference.parties import preparations
+
+    return preparations
+
+
+@pytest.fixture
+def half(parties):
+    """A half with one share, as a function of its name."""
+    from spu import libspu
+
+    share = libspu.Share()
+    share.meta, share.share_chunks = b"meta\x00", [b"first", b"second part"]
+    shares = {"product": share}
+
+    def make(name: str = "0" * 32, **fields):
+        given = {"rank": SERVER, "terms": "t", "weights": "w", "store": "", "length": 8, "new_tokens": 2, "answers": 1}
+        described = parties.describe_shares(shares)
+        return parties.Header(name=name, shares=described, costs=[], **{**given, **fields}), b"s" * 32, shares
+
+    return make
+
+
+class TestStore:
+    def test_a_half_is_taken_once(self, parties, half, tmp_path):
+        store = parties.Store(tmp_path / "halves", SERVER)
+        store.put(*half())
+        header, seed, shares = parties.read_half(store.take("0" * 32))
+        assert (header, seed) == half()[:2]
+        assert (shares["product"].meta, shares["product"].share_chunks) == (b"meta\x00", [b"first", b"second part"])
+        with pytest.raises(PrivateInferenceError, match="this preparation is not here: it was used"):
+            store.take("0" * 32)
+        assert [path.name for path in store.folder.iterdir()] == ["store-0"]
+
+    def test_nobody_else_may_read_it(self, parties, half, tmp_path):
+        store = parties.Store(tmp_path / "halves", SERVER)
+        store.put(*half())
+        for path in (store.folder, *store.folder.iterdir()):
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+
+    def test_the_smallest_comes_first_and_what_is_damaged_is_left_out(self, parties, half, tmp_path):
+        store = parties.Store(tmp_path, CLIENT)
+        for number, length in enumerate((30, 10, 20)):
+            store.put(*half(str(number) * 32, rank=CLIENT, length=length))
+        store.path("9" * 32).write_bytes(b"{}\n")
+        assert [header.length for header in store.headers()] == [10, 20, 30]
+        assert not list(parties.Store(tmp_path, SERVER).headers())
+
+    @pytest.mark.parametrize("cut", [-1, -40, 30])
+    def test_a_damaged_half_is_refused_and_gone(self, cut, parties, half, tmp_path):
+        store = parties.Store(tmp_path, SERVER)
+        store.put(*half())
+        path = store.path("0" * 32)
+        path.write_bytes(path.read_bytes()[:cut])
+        with pytest.raises(PrivateInferenceError, match="is damaged: prepare another one"):
+            parties.read_half(store.take("0" * 32))
+        assert not list(tmp_path.glob("0*"))
+
+    def test_one_of_another_version_is_refused(self, parties, half, tmp_path):
+        store = parties.Store(tmp_path, SERVER)
+        store.put(*half(format=parties.FORMAT + 1))
+        with pytest.raises(PrivateInferenceError, match="is of another version of entropy-gpt"):
+            parties.read_half(store.take("0" * 32))
+
+    def test_a_full_disk_leaves_nothing(self, parties, half, tmp_path, monkeypatch):
+        def fail(descriptor):
+            raise OSError(28, "No space left on device")
+
+        store = parties.Store(tmp_path, SERVER)
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(PrivateInferenceError, match=r"can't be written to .*: No space left on device"):
+            store.put(*half())
+        assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
+
+    def test_a_store_is_the_same_when_it_is_opened_again(self, parties, tmp_path):
+        first, second = (parties.Store(tmp_path, SERVER).identity for _ in range(2))
+        assert first == second != parties.Store(tmp_path / "other", SERVER).identity
+
+    def test_what_killed_processes_left_is_cleared_after_a_while(self, parties, half, tmp_path, monkeypatch):
+        store = parties.Store(tmp_path, SERVER)
+        store.put(*half())
+        taken = store.take("0" * 32)
+        parties.Store(tmp_path, SERVER)
+        assert taken.exists()
+        monkeypatch.setattr(parties, "LEFT_SECONDS", -1)
+        parties.Store(tmp_path, SERVER)
+        assert not taken.exists()
+
+    def test_names_are_drawn_by_both_and_never_paths(self, parties):
+        name = parties.draw_name((b"a" * 32, b"b" * 32))
+        assert parties.is_name(name)
+        assert name not in (parties.draw_name((b"a" * 32, b"c" * 32)), parties.draw_name((b"c" * 32, b"b" * 32)))
+        assert not any(parties.is_name(text) for text in ("../" + "0" * 29, "0" * 31, "0" * 32 + "\n", None, 5))
+
+    def test_masks_depend_on_seed_and_name(self, parties):
+        first = parties.draw_mask(b"s" * 32, "a", (3, 4))
+        assert np.array_equal(first, parties.draw_mask(b"s" * 32, "a", (3, 4)))
+        for seed, name in ((b"t" * 32, "a"), (b"s" * 32, "b")):
+            assert not (first == parties.draw_mask(seed, name, (3, 4))).any()
+
+
+def run_on_the_engine(notation: str, protocol: str, log=None):
+    """One phase and two, all parties in one process: logits of both, costs of both phases, and predictions."""
+    from entropy_gpt.evaluation.private_inference.parties.local import run_parties
+    from entropy_gpt.evaluation.private_inference.parties.participant import (
+        Participant,
+        compile_pass,
+        compile_preparation,
+        compile_prepared_pass,
+    )
+
+    config, weights = prepared_weights(notation, n_layer=1)
+    private, span = PrivateSettings(protocol), Span(0, LENGTH, 3)
+    tokens = np.random.default_rng(0).integers(2, 101, LENGTH)
+    preparation = Preparation(config, private, [Span(0, LENGTH + 3, 3)])
+    before = compile_preparation(config, private, preparation)
+    after = compile_prepared_pass(config, private, preparation, 0, span)
+    one = compile_pass(config, private, span)
+
+    def take_part(link):
+        party = Participant(link, config, private, weights, log if link.rank == SERVER else None)
+        party.set_up()
+        value = client_input(config, private, span, tokens, weights) if party.is_client else None
+        party.infer(one, span, value)
+        shares, costs, seed = [party.party.share(LOGITS)], [], bytes([link.rank]) * 32
+        halves = party.prepare(before, preparation, seed, costs.append)
+        party.load(preparation, seed, halves)
+        second = party.infer(after, span, value)
+        party.forget(preparation)
+        shares += [party.party.share(LOGITS), party.party.share(OUT_OF_RANGE)]
+        return party, shares, costs, second
+
+    parties = run_parties(private, take_part)
+    party, _, costs, second = parties[SERVER]
+    shares = zip(*(shares for _, shares, _, _ in parties), strict=True)
+    logits = [party.party.reconstruct(list(parts)) for parts in shares]
+    return logits, costs, second, (before, after)
+
+
+@pytest.mark.slow
+def test_the_engine_without_a_protocol_gives_the_same_numbers():
+    pytest.importorskip("spu")
+    (one, two, out_of_range), *_ = run_on_the_engine("SM+ScFuFFN", "ref2k")
+    assert np.array_equal(one, two)
+    assert not out_of_range
+
+
+@pytest.mark.slow
+@pytest.mark.private
+@pytest.mark.parametrize("notation", ["SM+ScFuFFN", "SM+LN+G", "EReg(SM(t)+ScFuFFNi1)"])
+def test_two_parties_send_what_was_predicted_and_answer_alike(notation):
+    pytest.importorskip("spu")
+    from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog
+
+    (one, two, out_of_range), costs, second, programs = run_on_the_engine(notation, "cheetah", EngineLog())
+    assert np.abs(one - two).max() < 0.02
+    assert not out_of_range
+    for measured, program in zip((costs, second), programs, strict=True):
+        predicted = sum(step.total_bytes for step in program)
+        assert sum(step.total_bytes for step in measured) == pytest.approx(predicted, rel=0.1)
