@@ -58,8 +58,8 @@ def entropy_attention(
 
     Raises:
         `ValueError`: If shapes do not agree, the function is unknown or lacks its shift, softmax is given one that
-            requires a gradient (there is none), the mask has a wrong shape or dtype, or there are more queries than keys
-            under a causal mask.
+            requires a gradient (there is none), the mask has a wrong shape or dtype, or there are more queries than
+            keys under a causal mask.
     """
     query, key, value = _cast_as_autocast_does(query, key, value)
     _check_shapes(query, key, value, attention_mask, is_causal)

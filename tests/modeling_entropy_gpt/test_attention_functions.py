@@ -200,7 +200,7 @@ def test_autocast_does_not_round_the_scores_of_eager_attention():
 
 def test_a_function_that_does_not_go_with_its_shift_is_an_error():
     query, key, value, shift = make_states()
-    with pytest.raises(ValueError, match="function='powr4' is unknown: .* softmax, power4, power2, clamped"):
+    with pytest.raises(ValueError, match=r"function='powr4' is unknown: .* softmax, power4, power2, clamped"):
         entropy_attention(query, key, value, function="powr4", shift=shift)
     with pytest.raises(ValueError, match="function='power4' needs a shift"):
         entropy_attention(query, key, value, function="power4")

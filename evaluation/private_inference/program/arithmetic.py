@@ -11,7 +11,7 @@ HALVES = 2 * SLOTS
 SQUARE_BY_EXP_FROM = 4096
 # The least sum of a row of attention weights.
 LEAST_SUM = 2.0**-10
-# Of each of these weights, in last bits: a truncation may take one.
+# The least that is added to a weight, in last bits: a truncation may take one.
 LEAST_BITS = 2
 
 
@@ -25,7 +25,7 @@ class Arithmetic:
 
     # What is added to the sums of attention weights, where no maximum keeps them from 0 (attention_functions.py).
     least_sum = LEAST_SUM
-    # Of numbers; where they are not rounded, next to nothing.
+    # The step between numbers; where they are not rounded, next to nothing.
     last_bit = 2.0**-100
 
     def __init__(self, xp):

@@ -60,7 +60,7 @@ def weigh_visible_scores(ops: Arithmetic, visible, rows: np.ndarray, function: s
 
 
 def least_weights(ops: Arithmetic, keys: np.ndarray):
-    """What is added to each weight of rows that see so many keys: whole last bits."""
+    """What is added to each weight of rows that see this many keys: whole last bits."""
     return ops.public(np.maximum(np.ceil(ops.least_sum / keys / ops.last_bit), LEAST_BITS) * ops.last_bit)
 
 
