@@ -281,9 +281,7 @@ class PrivateClient:
         with self._lock:
             if self.terms.store is None:
                 raise UserError("this server keeps no preparations: it has to be run with serve --prepared.")
-            return self._try_again(
-                lambda connection, note: connection.prepare(length, new_tokens, 1, note), on_event
-            )
+            return self._try_again(lambda connection, note: connection.prepare(length, new_tokens, 1, note), on_event)
 
     def _connected(self) -> Client:
         if self._connection is None:

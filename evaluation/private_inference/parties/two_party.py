@@ -422,7 +422,7 @@ class Server:
         prepared = " (prepared)" if request.preparation else ""
         asked = {"new_tokens": request.new_tokens, "prompt_tokens": request.length, "positions": request.answers}
         self._say(address, f"{asks} {request.new_tokens} token(s) after {request.length}{prepared}", **asked)
-        began = time.monotonic()
+        began = use.running_since = time.monotonic()
 
         def note(event: dict):
             if event["event"] == "repeat":
@@ -432,7 +432,7 @@ class Server:
         try:
             outcome = session.answer(request, note, left.seconds)
         finally:
-            use.seconds = time.monotonic() - began
+            use.seconds, use.running_since = time.monotonic() - began, None
             if request.preparation is not None:
                 Path(request.preparation).unlink(missing_ok=True)
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
