@@ -74,7 +74,7 @@ MOST_PREPARED_BYTES = 4_000_000_000
 PARTING_SECONDS = 5
 # What each side is to the other.
 SERVER_NAME, CLIENT_NAME = "server", "client"
-# Of a certificate's hash, in a log.
+# How much of a certificate's hash a log has.
 PEER_CHARACTERS = 16
 # Connections at once that are not answered yet.
 MAX_GREETINGS = 64
