@@ -105,7 +105,7 @@ class Store:
     A folder of halves of one party.
 
     Args:
-        folder (`Path`): Made if it is not there, readable by its owner alone.
+        folder (`Path`): Made if it is not there; its owner alone may use it.
         rank (`int`): The party's.
 
     Attributes:
@@ -118,7 +118,7 @@ class Store:
     def __init__(self, folder: Path, rank: int):
         self.folder, self._rank = folder, rank
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_folder(folder)
             self.identity = self._identify()
             self._clear()
         except OSError as error:
@@ -134,8 +134,12 @@ class Store:
         """Deletes what killed processes have left."""
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
-                if path.suffix in (TAKEN, PART) and path.stat().st_ctime < time.time() - LEFT_SECONDS:
+                if self._is_left(path.name) and path.stat().st_ctime < time.time() - LEFT_SECONDS:
                     path.unlink()
+
+    def _is_left(self, name: str) -> bool:
+        """Whether a file is this store's, and no half that waits: a user's own files are not touched."""
+        return re.fullmatch(f"{NAME.pattern}-{self._rank}({TAKEN}|{PART})", name) is not None
 
     def path(self, name: str) -> Path:
         """The file of a half."""
@@ -203,11 +207,34 @@ class Store:
         return taken
 
     def _sync(self):
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(self.folder)
+
+
+def _make_folder(folder: Path):
+    """
+    Makes it durably, or takes one that its owner alone can use.
+
+    Raises:
+        `PrivateInferenceError`: If others can read or change what is in it.
+    """
+    if not folder.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sync(folder.parent)
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise PrivateInferenceError(f"{folder} can't hold preparations, which are secret: it is another user's.")
+    if found.st_mode & 0o077:
+        raise PrivateInferenceError(
+            f"{folder} can't hold preparations, which are secret: others can use it (chmod 700 {folder})."
+        )
+
+
+def _sync(folder: Path):
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _create(path: Path) -> int:

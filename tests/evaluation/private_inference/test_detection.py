@@ -58,7 +58,6 @@ def test_no_corrupted_run_is_returned_and_no_honest_one_stopped(notation):
     assert len(found) == len(CORRUPTIONS) * config.n_layer
     assert {detection.runs for detection in found} == {5, 1}
     gross = [each for each in found if CORRUPTIONS[each.corruption].is_gross]
-    print([e for e in gross if e.other_logits])
     assert sum(detection.other_logits + detection.other_token for detection in gross) == 0
     by_size = {bit: [each for each in found if each.corruption == SHIFT.format(bit=bit)] for bit in SHIFTED_BITS}
     assert not any(each.other_logits for each in by_size[min(SHIFTED_BITS)])

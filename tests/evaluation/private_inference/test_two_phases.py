@@ -158,12 +158,19 @@ class Watched(FixedPointArithmetic):
         return masked
 
 
-def revealed(config, weights, seed: int, tokens) -> np.ndarray:
-    """All that the parties of an inference see."""
+def revealed(config, weights, masks: tuple[int | None, int | None], tokens) -> np.ndarray:
+    """
+    All that the parties of an inference see. Each part of the masks has a seed, or is 0: then this is what the party
+    that drew it makes of what it sees, by adding its own part.
+    """
     private, span = PrivateSettings(), Span(0, LENGTH)
     preparation, ops = Preparation(config, private, [span]), Watched(private)
     ops.seen = []
-    variables = {name: ops.encode(weight) for name, weight in weights.items()} | draw_masks(preparation, seed)
+    variables = {name: ops.encode(weight) for name, weight in weights.items()}
+    for part, seed in zip(("server", "client"), masks, strict=True):
+        drawn = draw_masks(preparation, seed or 0)
+        own = {name: mask for name, mask in drawn.items() if name.endswith(f"/{part}")}
+        variables |= {name: np.zeros_like(mask) if seed is None else mask for name, mask in own.items()}
     variables = run_steps(preparation.steps, ops, variables) | encode(ops, config, private, weights, span, tokens)
     assert not ops.seen
     run_steps(preparation.use(0, span), ops, variables)
@@ -182,22 +189,63 @@ def chi_square(numbers: np.ndarray, bits: int = 6) -> float:
     return largest
 
 
-def test_what_is_revealed_is_uniform_whatever_the_prompt_is():
+@pytest.mark.parametrize("unknown", ["both", "server", "client"])
+def test_what_is_revealed_is_uniform_whatever_the_prompt_is(unknown):
+    """To a listener, who knows neither part of a mask; and to a party, which knows its own and not the other one's."""
     config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
     same = np.full(LENGTH, 7)
-    runs = np.stack([revealed(config, weights, seed, same) for seed in range(6)])
+    seeds = [
+        (None if unknown == "client" else seed, None if unknown == "server" else seed + 100) for seed in range(1, 7)
+    ]
+    runs = np.stack([revealed(config, weights, masks, same) for masks in seeds])
     assert chi_square(runs.reshape(-1)) < 5
     # Each of the numbers by itself, over the runs: the sign is a fair coin.
     assert abs((runs < 0).mean() - 0.5) < 0.01
 
 
+def test_both_parts_of_a_mask_are_in_each_number_that_is_revealed():
+    config, weights = prepared_weights("SM+LN+G", n_layer=1)
+    prompt = np.full(LENGTH, 7)
+    first, *others = (revealed(config, weights, masks, prompt) for masks in ((1, 2), (3, 2), (1, 4)))
+    for other in others:
+        assert (first != other).all()
+
+
 def test_a_mask_that_is_used_twice_shows_the_difference_of_two_prompts():
     """What would happen: it is why a preparation serves once."""
     config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
-    first, second = (revealed(config, weights, 0, np.full(LENGTH, token)) for token in (7, 8))
+    first, second = (revealed(config, weights, (1, 2), np.full(LENGTH, token)) for token in (7, 8))
     assert chi_square(first - second) > 100
-    fresh = revealed(config, weights, 1, np.full(LENGTH, 8))
+    fresh = revealed(config, weights, (3, 4), np.full(LENGTH, 8))
     assert chi_square(first - fresh) < 5
+
+
+def solve(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The matrix by which another one, of full rank, was multiplied in the ring."""
+    left, right = left.astype(np.uint64), right.astype(np.uint64)
+    for column in range(left.shape[1]):
+        odd = column + int(np.argmax(left[column:, column] & np.uint64(1)))
+        inverse = np.uint64(pow(int(left[odd, column]), -1, 2**64))
+        for matrix in (left, right):
+            matrix[[column, odd]] = matrix[[odd, column]]
+        left[column], right[column] = left[column] * inverse, right[column] * inverse
+        factors = left[:, column].copy()
+        factors[column] = 0
+        left, right = left - np.outer(factors, left[column]), right - np.outer(factors, right[column])
+    return right[: left.shape[1]].astype(np.int64)
+
+
+def test_both_halves_of_a_preparation_give_the_weights():
+    """Why a server's halves are as secret as its weights."""
+    config, weights = prepared_weights("SM+ScFuFFN", n_layer=1, n_embd=16, n_head=2, n_positions=64)
+    private = PrivateSettings()
+    preparation, ops = Preparation(config, private, [Span(0, 48, 48)]), FixedPointArithmetic(private)
+    variables = {name: ops.encode(weight) for name, weight in weights.items()} | draw_masks(preparation)
+    variables = run_steps(preparation.steps, ops, variables)
+    place = "0/None/head/linear/0/0"
+    mask = variables[f"{place}/left/server"] + variables[f"{place}/left/client"]
+    found = solve(mask, variables[f"{place}/product"])
+    assert np.array_equal(found, ops.encode(weights["head.weight"]))
 
 
 def test_masks_have_two_parts_of_one_shape_with_an_owner_each():
@@ -323,6 +371,27 @@ class TestStore:
         monkeypatch.setattr(parties, "LEFT_SECONDS", -1)
         parties.Store(tmp_path, SERVER)
         assert not taken.exists()
+
+    def test_files_that_are_not_the_stores_are_left_alone(self, parties, tmp_path, monkeypatch):
+        monkeypatch.setattr(parties, "LEFT_SECONDS", -1)
+        names = {"film.mp4.part", f"{'0' * 32}-1.part", f"{'0' * 32}.taken", "store-0"}
+        for name in names:
+            (tmp_path / name).write_text("0" * 32)
+        (tmp_path / "folder.part").mkdir()
+        parties.Store(tmp_path, SERVER)
+        assert {path.name for path in tmp_path.iterdir()} == names | {"folder.part"}
+
+    @pytest.mark.parametrize("mode", [0o777, 0o750, 0o701])
+    def test_a_folder_that_others_can_use_is_refused(self, mode, parties, tmp_path):
+        (tmp_path / "open").mkdir()
+        (tmp_path / "open").chmod(mode)
+        with pytest.raises(PrivateInferenceError, match=r"others can use it \(chmod 700 "):
+            parties.Store(tmp_path / "open", SERVER)
+
+    def test_a_folder_of_another_user_is_refused(self, parties, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        with pytest.raises(PrivateInferenceError, match="it is another user's"):
+            parties.Store(tmp_path, SERVER)
 
     def test_names_are_drawn_by_both_and_never_paths(self, parties):
         name = parties.draw_name((b"a" * 32, b"b" * 32))
