@@ -18,7 +18,12 @@ from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
-from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, check_plain_allowed, parse_address
+from entropy_gpt.evaluation.private_inference.parties.channel import (
+    RefusalError,
+    TLSFiles,
+    check_plain_allowed,
+    parse_address,
+)
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling
 from entropy_gpt.evaluation.private_inference.parties.session import (
@@ -207,27 +212,24 @@ class PrivateClient:
     ) -> Outcome:
         """
         The continuation of a prompt in tokens, with its logits; as of [`Client.ask`]. A connection that was open
-        before, and breaks before anything is computed on it, is made anew.
+        before, and ends before the server has accepted the prompt, is made anew.
 
         Raises:
             `PrivateInferenceError`: As [`Client.ask`].
         """
         self.check(prompt, new_tokens, answers, sampling)
-        begun = threading.Event()
 
-        def note(event: dict):
-            if event["event"] == "pass":
-                begun.set()
-            on_event(event)
+        def ask(connection: Client, note: Callable[[dict], None]) -> Outcome:
+            found = connection.find_preparation(len(prompt), new_tokens, answers)
+            if found is None and self._require_prepared:
+                raise UserError(
+                    f"no preparation fits {len(prompt)} tokens and {new_tokens} new ones of this server: make one "
+                    "(entropy-gpt private prepare)."
+                )
+            return connection.ask(prompt, new_tokens, answers, note, sampling, found)
 
         with self._lock:
-            was_open = self._connection is not None
-            try:
-                return self._ask(prompt, new_tokens, answers, note, sampling)
-            except PrivateInferenceError:
-                if begun.is_set() or not was_open:
-                    raise
-            return self._ask(prompt, new_tokens, answers, note, sampling)
+            return self._try_again(ask, on_event)
 
     def check(self, prompt: list[int], new_tokens: int, answers: int, sampling: Sampling = GREEDY):
         """
@@ -238,16 +240,31 @@ class PrivateClient:
         check_sampling(self.terms.settings, sampling)
         check_prompt(prompt, self.terms.config.vocab_size)
 
-    def _ask(self, prompt, new_tokens, answers, on_event, sampling) -> Outcome:
+    def _try_again(self, ask: Callable[[Client, Callable[[dict], None]], Outcome], on_event: Callable[[dict], None]):
+        """
+        Asks on the connection, and a second time on a new one if that was open before and is at its end, or if half of
+        a preparation is lost. What a server has accepted, or refuses for another reason, is not repeated.
+        """
+        was_open, accepted = self._connection is not None, threading.Event()
+
+        def note(event: dict):
+            if event["event"] == "accepted":
+                accepted.set()
+            on_event(event)
+
         try:
-            connection = self._connected()
-            found = connection.find_preparation(len(prompt), new_tokens, answers)
-            if found is None and self._require_prepared:
-                raise UserError(
-                    f"no preparation fits {len(prompt)} tokens and {new_tokens} new ones of this server: make one "
-                    "(entropy-gpt private prepare)."
-                )
-            return connection.ask(prompt, new_tokens, answers, on_event, sampling, found)
+            return self._once(ask, note)
+        except RefusalError as error:
+            if accepted.is_set() or error.code is None:
+                raise
+        except PrivateInferenceError:
+            if accepted.is_set() or not was_open:
+                raise
+        return self._once(ask, on_event)
+
+    def _once(self, ask: Callable[[Client, Callable[[dict], None]], Outcome], on_event: Callable[[dict], None]):
+        try:
+            return ask(self._connected(), on_event)
         except BaseException:
             self._disconnect()
             raise
@@ -264,11 +281,9 @@ class PrivateClient:
         with self._lock:
             if self.terms.store is None:
                 raise UserError("this server keeps no preparations: it has to be run with serve --prepared.")
-            try:
-                return self._connected().prepare(length, new_tokens, 1, on_event)
-            except BaseException:
-                self._disconnect()
-                raise
+            return self._try_again(
+                lambda connection, note: connection.prepare(length, new_tokens, 1, note), on_event
+            )
 
     def _connected(self) -> Client:
         if self._connection is None:

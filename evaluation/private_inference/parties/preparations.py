@@ -29,6 +29,7 @@ from entropy_gpt.evaluation.private_inference.program.program import ProgramConf
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 
+from .channel import NO_HALF, CodedError
 from .engine import engine_versions
 
 
@@ -201,10 +202,15 @@ class Store:
             path.rename(taken)
             self._sync()
         except OSError as error:
-            raise PrivateInferenceError(
-                "this preparation is not here: it was used, or its other half is lost. Prepare another one."
+            raise CodedError(
+                "this preparation is not here: it was used, or its other half is lost. Prepare another one.", NO_HALF
             ) from error
         return taken
+
+    def put_back(self, taken: Path):
+        """Undoes [`Store.take`], for a half of which nothing was used."""
+        taken.rename(taken.with_suffix(HALF))
+        self._sync()
 
     def _sync(self):
         _sync(self.folder)

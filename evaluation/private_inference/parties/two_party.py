@@ -30,7 +30,19 @@ from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, RI
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .channel import Channel, ClosedError, Listener, TLSFiles, clean, connect, one_line, shut_down
+from .channel import (
+    NO_HALF,
+    TURN_OVER,
+    Channel,
+    ClosedError,
+    CodedError,
+    Listener,
+    TLSFiles,
+    clean,
+    connect,
+    one_line,
+    shut_down,
+)
 from .engine import engine_versions
 from .limits import Accounts, Limits, Use
 from .memory import check_memory
@@ -42,7 +54,7 @@ from .tunnel import ClientTunnel, ServerTunnel
 from .turns import Turns
 
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 HANDSHAKE_SECONDS = 30
 # For which a client may keep the engine between two prompts, unless another one waits for it.
 KEPT_SECONDS, KEPT_CHECK_SECONDS = 30, 0.5
@@ -295,10 +307,11 @@ class Server:
         with self.turns.turn(channel.peer, announce):
             asked = self._read_request(channel, message)
             with self._opened(channel) as session:
-                while asked:
+                self._answer(session, address, *asked)
+                while message := self._next_request(session, asked[1]):
+                    asked = self._read_request(channel, message)
+                    channel.send({"kind": "accepted"})
                     self._answer(session, address, *asked)
-                    message = self._next_request(session, asked[1])
-                    asked = message and self._read_request(channel, message)
 
     def _read_request(self, channel: Channel, message: dict) -> tuple[Request, Use, Limits]:
         """
@@ -342,8 +355,10 @@ class Server:
         terms = hash_terms(self.offer.config, self.offer.settings)
         if (header.terms, header.weights) != (terms, self._weights_hash):
             path.unlink()
-            raise PrivateInferenceError(
-                "this preparation was made with another model, other settings or another version: prepare another one."
+            raise CodedError(
+                "this preparation was made with another model, other settings or another version: prepare another "
+                "one.",
+                NO_HALF,
             )
         return path
 
@@ -382,17 +397,23 @@ class Server:
     def _next_request(self, session: Session, use: Use) -> dict | None:
         """
         The client's next request on its connection, if there is one. The engine is kept for it, at the client's
-        expense, until another client wants it.
+        expense, until another client wants it, however soon the request comes.
+
+        Raises:
+            `CodedError`: If the client's turn is over.
         """
-        began = time.monotonic()
+        began, message = time.monotonic(), None
         while True:
+            if self.turns.waiting or self._draining or use.kept_seconds > KEPT_SECONDS:
+                raise CodedError("the turn is over, or no further prompt came in time: connect again.", TURN_OVER)
+            if message is not None:
+                return message
             try:
-                return session.events.expect(KEPT_CHECK_SECONDS, "peer's request")
+                message = session.events.expect(KEPT_CHECK_SECONDS, "peer's request")
             except ClosedError:
                 return None
-            except SilenceError as error:
-                if self.turns.waiting or self._draining or time.monotonic() - began > KEPT_SECONDS:
-                    raise PrivateInferenceError("no further prompt came in time: connect again.") from error
+            except SilenceError:
+                pass
             finally:
                 use.kept_seconds = time.monotonic() - began
 
@@ -456,6 +477,7 @@ class Client:
         self.timeout_seconds = timeout_seconds
         self._tunnel: ClientTunnel | None = None
         self._session: Session | None = None
+        self._accepted = False  # the last request
         self.channel = self._connect()
         try:
             with self.channel.telling(CLIENT_NAME):
@@ -536,11 +558,8 @@ class Client:
             preparation = preparation or self.find_preparation(len(prompt), new_tokens, answers)
             if preparation is None:
                 return self._request(asked, {}, on_event, **own)
-            taken = self.store.take(preparation)
-            try:
+            with self._taken(preparation) as taken:
                 return self._request(asked, {"preparation": preparation}, on_event, preparation=str(taken), **own)
-            finally:
-                taken.unlink(missing_ok=True)
         except BaseException:
             self.close()
             raise
@@ -591,12 +610,29 @@ class Client:
         check_request(self.terms.config, self.terms.settings, length, new_tokens, answers)
         return {"length": length, "new_tokens": new_tokens, "answers": answers}
 
+    @contextlib.contextmanager
+    def _taken(self, preparation: str) -> Iterator[Path]:
+        """A half, for one request. It stays in the store if the server accepts none: nothing of it was used then."""
+        taken, self._accepted = self.store.take(preparation), False
+        try:
+            yield taken
+        except BaseException as error:
+            if not self._accepted and getattr(error, "code", None) != NO_HALF:
+                self.store.put_back(taken)
+            raise
+        finally:
+            taken.unlink(missing_ok=True)
+
     def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
         """Has a request answered, of which the server is shown a part."""
         with self.channel.telling(CLIENT_NAME):
             self.channel.send({"kind": "request", **asked, **also})
             if self._session is None:
                 self._open(on_event)
+            else:
+                self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
+            self._accepted = True
+            on_event({"event": "accepted"})
             return self._session.answer(Request(**asked, **own), on_event)
 
     def _open(self, on_event: Callable[[dict], None]):

@@ -21,7 +21,9 @@ from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties import channel as channel_module
 from entropy_gpt.evaluation.private_inference.parties import limits, memory, party_process, tunnel, two_party
 from entropy_gpt.evaluation.private_inference.parties.channel import (
+    TURN_OVER,
     Channel,
+    CodedError,
     RefusalError,
     TLSFiles,
     connect,
@@ -272,13 +274,36 @@ class TestLimits:
         monkeypatch.setattr(two_party, "KEPT_CHECK_SECONDS", 0.1)
         with serving() as server:
             session, use = SimpleNamespace(events=Events()), Use(0.0, 1)
-            waiting = server.turns._enter("another")
+            session.events.put({"event": "peer's request"})
+            assert server._next_request(session, use) == {"event": "peer's request"}
+            threading.Timer(0.15, server.turns._enter, ["another"]).start()
             with pytest.raises(PrivateInferenceError, match="no further prompt came in time: connect again"):
                 server._next_request(session, use)
             assert 0.1 < use.kept_seconds < 5
-            server.turns._leave(waiting)
+
+    @pytest.mark.parametrize("why", ["another client waits", "the server ends"])
+    def test_a_client_that_asks_at_once_has_no_further_turn(self, why):
+        with serving() as server:
+            session = SimpleNamespace(events=Events())
             session.events.put({"event": "peer's request"})
-            assert server._next_request(session, use) == {"event": "peer's request"}
+            if why == "another client waits":
+                server.turns._enter("another")
+            else:
+                server.drain(0)
+            with pytest.raises(CodedError, match="the turn is over") as over:
+                server._next_request(session, Use(0.0, 1))
+            assert over.value.code == TURN_OVER
+
+    def test_a_client_hears_that_its_turn_is_over(self):
+        with channels() as (ours, theirs):
+            with pytest.raises(CodedError), ours.telling("server"):
+                raise CodedError("the turn is over", TURN_OVER)
+            with pytest.raises(RefusalError, match="the turn is over") as heard:
+                theirs.receive(WITHOUT_WAITING, ("program",))
+            theirs.send({"kind": "refusal", "reason": "x", "code": ["other"]})
+            with pytest.raises(RefusalError) as other:
+                ours.receive(WITHOUT_WAITING, ("program",))
+        assert (heard.value.code, other.value.code) == (TURN_OVER, None)
 
     def test_repeats_count_against_what_a_request_may_have_answered(self):
         process = PartyProcess.__new__(PartyProcess)
