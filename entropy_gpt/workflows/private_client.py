@@ -19,6 +19,8 @@ from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
 from entropy_gpt.evaluation.private_inference.parties.channel import (
+    NO_HALF,
+    TURN_OVER,
     RefusalError,
     TLSFiles,
     check_plain_allowed,
@@ -46,6 +48,8 @@ from .options import check_positive, read_options, with_argument_names
 
 
 DEFAULT_TIMEOUT = 600
+# Preparations that have lost their other half, one after another, until an error says so.
+MOST_LOST = 16
 Tokenizer = str | Path | PreTrainedTokenizerFast
 
 
@@ -242,8 +246,8 @@ class PrivateClient:
 
     def _try_again(self, ask: Callable[[Client, Callable[[dict], None]], Outcome], on_event: Callable[[dict], None]):
         """
-        Asks on the connection, and a second time on a new one if that was open before and is at its end, or if half of
-        a preparation is lost. What a server has accepted, or refuses for another reason, is not repeated.
+        Asks on the connection, and a second time on a new one if that was open before and is at its end; and again as
+        long as half of a preparation is lost. What a server has accepted, or refuses otherwise, is not repeated.
         """
         was_open, accepted = self._connection is not None, threading.Event()
 
@@ -252,14 +256,15 @@ class PrivateClient:
                 accepted.set()
             on_event(event)
 
-        try:
-            return self._once(ask, note)
-        except RefusalError as error:
-            if accepted.is_set() or error.code is None:
-                raise
-        except PrivateInferenceError:
-            if accepted.is_set() or not was_open:
-                raise
+        for _ in range(MOST_LOST):
+            try:
+                return self._once(ask, note)
+            except PrivateInferenceError as error:
+                code = getattr(error, "code", None)
+                ended = was_open and (code == TURN_OVER or not isinstance(error, RefusalError))
+                if accepted.is_set() or not (ended or code == NO_HALF):
+                    raise
+            was_open = False
         return self._once(ask, on_event)
 
     def _once(self, ask: Callable[[Client, Callable[[dict], None]], Outcome], on_event: Callable[[dict], None]):
@@ -281,9 +286,7 @@ class PrivateClient:
         with self._lock:
             if self.terms.store is None:
                 raise UserError("this server keeps no preparations: it has to be run with serve --prepared.")
-            return self._try_again(
-                lambda connection, note: connection.prepare(length, new_tokens, 1, note), on_event
-            )
+            return self._try_again(lambda connection, note: connection.prepare(length, new_tokens, 1, note), on_event)
 
     def _connected(self) -> Client:
         if self._connection is None:

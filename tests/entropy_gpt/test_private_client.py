@@ -76,6 +76,8 @@ def test_a_client_without_a_tokenizer_takes_tokens_alone(address):
 class Connection:
     """A connection that says it has accepted, or fails before or after."""
 
+    terms = None
+
     def __init__(self, error: Exception | None = None, accepted: bool = False):
         self.error, self.accepted, self.asked = error, accepted, 0
 
@@ -128,6 +130,17 @@ def test_what_is_asked_again_and_what_is_not(error, accepted, again, action):
         with pytest.raises(type(error), match=str(error)):
             act()
     assert (old.asked, new.asked) == (1, int(again))
+
+
+def test_each_preparation_that_has_lost_its_other_half_is_passed_over():
+    client = PrivateClient.__new__(PrivateClient)
+    lost = [Connection(RefusalError("its other half is lost", NO_HALF)) for _ in range(3)]
+    connections = iter([*lost, Connection()])
+    client._connection, client._lock, client.tokenizer = None, threading.Lock(), None
+    client._connect = lambda: next(connections)
+    client._require_prepared, client.check = False, lambda *arguments: None
+    assert client.ask([1, 2]) == "answer"
+    assert [connection.asked for connection in lost] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ a preparation's name. A half is written whole or not at all, and is renamed, dur
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import RING
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, is_factor, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 
@@ -37,8 +37,6 @@ FORMAT = 1
 SEED_BYTES, NAME_BYTES, HASH_BYTES = 32, 16, 32
 NAME = re.compile(f"[0-9a-f]{{{2 * NAME_BYTES}}}")
 HALF, TAKEN, PART = ".half", ".taken", ".part"
-# After which a file of these belongs to no process any more.
-LEFT_SECONDS = 3600
 MOST_HEADER_BYTES = 2**24
 
 
@@ -52,7 +50,7 @@ class Header:
         rank (`int`): Whose half it is.
         terms (`str`): A hash of program, settings and versions.
         weights (`str`): A hash of the server's weights; empty in a client's half.
-        store (`str`): The server's store of the other half; empty in that one.
+        store (`str`): That of the other half, by [`name_store`]; empty in that one.
         length, new_tokens, answers (`int`): The most that it serves.
         shares (`list[tuple[str, str, list[int]]]`): For each product its variable, the engine's description of the
             share, and the bytes of each of its parts.
@@ -89,8 +87,9 @@ def hash_terms(config: ProgramConfig, settings: PrivateSettings) -> str:
 
 
 def hash_weights(weights: dict[str, np.ndarray], config: ProgramConfig) -> str:
+    """Of those that preparations contain: neither of what is added, nor of the check's bounds."""
     digest = hashlib.sha256()
-    for name in weight_shapes(config):
+    for name in filter(is_factor, weight_shapes(config)):
         digest.update(np.ascontiguousarray(weights[name], np.float32).data.cast("B"))
     return digest.hexdigest()
 
@@ -110,7 +109,7 @@ class Store:
         rank (`int`): The party's.
 
     Attributes:
-        identity (`str`): By which a client knows the store of the other halves.
+        identity (`str`): Random, for [`name_store`].
 
     Raises:
         `PrivateInferenceError`: If the folder can't be used.
@@ -118,6 +117,7 @@ class Store:
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self._rank = folder, rank
+        self._locks: dict[Path, int] = {}
         try:
             _make_folder(folder)
             self.identity = self._identify()
@@ -127,16 +127,29 @@ class Store:
 
     def _identify(self) -> str:
         path = self.folder / f"store-{self._rank}"
-        with contextlib.suppress(FileExistsError), open(_create(path), "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(NAME_BYTES))
-        return path.read_text(encoding="ascii")
+        if not path.exists():
+            draft = self.path(secrets.token_hex(NAME_BYTES)).with_suffix(PART)
+            try:
+                with open(_create(draft), "w", encoding="ascii") as file:
+                    file.write(secrets.token_hex(NAME_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
+                with contextlib.suppress(FileExistsError):
+                    path.hardlink_to(draft)
+            finally:
+                draft.unlink(missing_ok=True)
+            self._sync()
+        identity = path.read_text(encoding="ascii", errors="replace")
+        if not is_name(identity):
+            raise PrivateInferenceError(f"{path} is damaged: delete it, and prepare anew.")
+        return identity
 
     def _clear(self):
-        """Deletes what killed processes have left."""
+        """Deletes what killed processes have left: theirs are locked as long as they live."""
         for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if self._is_left(path.name) and path.stat().st_ctime < time.time() - LEFT_SECONDS:
-                    path.unlink()
+            if self._is_left(path.name) and (lock := _lock(path)) is not None:
+                path.unlink(missing_ok=True)
+                os.close(lock)
 
     def _is_left(self, name: str) -> bool:
         """Whether a file is this store's, and no half that waits: a user's own files are not touched."""
@@ -178,39 +191,58 @@ class Store:
                 file.write(digest.digest())
                 file.flush()
                 os.fsync(file.fileno())
-            part.rename(path)
+                part.rename(path)
             self._sync()
         except OSError as error:
-            part.unlink(missing_ok=True)
+            for left in (part, path):
+                left.unlink(missing_ok=True)
             raise PrivateInferenceError(
                 f"a preparation can't be written to {self.folder}: {error.strerror}."
             ) from error
 
     def take(self, name: str) -> Path:
         """
-        Takes a half out of the store, durably, so that nobody uses it again.
+        Takes a half out of the store, durably, so that nobody uses it again. It is locked until [`Store.drop`] or
+        [`Store.put_back`].
 
         Returns:
-            `Path`: Its file, for [`read_half`]; to be deleted then.
+            `Path`: Its file, for [`read_half`].
 
         Raises:
-            `PrivateInferenceError`: If it is not there.
+            `PrivateInferenceError`: If it is not there, or can't be taken.
         """
         path = self.path(name)
         taken = path.with_suffix(TAKEN)
         try:
+            if (lock := _lock(path)) is None:
+                raise CodedError(
+                    "this preparation is not here: it was used, or its other half is lost. Prepare another one.",
+                    NO_HALF,
+                )
+            self._locks[taken] = lock
             path.rename(taken)
             self._sync()
         except OSError as error:
-            raise CodedError(
-                "this preparation is not here: it was used, or its other half is lost. Prepare another one.", NO_HALF
+            self.drop(taken)
+            raise PrivateInferenceError(
+                f"a preparation can't be taken from {self.folder}: {error.strerror}."
             ) from error
         return taken
+
+    def drop(self, taken: Path):
+        """Deletes what [`Store.take`] has taken."""
+        taken.unlink(missing_ok=True)
+        self._unlock(taken)
 
     def put_back(self, taken: Path):
         """Undoes [`Store.take`], for a half of which nothing was used."""
         taken.rename(taken.with_suffix(HALF))
         self._sync()
+        self._unlock(taken)
+
+    def _unlock(self, taken: Path):
+        if (lock := self._locks.pop(taken, None)) is not None:
+            os.close(lock)
 
     def _sync(self):
         _sync(self.folder)
@@ -244,13 +276,36 @@ def _sync(folder: Path):
 
 
 def _create(path: Path) -> int:
-    """A new file that its owner alone may read."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    """A new file that its owner alone may read, locked while it is open."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def _lock(path: Path) -> int | None:
+    """A file with a lock that lasts as long as it is open; `None` if it is gone, or another process has locked it."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            return file
+    except BlockingIOError:
+        pass
+    os.close(file)
+    return None
 
 
 def half_bytes(preparation: Preparation) -> int:
     """About what a half takes on disk."""
     return sum(mask.nbytes for mask in preparation.products.values())
+
+
+def name_store(identity: str, weights: str) -> str:
+    """By which a client knows where the other halves are: other weights in one folder have another name."""
+    return hashlib.sha256(f"{identity} {weights}".encode()).hexdigest()
 
 
 def is_name(text: object) -> bool:

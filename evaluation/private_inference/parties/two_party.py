@@ -47,7 +47,7 @@ from .engine import engine_versions
 from .limits import Accounts, Limits, Use
 from .memory import check_memory
 from .party_process import Job, Request
-from .preparations import Store, half_bytes, hash_terms, hash_weights, is_name, pass_spans, read_header
+from .preparations import Store, half_bytes, hash_terms, hash_weights, is_name, name_store, pass_spans, read_header
 from .sampling import GREEDY, Sampling
 from .session import Outcome, Session, SilenceError, Terms, check_prompt, check_request, check_sampling, free_port
 from .tunnel import ClientTunnel, ServerTunnel
@@ -157,6 +157,10 @@ class Server:
     @functools.cached_property
     def _weights_hash(self) -> str:
         return hash_weights(self.offer.weights, self.offer.config)
+
+    @functools.cached_property
+    def _store_name(self) -> str | None:
+        return None if self.store is None else name_store(self.store.identity, self._weights_hash)
 
     def serve_forever(self):
         """Until it is closed."""
@@ -297,24 +301,29 @@ class Server:
     def _serve(self, channel: Channel, address: str, hello: dict):
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
-        channel.send({"kind": "terms", **self.offer.terms(), "store": self.store and self.store.identity})
+        channel.send({"kind": "terms", **self.offer.terms(), "store": self._store_name})
         message = channel.receive(HANDSHAKE_SECONDS, ("request",))
         self._leave(channel.connection)
 
         def announce(before: int):
             channel.send({"kind": "waiting", "before": before})
 
-        with self.turns.turn(channel.peer, announce):
-            asked = self._read_request(channel, message)
+        with self.turns.turn(channel.peer, announce), contextlib.ExitStack() as taken:
+            asked = self._read_request(channel, message, taken)
             with self._opened(channel) as session:
                 self._answer(session, address, *asked)
                 while message := self._next_request(session, asked[1]):
-                    asked = self._read_request(channel, message)
+                    taken.close()
+                    asked = self._read_request(channel, message, taken)
                     channel.send({"kind": "accepted"})
                     self._answer(session, address, *asked)
 
-    def _read_request(self, channel: Channel, message: dict) -> tuple[Request, Use, Limits]:
+    def _read_request(
+        self, channel: Channel, message: dict, taken: contextlib.ExitStack
+    ) -> tuple[Request, Use, Limits]:
         """
+        A client's request. What it takes out of the store is dropped when `taken` closes.
+
         Raises:
             `PrivateInferenceError`: If the model can't answer so much, or the client has not so much left.
         """
@@ -326,8 +335,8 @@ class Server:
             self._check_room(pass_spans(length, new_tokens, answers))
         use, left = self._accounts.open(channel.peer, 0 if prepares else max(new_tokens, answers))
         most, limit = min((left.answers, "--max-new-tokens"), (left.positions, "--max-positions"))
-        taken = None if name is None else str(self._take_half(name))
-        return Request(length, new_tokens, answers, most, limit, prepares=prepares, preparation=taken), use, left
+        half = None if name is None else str(self._take_half(name, taken))
+        return Request(length, new_tokens, answers, most, limit, prepares=prepares, preparation=half), use, left
 
     def _check_room(self, spans: list[Span]):
         """
@@ -343,7 +352,7 @@ class Server:
                 "the most (--prepared-mb): use some first."
             )
 
-    def _take_half(self, name: object) -> Path:
+    def _take_half(self, name: object, taken: contextlib.ExitStack) -> Path:
         """
         Raises:
             `PrivateInferenceError`: If it is not here, or not for this model.
@@ -351,10 +360,10 @@ class Server:
         if self.store is None or not is_name(name):
             raise PrivateInferenceError("no such preparation is kept here (serve --prepared).")
         path = self.store.take(name)
+        taken.callback(self.store.drop, path)
         header = read_header(path)
         terms = hash_terms(self.offer.config, self.offer.settings)
         if (header.terms, header.weights) != (terms, self._weights_hash):
-            path.unlink()
             raise CodedError(
                 "this preparation was made with another model, other settings or another version: prepare another "
                 "one.",
@@ -433,8 +442,6 @@ class Server:
             outcome = session.answer(request, note, left.seconds)
         finally:
             use.seconds = time.monotonic() - began
-            if request.preparation is not None:
-                Path(request.preparation).unlink(missing_ok=True)
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
         line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
         self._say(address, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))
@@ -621,7 +628,7 @@ class Client:
                 self.store.put_back(taken)
             raise
         finally:
-            taken.unlink(missing_ok=True)
+            self.store.drop(taken)
 
     def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
         """Has a request answered, of which the server is shown a part."""

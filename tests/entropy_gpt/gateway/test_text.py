@@ -25,7 +25,10 @@ def test_pieces_add_up_to_the_text(text):
     assert not any("\ufffd" in piece.text for piece in pieces)
 
 
-@given(TEXTS, st.lists(st.text(alphabet="def main(\u00e9\u65e5\U0001f600", min_size=1, max_size=3), min_size=1, max_size=2))
+@given(
+    TEXTS,
+    st.lists(st.text(alphabet="def main(\u00e9\u65e5\U0001f600", min_size=1, max_size=3), min_size=1, max_size=2),
+)
 def test_it_ends_before_the_first_stop_that_is_complete(text, stops):
     answer = AnswerText(WORDS, stops)
     shown = "".join(piece.text for piece in stream(answer, WORDS(text)["input_ids"]))

@@ -362,18 +362,73 @@ class TestStore:
         first, second = (parties.Store(tmp_path, SERVER).identity for _ in range(2))
         assert first == second != parties.Store(tmp_path / "other", SERVER).identity
 
-    def test_what_killed_processes_left_is_cleared_after_a_while(self, parties, half, tmp_path, monkeypatch):
+    def test_what_killed_processes_left_is_cleared_and_what_is_in_use_is_not(self, parties, half, tmp_path):
         store = parties.Store(tmp_path, SERVER)
         store.put(*half())
         taken = store.take("0" * 32)
+        left = [tmp_path / f"{'1' * 32}-0{suffix}" for suffix in (".taken", ".part")]
+        for path in left:
+            path.touch()
         parties.Store(tmp_path, SERVER)
-        assert taken.exists()
-        monkeypatch.setattr(parties, "LEFT_SECONDS", -1)
-        parties.Store(tmp_path, SERVER)
-        assert not taken.exists()
+        assert taken.exists() and not any(path.exists() for path in left)
+        store.drop(taken)
+        assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
 
-    def test_files_that_are_not_the_stores_are_left_alone(self, parties, tmp_path, monkeypatch):
-        monkeypatch.setattr(parties, "LEFT_SECONDS", -1)
+    def test_one_of_two_processes_takes_it(self, parties, half, tmp_path):
+        first, second = (parties.Store(tmp_path, CLIENT) for _ in range(2))
+        first.put(*half(rank=CLIENT))
+        taken = first.take("0" * 32)
+        with pytest.raises(PrivateInferenceError, match="is not here"):
+            second.take("0" * 32)
+        first.put_back(taken)
+        second.drop(second.take("0" * 32))
+
+    def test_what_fails_otherwise_is_not_said_to_be_used(self, parties, half, tmp_path, monkeypatch):
+        def fail(*arguments):
+            raise OSError(5, "Input/output error")
+
+        store = parties.Store(tmp_path, SERVER)
+        store.put(*half())
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(PrivateInferenceError, match=r"can't be taken from .*: Input/output error") as failed:
+            store.take("0" * 32)
+        assert not hasattr(failed.value, "code")
+
+    def test_a_folder_that_cannot_be_synced_keeps_nothing(self, parties, half, tmp_path, monkeypatch):
+        def fail(folder):
+            raise OSError(5, "Input/output error")
+
+        store = parties.Store(tmp_path, SERVER)
+        monkeypatch.setattr(parties, "_sync", fail)
+        with pytest.raises(PrivateInferenceError, match="can't be written to"):
+            store.put(*half())
+        assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
+
+    @pytest.mark.parametrize("content", ["", "0" * 31, "../" + "0" * 29])
+    def test_a_damaged_identity_is_refused(self, content, parties, tmp_path):
+        (tmp_path / "store-0").write_text(content)
+        with pytest.raises(PrivateInferenceError, match="store-0 is damaged: delete it"):
+            parties.Store(tmp_path, SERVER)
+
+    def test_an_identity_is_written_whole_or_not_at_all(self, parties, tmp_path, monkeypatch):
+        def fail(file):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(PrivateInferenceError, match="No space left"):
+            parties.Store(tmp_path, SERVER)
+        assert not list(tmp_path.iterdir())
+
+    def test_weights_that_are_multiplied_are_hashed_and_others_are_not(self, parties):
+        config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
+        first = parties.hash_weights(weights, config)
+        for name, same in (("h.0.output.weight", False), ("head.weight", False), ("bounds.after", True)):
+            changed = weights[name].copy()
+            changed.flat[0] += 1
+            assert (parties.hash_weights(weights | {name: changed}, config) == first) is same
+        assert parties.name_store("store", first) != parties.name_store("store", "other")
+
+    def test_files_that_are_not_the_stores_are_left_alone(self, parties, tmp_path):
         names = {"film.mp4.part", f"{'0' * 32}-1.part", f"{'0' * 32}.taken", "store-0"}
         for name in names:
             (tmp_path / name).write_text("0" * 32)
