@@ -290,6 +290,7 @@ def prepare(
     key: Key = None,
     authority: Authority = None,
     insecure: Insecure = False,
+    protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     timeout: Timeout = 600,
 ):
     """
@@ -312,6 +313,7 @@ def prepare(
         new_tokens=new_tokens,
         count=count,
         insecure=insecure,
+        protocol=protocol.value,
         timeout=timeout,
     )
 

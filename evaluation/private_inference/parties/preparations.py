@@ -7,12 +7,15 @@ a preparation's name. A half is written whole or not at all, and is renamed, dur
 
 import base64
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -33,11 +36,16 @@ from .channel import NO_HALF, CodedError
 from .engine import engine_versions
 
 
-FORMAT = 1
+FORMAT = 2
 SEED_BYTES, NAME_BYTES, HASH_BYTES = 32, 16, 32
 NAME = re.compile(f"[0-9a-f]{{{2 * NAME_BYTES}}}")
 HALF, TAKEN, PART = ".half", ".taken", ".part"
 MOST_HEADER_BYTES = 2**24
+# Products that a header has room for, with what each took.
+MOST_PRODUCTS = MOST_HEADER_BYTES // 512
+# For which a server keeps the half of a preparation that nobody uses.
+KEPT_DAYS = 30
+DAY_SECONDS = 86_400
 
 
 @dataclass(config=RECORD, frozen=True)
@@ -55,6 +63,8 @@ class Header:
         shares (`list[tuple[str, str, list[int]]]`): For each product its variable, the engine's description of the
             share, and the bytes of each of its parts.
         costs (`list[StepCost]`): What the first phase took.
+        owner (`str`): The client, as [`Channel.peer`]; empty in its own half.
+        made (`float`): When, in seconds since 1970.
         format (`int`): Version of the file.
     """
 
@@ -68,6 +78,8 @@ class Header:
     answers: int
     shares: list[tuple[str, str, list[int]]]
     costs: list[StepCost]
+    owner: str
+    made: float
     format: int = FORMAT
 
     def spans(self) -> list[Span]:
@@ -159,9 +171,31 @@ class Store:
         """The file of a half."""
         return self.folder / f"{name}-{self._rank}{HALF}"
 
-    def size(self) -> int:
-        """Bytes of all halves."""
-        return sum(path.stat().st_size for path in self.folder.glob(f"*-{self._rank}{HALF}"))
+    def sizes(self) -> Counter[str]:
+        """Bytes of all halves, by owner."""
+        sizes: Counter[str] = Counter()
+        for path in self.folder.glob(f"*-{self._rank}{HALF}"):
+            with contextlib.suppress(PrivateInferenceError, FileNotFoundError):
+                sizes[read_header(path).owner] += path.stat().st_size
+        return sizes
+
+    def delete_old(self, terms: str, weights: str):
+        """Deletes what nobody can use, and what nobody has used for `KEPT_DAYS`; what is in use is left alone."""
+        for path in self.folder.glob(f"*-{self._rank}{HALF}"):
+            with contextlib.suppress(CodedError):
+                if not self._is_current(path, terms, weights):
+                    self.drop(self.take(path.name.removesuffix(f"-{self._rank}{HALF}")))
+
+    @staticmethod
+    def _is_current(path: Path, terms: str, weights: str) -> bool:
+        try:
+            header = read_header(path)
+        except FileNotFoundError:  # it was used meanwhile
+            return True
+        except PrivateInferenceError:
+            return False
+        young = header.made > time.time() - KEPT_DAYS * DAY_SECONDS
+        return young and (header.terms, header.weights) == (terms, weights)
 
     def headers(self) -> Iterator[Header]:
         """What is there, the smallest first; what can't be read is left out."""
@@ -185,6 +219,8 @@ class Store:
                 digest = hashlib.sha256()
                 chunks = (chunk for share in shares.values() for chunk in share.share_chunks)
                 line = TypeAdapter(Header).dump_json(header) + b"\n"
+                if len(line) > MOST_HEADER_BYTES:
+                    raise OSError(errno.EFBIG, "its header is too long")
                 for content in (line, seed, *chunks):
                     digest.update(content)
                     file.write(content)
@@ -298,9 +334,19 @@ def _lock(path: Path) -> int | None:
     return None
 
 
-def half_bytes(preparation: Preparation) -> int:
-    """About what a half takes on disk."""
-    return sum(mask.nbytes for mask in preparation.products.values())
+def measure_half(config: ProgramConfig, settings: PrivateSettings, spans: list[Span]) -> tuple[int, int]:
+    """
+    About what a half takes on disk, and how many products it has. Both grow evenly from one further token to the next,
+    so the first and the last of these are enough: a long answer is measured as soon as a short one.
+    """
+    further = spans[1:]
+    parts = [(spans[:1], 1.0), *(([span], len(further) / 2) for span in (further[:1] + further[-1:]))]
+    size = count = 0.0
+    for some, times in parts:
+        products = Preparation(config, settings, some).products
+        size += times * sum(product.nbytes for product in products.values())
+        count += times * len(products)
+    return round(size), round(count)
 
 
 def name_store(identity: str, weights: str) -> str:

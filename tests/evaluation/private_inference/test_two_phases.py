@@ -1,9 +1,12 @@
 """What is done before the prompt comes: the same numbers as in one phase, nothing revealed, and used once."""
 
+import contextlib
 import math
 import os
 import stat
+import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,10 +300,11 @@ def half(parties):
 
     share = libspu.Share()
     share.meta, share.share_chunks = b"meta\x00", [b"first", b"second part"]
-    shares = {"product": share}
+    shares, now = {"product": share}, time.time()
 
     def make(name: str = "0" * 32, **fields):
         given = {"rank": SERVER, "terms": "t", "weights": "w", "store": "", "length": 8, "new_tokens": 2, "answers": 1}
+        given |= {"owner": "one", "made": now}
         described = parties.describe_shares(shares)
         return parties.Header(name=name, shares=described, costs=[], **{**given, **fields}), b"s" * 32, shares
 
@@ -459,6 +463,106 @@ class TestStore:
         assert np.array_equal(first, parties.draw_mask(b"s" * 32, "a", (3, 4)))
         for seed, name in ((b"t" * 32, "a"), (b"s" * 32, "b")):
             assert not (first == parties.draw_mask(seed, name, (3, 4))).any()
+
+
+@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFNi1)"])
+@pytest.mark.parametrize("new_tokens", [1, 2, 7])
+def test_a_long_answer_is_measured_by_few_of_its_tokens(notation, new_tokens, parties):
+    config, _ = prepared_weights(notation, n_layer=1)
+    spans = parties.pass_spans(6, new_tokens, 1)
+    products = Preparation(config, PrivateSettings(), spans).products
+    expected = sum(product.nbytes for product in products.values()), len(products)
+    assert parties.measure_half(config, PrivateSettings(), spans) == expected
+
+
+class TestRoom:
+    """What a server keeps for whom."""
+
+    @pytest.fixture
+    def serve(self, parties, tmp_path):
+        from entropy_gpt.evaluation.private_inference.parties.limits import Limits
+        from entropy_gpt.evaluation.private_inference.parties.two_party import Offer, Server
+
+        config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
+        offer, servers = Offer(config, weights, "SM+ScFuFFN", PrivateSettings(), ""), []
+
+        def make(**options):
+            options = {"limits": Limits(answers=8), "prepared": tmp_path, "report": lambda line: None, **options}
+            servers.append(Server(offer, "127.0.0.1", 0, None, **options))
+            return servers[-1]
+
+        yield make
+        for server in servers:
+            server.close()
+
+    @staticmethod
+    def read(server, taken, client: str = "one", new_tokens: int = 1, **message):
+        asked = {"length": 6, "new_tokens": new_tokens, "answers": 1, **message}
+        return server._read_request(SimpleNamespace(peer=client), asked, taken)
+
+    @pytest.fixture
+    def kept(self, parties, half, serve, tmp_path):
+        """A server with a half, as a function of the half's fields."""
+
+        def make(name: str = "0" * 32, **fields):
+            server = serve()
+            fields = {"terms": server._terms_hash, "weights": server._weights_hash, **fields}
+            server.store.put(*half(name, **fields))
+            return server
+
+        return make
+
+    def test_what_is_being_made_has_its_room_already(self, serve, parties):
+        config, settings = serve().offer.config, PrivateSettings()
+        size, _ = parties.measure_half(config, settings, parties.pass_spans(6, 1, 1))
+        server = serve(most_prepared_bytes=2 * size)
+        with contextlib.ExitStack() as taken, contextlib.ExitStack() as other:
+            request, use, _ = self.read(server, taken, prepares=True)
+            assert request.prepares and use.positions == 0
+            with pytest.raises(PrivateInferenceError, match=r"preparations of this client would take .*--prepared-mb"):
+                self.read(server, other, prepares=True)
+            self.read(server, other, "two", prepares=True)
+            with pytest.raises(PrivateInferenceError, match=r"^preparations would take"):
+                self.read(server, other, "three", prepares=True)
+        self.read(server, taken, prepares=True)
+        taken.close()
+
+    def test_limits_come_before_anything_is_computed(self, serve, parties, monkeypatch):
+        def measure(*arguments):
+            raise AssertionError("too early")
+
+        server = serve()
+        monkeypatch.setattr(f"{Preparation.__init__.__module__}.Preparation", measure)
+        with contextlib.ExitStack() as taken, pytest.raises(PrivateInferenceError, match="9 answers are asked for; 8"):
+            self.read(server, taken, new_tokens=9, prepares=True)
+
+    def test_what_does_not_fit_a_header_is_not_begun(self, serve, monkeypatch):
+        monkeypatch.setattr("entropy_gpt.evaluation.private_inference.parties.two_party.MOST_PRODUCTS", 3)
+        with contextlib.ExitStack() as taken, pytest.raises(PrivateInferenceError, match="so long an answer can't be"):
+            self.read(serve(), taken, prepares=True)
+
+    def test_a_half_is_for_the_client_that_it_was_made_with(self, kept):
+        server = kept()
+        with contextlib.ExitStack() as taken:
+            with pytest.raises(PrivateInferenceError, match="was made with another client"):
+                self.read(server, taken, "two", preparation="0" * 32)
+            request, *_ = self.read(server, taken, preparation="0" * 32)
+            assert request.preparation.endswith(f"{'0' * 32}-0.taken")
+        assert [path.name for path in server.store.folder.iterdir()] == ["store-0"]
+
+    @pytest.mark.parametrize("fields", [{"terms": "others"}, {"weights": "others"}, {"made": 0.0}, {"format": 1}])
+    def test_what_nobody_can_use_is_deleted_at_the_start(self, fields, kept, serve):
+        store = kept(**fields).store
+        kept("1" * 32)
+        serve()
+        assert [header.name for header in store.headers()] == ["1" * 32]
+
+    def test_a_header_that_could_not_be_read_again_is_not_written(self, parties, half, tmp_path, monkeypatch):
+        store = parties.Store(tmp_path, SERVER)
+        monkeypatch.setattr(parties, "MOST_HEADER_BYTES", 100)
+        with pytest.raises(PrivateInferenceError, match="can't be written"):
+            store.put(*half())
+        assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
 
 
 def run_on_the_engine(notation: str, protocol: str, log=None):
