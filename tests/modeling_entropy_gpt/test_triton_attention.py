@@ -413,7 +413,7 @@ def compile_for(monkeypatch, tmp_path) -> Callable:
         visible = None if visible is None else visible.bool()
         common = (*states, visible, True, 0.1, dropout, seed if dropout else None, states[0], rows, rows)
         triton_attention.run_forward(*common)
-        triton_attention.run_backward(*common, states[0], rows, *states)
+        triton_attention.run_backward(*common, states[0], rows, rows, *states)
         return kernels
 
     from modeling_entropy_gpt import triton_attention
