@@ -162,7 +162,10 @@ def test_a_half_is_used_up_once_its_prompt_is_accepted(tmp_path, heard, kept):
 
     client._session = SimpleNamespace(events=Events(), answer=answer, close=lambda: None)
     client._session.events.put(heard)
-    client._tunnel, client._check = None, lambda *asked: dict(zip(("length", "new_tokens", "answers"), asked))
+    client._tunnel, client._check = (
+        None,
+        lambda length, new, answers: {"length": length, "new_tokens": new, "answers": answers},
+    )
     client.terms = SimpleNamespace(config=SimpleNamespace(vocab_size=9), settings=SimpleNamespace(answer="token"))
     client.channel = Channel.__new__(Channel)
     client.channel.send, client.channel.close = lambda message: None, lambda: None

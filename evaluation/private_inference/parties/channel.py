@@ -170,8 +170,8 @@ class NoServerError(PrivateInferenceError):
     """Nobody listens at the server's address."""
 
 
-# Refusals after which another connection may well be answered: a client's turn is over between two prompts, and half of
-# a preparation is lost.
+# Refusals after which another connection may well be answered: a client's turn is over between two prompts, or a half
+# of a preparation is lost.
 TURN_OVER, NO_HALF = "turn over", "no half"
 
 

@@ -478,7 +478,7 @@ class Server:
         prepared = " (prepared)" if request.preparation else ""
         asked = {"new_tokens": request.new_tokens, "prompt_tokens": request.length, "positions": request.answers}
         self._say(address, f"{asks} {request.new_tokens} token(s) after {request.length}{prepared}", **asked)
-        began = time.monotonic()
+        began = use.running_since = time.monotonic()
 
         def note(event: dict):
             if event["event"] == "repeat":
@@ -488,7 +488,7 @@ class Server:
         try:
             outcome = session.answer(request, note, left.seconds)
         finally:
-            use.seconds = time.monotonic() - began
+            use.seconds, use.running_since = time.monotonic() - began, None
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
         line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
         self._say(address, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))

@@ -242,6 +242,16 @@ class TestLimits:
             accounts.open("one", 1)
         accounts.open("another", 8)
 
+    def test_what_is_being_answered_counts_its_seconds(self, monkeypatch):
+        accounts, now = Accounts(FEW), [1000.0]
+        monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        accounts.open("one", 1)[0].running_since = now[0]
+        now[0] += 60
+        assert accounts.open("one", 1)[1].seconds == 40
+        now[0] += 40
+        with pytest.raises(PrivateInferenceError, match="0 of 100 seconds a day left"):
+            accounts.open("one", 1)
+
     def test_one_request_has_a_limit_of_its_own(self):
         with pytest.raises(PrivateInferenceError, match=r"9 answers are asked for; 8 is the most here \(--max-new"):
             Accounts(FEW).open("one", 9)
