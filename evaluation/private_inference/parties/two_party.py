@@ -155,7 +155,7 @@ class Server:
         self.offer, self.timeout_seconds = offer, timeout_seconds
         self.store = None if prepared is None else Store(prepared, SERVER)
         self._most_prepared_bytes = most_prepared_bytes
-        # Of preparations that are being made, by client.
+        # Bytes of preparations that are being made, by client.
         self._rooms: Counter[str] = Counter()
         self._room_lock = threading.Lock()
         if self.store is not None:

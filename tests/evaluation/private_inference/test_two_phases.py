@@ -550,6 +550,16 @@ class TestRoom:
             assert request.preparation.endswith(f"{'0' * 32}-0.taken")
         assert [path.name for path in server.store.folder.iterdir()] == ["store-0"]
 
+    @pytest.mark.parametrize("fields", [{"terms": "others"}, {"weights": "others"}])
+    def test_a_server_of_other_weights_refuses_what_is_not_its_own(self, fields, kept):
+        server = kept(**fields)
+        with (
+            contextlib.ExitStack() as taken,
+            pytest.raises(PrivateInferenceError, match="made with another model, other settings or another version"),
+        ):
+            self.read(server, taken, preparation="0" * 32)
+        assert not list(server.store.headers())
+
     @pytest.mark.parametrize("fields", [{"terms": "others"}, {"weights": "others"}, {"made": 0.0}, {"format": 1}])
     def test_what_nobody_can_use_is_deleted_at_the_start(self, fields, kept, serve):
         store = kept(**fields).store
