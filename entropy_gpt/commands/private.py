@@ -292,6 +292,7 @@ def prepare(
     key: Key = None,
     authority: Authority = None,
     insecure: Insecure = False,
+    protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     timeout: Timeout = 600,
 ):
     """
@@ -314,6 +315,7 @@ def prepare(
         new_tokens=new_tokens,
         count=count,
         insecure=insecure,
+        protocol=protocol.value,
         timeout=timeout,
     )
 

@@ -76,13 +76,12 @@ def test_a_client_without_a_tokenizer_takes_tokens_alone(address):
 class Connection:
     """A connection that says it has accepted, or fails before or after."""
 
+    terms = None
+
     def __init__(self, error: Exception | None = None, accepted: bool = False):
         self.error, self.accepted, self.asked = error, accepted, 0
 
-    def find_preparation(self, *arguments) -> None:
-        return None
-
-    def ask(self, prompt, new_tokens, answers, note, *arguments) -> str:
+    def ask(self, prompt, new_tokens, answers, note, *arguments, **options) -> str:
         return self.prepare(len(prompt), new_tokens, answers, note)
 
     def prepare(self, length, new_tokens, answers, note) -> str:
@@ -130,6 +129,17 @@ def test_what_is_asked_again_and_what_is_not(error, accepted, again, action):
     assert (old.asked, new.asked) == (1, int(again))
 
 
+def test_each_preparation_that_has_lost_its_other_half_is_passed_over():
+    client = PrivateClient.__new__(PrivateClient)
+    lost = [Connection(RefusalError("its other half is lost", NO_HALF)) for _ in range(3)]
+    connections = iter([*lost, Connection()])
+    client._connection, client._lock, client.tokenizer = None, threading.Lock(), None
+    client._connect = lambda: next(connections)
+    client._require_prepared, client.check = False, lambda *arguments: None
+    assert client.ask([1, 2]) == "answer"
+    assert [connection.asked for connection in lost] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("heard", "kept"),
     [
@@ -163,6 +173,22 @@ def test_a_half_is_used_up_once_its_prompt_is_accepted(tmp_path, heard, kept):
         client.ask([1, 2], preparation=name)
     assert [path.name for path in tmp_path.glob("0*")] == ([f"{name}-1.half"] if kept else [])
     assert taken == ([b"half"] if isinstance(heard, dict) else [])
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_without_a_preparation_it_says_so_or_fails(tmp_path, required):
+    client = Client.__new__(Client)
+    client.store, heard, sent = Store(tmp_path, 1), [], []
+    client.find_preparation, client.close = lambda *asked: None, lambda: None
+    client._check = lambda *asked: {}
+    client._request = lambda asked, also, on_event, **own: sent.append(also)
+    client.terms = SimpleNamespace(config=SimpleNamespace(vocab_size=9), settings=SimpleNamespace(answer="token"))
+    if required:
+        with pytest.raises(UserError, match="no preparation fits 2 tokens and 1 new ones of this server"):
+            client.ask([1, 2], on_event=heard.append, require_prepared=True)
+    else:
+        client.ask([1, 2], on_event=heard.append)
+    assert (heard, sent) == (([], []) if required else ([{"event": "unprepared"}], [{}]))
 
 
 @pytest.mark.slow

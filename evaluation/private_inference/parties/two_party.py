@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, weight_shapes
@@ -47,7 +48,17 @@ from .engine import engine_versions
 from .limits import Accounts, Limits, Use
 from .memory import check_memory
 from .party_process import Job, Request
-from .preparations import Store, half_bytes, hash_terms, hash_weights, is_name, pass_spans, read_header
+from .preparations import (
+    MOST_PRODUCTS,
+    Store,
+    hash_terms,
+    hash_weights,
+    is_name,
+    measure_half,
+    name_store,
+    pass_spans,
+    read_header,
+)
 from .sampling import GREEDY, Sampling
 from .session import Outcome, Session, SilenceError, Terms, check_prompt, check_request, check_sampling, free_port
 from .tunnel import ClientTunnel, ServerTunnel
@@ -70,6 +81,8 @@ LARGEST = {
 MOST_ITERATIONS = 64
 # What a server's preparations may take.
 MOST_PREPARED_BYTES = 4_000_000_000
+# The part of it that one client may fill.
+CLIENT_SHARE = 0.5
 # For which what is about to end is waited for.
 PARTING_SECONDS = 5
 # What each side is to the other.
@@ -144,6 +157,11 @@ class Server:
         self.offer, self.timeout_seconds = offer, timeout_seconds
         self.store = None if prepared is None else Store(prepared, SERVER)
         self._most_prepared_bytes = most_prepared_bytes
+        # Bytes of preparations that are being made, by client.
+        self._rooms: Counter[str] = Counter()
+        self._room_lock = threading.Lock()
+        if self.store is not None:
+            self.store.delete_old(self._terms_hash, self._weights_hash)
         self.limits = limits or Limits()
         self.listener = Listener(host, port, tls)
         self.address = self.listener.address
@@ -159,6 +177,14 @@ class Server:
     @functools.cached_property
     def _weights_hash(self) -> str:
         return hash_weights(self.offer.weights, self.offer.config)
+
+    @functools.cached_property
+    def _terms_hash(self) -> str:
+        return hash_terms(self.offer.config, self.offer.settings)
+
+    @functools.cached_property
+    def _store_name(self) -> str | None:
+        return None if self.store is None else name_store(self.store.identity, self._weights_hash)
 
     def serve_forever(self):
         """Until it is closed."""
@@ -299,24 +325,29 @@ class Server:
     def _serve(self, channel: Channel, who: str, hello: dict):
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
-        channel.send({"kind": "terms", **self.offer.terms(), "store": self.store and self.store.identity})
+        channel.send({"kind": "terms", **self.offer.terms(), "store": self._store_name})
         message = channel.receive(HANDSHAKE_SECONDS, ("request",))
         self._leave(channel.connection)
 
         def announce(before: int):
             channel.send({"kind": "waiting", "before": before})
 
-        with self.turns.turn(channel.peer, announce):
-            asked = self._read_request(channel, message)
+        with self.turns.turn(channel.peer, announce), contextlib.ExitStack() as taken:
+            asked = self._read_request(channel, message, taken)
             with self._opened(channel) as session:
                 self._answer(session, who, *asked)
                 while message := self._next_request(session, asked[1]):
-                    asked = self._read_request(channel, message)
+                    taken.close()
+                    asked = self._read_request(channel, message, taken)
                     channel.send({"kind": "accepted"})
                     self._answer(session, who, *asked)
 
-    def _read_request(self, channel: Channel, message: dict) -> tuple[Request, Use, Limits]:
+    def _read_request(
+        self, channel: Channel, message: dict, taken: contextlib.ExitStack
+    ) -> tuple[Request, Use, Limits]:
         """
+        A client's request. What it takes out of the store is dropped when `taken` closes.
+
         Raises:
             `PrivateInferenceError`: If the model can't answer so much, or the client has not so much left.
         """
@@ -324,39 +355,63 @@ class Server:
         check_request(self.offer.config, self.offer.settings, length, new_tokens, answers)
         prepares = message.get("prepares") is True
         name = None if prepares else message.get("preparation")
+        use, left = self._accounts.open(channel.peer, max(new_tokens, answers))
         if prepares:
-            self._check_room(pass_spans(length, new_tokens, answers))
-        use, left = self._accounts.open(channel.peer, 0 if prepares else max(new_tokens, answers))
+            use.positions = 0
+            taken.enter_context(self._reserved(channel.peer, pass_spans(length, new_tokens, answers)))
         most, limit = min((left.answers, "--max-new-tokens"), (left.positions, "--max-positions"))
-        taken = None if name is None else str(self._take_half(name))
-        return Request(length, new_tokens, answers, most, limit, prepares=prepares, preparation=taken), use, left
+        half = None if name is None else str(self._take_half(name, channel.peer, taken))
+        return Request(length, new_tokens, answers, most, limit, prepares=prepares, preparation=half), use, left
 
-    def _check_room(self, spans: list[Span]):
+    @contextlib.contextmanager
+    def _reserved(self, client: str, spans: list[Span]) -> Iterator[None]:
         """
+        Within, there is room for a preparation.
+
         Raises:
             `PrivateInferenceError`: If preparations are not kept here, or there is no room for this one.
         """
         if self.store is None:
             raise PrivateInferenceError("no preparations are kept here (serve --prepared).")
-        size = self.store.size() + half_bytes(Preparation(self.offer.config, self.offer.settings, spans))
-        if size > self._most_prepared_bytes:
-            raise PrivateInferenceError(
-                f"preparations would take {size / MEGA:,.0f} MB here, and {self._most_prepared_bytes / MEGA:,.0f} is "
-                "the most (--prepared-mb): use some first."
-            )
+        size, products = measure_half(self.offer.config, self.offer.settings, spans)
+        if products > MOST_PRODUCTS:
+            raise PrivateInferenceError("a preparation of so long an answer can't be kept: ask for fewer new tokens.")
+        with self._room_lock:
+            self.store.delete_old(self._terms_hash, self._weights_hash)
+            kept = self.store.sizes() + self._rooms
+            for total, most in (
+                (kept.total(), self._most_prepared_bytes),
+                (kept[client], self._most_prepared_bytes * CLIENT_SHARE),
+            ):
+                if total + size > most:
+                    whose = "preparations" if most == self._most_prepared_bytes else "preparations of this client"
+                    raise PrivateInferenceError(
+                        f"{whose} would take {(total + size) / MEGA:,.0f} MB here, and {most / MEGA:,.0f} is the most "
+                        "(--prepared-mb): use some first."
+                    )
+            self._rooms[client] += size
+        try:
+            yield
+        finally:
+            with self._room_lock:
+                self._rooms[client] -= size
 
-    def _take_half(self, name: object) -> Path:
+    def _take_half(self, name: object, client: str, taken: contextlib.ExitStack) -> Path:
         """
         Raises:
-            `PrivateInferenceError`: If it is not here, or not for this model.
+            `PrivateInferenceError`: If it is not here, not for this model, or another client's.
         """
         if self.store is None or not is_name(name):
             raise PrivateInferenceError("no such preparation is kept here (serve --prepared).")
         path = self.store.take(name)
+        taken.callback(self.store.drop, path)
         header = read_header(path)
-        terms = hash_terms(self.offer.config, self.offer.settings)
-        if (header.terms, header.weights) != (terms, self._weights_hash):
-            path.unlink()
+        if header.owner != client:
+            self.store.put_back(path)
+            raise PrivateInferenceError(
+                "this preparation was made with another client, by its certificate or address."
+            )
+        if (header.terms, header.weights) != (self._terms_hash, self._weights_hash):
             raise CodedError(
                 "this preparation was made with another model, other settings or another version: prepare another "
                 "one.",
@@ -381,6 +436,7 @@ class Server:
             settings=self.offer.settings,
             timeout_seconds=self.timeout_seconds,
             store=None if self.store is None else str(self.store.folder),
+            owner=channel.peer,
         )
         tunnel = ServerTunnel(token, own_port)
         with self._lock:
@@ -435,8 +491,6 @@ class Server:
             outcome = session.answer(request, note, left.seconds)
         finally:
             use.seconds, use.running_since = time.monotonic() - began, None
-            if request.preparation is not None:
-                Path(request.preparation).unlink(missing_ok=True)
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
         line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
         self._say(who, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))
@@ -543,6 +597,7 @@ class Client:
         on_event: Callable[[dict], None] = lambda event: None,
         sampling: Sampling = GREEDY,
         preparation: str | None = None,
+        require_prepared: bool = False,
     ) -> Outcome:
         """
         Asks for the continuation of a prompt. The connection and the engine are kept for the next one; a server waits
@@ -555,6 +610,7 @@ class Client:
             on_event (`Callable`): Told what happens, for progress.
             sampling ([`Sampling`]): How tokens are chosen from the logits; it stays here too.
             preparation (`str`, *optional*): Name of the one to use up. Default: that of [`Client.find_preparation`].
+            require_prepared (`bool`): Whether to fail if there is none.
 
         Raises:
             `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much or has no such
@@ -566,7 +622,14 @@ class Client:
             asked = self._check(len(prompt), new_tokens, answers)
             own = {"prompt": prompt, "sampling": sampling}
             preparation = preparation or self.find_preparation(len(prompt), new_tokens, answers)
+            if preparation is None and require_prepared:
+                raise UserError(
+                    f"no preparation fits {len(prompt)} tokens and {new_tokens} new ones of this server: make one "
+                    "(entropy-gpt private prepare)."
+                )
             if preparation is None:
+                if self.store is not None:
+                    on_event({"event": "unprepared"})
                 return self._request(asked, {}, on_event, **own)
             with self._taken(preparation) as taken:
                 return self._request(asked, {"preparation": preparation}, on_event, preparation=str(taken), **own)
@@ -631,7 +694,7 @@ class Client:
                 self.store.put_back(taken)
             raise
         finally:
-            taken.unlink(missing_ok=True)
+            self.store.drop(taken)
 
     def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
         """Has a request answered, of which the server is shown a part."""
