@@ -19,11 +19,11 @@ from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.workflows.private_client import PrivateClient
 
 from .completions import Completion, Cost, Delta, Writer
-from .errors import ProtocolError, of_the_gateway
+from .errors import ProtocolError
 from .guard import Guard
 from .line import Job, Line, Waiting
 from .metrics import Metrics
-from .requests import read_prompts, read_request
+from .requests import read_object, read_prompts, read_request
 
 
 PAGE = Path(__file__).with_name("page.html")
@@ -75,7 +75,6 @@ def make_app(
     app.add_api_route("/entropies", gateway.entropies, methods=["POST"], response_model=None)
     app.add_exception_handler(UserError, _describe_mistake)
     app.add_exception_handler(HTTPException, _describe_path)
-    app.add_exception_handler(Exception, _describe_fault)
     return app
 
 
@@ -85,6 +84,7 @@ class Gateway:
     def __init__(self, client: PrivateClient, line: Line, name: str, twin: Twin | None):
         self.client, self.line, self.name, self.twin = client, line, name, twin
         self.metrics = Metrics(line)
+        self._twin_is_free = asyncio.Semaphore(1)
         self.created = int(time.time())
         page = PAGE.read_text(encoding="utf-8")
         self._page = HTMLResponse(page, headers={"content-security-policy": _policy(page)})
@@ -123,13 +123,11 @@ class Gateway:
         """The mean entropy of each head over a text, in the twin; the text stays on this machine."""
         if self.twin is None:
             raise ProtocolError(404, "no twin of the model was given: --twin MODEL.", code="no_twin")
-        try:
-            text = json.loads(await request.body())["text"]
-            if not isinstance(text, str):
-                raise TypeError
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ProtocolError(400, 'send {"text": "..."}.', "text") from error
-        return await asyncio.to_thread(self.twin, text)
+        text = read_object(await request.body()).get("text")
+        if not isinstance(text, str):
+            raise ProtocolError(400, 'send {"text": "..."}.', "text")
+        async with self._twin_is_free:
+            return await asyncio.to_thread(self.twin, text)
 
     def _describe(self) -> dict:
         terms = self.client.terms
@@ -158,12 +156,14 @@ class Gateway:
         return news
 
     async def _whole(self, completion: Completion, news: "News", request: Request) -> Response:
-        deltas = []
+        deltas, looked = [], time.monotonic()
         try:
             while (item := await news.next(PRESENCE_SECONDS)) is not END:
-                if item is None and await request.is_disconnected():
-                    self.metrics.note(CANCELLED_STATUS, completion)
-                    return Response(status_code=CANCELLED_STATUS)
+                if time.monotonic() - looked >= PRESENCE_SECONDS:
+                    looked = time.monotonic()
+                    if await request.is_disconnected():
+                        self.metrics.note(CANCELLED_STATUS, completion)
+                        return Response(status_code=CANCELLED_STATUS)
                 if isinstance(item, Delta):
                     deltas.append(item)
         finally:
@@ -253,10 +253,6 @@ def _refuse(error: ProtocolError) -> JSONResponse:
 
 async def _describe_mistake(request: Request, error: UserError) -> JSONResponse:
     return _refuse(error if isinstance(error, ProtocolError) else ProtocolError(400, str(error)))
-
-
-async def _describe_fault(request: Request, error: Exception) -> JSONResponse:
-    return _refuse(of_the_gateway())
 
 
 async def _describe_path(request: Request, error: HTTPException) -> JSONResponse:

@@ -45,19 +45,26 @@ class Seen:
 
 
 class Meter:
-    """Adds up the events of one request, over all its answers."""
+    """
+    Adds up the events of one request, over all its answers.
+
+    Attributes:
+        phases (`dict[str, Spent]`), total ([`Spent`]): What it has cost so far.
+        seen ([`Seen`]): What the server has learned so far.
+        new_tokens (`int`): Tokens that have been computed.
+    """
 
     def __init__(self):
         self.phases: dict[str, Spent] = {}
         self.total = Spent()
         self.seen = Seen()
+        self.new_tokens = 0
+        self._asked: tuple[int, int, int] | None = None
         self._phase, self._tokens = SET_UP, 0
 
     def begin(self, length: int, new_tokens: int, positions: int):
-        """A prompt is sent."""
-        self.seen.prompt_tokens.append(length)
-        self.seen.new_tokens.append(new_tokens)
-        self.seen.positions.append(positions)
+        """A prompt is about to be sent; the server has seen it when the first pass begins."""
+        self._asked = (length, new_tokens, positions)
         self._phase, self._tokens = SET_UP, 0
 
     def note(self, event: dict) -> dict | None:
@@ -70,15 +77,24 @@ class Meter:
         """
         kind = event["event"]
         if kind == "pass":
+            self._note_seen()
             self._phase = f"token {self._tokens + 1}" if self._tokens else PROMPT
             return {"phase": self._phase, "steps": len(event["bytes"]), "expected_bytes": sum(event["bytes"])}
         if kind == "token":
             self._tokens += 1
+            self.new_tokens += 1
         elif kind == "repeat":
             self.seen.out_of_range += 1
         elif kind in ("set-up", "step"):
             return self._add(event["cost"])
         return None
+
+    def _note_seen(self):
+        if self._asked is not None:
+            kept = (self.seen.prompt_tokens, self.seen.new_tokens, self.seen.positions)
+            for numbers, number in zip(kept, self._asked, strict=True):
+                numbers.append(number)
+            self._asked = None
 
     def _add(self, cost: dict) -> dict:
         spent = self.phases.setdefault(self._phase, Spent())

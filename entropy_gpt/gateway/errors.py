@@ -1,5 +1,8 @@
 """Errors as OpenAI's protocol has them."""
 
+import sys
+import traceback
+
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import NoServerError
@@ -37,6 +40,10 @@ def of_the_server(error: PrivateInferenceError) -> ProtocolError:
     return ProtocolError(502, f"the private server gave no answer: {error}", code="private_server_failed")
 
 
-def of_the_gateway() -> ProtocolError:
-    """What is said of a fault of the gateway itself, which its log describes."""
+def of_the_gateway(error: Exception) -> ProtocolError:
+    """
+    What is said of a fault of the gateway itself. The log has its type and places in the code; its message may hold a
+    prompt.
+    """
+    print(f"a request failed: {type(error).__name__}", *traceback.format_tb(error.__traceback__), file=sys.stderr)
     return ProtocolError(500, "the gateway failed; its log says why. It goes on.", code="gateway_failed")

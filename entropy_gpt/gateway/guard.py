@@ -3,13 +3,13 @@
 import hmac
 import ipaddress
 import re
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ProtocolError
+from .errors import ProtocolError, of_the_gateway
 
 
 MAX_BODY_BYTES = 2**20
@@ -43,7 +43,11 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        begun = False
+
         async def answer(message: Message):
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 message["headers"] += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
             await send(message)
@@ -55,14 +59,19 @@ class Guard:
         except ProtocolError as error:
             await JSONResponse(error.content(), error.status, error.headers())(scope, receive, answer)
             return
-        await self.app(scope, receive, answer)
+        try:
+            await self.app(scope, receive, answer)
+        except Exception as error:  # who logs it further up would log its message
+            failure = of_the_gateway(error)
+            if not begun:
+                await JSONResponse(failure.content(), failure.status, failure.headers())(scope, receive, answer)
 
     def _check(self, method: str, path: str, headers: Headers):
         host = headers.get("host", "")
-        if self.token is None and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self.token is None and not is_loopback(_split(f"//{host}").hostname or ""):
             raise ProtocolError(403, f"{_shown(host)} is no name of this machine's loopback.", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             raise ProtocolError(
                 403,
                 f"pages of {_shown(origin)} may not use this gateway.",
@@ -118,6 +127,14 @@ async def _within_limits(receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return whole
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of a URL; none of what is no URL."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _shown(text: str) -> str:

@@ -1,8 +1,6 @@
 """The line of requests: one after another is put to the private server, by one thread."""
 
-import sys
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,8 +67,8 @@ class Line:
 
     @property
     def length(self) -> int:
-        """Requests that wait, without the one that is answered."""
-        return len(self._waiting)
+        """Requests that wait, without the one that is answered and those that nobody waits for any more."""
+        return sum(not job.cancelled.is_set() for job in tuple(self._waiting))
 
     def join(self, job: Job):
         """
@@ -80,7 +78,8 @@ class Line:
             `ProtocolError`: If the line is full.
         """
         with self._changed:
-            if self.length >= self.longest:
+            self._forget_cancelled()
+            if self.length - (self.active is None) >= self.longest:  # one that finds nobody here does not wait
                 raise ProtocolError(
                     429, f"{self.length} requests are waiting already, the most here: try again later.", code="busy"
                 )
@@ -100,19 +99,35 @@ class Line:
         self._thread.join(END_SECONDS)
 
     def _work(self):
-        while (job := self._next()) is not None:
+        while (job := self._next()) is not None or not self._closed:
+            if job is None:
+                self._hang_up()
+                continue
             job.emit(self._answer(job))
             with self._changed:
                 self.active = None
-        self.client.close()
+        self._hang_up()
+
+    def _hang_up(self):
+        try:
+            self.client.close()
+        except Exception as error:  # a further request makes another connection
+            of_the_gateway(error)
+
+    def _forget_cancelled(self):
+        cancelled = [job for job in self._waiting if job.cancelled.is_set()]
+        self._waiting = deque(job for job in self._waiting if job not in cancelled)
+        for job in cancelled:
+            job.emit(None)
 
     def _next(self) -> Job | None:
+        """The next request; `None` if there is none for a while, or at the end."""
         with self._changed:
-            while not self._waiting:
-                if self._closed:
-                    return None
-                if not self._changed.wait(IDLE_SECONDS):
-                    self.client.close()
+            if not self._changed.wait_for(lambda: self._waiting or self._closed, IDLE_SECONDS):
+                return None
+            self._forget_cancelled()
+            if not self._waiting:
+                return None
             self.active = self._waiting.popleft()
             for before, job in enumerate(self._waiting, start=1):
                 job.emit(Waiting(before))
@@ -128,9 +143,6 @@ class Line:
             return error
         except PrivateInferenceError as error:
             return of_the_server(error)
-        except Exception as error:  # the gateway goes on; messages may hold a prompt, places in the code do not
-            print(
-                f"a request failed: {type(error).__name__}", *traceback.format_tb(error.__traceback__), file=sys.stderr
-            )
-            return of_the_gateway()
+        except Exception as error:  # the gateway goes on
+            return of_the_gateway(error)
         return None

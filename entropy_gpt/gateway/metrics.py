@@ -37,7 +37,7 @@ class Metrics:
             return
         meter = completion.meter
         self._prompts.inc(sum(meter.seen.prompt_tokens))
-        self._tokens.inc(sum(meter.seen.new_tokens))
+        self._tokens.inc(meter.new_tokens)
         self._repeats.inc(meter.seen.out_of_range)
         self._trips.inc(meter.total.round_trips)
         self._connections.inc(SET_UP in meter.phases)

@@ -83,12 +83,7 @@ def read_request(body: bytes) -> CompletionRequest:
         `ProtocolError`: If the body is no JSON, or a field is unknown, has no private form, or has a value that it
             can't have; the message names the field.
     """
-    try:
-        content = json.loads(body, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(400, f"the body is no JSON: {error}", code="invalid_json") from error
-    if not isinstance(content, dict):
-        raise ProtocolError(400, 'the body is no JSON object: send {"model": ..., "prompt": ...}', code="invalid_json")
+    content = read_object(body)
     for name, values in WITHOUT_EFFECT.items():
         if name in content and content.pop(name) not in values:
             raise ProtocolError(
@@ -105,6 +100,23 @@ def read_request(body: bytes) -> CompletionRequest:
     return request
 
 
+def read_object(body: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        `ProtocolError`: If the body is no JSON object, or holds half of a pair of surrogates, which is no text.
+    """
+    try:
+        content = json.loads(body, parse_constant=_refuse)
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ProtocolError(400, "a text has half of a pair of surrogates.", code="invalid_text") from error
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(400, f"the body is no JSON: {error}", code="invalid_json") from error
+    if not isinstance(content, dict):
+        raise ProtocolError(400, 'the body is no JSON object: send {"model": ..., "prompt": ...}', code="invalid_json")
+    return content
+
+
 def read_prompts(request: CompletionRequest, client: PrivateClient) -> list[list[int]]:
     """
     The prompts of a request in tokens.
@@ -114,13 +126,11 @@ def read_prompts(request: CompletionRequest, client: PrivateClient) -> list[list
     """
     prompt = request.prompt
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-    prompts = [
-        tokenize(each, client.tokenizer) if isinstance(each, str) and each else list(each)
-        for each in (prompt if several else [prompt])
-    ]
-    choices = len(prompts) * (request.n or 1)
+    given = prompt if several else [prompt]
+    choices = len(given) * (request.n or 1)
     if choices > MOST_CHOICES:
         raise ProtocolError(400, f"{choices} answers are asked for at once: {MOST_CHOICES} is the most.", "n")
+    prompts = [tokenize(each, client.tokenizer) if isinstance(each, str) and each else list(each) for each in given]
     for tokens in prompts:
         _check(request, tokens, client)
     return prompts

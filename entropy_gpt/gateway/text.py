@@ -20,7 +20,8 @@ class TokenProbability:
         token (`str`): As text, or as the vocabulary writes it if it is a part of a letter.
         logprob (`float`, *optional*): Natural logarithm of its probability; `None` for the first of a prompt.
         top (`dict[str, float]`, *optional*): Those of the most likely tokens, and of this one.
-        offset (`int`): Where it begins in the text of the answer, in letters.
+        offset (`int`): Where it begins in the text of the answer, in letters; where the letter begins for a part of
+            one.
     """
 
     token: str
@@ -78,7 +79,7 @@ class AnswerText:
         if self._logprobs is not None:
             found = [TokenProbability(self._name(prompt[0]), None, None, 0)]
             for place, token in enumerate(prompt[1:]):
-                found.append(self._weigh(token, logits[place], len(self._decode(prompt[: place + 1]))))
+                found.append(self._weigh(token, logits[place], len(_whole(self._decode(prompt[: place + 1])))))
         self._before = len(text)
         return Piece(text, found)
 
@@ -90,12 +91,12 @@ class AnswerText:
         """
         if self.ended:
             return Piece()
-        if token == self._words.eos_token_id:
+        if self._logprobs is not None:
+            self._held.append(self._weigh(token, logits, self._before + len(_whole(self._text))))
+        self.tokens.append(token)
+        if token == self._words.eos_token_id:  # a token of the answer, without text
             self.ended = True
             return self.finish()
-        if self._logprobs is not None:
-            self._held.append(self._weigh(token, logits, self._before + len(self._text)))
-        self.tokens.append(token)
         self._text = self._decode(self.tokens)
         found = [place for stop in self._stops if (place := self._text.find(stop)) >= 0]
         if found:
@@ -113,11 +114,9 @@ class AnswerText:
 
     def _unsure(self) -> int:
         """Letters at the end that may become another letter, or the beginning of a stop."""
-        incomplete = len(self._text) - len(self._text.rstrip(INCOMPLETE))
-        begun = (
-            length for stop in self._stops for length in range(1, len(stop)) if self._text.endswith(stop[:length])
-        )
-        return max(incomplete, *begun, 0)
+        whole = _whole(self._text)
+        begun = (length for stop in self._stops for length in range(1, len(stop)) if whole.endswith(stop[:length]))
+        return len(self._text) - len(whole) + max(begun, default=0)
 
     def _show(self, end: int) -> Piece:
         end = max(end, self._shown)
@@ -139,3 +138,8 @@ class AnswerText:
         best = np.argsort(-logprobs, kind="stable")[: self._logprobs]
         top = {self._name(each): float(logprobs[each]) for each in map(int, (*best, token))}
         return TokenProbability(self._name(token), float(logprobs[token]), top, offset)
+
+
+def _whole(text: str) -> str:
+    """A text without the part of a letter at its end."""
+    return text.rstrip(INCOMPLETE)

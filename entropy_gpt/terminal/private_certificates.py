@@ -1,5 +1,6 @@
 """Makes certificates, and prints what they are for."""
 
+import shlex
 from pathlib import Path
 
 from entropy_gpt.workflows.certificates import make_certificates
@@ -19,7 +20,7 @@ def run(names: list[str], output: Path, **options):
     """
     for path in make_certificates(names, output, **options):
         print(path)
-    print(f"server: --cert {output}/server.pem --key {output}/server.key --ca {output}/ca.pem")
-    for client in options["clients"]:
-        print(f"{client}: --cert {output}/{client}.pem --key {output}/{client}.key --ca {output}/ca.pem")
+    for name in ("server", *options["clients"]):
+        files = [shlex.quote(f"{output}/{file}") for file in (f"{name}.pem", f"{name}.key", "ca.pem")]
+        print("{}: --cert {} --key {} --ca {}".format(name, *files))
     print(f"{output}/ca.key can sign further certificates: keep it apart, or delete it")

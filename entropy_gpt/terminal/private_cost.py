@@ -1,10 +1,10 @@
 """Prints the predicted cost of private inference."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 
-from entropy_gpt.evaluation.private_inference.program.cost import MEGA, project
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA, Network, project
 from entropy_gpt.workflows.private_cost import PredictedCost, private_cost
 
 from .private import read_networks
@@ -35,12 +35,12 @@ def run(architectures: list[str], networks: Sequence[str], kept: int, length: in
     operations = list(dict.fromkeys(name for part in parts for name in part))
     rows = [(name, *(f"{part.get(name, 0) / MEGA:,.1f}" for part in parts)) for name in operations]
     rows.append(("all", *(f"{cost.total_bytes / MEGA:,.1f}" for cost in costs)))
-    if any(cost.before for cost in costs):
-        rows.append(("before the prompt", *(f"{cost.before_bytes / MEGA:,.1f}" for cost in costs)))
     rows.append(("times fewer", *(f"{costs[0].total_bytes / cost.total_bytes:.2f}" for cost in costs)))
     rows.append(("round trips", *(f"{cost.round_trips:,.0f}" for cost in costs)))
     for network in shown:
         rows.append((f"on {network.name}", *(format_seconds(project(cost, network)) for cost in costs)))
+    if any(cost.before for cost in costs):
+        rows += _first_phase_rows([cost.first_phase for cost in costs], shown)
     print_side_by_side(console, ("MB, both\nparties", *map(_heading, costs)), rows)
     for sizes, titles in _group_by_sizes(costs, length).items():
         names = f"{', '.join(titles)}: " if len(titles) < len(costs) else ""
@@ -50,6 +50,13 @@ def run(architectures: list[str], networks: Sequence[str], kept: int, length: in
         f"{_describe_set_up(costs[0], kept + length)}.",
         style="dim",
     )
+
+
+def _first_phase_rows(costs: Sequence[PredictedCost], networks: Iterable[Network]) -> Iterator[tuple[str, ...]]:
+    yield "before the prompt", *(f"{cost.total_bytes / MEGA:,.1f}" for cost in costs)
+    yield "round trips before", *(f"{cost.round_trips:,.0f}" for cost in costs)
+    for network in networks:
+        yield f"before, on {network.name}", *(format_seconds(project(cost, network)) for cost in costs)
 
 
 def _heading(cost: PredictedCost) -> str:

@@ -21,6 +21,7 @@ from .options import check_positive, with_argument_names
 
 
 SERVER, CLIENT, AUTHORITY = "server", "client", "ca"
+MOST_DAYS = 36_500
 # A clock that is a little behind would take a new certificate for one that is not valid yet.
 CLOCK = datetime.timedelta(hours=1)
 HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(?:\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
@@ -63,6 +64,8 @@ def make_certificates(
     ```
     """
     check_positive(days=days)
+    if days > MOST_DAYS:
+        raise UserError(f"--days {days} is too many: {MOST_DAYS:,} is the most.")
     hosts = [_read_host(name) for name in names]
     _check_clients(clients)
     if not hosts:
@@ -109,7 +112,7 @@ def _read_host(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name.removeprefix("[").removesuffix("]")))
     except ValueError:
         pass
-    if not HOST.fullmatch(name) or len(name) > 253:
+    if not HOST.fullmatch(name) or len(name) > 253 or name.rpartition(".")[2].isdigit():
         raise UserError(f"--name {name} is neither a host's name nor an address: give example.org or 192.0.2.7.")
     return x509.DNSName(name)
 

@@ -18,7 +18,14 @@ from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
-from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, check_plain_allowed, parse_address
+from entropy_gpt.evaluation.private_inference.parties.channel import (
+    NO_HALF,
+    TURN_OVER,
+    RefusalError,
+    TLSFiles,
+    check_plain_allowed,
+    parse_address,
+)
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling
 from entropy_gpt.evaluation.private_inference.parties.session import (
@@ -41,6 +48,8 @@ from .options import check_positive, read_options, with_argument_names
 
 
 DEFAULT_TIMEOUT = 600
+# Preparations that have lost their other half, one after another, until an error says so.
+MOST_LOST = 16
 Tokenizer = str | Path | PreTrainedTokenizerFast
 
 
@@ -207,27 +216,18 @@ class PrivateClient:
     ) -> Outcome:
         """
         The continuation of a prompt in tokens, with its logits; as of [`Client.ask`]. A connection that was open
-        before, and breaks before anything is computed on it, is made anew.
+        before, and ends before the server has accepted the prompt, is made anew.
 
         Raises:
             `PrivateInferenceError`: As [`Client.ask`].
         """
         self.check(prompt, new_tokens, answers, sampling)
-        begun = threading.Event()
 
-        def note(event: dict):
-            if event["event"] == "pass":
-                begun.set()
-            on_event(event)
+        def ask(connection: Client, note: Callable[[dict], None]) -> Outcome:
+            return connection.ask(prompt, new_tokens, answers, note, sampling, require_prepared=self._require_prepared)
 
         with self._lock:
-            was_open = self._connection is not None
-            try:
-                return self._ask(prompt, new_tokens, answers, note, sampling)
-            except PrivateInferenceError:
-                if begun.is_set() or not was_open:
-                    raise
-            return self._ask(prompt, new_tokens, answers, note, sampling)
+            return self._try_again(ask, on_event)
 
     def check(self, prompt: list[int], new_tokens: int, answers: int, sampling: Sampling = GREEDY):
         """
@@ -238,22 +238,42 @@ class PrivateClient:
         check_sampling(self.terms.settings, sampling)
         check_prompt(prompt, self.terms.config.vocab_size)
 
-    def _ask(self, prompt, new_tokens, answers, on_event, sampling) -> Outcome:
+    def _try_again(self, ask: Callable[[Client, Callable[[dict], None]], Outcome], on_event: Callable[[dict], None]):
+        """
+        Asks on the connection, and a second time on a new one if that was open before and is at its end; and again as
+        long as half of a preparation is lost. What a server has accepted, or refuses otherwise, is not repeated.
+        """
+        was_open, accepted = self._connection is not None, threading.Event()
+
+        def note(event: dict):
+            if event["event"] == "accepted":
+                accepted.set()
+            on_event(event)
+
+        for _ in range(MOST_LOST):
+            try:
+                return self._once(ask, note)
+            except PrivateInferenceError as error:
+                code = getattr(error, "code", None)
+                ended = was_open and (code == TURN_OVER or not isinstance(error, RefusalError))
+                if accepted.is_set() or not (ended or code == NO_HALF):
+                    raise
+            was_open = False
+        return self._once(ask, on_event)
+
+    def _once(self, ask: Callable[[Client, Callable[[dict], None]], Outcome], on_event: Callable[[dict], None]):
         try:
-            connection = self._connected()
-            found = connection.find_preparation(len(prompt), new_tokens, answers)
-            if found is None and self._require_prepared:
-                raise UserError(
-                    f"no preparation fits {len(prompt)} tokens and {new_tokens} new ones of this server: make one "
-                    "(entropy-gpt private prepare)."
-                )
-            return connection.ask(prompt, new_tokens, answers, on_event, sampling, found)
+            return ask(self._connected(), on_event)
         except BaseException:
             self._disconnect()
             raise
 
     def prepare(
-        self, length: int, new_tokens: int = 1, on_event: Callable[[dict], None] = lambda event: None
+        self,
+        length: int,
+        new_tokens: int = 1,
+        on_event: Callable[[dict], None] = lambda event: None,
+        answers: int = 1,
     ) -> Outcome:
         """
         Makes a preparation; as of [`Client.prepare`].
@@ -264,11 +284,9 @@ class PrivateClient:
         with self._lock:
             if self.terms.store is None:
                 raise UserError("this server keeps no preparations: it has to be run with serve --prepared.")
-            try:
-                return self._connected().prepare(length, new_tokens, 1, on_event)
-            except BaseException:
-                self._disconnect()
-                raise
+            return self._try_again(
+                lambda connection, note: connection.prepare(length, new_tokens, answers, note), on_event
+            )
 
     def _connected(self) -> Client:
         if self._connection is None:
@@ -352,6 +370,7 @@ def prepare(
     count: int = 1,
     tls: TLSFiles | None = None,
     insecure: bool = False,
+    protocol: str = "cheetah",
     timeout: int = DEFAULT_TIMEOUT,
     progress: Progress = SILENT,
 ) -> list[list[StepCost]]:
@@ -360,7 +379,7 @@ def prepare(
     shorter. What is whole stays if it is interrupted.
 
     Args:
-        address, tokenizer, tls, insecure, timeout: As of [`PrivateClient`].
+        address, tokenizer, tls, insecure, protocol, timeout: As of [`PrivateClient`].
         prepared (`str` or `Path`): Folder for this side's halves.
         tokens (`int`): Tokens of the prompt, at most.
         new_tokens (`int`): Tokens of the answer, at most.
@@ -374,7 +393,7 @@ def prepare(
         `UserError`: If the server does not answer or keeps no preparations, or a value can't be used.
     """
     check_positive(tokens=tokens, max_new_tokens=new_tokens, count=count)
-    options = {"tls": tls, "insecure": insecure, "timeout": timeout, "prepared": prepared}
+    options = {"tls": tls, "insecure": insecure, "protocol": protocol, "timeout": timeout, "prepared": prepared}
     made = []
     with PrivateClient(address, tokenizer=tokenizer, **options) as client:
         for number in range(count):
@@ -430,7 +449,9 @@ def answer_prompt(
 
 def show_event(event: dict[str, Any], line: Stage):
     """Reports an event of [`Client.ask`] to a stage: the number of steps, and each step with its layer."""
-    if event["event"] == "waiting":
+    if event["event"] == "unprepared":
+        line.say("no preparation fits: all of it is computed now")
+    elif event["event"] == "waiting":
         line.say(f"the server is busy; clients before this one: {event['before']}")
     elif event["event"] == "program":
         line.reach(0, event["steps"])

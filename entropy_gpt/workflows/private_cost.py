@@ -1,7 +1,7 @@
 """Prediction of the cost of private inference from architectures, without weights or engine."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from entropy_gpt.conversion.early_checks import is_model
@@ -56,9 +56,9 @@ class PredictedCost:
     before: list[PredictedStep]
 
     @property
-    def before_bytes(self) -> float:
-        """Bytes that both parties send before the prompt comes."""
-        return sum(step.total_bytes for step in self.before)
+    def first_phase(self) -> "PredictedCost":
+        """What is done before the prompt comes."""
+        return replace(self, steps=self.before, before=[])
 
     @property
     def by_operation(self) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Certificates that `private certificates` makes: TLS of both sides takes them, and nothing is overwritten."""
 
 import contextlib
+import shlex
 import stat
 import threading
 
@@ -9,6 +10,7 @@ import pytest
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import Listener, TLSFiles, connect
+from entropy_gpt.terminal.private_certificates import run
 from entropy_gpt.workflows.certificates import make_certificates
 
 from .forks import run_command
@@ -71,6 +73,8 @@ def test_keys_are_for_their_owner_alone_and_nothing_is_overwritten(folder):
     ("names", "clients", "said"),
     [
         ([], ["a"], "give the name by which clients reach the server"),
+        (["1.2.3.999"], ["a"], "neither a host's name nor an address"),
+        (["example.1"], ["a"], "neither a host's name nor an address"),
         (["a b"], ["a"], "--name a b is neither a host's name nor an address"),
         (["http://example.org"], ["a"], "neither a host's name"),
         (["a"], ["../a"], "can't be the name of a client"),
@@ -82,6 +86,18 @@ def test_names_that_are_none(tmp_path, names, clients, said):
     with pytest.raises(UserError, match=said):
         make_certificates(names, tmp_path / "new", clients=clients)
     assert not (tmp_path / "new").exists()
+
+
+def test_days_beyond_all_calendars(tmp_path):
+    with pytest.raises(UserError, match=r"--days 9999999 is too many: 36,500 is the most"):
+        make_certificates(["a"], tmp_path / "new", days=9_999_999)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_options_can_be_copied_into_a_shell(tmp_path, capsys):
+    run(["a"], tmp_path / "two words", clients=["ada"], days=1)
+    words = shlex.split(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ada: ")))
+    assert words[2] == str(tmp_path / "two words" / "ada.pem")
 
 
 def test_the_command_says_what_the_files_are_for(tmp_path):

@@ -1,13 +1,26 @@
 """`PrivateClient`: several prompts over one connection, which is made anew when it breaks."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.generation import BaseStreamer
 
 from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties.channel import (
+    NO_HALF,
+    TURN_OVER,
+    Channel,
+    ClosedError,
+    RefusalError,
+)
+from entropy_gpt.evaluation.private_inference.parties.preparations import Store
+from entropy_gpt.evaluation.private_inference.parties.session import Events
+from entropy_gpt.evaluation.private_inference.parties.two_party import Client
 from entropy_gpt.workflows.private_client import PrivateAnswer, PrivateClient
 from tests.entropy_gpt.gateway.conftest import serving
 
@@ -58,6 +71,124 @@ def test_what_can_not_be_asked_is_refused_and_its_streamer_ends(model, address):
 def test_a_client_without_a_tokenizer_takes_tokens_alone(address):
     with PrivateClient(address) as client, pytest.raises(UserError, match="no tokenizer: give the prompt as tokens"):
         client.generate(PROMPT)
+
+
+class Connection:
+    """A connection that says it has accepted, or fails before or after."""
+
+    terms = None
+
+    def __init__(self, error: Exception | None = None, accepted: bool = False):
+        self.error, self.accepted, self.asked = error, accepted, 0
+
+    def ask(self, prompt, new_tokens, answers, note, *arguments, **options) -> str:
+        return self.prepare(len(prompt), new_tokens, answers, note)
+
+    def prepare(self, length, new_tokens, answers, note) -> str:
+        self.asked += 1
+        if self.accepted or self.error is None:
+            note({"event": "accepted"})
+        if self.error is not None:
+            raise self.error
+        return "answer"
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "accepted", "again"),
+    [
+        (RefusalError("the turn is over", TURN_OVER), False, True),
+        (RefusalError("its other half is lost", NO_HALF), False, True),
+        (ClosedError("the peer is gone"), False, True),
+        (RefusalError("this client has 0 of 3 requests a day left"), False, False),
+        (PrivateInferenceError("the link is broken"), True, False),
+        (RefusalError("the turn is over", TURN_OVER), True, False),
+    ],
+)
+@pytest.mark.parametrize("action", ["ask", "prepare"])
+def test_what_is_asked_again_and_what_is_not(error, accepted, again, action):
+    client = PrivateClient.__new__(PrivateClient)
+    old, new, heard = Connection(error, accepted), Connection(), []
+    new.terms = client.terms = SimpleNamespace(store="store")
+    client._connection, client._connect, client._lock = old, lambda: new, threading.Lock()
+    client.tokenizer, client._require_prepared, client.check = None, False, lambda *arguments: None
+
+    def act():
+        if action == "ask":
+            return client.ask([1, 2], on_event=heard.append)
+        return client.prepare(2, on_event=heard.append)
+
+    if again:
+        assert act() == "answer"
+        assert heard == [{"event": "accepted"}]
+    else:
+        with pytest.raises(type(error), match=str(error)):
+            act()
+    assert (old.asked, new.asked) == (1, int(again))
+
+
+def test_each_preparation_that_has_lost_its_other_half_is_passed_over():
+    client = PrivateClient.__new__(PrivateClient)
+    lost = [Connection(RefusalError("its other half is lost", NO_HALF)) for _ in range(3)]
+    connections = iter([*lost, Connection()])
+    client._connection, client._lock, client.tokenizer = None, threading.Lock(), None
+    client._connect = lambda: next(connections)
+    client._require_prepared, client.check = False, lambda *arguments: None
+    assert client.ask([1, 2]) == "answer"
+    assert [connection.asked for connection in lost] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("heard", "kept"),
+    [
+        (ClosedError("the peer is gone"), True),
+        (RefusalError("the turn is over", TURN_OVER), True),
+        (RefusalError("the server is about to end"), True),
+        (RefusalError("its other half is lost", NO_HALF), False),
+        ({"event": "peer's accepted"}, False),
+    ],
+)
+def test_a_half_is_used_up_once_its_prompt_is_accepted(tmp_path, heard, kept):
+    client = Client.__new__(Client)
+    client.store, name = Store(tmp_path, 1), "0" * 32
+    client.store.path(name).write_bytes(b"half")
+    taken = []
+
+    def answer(request, on_event):
+        taken.append(Path(request.preparation).read_bytes())
+        raise PrivateInferenceError("the link is broken")
+
+    client._session = SimpleNamespace(events=Events(), answer=answer, close=lambda: None)
+    client._session.events.put(heard)
+    client._tunnel, client._check = (
+        None,
+        lambda length, new, answers: {"length": length, "new_tokens": new, "answers": answers},
+    )
+    client.terms = SimpleNamespace(config=SimpleNamespace(vocab_size=9), settings=SimpleNamespace(answer="token"))
+    client.channel = Channel.__new__(Channel)
+    client.channel.send, client.channel.close = lambda message: None, lambda: None
+    with pytest.raises(PrivateInferenceError):
+        client.ask([1, 2], preparation=name)
+    assert [path.name for path in tmp_path.glob("0*")] == ([f"{name}-1.half"] if kept else [])
+    assert taken == ([b"half"] if isinstance(heard, dict) else [])
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_without_a_preparation_it_says_so_or_fails(tmp_path, required):
+    client = Client.__new__(Client)
+    client.store, heard, sent = Store(tmp_path, 1), [], []
+    client.find_preparation, client.close = lambda *asked: None, lambda: None
+    client._check = lambda *asked: {}
+    client._request = lambda asked, also, on_event, **own: sent.append(also)
+    client.terms = SimpleNamespace(config=SimpleNamespace(vocab_size=9), settings=SimpleNamespace(answer="token"))
+    if required:
+        with pytest.raises(UserError, match="no preparation fits 2 tokens and 1 new ones of this server"):
+            client.ask([1, 2], on_event=heard.append, require_prepared=True)
+    else:
+        client.ask([1, 2], on_event=heard.append)
+    assert (heard, sent) == (([], []) if required else ([{"event": "unprepared"}], [{}]))
 
 
 @pytest.mark.slow

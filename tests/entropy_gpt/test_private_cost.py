@@ -59,3 +59,12 @@ def test_eight_architectures_are_readable_at_80_columns(capsys, monkeypatch):
     shown = show(capsys, *notations, "SM+ScFuFFNi6", "SM+LN", "SM+LN+G+WN(QKVO+FFN)")
     assert max(map(len, shown.splitlines())) <= 80
     assert "…" not in shown
+
+
+def test_both_phases_have_bytes_round_trips_and_seconds(capsys):
+    sizes = {"n_layer": 1, "n_embd": 64, "vocab_size": 64}
+    shown = show(capsys, "SM", networks=["100Mbps,50ms"], prepared=True, **sizes)
+    rows = {" ".join(line.split()[:3]): line.split() for line in shown.splitlines()}
+    assert {"before the prompt", "round trips before", "before, on 100Mbps,50ms"} <= {*rows}
+    assert int(rows["round trips before"][3]) > 1
+    assert "before" not in show(capsys, "SM", **sizes)

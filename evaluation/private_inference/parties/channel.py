@@ -170,8 +170,31 @@ class NoServerError(PrivateInferenceError):
     """Nobody listens at the server's address."""
 
 
+# Refusals after which another connection may well be answered: a client's turn is over between two prompts, or a half
+# of a preparation is lost.
+TURN_OVER, NO_HALF = "turn over", "no half"
+
+
+class CodedError(PrivateInferenceError):
+    """What is said to the peer with a word for programs, such as `TURN_OVER`."""
+
+    def __init__(self, message: str, code: str):
+        super().__init__(message)
+        self.code = code
+
+
 class RefusalError(PrivateInferenceError):
-    """The peer has said why it ends the connection."""
+    """
+    The peer has said why it ends the connection.
+
+    Args:
+        message (`str`): What it said.
+        code (`str`, *optional*): `TURN_OVER` or `NO_HALF`.
+    """
+
+    def __init__(self, message: str, code: str | None = None):
+        super().__init__(message)
+        self.code = code
 
 
 class Channel:
@@ -226,7 +249,7 @@ class Channel:
         except (PrivateInferenceError, OSError) as error:
             reason = one_line(error) if may_be_told(error) else f"the {party} failed."
             with contextlib.suppress(PrivateInferenceError):
-                self.send({"kind": "refusal", "reason": reason})
+                self.send({"kind": "refusal", "reason": reason, "code": getattr(error, "code", None)})
             raise
 
     def receive(self, seconds: float | None, kinds: tuple[str, ...]) -> dict:
@@ -252,7 +275,9 @@ class Channel:
             raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
         message = _parse(content)
         if message["kind"] == "refusal":
-            raise RefusalError(f"the peer refuses: {clean(message.get('reason'))}")
+            code = message.get("code")
+            known = code if code in (TURN_OVER, NO_HALF) else None
+            raise RefusalError(f"the peer refuses: {clean(message.get('reason'))}", known)
         if message["kind"] not in kinds:
             raise PrivateInferenceError(
                 f"the peer says {clean(message['kind'])!r} where {' or '.join(kinds)} belongs."

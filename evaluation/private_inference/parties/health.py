@@ -8,13 +8,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 
+from .channel import shut_down
 
-READ_SECONDS = 5
+
+# What a connection may take in all, and how many there may be at once; further ones are closed.
+DEADLINE_SECONDS, MOST_CONNECTIONS = 5, 8
 
 
 class Health:
     """
-    Answers each GET with the state as JSON, from a thread of its own.
+    Answers each GET with the state as JSON, from a thread of its own, for a bounded number of connections and time.
 
     Args:
         host (`str`), port (`int`): Where; port 0 takes a free one.
@@ -26,8 +29,6 @@ class Health:
 
     def __init__(self, host: str, port: int, state: Callable[[], dict]):
         class Handler(BaseHTTPRequestHandler):
-            timeout = READ_SECONDS
-
             def do_GET(self):
                 found = state()
                 content = json.dumps(found).encode()
@@ -42,7 +43,23 @@ class Health:
 
         class Watched(ThreadingHTTPServer):
             daemon_threads = True
+            free = threading.BoundedSemaphore(MOST_CONNECTIONS)
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+            def process_request(self, request, client_address):
+                if self.free.acquire(blocking=False):
+                    super().process_request(request, client_address)
+                else:
+                    self.shutdown_request(request)
+
+            def process_request_thread(self, request, client_address):
+                deadline = threading.Timer(DEADLINE_SECONDS, shut_down, [request])
+                deadline.start()
+                try:
+                    super().process_request_thread(request, client_address)
+                finally:
+                    deadline.cancel()
+                    self.free.release()
 
             def handle_error(self, request, client_address):
                 pass  # who watches may leave when it likes

@@ -38,12 +38,18 @@ UNLIMITED = Limits(*[sys.maxsize] * 4)
 
 @dataclass
 class Use:
-    """What a request took of its client's limits, and when."""
+    """What a request took of its client's limits, and when; while it is answered, since when."""
 
     began: float
     positions: int
     seconds: float = 0.0
     kept_seconds: float = 0.0
+    running_since: float | None = None
+
+    def taken(self) -> float:
+        """Seconds of an engine so far."""
+        running = 0.0 if self.running_since is None else time.monotonic() - self.running_since
+        return self.seconds + self.kept_seconds + running
 
 
 class Accounts:
@@ -84,7 +90,7 @@ class Accounts:
                 answers=self.limits.answers,
                 requests=self.limits.requests - len(uses),
                 positions=self.limits.positions - sum(use.positions for use in uses),
-                seconds=self.limits.seconds - round(sum(use.seconds + use.kept_seconds for use in uses)),
+                seconds=self.limits.seconds - round(sum(use.taken() for use in uses)),
             )
             for name, asked in (("requests", 1), ("positions", positions), ("seconds", 1)):
                 if asked > getattr(left, name):

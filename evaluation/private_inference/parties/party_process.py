@@ -76,6 +76,7 @@ class Job:
         timeout_seconds (`int`): For which a silent peer is waited for.
         store (`str`, *optional*): Folder for this party's halves of preparations.
         peer_store (`str`): The server's store of the other halves; empty at the server.
+        owner (`str`): The client that the server's halves are for; empty at the client.
     """
 
     rank: int
@@ -84,6 +85,7 @@ class Job:
     timeout_seconds: int
     store: str | None = None
     peer_store: str = ""
+    owner: str = ""
 
 
 @dataclass(config=RECORD)
@@ -207,6 +209,8 @@ class PartyProcess:
             answers=request.answers,
             shares=describe_shares(shares),
             costs=costs,
+            owner=self.job.owner,
+            made=time.time(),
         )
         Store(Path(self.job.store), self.job.rank).put(header, seed, shares)
         self.tell({"event": "prepared", "name": name})

@@ -7,12 +7,15 @@ a preparation's name. A half is written whole or not at all, and is renamed, dur
 
 import base64
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,20 +28,24 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import RING
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, is_factor, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 
+from .channel import NO_HALF, CodedError
 from .engine import engine_versions
 
 
-FORMAT = 1
+FORMAT = 2
 SEED_BYTES, NAME_BYTES, HASH_BYTES = 32, 16, 32
 NAME = re.compile(f"[0-9a-f]{{{2 * NAME_BYTES}}}")
 HALF, TAKEN, PART = ".half", ".taken", ".part"
-# After which a file of these belongs to no process any more.
-LEFT_SECONDS = 3600
 MOST_HEADER_BYTES = 2**24
+# Products that a header has room for, with what each took.
+MOST_PRODUCTS = MOST_HEADER_BYTES // 512
+# For which a server keeps the half of a preparation that nobody uses.
+KEPT_DAYS = 30
+DAY_SECONDS = 86_400
 
 
 @dataclass(config=RECORD, frozen=True)
@@ -51,11 +58,13 @@ class Header:
         rank (`int`): Whose half it is.
         terms (`str`): A hash of program, settings and versions.
         weights (`str`): A hash of the server's weights; empty in a client's half.
-        store (`str`): The server's store of the other half; empty in that one.
+        store (`str`): That of the other half, by [`name_store`]; empty in that one.
         length, new_tokens, answers (`int`): The most that it serves.
         shares (`list[tuple[str, str, list[int]]]`): For each product its variable, the engine's description of the
             share, and the bytes of each of its parts.
         costs (`list[StepCost]`): What the first phase took.
+        owner (`str`): The client, as [`Channel.peer`]; empty in its own half.
+        made (`float`): When, in seconds since 1970.
         format (`int`): Version of the file.
     """
 
@@ -69,6 +78,8 @@ class Header:
     answers: int
     shares: list[tuple[str, str, list[int]]]
     costs: list[StepCost]
+    owner: str
+    made: float
     format: int = FORMAT
 
     def spans(self) -> list[Span]:
@@ -88,8 +99,9 @@ def hash_terms(config: ProgramConfig, settings: PrivateSettings) -> str:
 
 
 def hash_weights(weights: dict[str, np.ndarray], config: ProgramConfig) -> str:
+    """Of those that preparations contain: neither of what is added, nor of the check's bounds."""
     digest = hashlib.sha256()
-    for name in weight_shapes(config):
+    for name in filter(is_factor, weight_shapes(config)):
         digest.update(np.ascontiguousarray(weights[name], np.float32).data.cast("B"))
     return digest.hexdigest()
 
@@ -105,11 +117,11 @@ class Store:
     A folder of halves of one party.
 
     Args:
-        folder (`Path`): Made if it is not there, readable by its owner alone.
+        folder (`Path`): Made if it is not there; its owner alone may use it.
         rank (`int`): The party's.
 
     Attributes:
-        identity (`str`): By which a client knows the store of the other halves.
+        identity (`str`): Random, for [`name_store`].
 
     Raises:
         `PrivateInferenceError`: If the folder can't be used.
@@ -117,8 +129,9 @@ class Store:
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self._rank = folder, rank
+        self._locks: dict[Path, int] = {}
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_folder(folder)
             self.identity = self._identify()
             self._clear()
         except OSError as error:
@@ -126,24 +139,63 @@ class Store:
 
     def _identify(self) -> str:
         path = self.folder / f"store-{self._rank}"
-        with contextlib.suppress(FileExistsError), open(_create(path), "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(NAME_BYTES))
-        return path.read_text(encoding="ascii")
+        if not path.exists():
+            draft = self.path(secrets.token_hex(NAME_BYTES)).with_suffix(PART)
+            try:
+                with open(_create(draft), "w", encoding="ascii") as file:
+                    file.write(secrets.token_hex(NAME_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
+                with contextlib.suppress(FileExistsError):
+                    path.hardlink_to(draft)
+            finally:
+                draft.unlink(missing_ok=True)
+            self._sync()
+        identity = path.read_text(encoding="ascii", errors="replace")
+        if not is_name(identity):
+            raise PrivateInferenceError(f"{path} is damaged: delete it, and prepare anew.")
+        return identity
 
     def _clear(self):
-        """Deletes what killed processes have left."""
+        """Deletes what killed processes have left: theirs are locked as long as they live."""
         for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if path.suffix in (TAKEN, PART) and path.stat().st_ctime < time.time() - LEFT_SECONDS:
-                    path.unlink()
+            if self._is_left(path.name) and (lock := _lock(path)) is not None:
+                path.unlink(missing_ok=True)
+                os.close(lock)
+
+    def _is_left(self, name: str) -> bool:
+        """Whether a file is this store's, and no half that waits: a user's own files are not touched."""
+        return re.fullmatch(f"{NAME.pattern}-{self._rank}({TAKEN}|{PART})", name) is not None
 
     def path(self, name: str) -> Path:
         """The file of a half."""
         return self.folder / f"{name}-{self._rank}{HALF}"
 
-    def size(self) -> int:
-        """Bytes of all halves."""
-        return sum(path.stat().st_size for path in self.folder.glob(f"*-{self._rank}{HALF}"))
+    def sizes(self) -> Counter[str]:
+        """Bytes of all halves, by owner."""
+        sizes: Counter[str] = Counter()
+        for path in self.folder.glob(f"*-{self._rank}{HALF}"):
+            with contextlib.suppress(PrivateInferenceError, FileNotFoundError):
+                sizes[read_header(path).owner] += path.stat().st_size
+        return sizes
+
+    def delete_old(self, terms: str, weights: str):
+        """Deletes what nobody can use, and what nobody has used for `KEPT_DAYS`; what is in use is left alone."""
+        for path in self.folder.glob(f"*-{self._rank}{HALF}"):
+            with contextlib.suppress(CodedError):
+                if not self._is_current(path, terms, weights):
+                    self.drop(self.take(path.name.removesuffix(f"-{self._rank}{HALF}")))
+
+    @staticmethod
+    def _is_current(path: Path, terms: str, weights: str) -> bool:
+        try:
+            header = read_header(path)
+        except FileNotFoundError:  # it was used meanwhile
+            return True
+        except PrivateInferenceError:
+            return False
+        young = header.made > time.time() - KEPT_DAYS * DAY_SECONDS
+        return young and (header.terms, header.weights) == (terms, weights)
 
     def headers(self) -> Iterator[Header]:
         """What is there, the smallest first; what can't be read is left out."""
@@ -167,57 +219,139 @@ class Store:
                 digest = hashlib.sha256()
                 chunks = (chunk for share in shares.values() for chunk in share.share_chunks)
                 line = TypeAdapter(Header).dump_json(header) + b"\n"
+                if len(line) > MOST_HEADER_BYTES:
+                    raise OSError(errno.EFBIG, "its header is too long")
                 for content in (line, seed, *chunks):
                     digest.update(content)
                     file.write(content)
                 file.write(digest.digest())
                 file.flush()
                 os.fsync(file.fileno())
-            part.rename(path)
+                part.rename(path)
             self._sync()
         except OSError as error:
-            part.unlink(missing_ok=True)
+            for left in (part, path):
+                left.unlink(missing_ok=True)
             raise PrivateInferenceError(
                 f"a preparation can't be written to {self.folder}: {error.strerror}."
             ) from error
 
     def take(self, name: str) -> Path:
         """
-        Takes a half out of the store, durably, so that nobody uses it again.
+        Takes a half out of the store, durably, so that nobody uses it again. It is locked until [`Store.drop`] or
+        [`Store.put_back`].
 
         Returns:
-            `Path`: Its file, for [`read_half`]; to be deleted then.
+            `Path`: Its file, for [`read_half`].
 
         Raises:
-            `PrivateInferenceError`: If it is not there.
+            `PrivateInferenceError`: If it is not there, or can't be taken.
         """
         path = self.path(name)
         taken = path.with_suffix(TAKEN)
         try:
+            if (lock := _lock(path)) is None:
+                raise CodedError(
+                    "this preparation is not here: it was used, or its other half is lost. Prepare another one.",
+                    NO_HALF,
+                )
+            self._locks[taken] = lock
             path.rename(taken)
             self._sync()
         except OSError as error:
+            self.drop(taken)
             raise PrivateInferenceError(
-                "this preparation is not here: it was used, or its other half is lost. Prepare another one."
+                f"a preparation can't be taken from {self.folder}: {error.strerror}."
             ) from error
         return taken
 
+    def drop(self, taken: Path):
+        """Deletes what [`Store.take`] has taken."""
+        taken.unlink(missing_ok=True)
+        self._unlock(taken)
+
+    def put_back(self, taken: Path):
+        """Undoes [`Store.take`], for a half of which nothing was used."""
+        taken.rename(taken.with_suffix(HALF))
+        self._sync()
+        self._unlock(taken)
+
+    def _unlock(self, taken: Path):
+        if (lock := self._locks.pop(taken, None)) is not None:
+            os.close(lock)
+
     def _sync(self):
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(self.folder)
+
+
+def _make_folder(folder: Path):
+    """
+    Makes it durably, or takes one that its owner alone can use.
+
+    Raises:
+        `PrivateInferenceError`: If others can read or change what is in it.
+    """
+    if not folder.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sync(folder.parent)
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise PrivateInferenceError(f"{folder} can't hold preparations, which are secret: it is another user's.")
+    if found.st_mode & 0o077:
+        raise PrivateInferenceError(
+            f"{folder} can't hold preparations, which are secret: others can use it (chmod 700 {folder})."
+        )
+
+
+def _sync(folder: Path):
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _create(path: Path) -> int:
-    """A new file that its owner alone may read."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    """A new file that its owner alone may read, locked while it is open."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
-def half_bytes(preparation: Preparation) -> int:
-    """About what a half takes on disk."""
-    return sum(mask.nbytes for mask in preparation.products.values())
+def _lock(path: Path) -> int | None:
+    """A file with a lock that lasts as long as it is open; `None` if it is gone, or another process has locked it."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            return file
+    except BlockingIOError:
+        pass
+    os.close(file)
+    return None
+
+
+def measure_half(config: ProgramConfig, settings: PrivateSettings, spans: list[Span]) -> tuple[int, int]:
+    """
+    About what a half takes on disk, and how many products it has. Both grow evenly from one further token to the next,
+    so the first and the last of these are enough: a long answer is measured as soon as a short one.
+    """
+    further = spans[1:]
+    parts = [(spans[:1], 1.0), *(([span], len(further) / 2) for span in (further[:1] + further[-1:]))]
+    size = count = 0.0
+    for some, times in parts:
+        products = Preparation(config, settings, some).products
+        size += times * sum(product.nbytes for product in products.values())
+        count += times * len(products)
+    return round(size), round(count)
+
+
+def name_store(identity: str, weights: str) -> str:
+    """By which a client knows where the other halves are: other weights in one folder have another name."""
+    return hashlib.sha256(f"{identity} {weights}".encode()).hexdigest()
 
 
 def is_name(text: object) -> bool:

@@ -27,17 +27,19 @@ class Turns:
     Args:
         workers (`int`): Clients that may have an engine at once.
         longest (`int`): Clients that may wait.
-
-    Attributes:
-        active (`int`): Clients that have an engine.
     """
 
     def __init__(self, workers: int = 1, longest: int = 16):
         self.workers, self.longest = workers, longest
-        self.active = 0
+        self._engines: Counter[str] = Counter()
         self._line: list[Place] = []
         self._changed = threading.Condition()
         self._closed = False
+
+    @property
+    def active(self) -> int:
+        """Engines that clients have."""
+        return self._engines.total()
 
     @property
     def waiting(self) -> int:
@@ -67,7 +69,8 @@ class Turns:
             yield
         finally:
             with self._changed:
-                self.active -= 1
+                self._engines[client] -= 1
+                self._engines += Counter()  # forgets who has none
                 self._changed.notify_all()
 
     def close(self):
@@ -87,7 +90,8 @@ class Turns:
         is more than this one has: who asks often keeps nobody else away.
         """
         with self._changed:
-            if self.waiting >= self.longest and self._is_full_for(client):
+            free = self.workers - self.active
+            if self.waiting - free >= self.longest and self._is_full_for(client):
                 raise PrivateInferenceError(
                     f"the server is busy with other clients, and {self.waiting} wait already: try again later."
                 )
@@ -96,8 +100,6 @@ class Turns:
             return place
 
     def _is_full_for(self, client: str) -> bool:
-        if self.active < self.workers and not self._line:
-            return False
         held = Counter(place.client for place in self._line)
         if not held:
             return True
@@ -119,16 +121,26 @@ class Turns:
                     raise PrivateInferenceError("another client has this place: this one has asked too often at once.")
                 if self._closed:
                     raise PrivateInferenceError("the server is about to end: try again later.")
-                before = self._line.index(place)
+                before = self._in_turn().index(place)
                 if before < self.workers - self.active:
                     self._line.remove(place)
-                    self.active += 1
+                    self._engines[place.client] += 1
                     self._changed.notify_all()
                     return None
                 left = end - time.monotonic()
                 if before != last or left <= 0:
                     return before
                 self._changed.wait(left)
+
+    def _in_turn(self) -> list[Place]:
+        """The line in the order of turns: who has fewest engines comes first, then who has waited longest."""
+        left, engines, found = list(self._line), self._engines.copy(), []
+        while left:
+            place = min(left, key=lambda place: engines[place.client])
+            left.remove(place)
+            engines[place.client] += 1
+            found.append(place)
+        return found
 
     def _leave(self, place: Place):
         with self._changed:

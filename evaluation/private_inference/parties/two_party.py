@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, weight_shapes
@@ -30,19 +31,41 @@ from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, RI
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .channel import Channel, ClosedError, Listener, TLSFiles, clean, connect, one_line, shut_down
+from .channel import (
+    NO_HALF,
+    TURN_OVER,
+    Channel,
+    ClosedError,
+    CodedError,
+    Listener,
+    TLSFiles,
+    clean,
+    connect,
+    one_line,
+    shut_down,
+)
 from .engine import engine_versions
 from .limits import Accounts, Limits, Use
 from .memory import check_memory
 from .party_process import Job, Request
-from .preparations import Store, half_bytes, hash_terms, hash_weights, is_name, pass_spans, read_header
+from .preparations import (
+    MOST_PRODUCTS,
+    Store,
+    hash_terms,
+    hash_weights,
+    is_name,
+    measure_half,
+    name_store,
+    pass_spans,
+    read_header,
+)
 from .sampling import GREEDY, Sampling
 from .session import Outcome, Session, SilenceError, Terms, check_prompt, check_request, check_sampling, free_port
 from .tunnel import ClientTunnel, ServerTunnel
 from .turns import Turns
 
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 HANDSHAKE_SECONDS = 30
 # For which a client may keep the engine between two prompts, unless another one waits for it.
 KEPT_SECONDS, KEPT_CHECK_SECONDS = 30, 0.5
@@ -58,10 +81,14 @@ LARGEST = {
 MOST_ITERATIONS = 64
 # What a server's preparations may take.
 MOST_PREPARED_BYTES = 4_000_000_000
+# The part of it that one client may fill.
+CLIENT_SHARE = 0.5
 # For which what is about to end is waited for.
 PARTING_SECONDS = 5
 # What each side is to the other.
 SERVER_NAME, CLIENT_NAME = "server", "client"
+# How much of a certificate's hash a log has.
+PEER_CHARACTERS = 16
 # Connections at once that are not answered yet.
 MAX_GREETINGS = 64
 
@@ -108,7 +135,7 @@ class Server:
         limits ([`Limits`]): What it grants each client.
         report (`Callable`): Told in a line what happens, with time and address.
         turns ([`Turns`], *optional*): How many clients it answers at once, and how many may wait.
-        json_log (`bool`): Whether lines are JSON.
+        json_log (`bool`): Whether lines are JSON, as of [`json_line`].
         prepared (`Path`, *optional*): Folder for its halves of preparations; without it there are none.
         most_prepared_bytes (`int`): That these may take.
     """
@@ -130,6 +157,11 @@ class Server:
         self.offer, self.timeout_seconds = offer, timeout_seconds
         self.store = None if prepared is None else Store(prepared, SERVER)
         self._most_prepared_bytes = most_prepared_bytes
+        # Bytes of preparations that are being made, by client.
+        self._rooms: Counter[str] = Counter()
+        self._room_lock = threading.Lock()
+        if self.store is not None:
+            self.store.delete_old(self._terms_hash, self._weights_hash)
         self.limits = limits or Limits()
         self.listener = Listener(host, port, tls)
         self.address = self.listener.address
@@ -145,6 +177,14 @@ class Server:
     @functools.cached_property
     def _weights_hash(self) -> str:
         return hash_weights(self.offer.weights, self.offer.config)
+
+    @functools.cached_property
+    def _terms_hash(self) -> str:
+        return hash_terms(self.offer.config, self.offer.settings)
+
+    @functools.cached_property
+    def _store_name(self) -> str | None:
+        return None if self.store is None else name_store(self.store.identity, self._weights_hash)
 
     def serve_forever(self):
         """Until it is closed."""
@@ -194,13 +234,12 @@ class Server:
         status = "draining" if self._draining else "ok"
         return {"status": status, "workers": turns.workers, "active": turns.active, "waiting": turns.waiting}
 
-    def _say(self, address: str, line: str, **facts: float):
-        now = datetime.now()
+    def _say(self, who: str, line: str, **facts: float):
+        """A line about somebody: an address, and after a space the beginning of a certificate's hash."""
         if self._json_log:
-            what = {"time": now.isoformat(timespec="milliseconds"), "client": address, "event": line}
-            self._report(json.dumps(what | facts))
+            self._report(json_line(line, who, **facts))
         else:
-            self._report(f"{now:%Y-%m-%d %H:%M:%S} {address} {line}")
+            self._report(f"{datetime.now():%Y-%m-%d %H:%M:%S} {who} {line}")
 
     def _admit(self, connection: socket.socket):
         """
@@ -230,7 +269,8 @@ class Server:
         try:
             channel = self.listener.welcome(connection, replace)
             with self._heard(channel):
-                self._hear(channel, address)
+                by_address = address.startswith(channel.peer)
+                self._hear(channel, address if by_address else f"{address} {channel.peer[:PEER_CHARACTERS]}")
         except (PrivateInferenceError, OSError) as error:
             self._say(address, f"a connection was refused: {one_line(error)}")
         finally:
@@ -259,17 +299,17 @@ class Server:
             with self._lock:
                 self._channels.discard(channel)
 
-    def _hear(self, channel: Channel, address: str):
+    def _hear(self, channel: Channel, who: str):
         try:
             with channel.telling(SERVER_NAME):
                 first = channel.receive(HANDSHAKE_SECONDS, ("hello", "stream"))
                 if first["kind"] == "stream":
                     self._attach(channel, first)
                     return
-                self._serve(channel, address, first)
+                self._serve(channel, who, first)
         except (PrivateInferenceError, OSError) as error:
             if not self._closed:
-                self._say(address, f"an inference ended early: {one_line(error)}")
+                self._say(who, f"an inference ended early: {one_line(error)}")
         channel.close()
 
     def _attach(self, channel: Channel, message: dict):
@@ -282,26 +322,32 @@ class Server:
                 return
         raise PrivateInferenceError("a stream belongs to no inference.")
 
-    def _serve(self, channel: Channel, address: str, hello: dict):
+    def _serve(self, channel: Channel, who: str, hello: dict):
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
-        channel.send({"kind": "terms", **self.offer.terms(), "store": self.store and self.store.identity})
+        channel.send({"kind": "terms", **self.offer.terms(), "store": self._store_name})
         message = channel.receive(HANDSHAKE_SECONDS, ("request",))
         self._leave(channel.connection)
 
         def announce(before: int):
             channel.send({"kind": "waiting", "before": before})
 
-        with self.turns.turn(channel.peer, announce):
-            asked = self._read_request(channel, message)
+        with self.turns.turn(channel.peer, announce), contextlib.ExitStack() as taken:
+            asked = self._read_request(channel, message, taken)
             with self._opened(channel) as session:
-                while asked:
-                    self._answer(session, address, *asked)
-                    message = self._next_request(session, asked[1])
-                    asked = message and self._read_request(channel, message)
+                self._answer(session, who, *asked)
+                while message := self._next_request(session, asked[1]):
+                    taken.close()
+                    asked = self._read_request(channel, message, taken)
+                    channel.send({"kind": "accepted"})
+                    self._answer(session, who, *asked)
 
-    def _read_request(self, channel: Channel, message: dict) -> tuple[Request, Use, Limits]:
+    def _read_request(
+        self, channel: Channel, message: dict, taken: contextlib.ExitStack
+    ) -> tuple[Request, Use, Limits]:
         """
+        A client's request. What it takes out of the store is dropped when `taken` closes.
+
         Raises:
             `PrivateInferenceError`: If the model can't answer so much, or the client has not so much left.
         """
@@ -309,41 +355,67 @@ class Server:
         check_request(self.offer.config, self.offer.settings, length, new_tokens, answers)
         prepares = message.get("prepares") is True
         name = None if prepares else message.get("preparation")
+        use, left = self._accounts.open(channel.peer, max(new_tokens, answers))
         if prepares:
-            self._check_room(pass_spans(length, new_tokens, answers))
-        use, left = self._accounts.open(channel.peer, 0 if prepares else max(new_tokens, answers))
+            use.positions = 0
+            taken.enter_context(self._reserved(channel.peer, pass_spans(length, new_tokens, answers)))
         most, limit = min((left.answers, "--max-new-tokens"), (left.positions, "--max-positions"))
-        taken = None if name is None else str(self._take_half(name))
-        return Request(length, new_tokens, answers, most, limit, prepares=prepares, preparation=taken), use, left
+        half = None if name is None else str(self._take_half(name, channel.peer, taken))
+        return Request(length, new_tokens, answers, most, limit, prepares=prepares, preparation=half), use, left
 
-    def _check_room(self, spans: list[Span]):
+    @contextlib.contextmanager
+    def _reserved(self, client: str, spans: list[Span]) -> Iterator[None]:
         """
+        Within, there is room for a preparation.
+
         Raises:
             `PrivateInferenceError`: If preparations are not kept here, or there is no room for this one.
         """
         if self.store is None:
             raise PrivateInferenceError("no preparations are kept here (serve --prepared).")
-        size = self.store.size() + half_bytes(Preparation(self.offer.config, self.offer.settings, spans))
-        if size > self._most_prepared_bytes:
-            raise PrivateInferenceError(
-                f"preparations would take {size / MEGA:,.0f} MB here, and {self._most_prepared_bytes / MEGA:,.0f} is "
-                "the most (--prepared-mb): use some first."
-            )
+        size, products = measure_half(self.offer.config, self.offer.settings, spans)
+        if products > MOST_PRODUCTS:
+            raise PrivateInferenceError("a preparation of so long an answer can't be kept: ask for fewer new tokens.")
+        with self._room_lock:
+            self.store.delete_old(self._terms_hash, self._weights_hash)
+            kept = self.store.sizes() + self._rooms
+            for total, most in (
+                (kept.total(), self._most_prepared_bytes),
+                (kept[client], self._most_prepared_bytes * CLIENT_SHARE),
+            ):
+                if total + size > most:
+                    whose = "preparations" if most == self._most_prepared_bytes else "preparations of this client"
+                    raise PrivateInferenceError(
+                        f"{whose} would take {(total + size) / MEGA:,.0f} MB here, and {most / MEGA:,.0f} is the most "
+                        "(--prepared-mb): use some first."
+                    )
+            self._rooms[client] += size
+        try:
+            yield
+        finally:
+            with self._room_lock:
+                self._rooms[client] -= size
 
-    def _take_half(self, name: object) -> Path:
+    def _take_half(self, name: object, client: str, taken: contextlib.ExitStack) -> Path:
         """
         Raises:
-            `PrivateInferenceError`: If it is not here, or not for this model.
+            `PrivateInferenceError`: If it is not here, not for this model, or another client's.
         """
         if self.store is None or not is_name(name):
             raise PrivateInferenceError("no such preparation is kept here (serve --prepared).")
         path = self.store.take(name)
+        taken.callback(self.store.drop, path)
         header = read_header(path)
-        terms = hash_terms(self.offer.config, self.offer.settings)
-        if (header.terms, header.weights) != (terms, self._weights_hash):
-            path.unlink()
+        if header.owner != client:
+            self.store.put_back(path)
             raise PrivateInferenceError(
-                "this preparation was made with another model, other settings or another version: prepare another one."
+                "this preparation was made with another client, by its certificate or address."
+            )
+        if (header.terms, header.weights) != (self._terms_hash, self._weights_hash):
+            raise CodedError(
+                "this preparation was made with another model, other settings or another version: prepare another "
+                "one.",
+                NO_HALF,
             )
         return path
 
@@ -364,6 +436,7 @@ class Server:
             settings=self.offer.settings,
             timeout_seconds=self.timeout_seconds,
             store=None if self.store is None else str(self.store.folder),
+            owner=channel.peer,
         )
         tunnel = ServerTunnel(token, own_port)
         with self._lock:
@@ -382,41 +455,53 @@ class Server:
     def _next_request(self, session: Session, use: Use) -> dict | None:
         """
         The client's next request on its connection, if there is one. The engine is kept for it, at the client's
-        expense, until another client wants it.
+        expense, until another client wants it, however soon the request comes.
+
+        Raises:
+            `CodedError`: If the client's turn is over.
         """
-        began = time.monotonic()
+        began, message = time.monotonic(), None
         while True:
+            if self.turns.waiting or self._draining or use.kept_seconds > KEPT_SECONDS:
+                raise CodedError("the turn is over, or no further prompt came in time: connect again.", TURN_OVER)
+            if message is not None:
+                return message
             try:
-                return session.events.expect(KEPT_CHECK_SECONDS, "peer's request")
+                message = session.events.expect(KEPT_CHECK_SECONDS, "peer's request")
             except ClosedError:
                 return None
-            except SilenceError as error:
-                if self.turns.waiting or self._draining or time.monotonic() - began > KEPT_SECONDS:
-                    raise PrivateInferenceError("no further prompt came in time: connect again.") from error
+            except SilenceError:
+                pass
             finally:
                 use.kept_seconds = time.monotonic() - began
 
-    def _answer(self, session: Session, address: str, request: Request, use: Use, left: Limits):
+    def _answer(self, session: Session, who: str, request: Request, use: Use, left: Limits):
         asks = "prepares" if request.prepares else "asks for"
         prepared = " (prepared)" if request.preparation else ""
         asked = {"new_tokens": request.new_tokens, "prompt_tokens": request.length, "positions": request.answers}
-        self._say(address, f"{asks} {request.new_tokens} token(s) after {request.length}{prepared}", **asked)
-        began = time.monotonic()
+        self._say(who, f"{asks} {request.new_tokens} token(s) after {request.length}{prepared}", **asked)
+        began = use.running_since = time.monotonic()
 
         def note(event: dict):
             if event["event"] == "repeat":
                 use.positions += request.answers
-                self._say(address, "had an answer out of range, and has it repeated")
+                self._say(who, "had an answer out of range, and has it repeated")
 
         try:
             outcome = session.answer(request, note, left.seconds)
         finally:
-            use.seconds = time.monotonic() - began
-            if request.preparation is not None:
-                Path(request.preparation).unlink(missing_ok=True)
+            use.seconds, use.running_since = time.monotonic() - began, None
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
         line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
-        self._say(address, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))
+        self._say(who, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))
+
+
+def json_line(event: str, who: str = "-", **facts: float) -> str:
+    """What happened, for a log that programs read: `who` is an address, and after a space a client's certificate."""
+    address, _, certificate = who.partition(" ")
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    client = certificate or address.rpartition(":")[0] or "-"
+    return json.dumps({"time": now, "client": client, "address": address, "event": event} | facts)
 
 
 def _address_of(connection: socket.socket) -> str:
@@ -456,6 +541,7 @@ class Client:
         self.timeout_seconds = timeout_seconds
         self._tunnel: ClientTunnel | None = None
         self._session: Session | None = None
+        self._accepted = False  # the last request
         self.channel = self._connect()
         try:
             with self.channel.telling(CLIENT_NAME):
@@ -511,6 +597,7 @@ class Client:
         on_event: Callable[[dict], None] = lambda event: None,
         sampling: Sampling = GREEDY,
         preparation: str | None = None,
+        require_prepared: bool = False,
     ) -> Outcome:
         """
         Asks for the continuation of a prompt. The connection and the engine are kept for the next one; a server waits
@@ -523,6 +610,7 @@ class Client:
             on_event (`Callable`): Told what happens, for progress.
             sampling ([`Sampling`]): How tokens are chosen from the logits; it stays here too.
             preparation (`str`, *optional*): Name of the one to use up. Default: that of [`Client.find_preparation`].
+            require_prepared (`bool`): Whether to fail if there is none.
 
         Raises:
             `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much or has no such
@@ -534,13 +622,17 @@ class Client:
             asked = self._check(len(prompt), new_tokens, answers)
             own = {"prompt": prompt, "sampling": sampling}
             preparation = preparation or self.find_preparation(len(prompt), new_tokens, answers)
+            if preparation is None and require_prepared:
+                raise UserError(
+                    f"no preparation fits {len(prompt)} tokens and {new_tokens} new ones of this server: make one "
+                    "(entropy-gpt private prepare)."
+                )
             if preparation is None:
+                if self.store is not None:
+                    on_event({"event": "unprepared"})
                 return self._request(asked, {}, on_event, **own)
-            taken = self.store.take(preparation)
-            try:
+            with self._taken(preparation) as taken:
                 return self._request(asked, {"preparation": preparation}, on_event, preparation=str(taken), **own)
-            finally:
-                taken.unlink(missing_ok=True)
         except BaseException:
             self.close()
             raise
@@ -591,12 +683,29 @@ class Client:
         check_request(self.terms.config, self.terms.settings, length, new_tokens, answers)
         return {"length": length, "new_tokens": new_tokens, "answers": answers}
 
+    @contextlib.contextmanager
+    def _taken(self, preparation: str) -> Iterator[Path]:
+        """A half, for one request. It stays in the store if the server accepts none: nothing of it was used then."""
+        taken, self._accepted = self.store.take(preparation), False
+        try:
+            yield taken
+        except BaseException as error:
+            if not self._accepted and getattr(error, "code", None) != NO_HALF:
+                self.store.put_back(taken)
+            raise
+        finally:
+            self.store.drop(taken)
+
     def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
         """Has a request answered, of which the server is shown a part."""
         with self.channel.telling(CLIENT_NAME):
             self.channel.send({"kind": "request", **asked, **also})
             if self._session is None:
                 self._open(on_event)
+            else:
+                self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
+            self._accepted = True
+            on_event({"event": "accepted"})
             return self._session.answer(Request(**asked, **own), on_event)
 
     def _open(self, on_event: Callable[[dict], None]):

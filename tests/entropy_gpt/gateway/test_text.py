@@ -25,7 +25,10 @@ def test_pieces_add_up_to_the_text(text):
     assert not any("\ufffd" in piece.text for piece in pieces)
 
 
-@given(TEXTS, st.lists(st.text(alphabet="def main(", min_size=1, max_size=3), min_size=1, max_size=2))
+@given(
+    TEXTS,
+    st.lists(st.text(alphabet="def main(\u00e9\u65e5\U0001f600", min_size=1, max_size=3), min_size=1, max_size=2),
+)
 def test_it_ends_before_the_first_stop_that_is_complete(text, stops):
     answer = AnswerText(WORDS, stops)
     shown = "".join(piece.text for piece in stream(answer, WORDS(text)["input_ids"]))
@@ -33,6 +36,12 @@ def test_it_ends_before_the_first_stop_that_is_complete(text, stops):
     assert not any(stop in shown for stop in stops)
     assert answer.ended == any(stop in text for stop in stops)
     assert answer.ended or shown == text
+
+
+def test_a_stop_whose_letter_comes_in_parts_is_not_shown():
+    answer = AnswerText(WORDS, ["ab\U0001f600"])
+    shown = "".join(piece.text for piece in stream(answer, WORDS("ab\U0001f600")["input_ids"]))
+    assert (shown, answer.ended) == ("", True)
 
 
 def test_it_ends_at_the_end_of_the_text():
@@ -71,6 +80,27 @@ def test_a_part_of_a_letter_has_a_name_of_its_own():
     assert len(tokens) == 4
     pieces = stream(AnswerText(WORDS, logprobs=0), tokens, np.zeros(len(WORDS), np.float32))
     assert len({each.token for piece in pieces for each in piece.probabilities}) == 4
+
+
+def test_parts_of_a_letter_begin_where_it_does_and_stay_before_a_stop():
+    tokens = WORDS("a\U0001f600(")["input_ids"]
+    pieces = stream(AnswerText(WORDS, ["("], logprobs=0), tokens, np.zeros(len(WORDS), np.float32))
+    found = [each.offset for piece in pieces for each in piece.probabilities]
+    assert found == [0, *[1] * (len(tokens) - 2)]
+    echoed = AnswerText(WORDS, logprobs=0).echo(tokens, np.zeros((len(tokens), len(WORDS)), np.float32))
+    assert [each.offset for each in echoed.probabilities] == [0, *[1] * (len(tokens) - 2), 2]
+
+
+def test_the_end_of_the_text_has_its_probability():
+    logits = np.zeros(len(WORDS), np.float32)
+    logits[WORDS.eos_token_id] = 5
+    answer = AnswerText(WORDS, logprobs=1)
+    tokens = [*WORDS("def")["input_ids"], WORDS.eos_token_id]
+    pieces = stream(answer, tokens, logits)
+    found = [each for piece in pieces for each in piece.probabilities]
+    assert len(found) == len(answer.tokens) == len(tokens)
+    assert (found[-1].token, found[-1].offset) == (WORDS.eos_token, 3)
+    assert found[-1].logprob == max(found[-1].top.values())
 
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import math
 import os
 import re
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +23,9 @@ from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties import channel as channel_module
 from entropy_gpt.evaluation.private_inference.parties import limits, memory, party_process, tunnel, two_party
 from entropy_gpt.evaluation.private_inference.parties.channel import (
+    TURN_OVER,
     Channel,
+    CodedError,
     RefusalError,
     TLSFiles,
     connect,
@@ -240,6 +244,16 @@ class TestLimits:
             accounts.open("one", 1)
         accounts.open("another", 8)
 
+    def test_what_is_being_answered_counts_its_seconds(self, monkeypatch):
+        accounts, now = Accounts(FEW), [1000.0]
+        monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        accounts.open("one", 1)[0].running_since = now[0]
+        now[0] += 60
+        assert accounts.open("one", 1)[1].seconds == 40
+        now[0] += 40
+        with pytest.raises(PrivateInferenceError, match="0 of 100 seconds a day left"):
+            accounts.open("one", 1)
+
     def test_one_request_has_a_limit_of_its_own(self):
         with pytest.raises(PrivateInferenceError, match=r"9 answers are asked for; 8 is the most here \(--max-new"):
             Accounts(FEW).open("one", 9)
@@ -272,13 +286,54 @@ class TestLimits:
         monkeypatch.setattr(two_party, "KEPT_CHECK_SECONDS", 0.1)
         with serving() as server:
             session, use = SimpleNamespace(events=Events()), Use(0.0, 1)
-            waiting = server.turns._enter("another")
+            session.events.put({"event": "peer's request"})
+            assert server._next_request(session, use) == {"event": "peer's request"}
+            threading.Timer(0.15, server.turns._enter, ["another"]).start()
             with pytest.raises(PrivateInferenceError, match="no further prompt came in time: connect again"):
                 server._next_request(session, use)
             assert 0.1 < use.kept_seconds < 5
-            server.turns._leave(waiting)
+
+    @pytest.mark.parametrize("why", ["another client waits", "the server ends"])
+    def test_a_client_that_asks_at_once_has_no_further_turn(self, why):
+        with serving() as server:
+            session = SimpleNamespace(events=Events())
             session.events.put({"event": "peer's request"})
-            assert server._next_request(session, use) == {"event": "peer's request"}
+            if why == "another client waits":
+                server.turns._enter("another")
+            else:
+                server.drain(0)
+            with pytest.raises(CodedError, match="the turn is over") as over:
+                server._next_request(session, Use(0.0, 1))
+            assert over.value.code == TURN_OVER
+
+    @pytest.mark.parametrize("with_tls", [False, True])
+    def test_lines_for_programs_name_by_what_limits_go(self, with_tls, tmp_path):
+        authority, lines = trustme.CA(), []
+        ours = theirs = None
+        if with_tls:
+            ours, theirs = (tls_files(tmp_path, name, authority, "localhost") for name in "ab")
+        with serving(lines.append, ours, json_log=True) as server:
+            with contextlib.closing(connect("localhost" if with_tls else "127.0.0.1", server.address[1], theirs)) as c:
+                c.send({"kind": "hello", "version": 0})
+                with pytest.raises(RefusalError):
+                    c.receive(WITHOUT_WAITING, ("terms",))
+                own = c.connection.getsockname()
+            assert eventually(lambda: lines)
+        said = json.loads(lines[0])
+        assert said["address"] == f"{own[0]}:{own[1]}"
+        assert len(said["client"]) == 16 if with_tls else said["client"] == own[0]
+        assert datetime.fromisoformat(said["time"]).tzinfo is not None
+
+    def test_a_client_hears_that_its_turn_is_over(self):
+        with channels() as (ours, theirs):
+            with pytest.raises(CodedError), ours.telling("server"):
+                raise CodedError("the turn is over", TURN_OVER)
+            with pytest.raises(RefusalError, match="the turn is over") as heard:
+                theirs.receive(WITHOUT_WAITING, ("program",))
+            theirs.send({"kind": "refusal", "reason": "x", "code": ["other"]})
+            with pytest.raises(RefusalError) as other:
+                ours.receive(WITHOUT_WAITING, ("program",))
+        assert (heard.value.code, other.value.code) == (TURN_OVER, None)
 
     def test_repeats_count_against_what_a_request_may_have_answered(self):
         process = PartyProcess.__new__(PartyProcess)

@@ -104,6 +104,28 @@ def test_who_asks_often_keeps_nobody_else_away():
     other.end()
 
 
+def test_who_has_fewest_engines_comes_first():
+    turns = Turns(workers=2, longest=5)
+    clients = join(turns, *"aaaab")
+    assert eventually(lambda: clients[4].heard == [0])
+    clients[0].end()
+    assert clients[4].has_turn.wait(10)
+    assert not clients[2].has_turn.is_set()
+    for client in clients:
+        client.end()
+    assert (turns.active, turns.waiting) == (0, 0)
+
+
+def test_an_engine_that_is_free_is_no_reason_to_refuse():
+    """Those who wait have not taken it yet."""
+    turns = Turns(workers=2, longest=1)
+    turns._enter("a")
+    turns._enter("b")
+    turns._enter("c")
+    with pytest.raises(PrivateInferenceError, match="busy"):
+        turns._enter("d")
+
+
 def test_who_is_gone_leaves_the_line():
     turns = Turns(workers=1, longest=3)
     (first,) = join(turns, "a")

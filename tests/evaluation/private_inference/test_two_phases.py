@@ -1,9 +1,12 @@
 """What is done before the prompt comes: the same numbers as in one phase, nothing revealed, and used once."""
 
+import contextlib
 import math
 import os
 import stat
+import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,12 +161,19 @@ class Watched(FixedPointArithmetic):
         return masked
 
 
-def revealed(config, weights, seed: int, tokens) -> np.ndarray:
-    """All that the parties of an inference see."""
+def revealed(config, weights, masks: tuple[int | None, int | None], tokens) -> np.ndarray:
+    """
+    All that the parties of an inference see. Each part of the masks has a seed, or is 0: then this is what the party
+    that drew it makes of what it sees, by adding its own part.
+    """
     private, span = PrivateSettings(), Span(0, LENGTH)
     preparation, ops = Preparation(config, private, [span]), Watched(private)
     ops.seen = []
-    variables = {name: ops.encode(weight) for name, weight in weights.items()} | draw_masks(preparation, seed)
+    variables = {name: ops.encode(weight) for name, weight in weights.items()}
+    for part, seed in zip(("server", "client"), masks, strict=True):
+        drawn = draw_masks(preparation, seed or 0)
+        own = {name: mask for name, mask in drawn.items() if name.endswith(f"/{part}")}
+        variables |= {name: np.zeros_like(mask) if seed is None else mask for name, mask in own.items()}
     variables = run_steps(preparation.steps, ops, variables) | encode(ops, config, private, weights, span, tokens)
     assert not ops.seen
     run_steps(preparation.use(0, span), ops, variables)
@@ -182,22 +192,63 @@ def chi_square(numbers: np.ndarray, bits: int = 6) -> float:
     return largest
 
 
-def test_what_is_revealed_is_uniform_whatever_the_prompt_is():
+@pytest.mark.parametrize("unknown", ["both", "server", "client"])
+def test_what_is_revealed_is_uniform_whatever_the_prompt_is(unknown):
+    """To a listener, who knows neither part of a mask; and to a party, which knows its own and not the other one's."""
     config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
     same = np.full(LENGTH, 7)
-    runs = np.stack([revealed(config, weights, seed, same) for seed in range(6)])
+    seeds = [
+        (None if unknown == "client" else seed, None if unknown == "server" else seed + 100) for seed in range(1, 7)
+    ]
+    runs = np.stack([revealed(config, weights, masks, same) for masks in seeds])
     assert chi_square(runs.reshape(-1)) < 5
     # Each of the numbers by itself, over the runs: the sign is a fair coin.
     assert abs((runs < 0).mean() - 0.5) < 0.01
 
 
+def test_both_parts_of_a_mask_are_in_each_number_that_is_revealed():
+    config, weights = prepared_weights("SM+LN+G", n_layer=1)
+    prompt = np.full(LENGTH, 7)
+    first, *others = (revealed(config, weights, masks, prompt) for masks in ((1, 2), (3, 2), (1, 4)))
+    for other in others:
+        assert (first != other).all()
+
+
 def test_a_mask_that_is_used_twice_shows_the_difference_of_two_prompts():
     """What would happen: it is why a preparation serves once."""
     config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
-    first, second = (revealed(config, weights, 0, np.full(LENGTH, token)) for token in (7, 8))
+    first, second = (revealed(config, weights, (1, 2), np.full(LENGTH, token)) for token in (7, 8))
     assert chi_square(first - second) > 100
-    fresh = revealed(config, weights, 1, np.full(LENGTH, 8))
+    fresh = revealed(config, weights, (3, 4), np.full(LENGTH, 8))
     assert chi_square(first - fresh) < 5
+
+
+def solve(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The matrix by which another one, of full rank, was multiplied in the ring."""
+    left, right = left.astype(np.uint64), right.astype(np.uint64)
+    for column in range(left.shape[1]):
+        odd = column + int(np.argmax(left[column:, column] & np.uint64(1)))
+        inverse = np.uint64(pow(int(left[odd, column]), -1, 2**64))
+        for matrix in (left, right):
+            matrix[[column, odd]] = matrix[[odd, column]]
+        left[column], right[column] = left[column] * inverse, right[column] * inverse
+        factors = left[:, column].copy()
+        factors[column] = 0
+        left, right = left - np.outer(factors, left[column]), right - np.outer(factors, right[column])
+    return right[: left.shape[1]].astype(np.int64)
+
+
+def test_both_halves_of_a_preparation_give_the_weights():
+    """Why a server's halves are as secret as its weights."""
+    config, weights = prepared_weights("SM+ScFuFFN", n_layer=1, n_embd=16, n_head=2, n_positions=64)
+    private = PrivateSettings()
+    preparation, ops = Preparation(config, private, [Span(0, 48, 48)]), FixedPointArithmetic(private)
+    variables = {name: ops.encode(weight) for name, weight in weights.items()} | draw_masks(preparation)
+    variables = run_steps(preparation.steps, ops, variables)
+    place = "0/None/head/linear/0/0"
+    mask = variables[f"{place}/left/server"] + variables[f"{place}/left/client"]
+    found = solve(mask, variables[f"{place}/product"])
+    assert np.array_equal(found, ops.as_ring(ops.encode(weights["head.weight"])))
 
 
 def test_masks_have_two_parts_of_one_shape_with_an_owner_each():
@@ -249,10 +300,11 @@ def half(parties):
 
     share = libspu.Share()
     share.meta, share.share_chunks = b"meta\x00", [b"first", b"second part"]
-    shares = {"product": share}
+    shares, now = {"product": share}, time.time()
 
     def make(name: str = "0" * 32, **fields):
         given = {"rank": SERVER, "terms": "t", "weights": "w", "store": "", "length": 8, "new_tokens": 2, "answers": 1}
+        given |= {"owner": "one", "made": now}
         described = parties.describe_shares(shares)
         return parties.Header(name=name, shares=described, costs=[], **{**given, **fields}), b"s" * 32, shares
 
@@ -314,15 +366,91 @@ class TestStore:
         first, second = (parties.Store(tmp_path, SERVER).identity for _ in range(2))
         assert first == second != parties.Store(tmp_path / "other", SERVER).identity
 
-    def test_what_killed_processes_left_is_cleared_after_a_while(self, parties, half, tmp_path, monkeypatch):
+    def test_what_killed_processes_left_is_cleared_and_what_is_in_use_is_not(self, parties, half, tmp_path):
         store = parties.Store(tmp_path, SERVER)
         store.put(*half())
         taken = store.take("0" * 32)
+        left = [tmp_path / f"{'1' * 32}-0{suffix}" for suffix in (".taken", ".part")]
+        for path in left:
+            path.touch()
         parties.Store(tmp_path, SERVER)
-        assert taken.exists()
-        monkeypatch.setattr(parties, "LEFT_SECONDS", -1)
+        assert taken.exists() and not any(path.exists() for path in left)
+        store.drop(taken)
+        assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
+
+    def test_one_of_two_processes_takes_it(self, parties, half, tmp_path):
+        first, second = (parties.Store(tmp_path, CLIENT) for _ in range(2))
+        first.put(*half(rank=CLIENT))
+        taken = first.take("0" * 32)
+        with pytest.raises(PrivateInferenceError, match="is not here"):
+            second.take("0" * 32)
+        first.put_back(taken)
+        second.drop(second.take("0" * 32))
+
+    def test_what_fails_otherwise_is_not_said_to_be_used(self, parties, half, tmp_path, monkeypatch):
+        def fail(*arguments):
+            raise OSError(5, "Input/output error")
+
+        store = parties.Store(tmp_path, SERVER)
+        store.put(*half())
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(PrivateInferenceError, match=r"can't be taken from .*: Input/output error") as failed:
+            store.take("0" * 32)
+        assert not hasattr(failed.value, "code")
+
+    def test_a_folder_that_cannot_be_synced_keeps_nothing(self, parties, half, tmp_path, monkeypatch):
+        def fail(folder):
+            raise OSError(5, "Input/output error")
+
+        store = parties.Store(tmp_path, SERVER)
+        monkeypatch.setattr(parties, "_sync", fail)
+        with pytest.raises(PrivateInferenceError, match="can't be written to"):
+            store.put(*half())
+        assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
+
+    @pytest.mark.parametrize("content", ["", "0" * 31, "../" + "0" * 29])
+    def test_a_damaged_identity_is_refused(self, content, parties, tmp_path):
+        (tmp_path / "store-0").write_text(content)
+        with pytest.raises(PrivateInferenceError, match="store-0 is damaged: delete it"):
+            parties.Store(tmp_path, SERVER)
+
+    def test_an_identity_is_written_whole_or_not_at_all(self, parties, tmp_path, monkeypatch):
+        def fail(file):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(PrivateInferenceError, match="No space left"):
+            parties.Store(tmp_path, SERVER)
+        assert not list(tmp_path.iterdir())
+
+    def test_weights_that_are_multiplied_are_hashed_and_others_are_not(self, parties):
+        config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
+        first = parties.hash_weights(weights, config)
+        for name, same in (("h.0.output.weight", False), ("head.weight", False), ("bounds.after", True)):
+            changed = weights[name].copy()
+            changed.flat[0] += 1
+            assert (parties.hash_weights(weights | {name: changed}, config) == first) is same
+        assert parties.name_store("store", first) != parties.name_store("store", "other")
+
+    def test_files_that_are_not_the_stores_are_left_alone(self, parties, tmp_path):
+        names = {"film.mp4.part", f"{'0' * 32}-1.part", f"{'0' * 32}.taken", "store-0"}
+        for name in names:
+            (tmp_path / name).write_text("0" * 32)
+        (tmp_path / "folder.part").mkdir()
         parties.Store(tmp_path, SERVER)
-        assert not taken.exists()
+        assert {path.name for path in tmp_path.iterdir()} == names | {"folder.part"}
+
+    @pytest.mark.parametrize("mode", [0o777, 0o750, 0o701])
+    def test_a_folder_that_others_can_use_is_refused(self, mode, parties, tmp_path):
+        (tmp_path / "open").mkdir()
+        (tmp_path / "open").chmod(mode)
+        with pytest.raises(PrivateInferenceError, match=r"others can use it \(chmod 700 "):
+            parties.Store(tmp_path / "open", SERVER)
+
+    def test_a_folder_of_another_user_is_refused(self, parties, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        with pytest.raises(PrivateInferenceError, match="it is another user's"):
+            parties.Store(tmp_path, SERVER)
 
     def test_names_are_drawn_by_both_and_never_paths(self, parties):
         name = parties.draw_name((b"a" * 32, b"b" * 32))
@@ -335,6 +463,116 @@ class TestStore:
         assert np.array_equal(first, parties.draw_mask(b"s" * 32, "a", (3, 4)))
         for seed, name in ((b"t" * 32, "a"), (b"s" * 32, "b")):
             assert not (first == parties.draw_mask(seed, name, (3, 4))).any()
+
+
+@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFNi1)"])
+@pytest.mark.parametrize("new_tokens", [1, 2, 7])
+def test_a_long_answer_is_measured_by_few_of_its_tokens(notation, new_tokens, parties):
+    config, _ = prepared_weights(notation, n_layer=1)
+    spans = parties.pass_spans(6, new_tokens, 1)
+    products = Preparation(config, PrivateSettings(), spans).products
+    expected = sum(product.nbytes for product in products.values()), len(products)
+    assert parties.measure_half(config, PrivateSettings(), spans) == expected
+
+
+class TestRoom:
+    """What a server keeps for whom."""
+
+    @pytest.fixture
+    def serve(self, parties, tmp_path):
+        from entropy_gpt.evaluation.private_inference.parties.limits import Limits
+        from entropy_gpt.evaluation.private_inference.parties.two_party import Offer, Server
+
+        config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
+        offer, servers = Offer(config, weights, "SM+ScFuFFN", PrivateSettings(), ""), []
+
+        def make(**options):
+            options = {"limits": Limits(answers=8), "prepared": tmp_path, "report": lambda line: None, **options}
+            servers.append(Server(offer, "127.0.0.1", 0, None, **options))
+            return servers[-1]
+
+        yield make
+        for server in servers:
+            server.close()
+
+    @staticmethod
+    def read(server, taken, client: str = "one", new_tokens: int = 1, **message):
+        asked = {"length": 6, "new_tokens": new_tokens, "answers": 1, **message}
+        return server._read_request(SimpleNamespace(peer=client), asked, taken)
+
+    @pytest.fixture
+    def kept(self, parties, half, serve, tmp_path):
+        """A server with a half, as a function of the half's fields."""
+
+        def make(name: str = "0" * 32, **fields):
+            server = serve()
+            fields = {"terms": server._terms_hash, "weights": server._weights_hash, **fields}
+            server.store.put(*half(name, **fields))
+            return server
+
+        return make
+
+    def test_what_is_being_made_has_its_room_already(self, serve, parties):
+        config, settings = serve().offer.config, PrivateSettings()
+        size, _ = parties.measure_half(config, settings, parties.pass_spans(6, 1, 1))
+        server = serve(most_prepared_bytes=2 * size)
+        with contextlib.ExitStack() as taken, contextlib.ExitStack() as other:
+            request, use, _ = self.read(server, taken, prepares=True)
+            assert request.prepares and use.positions == 0
+            with pytest.raises(PrivateInferenceError, match=r"preparations of this client would take .*--prepared-mb"):
+                self.read(server, other, prepares=True)
+            self.read(server, other, "two", prepares=True)
+            with pytest.raises(PrivateInferenceError, match=r"^preparations would take"):
+                self.read(server, other, "three", prepares=True)
+        self.read(server, taken, prepares=True)
+        taken.close()
+
+    def test_limits_come_before_anything_is_computed(self, serve, parties, monkeypatch):
+        def measure(*arguments):
+            raise AssertionError("too early")
+
+        server = serve()
+        monkeypatch.setattr(f"{Preparation.__init__.__module__}.Preparation", measure)
+        with contextlib.ExitStack() as taken, pytest.raises(PrivateInferenceError, match="9 answers are asked for; 8"):
+            self.read(server, taken, new_tokens=9, prepares=True)
+
+    def test_what_does_not_fit_a_header_is_not_begun(self, serve, monkeypatch):
+        monkeypatch.setattr("entropy_gpt.evaluation.private_inference.parties.two_party.MOST_PRODUCTS", 3)
+        with contextlib.ExitStack() as taken, pytest.raises(PrivateInferenceError, match="so long an answer can't be"):
+            self.read(serve(), taken, prepares=True)
+
+    def test_a_half_is_for_the_client_that_it_was_made_with(self, kept):
+        server = kept()
+        with contextlib.ExitStack() as taken:
+            with pytest.raises(PrivateInferenceError, match="was made with another client"):
+                self.read(server, taken, "two", preparation="0" * 32)
+            request, *_ = self.read(server, taken, preparation="0" * 32)
+            assert request.preparation.endswith(f"{'0' * 32}-0.taken")
+        assert [path.name for path in server.store.folder.iterdir()] == ["store-0"]
+
+    @pytest.mark.parametrize("fields", [{"terms": "others"}, {"weights": "others"}])
+    def test_a_server_of_other_weights_refuses_what_is_not_its_own(self, fields, kept):
+        server = kept(**fields)
+        with (
+            contextlib.ExitStack() as taken,
+            pytest.raises(PrivateInferenceError, match="made with another model, other settings or another version"),
+        ):
+            self.read(server, taken, preparation="0" * 32)
+        assert not list(server.store.headers())
+
+    @pytest.mark.parametrize("fields", [{"terms": "others"}, {"weights": "others"}, {"made": 0.0}, {"format": 1}])
+    def test_what_nobody_can_use_is_deleted_at_the_start(self, fields, kept, serve):
+        store = kept(**fields).store
+        kept("1" * 32)
+        serve()
+        assert [header.name for header in store.headers()] == ["1" * 32]
+
+    def test_a_header_that_could_not_be_read_again_is_not_written(self, parties, half, tmp_path, monkeypatch):
+        store = parties.Store(tmp_path, SERVER)
+        monkeypatch.setattr(parties, "MOST_HEADER_BYTES", 100)
+        with pytest.raises(PrivateInferenceError, match="can't be written"):
+            store.put(*half())
+        assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
 
 
 def run_on_the_engine(notation: str, protocol: str, log=None):
