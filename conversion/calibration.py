@@ -30,7 +30,7 @@ HELD_OUT_EVERY = 5
 # A least squares fit wants several rows for each feature; below this, it follows chance.
 LEAST_ROWS_PER_FEATURE = 4
 # Higher whenever other statistics are collected, so that those kept before are not taken for these.
-STATISTICS_VERSION = 2
+STATISTICS_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Calibration:
             - `<block>.attn.entropies`, float64 of shape `(heads,)`: sum of the entropies of attention rows, in nats;
             - `<block>.attn.largest`, float32 of shape `(heads, context)`, on request: the median over sequences of
               the largest score that each position's query has, temperatures included;
+            - `<block>.attn.log_sums`, the same of log-sum-exp of the scores;
             - `<ffn>.fit` and `<ffn>.held_out`, float32 of shape `(1 + features, 1 + features + n_embd)`: the second
               moments `sum [1, u]^T [1, u, y]` of what a linear map reads and what the FFN writes;
             - `keys`, float64 of shape `(2,)`: number of attention rows, sum of the logarithms of their keys' numbers.
@@ -95,15 +96,22 @@ class Calibration:
         largest = math.log(self.context) if maximum == "context" else log_keys / count
         return (self.tensors[f"{name}.entropies"] / count / largest).clamp(0, 1).float()
 
-    def shift(self, name: str, positions: int) -> torch.Tensor:
+    def shift(self, name: str, positions: int, function: str) -> torch.Tensor:
         """
-        A shift of the scores with which the largest one of a row is 0, of the attention of that name, in the median;
-        positions behind the context have that of the last one in it. Of shape `(heads, positions)`. It needs a
-        calibration with the largest scores.
+        Shifts of the scores of an attention, each a median over sequences: of the largest score of a row, or for
+        softmax of its log-sum-exp, which the penalty on log-sums draws to the shift.
+
+        Args:
+            name (`str`): The attention's name.
+            positions (`int`): Number of positions; those behind the context have the shift of the last one in it.
+            function (`str`): The attention function.
+
+        Returns:
+            `torch.Tensor` of shape `(heads, positions)`. It needs a calibration with the largest scores.
         """
-        largest = self.tensors[f"{name}.largest"]
-        last = largest[:, -1:].expand(-1, max(0, positions - largest.shape[1]))
-        return torch.cat([largest[:, :positions], last], dim=1)
+        medians = self.tensors[f"{name}.log_sums" if function == "softmax" else f"{name}.largest"]
+        last = medians[:, -1:].expand(-1, max(0, positions - medians.shape[1]))
+        return torch.cat([medians[:, :positions], last], dim=1)
 
     def save(self, path: Path):
         """Writes the statistics as safetensors."""
@@ -143,7 +151,8 @@ def calibrate(
             If given, the moments of the FFNs are those of their hidden features under this activation; without, those
             of their inputs.
         largest_scores (`bool`, *optional*, defaults to `False`):
-            Whether to collect the largest scores, which takes whole matrices of scores: as much time again or more.
+            Whether to collect the largest scores and the log-sums, which takes whole matrices of scores: as much time
+            again or more.
         on_blocks: Called with the number of blocks after each batch, for progress.
 
     Raises:
@@ -216,7 +225,7 @@ class _Sums:
         self.end_of_text = model.config.eos_token_id
         self.activation = None if hidden_activation is None else build_activation(hidden_activation).to(model.device)
         self.blocks_before = 0
-        self.largest_scores: dict[str, list[torch.Tensor]] = {}
+        self.row_numbers: dict[str, list[torch.Tensor]] = {}
         self.handles = [self._watch_norm("transformer.ln_f", model.transformer.ln_f)]
         for index, block in enumerate(model.transformer.h):
             name = f"transformer.h.{index}"
@@ -248,9 +257,9 @@ class _Sums:
             self._add(f"transformer.h.{layer}.attn.entropies", entropies.double().sum(dim=(0, 2)))
 
     def take_medians(self):
-        """Of the largest scores, over all sequences."""
-        for name, largest in self.largest_scores.items() if self.blocks_before else ():
-            self.tensors[f"{name}.largest"] = torch.cat(largest).median(dim=0).values
+        """Of the largest scores and of log-sums, over all sequences."""
+        for name, numbers in self.row_numbers.items() if self.blocks_before else ():
+            self.tensors[name] = torch.cat(numbers).median(dim=0).values
 
     def remove_hooks(self):
         for handle in self.handles:
@@ -279,9 +288,9 @@ class _Sums:
         return add_scale
 
     def _scores_hook(self, name: str, attention: EntropyGPTAttention):
-        largest = self.largest_scores.setdefault(name, [])
+        largest, log_sums = (self.row_numbers.setdefault(f"{name}.{kind}", []) for kind in ("largest", "log_sums"))
 
-        def add_largest(module, arguments, output):
+        def add_numbers(module, arguments, output):
             length = output.shape[1]
             query, key, _ = (
                 states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in output.chunk(3, dim=-1)
@@ -290,10 +299,11 @@ class _Sums:
                 query = query * attention.temperature(torch.arange(length, device=output.device)[None])
             later = torch.ones(length, length, dtype=torch.bool, device=output.device).triu(1)
             for queries, keys in zip(query, key, strict=True):  # one sequence's matrices at a time
-                scores = torch.matmul(queries, keys.mT) * attention.scaling
-                largest.append(scores.masked_fill(later, -math.inf).amax(dim=-1)[None].float().cpu())
+                scores = (torch.matmul(queries, keys.mT) * attention.scaling).masked_fill(later, -math.inf)
+                largest.append(scores.amax(dim=-1)[None].float().cpu())
+                log_sums.append(scores.logsumexp(dim=-1)[None].float().cpu())
 
-        return add_largest
+        return add_numbers
 
     def _moments_hook(self, name: str):
         def add_moments(module, arguments, output):

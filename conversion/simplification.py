@@ -153,7 +153,7 @@ def replace_attention(
     """
     Another attention function, and shifts of the scores where it has some. With a calibration, each head and position
     has the shift with which the largest score of a row is 0, in the median: there, power4 and power2 touch softmax's
-    exponential. Without, shifts are 0.
+    exponential. For softmax it is the median of the row's log-sum-exp. Without, shifts are 0.
 
     Args:
         model ([`EntropyGPTForCausalLM`]): A model with softmax.
@@ -167,7 +167,7 @@ def replace_attention(
         name = f"transformer.h.{layer}.attn"
         shift = torch.zeros(config.n_head, config.n_positions)
         if calibration is not None:
-            shift = calibration.shift(name, config.n_positions)
+            shift = calibration.shift(name, config.n_positions, function)
         tensors[f"{name}.shift.attention_shift"] = shift.to(model.dtype)
     return _rebuild(model, tensors, attention_function=function, log_sum_coefficient=log_sum_coefficient)
 
@@ -407,7 +407,7 @@ def _attention_steps(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Iter
         )
     elif target.has_attention_shift and not source.has_attention_shift:
         yield Step(
-            "shifts, at the largest scores",
+            "shifts, at the log-sums",
             lambda m, c: replace_attention(m, function, coefficient, c),
             None,
             True,

@@ -185,7 +185,7 @@ def test_the_least_text_is_enough(length):
     calibrate(model, [make_tokens(math.ceil(blocks / HELD_OUT_EVERY) * HELD_OUT_EVERY, length)])
 
 
-def test_shifts_are_the_median_of_the_largest_scores_of_a_head_and_position():
+def test_shifts_are_the_median_of_the_largest_scores_or_log_sums_of_a_head_and_position():
     model, tokens = make_model("SM(t)+LN+G").double(), make_tokens(25, 12)
     calibration = calibrate(model, tokens.split(10), largest_scores=True)
     assert not any(name.endswith(".largest") for name in calibrate(model, tokens.split(10)).tensors)
@@ -199,6 +199,8 @@ def test_shifts_are_the_median_of_the_largest_scores_of_a_head_and_position():
     query = query * attention.temperature(torch.arange(12)[None])
     scores = (query @ key.mT * attention.scaling).masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf)
     expected = scores.amax(dim=-1).median(dim=0).values.float()
-    shift = calibration.shift("transformer.h.0.attn", 20)
-    torch.testing.assert_close(shift[:, :12], expected)
-    assert (shift[:, 12:] == expected[:, -1:]).all()
+    log_sums = scores.logsumexp(dim=-1).median(dim=0).values.float()
+    for function, medians in {"power4": expected, "softmax": log_sums}.items():
+        shift = calibration.shift("transformer.h.0.attn", 20, function)
+        torch.testing.assert_close(shift[:, :12], medians)
+        assert (shift[:, 12:] == medians[:, -1:]).all()
