@@ -15,7 +15,7 @@ from transformers.utils import TransformersKwargs
 from .attention_functions import entropies_of, whole_attention
 from .attention_masks import to_additive, visible_pairs
 from .configuration_entropy_gpt import EntropyGPTConfig
-from .entropy_attention import entropy_attention, row_entropies, row_log_sums
+from .entropy_attention import attention_and_log_sums, row_entropies, row_log_sums
 from .layers import (
     EntropyGPTAttentionShift,
     EntropyGPTEntropyThreshold,
@@ -105,11 +105,11 @@ class EntropyGPTAttention(nn.Module):
 
         states = (query_states, key_states, value_states, attention_mask)
         shift = None if self.shift is None else self.shift(position_ids)
-        entropies = None
+        entropies, log_sums = None, None
         if output_entropies or (
             self.config.attention_function != "softmax" and not serves_every_function(self.config)
         ):
-            attn_output, attn_weights, entropies = self._attend_with_entropies(
+            attn_output, attn_weights, entropies, log_sums = self._attend_with_entropies(
                 *states, shift, output_entropies, position_ids=position_ids, **kwargs
             )
         else:
@@ -120,7 +120,8 @@ class EntropyGPTAttention(nn.Module):
             thresholds = self.threshold()
             attn_output = self._kept_in_graph(attn_output, thresholds)
         if self.config.log_sum_coefficient and output_entropies:
-            deviations = self._log_sum_deviations(*states, shift)
+            log_sums = self._log_sums(*states) if log_sums is None else log_sums
+            deviations = log_sums - shift
         if shift is not None and self.config.attention_function == "softmax":
             attn_output = self._kept_in_graph(attn_output, shift)
         attn_output = self.resid_dropout(attn_output)
@@ -158,7 +159,7 @@ class EntropyGPTAttention(nn.Module):
         if self.config._attn_implementation == "eager" and function == "softmax":
             attn_output, attn_weights = self._attend(query_states, key_states, value_states, attention_mask, **kwargs)
             entropies = row_entropies(query_states, key_states, attention_mask, is_causal, self.scaling)
-            return attn_output, attn_weights, entropies
+            return attn_output, attn_weights, entropies, None
         key_states, value_states = self._seen_by_sdpa(query_states, attention_mask, key_states, value_states)
         if self.config._attn_implementation == "eager":
             visible = visible_pairs(attention_mask, query_states.shape[2], key_states.shape[2], query_states.device)
@@ -166,8 +167,8 @@ class EntropyGPTAttention(nn.Module):
                 query_states, key_states, value_states, visible, is_causal, self.scaling, dropout, function, shift
             )
             entropies = entropies_of(logs)[0] if output_entropies else None
-            return attn_output.transpose(1, 2), attn_weights, entropies
-        attn_output, entropies = entropy_attention(
+            return attn_output.transpose(1, 2), attn_weights, entropies, None
+        attn_output, entropies, log_sums = attention_and_log_sums(
             query_states,
             key_states,
             value_states,
@@ -178,12 +179,12 @@ class EntropyGPTAttention(nn.Module):
             function=function,
             shift=None if function == "softmax" else shift,
         )
-        return attn_output.transpose(1, 2), None, entropies
+        return attn_output.transpose(1, 2), None, entropies, log_sums if function == "softmax" else None
 
-    def _log_sum_deviations(self, query_states, key_states, value_states, attention_mask, shift):
+    def _log_sums(self, query_states, key_states, value_states, attention_mask):
         key_states, _ = self._seen_by_sdpa(query_states, attention_mask, key_states, value_states)
         is_causal = _hides_later_keys(attention_mask)
-        return row_log_sums(query_states, key_states, attention_mask, is_causal, self.scaling) - shift
+        return row_log_sums(query_states, key_states, attention_mask, is_causal, self.scaling)
 
     def _seen_by_sdpa(self, query_states, attention_mask, *states) -> tuple[torch.Tensor, ...]:
         """SDPA's meaning of no mask: the first query stands at the first key (a static cache that is still empty)."""

@@ -61,6 +61,24 @@ def entropy_attention(
             requires a gradient (there is none), the mask has a wrong shape or dtype, or there are more queries than
             keys under a causal mask.
     """
+    return attention_and_log_sums(query, key, value, attention_mask, is_causal, scaling, dropout, function, shift)[:2]
+
+
+def attention_and_log_sums(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | None,
+    is_causal: bool,
+    scaling: float | None,
+    dropout: float,
+    function: str,
+    shift: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The results of [`entropy_attention`], with its arguments and errors, and the logarithm of the sum of f over each
+    row, `(batch, heads, query_length)`, which for softmax is that of [`row_log_sums`].
+    """
     query, key, value = _cast_as_autocast_does(query, key, value)
     _check_shapes(query, key, value, attention_mask, is_causal)
     if not 0 <= dropout <= 1:
@@ -68,7 +86,8 @@ def entropy_attention(
     _check_function(function, shift)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = visible_pairs(attention_mask, query.shape[2], key.shape[2], query.device)
-    return attend_rows(query, key, value, visible, is_causal, scaling, dropout, function, shift)[:2]
+    output, entropies, log_sums = attend_rows(query, key, value, visible, is_causal, scaling, dropout, function, shift)
+    return output, entropies, _natural(log_sums)
 
 
 def attend_rows(
@@ -122,6 +141,11 @@ def row_log_sums(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = visible_pairs(attention_mask, query.shape[2], key.shape[2], query.device)
     log_sums = blockwise_attention(query, key, None, visible, is_causal, scaling, 0.0, None)[2]
+    return _natural(log_sums)
+
+
+def _natural(log_sums: torch.Tensor) -> torch.Tensor:
+    """Log-sums of base 2 to base e; 0 for a row that sees nothing."""
     return log_sums.where(log_sums > NOTHING_VISIBLE, 0.0) * LN_2
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, EntropyGPTModel, modeling_entropy_gpt
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, EntropyGPTModel, blocks, modeling_entropy_gpt
 from modeling_entropy_gpt.attention_functions import log_function, whole_attention
 from modeling_entropy_gpt.entropy_attention import entropy_attention, row_log_sums
 from tests.architectures import NO_DROPOUT, make_config, make_model, make_tokens
@@ -187,6 +187,17 @@ def test_every_shift_has_a_gradient_of_a_loss_computed_elsewhere(notation):
     model = make_model(notation, log_sum_coefficient=0.5, **NO_DROPOUT).train()
     model(make_tokens(1, 6), output_entropies=True).logits.sum().backward()
     assert all(block.attn.shift.attention_shift.grad is not None for block in model.transformer.h)
+
+
+def test_log_sums_of_softmax_come_with_its_attention(monkeypatch):
+    """Without a second pass over the scores, and as the pass of their own would have them."""
+    monkeypatch.setattr(blocks, "row_log_sums", lambda *arguments: pytest.fail("computed twice"))
+    model, tokens = make_model("SM+LN+G", log_sum_coefficient=0.5), make_tokens(2, 9)
+    found = model.transformer(tokens, output_entropies=True).log_sum_deviations
+    monkeypatch.undo()
+    model.set_attn_implementation("eager")
+    expected = model.transformer(tokens, output_entropies=True).log_sum_deviations
+    torch.testing.assert_close(found, expected)
 
 
 def test_autocast_does_not_round_the_scores_of_eager_attention():
