@@ -404,9 +404,9 @@ def test_a_query_that_is_no_number_has_results_that_are_none():
 
 def test_two_copies_of_the_file_live_side_by_side():
     """As when the package is imported, and a model brings its own copy of it."""
-    specification = importlib.util.spec_from_file_location("a_copy", module.__file__)
+    specification = importlib.util.spec_from_file_location("modeling_entropy_gpt.a_copy", module.__file__)
     copy = importlib.util.module_from_spec(specification)
-    sys.modules["a_copy"] = copy
+    sys.modules["modeling_entropy_gpt.a_copy"] = copy
     specification.loader.exec_module(copy)
     states = make_states()
     for attend in (copy.blockwise_attention, blockwise_attention):
