@@ -169,11 +169,12 @@ def serve(
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="For how long answers that have begun may go on after SIGTERM.")
     ] = 10,
-    json_log: Annotated[bool, typer.Option("--json-log", help="Write lines about clients as JSON.")] = False,
+    json_log: Annotated[bool, typer.Option("--json-log", help="Write all lines as JSON.")] = False,
     health_port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="Say at this port of the same host, by HTTP, whether the server lives."),
+        typer.Option(min=0, max=65535, help="Say at this port, by HTTP, whether the server lives."),
     ] = None,
+    health_host: Annotated[str, typer.Option(help="The host of --health-port.")] = "127.0.0.1",
     timeout: Timeout = 600,
 ):
     """
@@ -211,6 +212,7 @@ def serve(
         drain_seconds=drain_seconds,
         json_log=json_log,
         health_port=health_port,
+        health_host=health_host,
         timeout=timeout,
     )
 

@@ -8,7 +8,7 @@ import typer
 from entropy_gpt.conversion.early_checks import check_model, check_place
 
 from .paths import read_path
-from .private import Authority, Certificate, Insecure, Key, ProtocolOption, Timeout, TwoPartyProtocol
+from .private import Authority, Certificate, Insecure, Key, PreparedFolder, ProtocolOption, Timeout, TwoPartyProtocol
 
 
 def gateway(
@@ -40,6 +40,7 @@ def gateway(
     authority: Authority = None,
     insecure: Insecure = False,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
+    prepared: PreparedFolder = None,
     timeout: Timeout = 600,
 ):
     """
@@ -69,5 +70,6 @@ def gateway(
         tokenizer=tokenizer,
         insecure=insecure,
         protocol=protocol.value,
+        prepared=prepared,
         timeout=timeout,
     )

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from entropy_gpt.conversion.folding import list_absorbable_ffns
 from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, clean
 from entropy_gpt.evaluation.private_inference.parties.health import Health
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
-from entropy_gpt.evaluation.private_inference.parties.two_party import Server
+from entropy_gpt.evaluation.private_inference.parties.two_party import Server, json_line
 from entropy_gpt.evaluation.private_inference.program.cost import (
     LAN,
     MEGA,
@@ -43,6 +44,7 @@ from .tables import make_table
 LISTENING = "listening on "
 
 console = Console()
+_PRINTING = threading.Lock()
 
 
 def serve(
@@ -53,6 +55,8 @@ def serve(
     *,
     drain_seconds: int,
     health_port: int | None,
+    health_host: str,
+    json_log: bool,
     **options,
 ):
     """
@@ -64,7 +68,8 @@ def serve(
         certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
         limits (`tuple[int]`): The fields of [`Limits`].
         drain_seconds (`int`): For which answers that have begun may go on after SIGTERM.
-        health_port (`int`, *optional*): Where the server's state can be asked for, on the same host.
+        health_port (`int`, *optional*), health_host (`str`): Where the server's state can be asked for.
+        json_log (`bool`): Whether lines are JSON.
         options: Further arguments of [`open_server`].
 
     Raises:
@@ -73,30 +78,41 @@ def serve(
     tls = read_certificates(certificates)
     with progress_display(console, transient=True) as progress:
         server = open_server(
-            model, listen, tls=tls, limits=Limits(*limits), report=_print_line, progress=progress, **options
+            model,
+            listen,
+            tls=tls,
+            limits=Limits(*limits),
+            report=_print_line,
+            progress=progress,
+            json_log=json_log,
+            **options,
         )
+
+    def say(line: str):
+        _print_line(json_line(line) if json_log else line)
+
     host, port = server.address
-    _print_line(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
+    say(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
     protocol = server.offer.settings.protocol
-    _print_line(f"{protocol}: {TRUST[protocol]}")
+    say(f"{protocol}: {TRUST[protocol]}")
     offer = server.offer
     positions, width = server.limits.positions, offer.config.n_embd
     if offer.settings.answer == "logits" and positions > width:
-        _print_line(
+        say(
             f"a client may have {positions} positions a day: from the logits of {width + 1} it can compute the head "
             "but for a change of basis (--max-positions, or --answer token)"
         )
     if layers := list_absorbable_ffns(server.offer.config):
         names = ", ".join(map(str, layers))
-        _print_line(f"FFNs of layers {names} can't be absorbed: they stretch or shrink the stream too far")
+        say(f"FFNs of layers {names} can't be absorbed: they stretch or shrink the stream too far")
     try:
         with contextlib.ExitStack() as stack:
             if health_port is not None:
-                health = stack.enter_context(contextlib.closing(Health(host, health_port, server.state)))
-                _print_line(f"health: port {health.address[1]}")
+                health = stack.enter_context(contextlib.closing(Health(health_host, health_port, server.state)))
+                say(f"health: port {health.address[1]}")
             _serve_until_terminated(server, drain_seconds)
     except KeyboardInterrupt:
-        _print_line("stopped")
+        say("stopped")
     finally:
         server.close()
 
@@ -267,8 +283,12 @@ def _save(answer: PrivateAnswer, output: Path | None):
 
 
 def _print_line(line: str):
-    """A server goes on when nobody reads its lines any more."""
+    """
+    Writes a line at once, so that threads do not mix theirs. A server goes on when nobody reads its lines any more.
+    """
     try:
-        print(line, flush=True)
+        with _PRINTING:
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -22,7 +22,13 @@ from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
 from entropy_gpt.evaluation.private_inference.parties.turns import Turns
-from entropy_gpt.evaluation.private_inference.parties.two_party import MOST_PREPARED_BYTES, Client, Offer, Server
+from entropy_gpt.evaluation.private_inference.parties.two_party import (
+    MOST_PREPARED_BYTES,
+    Client,
+    Offer,
+    Server,
+    json_line,
+)
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import (
@@ -100,7 +106,7 @@ def open_server(
         limits ([`Limits`]): What each client may ask for, by its certificate, or without TLS by its address.
         workers (`int`): Clients that are answered at once. Each has an engine with a copy of the weights.
         longest_line (`int`): Clients that may wait for that.
-        json_log (`bool`): Whether the lines about clients are JSON.
+        json_log (`bool`): Whether all lines are JSON.
         prepared (`str` or `Path`, *optional*): Folder for its halves of preparations. Without it there are none.
         prepared_mb (`int`): MB that these may take.
         timeout (`int`): Seconds without any event after which an inference ends.
@@ -135,7 +141,8 @@ def open_server(
     settings = read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
     host, port = parse_address(listen)
     check_connection(host, tls, insecure, settings)
-    offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
+    warn = (lambda line: report(json_line(line))) if json_log else report
+    offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, warn, progress)
     check_memory(weight_shapes(offer.config).values(), SERVER, workers)
     turns, folder = Turns(workers, longest_line), prepared and expanded(prepared)
     return Server(offer, host, port, tls, timeout, limits, report, turns, json_log, folder, round(prepared_mb * MEGA))

@@ -87,6 +87,8 @@ CLIENT_SHARE = 0.5
 PARTING_SECONDS = 5
 # What each side is to the other.
 SERVER_NAME, CLIENT_NAME = "server", "client"
+# How much of a certificate's hash a log has.
+PEER_CHARACTERS = 16
 # Connections at once that are not answered yet.
 MAX_GREETINGS = 64
 
@@ -133,7 +135,7 @@ class Server:
         limits ([`Limits`]): What it grants each client.
         report (`Callable`): Told in a line what happens, with time and address.
         turns ([`Turns`], *optional*): How many clients it answers at once, and how many may wait.
-        json_log (`bool`): Whether lines are JSON.
+        json_log (`bool`): Whether lines are JSON, as of [`json_line`].
         prepared (`Path`, *optional*): Folder for its halves of preparations; without it there are none.
         most_prepared_bytes (`int`): That these may take.
     """
@@ -232,13 +234,12 @@ class Server:
         status = "draining" if self._draining else "ok"
         return {"status": status, "workers": turns.workers, "active": turns.active, "waiting": turns.waiting}
 
-    def _say(self, address: str, line: str, **facts: float):
-        now = datetime.now()
+    def _say(self, who: str, line: str, **facts: float):
+        """A line about somebody: an address, and after a space the beginning of a certificate's hash."""
         if self._json_log:
-            what = {"time": now.isoformat(timespec="milliseconds"), "client": address, "event": line}
-            self._report(json.dumps(what | facts))
+            self._report(json_line(line, who, **facts))
         else:
-            self._report(f"{now:%Y-%m-%d %H:%M:%S} {address} {line}")
+            self._report(f"{datetime.now():%Y-%m-%d %H:%M:%S} {who} {line}")
 
     def _admit(self, connection: socket.socket):
         """
@@ -268,7 +269,8 @@ class Server:
         try:
             channel = self.listener.welcome(connection, replace)
             with self._heard(channel):
-                self._hear(channel, address)
+                by_address = address.startswith(channel.peer)
+                self._hear(channel, address if by_address else f"{address} {channel.peer[:PEER_CHARACTERS]}")
         except (PrivateInferenceError, OSError) as error:
             self._say(address, f"a connection was refused: {one_line(error)}")
         finally:
@@ -297,17 +299,17 @@ class Server:
             with self._lock:
                 self._channels.discard(channel)
 
-    def _hear(self, channel: Channel, address: str):
+    def _hear(self, channel: Channel, who: str):
         try:
             with channel.telling(SERVER_NAME):
                 first = channel.receive(HANDSHAKE_SECONDS, ("hello", "stream"))
                 if first["kind"] == "stream":
                     self._attach(channel, first)
                     return
-                self._serve(channel, address, first)
+                self._serve(channel, who, first)
         except (PrivateInferenceError, OSError) as error:
             if not self._closed:
-                self._say(address, f"an inference ended early: {one_line(error)}")
+                self._say(who, f"an inference ended early: {one_line(error)}")
         channel.close()
 
     def _attach(self, channel: Channel, message: dict):
@@ -320,7 +322,7 @@ class Server:
                 return
         raise PrivateInferenceError("a stream belongs to no inference.")
 
-    def _serve(self, channel: Channel, address: str, hello: dict):
+    def _serve(self, channel: Channel, who: str, hello: dict):
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
         channel.send({"kind": "terms", **self.offer.terms(), "store": self._store_name})
@@ -333,12 +335,12 @@ class Server:
         with self.turns.turn(channel.peer, announce), contextlib.ExitStack() as taken:
             asked = self._read_request(channel, message, taken)
             with self._opened(channel) as session:
-                self._answer(session, address, *asked)
+                self._answer(session, who, *asked)
                 while message := self._next_request(session, asked[1]):
                     taken.close()
                     asked = self._read_request(channel, message, taken)
                     channel.send({"kind": "accepted"})
-                    self._answer(session, address, *asked)
+                    self._answer(session, who, *asked)
 
     def _read_request(
         self, channel: Channel, message: dict, taken: contextlib.ExitStack
@@ -473,17 +475,17 @@ class Server:
             finally:
                 use.kept_seconds = time.monotonic() - began
 
-    def _answer(self, session: Session, address: str, request: Request, use: Use, left: Limits):
+    def _answer(self, session: Session, who: str, request: Request, use: Use, left: Limits):
         asks = "prepares" if request.prepares else "asks for"
         prepared = " (prepared)" if request.preparation else ""
         asked = {"new_tokens": request.new_tokens, "prompt_tokens": request.length, "positions": request.answers}
-        self._say(address, f"{asks} {request.new_tokens} token(s) after {request.length}{prepared}", **asked)
+        self._say(who, f"{asks} {request.new_tokens} token(s) after {request.length}{prepared}", **asked)
         began = use.running_since = time.monotonic()
 
         def note(event: dict):
             if event["event"] == "repeat":
                 use.positions += request.answers
-                self._say(address, "had an answer out of range, and has it repeated")
+                self._say(who, "had an answer out of range, and has it repeated")
 
         try:
             outcome = session.answer(request, note, left.seconds)
@@ -491,7 +493,15 @@ class Server:
             use.seconds, use.running_since = time.monotonic() - began, None
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
         line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
-        self._say(address, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))
+        self._say(who, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))
+
+
+def json_line(event: str, who: str = "-", **facts: float) -> str:
+    """What happened, for a log that programs read: `who` is an address, and after a space a client's certificate."""
+    address, _, certificate = who.partition(" ")
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    client = certificate or address.rpartition(":")[0] or "-"
+    return json.dumps({"time": now, "client": client, "address": address, "event": event} | facts)
 
 
 def _address_of(connection: socket.socket) -> str:

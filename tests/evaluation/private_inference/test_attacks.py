@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import math
 import os
 import re
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -303,6 +305,24 @@ class TestLimits:
             with pytest.raises(CodedError, match="the turn is over") as over:
                 server._next_request(session, Use(0.0, 1))
             assert over.value.code == TURN_OVER
+
+    @pytest.mark.parametrize("with_tls", [False, True])
+    def test_lines_for_programs_name_by_what_limits_go(self, with_tls, tmp_path):
+        authority, lines = trustme.CA(), []
+        ours = theirs = None
+        if with_tls:
+            ours, theirs = (tls_files(tmp_path, name, authority, "localhost") for name in "ab")
+        with serving(lines.append, ours, json_log=True) as server:
+            with contextlib.closing(connect("localhost" if with_tls else "127.0.0.1", server.address[1], theirs)) as c:
+                c.send({"kind": "hello", "version": 0})
+                with pytest.raises(RefusalError):
+                    c.receive(WITHOUT_WAITING, ("terms",))
+                own = c.connection.getsockname()
+            assert eventually(lambda: lines)
+        said = json.loads(lines[0])
+        assert said["address"] == f"{own[0]}:{own[1]}"
+        assert len(said["client"]) == 16 if with_tls else said["client"] == own[0]
+        assert datetime.fromisoformat(said["time"]).tzinfo is not None
 
     def test_a_client_hears_that_its_turn_is_over(self):
         with channels() as (ours, theirs):
