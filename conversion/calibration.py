@@ -45,8 +45,8 @@ class Calibration:
             - `<block>.scale`, float64 of shape `(2,)`: number of rows, sum of the mean squares of the residual stream
               after the block;
             - `<block>.attn.entropies`, float64 of shape `(heads,)`: sum of the entropies of attention rows, in nats;
-            - `<block>.attn.largest`, float32 of shape `(heads, context)`: the median over sequences of the largest
-              score that each position's query has, temperatures included;
+            - `<block>.attn.largest`, float32 of shape `(heads, context)`, on request: the median over sequences of
+              the largest score that each position's query has, temperatures included;
             - `<ffn>.fit` and `<ffn>.held_out`, float32 of shape `(1 + features, 1 + features + n_embd)`: the second
               moments `sum [1, u]^T [1, u, y]` of what a linear map reads and what the FFN writes;
             - `keys`, float64 of shape `(2,)`: number of attention rows, sum of the logarithms of their keys' numbers.
@@ -98,7 +98,8 @@ class Calibration:
     def shift(self, name: str, positions: int) -> torch.Tensor:
         """
         A shift of the scores with which the largest one of a row is 0, of the attention of that name, in the median;
-        positions behind the context have that of the last one in it. Of shape `(heads, positions)`.
+        positions behind the context have that of the last one in it. Of shape `(heads, positions)`. It needs a
+        calibration with the largest scores.
         """
         largest = self.tensors[f"{name}.largest"]
         last = largest[:, -1:].expand(-1, max(0, positions - largest.shape[1]))
@@ -129,6 +130,7 @@ def calibrate(
     model: EntropyGPTForCausalLM,
     batches: Iterable[torch.Tensor],
     hidden_activation: str | None = None,
+    largest_scores: bool = False,
     on_blocks: Callable[[int], None] = lambda count: None,
 ) -> Calibration:
     """
@@ -140,6 +142,8 @@ def calibrate(
         hidden_activation (`str`, *optional*):
             If given, the moments of the FFNs are those of their hidden features under this activation; without, those
             of their inputs.
+        largest_scores (`bool`, *optional*, defaults to `False`):
+            Whether to collect the largest scores, which takes whole matrices of scores: as much time again or more.
         on_blocks: Called with the number of blocks after each batch, for progress.
 
     Raises:
@@ -147,7 +151,7 @@ def calibrate(
     """
     was_training = model.training
     model.eval()
-    sums = _Sums(model, hidden_activation)
+    sums = _Sums(model, hidden_activation, largest_scores)
     context = 0
     try:
         for input_ids in batches:
@@ -176,9 +180,14 @@ def group_rows(input_ids: torch.Tensor, end_of_text: int | list[int] | None) -> 
     return groups
 
 
-def fingerprint(model: EntropyGPTForCausalLM, batches: Iterable[torch.Tensor], hidden_activation: str | None) -> str:
+def fingerprint(
+    model: EntropyGPTForCausalLM,
+    batches: Iterable[torch.Tensor],
+    hidden_activation: str | None,
+    largest_scores: bool = False,
+) -> str:
     """A name for the statistics of this model over this text; another for any other weights, settings or text."""
-    kinds = f"{STATISTICS_VERSION}\0{model.config.to_json_string()}\0{hidden_activation}\0"
+    kinds = f"{STATISTICS_VERSION}\0{model.config.to_json_string()}\0{hidden_activation}\0{largest_scores}\0"
     digest = hashlib.sha256(kinds.encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -201,7 +210,7 @@ def least_rows(model: EntropyGPTForCausalLM, hidden_activation: str | None = Non
 class _Sums:
     """The sums, and the hooks that add to them."""
 
-    def __init__(self, model: EntropyGPTForCausalLM, hidden_activation: str | None):
+    def __init__(self, model: EntropyGPTForCausalLM, hidden_activation: str | None, largest_scores: bool):
         self.tensors: dict[str, torch.Tensor] = {}
         self.epsilon = model.config.layer_norm_epsilon
         self.end_of_text = model.config.eos_token_id
@@ -213,7 +222,9 @@ class _Sums:
             name = f"transformer.h.{index}"
             self.handles.append(self._watch_norm(f"{name}.ln_1", block.ln_1))
             self.handles.append(block.register_forward_hook(self._scale_hook(name)))
-            self.handles.append(block.attn.c_attn.register_forward_hook(self._scores_hook(f"{name}.attn", block.attn)))
+            if largest_scores:
+                scores_hook = self._scores_hook(f"{name}.attn", block.attn)
+                self.handles.append(block.attn.c_attn.register_forward_hook(scores_hook))
             if block.mlp is None:
                 continue
             self.handles.append(self._watch_norm(f"{name}.ln_2", block.ln_2))

@@ -159,7 +159,7 @@ def replace_attention(
         model ([`EntropyGPTForCausalLM`]): A model with softmax.
         function (`str`): As `attention_function` of the configuration.
         log_sum_coefficient (`float`): The target's, above 0 of which softmax has shifts too.
-        calibration ([`Calibration`], *optional*): Of this model.
+        calibration ([`Calibration`], *optional*): Of this model, with the largest scores.
     """
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("attention_shift")}
     config = _changed(model.config, {"attention_function": function, "log_sum_coefficient": log_sum_coefficient})
@@ -294,6 +294,7 @@ class Step:
         naive: Makes what a copy of the weights would give; `None` where there is nothing to compare with.
         calibrated (`bool`): Whether it is fitted to a calibration.
         hidden_activation (`str`, *optional*): What the calibration has to be taken with.
+        largest_scores (`bool`): Whether the calibration has to have the largest scores.
         exact (`bool`): Whether it keeps every prediction, up to rounding.
     """
 
@@ -303,6 +304,7 @@ class Step:
     calibrated: bool = False
     hidden_activation: str | None = None
     exact: bool = False
+    largest_scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -401,10 +403,17 @@ def _attention_steps(source: EntropyGPTConfig, target: EntropyGPTConfig) -> Iter
             lambda m, c: replace_attention(m, function, coefficient, c),
             lambda m: replace_attention(m, function, coefficient, None),
             True,
+            largest_scores=True,
         )
     elif target.has_attention_shift and not source.has_attention_shift:
-        title = "shifts, at the largest scores"
-        yield Step(title, lambda m, c: replace_attention(m, function, coefficient, c), None, True, exact=True)
+        yield Step(
+            "shifts, at the largest scores",
+            lambda m, c: replace_attention(m, function, coefficient, c),
+            None,
+            True,
+            exact=True,
+            largest_scores=True,
+        )
     elif source.has_attention_shift and not target.has_attention_shift:
         yield Step("no shifts", lambda m, _: replace_attention(m, function, coefficient, None), exact=True)
 

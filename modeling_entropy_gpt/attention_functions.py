@@ -19,11 +19,14 @@ so that what holds for softmax holds for each of them: entropies, masks, and how
 blocks.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
 # The power of each function that is one; x is divided by it, so that all of them are 1 + x + ... near 0.
 POWERS = {"power4": 4, "power2": 2}
+FUNCTIONS = ("softmax", *POWERS, "clamped")
 # Stands for an f of 0. A row of 1,000 visible keys has a sum of at least 1e-9.
 SMALLEST = 1e-12
 # The range of `clamped`: from what the engine's exponential holds, to where sums still fit fixed point.
@@ -75,7 +78,8 @@ def whole_attention(
         least float32, from which [`entropies_of`] has entropies. A row that sees nothing has output 0.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
+    with _without_autocast(query.device.type):
+        scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
     logs = log_function(scores - shift.to(dtype).unsqueeze(-1), function)
     seen = visible_to_rows(visible, is_causal, *scores.shape[-2:], scores.device)
     if seen is not None:
@@ -85,6 +89,12 @@ def whole_attention(
         probabilities = probabilities * seen.any(dim=-1, keepdim=True)
     probabilities = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0).to(value.dtype)
     return torch.matmul(probabilities, value), probabilities, logs
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """Products in the dtype of their factors; the meta device knows no autocast."""
+    is_available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if is_available else nullcontext()
 
 
 def entropies_of(logs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

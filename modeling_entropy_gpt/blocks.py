@@ -121,7 +121,7 @@ class EntropyGPTAttention(nn.Module):
             attn_output = self._kept_in_graph(attn_output, thresholds)
         if self.config.log_sum_coefficient and output_entropies:
             deviations = self._log_sum_deviations(*states, shift)
-        elif shift is not None and self.config.attention_function == "softmax":
+        if shift is not None and self.config.attention_function == "softmax":
             attn_output = self._kept_in_graph(attn_output, shift)
         attn_output = self.resid_dropout(attn_output)
         if not output_entropies:
@@ -176,7 +176,7 @@ class EntropyGPTAttention(nn.Module):
             scaling=self.scaling,
             dropout=dropout,
             function=function,
-            shift=shift,
+            shift=None if function == "softmax" else shift,
         )
         return attn_output.transpose(1, 2), None, entropies
 

@@ -40,7 +40,7 @@ NOTHING_VISIBLE = MASKED / 10
 # Sizes of blocks, by measurement (evaluation/benchmarks/entropy_attention.py).
 BLOCK_ROWS = 64
 BLOCK_ELEMENTS = 2**18
-# Shapes whose memory each thread keeps, and the length up to which it does.
+# Shapes whose memory each thread keeps, and the number of queries and of keys up to which it does.
 KEPT_SHAPES = 4
 KEPT_LENGTH = 2**13
 # Blocks of a shape of which the parts of that memory are kept cut.
@@ -283,7 +283,7 @@ class _Plan:
         self.key_length, self.is_causal = key_length, is_causal
         self.past = key_length - self.query_length
         block_rows = max(1, min(BLOCK_ROWS, self.query_length))
-        most = max(1, BLOCK_ELEMENTS // max(1, block_rows * key_length))
+        most = max(1, BLOCK_ELEMENTS // (BLOCK_ROWS * max(1, self.query_length, key_length)))
         self.shape = (_divisor(batch_size, most // max(1, heads)), _divisor(heads, most))
         self.groups = [
             (slice(batch, batch + self.shape[0]), slice(head, head + self.shape[1]))
@@ -350,14 +350,18 @@ class _Plan:
 
 
 class _Plans(threading.local):
-    """Each thread's plans for the shapes that it met last."""
+    """
+    Each thread's plans for the shapes that it met last; not those with one query, of which decoding has another for
+    each token.
+    """
 
     def __init__(self):
         self.keep = lru_cache(KEPT_SHAPES)(_Plan)
 
     def find(self, query: torch.Tensor, key_length: int, value_dim: int, is_causal: bool) -> _Plan:
         dtype = torch.promote_types(query.dtype, torch.float32)
-        plan = self.keep if key_length <= KEPT_LENGTH else _Plan
+        is_kept = query.shape[2] > 1 and max(query.shape[2], key_length) <= KEPT_LENGTH
+        plan = self.keep if is_kept else _Plan
         return plan(query.shape, key_length, value_dim, dtype, query.device, is_causal)
 
 

@@ -26,6 +26,8 @@ logger = logging.get_logger(__name__)
 
 # Higher whenever a configuration may say what the code before does not know.
 CODE_VERSION = 2
+# The first version that knows attention functions and shifts: older code would compute such a model as softmax.
+SHIFTS_CODE_VERSION = 2
 
 OWN_ACTIVATIONS = ("identity", "leaky_relu", "learnable_leaky_relu")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout")
@@ -162,7 +164,8 @@ class EntropyGPTConfig(PreTrainedConfig):
             which keeps scores where the attention function works. Above 0, softmax has shifts too.
         detect_divergence (`bool`, *optional*, defaults to `False`):
             Whether training stops at the first non-finite value with an error that names the layer.
-        code_version (`int`, *optional*): Version of the code that the configuration was written for.
+        code_version (`int`, *optional*):
+            Version of the code that the configuration was written for: at least 2 where there are shifts.
 
     Raises:
         `StrictDataclassError`: If a value has the wrong type, is not allowed, or does not go with another.
@@ -327,6 +330,8 @@ class EntropyGPTConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation: ranges, and rules between fields."""
         super().validate_architecture()
         _check_code_version(self.code_version)
+        if self.has_attention_shift:
+            self.code_version = max(self.code_version, SHIFTS_CODE_VERSION)
         self._check_constants()
         self._check_numbers()
         self._check_sizes()

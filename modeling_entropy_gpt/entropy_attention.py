@@ -15,6 +15,7 @@ serve, they come in blocks out of torch's matrix products: any device, dtype, ma
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from .attention_functions import FUNCTIONS
 from .attention_masks import check_additive, check_dtype, visible_pairs
 from .blockwise_attention import LN_2, NOTHING_VISIBLE, blockwise_attention
 
@@ -34,8 +35,8 @@ def entropy_attention(
     shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Attention and the entropy of its rows, differentiable in query, key and value through both results: once, and in
-    reverse mode; torch raises an error for others.
+    Attention and the entropy of its rows, differentiable in query, key, value and shift through both results: once,
+    and in reverse mode; torch raises an error for others.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, query_length, head_dim)`): Queries.
@@ -48,7 +49,7 @@ def entropy_attention(
         dropout (`float`, *optional*, defaults to 0.0): Dropout on the probabilities; entropies are taken before it.
         function (`str`, *optional*, defaults to `"softmax"`): The attention function, as the configuration names it.
         shift (`torch.Tensor`, broadcastable to `(batch, heads, query_length)`, *optional*):
-            The shift of each row's scores. Functions other than softmax need it.
+            The shift of each row's scores. Functions other than softmax need it; softmax does not depend on it.
 
     Returns:
         `tuple`: The output, of shape `(batch, heads, query_length, value_dim)` and the values' dtype, and the row
@@ -56,13 +57,15 @@ def entropy_attention(
         entropy 0 and no gradient.
 
     Raises:
-        `ValueError`: If shapes do not agree, the mask has a wrong shape or dtype, or there are more queries than keys
-            under a causal mask.
+        `ValueError`: If shapes do not agree, the function is unknown or lacks its shift, softmax is given one that
+            requires a gradient (there is none), the mask has a wrong shape or dtype, or there are more queries than
+            keys under a causal mask.
     """
     query, key, value = _cast_as_autocast_does(query, key, value)
     _check_shapes(query, key, value, attention_mask, is_causal)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout={dropout} has to be between 0 and 1.")
+    _check_function(function, shift)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = visible_pairs(attention_mask, query.shape[2], key.shape[2], query.device)
     return attend_rows(query, key, value, visible, is_causal, scaling, dropout, function, shift)[:2]
@@ -155,6 +158,15 @@ def _check_shapes(query, key, value, attention_mask, is_causal):
         )
     if torch.is_tensor(attention_mask):
         _check_mask(attention_mask, query, key)
+
+
+def _check_function(function: str, shift: torch.Tensor | None):
+    if function not in FUNCTIONS:
+        raise ValueError(f"function={function!r} is unknown: it has to be one of {', '.join(FUNCTIONS)}.")
+    if function != "softmax" and shift is None:
+        raise ValueError(f"function={function!r} needs a shift, (batch, heads, query_length).")
+    if function == "softmax" and shift is not None and shift.requires_grad:
+        raise ValueError("softmax does not depend on the shift, which requires a gradient: leave it out.")
 
 
 def _shapes(states: dict[str, torch.Tensor]) -> str:

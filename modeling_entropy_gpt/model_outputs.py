@@ -41,8 +41,8 @@ class EntropyGPTModelOutput(BaseModelOutputWithPast):
             Log-sum-exp of the scores of each attention row less its shift, `(batch_size, heads, query_length)`;
             returned when `output_entropies=True` by a model with a `log_sum_coefficient`.
         packed_sequences (`torch.Tensor` of shape `(batch_size or 1, query_length)`, *optional*):
-            The sequence that each position belongs to, from 0; returned with `entropy_thresholds` if positions or a 4D
-            mask allow several sequences in one row.
+            The sequence that each position belongs to, from 0; returned with `entropy_thresholds` or
+            `log_sum_deviations` if positions or a 4D mask allow several sequences in one row.
     """
 
     attention_entropies: tuple[torch.Tensor, ...] | None = None

@@ -220,13 +220,13 @@ class EntropyGPTModel(EntropyGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             # Not before the mask is made: with a cache, transformers does not look for packed sequences.
             past_key_values = DynamicCache(config=self.config)
+        is_flash = "flash" in self.config._attn_implementation
         visible_keys = None
-        if is_own_attention:
+        if output_entropies or (is_flash and is_own_attention):
             given_mask = attention_mask
             if is_given_whole:
                 given_mask = causal_mask.expand(-1, -1, inputs_embeds.shape[1], -1)
             visible_keys = count_visible_keys(position_ids, given_mask, past_length)
-        is_flash = "flash" in self.config._attn_implementation
         if is_flash and is_own_attention and causal_mask is None and past_length is None:
             # Flash attention finds packed sequences by their positions; here it takes a mask.
             causal_mask = self._packed_mask(visible_keys)

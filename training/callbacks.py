@@ -10,6 +10,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
+
 # What the trainer logs of speed and memory.
 TOKENS_PER_SECOND, PEAK_MEMORY = "tokens_per_second", "peak_memory_mebibytes"
 
@@ -21,13 +27,17 @@ def find_callback(trainer: Trainer, kind: type[Callback]) -> Callback:
     return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
 
 
-def peak_mebibytes(device: torch.device) -> float:
-    """The most memory that this process has had so far, in MiB: of a GPU what tensors took, else of the processor."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """
+    The most memory that this process has had so far, in MiB, by its name in the log: of a GPU what tensors took, else
+    of the processor. Empty where the system does not count it.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return {PEAK_MEMORY: torch.cuda.max_memory_allocated(device) / 2**20}
+    if resource is None:
+        return {}
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return {PEAK_MEMORY: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 
 
 class Stopwatch(TrainerCallback, ExportableState):

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from modeling_entropy_gpt.layers import LEARNED_SCALARS
 
 from .arguments import EntropyTrainingArguments
-from .callbacks import PEAK_MEMORY, TOKENS_PER_SECOND, find_callback, peak_mebibytes
+from .callbacks import TOKENS_PER_SECOND, find_callback, peak_memory
 from .checkpoints import STAGING, seal
 from .divergence import MOST_ROLLBACKS, DivergenceGuard, base_model, find_first_bad_layer
 from .files import delete, give_usual_mode
@@ -187,12 +187,13 @@ class EntropyTrainer(ModelLoss, Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        if "loss" in logs and self._logged_steps:
+        if "loss" in logs:
             logs |= {name: value.item() / self._logged_steps for name, value in self._logged_sums.items()}
             self._logged_sums, self._logged_steps = {}, 0
             logs[TOKENS_PER_SECOND] = self._tokens / (time.perf_counter() - self._counted_from)
-            logs[PEAK_MEMORY] = peak_mebibytes(self.args.device)
-        self._tokens, self._counted_from = 0, time.perf_counter()  # evaluations, which log too, are left out
+            logs |= peak_memory(self.args.device)
+        if "divergence" not in logs:  # evaluations, which log too, are left out of the speed
+            self._tokens, self._counted_from = 0, time.perf_counter()
         if "eval_loss" in logs and self.is_language_model:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         super().log(logs, start_time)

@@ -104,9 +104,10 @@ def _show_estimate(planned: PlannedRun, console: Console):
     """Memory, hours and what is written, and how that is known."""
     training, found = planned.recipe.training, estimate(planned.recipe, planned.start)
     speed = f"at {found.speed / 1e9:,.0f} billion operations a second (a probe)"
-    time = f"at least {format_seconds(found.seconds)} of matrix products, {speed}"
     if found.seconds is None:
         time = f"not known before the text is read: it sets the number of steps; matrix products {speed}"
+    else:
+        time = f"at least {format_seconds(found.seconds)} of matrix products, {speed}"
     kept = f", the last {training.save_total_limit} kept" if training.save_total_limit else ""
     written = f"the model, {_gigabytes(found.model)}; log and pictures"
     if training.save_strategy != "no":

@@ -56,11 +56,13 @@ class Calibrator:
     def __init__(self, text: Text, folder: Path, progress: Progress):
         self.batches, self.folder, self.progress = text.calibration, folder, progress
 
-    def __call__(self, model: EntropyGPTForCausalLM, hidden_activation: str | None = None) -> Calibration:
-        path = self.folder / f"{fingerprint(model, self.batches, hidden_activation)}.safetensors"
+    def __call__(
+        self, model: EntropyGPTForCausalLM, hidden_activation: str | None = None, largest_scores: bool = False
+    ) -> Calibration:
+        path = self.folder / f"{fingerprint(model, self.batches, hidden_activation, largest_scores)}.safetensors"
         if not path.exists():
             with self.progress.stage("calibrating", sum(map(len, self.batches))) as line:
-                calibration = calibrate(model, self.batches, hidden_activation, line.advance)
+                calibration = calibrate(model, self.batches, hidden_activation, largest_scores, line.advance)
             with written_whole(path) as temporary:
                 calibration.save(temporary)
         return Calibration.load(path)
@@ -94,7 +96,7 @@ def take_step(
     if alone:
         simpler = step.naive(model)
     else:
-        calibration = calibrator(model, step.hidden_activation) if step.calibrated else None
+        calibration = calibrator(model, step.hidden_activation, step.largest_scores) if step.calibrated else None
         simpler = step.apply(model, calibration)
     seconds = time.perf_counter() - started
     others = [] if alone or step.naive is None else [step.naive(model)]

@@ -284,7 +284,7 @@ class Rows(NamedTuple):
         """Those of some rows and keys, `(batch, heads, rows, keys)`, as if no key were hidden."""
         dtype = self.log_sums.dtype
         logits = torch.matmul(self.query[:, :, rows].to(dtype), self.key[:, :, keys].to(dtype).mT).mul_(self.scaling)
-        if self.shift is not None:
+        if self.function != "softmax":
             logits = log_function(logits - self.shift[:, :, rows, None], self.function)
         return logits.mul_(LOG2_E).sub_(self.log_sums[:, :, rows, None]).exp2_()
 

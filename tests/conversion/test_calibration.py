@@ -152,7 +152,8 @@ def test_a_fingerprint_tells_weights_settings_and_text_apart():
     model, blocks = make_model("SM+LN+G"), make_blocks()
     names = {fingerprint(model, blocks.split(8), None), fingerprint(model, blocks.split(8), "relu")}
     names.add(fingerprint(model, make_blocks().split(8), None))
-    assert len(names) == 3
+    names.add(fingerprint(model, blocks.split(8), None, largest_scores=True))
+    assert len(names) == 4
     assert fingerprint(model, blocks.split(8), None) in names
     with torch.no_grad():
         model.transformer.ln_f.bias[3] += 1e-3
@@ -186,7 +187,8 @@ def test_the_least_text_is_enough(length):
 
 def test_shifts_are_the_median_of_the_largest_scores_of_a_head_and_position():
     model, tokens = make_model("SM(t)+LN+G").double(), make_tokens(25, 12)
-    calibration = calibrate(model, tokens.split(10))
+    calibration = calibrate(model, tokens.split(10), largest_scores=True)
+    assert not any(name.endswith(".largest") for name in calibrate(model, tokens.split(10)).tensors)
     model.set_attn_implementation("eager")
     hidden = model.transformer.wte(tokens) + model.transformer.wpe.weight[:12]
     attention = model.transformer.h[0].attn

@@ -205,7 +205,9 @@ def test_steps_run_where_the_model_is(notation):
     model, batches = make_model("SM+LN+G").cuda(), make_batches()
     target = target_config(model.config, notation, final_normalization="none")
     for step in plan_conversion(model.config, target).steps:
-        calibration = calibrate(model, batches, step.hidden_activation) if step.calibrated else None
+        calibration = (
+            calibrate(model, batches, step.hidden_activation, step.largest_scores) if step.calibrated else None
+        )
         model = step.apply(model, calibration)
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
     assert model(make_tokens().cuda()).logits.isfinite().all()
@@ -219,7 +221,9 @@ def test_every_architecture_is_reached_from_gpt2(notation, final, tmp_path):
     plan = plan_conversion(source.config, target)
     model = source
     for step in plan.steps:
-        calibration = calibrate(model, batches, step.hidden_activation) if step.calibrated else None
+        calibration = (
+            calibrate(model, batches, step.hidden_activation, step.largest_scores) if step.calibrated else None
+        )
         before, model = model, step.apply(model, calibration)
         if step.naive is not None:
             assert step.naive(before).config.notation == model.config.notation

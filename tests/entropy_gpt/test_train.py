@@ -306,6 +306,12 @@ def test_a_dry_run_writes_nothing(run):
     assert sorted(run.folder.rglob("*")) == before
 
 
+def test_a_dry_run_by_epochs_knows_no_time(run):
+    process = run("max_steps=-1", "--dry-run", output="dry")
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"time +not known before the text is read", process.stdout)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -19,6 +19,7 @@ from entropy_gpt.evaluation.measuring.entropy_diagnostics import (
     QUANTILE_LEVELS,
     HeadDiagnostics,
     HeadwiseEntropy,
+    Rows,
     diagnose_heads,
     logit_spectral_norms,
 )
@@ -312,3 +313,10 @@ def test_ranges_of_entropy():
     nothing = HeadwiseEntropy([[math.nan]], 4.0)
     assert math.isnan(nothing.largest)
     assert nothing.range_shares() == [0, 0, 0, 0]
+
+
+def test_softmax_probabilities_do_not_depend_on_a_shift():
+    query, key = torch.randn(2, 1, 2, 5, 4)
+    log_sums = (query @ key.mT).logsumexp(dim=-1) / math.log(2)
+    rows = Rows(query, key, log_sums, 1.0, "softmax", torch.full((1, 2, 5), 3.0))
+    torch.testing.assert_close(rows.probabilities(torch.arange(5), slice(None)), (query @ key.mT).softmax(dim=-1))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, EntropyGPTModel
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, EntropyGPTModel, modeling_entropy_gpt
 from modeling_entropy_gpt.attention_functions import log_function, whole_attention
 from modeling_entropy_gpt.entropy_attention import entropy_attention, row_log_sums
 from tests.architectures import NO_DROPOUT, make_config, make_model, make_tokens
@@ -179,6 +179,43 @@ def test_the_penalty_is_the_mean_square_of_log_sums_less_shifts(notation):
     evaluated = model.eval()(tokens, labels=tokens)
     torch.testing.assert_close(evaluated.loss, evaluated.cross_entropy_loss, rtol=0, atol=0)
     assert evaluated.log_sum_loss is None
+
+
+@pytest.mark.parametrize("notation", ["SM+LN+G", "Pow4+LN+G"])
+def test_every_shift_has_a_gradient_of_a_loss_computed_elsewhere(notation):
+    """A loss that leaves the penalty out: ranks that train together wait for every gradient."""
+    model = make_model(notation, log_sum_coefficient=0.5, **NO_DROPOUT).train()
+    model(make_tokens(1, 6), output_entropies=True).logits.sum().backward()
+    assert all(block.attn.shift.attention_shift.grad is not None for block in model.transformer.h)
+
+
+def test_autocast_does_not_round_the_scores_of_eager_attention():
+    query, key, value, shift = make_states(scale=4.0)
+    query, key = query.float(), key.float()
+    arguments = (query, key, value.float(), None, False, 0.5, 0.0, "power4", shift.float())
+    exact = whole_attention(*arguments)[2]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(whole_attention(*arguments)[2], exact, rtol=0, atol=0)
+
+
+def test_a_function_that_does_not_go_with_its_shift_is_an_error():
+    query, key, value, shift = make_states()
+    with pytest.raises(ValueError, match=r"function='powr4' is unknown: .* softmax, power4, power2, clamped"):
+        entropy_attention(query, key, value, function="powr4", shift=shift)
+    with pytest.raises(ValueError, match="function='power4' needs a shift"):
+        entropy_attention(query, key, value, function="power4")
+    with pytest.raises(ValueError, match="softmax does not depend on the shift, which requires a gradient"):
+        entropy_attention(query, key, value, shift=shift.detach().requires_grad_())
+
+
+def test_keys_are_counted_only_where_somebody_reads_the_numbers(monkeypatch):
+    model, counted = make_model("Pow4+LN+G"), []
+    count = modeling_entropy_gpt.count_visible_keys
+    monkeypatch.setattr(modeling_entropy_gpt, "count_visible_keys", lambda *a: counted.append(a) or count(*a))
+    model(make_tokens(1, 5))
+    assert not counted
+    model(make_tokens(1, 5), output_entropies=True)
+    assert counted
 
 
 def test_the_penalty_does_not_depend_on_packing_or_padding():

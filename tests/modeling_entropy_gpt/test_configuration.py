@@ -225,6 +225,18 @@ def test_a_broken_combination_is_not_saved(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.parametrize("fields", [{"attention_function": "power4"}, {"log_sum_coefficient": 0.1}])
+def test_what_older_code_would_compute_otherwise_is_saved_with_the_version_that_knows_it(tmp_path, fields):
+    older = {"code_version": 1}
+    assert EntropyGPTConfig.from_dict(older).code_version == 1
+    assert EntropyGPTConfig.from_dict(older, **fields).code_version == 2
+    config = EntropyGPTConfig(**older)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["code_version"] == 2
+
+
 def test_a_configuration_of_newer_code_says_so_first(tmp_path):
     """It may have values that this code does not know, which would be complained of otherwise."""
     EntropyGPTConfig(code_version=CODE_VERSION).save_pretrained(tmp_path)

@@ -445,8 +445,16 @@ def test_memory_is_kept_for_few_shapes_and_for_each_thread():
     assert find(state, LENGTH, 8, False) is plan
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(find, state, LENGTH, 8, False).result() is not plan
-    long = module.KEPT_LENGTH + 1
-    assert find(state[:, :, :1], long, 8, False) is not find(state[:, :, :1], long, 8, False)
+
+
+def test_memory_is_small_and_not_kept_where_no_call_comes_back_to_it():
+    """Of many keys, of many queries, and of decoding, which has one query and another number of keys each time."""
+    few, long = 8, module.KEPT_LENGTH + 1
+    for queries, keys in ((few, long), (long, few), (1, 1024)):
+        query = torch.empty(16, 12, queries, 8, device="meta")
+        plan = module._plans.find(query, keys, 8, False)
+        assert plan is not module._plans.find(query, keys, 8, False)
+        assert math.prod(plan.shape) * max(queries, keys) <= max(long, module.BLOCK_ELEMENTS // module.BLOCK_ROWS)
 
 
 def test_many_blocks_of_masks_are_not_kept():

@@ -43,7 +43,7 @@ def make_pair(notation="EReg(SM(t)+ScFuFFN)", final="static"):
     simplified = original
     plan = plan_conversion(original.config, target_config(original.config, notation, final_normalization=final))
     for step in plan.simplifications:
-        calibration = calibrate(simplified, batches, None) if step.calibrated and not step.hidden_activation else None
+        calibration = calibrate(simplified, batches) if step.calibrated and not step.hidden_activation else None
         simplified = step.apply(simplified, calibration)
     return original, simplified, calibrate(original, batches)
 

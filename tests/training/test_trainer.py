@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, default_data_collator
 
+from entropy_gpt.training import callbacks
 from entropy_gpt.training.arguments import EntropyTrainingArguments
 from entropy_gpt.training.callbacks import StepObserver, Stopwatch
 from entropy_gpt.training.checkpoints import find_damage, last_checkpoint, list_checkpoints
@@ -389,6 +390,30 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_adds_up_its_time(tmp
         torch.testing.assert_close(parameter, twin, rtol=0, atol=0, msg=name)
     stopwatch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Stopwatch))
     assert stopwatch.seconds > seconds_before > 0
+
+
+def test_a_rollback_is_handed_on_too(tmp_path, monkeypatch):
+    said = []
+    observer = StepObserver(lambda step, steps: None, said.append)
+    trainer = make_trainer(make_model("SM+ScFuFFN"), tmp_path, [observer], on_divergence="rollback", save_steps=100)
+    observe, steps = DivergenceGuard.observe, iter(range(6))
+
+    def observe_once_badly(guard, loss):
+        return observe(guard, math.nan if next(steps) == 2 else loss)
+
+    monkeypatch.setattr(DivergenceGuard, "observe", observe_once_badly)
+    trainer.train()
+    assert trainer.guard.rollbacks == 1
+    assert len(said) == len(logged(trainer, "tokens_per_second")) == 6
+    assert min(logged(trainer, "tokens_per_second")) > 0
+
+
+def test_memory_is_left_out_where_it_is_not_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks, "resource", None)  # as on Windows
+    trainer = make_trainer(make_model("SM+ScFuFFN"), tmp_path, max_steps=1)
+    trainer.train()
+    assert logged(trainer, "tokens_per_second")
+    assert not logged(trainer, "peak_memory_mebibytes")
 
 
 def test_losses_are_handed_on(tmp_path):

@@ -11,6 +11,8 @@ HALVES = 2 * SLOTS
 SQUARE_BY_EXP_FROM = 4096
 # The least sum of a row of attention weights.
 LEAST_SUM = 2.0**-10
+# The least that is added to a weight, in last bits: a truncation may take one.
+LEAST_BITS = 2
 
 
 class Arithmetic:
@@ -23,6 +25,8 @@ class Arithmetic:
 
     # What is added to the sums of attention weights, where no maximum keeps them from 0 (attention_functions.py).
     least_sum = LEAST_SUM
+    # The step between numbers; where they are not rounded, next to nothing.
+    last_bit = 2.0**-100
 
     def __init__(self, xp):
         self.xp = xp
@@ -125,6 +129,7 @@ class CheapArithmetic(Arithmetic):
     def __init__(self, xp, settings: PrivateSettings):
         super().__init__(xp)
         self.settings = settings
+        self.last_bit = 2.0**-settings.fraction_bits
         self._is_cheap = settings.softmax == "efficient"
 
     def square(self, tensor):

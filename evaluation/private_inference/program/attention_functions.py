@@ -4,14 +4,15 @@ Attention without a maximum in a private program: powers and the clamped exponen
 Numbers come as the weights prepare them ([`prepare_function`]): for a power n, `u = 1 + (score - shift) / n`, of which
 `max(u, 0) ** n` is the weight; for the clamped exponential, the score less its shift and its upper bound, so that 0 is
 the largest that counts. To the sum of each row `LEAST_SUM` is added, in equal parts of all keys that the row sees: so
-a row of zeros attends to all of them alike, as in the model, and the reciprocal has a least argument.
+a row of zeros attends to all of them alike, as in the model, and the reciprocal has a least argument. Each part is at
+least `LEAST_BITS` last bits, since truncation may take one of a weight: long rows get more.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from .arithmetic import LEAST_SUM, Arithmetic
+from .arithmetic import LEAST_BITS, LEAST_SUM, Arithmetic
 from .nonlinear import CHORD_SCALE, exponentiate
 
 
@@ -55,7 +56,12 @@ def weigh_scores(ops: Arithmetic, numbers, function: str, exponential: Callable 
 def weigh_visible_scores(ops: Arithmetic, visible, rows: np.ndarray, function: str):
     """Weights of visible scores `(heads, visible)`, of which each belongs to a row; none is 0."""
     keys = np.bincount(rows)
-    return weigh_scores(ops, visible, function) + ops.public(ops.least_sum / keys[rows])
+    return weigh_scores(ops, visible, function) + least_weights(ops, keys[rows])
+
+
+def least_weights(ops: Arithmetic, keys: np.ndarray):
+    """What is added to each weight of rows that see this many keys: whole last bits."""
+    return ops.public(np.maximum(np.ceil(ops.least_sum / keys / ops.last_bit), LEAST_BITS) * ops.last_bit)
 
 
 def reciprocal_between(ops: Arithmetic, sums):
@@ -82,7 +88,7 @@ def reciprocal_between(ops: Arithmetic, sums):
 def whole_weights(ops: Arithmetic, scores, visible: np.ndarray, function: str, per_row: bool):
     """Attention weights of scores `(heads, queries, keys)`, divided one by one or with one reciprocal for each row."""
     weights = weigh_scores(ops, scores, function, exponential=type(ops).exp)
-    weights = weights + ops.public(ops.least_sum / visible.sum(axis=1, keepdims=True))
+    weights = weights + least_weights(ops, visible.sum(axis=1, keepdims=True))
     weights = ops.xp.where(visible, weights, 0.0)
     sums = weights.sum(axis=-1, keepdims=True)
     return ops.multiply(weights, ops.reciprocal(sums)) if per_row else ops.divide(weights, sums)

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as record
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 
-from .arithmetic import Arithmetic
+from .arithmetic import LEAST_SUM, Arithmetic
 from .attention_functions import MOST_SUM, reciprocal_between, weigh_visible_scores, whole_weights
 from .nonlinear import (
     erf_gelu,
@@ -566,7 +566,7 @@ def sum_visible_rows(ops: Arithmetic, visible, queries: int, keys: int):
 def find_out_of_range(ops: Arithmetic, *tensors, attention_sums: int = 0):
     """
     Whether any number of `(length, sums)` is beyond the bound of its column, or one of attention's sums above the most
-    that its reciprocal takes.
+    that its reciprocal takes, or below half of the least: rounding takes less.
 
     Args:
         tensors: Sums and `(sums,)` bounds in turns, then sums of attention weights.
@@ -575,7 +575,8 @@ def find_out_of_range(ops: Arithmetic, *tensors, attention_sums: int = 0):
     checked = tensors[: len(tensors) - attention_sums]
     pairs = zip(checked[::2], checked[1::2], strict=True)
     margins = [margin.reshape(-1) for sums, bounds in pairs for margin in (bounds - sums, bounds + sums)]
-    margins += [(MOST_SUM - sums).reshape(-1) for sums in tensors[len(checked) :]]
+    for sums in tensors[len(checked) :]:
+        margins += [(MOST_SUM - sums).reshape(-1), (sums - LEAST_SUM / 2).reshape(-1)]
     return ops.any_negative(ops.xp.concatenate(margins))
 
 

@@ -437,11 +437,11 @@ class _ObservedArithmetic(Float64Arithmetic):
     def __init__(self, fraction_bits: int):
         super().__init__(np)
         self.place = ""
-        self._resolution = 2.0**-fraction_bits
+        self.last_bit = 2.0**-fraction_bits
         self._tallies: dict[tuple[str, str], _Tally] = {}
 
     def observe(self, tensor, role: str, name: str | None = None):
-        self._tallies.setdefault((name or self.place, role), _Tally()).add(tensor, self._resolution)
+        self._tallies.setdefault((name or self.place, role), _Tally()).add(tensor, self.last_bit)
         return tensor
 
     def ranges(self) -> Iterator[TensorRange]:

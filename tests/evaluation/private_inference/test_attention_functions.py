@@ -10,6 +10,7 @@ from entropy_gpt.evaluation.private_inference.program.attention_functions import
     MOST_SUM,
     reciprocal_between,
     weigh_scores,
+    weigh_visible_scores,
 )
 from entropy_gpt.evaluation.private_inference.program.fixed_point import (
     FixedPointArithmetic,
@@ -17,7 +18,13 @@ from entropy_gpt.evaluation.private_inference.program.fixed_point import (
     emulate,
     exact_variables,
 )
-from entropy_gpt.evaluation.private_inference.program.program import OUT_OF_RANGE, Span, build_steps, run_steps
+from entropy_gpt.evaluation.private_inference.program.program import (
+    OUT_OF_RANGE,
+    Span,
+    build_steps,
+    find_out_of_range,
+    run_steps,
+)
 from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences, tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
@@ -83,6 +90,22 @@ def test_a_row_of_zeros_attends_to_all_of_its_keys():
     config, weights = prepare_weights(model)
     found = emulate(config, weights, SETTINGS, tokens[0].numpy(), 17)
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("keys", [1, 86, 128, 300, 1024])
+def test_no_rounding_takes_the_least_weights_of_long_rows(keys):
+    ring = FixedPointArithmetic(SETTINGS)
+    weights = weigh_visible_scores(ring, np.full((20, keys), -3.0), np.zeros(keys, int), "power4")
+    sums = weights.sum(axis=-1)[:, None, None]
+    assert weights.min() > 0 and not find_out_of_range(ring, sums, attention_sums=1)
+    assert np.abs(ring.multiply(sums, reciprocal_between(ring, sums)) - 1).max() < 0.05
+
+
+def test_the_check_finds_sums_outside_of_the_range_of_the_reciprocal():
+    ring = FixedPointArithmetic(SETTINGS)
+    for sums in (-LEAST_SUM, 0.0, LEAST_SUM / 4, 2 * MOST_SUM):
+        assert find_out_of_range(ring, np.array([[[1.0], [sums]]]), attention_sums=1)
+    assert not find_out_of_range(ring, np.array([[[LEAST_SUM], [MOST_SUM]]]), attention_sums=1)
 
 
 def test_sums_above_the_range_are_refused_by_the_audit_and_found_by_the_check():
