@@ -20,6 +20,7 @@ from .tables import make_table
 
 # The second line of a recipe, if the paper has trained such models; and the architectures that it gives.
 IN_THE_PAPER = "# Perplexity in arXiv 2501.03489: "
+USUAL_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 SHORT = {"SM+LN+G": "GPT-2", "SM+ScFuFFN": "softmax\nonly", "EReg(SM(t)+ScFuFFN)": "pro-\nposal"}
 
 
@@ -112,8 +113,10 @@ def _show_estimate(planned: PlannedRun, console: Console):
     written = f"the model, {_gigabytes(found.model)}; log and pictures"
     if training.save_strategy != "no":
         written = f"checkpoints of {_gigabytes(found.checkpoint)}{kept}; {written}"
+    optimizer = "AdamW" if training.optim in USUAL_OPTIMIZERS else f"AdamW in place of {training.optim.value}"
     rows = {
-        "memory": f"about {_gigabytes(found.memory)} a process (an estimate: weights, gradients, AdamW, activations)",
+        "memory": f"about {_gigabytes(found.memory)} a process (an estimate: weights, gradients, {optimizer}, "
+        "activations)",
         "time": time,
         "writes": written,
     }

@@ -307,8 +307,9 @@ def test_a_dry_run_writes_nothing(run):
 
 
 def test_a_dry_run_by_epochs_knows_no_time(run):
-    process = run("max_steps=-1", "--dry-run", output="dry")
+    process = run("max_steps=-1", "optim=sgd", "--dry-run", output="dry")
     assert process.returncode == 0, process.stderr
+    assert "AdamW in place of sgd" in process.stdout
     assert re.search(r"time +not known before the text is read", process.stdout)
 
 

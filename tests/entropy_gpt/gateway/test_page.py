@@ -70,6 +70,20 @@ def test_it_fits_the_screen_and_every_field_has_a_name(browser, with_twin, width
     assert not browser.complaints()
 
 
+def test_many_steps_are_drawn_seldom_and_with_few_points(browser, with_twin):
+    browser.open(f"http://127.0.0.1:{with_twin.port}/", 1000)
+    assert eventually(browser, "model !== null && model.id") == "private"
+    cost = "{bytes: 1, round_trips: 1, seconds: 1}"
+    step = f"{{phase: 'prompt', layer: 0, operation: 'matmul', this_phase: {cost}, total: {cost}}}"
+    browser.evaluate(f"request = {{new_tokens: 1}}; for (let i = 0; i < 5000; i++) {{ note({step}); drawSoon(); }}")
+    assert browser.evaluate("points.length") <= 1000
+    assert browser.evaluate("points[points.length - 1].x") == 5000
+    browser.evaluate("draw()")
+    assert "whether numbers were out of range: not known yet" in shown(browser, "seen")
+    browser.evaluate("report({server_saw: {prompt_tokens: [1], out_of_range: 0}, total: total}); draw()")
+    assert "they were not" in shown(browser, "seen")
+
+
 def test_errors_are_shown_as_text(browser, with_twin):
     browser.open(f"http://127.0.0.1:{with_twin.port}/", 1000)
     ask(browser, "<img src=x> " * 50, 1)
