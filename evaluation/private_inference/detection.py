@@ -308,10 +308,15 @@ def _begin(ops: FixedPointArithmetic, config, settings: PrivateSettings, weights
 def _finish(steps: list[Step], ops: FixedPointArithmetic, variables: dict) -> np.ndarray | None:
     """The logits of the rest of a run, or nothing as soon as it is certain that the check will stop it."""
     *_, last = steps
-    bounds = dict(zip(last.inputs[::2], last.inputs[1::2], strict=True))
+    attention_sums = last.inputs[len(last.inputs) - last.function.keywords["attention_sums"] :]
+    paired = last.inputs[: len(last.inputs) - len(attention_sums)]
+    bounds = dict(zip(paired[::2], paired[1::2], strict=True))
     for step in steps:
         variables = run_steps([step], ops, variables)
         for name in bounds.keys() & set(step.outputs):
             if find_out_of_range(ops, variables[name], variables[bounds[name]]):
+                return None
+        for name in set(attention_sums) & set(step.outputs):
+            if find_out_of_range(ops, variables[name], attention_sums=1):
                 return None
     return variables[LOGITS]
