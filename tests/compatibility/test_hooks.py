@@ -188,7 +188,7 @@ def test_blocks_return_tensors_unless_entropies_are_asked_for(notation):
     assert torch.is_tensor(block)
     assert len(attention) == 2
     block, attention = kinds_seen[True]
-    assert [len(block), len(attention)] == [3, 4]
+    assert [len(block), len(attention)] == [4, 5]
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
