@@ -84,7 +84,8 @@ def test_h_is_help(words):
 
 
 @pytest.mark.parametrize(
-    ("typed", "expected"), [("entropy-gpt eval", "evaluate"), ("entropy-gpt train python", "python-stdlib-small")]
+    ("typed", "expected"),
+    [("entropy-gpt eval", "evaluate"), ("entropy-gpt train python-stdlib-s", "python-stdlib-small")],
 )
 def test_the_shell_completes_commands_and_recipes(typed, expected):
     variables = {"_ENTROPY_GPT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}

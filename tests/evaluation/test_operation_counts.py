@@ -113,6 +113,7 @@ LINEAR = {
     *("linear", "addmm", "mm", "bmm", "matmul", "embedding", "add", "sub", "rsub", "neg", "mean", "sum"),
     *("view", "reshape", "transpose", "permute", "split", "split_with_sizes", "slice", "select", "expand", "t"),
     *("unsqueeze", "squeeze", "contiguous", "clone", "to", "_to_copy", "dropout", "getitem", "cat", "unbind", "alias"),
+    "wrap_with_autocast",  # queries times keys, in a precision of their own
 }
 
 
@@ -146,8 +147,11 @@ def found_operations(model: nn.Module) -> Counter:
     found, activations, function = Counter(), set(), model.config.attention_function
     for node in nonlinear_nodes(model, {"input_ids": make_tokens(1, T), "use_cache": False}):
         path, _ = list(node.meta["nn_module_stack"].values())[-1]
-        shape = tuple(node.meta["val"].shape[1:])
-        if name_of(node) == "softmax" and path.endswith(".attn"):
+        value = node.meta["val"]
+        shape = tuple((value[0] if isinstance(value, tuple) else value).shape[1:])
+        if name_of(node) == f"{OPERATOR.removeprefix('entropy_gpt::')}_forward" and path.endswith(".attn"):
+            found[ATTENTION_TITLES[function], (T, T)] += shape[0]  # one for each head
+        elif name_of(node) == "softmax" and path.endswith(".attn"):
             found[ATTENTION_TITLES[function], shape[1:]] += shape[0]  # one for each head
         elif name_of(node) in PARTS_OF_FUNCTIONS.get(function, ()) and path.endswith(".attn"):
             continue  # what the exponential of the softmax becomes another function with

@@ -116,7 +116,7 @@ def add_up(whole: Inference, blocks: InferenceCost, ends: InferenceCost) -> Infe
     for layer, block in enumerate(measured):
         steps += [replace(step, layer=layer) for step in blocks.steps if step.layer == block]
     steps += [step for step in blocks.steps if step.layer is None and step.operation not in (EMBEDDING, HEAD, CHECK)]
-    steps += [*steps_of(ends, HEAD), *steps_of(ends, CHECK)]
+    steps += [step for step in (*steps_of(ends, HEAD), *steps_of(ends, CHECK)) if step.layer is None]
     sizes = {"notation": config.notation, "n_layer": config.n_layer, "vocab_size": config.vocab_size}
     return replace(blocks, **sizes, steps=steps, seconds=sum(step.seconds for step in steps))
 

@@ -269,14 +269,14 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
         yield from _attend_without_maximum(config.attention_function, settings, span, queries, layer)
     elif settings.softmax != "efficient":
         yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
-        yield Step("check", None, sum_rows, ("scores",), (checked,))
+        yield Step("check", layer, sum_rows, ("scores",), (checked,))
         whole = partial(whole_softmax, per_row=settings.softmax == "tuned")
         yield Step("softmax", layer, whole, ("scores",), ("weights",))
         yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
     else:
         yield Step("scores", layer, score_visible, ("queries", name + "keys"), ("visible",))
         rows = {"queries": queries, "keys": span.end}
-        yield Step("check", None, partial(sum_visible_rows, **rows), ("visible",), (checked,))
+        yield Step("check", layer, partial(sum_visible_rows, **rows), ("visible",), (checked,))
         if early:
             scale = partial(scale_scores, **rows, early=early)
             yield Step("temperatures", layer, scale, ("visible", *temperatures), ("visible",))
@@ -295,13 +295,13 @@ def _attend_without_maximum(function: str, settings, span: Span, queries: int, l
     inputs = ("queries", name + "keys", name + "shift")
     if settings.softmax != "efficient":
         yield Step("scores", layer, partial(score_shifted, start=start), inputs, ("scores",))
-        yield Step("check", None, sum_rows, ("scores",), (checked,))
+        yield Step("check", layer, sum_rows, ("scores",), (checked,))
         whole = partial(whole_attention, function=function, per_row=settings.softmax == "tuned")
         yield Step("attention function", layer, whole, ("scores",), ("weights",))
         yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
         return
     yield Step("scores", layer, partial(score_visible_shifted, start=start), inputs, ("visible",))
-    yield Step("check", None, partial(sum_visible_rows, queries=queries, keys=span.end), ("visible",), (checked,))
+    yield Step("check", layer, partial(sum_visible_rows, queries=queries, keys=span.end), ("visible",), (checked,))
     weights = partial(visible_weights, function=function, queries=queries, keys=span.end)
     yield Step("attention function", layer, weights, ("visible",), ("visible",))
     weigh = partial(weigh_visible, queries=queries)
