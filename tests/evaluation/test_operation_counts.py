@@ -19,6 +19,7 @@ from tests.architectures import ARCHITECTURES, make_config, make_model, make_tok
 
 
 GPT2_SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
+FORWARD = f"{OPERATOR.removeprefix('entropy_gpt::')}_forward"
 T = 24
 
 
@@ -88,7 +89,7 @@ def test_flops_are_those_that_torch_counts(notation, implementation):
     model = make_model(notation, attn_implementation=implementation)
     counts, config = count_operations(model.config, T), model.config
     fold_weight_normalization(model)  # once and for all before inference
-    blockwise = getattr(torch.ops.entropy_gpt, f"{OPERATOR.removeprefix('entropy_gpt::')}_forward")
+    blockwise = getattr(torch.ops.entropy_gpt, FORWARD)
     mapping = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_flops,
         blockwise: flash_flops,  # of other functions than softmax
@@ -149,7 +150,7 @@ def found_operations(model: nn.Module) -> Counter:
         path, _ = list(node.meta["nn_module_stack"].values())[-1]
         value = node.meta["val"]
         shape = tuple((value[0] if isinstance(value, tuple) else value).shape[1:])
-        if name_of(node) == f"{OPERATOR.removeprefix('entropy_gpt::')}_forward" and path.endswith(".attn"):
+        if name_of(node) == FORWARD and path.endswith(".attn"):
             found[ATTENTION_TITLES[function], (T, T)] += shape[0]  # one for each head
         elif name_of(node) == "softmax" and path.endswith(".attn"):
             found[ATTENTION_TITLES[function], shape[1:]] += shape[0]  # one for each head
