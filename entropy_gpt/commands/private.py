@@ -4,7 +4,7 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,16 @@ from entropy_gpt.training.storage import check_file
 from entropy_gpt.workflows.output_folder import BENCHMARK
 
 from .paths import read_path
+from .private_connection import (
+    Authority,
+    Certificate,
+    Insecure,
+    Key,
+    ProtocolOption,
+    Timeout,
+    TwoPartyProtocol,
+    with_connection,
+)
 
 
 private = typer.Typer(
@@ -30,11 +40,6 @@ def end_in_order():
             signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
 
 
-class TwoPartyProtocol(StrEnum):
-    cheetah = "cheetah"
-    semi2k = "semi2k"
-
-
 class Embedding(StrEnum):
     one_hot = "one_hot"
     client_table = "client_table"
@@ -45,25 +50,6 @@ class Learned(StrEnum):
     token = "token"
 
 
-Certificate = Annotated[
-    Path | None, typer.Option("--cert", callback=read_path, help="This side's certificate, in PEM.")
-]
-Key = Annotated[Path | None, typer.Option("--key", callback=read_path, help="Its private key.")]
-Authority = Annotated[
-    Path | None,
-    typer.Option(
-        "--ca",
-        callback=read_path,
-        help="Certificates of the authorities that may sign the other side's certificate.",
-    ),
-]
-Insecure = Annotated[
-    bool,
-    typer.Option(
-        "--insecure", help="Allow plain TCP beyond this machine's loopback. Use it only in a trusted network."
-    ),
-]
-Timeout = Annotated[int, typer.Option(min=1, help="Seconds without any event after which a side gives up.")]
 NewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Tokens of the answer; their number is public.")
 ]
@@ -81,13 +67,6 @@ Length = Annotated[int, typer.Option("--seq", min=1, help="Tokens of the prompt.
 Vocabulary = Annotated[int, typer.Option("--vocab-size", min=2, help="Tokens of the vocabulary.")]
 TokenizerPlace = Annotated[
     str | None, typer.Option(help="The tokenizer's folder or repository. Default: the model's.")
-]
-ProtocolOption = Annotated[
-    TwoPartyProtocol,
-    typer.Option(
-        help="cheetah: neither side learns anything from the messages it receives. semi2k: the server deals the "
-        "random numbers that protect the prompt, so it could read the prompt; use it only for measurements."
-    ),
 ]
 EmbeddingOption = Annotated[
     Embedding,
@@ -218,9 +197,9 @@ def serve(
 
 
 @private.command()
+@with_connection
 def ask(
-    connect: Annotated[str, typer.Option(help="HOST:PORT of the server.")],
-    tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
+    connection: dict[str, Any],
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -233,12 +212,7 @@ def ask(
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read the prompt from this file, in UTF-8.")
     ] = None,
-    certificate: Certificate = None,
-    key: Key = None,
-    authority: Authority = None,
-    insecure: Insecure = False,
     new_tokens: NewTokens = 1,
-    protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     prepared: PreparedFolder = None,
     require_prepared: Annotated[
         bool, typer.Option("--require-prepared", help="Fail at once if no preparation fits.")
@@ -248,7 +222,6 @@ def ask(
         Path | None,
         typer.Option("--output", "-o", callback=read_path, help="Write the cost to this file, as JSON."),
     ] = None,
-    timeout: Timeout = 600,
 ):
     """
     Hold the prompt, and ask a server to continue it, always with the most likely token.
@@ -257,30 +230,24 @@ def ask(
     < prompt.txt
     """
     _check_files(output)
-    check_place(tokenizer)
     from entropy_gpt.terminal.private import ask as run
 
     run(
         prompt,
         prompt_file,
-        connect,
-        (certificate, key, authority),
         networks or [],
         output,
-        tokenizer=tokenizer,
-        insecure=insecure,
         new_tokens=new_tokens,
-        protocol=protocol.value,
         prepared=prepared,
         require_prepared=require_prepared,
-        timeout=timeout,
+        **connection,
     )
 
 
 @private.command()
+@with_connection
 def prepare(
-    connect: Annotated[str, typer.Option(help="HOST:PORT of the server, which has to run with --prepared.")],
-    tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
+    connection: dict[str, Any],
     prepared: Annotated[
         Path,
         typer.Option("--prepared", callback=read_path, help="Folder for this side's halves. They are secret."),
@@ -288,36 +255,18 @@ def prepare(
     tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a prompt.")] = 128,
     new_tokens: NewTokens = 1,
     count: Annotated[int, typer.Option(min=1, help="How many to make; each serves one prompt.")] = 1,
-    certificate: Certificate = None,
-    key: Key = None,
-    authority: Authority = None,
-    insecure: Insecure = False,
-    protocol: ProtocolOption = TwoPartyProtocol.cheetah,
-    timeout: Timeout = 600,
 ):
     """
     Do with a server all of later answers that needs no prompt, so that `ask --prepared` takes less time.
 
-    What is whole stays if it is interrupted.
+    The server has to run with --prepared. What is whole stays if it is interrupted.
 
     Example: entropy-gpt private prepare --connect example.org:9000 --tokenizer DIR --prepared prepared --count 4
     --cert c.pem --key c.key --ca ca.pem
     """
-    check_place(tokenizer)
     from entropy_gpt.terminal.private import prepare as run
 
-    run(
-        connect,
-        (certificate, key, authority),
-        tokenizer=tokenizer,
-        prepared=prepared,
-        tokens=tokens,
-        new_tokens=new_tokens,
-        count=count,
-        insecure=insecure,
-        protocol=protocol.value,
-        timeout=timeout,
-    )
+    run(tokens, new_tokens, count, prepared=prepared, **connection)
 
 
 @private.command()

@@ -1,19 +1,20 @@
 """`entropy-gpt private gateway`: a private model for programs that speak OpenAI's protocol, and for a browser."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from entropy_gpt.conversion.early_checks import check_model, check_place
+from entropy_gpt.conversion.early_checks import check_model
 
 from .paths import read_path
-from .private import Authority, Certificate, Insecure, Key, PreparedFolder, ProtocolOption, Timeout, TwoPartyProtocol
+from .private import PreparedFolder
+from .private_connection import with_connection
 
 
+@with_connection
 def gateway(
-    connect: Annotated[str, typer.Option(help="HOST:PORT of the private server.")],
-    tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
+    connection: dict[str, Any],
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Where the gateway listens. 0 takes a free port.")
     ] = 8080,
@@ -35,13 +36,7 @@ def gateway(
         int, typer.Option("--max-waiting", min=0, help="Requests that may wait; further ones are refused.")
     ] = 16,
     wait: Annotated[int, typer.Option(min=0, help="Seconds in which the server may begin to listen.")] = 60,
-    certificate: Certificate = None,
-    key: Key = None,
-    authority: Authority = None,
-    insecure: Insecure = False,
-    protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     prepared: PreparedFolder = None,
-    timeout: Timeout = 600,
 ):
     """
     Speak OpenAI's protocol, and show a page, in front of a private server.
@@ -52,14 +47,11 @@ def gateway(
     Example: entropy-gpt private gateway --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key
     --ca ca.pem
     """
-    check_place(tokenizer)
     if twin is not None:
         check_model(twin)
     from entropy_gpt.terminal.private_gateway import run
 
     run(
-        connect,
-        (certificate, key, authority),
         host=host,
         port=port,
         token_file=token_file,
@@ -67,9 +59,6 @@ def gateway(
         twin=twin,
         longest_line=longest_line,
         wait=wait,
-        tokenizer=tokenizer,
-        insecure=insecure,
-        protocol=protocol.value,
         prepared=prepared,
-        timeout=timeout,
+        **connection,
     )

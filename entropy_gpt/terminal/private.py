@@ -1,6 +1,7 @@
 """Serves, asks and demonstrates private inference, and prints answers with their costs."""
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -33,9 +34,10 @@ from entropy_gpt.evaluation.private_inference.program.settings import TRUST
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.results import save_results
 from entropy_gpt.training.files import written_whole
-from entropy_gpt.workflows import private, private_client
+from entropy_gpt.workflows import private
 from entropy_gpt.workflows.private import describe_cost, open_server
-from entropy_gpt.workflows.private_client import PrivateAnswer
+from entropy_gpt.workflows.private_answer import PrivateAnswer, show_event
+from entropy_gpt.workflows.private_client import PrivateClient
 
 from .progress import progress_display
 from .tables import make_table
@@ -129,11 +131,11 @@ def _serve_until_terminated(server: Server, drain_seconds: int):
 def ask(
     prompt: str | None,
     prompt_file: Path | None,
-    address: str,
-    certificates: tuple[Path | None, Path | None, Path | None],
     networks: list[str],
     output: Path | None,
-    **options,
+    *,
+    new_tokens: int,
+    **connection,
 ):
     """
     Asks a server, and prints the answer and its cost.
@@ -141,40 +143,59 @@ def ask(
     Args:
         prompt (`str`, *optional*): The prompt; "-" reads it from standard input.
         prompt_file (`Path`, *optional*): A file with the prompt, in place of it.
-        address (`str`): `HOST:PORT` of the server.
-        certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
         networks (`list[str]`): Networks to estimate seconds for; LAN and WAN if there are none.
         output (`Path`, *optional*): The file for the cost.
-        options: Further arguments of [`~entropy_gpt.workflows.private_client.ask`].
+        new_tokens (`int`): Tokens of the answer.
+        connection: Arguments of [`open_client`].
 
     Raises:
         `UserError`: If the server does not answer, or a value can't be used.
     """
-    shown, tls, prompt = read_networks(networks), read_certificates(certificates), read_prompt(prompt, prompt_file)
-    with progress_display(console) as progress:
-        answer = private_client.ask(prompt, address, tls=tls, progress=progress, **options)
+    shown, prompt = read_networks(networks), read_prompt(prompt, prompt_file)
+    with progress_display(console) as progress, open_client(**connection) as client:
+        answer = client.generate(prompt, max_new_tokens=new_tokens, progress=progress)
     print_answer(prompt, answer)
     _print_cost(answer, shown)
     _save(answer, output)
 
 
-def prepare(address: str, certificates: tuple[Path | None, Path | None, Path | None], **options):
+def prepare(tokens: int, new_tokens: int, count: int, **connection):
     """
-    Makes preparations, and prints what each took.
+    Makes preparations, and prints what each took. What is whole stays if it is interrupted.
 
     Args:
-        address (`str`): `HOST:PORT` of the server.
-        certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
-        options: Further arguments of [`~entropy_gpt.workflows.private_client.prepare`].
+        tokens (`int`): Tokens of a prompt, at most.
+        new_tokens (`int`): Tokens of an answer, at most.
+        count (`int`): How many to make.
+        connection: Arguments of [`open_client`].
 
     Raises:
         `UserError`: If the server does not answer or keeps none, or a value can't be used.
     """
-    with progress_display(console) as progress:
-        made = private_client.prepare(address, tls=read_certificates(certificates), progress=progress, **options)
+    made = []
+    with progress_display(console) as progress, open_client(**connection) as client:
+        for number in range(1, count + 1):
+            with progress.stage(f"preparing {number} of {count}") as line:
+                line.say("both sides compile the program")
+                made.append(client.prepare(tokens, new_tokens, functools.partial(show_event, line=line)).steps)
     for number, steps in enumerate(made, start=1):
         megabytes, seconds = sum(step.total_bytes for step in steps) / MEGA, sum(step.seconds for step in steps)
         _print_line(f"preparation {number}: {megabytes:,.1f} MB, {seconds:,.1f} s")
+
+
+def open_client(address: str, certificates: tuple[Path | None, Path | None, Path | None], **options) -> PrivateClient:
+    """
+    Connects to a server.
+
+    Args:
+        address (`str`): `HOST:PORT` of the server.
+        certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
+        options: Further arguments of [`PrivateClient`].
+
+    Raises:
+        `UserError`: As [`PrivateClient`].
+    """
+    return PrivateClient(address, tls=read_certificates(certificates), **options)
 
 
 def demo(model: str, prompt: str, networks: list[str], output: Path | None, results: Path | None, **options):

@@ -20,7 +20,7 @@ from entropy_gpt.training.model_tokenizer import load_model_tokenizer
 from entropy_gpt.training.progress import Stage
 from entropy_gpt.workflows.private_client import PrivateClient
 
-from .private import read_certificates
+from .private import open_client
 from .progress import progress_display
 
 
@@ -30,8 +30,6 @@ console = Console()
 
 
 def run(
-    address: str,
-    certificates: tuple[Path | None, Path | None, Path | None],
     *,
     host: str,
     port: int,
@@ -40,21 +38,19 @@ def run(
     twin: str | None,
     longest_line: int,
     wait: int,
-    **options,
+    **connection,
 ):
     """
     Runs the gateway until it is interrupted.
 
     Args:
-        address (`str`): `HOST:PORT` of the private server.
-        certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
         host (`str`), port (`int`): Where the gateway listens; port 0 takes a free one.
         token_file (`Path`, *optional*): A file with the token that requests have to bring.
         name (`str`): The model's, in the protocol.
         twin (`str`, *optional*): The model in the clear, for the head entropies on the page.
         longest_line (`int`): Requests that may wait.
         wait (`int`): Seconds in which the server may begin to listen.
-        options: Further arguments of [`PrivateClient`].
+        connection: Arguments of [`open_client`].
 
     Raises:
         `UserError`: If there is no server, the port is taken, or a value can't be used.
@@ -68,12 +64,12 @@ def run(
     with open_port(host, port) as listener:
         with progress_display(console, transient=True) as progress:
             with progress.stage("connecting to the server") as line:
-                client = connect(address, wait, line, tls=read_certificates(certificates), **options)
+                client = connect(wait, line, **connection)
             with progress.stage("loading the twin"):
                 measure = load_twin(twin) if twin else None
         app = make_app(client, name=name, token=token, longest_line=longest_line, twin=measure)
         print(f"listening on http://{shown}:{listener.getsockname()[1]}", flush=True)
-        print(f"the model {name!r} is {client.terms.notation}, at {address}", flush=True)
+        print(f"the model {name!r} is {client.terms.notation}, at {connection['address']}", flush=True)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=PARTING_SECONDS
         )
@@ -83,15 +79,14 @@ def run(
             print("stopped", flush=True)
 
 
-def connect(address: str, wait: float, line: Stage, **options) -> PrivateClient:
+def connect(wait: float, line: Stage, **connection) -> PrivateClient:
     """
     A client, as soon as there is a server.
 
     Args:
-        address (`str`): The server's.
         wait (`float`): Seconds after which it is given up.
         line (`Stage`): Shows what is waited for.
-        options: Further arguments of [`PrivateClient`].
+        connection: Arguments of [`open_client`].
 
     Raises:
         `UserError`: As [`PrivateClient`].
@@ -99,11 +94,11 @@ def connect(address: str, wait: float, line: Stage, **options) -> PrivateClient:
     end = time.monotonic() + wait
     while True:
         try:
-            return PrivateClient(address, **options)
+            return open_client(**connection)
         except NoServerError:
             if time.monotonic() > end:
                 raise
-        line.say(f"nobody listens at {address} yet")
+        line.say(f"nobody listens at {connection['address']} yet")
         time.sleep(RETRY_SECONDS)
 
 

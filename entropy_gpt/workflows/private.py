@@ -47,15 +47,8 @@ from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .options import check_positive, with_argument_names
-from .private_client import (
-    DEFAULT_TIMEOUT,
-    PrivateAnswer,
-    answer_prompt,
-    check_connection,
-    read_settings,
-    show_event,
-    tokenize,
-)
+from .private_answer import PrivateAnswer, answer_prompt, show_event, tokenize
+from .private_client import DEFAULT_TIMEOUT, check_connection, read_settings
 
 
 DEFAULT_ADDRESS, DEFAULT_LIMITS = "127.0.0.1:9000", Limits()

@@ -2,22 +2,16 @@
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import field
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from pydantic.dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
 
 from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
 from entropy_gpt.evaluation.private_inference.parties.channel import (
     NO_HALF,
     TURN_OVER,
@@ -30,72 +24,25 @@ from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling
 from entropy_gpt.evaluation.private_inference.parties.session import (
     Outcome,
-    Terms,
     check_prompt,
     check_request,
     check_sampling,
 )
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client
-from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
 from entropy_gpt.evaluation.private_inference.program.range_audit import FRACTION_BITS
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
-from entropy_gpt.evaluation.records.results import AnswerCheck
 from entropy_gpt.training.model_tokenizer import hash_vocabulary
-from entropy_gpt.training.progress import SILENT, Progress, Stage
+from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.tokenizer import load_tokenizer
 
 from .options import check_positive, read_options, with_argument_names
+from .private_answer import PrivateAnswer, answer_prompt, tokenize
 
 
 DEFAULT_TIMEOUT = 600
-# Preparations that have lost their other half, one after another, until an error says so.
-MOST_LOST = 16
+# Connections that are tried, each with a preparation that has lost its other half, until an error says so.
+MOST_TRIES = 17
 Tokenizer = str | Path | PreTrainedTokenizerFast
-
-
-@dataclass(config=RECORD)
-class PrivateAnswer(StoredRecord):
-    """
-    The client's answer as text, with its check and its cost.
-
-    Args:
-        text (`str`): The continuation of the prompt; empty for a client without a tokenizer.
-        check ([`AnswerCheck`], *optional*): How it compares with the model in the clear, if that is at hand.
-        seconds (`float`): Wall-clock time, including compilation and set-up.
-        cost ([`InferenceCost`]): The cost by the client's count.
-        repeats (`int`): How many tokens were out of range and computed again.
-        tokens (`list[int]`): Those of the continuation.
-    """
-
-    KIND = "a private answer"
-    SCHEMA_VERSION = 5
-
-    text: str
-    check: AnswerCheck | None
-    seconds: float
-    cost: InferenceCost
-    repeats: int = 0
-    tokens: list[int] = field(default_factory=list)
-
-    @classmethod
-    def migrate(cls, content: dict, version: int) -> dict | None:
-        """Version 3 had no `repeats`, version 4 no `tokens`."""
-        return content if version in (3, 4) else None
-
-
-class Asked(Protocol):
-    """Whom a prompt can be put to: a [`PrivateClient`], or the [`Client`] of one connection."""
-
-    terms: Terms
-
-    def ask(
-        self,
-        prompt: list[int],
-        new_tokens: int = 1,
-        answers: int = 1,
-        on_event: Callable[[dict], None] = lambda event: None,
-        sampling: Sampling = GREEDY,
-    ) -> Outcome: ...
 
 
 class PrivateClient:
@@ -111,7 +58,8 @@ class PrivateClient:
         insecure (`bool`): Allow plain TCP beyond the loopback.
         protocol (`str`): The only protocol that the client accepts.
         timeout (`int`): Seconds without any event after which the client gives up.
-        prepared (`str` or `Path`, *optional*): Folder of [`prepare`]; the smallest preparation that fits is used up.
+        prepared (`str` or `Path`, *optional*):
+                Folder for its halves of preparations. The smallest that fits a prompt is used up.
         require_prepared (`bool`): Whether to fail if none fits.
 
     Attributes:
@@ -132,6 +80,7 @@ class PrivateClient:
     ```
     """
 
+    @with_argument_names
     def __init__(
         self,
         address: str,
@@ -171,6 +120,7 @@ class PrivateClient:
         with self._lock:
             self._disconnect()
 
+    @with_argument_names
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -238,35 +188,26 @@ class PrivateClient:
         check_sampling(self.terms.settings, sampling)
         check_prompt(prompt, self.terms.config.vocab_size)
 
-    def _try_again(self, ask: Callable[[Client, Callable[[dict], None]], Outcome], on_event: Callable[[dict], None]):
-        """
-        Asks on the connection, and a second time on a new one if that was open before and is at its end; and again as
-        long as half of a preparation is lost. What a server has accepted, or refuses otherwise, is not repeated.
-        """
-        was_open, accepted = self._connection is not None, threading.Event()
+    def _try_again(
+        self, ask: Callable[[Client, Callable[[dict], None]], Outcome], on_event: Callable[[dict], None]
+    ) -> Outcome:
+        """Asks on the connection, and again on a new one as long as [`_is_worth_another`] says so."""
+        was_open, accepted, tries = self._connection is not None, threading.Event(), 0
 
         def note(event: dict):
             if event["event"] == "accepted":
                 accepted.set()
             on_event(event)
 
-        for _ in range(MOST_LOST):
+        while True:
+            tries += 1
             try:
-                return self._once(ask, note)
-            except PrivateInferenceError as error:
-                code = getattr(error, "code", None)
-                ended = was_open and (code == TURN_OVER or not isinstance(error, RefusalError))
-                if accepted.is_set() or not (ended or code == NO_HALF):
+                return ask(self._connected(), note)
+            except BaseException as error:
+                self._disconnect()
+                if tries == MOST_TRIES or accepted.is_set() or not _is_worth_another(error, was_open):
                     raise
             was_open = False
-        return self._once(ask, on_event)
-
-    def _once(self, ask: Callable[[Client, Callable[[dict], None]], Outcome], on_event: Callable[[dict], None]):
-        try:
-            return ask(self._connected(), on_event)
-        except BaseException:
-            self._disconnect()
-            raise
 
     def prepare(
         self,
@@ -276,11 +217,12 @@ class PrivateClient:
         answers: int = 1,
     ) -> Outcome:
         """
-        Makes a preparation; as of [`Client.prepare`].
+        Does with the server all of a later answer that needs no prompt; as of [`Client.prepare`].
 
         Raises:
             `UserError`: If the server keeps none, or does not answer.
         """
+        check_positive(tokens=length, max_new_tokens=new_tokens)
         with self._lock:
             if self.terms.store is None:
                 raise UserError("this server keeps no preparations: it has to be run with serve --prepared.")
@@ -316,162 +258,6 @@ class PrivateClient:
         return tokenize(prompt, self.tokenizer)
 
 
-@with_argument_names
-def ask(
-    prompt: str,
-    address: str,
-    *,
-    tokenizer: str | Path,
-    tls: TLSFiles | None = None,
-    insecure: bool = False,
-    new_tokens: int = 1,
-    protocol: str = "cheetah",
-    timeout: int = DEFAULT_TIMEOUT,
-    prepared: str | Path | None = None,
-    require_prepared: bool = False,
-    progress: Progress = SILENT,
-) -> PrivateAnswer:
-    """
-    Asks a server to continue one prompt, always with the most likely token. The prompt stays on this machine.
-
-    Args:
-        prompt (`str`): The prompt.
-        address, tokenizer, tls, insecure, protocol, timeout, prepared, require_prepared: As of [`PrivateClient`].
-        new_tokens (`int`): Tokens of the answer; their number is public.
-        progress (`Progress`): Receives one stage, with a unit for each step.
-
-    Raises:
-        `UserError`: If the server does not answer, or a value can't be used.
-
-    Example:
-
-    ```python
-    from entropy_gpt.workflows.private_client import ask
-
-    answer = ask("def main(", "127.0.0.1:9000", tokenizer="runs/proposal/model", new_tokens=3)
-    print(answer.text, answer.cost.total_bytes)
-    ```
-    """
-    check_positive(max_new_tokens=new_tokens)
-    options = {"tls": tls, "insecure": insecure, "protocol": protocol, "timeout": timeout}
-    options |= {"prepared": prepared, "require_prepared": require_prepared}
-    with PrivateClient(address, tokenizer=tokenizer, **options) as client:
-        return client.generate(prompt, max_new_tokens=new_tokens, progress=progress)
-
-
-@with_argument_names
-def prepare(
-    address: str,
-    *,
-    tokenizer: str | Path,
-    prepared: str | Path,
-    tokens: int = 128,
-    new_tokens: int = 1,
-    count: int = 1,
-    tls: TLSFiles | None = None,
-    insecure: bool = False,
-    protocol: str = "cheetah",
-    timeout: int = DEFAULT_TIMEOUT,
-    progress: Progress = SILENT,
-) -> list[list[StepCost]]:
-    """
-    Does with a server all of later answers that needs no prompt. Each serves one prompt and answer, these long or
-    shorter. What is whole stays if it is interrupted.
-
-    Args:
-        address, tokenizer, tls, insecure, protocol, timeout: As of [`PrivateClient`].
-        prepared (`str` or `Path`): Folder for this side's halves.
-        tokens (`int`): Tokens of the prompt, at most.
-        new_tokens (`int`): Tokens of the answer, at most.
-        count (`int`): How many to make.
-        progress (`Progress`): Receives one stage for each, with a unit for each step.
-
-    Returns:
-        `list[list[StepCost]]`: What each took.
-
-    Raises:
-        `UserError`: If the server does not answer or keeps no preparations, or a value can't be used.
-    """
-    check_positive(tokens=tokens, max_new_tokens=new_tokens, count=count)
-    options = {"tls": tls, "insecure": insecure, "protocol": protocol, "timeout": timeout, "prepared": prepared}
-    made = []
-    with PrivateClient(address, tokenizer=tokenizer, **options) as client:
-        for number in range(count):
-            with progress.stage(f"preparing {number + 1} of {count}") as line:
-                line.say("both sides compile the program")
-                made.append(client.prepare(tokens, new_tokens, partial(show_event, line=line)).steps)
-    return made
-
-
-def answer_prompt(
-    client: Asked,
-    words: PreTrainedTokenizerFast | None,
-    tokens: list[int],
-    new_tokens: int,
-    network: str,
-    progress: Progress = SILENT,
-    put: Callable[[int], None] = lambda token: None,
-    sampling: Sampling = GREEDY,
-) -> tuple[Outcome, PrivateAnswer]:
-    """
-    Has a prompt continued.
-
-    Args:
-        client ([`Asked`]): Who asks the server.
-        words (`PreTrainedTokenizerFast`, *optional*): Makes text of the answer.
-        tokens (`list[int]`): The prompt's.
-        new_tokens (`int`): Tokens of the answer.
-        network (`str`): What connects the parties, for the record.
-        progress (`Progress`): Receives one stage.
-        put (`Callable`): Receives each new token.
-        sampling ([`Sampling`]): How tokens are chosen.
-    """
-    started = time.perf_counter()
-    with progress.stage("answering privately") as line:
-        line.say("both sides compile the program")
-
-        def follow(event: dict):
-            show_event(event, line)
-            if event["event"] == "token":
-                put(event["token"])
-
-        outcome = client.ask(tokens, new_tokens, on_event=follow, sampling=sampling)
-    answer = PrivateAnswer(
-        text=words.decode(outcome.tokens) if words else "",
-        check=None,
-        seconds=time.perf_counter() - started,
-        cost=outcome.cost(client.terms, len(tokens), new_tokens, network),
-        repeats=outcome.repeats.total(),
-        tokens=outcome.tokens,
-    )
-    return outcome, answer
-
-
-def show_event(event: dict[str, Any], line: Stage):
-    """Reports an event of [`Client.ask`] to a stage: the number of steps, and each step with its layer."""
-    if event["event"] == "unprepared":
-        line.say("no preparation fits: all of it is computed now")
-    elif event["event"] == "waiting":
-        line.say(f"the server is busy; clients before this one: {event['before']}")
-    elif event["event"] == "program":
-        line.reach(0, event["steps"])
-    elif event["event"] == "step":
-        layer = "" if event["cost"]["layer"] is None else f"layer {event['cost']['layer']}, "
-        line.say(layer + event["cost"]["operation"])
-        line.advance()
-
-
-def tokenize(prompt: str, words: PreTrainedTokenizerFast) -> list[int]:
-    """
-    Raises:
-        `PrivateInferenceError`: If there are no tokens.
-    """
-    tokens = words(prompt)["input_ids"]
-    if not tokens:
-        raise PrivateInferenceError("the prompt is empty: give some text.")
-    return tokens
-
-
 def read_settings(**settings: str | int) -> PrivateSettings:
     """Settings for two parties; other protocols run only in one process."""
     read = read_options(PrivateSettings, **settings)
@@ -493,6 +279,16 @@ def check_connection(host: str, tls: TLSFiles | None, insecure: bool, settings: 
     """
     if tls is None:
         check_plain_allowed(host, insecure, settings)
+
+
+def _is_worth_another(error: BaseException, was_open: bool) -> bool:
+    """
+    Whether a new connection may do what this one has not: this one was open before and is at its end, or half of a
+    preparation is lost. What a server refuses otherwise is not repeated.
+    """
+    code = getattr(error, "code", None)
+    broke = isinstance(error, PrivateInferenceError) and not isinstance(error, RefusalError)
+    return code == NO_HALF or (was_open and (broke or code == TURN_OVER))
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from entropy_gpt.training.progress import SILENT, Progress, Stage
 
 from .options import as_tuple, check_positive, with_argument_names
 from .output_folder import BENCHMARK
-from .private_client import show_event
+from .private_answer import show_event
 from .private_cost import count_heads, predict_seconds
 
 

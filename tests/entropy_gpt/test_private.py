@@ -26,7 +26,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 from entropy_gpt.evaluation.records.results import load_results
 from entropy_gpt.terminal.private import print_answer, read_prompt
 from entropy_gpt.training.tokenizer import train_tokenizer
-from entropy_gpt.workflows.private_client import PrivateAnswer
+from entropy_gpt.workflows.private_answer import PrivateAnswer
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 

@@ -21,7 +21,8 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
 from entropy_gpt.evaluation.private_inference.parties.preparations import Store
 from entropy_gpt.evaluation.private_inference.parties.session import Events
 from entropy_gpt.evaluation.private_inference.parties.two_party import Client
-from entropy_gpt.workflows.private_client import PrivateAnswer, PrivateClient
+from entropy_gpt.workflows.private_answer import PrivateAnswer
+from entropy_gpt.workflows.private_client import PrivateClient
 from tests.entropy_gpt.gateway.conftest import serving
 
 from .test_private import PROMPT, save_model

@@ -16,7 +16,7 @@ from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.files import written_whole
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.workflows.private import demonstrate
-from entropy_gpt.workflows.private_client import PrivateAnswer
+from entropy_gpt.workflows.private_answer import PrivateAnswer
 
 
 NEW_TOKENS = 2

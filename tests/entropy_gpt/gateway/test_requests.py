@@ -206,4 +206,4 @@ def test_a_token_that_is_none(tmp_path, content, said):
 def test_beyond_the_loopback_a_token_is_wanted():
     options = {"port": 0, "token_file": None, "name": "private", "twin": None, "longest_line": 1, "wait": 0}
     with pytest.raises(UserError, match=r"--host 0.0.0.0 is beyond this machine's loopback.*--token-file"):
-        run("127.0.0.1:1", (None, None, None), host="0.0.0.0", **options)
+        run(host="0.0.0.0", address="127.0.0.1:1", certificates=(None, None, None), **options)

@@ -1,0 +1,88 @@
+"""The options of a connection between two parties, and those that all clients share."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from entropy_gpt.conversion.early_checks import check_place
+
+from .paths import read_path
+
+
+class TwoPartyProtocol(StrEnum):
+    cheetah = "cheetah"
+    semi2k = "semi2k"
+
+
+Certificate = Annotated[
+    Path | None, typer.Option("--cert", callback=read_path, help="This side's certificate, in PEM.")
+]
+Key = Annotated[Path | None, typer.Option("--key", callback=read_path, help="Its private key.")]
+Authority = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca",
+        callback=read_path,
+        help="Certificates of the authorities that may sign the other side's certificate.",
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure", help="Allow plain TCP beyond this machine's loopback. Use it only in a trusted network."
+    ),
+]
+Timeout = Annotated[int, typer.Option(min=1, help="Seconds without any event after which a side gives up.")]
+ProtocolOption = Annotated[
+    TwoPartyProtocol,
+    typer.Option(
+        help="cheetah: neither side learns anything from the messages it receives. semi2k: the server deals the "
+        "random numbers that protect the prompt, so it could read the prompt; use it only for measurements."
+    ),
+]
+
+
+def _read_connection(
+    connect: Annotated[str, typer.Option(help="HOST:PORT of the server.")],
+    tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
+    certificate: Certificate = None,
+    key: Key = None,
+    authority: Authority = None,
+    insecure: Insecure = False,
+    protocol: ProtocolOption = TwoPartyProtocol.cheetah,
+    timeout: Timeout = 600,
+) -> dict[str, Any]:
+    """The arguments of `open_client` that these options are."""
+    check_place(tokenizer)
+    return {
+        "address": connect,
+        "certificates": (certificate, key, authority),
+        "tokenizer": tokenizer,
+        "insecure": insecure,
+        "protocol": protocol.value,
+        "timeout": timeout,
+    }
+
+
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of a client's connection. It gets them as its argument `connection`."""
+    shared = inspect.signature(_read_connection).parameters
+    own = inspect.signature(command).parameters
+    options = [option for name, option in (own | shared).items() if name != "connection"]
+    options.sort(key=lambda option: option.default is not option.empty)  # those that have to be given come first
+
+    @functools.wraps(command)
+    def run(**values):
+        connection = _read_connection(**{name: values.pop(name) for name in shared})
+        command(connection=connection, **values)
+
+    run.__signature__ = inspect.Signature(
+        [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options], return_annotation=None
+    )
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
