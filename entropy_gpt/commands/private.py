@@ -99,6 +99,12 @@ AuditedText = Annotated[
 ]
 
 
+LongestWait = Annotated[
+    int,
+    typer.Option(
+        "--max-waiting-seconds", min=1, max=604_800, help="For how long each may wait; after that, it is refused."
+    ),
+]
 PreparedFolder = Annotated[
     Path | None,
     typer.Option(
@@ -145,6 +151,7 @@ def serve(
         int,
         typer.Option("--max-waiting", min=0, help="Clients that may wait; further ones are refused."),
     ] = 16,
+    longest_wait: LongestWait = 3600,
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="For how long answers that have begun may go on after SIGTERM.")
     ] = 10,
@@ -188,6 +195,7 @@ def serve(
         prepared_mb=prepared_mb,
         workers=workers,
         longest_line=longest_line,
+        longest_wait=longest_wait,
         drain_seconds=drain_seconds,
         json_log=json_log,
         health_port=health_port,

@@ -8,7 +8,7 @@ import typer
 from entropy_gpt.conversion.early_checks import check_model
 
 from .paths import read_path
-from .private import PreparedFolder
+from .private import LongestWait, PreparedFolder
 from .private_connection import with_connection
 
 
@@ -35,6 +35,7 @@ def gateway(
     longest_line: Annotated[
         int, typer.Option("--max-waiting", min=0, help="Requests that may wait; further ones are refused.")
     ] = 16,
+    longest_wait: LongestWait = 3600,
     wait: Annotated[int, typer.Option(min=0, help="Seconds in which the server may begin to listen.")] = 60,
     prepared: PreparedFolder = None,
 ):
@@ -58,6 +59,7 @@ def gateway(
         name=name,
         twin=twin,
         longest_line=longest_line,
+        longest_wait=longest_wait,
         wait=wait,
         prepared=prepared,
         **connection,

@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.evaluation.private_inference.parties.turns import LONGEST_LINE, LONGEST_WAIT
 from entropy_gpt.workflows.private_client import PrivateClient
 
 from .completions import Completion, Cost, Delta, Writer
@@ -42,7 +43,8 @@ def make_app(
     *,
     name: str = "private",
     token: str | None = None,
-    longest_line: int = 16,
+    longest_line: int = LONGEST_LINE,
+    longest_wait: float = LONGEST_WAIT,
     twin: Twin | None = None,
 ) -> FastAPI:
     """
@@ -50,10 +52,10 @@ def make_app(
         client ([`PrivateClient`]): Whom prompts are put to; it has a tokenizer.
         name (`str`): The model's, in the protocol.
         token (`str`, *optional*): That requests have to bring; without it, the loopback alone is answered to.
-        longest_line (`int`): Requests that may wait.
+        longest_line (`int`), longest_wait (`float`): Requests that may wait, and for how many seconds.
         twin (`Callable`, *optional*): For the head entropies on the page.
     """
-    line = Line(client, longest_line)
+    line = Line(client, longest_line, longest_wait)
     gateway = Gateway(client, line, name, twin)
 
     @contextlib.asynccontextmanager
@@ -189,7 +191,7 @@ class Gateway:
                 elif isinstance(item, Cost) and options and options.include_costs:
                     yield _event(writer.cost(item))
                 elif isinstance(item, Waiting):
-                    yield f": {item.what} before this one: {item.before}\n\n"
+                    yield f": {item}\n\n"
                 elif item is None:
                     yield ": it goes on\n\n"
                 item = await news.next(KEEP_ALIVE_SECONDS)

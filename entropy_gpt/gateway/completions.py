@@ -83,7 +83,7 @@ class Completion:
             def follow(event: dict):
                 job.check()
                 if event["event"] == "waiting":
-                    job.emit(Waiting(event["before"], "clients of the server"))
+                    job.emit(Waiting(event["before"], event["seconds"], "clients of the server"))
                 if (content := self.meter.note(event)) is not None:
                     job.emit(Cost(content))
                 if event["event"] == "token":

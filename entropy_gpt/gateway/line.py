@@ -1,6 +1,7 @@
 """The line of requests: one after another is put to the private server, by one thread."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,14 @@ IDLE_SECONDS, END_SECONDS = 25, 5
 
 @dataclass(frozen=True)
 class Waiting:
-    """How many are before this request, in the line of the gateway or in that of the server."""
+    """How many are before this request, in the line of the gateway or in that of the server, which ends in seconds."""
 
     before: int | str
+    seconds: int | str
     what: str = "requests"
+
+    def __str__(self) -> str:
+        return f"{self.what} before this one: {self.before}; it is given up in {self.seconds} s"
 
 
 class Cancelled(Exception):
@@ -34,7 +39,13 @@ class Job:
     Args:
         work (`Callable`): Answers it, by way of a client and the job.
         emit (`Callable`): Receives what there is to say: [`Waiting`], what `work` says, and last an error or `None`.
+
+    Attributes:
+        joined (`float`), alarm (`threading.Timer`): When it came into the line, and what ends its waiting.
     """
+
+    joined: float
+    alarm: threading.Timer
 
     def __init__(self, work: Callable[[PrivateClient, "Job"], None], emit: Callable[[object], None]):
         self.work, self.emit = work, emit
@@ -54,10 +65,11 @@ class Line:
     Args:
         client ([`PrivateClient`]): Whom the requests are put to.
         longest (`int`): Requests that may wait.
+        seconds (`float`): For which each may wait.
     """
 
-    def __init__(self, client: PrivateClient, longest: int):
-        self.client, self.longest = client, longest
+    def __init__(self, client: PrivateClient, longest: int, seconds: float):
+        self.client, self.longest, self.seconds = client, longest, seconds
         self.active: Job | None = None
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -84,9 +96,12 @@ class Line:
                     429, f"{self.length} requests are waiting already, the most here: try again later.", code="busy"
                 )
             self._waiting.append(job)
+            job.joined, job.alarm = time.monotonic(), threading.Timer(self.seconds, self._give_up, [job])
+            job.alarm.daemon = True
+            job.alarm.start()
             before = self.length - 1 + (self.active is not None)
             if before:
-                job.emit(Waiting(before))
+                self._announce(job, before)
             self._changed.notify_all()
 
     def close(self):
@@ -118,6 +133,7 @@ class Line:
         cancelled = [job for job in self._waiting if job.cancelled.is_set()]
         self._waiting = deque(job for job in self._waiting if job not in cancelled)
         for job in cancelled:
+            job.alarm.cancel()
             job.emit(None)
 
     def _next(self) -> Job | None:
@@ -129,9 +145,26 @@ class Line:
             if not self._waiting:
                 return None
             self.active = self._waiting.popleft()
+            self.active.alarm.cancel()
             for before, job in enumerate(self._waiting, start=1):
-                job.emit(Waiting(before))
+                self._announce(job, before)
             return self.active
+
+    def _announce(self, job: Job, before: int):
+        job.emit(Waiting(before, round(job.joined + self.seconds - time.monotonic())))
+
+    def _give_up(self, job: Job):
+        """Refuses a request that still waits."""
+        with self._changed:
+            if job not in self._waiting:
+                return
+            before = self._waiting.index(job) + (self.active is not None)
+            self._waiting.remove(job)
+        message = (
+            f"no turn came in {self.seconds:g} s, the most that a request may wait here (--max-waiting-seconds); "
+            f"requests before this one: {before}. Try again later."
+        )
+        job.emit(ProtocolError(429, message, code="busy"))
 
     def _answer(self, job: Job) -> ProtocolError | None:
         try:

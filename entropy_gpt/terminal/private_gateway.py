@@ -37,6 +37,7 @@ def run(
     name: str,
     twin: str | None,
     longest_line: int,
+    longest_wait: int,
     wait: int,
     **connection,
 ):
@@ -48,7 +49,7 @@ def run(
         token_file (`Path`, *optional*): A file with the token that requests have to bring.
         name (`str`): The model's, in the protocol.
         twin (`str`, *optional*): The model in the clear, for the head entropies on the page.
-        longest_line (`int`): Requests that may wait.
+        longest_line (`int`), longest_wait (`int`): Requests that may wait, and for how many seconds.
         wait (`int`): Seconds in which the server may begin to listen.
         connection: Arguments of [`open_client`].
 
@@ -67,7 +68,9 @@ def run(
                 client = connect(wait, line, **connection)
             with progress.stage("loading the twin"):
                 measure = load_twin(twin) if twin else None
-        app = make_app(client, name=name, token=token, longest_line=longest_line, twin=measure)
+        app = make_app(
+            client, name=name, token=token, longest_line=longest_line, longest_wait=longest_wait, twin=measure
+        )
         print(f"listening on http://{shown}:{listener.getsockname()[1]}", flush=True)
         print(f"the model {name!r} is {client.terms.notation}, at {connection['address']}", flush=True)
         config = uvicorn.Config(

@@ -21,7 +21,7 @@ from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
-from entropy_gpt.evaluation.private_inference.parties.turns import Turns
+from entropy_gpt.evaluation.private_inference.parties.turns import LONGEST_LINE, LONGEST_WAIT, Turns
 from entropy_gpt.evaluation.private_inference.parties.two_party import (
     MOST_PREPARED_BYTES,
     Client,
@@ -52,7 +52,6 @@ from .private_client import DEFAULT_TIMEOUT, check_connection, read_settings
 
 
 DEFAULT_ADDRESS, DEFAULT_LIMITS = "127.0.0.1:9000", Limits()
-DEFAULT_LINE = 16
 DEFAULT_FRACTION_BITS = PrivateSettings().fraction_bits
 DEFAULT_PREPARED_MB = round(MOST_PREPARED_BYTES / MEGA)
 # Characters of a text that are read for a token of the audit.
@@ -74,7 +73,8 @@ def open_server(
     tokenizer: str | Path | None = None,
     limits: Limits = DEFAULT_LIMITS,
     workers: int = 1,
-    longest_line: int = DEFAULT_LINE,
+    longest_line: int = LONGEST_LINE,
+    longest_wait: int = LONGEST_WAIT,
     json_log: bool = False,
     prepared: str | Path | None = None,
     prepared_mb: int = DEFAULT_PREPARED_MB,
@@ -99,6 +99,7 @@ def open_server(
         limits ([`Limits`]): What each client may ask for, by its certificate, or without TLS by its address.
         workers (`int`): Clients that are answered at once. Each has an engine with a copy of the weights.
         longest_line (`int`): Clients that may wait for that.
+        longest_wait (`int`): Seconds for which each may wait.
         json_log (`bool`): Whether all lines are JSON.
         prepared (`str` or `Path`, *optional*): Folder for its halves of preparations. Without it there are none.
         prepared_mb (`int`): MB that these may take.
@@ -127,6 +128,7 @@ def open_server(
         max_requests=limits.requests,
         max_positions=limits.positions,
         max_seconds=limits.seconds,
+        longest_wait=longest_wait,
         prepared_mb=prepared_mb,
         timeout=timeout,
         workers=workers,
@@ -137,7 +139,7 @@ def open_server(
     warn = (lambda line: report(json_line(line))) if json_log else report
     offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, warn, progress)
     check_memory(weight_shapes(offer.config).values(), SERVER, workers)
-    turns, folder = Turns(workers, longest_line), prepared and expanded(prepared)
+    turns, folder = Turns(workers, longest_line, longest_wait), prepared and expanded(prepared)
     return Server(offer, host, port, tls, timeout, limits, report, turns, json_log, folder, round(prepared_mb * MEGA))
 
 

@@ -111,7 +111,8 @@ def show_event(event: dict[str, Any], line: Stage):
     if event["event"] == "unprepared":
         line.say("no preparation fits: all of it is computed now")
     elif event["event"] == "waiting":
-        line.say(f"the server is busy; clients before this one: {event['before']}")
+        before, seconds = event["before"], event["seconds"]
+        line.say(f"the server is busy; clients before this one: {before}; it is given up in {seconds} s")
     elif event["event"] == "program":
         line.reach(0, event["steps"])
     elif event["event"] == "step":

@@ -12,13 +12,15 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 
 # A client that waits hears of its place at least so often.
 ANNOUNCE_SECONDS = 5
+LONGEST_LINE, LONGEST_WAIT = 16, 3600
 
 
 @dataclass(eq=False)
 class Place:
-    """A client's in the line."""
+    """A client's in the line, and the moment at which it gives that up."""
 
     client: str
+    until: float
     lost: bool = False
 
 
@@ -27,10 +29,11 @@ class Turns:
     Args:
         workers (`int`): Clients that may have an engine at once.
         longest (`int`): Clients that may wait.
+        seconds (`float`): For which each may wait.
     """
 
-    def __init__(self, workers: int = 1, longest: int = 16):
-        self.workers, self.longest = workers, longest
+    def __init__(self, workers: int = 1, longest: int = LONGEST_LINE, seconds: float = LONGEST_WAIT):
+        self.workers, self.longest, self.seconds = workers, longest, seconds
         self._engines: Counter[str] = Counter()
         self._line: list[Place] = []
         self._changed = threading.Condition()
@@ -47,21 +50,23 @@ class Turns:
         return len(self._line)
 
     @contextlib.contextmanager
-    def turn(self, client: str, announce: Callable[[int], None]) -> Iterator[None]:
+    def turn(self, client: str, announce: Callable[[int, int], None]) -> Iterator[None]:
         """
         An engine for a client, as soon as it is its turn.
 
         Args:
             client (`str`): As [`Channel.peer`].
-            announce (`Callable`): Receives how many wait before it, time and again. What it raises ends the waiting.
+            announce (`Callable`):
+                Receives how many wait before it, and how many seconds it may wait on, time and again. What it raises
+                ends the waiting.
 
         Raises:
-            `PrivateInferenceError`: If the line is full, or the server is about to end.
+            `PrivateInferenceError`: If the line is full, no turn came in time, or the server is about to end.
         """
         place, before = self._enter(client), None
         try:
             while (before := self._wait(place, before)) is not None:
-                announce(before)
+                announce(before, round(place.until - time.monotonic()))
         except BaseException:
             self._leave(place)
             raise
@@ -95,7 +100,7 @@ class Turns:
                 raise PrivateInferenceError(
                     f"the server is busy with other clients, and {self.waiting} wait already: try again later."
                 )
-            place = Place(client)
+            place = Place(client, time.monotonic() + self.seconds)
             self._line.append(place)
             return place
 
@@ -114,7 +119,7 @@ class Turns:
 
     def _wait(self, place: Place, last: int | None) -> int | None:
         """How many are before it, when that is not what it last was, or after a while; `None` if it has its turn."""
-        end = time.monotonic() + ANNOUNCE_SECONDS
+        end = min(time.monotonic() + ANNOUNCE_SECONDS, place.until)
         with self._changed:
             while True:
                 if place.lost:
@@ -127,7 +132,13 @@ class Turns:
                     self._engines[place.client] += 1
                     self._changed.notify_all()
                     return None
-                left = end - time.monotonic()
+                now = time.monotonic()
+                if now >= place.until:
+                    raise PrivateInferenceError(
+                        f"no turn came in {self.seconds:g} s, the most that a client may wait here "
+                        f"(--max-waiting-seconds); clients before this one: {before}. Try again later."
+                    )
+                left = end - now
                 if before != last or left <= 0:
                     return before
                 self._changed.wait(left)

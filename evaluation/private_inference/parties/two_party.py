@@ -329,8 +329,8 @@ class Server:
         message = channel.receive(HANDSHAKE_SECONDS, ("request",))
         self._leave(channel.connection)
 
-        def announce(before: int):
-            channel.send({"kind": "waiting", "before": before})
+        def announce(before: int, seconds: int):
+            channel.send({"kind": "waiting", "before": before, "seconds": seconds})
 
         with self.turns.turn(channel.peer, announce), contextlib.ExitStack() as taken:
             asked = self._read_request(channel, message, taken)
@@ -710,7 +710,8 @@ class Client:
 
     def _open(self, on_event: Callable[[dict], None]):
         while (answer := self.channel.receive(HANDSHAKE_SECONDS, ("accepted", "waiting")))["kind"] == "waiting":
-            on_event({"event": "waiting", "before": clean(answer.get("before"), most=10)})
+            before, seconds = (clean(answer.get(name), most=10) for name in ("before", "seconds"))
+            on_event({"event": "waiting", "before": before, "seconds": seconds})
         token = answer.get("session")
         job = Job(
             rank=CLIENT,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import uvicorn
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
@@ -76,6 +77,22 @@ class Running:
 def model(tmp_path_factory, text) -> Path:
     source = "\n".join(path.read_text() for path in text.iterdir())
     return save_model(tmp_path_factory.mktemp("model"), source)
+
+
+@pytest.fixture(scope="module")
+def clear(model):
+    """The most likely continuation, and the log-probabilities of all tokens after it, of the model in the clear."""
+    loaded, words = load_language_model(model).eval(), load_tokenizer(str(model))
+
+    def compute(prompt: str, new_tokens: int) -> tuple[list[int], torch.Tensor]:
+        tokens = words(prompt)["input_ids"]
+        with torch.no_grad():
+            for _ in range(new_tokens):
+                tokens.append(int(loaded(torch.tensor([tokens])).logits[0, -1].argmax()))
+            return tokens, loaded(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+    compute.words = words
+    return compute
 
 
 @contextlib.contextmanager

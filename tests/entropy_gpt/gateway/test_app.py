@@ -216,7 +216,7 @@ class TestLine:
     def busy(self):
         """A line whose one request goes on until it is let go."""
         release, begun = threading.Event(), threading.Event()
-        line = Line(Client(), 1)
+        line = Line(Client(), 1, 60)
 
         def work(client, job):
             begun.set()
@@ -238,6 +238,25 @@ class TestLine:
         busy.join(Job(lambda *arguments: None, lambda item: None))
         assert (busy.length, said[-1]) == (1, None)
 
+    def test_who_has_waited_for_too_long_is_refused_with_its_place(self, busy):
+        busy.seconds, said, refused = 0.05, [], threading.Event()
+        before = threading.active_count()
+        busy.join(Job(fail(AssertionError()), lambda item: (said.append(item), refused.set() if len(said) > 1 else 0)))
+        assert refused.wait(10)
+        waiting, error = said
+        assert str(waiting) == "requests before this one: 1; it is given up in 0 s"
+        assert (error.status, error.code, busy.length) == (429, "busy", 0)
+        assert "no turn came in 0.05 s" in str(error)
+        assert "requests before this one: 1." in str(error)
+        assert threading.active_count() <= before + 1  # the alarm is about to end
+
+    def test_a_request_that_has_its_turn_is_not_given_up(self):
+        line, done, said = Line(Client(), 1, 0.2), threading.Event(), []
+        line.join(Job(lambda *arguments: threading.Event().wait(0.5), lambda item: (said.append(item), done.set())))
+        assert done.wait(10)
+        assert said == [None]
+        line.close()
+
     def test_a_connection_that_can_not_be_closed_does_not_end_the_line(self, monkeypatch, capsys):
         monkeypatch.setattr(line_module, "IDLE_SECONDS", 0.01)
         client, closing = Client(), threading.Event()
@@ -247,7 +266,7 @@ class TestLine:
             raise PrivateInferenceError(SECRET)
 
         client.close = close
-        line, done = Line(client, 1), threading.Event()
+        line, done = Line(client, 1, 60), threading.Event()
         assert closing.wait(10)
         line.join(Job(lambda *arguments: done.set(), lambda item: None))
         assert done.wait(10)
@@ -258,7 +277,7 @@ class TestLine:
         monkeypatch.setattr(line_module, "IDLE_SECONDS", 0.01)
         client, closing, release, joined = Client(), threading.Event(), threading.Event(), threading.Event()
         client.close = lambda: (closing.set(), release.wait(10))
-        line = Line(client, 1)
+        line = Line(client, 1, 60)
         assert closing.wait(10)
         job = Job(lambda *arguments: None, lambda item: None)
         threading.Thread(target=lambda: (line.join(job), joined.set()), daemon=True).start()

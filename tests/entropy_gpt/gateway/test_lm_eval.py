@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.task_scores import TASK_FOLDER, score_tasks
-from entropy_gpt.training.tokenizer import load_tokenizer
+from entropy_gpt.training.tokenizer import load_tokenizer, train_tokenizer
+from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from tests.entropy_gpt.test_private import SIZES
 
 from .test_openai_client import gateway, serve
 
@@ -19,14 +22,45 @@ pytest.importorskip("spu")
 pytest.importorskip("lm_eval")
 pytestmark = [pytest.mark.slow, pytest.mark.private]
 
-PASSAGES = ("def main return self", "import the value of self", "class name is not None")
 TASK = "local_lambada_openai"
+SENTENCES = (
+    "the model answers the prompt",
+    "a server keeps the weights secret",
+    "no client sees the other one",
+    "each block adds to the stream",
+)
+# What the model goes on with by itself, to the end of the text, and what it does not.
+OPENINGS, WRONG = ("the model", "a server", "each"), ("no client sees the weights", "each block adds to the prompt")
 
 
-def test_its_scores_are_those_in_the_clear(model, tmp_path):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model that knows some sentences by heart, with their ends."""
+    folder = tmp_path_factory.mktemp("model")
+    words = train_tokenizer(["\n".join(SENTENCES)], 300)
+    texts = [[*words(sentence)["input_ids"], words.eos_token_id] for sentence in SENTENCES]
+    torch.manual_seed(0)
+    model = EntropyGPTForCausalLM(EntropyGPTConfig.from_notation("SM+ScFuFFN", vocab_size=len(words), **SIZES))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        for tokens in texts:
+            given = torch.tensor([tokens])
+            model(given, labels=given).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def test_its_scores_are_those_in_the_clear(model, clear, tmp_path):
+    end = clear.words.eos_token
+    own = [clear.words.decode(clear(opening, 24)[0]).partition(end) for opening in OPENINGS]
+    assert all(found == end for _, found, _ in own)  # lm-eval leaves out the token after a passage: this one
+    passages = [*(text for text, _, _ in own), *WRONG, "the model answers the"]
     data = tmp_path / "data"
     data.mkdir()
-    lines = "".join(json.dumps({"text": passage}) + "\n" for passage in PASSAGES)
+    lines = "".join(json.dumps({"text": passage}) + "\n" for passage in passages)
     (data / "lambada_openai.jsonl").write_text(lines, encoding="utf-8")
     with serve(model) as (_, server), gateway(model, server) as (_, client):
         arguments = {
@@ -44,6 +78,7 @@ def test_its_scores_are_those_in_the_clear(model, tmp_path):
     (path,) = Path(tmp_path, "output").rglob("results_*.json")
     found = json.loads(path.read_text(encoding="utf-8"))["results"][TASK]
     expected = score_tasks(load_language_model(model), load_tokenizer(str(model)), [TASK], data)
-    assert {score.metric for score in expected.scores} == {"acc", "perplexity"}
-    for score in expected.scores:
-        assert found[f"{score.metric},none"] == pytest.approx(score.value, rel=0.02)
+    scores = {score.metric: score.value for score in expected.scores}
+    assert {name: found[f"{name},none"] for name in scores} == pytest.approx(scores, rel=0.02)
+    assert found["acc,none"] == pytest.approx(4 / 6)  # all but the wrong ones
+    assert scores["perplexity"] > 2

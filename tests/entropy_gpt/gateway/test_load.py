@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, connect, parse_address
+from entropy_gpt.evaluation.private_inference.parties.channel import LENGTH, Channel, TLSFiles, connect, parse_address
 from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION
 from entropy_gpt.workflows.certificates import make_certificates
 from entropy_gpt.workflows.private_client import PrivateClient
@@ -26,10 +26,14 @@ pytest.importorskip("spu")
 pytestmark = [pytest.mark.slow, pytest.mark.private]
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
-HONEST, KILLED, SILENT, HOSTILE = 12, 2, 3, 3
+# Each honest client has a prompt of its own, so that an answer to another one would be noticed.
 PROMPT = "def main("
-# What the server's own process may take more under load, in bytes; engines have theirs.
-MORE_MEMORY = 2**28
+PROMPTS = (PROMPT, "import ", "class ", "return self", "for name in ", "if self.", "raise ", "    def ", "while ", "with ")
+# The events at which clients are killed.
+KILLED = ("accepted", "step", "token")
+WORKERS, SILENT, CLIENTS = 2, 2, 20
+# What the server may take more under load than its process before, and an engine for each worker; in bytes.
+MORE_MEMORY = 2**27
 ASK = """
 import sys
 from pathlib import Path
@@ -47,7 +51,7 @@ def tls(folder: Path, name: str) -> TLSFiles:
 
 @pytest.fixture
 def certificates(tmp_path) -> Path:
-    names = [f"client-{number}" for number in range(HONEST + KILLED + SILENT + HOSTILE)]
+    names = [f"client-{number}" for number in range(CLIENTS)]
     make_certificates(["127.0.0.1"], tmp_path / "certificates", clients=names)
     return tmp_path / "certificates"
 
@@ -66,6 +70,13 @@ def serving(model: Path, certificates: Path, *options):
             process.kill()
 
 
+def eventually(holds) -> bool:
+    end = time.monotonic() + 120
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.1)
+    return holds()
+
+
 def state(lines: list[str]) -> dict:
     """What the server says at its port of health."""
     while not (found := [line for line in lines if "health: port " in line]):
@@ -77,67 +88,149 @@ def state(lines: list[str]) -> dict:
         return json.loads(connection.getresponse().read())
 
 
-def say_nothing(address: str, files: TLSFiles):
-    """One that has shaken hands and asked, and then does nothing with the engine that it gets."""
+class Memory:
+    """
+    What a process and all its children hold, looked at again and again.
+
+    Attributes:
+        peak (`int`): The most bytes at once.
+        children (`int`): The most children at once.
+    """
+
+    def __init__(self, process: psutil.Process):
+        self.process, self.peak, self.children = process, 0, 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Memory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self):
+        while not self._ended.wait(0.1):
+            children = self.process.children(recursive=True)
+            self.children = max(self.children, len(children))
+            self.peak = max(self.peak, sum(map(held, (self.process, *children))))
+
+
+def held(process: psutil.Process) -> int:
+    """Bytes in memory; none of one that has just ended."""
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def greet(address: str, files: TLSFiles) -> Channel:
+    """A connection that has said hello."""
     channel = connect(*parse_address(address), files)
     channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
     channel.receive(60, ("terms",))
-    channel.send({"kind": "request", "length": 4, "new_tokens": 1, "answers": 1})
     return channel
 
 
-def attack(address: str, files: TLSFiles):
-    """One that asks for what there is not, and one that speaks no TLS."""
-    with contextlib.closing(connect(*parse_address(address), files)) as channel:
-        channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
-        channel.receive(60, ("terms",))
+def say_nothing(address: str, files: TLSFiles) -> list:
+    """Connections that stop before TLS, after the terms, and with the engine that they have asked for."""
+    asked = greet(address, files)
+    asked.send({"kind": "request", "length": 4, "new_tokens": 1, "answers": 1})
+    return [socket.create_connection(parse_address(address)), greet(address, files), asked]
+
+
+def ask_for_what_there_is_not(address: str, files: TLSFiles):
+    with contextlib.closing(greet(address, files)) as channel:
         channel.send({"kind": "request", "length": 10**9, "new_tokens": -1, "answers": []})
-    with socket.create_connection(parse_address(address)) as raw:
-        raw.sendall(os.urandom(2**16))
 
 
-def test_every_honest_client_has_its_answer(model, certificates):
-    names = iter(range(HONEST + KILLED + SILENT + HOSTILE))
+def speak_no_tls(address: str, files: TLSFiles):
+    with socket.create_connection(parse_address(address)) as raw, contextlib.suppress(OSError):
+        raw.sendall(os.urandom(2**20))
+
+
+def claim_a_stream(address: str, files: TLSFiles):
+    with contextlib.closing(connect(*parse_address(address), files)) as channel:
+        channel.send({"kind": "stream", "session": "0" * 64, "direction": "send"})
+
+
+def send_more_than_belongs_there(address: str, files: TLSFiles):
+    channel = greet(address, files)
+    with contextlib.closing(channel), contextlib.suppress(OSError):
+        for _ in range(256):
+            channel.connection.sendall(LENGTH.pack(2**32 - 1) + bytes(2**20))
+
+
+def connect_often(address: str, files: TLSFiles):
+    connections = [socket.create_connection(parse_address(address)) for _ in range(200)]
+    time.sleep(1)
+    for connection in connections:
+        connection.close()
+
+
+ATTACKS = (
+    ask_for_what_there_is_not,
+    speak_no_tls,
+    claim_a_stream,
+    send_more_than_belongs_there,
+    connect_often,
+)
+
+
+def ask_until(event: str, address: str, model: Path, files: TLSFiles):
+    """A client that is killed when it hears of an event."""
+    words = [address, model, files.certificate, files.key, files.authority]
+    with subprocess.Popen([sys.executable, "-c", ASK, *map(str, words)], stdout=subprocess.PIPE, text=True) as client:
+        assert event in (line.strip() for line in client.stdout)
+        client.kill()
+
+
+def test_every_honest_client_has_its_answer(model, certificates, clear):
+    names = iter(range(CLIENTS))
 
     def files() -> TLSFiles:
         return tls(certificates, f"client-{next(names)}")
 
-    options = ("--workers=2", "--max-waiting=32", "--json-log", "--health-port=0", "--timeout=60")
+    waited = []
+
+    def ask(prompt: str, given: TLSFiles) -> list[int]:
+        with PrivateClient(address, tokenizer=model, tls=given, timeout=900) as client:
+            tokens = client.tokenizer(prompt)["input_ids"]
+            return client.ask(tokens, 2, on_event=lambda event: waited.append(event["event"])).tokens
+
+    options = (f"--workers={WORKERS}", "--max-waiting=32", "--json-log", "--health-port=0", "--timeout=60")
     with serving(model, certificates, *options) as (process, address, lines):
-        with PrivateClient(address, tokenizer=model, tls=files()) as client:
-            expected = client.generate(PROMPT, max_new_tokens=2).tokens
-        before = psutil.Process(process.pid).memory_info().rss
-        silent = [say_nothing(address, files()) for _ in range(SILENT)]
-        killed = []
-        for _ in range(KILLED):
-            given = files()
-            words = [address, model, given.certificate, given.key, given.authority]
-            killed.append(subprocess.Popen([sys.executable, "-c", ASK, *map(str, words)], stdout=subprocess.PIPE))
-        waited = []
-
-        def ask(given: TLSFiles) -> list[int]:
-            with PrivateClient(address, tokenizer=model, tls=given, timeout=900) as client:
-                tokens = client.tokenizer(PROMPT)["input_ids"]
-                return client.ask(tokens, 2, on_event=lambda event: waited.append(event["event"])).tokens
-
-        with ThreadPoolExecutor(HONEST) as pool:
-            answers = [pool.submit(ask, files()) for _ in range(HONEST - 1)]
-            for _ in range(HOSTILE):
-                attack(address, files())
-            for client in killed:
-                client.stdout.readline()
-                client.kill()
-                client.communicate()
-            assert [answer.result() for answer in answers] == [expected] * len(answers)
-        for channel in silent:
-            channel.close()
+        server = psutil.Process(process.pid)
+        with Memory(server) as alone:
+            answers = [ask(PROMPTS[0], files())]
+        engine = alone.peak - held(server)
+        assert alone.children == 1
+        assert engine > MORE_MEMORY  # so that one more than there may be would be noticed
+        assert eventually(lambda: not server.children())
+        before, descriptors = held(server), server.num_fds()
+        with Memory(server) as load, ThreadPoolExecutor(CLIENTS) as pool, contextlib.ExitStack() as stack:
+            for _ in range(SILENT):
+                for each in say_nothing(address, files()):
+                    stack.callback(each.close)
+            killed = [pool.submit(ask_until, event, address, model, files()) for event in KILLED]
+            asked = [pool.submit(ask, prompt, files()) for prompt in PROMPTS[1:]]
+            hostile = [pool.submit(attack, address, files()) for attack in ATTACKS]
+            answers += [each.result() for each in asked]
+            for each in (*killed, *hostile):
+                each.result()
+        assert next(names, None) is None  # all clients were there
+        assert answers == [clear(prompt, 2)[0][-2:] for prompt in PROMPTS]
         assert "waiting" in waited
-        assert state(lines)["workers"] == 2
-        assert psutil.Process(process.pid).memory_info().rss < before + MORE_MEMORY
+        assert load.children == WORKERS
+        assert before + WORKERS * engine - MORE_MEMORY < load.peak < before + WORKERS * engine + MORE_MEMORY
+        assert eventually(lambda: not server.children() and server.num_fds() <= descriptors)
+        assert held(server) < before + MORE_MEMORY
+        assert state(lines) == {"status": "ok", "workers": WORKERS, "active": 0, "waiting": 0}
         facts = [json.loads(line) for line in lines]
-        assert sum("seconds" in each for each in facts) >= HONEST
+        assert sum("seconds" in each for each in facts) >= len(PROMPTS)
         assert all({"time", "client", "event"} <= {*each} for each in facts)
-        assert "main" not in "".join(lines)
+        assert not any(prompt in line for prompt in PROMPTS for line in lines)
 
 
 def test_an_answer_that_has_begun_is_ended_before_the_server(model, certificates):

@@ -13,10 +13,7 @@ from pathlib import Path
 
 import openai
 import pytest
-import torch
 
-from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
-from entropy_gpt.training.tokenizer import load_tokenizer
 
 
 pytest.importorskip("spu")
@@ -56,22 +53,6 @@ def gateway(model: Path, server: str, *options) -> Iterator[tuple[subprocess.Pop
 def client(model) -> Iterator[openai.OpenAI]:
     with serve(model) as (_, server), gateway(model, server) as (_, client):
         yield client
-
-
-@pytest.fixture(scope="module")
-def clear(model):
-    """The most likely continuation, and the log-probabilities of all tokens after it, of the model in the clear."""
-    loaded, words = load_language_model(model).eval(), load_tokenizer(str(model))
-
-    def compute(prompt: str, new_tokens: int) -> tuple[list[int], torch.Tensor]:
-        tokens = words(prompt)["input_ids"]
-        with torch.no_grad():
-            for _ in range(new_tokens):
-                tokens.append(int(loaded(torch.tensor([tokens])).logits[0, -1].argmax()))
-            return tokens, loaded(torch.tensor([tokens])).logits[0].log_softmax(-1)
-
-    compute.words = words
-    return compute
 
 
 def test_the_models_are_listed(client):

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties import turns as turns_module
 from entropy_gpt.evaluation.private_inference.parties.turns import Turns
 
 
@@ -26,8 +27,9 @@ class Client:
         except (PrivateInferenceError, ConnectionError) as error:
             self.error = str(error)
 
-    def hear(self, before: int):
+    def hear(self, before: int, seconds: int):
         self.heard.append(before)
+        self.seconds = seconds
 
     def end(self):
         self.release.set()
@@ -37,7 +39,7 @@ class Client:
 class Gone(Client):
     """One that hangs up when it is told to wait."""
 
-    def hear(self, before: int):
+    def hear(self, before: int, seconds: int):
         raise ConnectionError
 
 
@@ -126,6 +128,29 @@ def test_an_engine_that_is_free_is_no_reason_to_refuse():
         turns._enter("d")
 
 
+def test_who_has_waited_for_too_long_is_refused_with_its_place():
+    turns = Turns(workers=1, longest=3, seconds=0.2)
+    clients = join(turns, *"abc")
+    for client in clients[1:]:
+        client.thread.join(10)
+    assert "no turn came in 0.2 s" in clients[1].error
+    assert "clients before this one: 0. Try again later" in clients[1].error
+    assert clients[2].error
+    assert (turns.active, turns.waiting) == (1, 0)
+    clients[0].end()
+
+
+def test_who_waits_hears_for_how_long(monkeypatch):
+    monkeypatch.setattr(turns_module, "ANNOUNCE_SECONDS", 0.05)
+    turns = Turns(workers=1, longest=3, seconds=2)
+    first, second = join(turns, "a", "b")
+    assert eventually(lambda: second.heard and second.seconds == 1)
+    first.end()
+    assert second.has_turn.wait(10)
+    assert second.error is None
+    second.end()
+
+
 def test_who_is_gone_leaves_the_line():
     turns = Turns(workers=1, longest=3)
     (first,) = join(turns, "a")
@@ -144,4 +169,4 @@ def test_at_the_end_those_who_wait_are_sent_away_and_the_others_end():
     first.end()
     assert turns.wait_until_idle(0)
     with pytest.raises(PrivateInferenceError, match="about to end"), contextlib.ExitStack() as stack:
-        stack.enter_context(turns.turn("c", lambda before: None))
+        stack.enter_context(turns.turn("c", lambda before, seconds: None))
