@@ -69,9 +69,7 @@ def test_what_is_built_is_what_there_is(stages):
 def test_it_runs_as_nobody_and_installs_nothing_as_such(stages, side):
     words = [word for word, _ in stages[side]]
     (user,) = values(stages[side], "USER")
-    assert all(
-        part.isdigit() and int(part) > 0 for part in user.split(":")
-    )
+    assert all(part.isdigit() and int(part) > 0 for part in user.split(":"))
     assert "RUN" not in words
     assert words.index("COPY") < words.index("USER")
     assert values(stages[side], "EXPOSE") == [str(SIDES[side])]

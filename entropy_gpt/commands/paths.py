@@ -11,6 +11,11 @@ def read_path(path: Path | None) -> Path | None:
     return path and Path(expanded(path))
 
 
+def read_host(host: str) -> str:
+    """For options that are hosts: an address of IPv6 may stand in brackets, as in a URL."""
+    return host.removeprefix("[").removesuffix("]")
+
+
 def read_paths(paths: list[Path] | None) -> list[Path] | None:
     """The same for several."""
     return paths and [Path(expanded(path)) for path in paths]

@@ -13,7 +13,7 @@ from entropy_gpt.training.claims import refuse_claimed
 from entropy_gpt.training.storage import check_file
 from entropy_gpt.workflows.output_folder import BENCHMARK
 
-from .paths import read_path
+from .paths import read_host, read_path
 from .private_connection import (
     Authority,
     Certificate,
@@ -160,7 +160,7 @@ def serve(
         int | None,
         typer.Option(min=0, max=65535, help="Say at this port, by HTTP, whether the server lives."),
     ] = None,
-    health_host: Annotated[str, typer.Option(help="The host of --health-port.")] = "127.0.0.1",
+    health_host: Annotated[str, typer.Option(callback=read_host, help="The host of --health-port.")] = "127.0.0.1",
     timeout: Timeout = 600,
 ):
     """

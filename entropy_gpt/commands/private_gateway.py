@@ -7,7 +7,7 @@ import typer
 
 from entropy_gpt.conversion.early_checks import check_model
 
-from .paths import read_path
+from .paths import read_host, read_path
 from .private import LongestWait, PreparedFolder
 from .private_connection import with_connection
 
@@ -18,7 +18,9 @@ def gateway(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Where the gateway listens. 0 takes a free port.")
     ] = 8080,
-    host: Annotated[str, typer.Option(help="Where it listens. Beyond the loopback, it needs a token.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(callback=read_host, help="Where it listens. Beyond the loopback, it needs a token.")
+    ] = "127.0.0.1",
     token_file: Annotated[
         Path | None,
         typer.Option(

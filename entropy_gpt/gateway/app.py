@@ -63,7 +63,8 @@ def make_app(
         yield
         await asyncio.to_thread(line.close)
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None)  # its pages would fetch scripts from other hosts
+    # Its own pages would fetch scripts from other hosts, and its redirections have no error of the protocol.
+    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.add_middleware(Guard, token=token)
     for path, answer in (
         ("/", gateway.page),
@@ -72,7 +73,7 @@ def make_app(
         ("/v1/models", gateway.models),
         ("/v1/models/{wanted:path}", gateway.model),
     ):
-        app.add_api_route(path, answer, methods=["GET"], response_model=None)
+        app.add_api_route(path, answer, methods=["GET", "HEAD"], response_model=None)
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"], response_model=None)
     app.add_api_route("/entropies", gateway.entropies, methods=["POST"], response_model=None)
     app.add_exception_handler(UserError, _describe_mistake)
@@ -250,7 +251,7 @@ def _event(content: dict) -> str:
 
 
 def _refuse(error: ProtocolError) -> JSONResponse:
-    return JSONResponse(error.content(), error.status, error.headers())
+    return JSONResponse(error.content(), error.status, error.headers)
 
 
 async def _describe_mistake(request: Request, error: UserError) -> JSONResponse:
@@ -259,7 +260,9 @@ async def _describe_mistake(request: Request, error: UserError) -> JSONResponse:
 
 async def _describe_path(request: Request, error: HTTPException) -> JSONResponse:
     if error.status_code == 405:
-        return _refuse(ProtocolError(405, f"{request.method} is not possible here.", code="wrong_method"))
+        allowed = ", ".join(sorted(error.headers["Allow"].split(", ")))
+        message = f"{request.method} is not possible here, but {allowed} is."
+        return _refuse(ProtocolError(405, message, code="wrong_method", headers={"allow": allowed}))
     return _refuse(
         ProtocolError(
             error.status_code,

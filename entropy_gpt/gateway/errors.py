@@ -17,20 +17,26 @@ class ProtocolError(UserError):
         message (`str`): What was wrong, and what to do.
         param (`str`, *optional*): The field that is wrong.
         code (`str`, *optional*): A word for programs.
+        headers (`dict[str, str]`): What HTTP wants besides.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+        # OpenAI's client repeats some requests by itself. A secret one costs too much for that.
+        self.headers = {"x-should-retry": "false", **(headers or {})}
 
     def content(self) -> dict:
         """The body of the answer."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-    def headers(self) -> dict[str, str]:
-        """OpenAI's client repeats some requests by itself. A secret one costs too much for that."""
-        return {"x-should-retry": "false"}
 
 
 def of_the_server(error: PrivateInferenceError) -> ProtocolError:

@@ -57,14 +57,14 @@ class Guard:
             if scope["method"] == "POST":
                 receive = await _within_limits(receive)
         except ProtocolError as error:
-            await JSONResponse(error.content(), error.status, error.headers())(scope, receive, answer)
+            await JSONResponse(error.content(), error.status, error.headers)(scope, receive, answer)
             return
         try:
             await self.app(scope, receive, answer)
         except Exception as error:  # who logs it further up would log its message
             failure = of_the_gateway(error)
             if not begun:
-                await JSONResponse(failure.content(), failure.status, failure.headers())(scope, receive, answer)
+                await JSONResponse(failure.content(), failure.status, failure.headers)(scope, receive, answer)
 
     def _check(self, method: str, path: str, headers: Headers):
         host = headers.get("host", "")
@@ -78,13 +78,25 @@ class Guard:
                 code="wrong_origin",
             )
         if self.token is not None and path not in OPEN:
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self.token.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            same = hmac.compare_digest(given.strip().encode(), self.token.encode())
+            if scheme.lower() != "bearer" or not same:
                 raise ProtocolError(
-                    401, "the token is missing or wrong: send it as the API key.", code="invalid_api_key"
+                    401,
+                    "the token is missing or wrong: send it as the API key (Authorization: Bearer TOKEN).",
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
                 )
-        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise ProtocolError(415, "the body has to be JSON: Content-Type: application/json.", code="wrong_type")
+        if method == "POST":
+            _check_body(headers)
+
+
+def _check_body(headers: Headers):
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ProtocolError(415, "the body has to be JSON: Content-Type: application/json.", code="wrong_type")
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ProtocolError(415, f"send the body as it is, not as {_shown(encoding)}.", code="wrong_encoding")
 
 
 def is_loopback(host: str) -> bool:

@@ -17,7 +17,7 @@ from entropy_gpt.workflows.private_client import PrivateClient
 from .errors import ProtocolError
 
 
-MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 128, 5, 4
+MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS, MOST_DIGITS = 128, 5, 4, 100
 # Fields of OpenAI's that have no private form, with the values that ask for nothing.
 WITHOUT_EFFECT = {
     "best_of": (None, 1),
@@ -107,7 +107,7 @@ def read_object(body: bytes) -> dict[str, Any]:
         `ProtocolError`: If the body is no JSON object, or holds half of a pair of surrogates, which is no text.
     """
     try:
-        content = json.loads(body, parse_constant=_refuse)
+        content = json.loads(body, parse_constant=_refuse, parse_int=_read_integer)
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ProtocolError(400, "a text has half of a pair of surrogates.", code="invalid_text") from error
@@ -170,6 +170,12 @@ def _blaming(field: str) -> Iterator[None]:
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no number")
+
+
+def _read_integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 def _describe(error: ValidationError) -> ProtocolError:

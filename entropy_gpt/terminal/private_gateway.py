@@ -1,5 +1,6 @@
 """Runs the gateway, and says where it is."""
 
+import errno
 import os
 import socket
 import time
@@ -108,16 +109,17 @@ def connect(wait: float, line: Stage, **connection) -> PrivateClient:
 def open_port(host: str, port: int) -> socket.socket:
     """
     Raises:
-        `UserError`: If the port is taken, or is none of this machine's.
+        `UserError`: If the port is taken, or the host is none of this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{host}:{port} can't be listened on: {reason}. Is another gateway there? Give another --port."
-        ) from error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        advice = "Give an address of this machine with --host."
+        if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
+            advice = "Is another gateway there? Give another --port."
+        raise UserError(f"{host}:{port} can't be listened on: {reason}. {advice}") from error
 
 
 def read_token(file: Path | None) -> str | None:

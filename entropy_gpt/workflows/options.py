@@ -33,7 +33,12 @@ Head = Annotated[tuple[int, int] | None, BeforeValidator(read_head)]
 OPTIONS_OF_OTHER_NAMES = {
     **{"settings": "--set", "shard_size": "--max-shard-size", "licence": "--license", "cached": "--cache"},
     **{"length": "--seq", "networks": "--network", "new_tokens": "--max-new-tokens", "whole": "--full"},
-    **{"longest_line": "--max-waiting", "longest_wait": "--max-waiting-seconds", "names": "--name", "clients": "--client"},
+    **{
+        "longest_line": "--max-waiting",
+        "longest_wait": "--max-waiting-seconds",
+        "names": "--name",
+        "clients": "--client",
+    },
 }
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -147,12 +147,14 @@ class PrivateClient:
         Raises:
             `UserError`: If the server does not answer, or a value can't be used.
         """
-        check_positive(max_new_tokens=max_new_tokens)
-        sampling = read_options(Sampling, temperature=temperature, top_p=top_p, seed=seed)
-        tokens = self._read_prompt(prompt)
-        with _streaming(streamer, tokens) as put:
+        with _streaming(streamer) as put:
+            check_positive(max_new_tokens=max_new_tokens)
+            sampling = read_options(Sampling, temperature=temperature, top_p=top_p, seed=seed)
+            tokens = self._read_prompt(prompt)
+            put([tokens])
+            network = f"TCP to {self.host}"
             _, answer = answer_prompt(
-                self, self.tokenizer, tokens, max_new_tokens, f"TCP to {self.host}", progress, put, sampling
+                self, self.tokenizer, tokens, max_new_tokens, network, progress, lambda token: put([token]), sampling
             )
         return answer
 
@@ -292,13 +294,12 @@ def _is_worth_another(error: BaseException, was_open: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _streaming(streamer: BaseStreamer | None, prompt: list[int]):
-    """Gives a streamer the prompt, and its end also where the answer fails: somebody may wait for it."""
+def _streaming(streamer: BaseStreamer | None) -> Iterator[Callable[[list], None]]:
+    """What gives a streamer tokens, and in the end its end, also where the answer fails: somebody may wait for it."""
     if streamer is None:
-        yield lambda token: None
+        yield lambda tokens: None
         return
-    streamer.put(torch.tensor([prompt]))
     try:
-        yield lambda token: streamer.put(torch.tensor([token]))
+        yield lambda tokens: streamer.put(torch.tensor(tokens))
     finally:
         streamer.end()

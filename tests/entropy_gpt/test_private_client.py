@@ -63,10 +63,11 @@ def test_what_can_not_be_asked_is_refused_and_its_streamer_ends(model, address):
                 client.generate(prompt)
         with pytest.raises(UserError, match="--temperature -1"):
             client.generate(PROMPT, temperature=-1)
-        notes = Notes()
-        with pytest.raises(UserError, match="n_positions=32"):
-            client.generate(PROMPT, max_new_tokens=99, streamer=notes)
-        assert notes.ended == 1
+        for wrong in ({"max_new_tokens": 99}, {"max_new_tokens": 0}, {"top_p": 2}, {"prompt": ""}):
+            notes = Notes()
+            with pytest.raises(UserError):
+                client.generate(**{"prompt": PROMPT, "streamer": notes, **wrong})
+            assert notes.ended == 1  # somebody may wait for it, as a TextIteratorStreamer's reader does
 
 
 def test_a_client_without_a_tokenizer_takes_tokens_alone(address):

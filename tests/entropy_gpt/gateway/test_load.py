@@ -28,7 +28,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.private]
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
 # Each honest client has a prompt of its own, so that an answer to another one would be noticed.
 PROMPT = "def main("
-PROMPTS = (PROMPT, "import ", "class ", "return self", "for name in ", "if self.", "raise ", "    def ", "while ", "with ")
+PROMPTS = (
+    PROMPT,
+    "import ",
+    "class ",
+    "return self",
+    "for name in ",
+    "if self.",
+    "raise ",
+    "    def ",
+    "while ",
+    "with ",
+)
 # The events at which clients are killed.
 KILLED = ("accepted", "step", "token")
 WORKERS, SILENT, CLIENTS = 2, 2, 20

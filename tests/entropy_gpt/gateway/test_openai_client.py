@@ -15,7 +15,6 @@ import openai
 import pytest
 
 
-
 pytest.importorskip("spu")
 pytestmark = [pytest.mark.slow, pytest.mark.private]
 

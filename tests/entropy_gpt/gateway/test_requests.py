@@ -1,13 +1,17 @@
 """Requests that a gateway refuses, over real sockets: each with an error of the protocol, after which it goes on."""
 
+import gzip
 import json
 import socket
 
 import pytest
+from typer.main import get_command
 
+from entropy_gpt.commands.main import app
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.gateway.guard import MAX_BODY_BYTES
 from entropy_gpt.terminal.private_gateway import open_port, read_token, run
+from tests.pages import ROOT
 
 from .conftest import gateway, serving
 
@@ -55,6 +59,12 @@ TOKEN = "0123456789abcdef-secret"
         ({"logit_bias": {"5": 1}}, 400, "logit_bias", "logit_bias is not supported"),
         ({"best_of": 3}, 400, "best_of", "best_of is not supported"),
         ({"suffix": "end"}, 400, "suffix", "suffix is not supported"),
+        ({"n": 200}, 400, "n", "n: input should be less than or equal to 128"),
+        ({"stop": list(map(str, range(100)))}, 400, "stop", "stop has 100 texts: 4 is the most"),
+        ({"prompt": [[1], "a"]}, 400, "prompt", "prompt is not a text, a list of texts"),
+        ({"prompt": [[]]}, 400, "prompt", "the prompt is empty"),
+        ({"model": "org/private"}, 404, "model", "there is no model 'org/private' here"),
+        ({"tools": []}, 400, "tools", "tools is no field that is supported here"),
         ({"messages": []}, 400, "messages", "messages is no field that is supported here"),
         ({"max_token": 3}, 400, "max_token", "max_token is no field that is supported here"),
     ],
@@ -76,6 +86,7 @@ def test_a_field_that_is_wrong_is_named(running, fields, status, param, said):
         (b"\xff\xfe", "no JSON"),
         (b'{"model": "private", "prompt": "a", "temperature": NaN}', "NaN is no number"),
         (b"[" * 100_000, "no JSON"),
+        (b'{"model": "private", "prompt": "a", "seed": ' + b"9" * 5000 + b"}", "no JSON: a number has 5000 digits"),
         (b'{"prompt": "a"}', "model is missing"),
         (b'{"model": "private"}', "prompt is missing"),
     ],
@@ -91,6 +102,7 @@ def test_a_body_that_is_no_request(running, body, said):
     [
         ("GET", "/v1/nothing", 404, "unknown_path"),
         ("POST", "/v1/chat/completions", 404, "unknown_path"),
+        ("POST", "/v1/completions/", 404, "unknown_path"),
         ("GET", "/docs", 404, "unknown_path"),
         ("GET", "/v1/completions", 405, "wrong_method"),
         ("GET", "/v1/models/gpt-4", 404, "model_not_found"),
@@ -100,6 +112,30 @@ def test_a_body_that_is_no_request(running, body, said):
 def test_a_path_that_is_none(running, method, path, status, code):
     reply = running.ask(method, path, {} if method == "POST" else None)
     assert (reply.status, reply.error["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"), [("PUT", "/v1/completions", "POST"), ("DELETE", "/", "GET, HEAD")]
+)
+def test_a_method_that_is_none_is_answered_with_those_that_are(running, method, path, allowed):
+    reply = running.ask(method, path)
+    assert (reply.status, reply.error["code"], reply.headers["allow"]) == (405, "wrong_method", allowed)
+    assert f"{method} is not possible here, but {allowed} is" in reply.error["message"]
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models"])
+def test_head_is_get_without_the_body(running, path):
+    reply = running.ask("HEAD", path)
+    assert (reply.status, reply.body) == (200, b"")
+    assert int(reply.headers["content-length"]) == len(running.ask("GET", path).body)
+
+
+def test_a_body_that_is_packed_is_refused_as_such(running):
+    body = gzip.compress(b'{"model": "private", "prompt": "a"}')
+    reply = running.ask("POST", "/v1/completions", body, content_encoding="gzip")
+    assert (reply.status, reply.error["code"]) == (415, "wrong_encoding")
+    assert "send the body as it is, not as gzip" in reply.error["message"]
+    assert running.ask("POST", "/v1/completions", b"{}", content_encoding="identity").status == 400
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -158,9 +194,11 @@ def test_with_a_token_it_is_wanted_and_other_names_are_answered(model, running):
         right = {"authorization": f"Bearer {TOKEN}", "host": "example.org"}
         for wrong in ({}, {"authorization": "Bearer other"}, {"authorization": "Bearer \xe9"}):
             reply = guarded.ask("GET", "/v1/models", **wrong)
+            assert reply.headers["www-authenticate"] == "Bearer"
             assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
             assert guarded.ask("GET", "/metrics", **wrong).status == 401
         assert guarded.ask("GET", "/v1/models", **right).status == 200
+        assert guarded.ask("GET", "/v1/models", authorization=f"bearer  {TOKEN}").status == 200  # as RFC 7235 has it
         assert guarded.ask("POST", "/v1/completions", b"{}", origin="https://other.org", **right).status == 403
         assert guarded.ask("GET", "/health").status == 200
 
@@ -187,8 +225,24 @@ def test_a_server_that_is_gone_is_named(model):
 def test_a_port_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"127.0.0.1:{port} can't be listened on: .*in use.*another --port"):
+        with pytest.raises(
+            UserError, match=rf"127.0.0.1:{port} can't be listened on: Address already in use\. Is anoth"
+        ):
             open_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["[::1]", "::1"])
+def test_an_address_of_ipv6_may_stand_in_brackets(host):
+    command = get_command(app).commands["private"].commands["gateway"]
+    words = ["--connect", f"{host}:9000", "--tokenizer", str(ROOT), "--host", host]
+    assert command.make_context("gateway", words).params["host"] == "::1"
+
+
+def test_a_host_that_is_none_of_this_machine():
+    with pytest.raises(
+        UserError, match=r"192.0.2.1:0 can't be listened on: .*Give an address of this machine.*--host"
+    ):
+        open_port("192.0.2.1", 0)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +258,7 @@ def test_a_token_that_is_none(tmp_path, content, said):
 
 
 def test_beyond_the_loopback_a_token_is_wanted():
-    options = {"port": 0, "token_file": None, "name": "private", "twin": None, "longest_line": 1, "wait": 0}
+    limits = {"longest_line": 1, "longest_wait": 1, "wait": 0}
+    options = {"port": 0, "token_file": None, "name": "private", "twin": None, **limits}
     with pytest.raises(UserError, match=r"--host 0.0.0.0 is beyond this machine's loopback.*--token-file"):
         run(host="0.0.0.0", address="127.0.0.1:1", certificates=(None, None, None), **options)
