@@ -352,7 +352,7 @@ class TestMessages:
                 for _ in range(1000):
                     theirs.send({"kind": kind, "x": "x" * 1000})
             thread.join(WITHOUT_WAITING)
-        *heard, failure = events.rest(EngineError(), 0)[1:]
+        *heard, failure = events.rest(EngineError("this side's engine ended"), 0)[1:]
         assert len(heard) == MOST_MESSAGES
         assert str(failure) == "the peer says more than belongs here."
 
