@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling
-from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome
+from entropy_gpt.evaluation.private_inference.parties.terms import Terms
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.records.results import AnswerCheck
 from entropy_gpt.training.progress import SILENT, Progress, Stage

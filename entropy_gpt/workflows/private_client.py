@@ -20,6 +20,7 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     check_plain_allowed,
     parse_address,
 )
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling
 from entropy_gpt.evaluation.private_inference.parties.session import (
@@ -28,7 +29,6 @@ from entropy_gpt.evaluation.private_inference.parties.session import (
     check_request,
     check_sampling,
 )
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client
 from entropy_gpt.evaluation.private_inference.program.range_audit import FRACTION_BITS
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
 from entropy_gpt.training.model_tokenizer import hash_vocabulary
@@ -288,9 +288,10 @@ def _is_worth_another(error: BaseException, was_open: bool) -> bool:
     Whether a new connection may do what this one has not: this one was open before and is at its end, or half of a
     preparation is lost. What a server refuses otherwise is not repeated.
     """
-    code = getattr(error, "code", None)
-    broke = isinstance(error, PrivateInferenceError) and not isinstance(error, RefusalError)
-    return code == NO_HALF or (was_open and (broke or code == TURN_OVER))
+    if not isinstance(error, PrivateInferenceError):
+        return False
+    ended = error.code == TURN_OVER or not isinstance(error, RefusalError)
+    return error.code == NO_HALF or (was_open and ended)
 
 
 @contextlib.contextmanager
