@@ -262,7 +262,11 @@ class Server:
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
         channel.send({"kind": "terms", **self.offer.terms(), "store": self._store_name})
-        message = channel.receive(HANDSHAKE_SECONDS, ("request",))
+        try:
+            message = channel.receive(HANDSHAKE_SECONDS, ("request",))
+        except ClosedError:
+            self._say(who, "left without a request")
+            return
         self._leave(channel.connection)
 
         def announce(before: int, seconds: int):
