@@ -1,6 +1,7 @@
 """A client of a private model: one connection for many prompts, which stay on this machine."""
 
 import contextlib
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -254,7 +255,10 @@ class PrivateClient:
 
     def _read_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            try:
+                return [operator.index(token) for token in prompt]
+            except TypeError as error:
+                raise UserError("a prompt is one text, or a list of tokens, which are integers.") from error
         if self.tokenizer is None:
             raise UserError("this client has no tokenizer: give the prompt as tokens, or name one with --tokenizer.")
         return tokenize(prompt, self.tokenizer)

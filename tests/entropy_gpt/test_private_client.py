@@ -58,7 +58,9 @@ def address(model) -> Iterator[str]:
 
 def test_what_can_not_be_asked_is_refused_and_its_streamer_ends(model, address):
     with PrivateClient(address, tokenizer=model) as client:
-        for prompt, said in (("", "the prompt is empty"), ([10**6], "token 1000000"), ("x " * 99, "n_positions=32")):
+        long, types = ("x " * 99, "n_positions=32"), "a prompt is one text, or a list of tokens"
+        wrong_types = [(prompt, types) for prompt in (5, None, ["a", "b"], [1.5])]
+        for prompt, said in (("", "the prompt is empty"), ([10**6], "token 1000000"), long, *wrong_types):
             with pytest.raises(UserError, match=said):
                 client.generate(prompt)
         with pytest.raises(UserError, match="--temperature -1"):

@@ -374,7 +374,7 @@ def clean(text: object, kept: str = "", most: int | None = MAX_REASON_CHARACTERS
 def _reason(error: OSError | UnicodeError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         advice = VERIFICATION_ADVICE.get(error.verify_code)
-        return f"{one_line(error.verify_message)}{f': {advice}' if advice else ''}"
+        return f"{one_line(error.verify_message).rstrip('.')}{f': {advice}' if advice else ''}"
     if isinstance(error, UnicodeError):
         return "the name is no host's"
     if isinstance(error, ssl.SSLError) and error.reason:

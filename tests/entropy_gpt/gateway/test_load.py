@@ -42,7 +42,7 @@ PROMPTS = (
 )
 # The events at which clients are killed.
 KILLED = ("accepted", "step", "token")
-WORKERS, SILENT, CLIENTS = 2, 2, 20
+WORKERS, CLIENTS = 2, 20
 # What the server may take more under load than its process before, and an engine for each worker; in bytes.
 MORE_MEMORY = 2**27
 ASK = """
@@ -144,11 +144,15 @@ def greet(address: str, files: TLSFiles) -> Channel:
     return channel
 
 
-def say_nothing(address: str, files: TLSFiles) -> list:
-    """Connections that stop before TLS, after the terms, and with the engine that they have asked for."""
-    asked = greet(address, files)
-    asked.send({"kind": "request", "length": 4, "new_tokens": 1, "answers": 1})
-    return [socket.create_connection(parse_address(address)), greet(address, files), asked]
+def ask_and_stop(address: str, files: TLSFiles) -> Channel:
+    """A connection that does nothing with the engine that it has asked for."""
+    channel = greet(address, files)
+    channel.send({"kind": "request", "length": 4, "new_tokens": 1, "answers": 1})
+    return channel
+
+
+def stop_before_tls(address: str, files: TLSFiles) -> socket.socket:
+    return socket.create_connection(parse_address(address))
 
 
 def ask_for_what_there_is_not(address: str, files: TLSFiles):
@@ -180,6 +184,7 @@ def connect_often(address: str, files: TLSFiles):
         connection.close()
 
 
+SILENT = (stop_before_tls, greet, ask_and_stop)
 ATTACKS = (
     ask_for_what_there_is_not,
     speak_no_tls,
@@ -210,7 +215,7 @@ def test_every_honest_client_has_its_answer(model, certificates, clear):
             tokens = client.tokenizer(prompt)["input_ids"]
             return client.ask(tokens, 2, on_event=lambda event: waited.append(event["event"])).tokens
 
-    options = (f"--workers={WORKERS}", "--max-waiting=32", "--json-log", "--health-port=0", "--timeout=60")
+    options = (f"--workers={WORKERS}", "--max-waiting=32", "--json-log", "--health-port=0", "--timeout=240")
     with serving(model, certificates, *options) as (process, address, lines):
         server = psutil.Process(process.pid)
         with Memory(server) as alone:
@@ -221,9 +226,8 @@ def test_every_honest_client_has_its_answer(model, certificates, clear):
         assert eventually(lambda: not server.children())
         before, descriptors = held(server), server.num_fds()
         with Memory(server) as load, ThreadPoolExecutor(CLIENTS) as pool, contextlib.ExitStack() as stack:
-            for _ in range(SILENT):
-                for each in say_nothing(address, files()):
-                    stack.callback(each.close)
+            for stop in SILENT:
+                stack.callback(stop(address, files()).close)
             killed = [pool.submit(ask_until, event, address, model, files()) for event in KILLED]
             asked = [pool.submit(ask, prompt, files()) for prompt in PROMPTS[1:]]
             hostile = [pool.submit(attack, address, files()) for attack in ATTACKS]
