@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.folding import list_absorbable_ffns
-from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, clean
+from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, clean, show_address
 from entropy_gpt.evaluation.private_inference.parties.health import Health
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.server import Server, json_line
@@ -93,8 +93,7 @@ def serve(
     def say(line: str):
         _print_line(json_line(line) if json_log else line)
 
-    host, port = server.address
-    say(f"{LISTENING}{f'[{host}]' if ':' in host else host}:{port}")
+    say(f"{LISTENING}{show_address(*server.address)}")
     protocol = server.offer.settings.protocol
     say(f"{protocol}: {TRUST[protocol]}")
     offer = server.offer

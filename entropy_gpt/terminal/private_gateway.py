@@ -13,7 +13,7 @@ from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.text_diagnostics import diagnose_text
-from entropy_gpt.evaluation.private_inference.parties.channel import NoServerError
+from entropy_gpt.evaluation.private_inference.parties.channel import NoServerError, show_address
 from entropy_gpt.gateway.app import Twin, make_app
 from entropy_gpt.gateway.guard import is_loopback
 from entropy_gpt.training.library_bars import library_bars_hidden
@@ -62,7 +62,6 @@ def run(
         raise UserError(
             f"--host {host} is beyond this machine's loopback: whoever reaches it could ask. Give --token-file FILE."
         )
-    shown = f"[{host}]" if ":" in host else host
     with open_port(host, port) as listener:
         with progress_display(console, transient=True) as progress:
             with progress.stage("connecting to the server") as line:
@@ -72,7 +71,7 @@ def run(
         app = make_app(
             client, name=name, token=token, longest_line=longest_line, longest_wait=longest_wait, twin=measure
         )
-        print(f"listening on http://{shown}:{listener.getsockname()[1]}", flush=True)
+        print(f"listening on http://{show_address(host, listener.getsockname()[1])}", flush=True)
         print(f"the model {name!r} is {client.terms.notation}, at {connection['address']}", flush=True)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=PARTING_SECONDS
@@ -119,7 +118,7 @@ def open_port(host: str, port: int) -> socket.socket:
         advice = "Give an address of this machine with --host."
         if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
             advice = "Is another gateway there? Give another --port."
-        raise UserError(f"{host}:{port} can't be listened on: {reason}. {advice}") from error
+        raise UserError(f"{show_address(host, port)} can't be listened on: {reason}. {advice}") from error
 
 
 def read_token(file: Path | None) -> str | None:

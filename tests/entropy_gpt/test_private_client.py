@@ -1,5 +1,6 @@
 """`PrivateClient`: several prompts over one connection, which is made anew when it breaks."""
 
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,12 @@ def test_what_can_not_be_asked_is_refused_and_its_streamer_ends(model, address):
             with pytest.raises(UserError):
                 client.generate(**{"prompt": PROMPT, "streamer": notes, **wrong})
             assert notes.ended == 1  # somebody may wait for it, as a TextIteratorStreamer's reader does
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1"])
+def test_a_server_that_is_not_there_is_named_as_it_was_given(address):
+    with pytest.raises(UserError, match=rf"^no server at {re.escape(address)}: "):
+        PrivateClient(address)
 
 
 def test_a_client_without_a_tokenizer_takes_tokens_alone(address):

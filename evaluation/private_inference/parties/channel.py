@@ -138,6 +138,11 @@ def parse_address(text: str) -> tuple[str, int]:
     return match[1] or match[2], int(match[3])
 
 
+def show_address(host: str, port: int) -> str:
+    """As [`parse_address`] reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_plain_allowed(host: str, insecure: bool, settings: PrivateSettings):
     """
     Raises:
@@ -400,7 +405,9 @@ class Listener:
         try:
             self._socket = socket.create_server((host, port), family=family)
         except (OSError, UnicodeError) as error:
-            raise PrivateInferenceError(f"{host}:{port} can't be listened on: {_reason(error)}.") from error
+            raise PrivateInferenceError(
+                f"{show_address(host, port)} can't be listened on: {_reason(error)}."
+            ) from error
         self.address = self._socket.getsockname()[:2]
 
     def accept(self) -> socket.socket:
@@ -437,7 +444,7 @@ def connect(host: str, port: int, tls: TLSFiles | None) -> Channel:
     try:
         connection = socket.create_connection((host, port), timeout=HANDSHAKE_SECONDS)
     except (OSError, UnicodeError) as error:
-        raise NoServerError(f"no server at {host}:{port}: {_reason(error)}.") from error
+        raise NoServerError(f"no server at {show_address(host, port)}: {_reason(error)}.") from error
     return Channel(_secure(connection, context, host))
 
 

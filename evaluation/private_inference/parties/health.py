@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 
-from .channel import shut_down
+from .channel import show_address, shut_down
 
 
 # What a connection may take in all, and how many there may be at once; further ones are closed.
@@ -67,7 +67,8 @@ class Health:
         try:
             self._server = Watched((host, port), Handler)
         except OSError as error:
-            raise PrivateInferenceError(f"{host}:{port} can't be listened on: {error.strerror}.") from error
+            shown = show_address(host, port)
+            raise PrivateInferenceError(f"{shown} can't be listened on: {error.strerror}.") from error
         self.address = self._server.server_address[:2]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
