@@ -5,9 +5,9 @@ import time
 
 from tests.browser import Browser
 
+from .conftest import SECONDS
 
-# How long an answer may take, in seconds.
-PATIENCE = 300
+
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27}
 CONTROL = 2
 
@@ -41,7 +41,7 @@ def shown(browser: Browser, name: str) -> str:
 
 def eventually(browser: Browser, expression: str):
     """What an expression of JavaScript gives as soon as it gives something."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + SECONDS
     while not (found := browser.evaluate(expression)) and time.monotonic() < end:
         time.sleep(0.05)
     return found

@@ -21,6 +21,8 @@ from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERS
 from entropy_gpt.workflows.certificates import make_certificates
 from entropy_gpt.workflows.private_client import PrivateClient
 
+from .conftest import SECONDS
+
 
 pytest.importorskip("spu")
 pytestmark = [pytest.mark.slow, pytest.mark.private]
@@ -82,7 +84,7 @@ def serving(model: Path, certificates: Path, *options):
 
 
 def eventually(holds) -> bool:
-    end = time.monotonic() + 120
+    end = time.monotonic() + SECONDS
     while not holds() and time.monotonic() < end:
         time.sleep(0.1)
     return holds()
@@ -93,7 +95,7 @@ def state(lines: list[str]) -> dict:
     while not (found := [line for line in lines if "health: port " in line]):
         time.sleep(0.1)
     port = int(json.loads(found[0])["event"].rpartition(" ")[2])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
     with contextlib.closing(connection):
         connection.request("GET", "/")
         return json.loads(connection.getresponse().read())
@@ -140,7 +142,7 @@ def greet(address: str, files: TLSFiles) -> Channel:
     """A connection that has said hello."""
     channel = connect(*parse_address(address), files)
     channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
-    channel.receive(60, ("terms",))
+    channel.receive(SECONDS, ("terms",))
     return channel
 
 
@@ -211,7 +213,7 @@ def test_every_honest_client_has_its_answer(model, certificates, clear):
     waited = []
 
     def ask(prompt: str, given: TLSFiles) -> list[int]:
-        with PrivateClient(address, tokenizer=model, tls=given, timeout=900) as client:
+        with PrivateClient(address, tokenizer=model, tls=given, timeout=SECONDS) as client:
             tokens = client.tokenizer(prompt)["input_ids"]
             return client.ask(tokens, 2, on_event=lambda event: waited.append(event["event"])).tokens
 
@@ -249,20 +251,20 @@ def test_every_honest_client_has_its_answer(model, certificates, clear):
 
 
 def test_an_answer_that_has_begun_is_ended_before_the_server(model, certificates):
-    options = ("--json-log", "--health-port=0", "--drain-seconds=300")
+    options = ("--json-log", "--health-port=0", f"--drain-seconds={SECONDS}")
     with serving(model, certificates, *options) as (process, address, lines), ThreadPoolExecutor(2) as pool:
         begun = threading.Event()
         first = PrivateClient(address, tokenizer=model, tls=tls(certificates, "client-0"))
         tokens = first.tokenizer(PROMPT)["input_ids"]
         answer = pool.submit(first.ask, tokens, 4, 1, lambda event: event["event"] == "step" and begun.set())
-        assert begun.wait(120)
+        assert begun.wait(SECONDS)
         second = PrivateClient(address, tokenizer=model, tls=tls(certificates, "client-1"))
         waits = threading.Event()
         refused = pool.submit(second.ask, tokens, 1, 1, lambda event: waits.set())
-        assert waits.wait(60)
+        assert waits.wait(SECONDS)
         process.send_signal(signal.SIGTERM)
-        assert "about to end" in str(refused.exception(60))
+        assert "about to end" in str(refused.exception(SECONDS))
         assert state(lines) == {"status": "draining", "workers": 1, "active": 1, "waiting": 0}
-        assert len(answer.result(300).tokens) == 4
+        assert len(answer.result(SECONDS).tokens) == 4
         first.close()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(SECONDS) == 128 + signal.SIGTERM

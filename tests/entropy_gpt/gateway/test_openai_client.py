@@ -14,6 +14,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from .conftest import SECONDS
+
 
 pytest.importorskip("spu")
 pytestmark = [pytest.mark.slow, pytest.mark.private]
@@ -45,7 +47,7 @@ def serve(model: Path, listen: str = "127.0.0.1:0") -> Iterator[tuple[subprocess
 @contextlib.contextmanager
 def gateway(model: Path, server: str, *options) -> Iterator[tuple[subprocess.Popen, openai.OpenAI]]:
     with run("gateway", "--connect", server, "--tokenizer", model, "--port", 0, *options) as (process, address):
-        yield process, openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0, timeout=300)
+        yield process, openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0, timeout=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +158,8 @@ def test_a_full_line_is_refused_and_who_leaves_is_forgotten(model, clear):
         with pytest.raises(openai.RateLimitError, match="1 requests are waiting already"):
             ask(max_tokens=1)
         long.close()
-        waiting.join(120)
+        waiting.join(SECONDS)
         tokens, _ = clear(PROMPT, 1)
         assert found[0].choices[0].text == clear.words.decode(tokens[-1:])
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.wait(SECONDS) == 128 + signal.SIGTERM
