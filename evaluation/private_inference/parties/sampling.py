@@ -28,12 +28,14 @@ GREEDY = Sampling()
 
 def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
     """
-    The next token.
+    The next token. It is the maximum of the logits plus Gumbel noise of each token (Maddison et al. 2014,
+    arXiv:1411.0030), which is a draw from the softmax. Errors of fixed point change it only if the two largest sums are
+    that close; with draws from cumulated probabilities, each token's error would move all tokens after it.
 
     Args:
         logits (`np.ndarray`): `(vocabulary,)`.
         sampling ([`Sampling`]): How.
-        generator (`np.random.Generator`): Draws one number.
+        generator (`np.random.Generator`): Draws one number for each token.
     """
     if not sampling.temperature:
         return int(logits.argmax())
@@ -41,7 +43,5 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
     order = np.argsort(-scaled, kind="stable")
     sums = np.exp(scaled[order]).cumsum()
     # The most likely token, and those after it as long as the ones before them do not have the share.
-    kept = int(np.searchsorted(sums, sampling.top_p * sums[-1], side="left")) + 1
-    sums = sums[:kept]
-    drawn = np.searchsorted(sums, generator.random() * sums[-1], side="right")
-    return int(order[drawn])
+    kept = order[: int(np.searchsorted(sums, sampling.top_p * sums[-1], side="left")) + 1]
+    return int(kept[(scaled + generator.gumbel(size=scaled.shape))[kept].argmax()])

@@ -106,6 +106,17 @@ def test_the_end_of_the_text_has_its_probability():
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_errors_of_fixed_point_hardly_change_what_a_seed_draws(top_p):
+    generator, sampling, changed = np.random.default_rng(0), Sampling(1.5, top_p), 0
+    for seed in range(100):
+        logits = generator.normal(0, 2, 5_000)
+        error = generator.normal(0, 1e-3, logits.shape)
+        drawn = {choose(given, sampling, np.random.default_rng(seed)) for given in (logits, logits + error)}
+        changed += len(drawn) > 1
+    assert changed <= 1
+
+
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [
