@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hypothesis import settings
 
+from .dots import save_dots
 from .hub_server import HubServer
 
 
@@ -103,6 +104,12 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are dots."""
+    save_dots(monkeypatch)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from entropy_gpt.conversion.simplification import (
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
+from tests.slow import in_turn
 
 
 def make_batches(blocks=40):
@@ -213,8 +214,7 @@ def test_steps_run_where_the_model_is(notation):
     assert model(make_tokens().cuda()).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("final", ["layernorm", "static", "none"])
-@pytest.mark.parametrize("notation", ARCHITECTURES)
+@pytest.mark.parametrize(("notation", "final"), in_turn(ARCHITECTURES, ["layernorm", "static", "none"]))
 def test_every_architecture_is_reached_from_gpt2(notation, final, tmp_path):
     source, batches = make_model("SM+LN+G").double(), make_batches()
     target = target_config(source.config, notation, final_normalization=final)

@@ -194,6 +194,7 @@ class TestPrompts:
         assert "other users of the machine can see a command line" in " ".join(re.sub(r"[^\w ]", " ", printed).split())
 
 
+@pytest.mark.slow
 def test_a_line_that_nobody_reads_ends_nothing():
     code = (
         "import os; from entropy_gpt.terminal.private import _print_line\n"

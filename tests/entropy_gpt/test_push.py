@@ -22,7 +22,6 @@ from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import make_model
 from tests.evaluation.example_results import example_training
 from tests.hub_server import FIRST_FILES, TOKEN, WRONG_TOKEN, HubServer
-from tests.slow import slow_but
 from tests.strangers import do
 
 from .forks import Forks
@@ -206,6 +205,7 @@ def test_another_push_replaces_the_first_in_one_commit(hub, command, model, othe
     assert len(sent.commits) == 3  # the same again is no commit
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_new_private_repository(hub, command, model, repository):
     command("push", model, repository, "--revision", "variant/small", "--private").succeeded()
     sent = hub.repositories[repository]
@@ -310,7 +310,8 @@ def test_a_hub_that_is_not_there(model, repository, server, tmp_path):
     assert place in complaint
 
 
-@pytest.mark.parametrize("pattern", slow_but(["/api/whoami"], ["/api/whoami", "GET /api/models/", "/commit/"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["/api/whoami", "GET /api/models/", "/commit/"])
 def test_a_hub_that_is_silent(pattern, hub, command, model, repository):
     hub.be_silent(pattern, times=math.inf)
     started = time.monotonic()

@@ -308,6 +308,7 @@ def test_wrong_settings_of_a_run_are_named(settings, message, recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_export_is_that_of_the_command(source, tmp_path, command, capfd):
     command("export", source, "--onnx", "--cache", "--output", tmp_path / "command")
     recorder = Recorder()

@@ -275,6 +275,7 @@ def test_one_model_has_no_tradeoff():
     assert "takes two models" in paragraph.text
 
 
+@pytest.mark.slow
 def test_every_picture_can_be_drawn(run):
     results = [
         dataclasses.replace(result, name=name, heads=example_heads(layers=2, heads=3))

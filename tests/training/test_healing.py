@@ -106,7 +106,7 @@ def test_gates_only_close(gated, kind, clocks):
     assert schedule.set_clock(1.0) == len(schedule.removals)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 10, 30, 49, 1000, 12345])
+@pytest.mark.parametrize("steps", [1, 3, 7, 10, 30, 49, 1000, pytest.param(12345, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("final", ["static", "layernorm"])
 @pytest.mark.parametrize("kind", ["gate", "staircase"])
 def test_each_thing_is_removed_at_its_step(gated, kind, final, steps):

@@ -25,9 +25,11 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import layers
 from tests.architectures import ARCHITECTURES, make_config, make_model
+from tests.slow import in_turn, slow_but
 
 
 LENGTH = 12
+JAX = ["SM+LN+G", "SM+LN+LeakyR+FFNi[0]", "EReg(SM(t)+ScFuFFN)", "Pow4+LN+G"]
 EXACT = PrivateSettings(softmax="stock", gelu="tanh")
 
 
@@ -48,8 +50,7 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(2, 101, LENGTH)
 
 
-@pytest.mark.parametrize("softmax", ["stock", "tuned"])
-@pytest.mark.parametrize("notation", ARCHITECTURES)
+@pytest.mark.parametrize(("notation", "softmax"), in_turn(ARCHITECTURES, ["stock", "tuned"]))
 def test_logits_are_the_models_own(notation, softmax, tokens):
     model = make_model(notation)
     private = PrivateSettings(softmax=softmax, gelu="tanh")
@@ -88,7 +89,7 @@ def test_the_cheap_forms_stay_near(notation, tokens):
     assert np.abs(logits - clear).max() < 0.01 * np.abs(clear).max()
 
 
-@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)", "SM+LN+LeakyR+FFNi[0]", "Pow4+LN+G"])
+@pytest.mark.parametrize("notation", slow_but(JAX[-2:], JAX))
 def test_jax_computes_the_same_as_numpy(notation, tokens):
     jnp = pytest.importorskip("jax.numpy")
     model = make_model(notation)

@@ -22,6 +22,7 @@ import torch
 import trustme
 
 from tests.architectures import make_model
+from tests.slow import slow_but
 
 from .test_channel import tls_files
 
@@ -164,11 +165,12 @@ def test_an_engines_process_needs_neither_torch_nor_transformers():
     assert not {"torch", "transformers", "datasets"} & {*imported.stdout.split()}
 
 
-def test_layernorms_and_gelu_under_tls(tmp_path):
+@pytest.mark.parametrize("notation", slow_but(["SM"], ["SM", "SM+LN+G"]))
+def test_answers_under_tls(notation, tmp_path):
     authority = trustme.CA()
     ours, theirs = (tls_files(tmp_path, name, authority, "127.0.0.1") for name in ("server", "client"))
     with (
-        serving(*make_offer("SM+LN+G"), ours) as served,
+        serving(*make_offer(notation), ours) as served,
         contextlib.closing(Client(*served.server.address, theirs, SECONDS)) as client,
     ):
         answer, another = client.ask(PROMPT, 2), client.ask(PROMPT, 1)
