@@ -53,7 +53,7 @@ test: $(INSTALLED)  ## Runs the default tests, offline, in minutes.
 	$(BIN)/$(PYTEST) $(ARGS)
 
 test-all: $(INSTALLED)  ## Runs every test that needs neither a GPU nor another environment, also slow ones; offline.
-	$(BIN)/$(PYTEST) -m "not gpu and not releases" $(ARGS)
+	$(BIN)/$(PYTEST) -m "not gpu and not releases" --hypothesis-profile=whole $(ARGS)
 
 test-releases: $(INSTALLED)  ## Runs the tests with other releases and other tools, which pip installs for them.
 	$(BIN)/$(PYTEST) -m releases $(ARGS)

@@ -16,17 +16,11 @@ COMMAND = "entropy_gpt.commands.main"
 
 
 class Forks:
-    """
-    Runs commands in forks of one process.
+    """Runs commands in forks of one process."""
 
-    Args:
-        environment (`dict[str, str]`, *optional*): The variables that libraries read when they are imported. Those of
-            this process if not given.
-    """
-
-    def __init__(self, environment: dict[str, str] | None = None):
+    def __init__(self):
         command, pipe = [sys.executable, "-m", warm_process.__name__], subprocess.PIPE
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
 
     def __call__(
         self, *arguments, cwd: Path | None = None, env: dict[str, str] | None = None, draws: bool = True
@@ -74,14 +68,10 @@ class Forks:
                 for status, task in zip(statuses, tasks, strict=True)
             ]
 
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-
 
 @functools.cache
 def shared_forks() -> Forks:
-    """Those of one process that all tests share, with the variables of this one; it ends when this one does."""
+    """Those of one process that all tests share; it ends when this one does."""
     return Forks()
 
 

@@ -24,7 +24,7 @@ from tests.evaluation.example_results import example_training
 from tests.hub_server import FIRST_FILES, TOKEN, WRONG_TOKEN, HubServer
 from tests.strangers import do
 
-from .forks import Forks
+from .forks import run_command
 from .outcome import Outcome
 
 
@@ -69,16 +69,14 @@ def hub(server):
 
 @pytest.fixture(scope="module")
 def command(server, tmp_path_factory):
-    """Runs commands in forks of one process, whose Hub is the module's."""
+    """Runs commands in forks, whose Hub is the module's."""
     home = tmp_path_factory.mktemp("home")
-    forks = Forks(server.environment(home))
 
     def run(*arguments, token: str | None = TOKEN, **variables: str) -> Outcome:
-        process = forks(*arguments, env=server.environment(home, token, **variables))
+        process = run_command(*arguments, env=server.environment(home, token, **variables))
         return Outcome(process.returncode, process.stdout, process.stderr)
 
-    yield run
-    forks.close()
+    return run
 
 
 @pytest.fixture
@@ -292,6 +290,7 @@ def test_a_hub_that_fails_for_ever_keeps_its_old_revision(status, hub, command, 
     assert hub.repositories[repository].refs == {"main": earlier}
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails_from_the_start(hub, command, model, repository):
     hub.fail(".*", 503, times=math.inf)
     started = time.monotonic()

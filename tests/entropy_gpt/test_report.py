@@ -33,6 +33,7 @@ from tests.evaluation.test_run_log import (
     run_line,
     write_log,
 )
+from tests.slow import in_turn
 
 from .forks import run_command
 
@@ -112,9 +113,9 @@ def browser(tmp_path_factory):
     browser.close()
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1200, PHONE])
-@pytest.mark.parametrize("page", ["report.html", "counts.html"])
+@pytest.mark.parametrize(
+    ("page", "width", "dark"), in_turn(["report.html", "counts.html"], [PHONE, 1200], [False, True])
+)
 def test_a_browser_shows_all_of_the_page_and_complains_of_nothing(page, width, dark, pages, browser, tmp_path):
     url = (pages / page).as_uri()
     browser.open(url, width, dark=dark)

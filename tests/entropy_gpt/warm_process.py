@@ -5,14 +5,18 @@ module, arguments, folder, variables and the files for what they print. Each ans
 """
 
 import gc
+import importlib
 import json
 import os
 import pkgutil
 import signal
 import sys
+import tempfile
 import traceback
 from importlib import import_module
 from pathlib import Path
+
+from huggingface_hub import constants
 
 from entropy_gpt import programs, terminal, workflows
 
@@ -29,6 +33,8 @@ def run(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    importlib.reload(constants)  # where the Hub is and what is kept of it, as the variables say
+    tempfile.tempdir = None
     writing = os.O_WRONLY | os.O_CREAT
     for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, writing), (2, error, writing)):
         os.dup2(os.open(path, flags), descriptor)

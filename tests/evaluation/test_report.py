@@ -375,7 +375,7 @@ def check_page(results):
     assert html.count("<section") == markdown.count("\n## ") == len(page.sections)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(model_results(), min_size=1, max_size=4, unique_by=lambda result: result.name))
 def test_whatever_is_missing_there_is_a_page(without_drawing, results):
     check_page(results)

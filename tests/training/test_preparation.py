@@ -112,6 +112,7 @@ def test_text_files_are_split_as_corpora_are(text_folder):
     assert documents_of(text_folder, **STREAMED) == documents_of(text_folder)
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_streamed(monkeypatch):
     monkeypatch.setattr(preparation, "TOKENIZER_CHARACTERS", 10_000)
     data = prepare("python-stdlib", context=128, streaming=True, validation_tokens=1024)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
@@ -158,7 +158,6 @@ def test_gelu_is_finer_where_no_norm_scales_its_errors(tokens, monkeypatch):
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=40)
 def test_the_largest_visible_score_is_taken_off(data):
     heads, queries = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
     keys = queries + data.draw(st.integers(0, 5))
@@ -170,7 +169,6 @@ def test_the_largest_visible_score_is_taken_off(data):
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=40)
 def test_temperatures_of_early_rows_divide_their_scores(data):
     heads, queries, start = (data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 7), (0, 4)))
     early, keys = data.draw(st.integers(1, queries)), start + queries
