@@ -9,6 +9,7 @@ from torch import nn
 from entropy_gpt.conversion.calibration import calibrate
 from entropy_gpt.conversion.divergence import Reference
 from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.planning import plan_conversion, target_config
 from entropy_gpt.conversion.simplification import (
     add_scalars,
     add_thresholds,
@@ -18,13 +19,11 @@ from entropy_gpt.conversion.simplification import (
     make_norms_static,
     measure_pruning_damage,
     normalize_weights,
-    plan_conversion,
     prune_ffns,
     remove_final_static_norm,
     remove_static_norms,
     replace_activation,
     set_training_fields,
-    target_config,
 )
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D

@@ -20,7 +20,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel
 
-from entropy_gpt.conversion.simplification import Step
+from entropy_gpt.conversion.planning import Step
 from entropy_gpt.evaluation.measuring.remote_loading import load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import load_results, save_results

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PrinterCallback
 
 from entropy_gpt.conversion.calibration import OTHERS, calibrate
-from entropy_gpt.conversion.simplification import plan_conversion, target_config
+from entropy_gpt.conversion.planning import plan_conversion, target_config
 from entropy_gpt.training.arguments import EntropyTrainingArguments
 from entropy_gpt.training.checkpoints import last_checkpoint
 from entropy_gpt.training.distillation import hidden_state_distance, logits_divergence, residual_scale_distance
