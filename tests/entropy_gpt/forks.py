@@ -3,10 +3,12 @@
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from . import warm_process
 
@@ -16,11 +18,24 @@ COMMAND = "entropy_gpt.commands.main"
 
 
 class Forks:
-    """Runs commands in forks of one process."""
+    """
+    Runs commands in forks of one process, which all workers of a run share. Who needs it first starts it. It ends with
+    who started it; others are served to their end.
+    """
 
     def __init__(self):
-        command, pipe = [sys.executable, "-m", warm_process.__name__], subprocess.PIPE
-        self._process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+        self._path = Path(gettempdir(), f"entropy-gpt-forks-{run}")
+        self._connection = socket.socket(socket.AF_UNIX)
+        while self._connection.connect_ex(str(self._path)) != 0:
+            self._start()
+        self._answers = self._connection.makefile("r", encoding="utf-8")
+
+    def _start(self):
+        command = [sys.executable, "-m", warm_process.__name__, self._path]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
+        while not self._path.exists() and self._process.poll() is None:
+            time.sleep(0.01)
 
     def __call__(
         self, *arguments, cwd: Path | None = None, env: dict[str, str] | None = None, draws: bool = True
@@ -59,8 +74,8 @@ class Forks:
                 }
                 for number, environment in enumerate(environments)
             ]
-            print(json.dumps(tasks), file=self._process.stdin, flush=True)
-            statuses = json.loads(self._process.stdout.readline())
+            self._connection.sendall(json.dumps(tasks).encode() + b"\n")
+            statuses = json.loads(self._answers.readline())
             return [
                 subprocess.CompletedProcess(
                     words, status, *(Path(task[name]).read_text(encoding="utf-8") for name in ("output", "error"))
@@ -71,7 +86,7 @@ class Forks:
 
 @functools.cache
 def shared_forks() -> Forks:
-    """Those of one process that all tests share; it ends when this one does."""
+    """Those that all tests share."""
     return Forks()
 
 
