@@ -152,32 +152,38 @@ def test_smaller_factors_are_covered_and_other_weights_are_not():
 
 
 class Watched(FixedPointArithmetic):
-    """Keeps what is revealed."""
+    """Keeps what is revealed to both, and what is shown to the server."""
 
     seen: list[np.ndarray]
+    shown: list[np.ndarray]
 
     def reveal(self, masked):
         self.seen.append(masked.copy())
+        return masked
+
+    def show(self, masked):
+        self.shown.append(masked.copy())
         return masked
 
 
 def revealed(config, weights, masks: tuple[int | None, int | None], tokens) -> np.ndarray:
     """
     All that the parties of an inference see. Each part of the masks has a seed, or is 0: then this is what the party
-    that drew it makes of what it sees, by adding its own part.
+    that drew it makes of what it sees, by adding its own part. The client, which draws the other one, is shown nothing.
     """
     private, span = PrivateSettings(), Span(0, LENGTH)
     preparation, ops = Preparation(config, private, [span]), Watched(private)
-    ops.seen = []
+    ops.seen, ops.shown = [], []
     variables = {name: ops.encode(weight) for name, weight in weights.items()}
     for part, seed in zip(("server", "client"), masks, strict=True):
         drawn = draw_masks(preparation, seed or 0)
         own = {name: mask for name, mask in drawn.items() if name.endswith(f"/{part}")}
         variables |= {name: np.zeros_like(mask) if seed is None else mask for name, mask in own.items()}
     variables = run_steps(preparation.steps, ops, variables) | encode(ops, config, private, weights, span, tokens)
-    assert not ops.seen
+    assert not ops.seen and not ops.shown
     run_steps(preparation.use(0, span), ops, variables)
-    return np.concatenate(ops.seen)
+    assert ops.seen and ops.shown
+    return np.concatenate([*ops.seen, *(ops.shown if masks[1] is not None else [])])
 
 
 def chi_square(numbers: np.ndarray, bits: int = 6) -> float:
@@ -207,11 +213,15 @@ def test_what_is_revealed_is_uniform_whatever_the_prompt_is(unknown):
 
 
 def test_both_parts_of_a_mask_are_in_each_number_that_is_revealed():
+    """And the client's in each that is shown, without the server's."""
     config, weights = prepared_weights("SM+LN+G", n_layer=1)
     prompt = np.full(LENGTH, 7)
-    first, *others = (revealed(config, weights, masks, prompt) for masks in ((1, 2), (3, 2), (1, 4)))
-    for other in others:
-        assert (first != other).all()
+    first, servers, clients = (revealed(config, weights, masks, prompt) for masks in ((1, 2), (3, 2), (1, 4)))
+    both = len(revealed(config, weights, (1, None), prompt))
+    assert (first[:both] != servers[:both]).all()
+    assert (first != clients).all()
+    # Those of the first step are of the client's own prompt alone.
+    assert (first[both : both + LENGTH * config.vocab_size] == servers[both : both + LENGTH * config.vocab_size]).all()
 
 
 def test_a_mask_that_is_used_twice_shows_the_difference_of_two_prompts():
@@ -246,16 +256,15 @@ def test_both_halves_of_a_preparation_give_the_weights():
     variables = {name: ops.encode(weight) for name, weight in weights.items()} | draw_masks(preparation)
     variables = run_steps(preparation.steps, ops, variables)
     place = "0/None/head/linear/0/0"
-    mask = variables[f"{place}/left/server"] + variables[f"{place}/left/client"]
-    found = solve(mask, variables[f"{place}/product"])
+    found = solve(variables[f"{place}/left/client"], variables[f"{place}/product"])
     assert np.array_equal(found, ops.as_ring(ops.encode(weights["head.weight"])))
 
 
-def test_masks_have_two_parts_of_one_shape_with_an_owner_each():
+def test_masks_have_a_part_of_each_party_or_of_the_client_alone():
     config, _ = prepared_weights("SM+LN+G", n_layer=1)
     preparation = Preparation(config, PrivateSettings(), SPANS)
     owners = Counter(mask.owner for mask in preparation.masks.values())
-    assert owners[SERVER] == owners[CLIENT] > 0
+    assert owners[CLIENT] > owners[SERVER] > 0
     for name, mask in preparation.masks.items():
         if name.endswith("/server"):
             assert preparation.masks[name.removesuffix("server") + "client"].shape == mask.shape
@@ -268,9 +277,10 @@ def test_the_second_phase_waits_and_sends_less():
     before, after = predict_phases(config, PrivateSettings(), spans)
     sums = [sum(step.total_bytes for step in steps) for steps in (one, before, after)]
     assert sums[2] < sums[0] / 2
-    assert sums[1] + sums[2] < 1.3 * sums[0]
+    assert sums[1] + sums[2] < 1.1 * sums[0]
     assert sum(step.round_trips for step in after) < sum(step.round_trips for step in one)
-    assert [(step.operation, step.layer) for step in after] == [(step.operation, step.layer) for step in one]
+    operations = [list(dict.fromkeys((step.operation, step.layer) for step in steps)) for steps in (after, one)]
+    assert operations[0] == operations[1]
     with pytest.raises(PrivateInferenceError, match="not for 'semi2k'"):
         predict_phases(config, PrivateSettings("semi2k"), spans)
 
