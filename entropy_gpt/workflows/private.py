@@ -17,18 +17,14 @@ from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY, serve_on_loopback
 from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, parse_address
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
+from entropy_gpt.evaluation.private_inference.parties.server import MOST_PREPARED_BYTES, Server, json_line
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
+from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.parties.turns import Turns
-from entropy_gpt.evaluation.private_inference.parties.two_party import (
-    MOST_PREPARED_BYTES,
-    Client,
-    Offer,
-    Server,
-    json_line,
-)
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import (

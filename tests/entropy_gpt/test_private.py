@@ -20,7 +20,7 @@ from entropy_gpt.commands.main import main
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.origin import hash_weights
 from entropy_gpt.evaluation.private_inference.parties.channel import connect, parse_address
-from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION
+from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.records.results import load_results

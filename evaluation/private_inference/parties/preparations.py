@@ -32,7 +32,7 @@ from entropy_gpt.evaluation.private_inference.program.program import ProgramConf
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 
-from .channel import NO_HALF, CodedError
+from .channel import NO_HALF
 from .engine import engine_versions
 
 
@@ -46,6 +46,10 @@ MOST_PRODUCTS = MOST_HEADER_BYTES // 512
 # For which a server keeps the half of a preparation that nobody uses.
 KEPT_DAYS = 30
 DAY_SECONDS = 86_400
+
+
+class LostHalfError(PrivateInferenceError):
+    """Half of a preparation is not where it was."""
 
 
 @dataclass(config=RECORD, frozen=True)
@@ -182,7 +186,7 @@ class Store:
     def delete_old(self, terms: str, weights: str):
         """Deletes what nobody can use, and what nobody has used for `KEPT_DAYS`; what is in use is left alone."""
         for path in self.folder.glob(f"*-{self._rank}{HALF}"):
-            with contextlib.suppress(CodedError):
+            with contextlib.suppress(LostHalfError):
                 if not self._is_current(path, terms, weights):
                     self.drop(self.take(path.name.removesuffix(f"-{self._rank}{HALF}")))
 
@@ -251,7 +255,7 @@ class Store:
         taken = path.with_suffix(TAKEN)
         try:
             if (lock := _lock(path)) is None:
-                raise CodedError(
+                raise LostHalfError(
                     "this preparation is not here: it was used, or its other half is lost. Prepare another one.",
                     NO_HALF,
                 )

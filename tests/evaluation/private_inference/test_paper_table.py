@@ -23,7 +23,8 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     take_typical_block,
 )
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY
-from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome
+from entropy_gpt.evaluation.private_inference.parties.terms import Terms
 from entropy_gpt.evaluation.private_inference.program.cost import LAN, Network, StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import OWNED_BATCHES
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices

@@ -31,12 +31,14 @@ pytest.importorskip("spu")
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES
 from entropy_gpt.evaluation.private_inference.parties.channel import Channel, TLSFiles, connect
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED, Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import RESERVED_BYTES, machine_memory
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
+from entropy_gpt.evaluation.private_inference.parties.server import Server
 from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Outcome, free_port
+from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION, Offer
 from entropy_gpt.evaluation.private_inference.parties.tunnel import ClientTunnel
-from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION, Client, Offer, Server
 from entropy_gpt.evaluation.private_inference.program.program import CHECKED, LOGITS, TOKENS, bounds_name
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import encode_tokens
