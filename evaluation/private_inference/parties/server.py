@@ -353,6 +353,7 @@ class Server:
                 "one.",
                 NO_HALF,
             )
+        self.store.spend(path)
         return path
 
     @staticmethod

@@ -9,9 +9,9 @@ the truncation, which is that of one phase, of the same sum. With A and B the ma
 
     X Y = D Y + A E + A B        X W = D W + A W        X^2 = D (X + A) + A^2
 
-A factor of a weight has a mask of the client's alone, and the server alone is shown the difference (Delphi): that takes
-half the bytes. Zeros that all know of, such as those above the diagonal of attention weights, are neither masked nor
-revealed.
+A factor of a weight has a mask of the client's alone, and the server alone is shown the difference (Delphi), which
+takes half the bytes. Zeros that all know of, such as those above the diagonal of attention weights, are neither masked
+nor revealed.
 
 What is prepared for long prompts and answers serves shorter ones: masks and products are cut, and factors of products
 of matrices filled up with zeros.
@@ -58,7 +58,7 @@ class Demand:
         left (`tuple[int]`): Shape of a factor that comes later.
         right (`tuple[int]`, *optional*): Shape of the other one, if there is one.
         is_weight (`bool`): Whether the other one is a matrix of the server's, which is there beforehand.
-        is_causal (`bool`): Whether the first one has a row for each query, and zeros for the keys that it does not see.
+        is_causal (`bool`): Whether the first one has a row for each query, with zeros for keys that it does not see.
     """
 
     kind: str
@@ -428,8 +428,8 @@ class MultiplyWeights:
 @dataclass(frozen=True)
 class UsePrepared:
     """
-    A step that uses what is prepared: takes the step's inputs, what [`MaskFactors`] made and the server was shown, then
-    for each demand the parts of its masks, unless it is one of a weight, and the product.
+    A step that uses what is prepared: takes the step's inputs, what [`MaskFactors`] made and the server was shown, and
+    for each demand the parts of its masks, unless it is one of a weight, then the product.
 
     Args:
         function (`Callable`): The step's.

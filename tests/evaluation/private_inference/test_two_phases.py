@@ -388,6 +388,51 @@ class TestStore:
         store.drop(taken)
         assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
 
+    def test_what_a_copy_brings_back_is_not_used_again(self, parties, half, tmp_path):
+        store = parties.Store(tmp_path / "halves", CLIENT)
+        store.put(*half(rank=CLIENT))
+        copy = store.path("0" * 32).read_bytes()
+        taken = store.take("0" * 32)
+        store.spend(taken)
+        store.drop(taken)
+        store.path("0" * 32).write_bytes(copy)
+        with pytest.raises(PrivateInferenceError, match="was used before, and has come back from a copy") as failed:
+            store.take("0" * 32)
+        assert failed.value.code == parties.NO_HALF
+        assert not list(store.headers())
+        # The folder whole, and another process.
+        store.path("0" * 32).write_bytes(copy)
+        assert not list(parties.Store(tmp_path / "halves", CLIENT).headers())
+
+    def test_what_was_taken_and_not_used_may_be_used(self, parties, half, tmp_path):
+        store = parties.Store(tmp_path / "halves", CLIENT)
+        store.put(*half(rank=CLIENT))
+        store.put_back(store.take("0" * 32))
+        store.spend(store.take("0" * 32))
+
+    def test_a_list_that_was_cut_off_is_read(self, parties, half, tmp_path):
+        store = parties.Store(tmp_path / "halves", CLIENT)
+        with store.used.open("a") as file:
+            file.write("0" * 20)
+        for name in ("1" * 32, "2" * 32):
+            store.put(*half(name, rank=CLIENT))
+            taken = store.take(name)
+            store.spend(taken)
+            store.drop(taken)
+            with pytest.raises(PrivateInferenceError, match="was used before"):
+                store.take(name)
+
+    def test_nothing_is_used_where_that_cannot_be_noted(self, parties, half, tmp_path, monkeypatch):
+        def fail(descriptor):
+            raise OSError(28, "No space left on device")
+
+        store = parties.Store(tmp_path / "halves", SERVER)
+        store.put(*half())
+        taken = store.take("0" * 32)
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(PrivateInferenceError, match="so nothing is used: No space left on device"):
+            store.spend(taken)
+
     def test_one_of_two_processes_takes_it(self, parties, half, tmp_path):
         first, second = (parties.Store(tmp_path, CLIENT) for _ in range(2))
         first.put(*half(rank=CLIENT))
@@ -561,6 +606,16 @@ class TestRoom:
             assert request.preparation.endswith(f"{'0' * 32}-0.taken")
         assert [path.name for path in server.store.folder.iterdir()] == ["store-0"]
 
+    def test_a_client_that_asks_twice_is_refused(self, kept):
+        """Though its own copy and the server's have both come back."""
+        server = kept()
+        copy = server.store.path("0" * 32).read_bytes()
+        with contextlib.ExitStack() as taken:
+            self.read(server, taken, preparation="0" * 32)
+        server.store.path("0" * 32).write_bytes(copy)
+        with contextlib.ExitStack() as taken, pytest.raises(PrivateInferenceError, match="was used before"):
+            self.read(server, taken, preparation="0" * 32)
+
     @pytest.mark.parametrize("fields", [{"terms": "others"}, {"weights": "others"}])
     def test_a_server_of_other_weights_refuses_what_is_not_its_own(self, fields, kept):
         server = kept(**fields)
@@ -608,14 +663,15 @@ def run_on_the_engine(notation: str, protocol: str, log=None):
         party = Participant(link, config, private, weights, log if link.rank == SERVER else None)
         party.set_up()
         value = client_input(config, private, span, tokens, weights) if party.is_client else None
-        party.infer(one, span, value)
-        shares, costs, seed = [party.party.share(LOGITS)], [], bytes([link.rank]) * 32
+        costs, seed = [], bytes([link.rank]) * 32
         halves = party.prepare(before, preparation, seed, costs.append)
         party.load(preparation, seed, halves)
         second = party.infer(after, span, value)
         party.forget(preparation)
-        shares += [party.party.share(LOGITS), party.party.share(OUT_OF_RANGE)]
-        return party, shares, costs, second
+        shares = [party.party.share(LOGITS), party.party.share(OUT_OF_RANGE)]
+        # Last, since it uses up triples, which are predicted to be there.
+        party.infer(one, span, value)
+        return party, [party.party.share(LOGITS), *shares], costs, second
 
     parties = run_parties(private, take_part)
     party, _, costs, second = parties[SERVER]
