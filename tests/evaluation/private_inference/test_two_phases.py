@@ -169,7 +169,8 @@ class Watched(FixedPointArithmetic):
 def revealed(config, weights, masks: tuple[int | None, int | None], tokens) -> np.ndarray:
     """
     All that the parties of an inference see. Each part of the masks has a seed, or is 0: then this is what the party
-    that drew it makes of what it sees, by adding its own part. The client, which draws the other one, is shown nothing.
+    that drew it makes of what it sees, by adding its own part. Where that is the client, what the server alone is shown
+    is left out.
     """
     private, span = PrivateSettings(), Span(0, LENGTH)
     preparation, ops = Preparation(config, private, [span]), Watched(private)
