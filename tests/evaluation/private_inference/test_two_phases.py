@@ -169,7 +169,7 @@ class Watched(FixedPointArithmetic):
 def revealed(config, weights, masks: tuple[int | None, int | None], tokens) -> np.ndarray:
     """
     All that the parties of an inference see. Each part of the masks has a seed, or is 0: then this is what the party
-    that drew it makes of what it sees, by adding its own part. Where that is the client, what the server alone is shown
+    that drew it makes of what it sees, by adding its own part. Where that is the client, what only the server is shown
     is left out.
     """
     private, span = PrivateSettings(), Span(0, LENGTH)
