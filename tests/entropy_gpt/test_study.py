@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from entropy_gpt.commands.study import PROTOCOL
+from entropy_gpt.commands.study import ARCHITECTURES
 from entropy_gpt.evaluation.records.results import load_results, save_results
 from entropy_gpt.programs.study.records import Study, StudyRun
 from entropy_gpt.training.claims import claimed
@@ -80,7 +80,7 @@ def tiny(text: Path, folder: Path, **changes) -> Path:
 @pytest.mark.private
 def test_the_trial_of_the_committed_protocol(tmp_path):
     output = tmp_path / "study"
-    process = study("--protocol", PROTOCOL, "--only", "smoke", "--output", output, "--workers", 2)
+    process = study("--protocol", ARCHITECTURES, "--only", "smoke", "--output", output, "--workers", 2)
     assert process.returncode == 0, process.stderr + process.stdout
     assert "10 rows are measured: " in process.stdout
     found = Study.load(output / "study.json")
@@ -113,7 +113,7 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
     assert [model.name for model in models] == sorted(run.source for run in private)
     save_results([*models, replace(models[0], name="of another protocol")], output / "models.json")
     begun = time.monotonic()
-    again = study("--protocol", PROTOCOL, "--only", "smoke", "--output", output)
+    again = study("--protocol", ARCHITECTURES, "--only", "smoke", "--output", output)
     assert again.returncode == 0 and "10 rows are measured" in again.stdout
     assert time.monotonic() - begun < 300, "nothing was left to do"
     assert load_results(output / "models.json") == models
