@@ -9,6 +9,7 @@ An interval holds the middle 90 % of the repetitions.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -44,9 +45,14 @@ class Curve:
         weights = [np.interp(math.log(tokens), np.log(self.tokens), row) for row in np.eye(len(self.tokens))]
         return self.repeated @ np.array(weights)
 
+    @cached_property
+    def laws(self) -> np.ndarray:
+        """The fitted law of each repetition: constant, scale and exponent, `(repetitions, 3)`."""
+        return fit(self.tokens, self.repeated, self.errors)
+
     def predict(self, tokens: float) -> np.ndarray:
         """The loss by the fitted law in each repetition, `(repetitions,)`."""
-        floor, scale, exponent = fit(self.tokens, self.repeated, self.errors).T
+        floor, scale, exponent = self.laws.T
         return floor + scale * (tokens / MILLION) ** -exponent
 
 
