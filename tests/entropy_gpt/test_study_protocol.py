@@ -177,7 +177,7 @@ def test_cases_are_settings_that_go_together(tmp_path):
     }
     later = resolve(protocol.rows, finished)[6:]
     chosen = [(run.settings["resid_pdrop"], run.settings["learning_rate"]) for run in later]
-    assert chosen == [(0.0, 1e-3)] * 2 + [(0.1, 2e-3)] * 2, "each case has the rate that is best for it"
+    assert chosen == [(0.0, 1e-3), (0.1, 2e-3)] * 2, "each case has the rate that is best for it"
 
 
 def test_steps_are_timed_once_for_all_rates_and_lengths(tmp_path):

@@ -239,7 +239,7 @@ def _read_group(group: str, settings: dict, content: dict, before: list[Row], pa
     cases = [_check_mapping(case, f"group {group}: {CASES}", path) for case in settings.pop(CASES, [{}])]
     compared = dict.fromkeys((*COMPARED, *(name for case in cases for name in case)))
     lists = {name: value for name, value in settings.items() if isinstance(value, list)}
-    for case, *values in itertools.product(cases, *lists.values()):
+    for *values, case in itertools.product(*lists.values(), cases):  # all cases of one value, then of the next
         crossed = {**settings, **dict(zip(lists, values, strict=True)), **case}
         row = Row(
             group,
