@@ -4,7 +4,7 @@ import pytest
 
 from entropy_gpt.commands.study import ARCHITECTURES, SCALING, find_protocol
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.programs.study.page import RECORD
+from entropy_gpt.programs.study.page import RECORD, SCALING_RECORD
 from entropy_gpt.programs.study.protocol import Run, read_protocol, resolve
 from entropy_gpt.programs.study.records import ANSWERED, CONVERTED, TIMED, TRAINED, Study
 from tests.entropy_gpt.study.example_study import make_run
@@ -224,5 +224,6 @@ def test_the_hash_is_of_what_a_protocol_says(tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_the_committed_record_is_of_the_committed_protocol():
-    assert Study.load(RECORD).protocol == read_protocol(find_protocol(ARCHITECTURES)).hash
+@pytest.mark.parametrize("name, record", [(ARCHITECTURES, RECORD), (SCALING, SCALING_RECORD)])
+def test_the_committed_records_are_of_the_committed_protocols(name, record):
+    assert Study.load(record).protocol == read_protocol(find_protocol(name)).hash

@@ -312,7 +312,7 @@ def _print_plan(rows: list[Row], finished: dict[str, StudyRun], output: Path):
     steps = sum(run.steps for run in known.values())
     console.print(f"{len(known):,} runs are known and missing, with {steps:,} steps of training. Nothing was written.")
     if total := sum(hours.values()):
-        console.print(f"What is missing and was timed takes {total:.1f} hours of one core.")
+        console.print(f"What is missing and was timed takes at most {total:.1f} hours of one core.")
     console.print(f"They go to {output}.", markup=False, soft_wrap=True)
 
 
