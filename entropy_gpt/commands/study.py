@@ -44,6 +44,9 @@ def study(
         float | None,
         typer.Option(min=0, help="Stop after so long; runs that are not finished keep their last checkpoint."),
     ] = None,
+    time_again: Annotated[
+        bool, typer.Option("--time-again", help="Time steps anew, such as when nothing else is running any more.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, and the hours it takes; write nothing.")
     ] = False,
@@ -65,7 +68,7 @@ def study(
         refuse_claimed(output)
     from entropy_gpt.programs.study import study as study_job
 
-    study_job.run(file, only or (), output, workers, dry_run, hours)
+    study_job.run(file, only or (), output, workers, dry_run, hours, time_again)
 
 
 def find_protocol(name: str) -> Path:

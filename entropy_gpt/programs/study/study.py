@@ -50,7 +50,13 @@ class _Worker:
 
 
 def run(
-    protocol_path: Path, only: Sequence[str], output: Path, workers: int, dry_run: bool, hours: float | None = None
+    protocol_path: Path,
+    only: Sequence[str],
+    output: Path,
+    workers: int,
+    dry_run: bool,
+    hours: float | None = None,
+    time_again: bool = False,
 ):
     """
     Does the runs that are missing.
@@ -63,6 +69,7 @@ def run(
         workers (`int`): Runs side by side.
         dry_run (`bool`): Whether to show only what would be done.
         hours (`float`, *optional*): When to stop, with the checkpoints of what is not finished.
+        time_again (`bool`): Whether to forget the steps that were timed, and time them anew.
 
     Raises:
         `UserError`: If the protocol or the folder can't be used, or a run failed.
@@ -73,6 +80,8 @@ def run(
     rows = protocol.select(only)
     _check_output(protocol, output)
     finished = _load_finished(output)
+    if time_again:
+        finished = {name: run for name, run in finished.items() if run.kind != TIMED}
     if dry_run:
         _print_plan(rows, finished, output)
         return
