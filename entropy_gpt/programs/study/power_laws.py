@@ -84,7 +84,7 @@ def make_curve(losses: dict[int, Sequence[float]], spread: float, seed: int) -> 
     Args:
         losses (`dict[int, Sequence[float]]`): Losses of its seeds, by tokens.
         spread (`float`): The standard deviation over seeds.
-        seed (`int`): Of the repetitions; another for each row.
+        seed (`int`): What the repetitions are drawn by; another for each row.
     """
     tokens = np.array(sorted(losses), dtype=float)
     nats = np.array([np.mean(losses[count]) for count in sorted(losses)])

@@ -270,12 +270,13 @@ def plot_scaling(scaling: Scaling) -> Figure:
 def scaling_text(study: Study) -> str:
     """The page's part, as far as the record goes; what is not measured yet is named."""
     scaling = Scaling(study)
-    missing = ", ".join(
-        f"{group} ({count})" for group, count in study.missing.items() if not group.startswith("smoke")
-    )
-    parts = [f"Not measured yet, rows of each group: {missing}.\n" if missing else ""]
+    missing = {group: count for group, count in study.missing.items() if not group.startswith("smoke")}
+    parts = []
+    if missing:
+        rows = [(f"`{group}`", f"{count:,}") for group, count in missing.items()]
+        parts.append(markdown_table(("group", "rows not measured yet"), rows) + "\n")
     if not scaling.is_comparable:
-        return "\n".join([*filter(None, parts), "Nothing can be compared with GPT-2 yet.\n", *_rates(study)])
+        return "\n".join([*parts, "Nothing can be compared with GPT-2 yet.\n", *_rates(study)])
     spread = "" if math.isnan(scaling.spread) else f" Seeds differ by {math.expm1(scaling.spread):.1%}."
     parts += [
         f"![Test perplexity against tokens](study/scaling.png)\n\nTest perplexity, by tokens of training.{spread}\n",
@@ -292,7 +293,7 @@ def scaling_text(study: Study) -> str:
     if laws := laws_table(scaling):
         parts += ["The fitted laws:\n", laws + "\n"]
     parts += ["Mean entropy of the heads in nats, and the share that is overloaded:\n", heads_table(scaling) + "\n"]
-    return "\n".join(filter(None, [*parts, *_rates(study)]))
+    return "\n".join([*parts, *_rates(study)])
 
 
 def label(tokens: int) -> str:
