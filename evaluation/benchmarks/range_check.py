@@ -33,12 +33,8 @@ from entropy_gpt.evaluation.private_inference.detection import (
 )
 from entropy_gpt.evaluation.private_inference.parties.engine import engine_versions
 from entropy_gpt.evaluation.private_inference.program.program import Span
-from entropy_gpt.evaluation.private_inference.program.range_audit import (
-    LARGEST_MARGIN,
-    audit,
-    choose_sequences,
-    tolerated_error,
-)
+from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences
+from entropy_gpt.evaluation.private_inference.program.range_report import LARGEST_MARGIN, tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import list_settings
