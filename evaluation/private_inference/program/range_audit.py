@@ -150,7 +150,7 @@ def _run_observed(config, weights, settings, tokens, ops: "_ObservedArithmetic")
             if name != OUT_OF_RANGE:
                 ops.observe(variables[name], "value")
             if name == EMBEDDINGS:
-                ops.observe_stream(variables[name])
+                ops.observe_stream(variables[name], tokens)
     return variables
 
 
@@ -161,19 +161,19 @@ class _ObservedArithmetic(Float64Arithmetic):
         super().__init__(np)
         self.place = ""
         self.last_bit = 2.0**-fraction_bits
-        self.peak = Peak(0.0, 0, 0)
+        self.peak = Peak(0.0, 0, 0, 0)
         self._tallies: dict[tuple[str, str], _Tally] = {}
 
     def observe(self, tensor, role: str, name: str | None = None):
         self._tallies.setdefault((name or self.place, role), _Tally()).add(tensor, self.last_bit)
         return tensor
 
-    def observe_stream(self, stream):
-        """The residual stream `(positions, width)` after a step."""
+    def observe_stream(self, stream: np.ndarray, tokens: np.ndarray):
+        """The residual stream `(positions, width)` of some tokens after a step."""
         sizes = np.nan_to_num(np.abs(stream), nan=math.inf)
         position, column = np.unravel_index(sizes.argmax(), sizes.shape)
         if sizes[position, column] > self.peak.size:
-            self.peak = Peak(float(sizes[position, column]), int(position), int(column))
+            self.peak = Peak(float(sizes[position, column]), int(position), int(tokens[position]), int(column))
 
     def ranges(self) -> Iterator[TensorRange]:
         for (name, role), tally in self._tallies.items():

@@ -69,10 +69,11 @@ class TensorRange:
 
 @dataclass(config=RECORD)
 class Peak:
-    """The largest magnitude of the residual stream, at which position, and in which of its columns."""
+    """The largest magnitude of the residual stream: at which position, at which token there, in which column."""
 
     size: float
     position: int
+    token: int
     column: int
 
 
@@ -257,13 +258,14 @@ class RangeReport:
         if not _is_norm(tensor):
             return ""
         peak = self.peak
-        return f" (the stream reaches {peak.size:,.0f} at position {peak.position}, in column {peak.column})"
+        place = f"position {peak.position}, token {peak.token}, column {peak.column}"
+        return f" (the stream reaches {peak.size:,.0f} at {place})"
 
     def _advice(self, tensor: TensorRange | None = None) -> str:
         bits = self.recommended_fraction_bits
         if bits not in (None, self.fraction_bits):
             return f"use --fraction-bits {bits}"
-        if tensor is not None and _is_norm(tensor):
+        if tensor is not None and _is_norm(tensor) and tensor.name != "norm":
             return (
                 "no number of fraction bits leaves room for its square: convert the model to one without LayerNorm "
                 "(entropy-gpt convert)"
