@@ -27,11 +27,8 @@ from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.parties.turns import Turns
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
-from entropy_gpt.evaluation.private_inference.program.range_audit import (
-    MOST_WINDOWS,
-    bound,
-    tolerated_error,
-)
+from entropy_gpt.evaluation.private_inference.program.range_audit import MOST_WINDOWS, bound
+from entropy_gpt.evaluation.private_inference.program.range_report import tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import describe_check
