@@ -40,13 +40,16 @@ runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectu
 	$(BIN)/entropy-gpt plot model_cards/results/runs/sm-ln-g model_cards/results/runs/sm-scfuffn \
 		model_cards/results/runs/ereg-smt-scfuffn --output docs/training
 
-study: $(INSTALLED)  ## Does what the study's record lacks (hours), and writes its page, its pictures and the README's table.
-	mkdir -p runs/study
+study: $(INSTALLED)  ## Does what the study's records lack (many hours), and writes its page, its pictures and the README's table.
+	mkdir -p runs/study runs/scaling
 	cp model_cards/results/study.json runs/study/study.json
 	cp model_cards/results/study_models.json runs/study/models.json
+	cp model_cards/results/scaling.json runs/scaling/study.json
 	$(BIN)/entropy-gpt study $(ARGS)
+	$(BIN)/entropy-gpt study --protocol scaling $(ARGS)
 	cp runs/study/study.json model_cards/results/study.json
 	cp runs/study/models.json model_cards/results/study_models.json
+	cp runs/scaling/study.json model_cards/results/scaling.json
 	$(BIN)/python -m entropy_gpt.programs.study.page
 
 test: $(INSTALLED)  ## Runs the default tests, offline, in minutes.

@@ -37,7 +37,7 @@ from entropy_gpt.evaluation.private_inference.parties.session import (
 )
 from entropy_gpt.evaluation.private_inference.parties.terms import Terms
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
-from entropy_gpt.evaluation.private_inference.program.range_audit import FRACTION_BITS
+from entropy_gpt.evaluation.private_inference.program.range_report import FRACTION_BITS
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
 from entropy_gpt.evaluation.records.results import AnswerCheck
 from entropy_gpt.training.model_tokenizer import hash_vocabulary

@@ -90,6 +90,7 @@ class TrainingResult:
         text (`str`, *optional*): What it was trained on, with its revision.
         started_from (`str`, *optional*): Name of the trained model that this training went on from.
         base_model (`str`, *optional*): The Hub's name for that model, if it came from there.
+        cpu_seconds (`float`, *optional*): Seconds of all cores of this process in that time.
     """
 
     steps: int
@@ -100,6 +101,7 @@ class TrainingResult:
     text: str | None = None
     started_from: str | None = None
     base_model: str | None = None
+    cpu_seconds: float | None = None
 
 
 @dataclass(config=RECORD)

@@ -382,6 +382,26 @@ def test_work_on_another_source_of_the_same_name_is_not_taken_up(source, text, t
     assert "resuming earlier work" not in again.stdout
 
 
+def test_healing_to_attention_without_a_maximum_is_reported_with_its_cost(source, text, tmp_path):
+    output = tmp_path / "model"
+    words = ("--heal-steps", "12", "--distill", "--learning-rate", "5e-3", "--set", "log_sum_coefficient=1e-3")
+    process = run(source, text, output, *words, to="Pow4+LN+G")
+    assert process.returncode == 0, process.stderr
+    report = ConversionReport.load(output / "conversion_report.json")
+    replaced, healed = report.steps[0], report.steps[-1]
+    assert "power4" in replaced.title and healed.title == "healed, 12 steps"
+    assert 0 < replaced.kl < replaced.naive_kl, "shifts that are fitted to text lie nearer than those at 0"
+    assert 0 < healed.kl < replaced.kl
+    assert report.healing.validation_nats[0][1] == pytest.approx(replaced.nats, abs=0.05)
+    assert report.healing.validation_nats[-1][1] < report.healing.validation_nats[0][1]
+    page = (output / "conversion_report.md").read_text()
+    assert f"| healed, 12 steps | {healed.kl:.4f} | {math.exp(healed.nats):.2f} |" in page
+    assert all("maximum" not in operation.name for operation in report.target_operations.nonlinear)
+    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+    assert model.config.attention_function == "power4" and model.config.log_sum_coefficient == 1e-3
+    assert all(block.attn.shift.attention_shift.abs().min() > 0 for block in model.transformer.h)
+
+
 def test_training_fields_arrive(source, text, tmp_path):
     words = ("--set", "attn_pdrop=0.2", "--set", "entropy_coefficient=7", "--set", 'entropy_maximum="causal"')
     process = run(source, text, tmp_path / "model", *words, to="EReg(SM+LN+G)")

@@ -418,4 +418,4 @@ def test_too_little_memory_and_disk_are_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1e8)))
     full = look_at_folder("this folder", tmp_path)
     assert full.mark is Mark.missing
-    assert full.found.endswith("0.1 GB free; models and checkpoints take 2.0 GB")
+    assert full.found.endswith("100.0 MB free; models and checkpoints take 2.0 GB")

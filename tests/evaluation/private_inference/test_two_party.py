@@ -445,16 +445,17 @@ def test_answers_out_of_range_count_against_what_a_client_may_ask_for(served):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stops_at", ["accepted", "program"])
-def test_a_client_that_stops_holds_the_engine_for_a_bounded_time(served, stops_at):
-    with serving(served.server.offer, [], limits=replace(UNLIMITED, seconds=20)) as strict:
+@pytest.mark.parametrize(("stops_at", "seconds"), [("accepted", 20), ("program", 60)])
+def test_a_client_that_stops_holds_the_engine_for_a_bounded_time(served, stops_at, seconds):
+    """A busy machine may take half a minute to compile a program."""
+    with serving(served.server.offer, [], limits=replace(UNLIMITED, seconds=seconds)) as strict:
         started = time.monotonic()
         with contextlib.closing(greet(strict)) as channel:
             channel.receive(30, ("accepted",))
             if stops_at == "program":
-                channel.send(channel.receive(20, ("program",)))
-            assert strict.said("took 20 seconds, the most that this client has left here", 40)
-        assert time.monotonic() - started < 40
+                channel.send(channel.receive(seconds, ("program",)))
+            assert strict.said(f"took {seconds} seconds, the most that this client has left here", 2 * seconds)
+        assert time.monotonic() - started < 2 * seconds
         assert eventually(lambda: not strict.server.turns.active, 10)
     assert not engines_here()
 
