@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/installed
 NEWEST := .venv-newest
 # For `make gpu`: .venv, or without one the torch and triton that PYTHON has.
 GPU := $(if $(wildcard $(INSTALLED)),$(VENV),.venv-gpu)
+# Tests start many processes, which read what the first one compiled.
+export PYTHONDONTWRITEBYTECODE :=
 COMPARISONS := model_cards/results/interoperability.jsonl
 # A file's tests run in one process; files are begun in the order of tests/conftest.py, the longest first.
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -54,7 +56,7 @@ test: $(INSTALLED)  ## Runs the default tests, offline, in minutes.
 	$(BIN)/$(PYTEST) $(ARGS)
 
 test-all: $(INSTALLED)  ## Runs every test that needs neither a GPU nor another environment, also slow ones; offline.
-	$(BIN)/$(PYTEST) -m "not gpu and not releases" $(ARGS)
+	$(BIN)/$(PYTEST) -m "not gpu and not releases" --hypothesis-profile=whole $(ARGS)
 
 test-releases: $(INSTALLED)  ## Runs the tests with other releases and other tools, which pip installs for them.
 	$(BIN)/$(PYTEST) -m releases $(ARGS)

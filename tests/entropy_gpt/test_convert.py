@@ -20,7 +20,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel
 
-from entropy_gpt.conversion.simplification import Step
+from entropy_gpt.conversion.planning import Step
 from entropy_gpt.evaluation.measuring.remote_loading import load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import load_results, save_results
@@ -29,6 +29,7 @@ from entropy_gpt.training.progress import SILENT
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.convert_steps import Measurement, take_step
 from tests.architectures import make_model, make_tokens
+from tests.slow import slow_but
 
 from .forks import run_command
 
@@ -180,7 +181,7 @@ def test_a_checkpoint_without_tokenizer_is_imported(source, tmp_path):
     assert ConversionReport.load(tmp_path / "model" / "conversion_report.json").original_nats is None
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt.gz"])
+@pytest.mark.parametrize("kind", slow_but(["parquet"], ["jsonl", "csv", "parquet", "txt.gz"]))
 def test_text_is_read_as_every_command_reads_it(kind, source, text, tmp_path):
     rows = Dataset.from_dict({"body": [path.read_text() for path in sorted(text.iterdir())]})
     path = tmp_path / f"br[1].{kind}"

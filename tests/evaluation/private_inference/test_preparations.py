@@ -19,8 +19,10 @@ from tests.architectures import make_model
 
 pytest.importorskip("spu")
 
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
+from entropy_gpt.evaluation.private_inference.parties.server import Server
+from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 
@@ -82,7 +84,7 @@ def test_an_answer_of_two_phases(model, tmp_path):
     assert np.abs(np.concatenate(outcome.logits) - logits).max() < 0.1
     assert outcome.before == made.steps
     assert sum(step.total_bytes for step in outcome.steps) < sum(step.total_bytes for step in one_phase.steps) / 3
-    assert any("prepares 2 token(s) after 8" in line for line in said)
+    assert any("prepares 2 tokens after 8" in line for line in said)
     assert any("(prepared)" in line for line in said)
 
 
