@@ -382,6 +382,7 @@ def test_work_on_another_source_of_the_same_name_is_not_taken_up(source, text, t
     assert "resuming earlier work" not in again.stdout
 
 
+@pytest.mark.slow
 def test_healing_to_attention_without_a_maximum_is_reported_with_its_cost(source, text, tmp_path):
     sharp, output = tmp_path / "sharp", tmp_path / "model"
     shutil.copytree(source, sharp)
