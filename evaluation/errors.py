@@ -20,7 +20,17 @@ class PublicationError(UserError, ValueError):
 
 
 class PrivateInferenceError(UserError, RuntimeError):
-    """A private inference can't begin or go on; the message is one line that says why and what to do."""
+    """
+    A private inference can't begin or go on.
+
+    Args:
+        message (`str`): One line that says why and what to do.
+        code (`str`, *optional*): The same in a word, for programs.
+    """
+
+    def __init__(self, message: str, code: str | None = None):
+        super().__init__(message)
+        self.code = code
 
 
 class EngineError(PrivateInferenceError):

@@ -15,7 +15,7 @@ from entropy_gpt.conversion.folding import list_absorbable_ffns
 from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, clean
 from entropy_gpt.evaluation.private_inference.parties.health import Health
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
-from entropy_gpt.evaluation.private_inference.parties.two_party import Server, json_line
+from entropy_gpt.evaluation.private_inference.parties.server import Server, json_line
 from entropy_gpt.evaluation.private_inference.program.cost import (
     LAN,
     MEGA,

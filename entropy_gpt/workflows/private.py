@@ -17,25 +17,18 @@ from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY, serve_on_loopback
 from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, parse_address
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
+from entropy_gpt.evaluation.private_inference.parties.server import MOST_PREPARED_BYTES, Server, json_line
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
+from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.parties.turns import Turns
-from entropy_gpt.evaluation.private_inference.parties.two_party import (
-    MOST_PREPARED_BYTES,
-    Client,
-    Offer,
-    Server,
-    json_line,
-)
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
-from entropy_gpt.evaluation.private_inference.program.range_audit import (
-    MOST_WINDOWS,
-    bound,
-    tolerated_error,
-)
+from entropy_gpt.evaluation.private_inference.program.range_audit import MOST_WINDOWS, bound
+from entropy_gpt.evaluation.private_inference.program.range_report import tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import describe_check
@@ -200,8 +193,8 @@ def demonstrate(
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve_on_loopback(offer, timeout, Path(folder)) as address,
-        contextlib.closing(Client(*address, None, timeout, protocol, Path(folder))) as client,
+        serve_on_loopback(offer, timeout, Path(folder) / "prepared") as address,
+        contextlib.closing(Client(*address, None, timeout, protocol, Path(folder) / "prepared")) as client,
     ):
         if prepared:
             with progress.stage("preparing") as line:

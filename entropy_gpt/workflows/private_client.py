@@ -26,18 +26,18 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     check_plain_allowed,
     parse_address,
 )
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling
 from entropy_gpt.evaluation.private_inference.parties.session import (
     Outcome,
-    Terms,
     check_prompt,
     check_request,
     check_sampling,
 )
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client
+from entropy_gpt.evaluation.private_inference.parties.terms import Terms
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
-from entropy_gpt.evaluation.private_inference.program.range_audit import FRACTION_BITS
+from entropy_gpt.evaluation.private_inference.program.range_report import FRACTION_BITS
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
 from entropy_gpt.evaluation.records.results import AnswerCheck
 from entropy_gpt.training.model_tokenizer import hash_vocabulary
@@ -254,9 +254,8 @@ class PrivateClient:
             try:
                 return self._once(ask, note)
             except PrivateInferenceError as error:
-                code = getattr(error, "code", None)
-                ended = was_open and (code == TURN_OVER or not isinstance(error, RefusalError))
-                if accepted.is_set() or not (ended or code == NO_HALF):
+                ended = was_open and (error.code == TURN_OVER or not isinstance(error, RefusalError))
+                if accepted.is_set() or not (ended or error.code == NO_HALF):
                     raise
             was_open = False
         return self._once(ask, on_event)

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
-from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms, check_prompt, check_request
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
+from entropy_gpt.evaluation.private_inference.parties.server import Server
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_prompt, check_request
+from entropy_gpt.evaluation.private_inference.parties.terms import Offer, Terms
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
 from entropy_gpt.evaluation.private_inference.program.range_audit import bound

@@ -18,9 +18,9 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     ClosedError,
     RefusalError,
 )
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.preparations import Store
 from entropy_gpt.evaluation.private_inference.parties.session import Events
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client
 from entropy_gpt.workflows.private_client import PrivateAnswer, PrivateClient
 from tests.entropy_gpt.gateway.conftest import serving
 

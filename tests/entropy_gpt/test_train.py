@@ -257,6 +257,7 @@ def test_a_trained_model_is_adapted_to_other_text(run, finished, tmp_path):
     assert merged.config.use_cache and merged.generation_config.use_cache
 
 
+@pytest.mark.slow
 def test_another_architecture_is_converted_first(run, finished):
     plain = run("notation=SM+LN+G", "max_steps=4", output="plain")
     assert plain.returncode == 0, plain.stderr

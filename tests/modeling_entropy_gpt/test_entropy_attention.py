@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modeling_entropy_gpt import blockwise_attention as module
 from modeling_entropy_gpt import entropy_attention, row_entropies
 from modeling_entropy_gpt.blockwise_attention import BLOCK_ROWS, blockwise_attention
+from tests.slow import in_turn
 
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 3, 7, 8
@@ -315,8 +316,7 @@ def test_passes_on_a_device_without_numbers(mask):
     assert [state.grad.shape for state in states] == [state.shape for state in states]
 
 
-@pytest.mark.parametrize("function", ["softmax", "power4"])
-@pytest.mark.parametrize("with_value", [True, False])
+@pytest.mark.parametrize(("with_value", "function"), in_turn([True, False], ["softmax", "power4"]))
 def test_the_operators_are_well_made(with_value, function):
     query, key, value = (state.detach() for state in make_states(9, 12, value_dim=5, dtype=torch.float32))
     mask, seed = torch.ones(BATCH, 1, 1, 12, dtype=torch.bool), torch.tensor([3])

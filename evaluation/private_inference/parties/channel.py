@@ -175,26 +175,8 @@ class NoServerError(PrivateInferenceError):
 TURN_OVER, NO_HALF = "turn over", "no half"
 
 
-class CodedError(PrivateInferenceError):
-    """What is said to the peer with a word for programs, such as `TURN_OVER`."""
-
-    def __init__(self, message: str, code: str):
-        super().__init__(message)
-        self.code = code
-
-
 class RefusalError(PrivateInferenceError):
-    """
-    The peer has said why it ends the connection.
-
-    Args:
-        message (`str`): What it said.
-        code (`str`, *optional*): `TURN_OVER` or `NO_HALF`.
-    """
-
-    def __init__(self, message: str, code: str | None = None):
-        super().__init__(message)
-        self.code = code
+    """The peer has said why it ends the connection."""
 
 
 class Channel:
@@ -247,9 +229,10 @@ class Channel:
         except RefusalError:
             raise
         except (PrivateInferenceError, OSError) as error:
-            reason = one_line(error) if may_be_told(error) else f"the {party} failed."
+            told = may_be_told(error)
+            reason, code = (one_line(error), error.code) if told else (f"the {party} failed.", None)
             with contextlib.suppress(PrivateInferenceError):
-                self.send({"kind": "refusal", "reason": reason, "code": getattr(error, "code", None)})
+                self.send({"kind": "refusal", "reason": reason, "code": code})
             raise
 
     def receive(self, seconds: float | None, kinds: tuple[str, ...]) -> dict:

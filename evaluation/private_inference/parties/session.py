@@ -28,6 +28,7 @@ from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
 from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
 from .sampling import Sampling
+from .terms import Terms
 from .tunnel import Tunnel
 
 
@@ -41,17 +42,6 @@ LAST_LINES, LINE_CHARACTERS = 20, 2000
 MOST_MESSAGES = 4
 # In which a client hears both why a server has ended an inference and what its own engine did at last.
 REASON_SECONDS = 2
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a server sends a client at first, checked."""
-
-    config: ProgramConfig
-    notation: str
-    settings: PrivateSettings
-    tokenizer_hash: str
-    store: str | None = None
 
 
 @dataclass

@@ -14,7 +14,8 @@ import uvicorn
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
-from entropy_gpt.evaluation.private_inference.parties.two_party import Offer, Server
+from entropy_gpt.evaluation.private_inference.parties.server import Server
+from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.gateway.app import make_app

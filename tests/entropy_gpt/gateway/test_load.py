@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, connect, parse_address
-from entropy_gpt.evaluation.private_inference.parties.two_party import PROTOCOL_VERSION
+from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION
 from entropy_gpt.workflows.certificates import make_certificates
 from entropy_gpt.workflows.private_client import PrivateClient
 

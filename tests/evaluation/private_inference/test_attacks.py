@@ -21,17 +21,18 @@ import trustme
 
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties import channel as channel_module
-from entropy_gpt.evaluation.private_inference.parties import limits, memory, party_process, tunnel, two_party
+from entropy_gpt.evaluation.private_inference.parties import limits, memory, party_process, tunnel
+from entropy_gpt.evaluation.private_inference.parties import server as server_module
 from entropy_gpt.evaluation.private_inference.parties.channel import (
     TURN_OVER,
     Channel,
-    CodedError,
     RefusalError,
     TLSFiles,
     connect,
     may_be_told,
     one_line,
 )
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.limits import DAY_SECONDS, Accounts, Limits, Use
 from entropy_gpt.evaluation.private_inference.parties.party_process import (
     Job,
@@ -42,6 +43,7 @@ from entropy_gpt.evaluation.private_inference.parties.party_process import (
     write_array,
     write_weights,
 )
+from entropy_gpt.evaluation.private_inference.parties.server import MAX_GREETINGS, Server
 from entropy_gpt.evaluation.private_inference.parties.session import (
     MOST_MESSAGES,
     SET_UP_ALLOWANCE,
@@ -51,13 +53,7 @@ from entropy_gpt.evaluation.private_inference.parties.session import (
     listen_to_peer,
 )
 from entropy_gpt.evaluation.private_inference.parties.shares import join_share, read_share
-from entropy_gpt.evaluation.private_inference.parties.two_party import (
-    MAX_GREETINGS,
-    PROTOCOL_VERSION,
-    Client,
-    Offer,
-    Server,
-)
+from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION, Offer
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
@@ -153,7 +149,7 @@ class TestGreetings:
             assert eventually(lambda: not server._waiting)
 
     def test_a_greeting_has_a_deadline(self, monkeypatch):
-        monkeypatch.setattr(two_party, "HANDSHAKE_SECONDS", 0.2)
+        monkeypatch.setattr(server_module, "HANDSHAKE_SECONDS", 0.2)
         with serving() as server, socket.create_connection(server.address, timeout=5) as silent:
             assert b"no whole message for 0.2 seconds" in silent.recv(1000)
             assert eventually(lambda: not server._waiting)
@@ -170,7 +166,7 @@ class TestGreetings:
         def fail(*arguments):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(two_party, "Session", fail)
+        monkeypatch.setattr(server_module, "Session", fail)
         lines: list[str] = []
         with serving(lines.append) as server, contextlib.closing(connect(*server.address, None)) as channel:
             channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
@@ -283,7 +279,7 @@ class TestLimits:
                         channel.receive(5, ("accepted",))
 
     def test_an_engine_is_kept_at_its_clients_expense_until_another_wants_it(self, monkeypatch):
-        monkeypatch.setattr(two_party, "KEPT_CHECK_SECONDS", 0.1)
+        monkeypatch.setattr(server_module, "KEPT_CHECK_SECONDS", 0.1)
         with serving() as server:
             session, use = SimpleNamespace(events=Events()), Use(0.0, 1)
             session.events.put({"event": "peer's request"})
@@ -302,7 +298,7 @@ class TestLimits:
                 server.turns._enter("another")
             else:
                 server.drain(0)
-            with pytest.raises(CodedError, match="the turn is over") as over:
+            with pytest.raises(PrivateInferenceError, match="the turn is over") as over:
                 server._next_request(session, Use(0.0, 1))
             assert over.value.code == TURN_OVER
 
@@ -326,8 +322,8 @@ class TestLimits:
 
     def test_a_client_hears_that_its_turn_is_over(self):
         with channels() as (ours, theirs):
-            with pytest.raises(CodedError), ours.telling("server"):
-                raise CodedError("the turn is over", TURN_OVER)
+            with pytest.raises(PrivateInferenceError), ours.telling("server"):
+                raise PrivateInferenceError("the turn is over", TURN_OVER)
             with pytest.raises(RefusalError, match="the turn is over") as heard:
                 theirs.receive(WITHOUT_WAITING, ("program",))
             theirs.send({"kind": "refusal", "reason": "x", "code": ["other"]})
@@ -356,7 +352,7 @@ class TestMessages:
                 for _ in range(1000):
                     theirs.send({"kind": kind, "x": "x" * 1000})
             thread.join(WITHOUT_WAITING)
-        *heard, failure = events.rest(EngineError(), 0)[1:]
+        *heard, failure = events.rest(EngineError("this side's engine ended"), 0)[1:]
         assert len(heard) == MOST_MESSAGES
         assert str(failure) == "the peer says more than belongs here."
 

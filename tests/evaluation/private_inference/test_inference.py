@@ -12,7 +12,7 @@ from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference import inference
 from entropy_gpt.evaluation.private_inference.inference import MODES, NETWORKS, InferenceResult, PrivateModel
-from entropy_gpt.evaluation.private_inference.parties.two_party import Offer
+from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import BOUNDLESS
 from tests.architectures import make_model

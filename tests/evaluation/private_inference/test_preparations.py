@@ -19,8 +19,10 @@ from tests.architectures import make_model
 
 pytest.importorskip("spu")
 
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client, Offer, Server
+from entropy_gpt.evaluation.private_inference.parties.server import Server
+from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 

@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("spu")
 
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference, make_config
+from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
-from entropy_gpt.evaluation.private_inference.parties.two_party import Client
 from entropy_gpt.evaluation.private_inference.program.cost import WAN, InferenceCost, Network, parse_network, project
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 

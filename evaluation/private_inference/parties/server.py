@@ -1,7 +1,7 @@
 """
-A server that holds weights and a client that holds a prompt, in two processes on two machines.
+A server that holds weights, for clients that hold prompts, on other machines.
 
-The client connects to the server's one port and learns the terms: architecture, settings, tokenizer's hash. Both then
+A client connects to the server's one port and learns the terms: architecture, settings, tokenizer's hash. Both then
 compile the same program from these public facts, each in a process of its own (`party_process.py`), compare its hash,
 and run it; all that the engines send goes through connections the client opens (`tunnel.py`), under TLS.
 """
@@ -9,44 +9,22 @@ and run it; all that the engines send goes through connections the client opens 
 import contextlib
 import functools
 import json
-import math
 import secrets
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
-from pydantic import TypeAdapter, ValidationError
-
-from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, weight_shapes
-from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, RING_BITS, SERVER, TRUST, PrivateSettings
-from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
-from modeling_entropy_gpt import EntropyGPTConfig
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span
+from entropy_gpt.evaluation.private_inference.program.settings import SERVER
 
-from .channel import (
-    NO_HALF,
-    TURN_OVER,
-    Channel,
-    ClosedError,
-    CodedError,
-    Listener,
-    TLSFiles,
-    clean,
-    connect,
-    one_line,
-    shut_down,
-)
-from .engine import engine_versions
+from .channel import NO_HALF, TURN_OVER, Channel, ClosedError, Listener, TLSFiles, one_line, shut_down
 from .limits import Accounts, Limits, Use
-from .memory import check_memory
 from .party_process import Job, Request
 from .preparations import (
     MOST_PRODUCTS,
@@ -59,68 +37,26 @@ from .preparations import (
     pass_spans,
     read_header,
 )
-from .sampling import GREEDY, Sampling
-from .session import Outcome, Session, SilenceError, Terms, check_prompt, check_request, check_sampling, free_port
-from .tunnel import ClientTunnel, ServerTunnel
+from .session import Session, SilenceError, check_request, free_port
+from .terms import HANDSHAKE_SECONDS, LARGEST, PROTOCOL_VERSION, Offer
+from .tunnel import ServerTunnel
 from .turns import Turns
 
 
-PROTOCOL_VERSION = 5
-HANDSHAKE_SECONDS = 30
 # For which a client may keep the engine between two prompts, unless another one waits for it.
 KEPT_SECONDS, KEPT_CHECK_SECONDS = 30, 0.5
-# The largest model that a client believes in, whatever memory it has.
-LARGEST = {
-    "n_layer": 1024,
-    "n_head": 1024,
-    "n_embd": 2**16,
-    "inner_size": 2**18,
-    "n_positions": 2**20,
-    "vocab_size": 2**22,
-}
-MOST_ITERATIONS = 64
 # What a server's preparations may take.
 MOST_PREPARED_BYTES = 4_000_000_000
 # The part of it that one client may fill.
 CLIENT_SHARE = 0.5
 # For which what is about to end is waited for.
 PARTING_SECONDS = 5
-# What each side is to the other.
-SERVER_NAME, CLIENT_NAME = "server", "client"
+# What this side is to the other.
+SERVER_NAME = "server"
 # How much of a certificate's hash a log has.
 PEER_CHARACTERS = 16
 # Connections at once that are not answered yet.
 MAX_GREETINGS = 64
-
-
-@dataclass(frozen=True)
-class Offer:
-    """
-    What a server offers; its weights are its own, the rest is public.
-
-    Args:
-        config ([`EntropyGPTConfig`]), weights (`dict`): What [`prepare_weights`] made.
-        notation (`str`): The architecture before that, in the paper's notation.
-        settings ([`PrivateSettings`]): How it answers.
-        tokenizer_hash (`str`): So that a client can compare its own.
-    """
-
-    config: EntropyGPTConfig
-    weights: dict[str, np.ndarray]
-    notation: str
-    settings: PrivateSettings
-    tokenizer_hash: str
-
-    def terms(self) -> dict:
-        """What a client learns."""
-        return {
-            "version": PROTOCOL_VERSION,
-            "versions": engine_versions(),
-            "notation": self.notation,
-            "program": asdict(ProgramConfig.of(self.config)),
-            "settings": asdict(self.settings),
-            "tokenizer": self.tokenizer_hash,
-        }
 
 
 class Server:
@@ -412,11 +348,12 @@ class Server:
                 "this preparation was made with another client, by its certificate or address."
             )
         if (header.terms, header.weights) != (self._terms_hash, self._weights_hash):
-            raise CodedError(
+            raise PrivateInferenceError(
                 "this preparation was made with another model, other settings or another version: prepare another "
                 "one.",
                 NO_HALF,
             )
+        self.store.spend(path)
         return path
 
     @staticmethod
@@ -458,12 +395,14 @@ class Server:
         expense, until another client wants it, however soon the request comes.
 
         Raises:
-            `CodedError`: If the client's turn is over.
+            `PrivateInferenceError`: If the client's turn is over.
         """
         began, message = time.monotonic(), None
         while True:
             if self.turns.waiting or self._draining or use.kept_seconds > KEPT_SECONDS:
-                raise CodedError("the turn is over, or no further prompt came in time: connect again.", TURN_OVER)
+                raise PrivateInferenceError(
+                    "the turn is over, or no further prompt came in time: connect again.", TURN_OVER
+                )
             if message is not None:
                 return message
             try:
@@ -511,255 +450,3 @@ def _address_of(connection: socket.socket) -> str:
     except OSError:  # it is gone already
         return "-"
     return f"{host}:{port}"
-
-
-class Client:
-    """
-    One connection to a server: first its terms, then one question after another. Close it in the end.
-
-    Args:
-        host (`str`), port (`int`): The server.
-        tls ([`TLSFiles`], *optional*): As the server's.
-        timeout_seconds (`int`): For which nothing may happen.
-        protocol (`str`): What the client agrees to; a server's word alone must not choose one that protects less.
-        prepared (`Path`, *optional*): Folder for its halves of preparations; without it there are none.
-
-    Raises:
-        `PrivateInferenceError`: If there is no server, it breaks rules, or offers another protocol.
-    """
-
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        tls: TLSFiles | None,
-        timeout_seconds: int = 600,
-        protocol: str = "cheetah",
-        prepared: Path | None = None,
-    ):
-        self.store = None if prepared is None else Store(prepared, CLIENT)
-        self._connect = lambda: connect(host, port, tls)
-        self.timeout_seconds = timeout_seconds
-        self._tunnel: ClientTunnel | None = None
-        self._session: Session | None = None
-        self._accepted = False  # the last request
-        self.channel = self._connect()
-        try:
-            with self.channel.telling(CLIENT_NAME):
-                self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
-                self.terms = self._read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
-                self._check_protocol(protocol)
-        except PrivateInferenceError:
-            self.channel.close()
-            raise
-
-    def _check_protocol(self, protocol: str):
-        offered = self.terms.settings.protocol
-        if offered != protocol:
-            raise PrivateInferenceError(
-                f"the server offers the protocol {offered}, and {protocol} is asked for: {offered} means "
-                f"{TRUST[offered]}. Ask for it with --protocol, if that will do."
-            )
-
-    def check_tokenizer(self, own_hash: str):
-        """
-        Raises:
-            `PrivateInferenceError`: If this side's tokenizer is not the server's.
-        """
-        with self.channel.telling(CLIENT_NAME):
-            if own_hash != self.terms.tokenizer_hash:
-                raise PrivateInferenceError(
-                    "the tokenizer is not the server's, so its tokens would have other meanings. Name the server's "
-                    "tokenizer with --tokenizer."
-                )
-
-    @staticmethod
-    def _read_terms(message: dict) -> Terms:
-        if message.get("version") != PROTOCOL_VERSION or message.get("versions") != engine_versions():
-            raise PrivateInferenceError(
-                f"the server runs {clean(message.get('versions'))}, and this side {engine_versions()}: install the "
-                "same."
-            )
-        try:
-            settings = TypeAdapter(PrivateSettings).validate_python(message.get("settings"))
-            config = TypeAdapter(ProgramConfig).validate_python(message.get("program"))
-            store = TypeAdapter(str | None).validate_python(message.get("store"))
-            notation = TypeAdapter(str).validate_python(message.get("notation"))
-            _check_sizes(config, settings)
-        except ValueError as error:  # those of pydantic too
-            raise PrivateInferenceError(f"the server's terms are broken: {_describe(error)}") from error
-        return Terms(config, clean(notation), settings, str(message.get("tokenizer")), store)
-
-    def ask(
-        self,
-        prompt: list[int],
-        new_tokens: int = 1,
-        answers: int = 1,
-        on_event: Callable[[dict], None] = lambda event: None,
-        sampling: Sampling = GREEDY,
-        preparation: str | None = None,
-        require_prepared: bool = False,
-    ) -> Outcome:
-        """
-        Asks for the continuation of a prompt. The connection and the engine are kept for the next one; a server waits
-        for that no longer than `KEPT_SECONDS`.
-
-        Args:
-            prompt (`list[int]`): Tokens; they stay here.
-            new_tokens (`int`): Number of tokens in the answer; public.
-            answers (`int`): Number of last positions of the prompt whose logits are wanted.
-            on_event (`Callable`): Told what happens, for progress.
-            sampling ([`Sampling`]): How tokens are chosen from the logits; it stays here too.
-            preparation (`str`, *optional*): Name of the one to use up. Default: that of [`Client.find_preparation`].
-            require_prepared (`bool`): Whether to fail if there is none.
-
-        Raises:
-            `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much or has no such
-                token. The connection has ended then.
-        """
-        try:
-            check_prompt(prompt, self.terms.config.vocab_size)
-            check_sampling(self.terms.settings, sampling)
-            asked = self._check(len(prompt), new_tokens, answers)
-            own = {"prompt": prompt, "sampling": sampling}
-            preparation = preparation or self.find_preparation(len(prompt), new_tokens, answers)
-            if preparation is None and require_prepared:
-                raise UserError(
-                    f"no preparation fits {len(prompt)} tokens and {new_tokens} new ones of this server: make one "
-                    "(entropy-gpt private prepare)."
-                )
-            if preparation is None:
-                if self.store is not None:
-                    on_event({"event": "unprepared"})
-                return self._request(asked, {}, on_event, **own)
-            with self._taken(preparation) as taken:
-                return self._request(asked, {"preparation": preparation}, on_event, preparation=str(taken), **own)
-        except BaseException:
-            self.close()
-            raise
-
-    def prepare(
-        self,
-        length: int,
-        new_tokens: int = 1,
-        answers: int = 1,
-        on_event: Callable[[dict], None] = lambda event: None,
-    ) -> Outcome:
-        """
-        Does with the server all of an answer that needs no prompt; each side keeps its half.
-
-        Args:
-            length (`int`): The most tokens of the prompt.
-            new_tokens (`int`): The most tokens in the answer.
-            answers (`int`): The most last positions of the prompt whose logits are wanted.
-            on_event (`Callable`): Told what happens, for progress.
-
-        Returns:
-            [`Outcome`]: With the preparation's name.
-
-        Raises:
-            `PrivateInferenceError`: As [`Client.ask`].
-        """
-        try:
-            asked = self._check(length, new_tokens, answers)
-            return self._request(asked, {"prepares": True}, on_event, prepares=True)
-        except BaseException:
-            self.close()
-            raise
-
-    def find_preparation(self, length: int, new_tokens: int = 1, answers: int = 1) -> str | None:
-        """The name of the smallest preparation here that serves such a request, if there is one."""
-        if self.store is None or self.terms.store is None:
-            return None
-        config, settings = self.terms.config, self.terms.settings
-        terms, spans = hash_terms(config, settings), pass_spans(length, new_tokens, answers)
-        for header in self.store.headers():
-            if (header.terms, header.store) != (terms, self.terms.store) or header.new_tokens < new_tokens:
-                continue
-            if Preparation(config, settings, header.spans()).serves(spans):
-                return header.name
-        return None
-
-    def _check(self, length: int, new_tokens: int, answers: int) -> dict[str, int]:
-        check_request(self.terms.config, self.terms.settings, length, new_tokens, answers)
-        return {"length": length, "new_tokens": new_tokens, "answers": answers}
-
-    @contextlib.contextmanager
-    def _taken(self, preparation: str) -> Iterator[Path]:
-        """A half, for one request. It stays in the store if the server accepts none: nothing of it was used then."""
-        taken, self._accepted = self.store.take(preparation), False
-        try:
-            yield taken
-        except BaseException as error:
-            if not self._accepted and getattr(error, "code", None) != NO_HALF:
-                self.store.put_back(taken)
-            raise
-        finally:
-            self.store.drop(taken)
-
-    def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
-        """Has a request answered, of which the server is shown a part."""
-        with self.channel.telling(CLIENT_NAME):
-            self.channel.send({"kind": "request", **asked, **also})
-            if self._session is None:
-                self._open(on_event)
-            else:
-                self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
-            self._accepted = True
-            on_event({"event": "accepted"})
-            return self._session.answer(Request(**asked, **own), on_event)
-
-    def _open(self, on_event: Callable[[dict], None]):
-        while (answer := self.channel.receive(HANDSHAKE_SECONDS, ("accepted", "waiting")))["kind"] == "waiting":
-            on_event({"event": "waiting", "before": clean(answer.get("before"), most=10)})
-        token = answer.get("session")
-        job = Job(
-            rank=CLIENT,
-            config=self.terms.config,
-            settings=self.terms.settings,
-            timeout_seconds=self.timeout_seconds,
-            store=None if self.store is None else str(self.store.folder),
-            peer_store=self.terms.store or "",
-        )
-        own_port = free_port()
-        self._tunnel = ClientTunnel(self._connect, str(token), own_port)
-        self._session = Session(job, None, self.channel, self._tunnel, own_port)
-
-    def close(self):
-        """Ends the connection and the engine."""
-        self.channel.close()  # first: an end on purpose
-        if self._session is not None:
-            self._session.close()
-        if self._tunnel is not None:
-            self._tunnel.close()
-
-
-def _describe(error: ValueError) -> str:
-    """A broken value in a few words, without the value."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{clean('.'.join(map(str, first['loc'])), most=100)}: {one_line(first['msg'], 100)}"
-    return one_line(error)
-
-
-def _check_sizes(config: ProgramConfig, settings: PrivateSettings):
-    """
-    Raises:
-        `ValueError`: If there is no such model, or it is larger than a client believes.
-    """
-    for name, most in LARGEST.items():
-        if not 1 <= getattr(config, name) <= most:
-            raise ValueError(f"{name} is not from 1 to {most:,}")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd={config.n_embd} is no multiple of n_head={config.n_head}")
-    pruned = config.pruned_ffn_layers
-    if pruned != sorted({*pruned} & {*range(config.n_layer)}):
-        raise ValueError(f"pruned_ffn_layers are not some of the {config.n_layer} layers in their order")
-    if not 0 < config.layer_norm_epsilon < math.inf:
-        raise ValueError(f"layer_norm_epsilon={config.layer_norm_epsilon} is no small positive number")
-    check_memory(weight_shapes(config).values(), CLIENT)
-    if not 1 <= settings.fraction_bits < RING_BITS // 2:
-        raise ValueError(f"fraction_bits is not from 1 to {RING_BITS // 2 - 1}")
-    for name in ("exponential_squarings", "reciprocal_iterations"):
-        if not 0 <= getattr(settings, name) <= MOST_ITERATIONS:
-            raise ValueError(f"{name} is not from 0 to {MOST_ITERATIONS}")

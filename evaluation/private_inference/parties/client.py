@@ -1,0 +1,229 @@
+"""A client that holds a prompt: it opens all connections to a server (`server.py`), and asks."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, TRUST
+from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
+
+from .channel import NO_HALF, TLSFiles, clean, connect
+from .party_process import Job, Request
+from .preparations import Store, hash_terms, pass_spans
+from .sampling import GREEDY, Sampling
+from .session import Outcome, Session, check_prompt, check_request, check_sampling, free_port
+from .terms import HANDSHAKE_SECONDS, PROTOCOL_VERSION, read_terms
+from .tunnel import ClientTunnel
+
+
+# What this side is to the other.
+CLIENT_NAME = "client"
+
+
+class Client:
+    """
+    One connection to a server: first its terms, then one question after another. Close it in the end.
+
+    Args:
+        host (`str`), port (`int`): The server.
+        tls ([`TLSFiles`], *optional*): As the server's.
+        timeout_seconds (`int`): For which nothing may happen.
+        protocol (`str`): What the client agrees to; a server's word alone must not choose one that protects less.
+        prepared (`Path`, *optional*): Folder for its halves of preparations; without it there are none.
+
+    Raises:
+        `PrivateInferenceError`: If there is no server, it breaks rules, or offers another protocol.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        tls: TLSFiles | None,
+        timeout_seconds: int = 600,
+        protocol: str = "cheetah",
+        prepared: Path | None = None,
+    ):
+        self.store = None if prepared is None else Store(prepared, CLIENT)
+        self._connect = lambda: connect(host, port, tls)
+        self.timeout_seconds = timeout_seconds
+        self._tunnel: ClientTunnel | None = None
+        self._session: Session | None = None
+        self._accepted = False  # the last request
+        self.channel = self._connect()
+        try:
+            with self.channel.telling(CLIENT_NAME):
+                self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
+                self.terms = read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
+                self._check_protocol(protocol)
+        except PrivateInferenceError:
+            self.channel.close()
+            raise
+
+    def _check_protocol(self, protocol: str):
+        offered = self.terms.settings.protocol
+        if offered != protocol:
+            raise PrivateInferenceError(
+                f"the server offers the protocol {offered}, and {protocol} is asked for: {offered} means "
+                f"{TRUST[offered]}. Ask for it with --protocol, if that will do."
+            )
+
+    def check_tokenizer(self, own_hash: str):
+        """
+        Raises:
+            `PrivateInferenceError`: If this side's tokenizer is not the server's.
+        """
+        with self.channel.telling(CLIENT_NAME):
+            if own_hash != self.terms.tokenizer_hash:
+                raise PrivateInferenceError(
+                    "the tokenizer is not the server's, so its tokens would have other meanings. Name the server's "
+                    "tokenizer with --tokenizer."
+                )
+
+    def ask(
+        self,
+        prompt: list[int],
+        new_tokens: int = 1,
+        answers: int = 1,
+        on_event: Callable[[dict], None] = lambda event: None,
+        sampling: Sampling = GREEDY,
+        preparation: str | None = None,
+        require_prepared: bool = False,
+    ) -> Outcome:
+        """
+        Asks for the continuation of a prompt. The connection and the engine are kept for the next one; a server waits
+        for that no longer than `KEPT_SECONDS`.
+
+        Args:
+            prompt (`list[int]`): Tokens; they stay here.
+            new_tokens (`int`): Number of tokens in the answer; public.
+            answers (`int`): Number of last positions of the prompt whose logits are wanted.
+            on_event (`Callable`): Told what happens, for progress.
+            sampling ([`Sampling`]): How tokens are chosen from the logits; it stays here too.
+            preparation (`str`, *optional*): Name of the one to use up. Default: that of [`Client.find_preparation`].
+            require_prepared (`bool`): Whether to fail if there is none.
+
+        Raises:
+            `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much or has no such
+                token. The connection has ended then.
+        """
+        try:
+            check_prompt(prompt, self.terms.config.vocab_size)
+            check_sampling(self.terms.settings, sampling)
+            asked = self._check(len(prompt), new_tokens, answers)
+            own = {"prompt": prompt, "sampling": sampling}
+            preparation = preparation or self.find_preparation(len(prompt), new_tokens, answers)
+            if preparation is None and require_prepared:
+                raise UserError(
+                    f"no preparation fits {len(prompt)} tokens and {new_tokens} new ones of this server: make one "
+                    "(entropy-gpt private prepare)."
+                )
+            if preparation is None:
+                if self.store is not None:
+                    on_event({"event": "unprepared"})
+                return self._request(asked, {}, on_event, **own)
+            with self._taken(preparation) as taken:
+                return self._request(asked, {"preparation": preparation}, on_event, preparation=str(taken), **own)
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(
+        self,
+        length: int,
+        new_tokens: int = 1,
+        answers: int = 1,
+        on_event: Callable[[dict], None] = lambda event: None,
+    ) -> Outcome:
+        """
+        Does with the server all of an answer that needs no prompt; each side keeps its half.
+
+        Args:
+            length (`int`): The most tokens of the prompt.
+            new_tokens (`int`): The most tokens in the answer.
+            answers (`int`): The most last positions of the prompt whose logits are wanted.
+            on_event (`Callable`): Told what happens, for progress.
+
+        Returns:
+            [`Outcome`]: With the preparation's name.
+
+        Raises:
+            `PrivateInferenceError`: As [`Client.ask`].
+        """
+        try:
+            asked = self._check(length, new_tokens, answers)
+            return self._request(asked, {"prepares": True}, on_event, prepares=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def find_preparation(self, length: int, new_tokens: int = 1, answers: int = 1) -> str | None:
+        """The name of the smallest preparation here that serves such a request, if there is one."""
+        if self.store is None or self.terms.store is None:
+            return None
+        config, settings = self.terms.config, self.terms.settings
+        terms, spans = hash_terms(config, settings), pass_spans(length, new_tokens, answers)
+        for header in self.store.headers():
+            if (header.terms, header.store) != (terms, self.terms.store) or header.new_tokens < new_tokens:
+                continue
+            if Preparation(config, settings, header.spans()).serves(spans):
+                return header.name
+        return None
+
+    def _check(self, length: int, new_tokens: int, answers: int) -> dict[str, int]:
+        check_request(self.terms.config, self.terms.settings, length, new_tokens, answers)
+        return {"length": length, "new_tokens": new_tokens, "answers": answers}
+
+    @contextlib.contextmanager
+    def _taken(self, preparation: str) -> Iterator[Path]:
+        """A half, for one request. It stays in the store if the server accepts none: nothing of it was used then."""
+        taken, self._accepted = self.store.take(preparation), False
+        try:
+            yield taken
+        except BaseException as error:
+            lost = isinstance(error, PrivateInferenceError) and error.code == NO_HALF
+            if not self._accepted and not lost:
+                self.store.put_back(taken)
+            raise
+        finally:
+            self.store.drop(taken)
+
+    def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
+        """Has a request answered, of which the server is shown a part."""
+        with self.channel.telling(CLIENT_NAME):
+            self.channel.send({"kind": "request", **asked, **also})
+            if self._session is None:
+                self._open(on_event)
+            else:
+                self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
+            self._accepted = True
+            if "preparation" in own:
+                self.store.spend(Path(own["preparation"]))
+            on_event({"event": "accepted"})
+            return self._session.answer(Request(**asked, **own), on_event)
+
+    def _open(self, on_event: Callable[[dict], None]):
+        while (answer := self.channel.receive(HANDSHAKE_SECONDS, ("accepted", "waiting")))["kind"] == "waiting":
+            on_event({"event": "waiting", "before": clean(answer.get("before"), most=10)})
+        token = answer.get("session")
+        job = Job(
+            rank=CLIENT,
+            config=self.terms.config,
+            settings=self.terms.settings,
+            timeout_seconds=self.timeout_seconds,
+            store=None if self.store is None else str(self.store.folder),
+            peer_store=self.terms.store or "",
+        )
+        own_port = free_port()
+        self._tunnel = ClientTunnel(self._connect, str(token), own_port)
+        self._session = Session(job, None, self.channel, self._tunnel, own_port)
+
+    def close(self):
+        """Ends the connection and the engine."""
+        self.channel.close()  # first: an end on purpose
+        if self._session is not None:
+            self._session.close()
+        if self._tunnel is not None:
+            self._tunnel.close()
