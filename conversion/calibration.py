@@ -32,7 +32,8 @@ HELD_OUT_EVERY = 5
 LEAST_ROWS_PER_FEATURE = 4
 # Higher whenever other statistics are collected, so that those kept before are not taken for these.
 STATISTICS_VERSION = 3
-# Of the configuration: what comes after the last block, and the dtype, which the weights have.
+# Fields of the configuration that statistics do not depend on: the final norm's, the head's, and the dtype, which the
+# weights have.
 HEAD_FIELDS = ("final_normalization", "tie_word_embeddings", "head_bias", "dtype")
 
 
