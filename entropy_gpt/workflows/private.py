@@ -27,11 +27,8 @@ from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.parties.turns import LONGEST_LINE, LONGEST_WAIT, Turns
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
-from entropy_gpt.evaluation.private_inference.program.range_audit import (
-    MOST_WINDOWS,
-    bound,
-    tolerated_error,
-)
+from entropy_gpt.evaluation.private_inference.program.range_audit import MOST_WINDOWS, bound
+from entropy_gpt.evaluation.private_inference.program.range_report import tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import describe_check
@@ -191,8 +188,8 @@ def demonstrate(
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve_on_loopback(offer, timeout, Path(folder)) as address,
-        contextlib.closing(Client(*address, None, timeout, protocol, Path(folder))) as client,
+        serve_on_loopback(offer, timeout, Path(folder) / "prepared") as address,
+        contextlib.closing(Client(*address, None, timeout, protocol, Path(folder) / "prepared")) as client,
     ):
         if prepared:
             with progress.stage("preparing") as line:

@@ -30,7 +30,7 @@ from entropy_gpt.evaluation.private_inference.parties.session import (
     check_request,
     check_sampling,
 )
-from entropy_gpt.evaluation.private_inference.program.range_audit import FRACTION_BITS
+from entropy_gpt.evaluation.private_inference.program.range_report import FRACTION_BITS
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
 from entropy_gpt.training.model_tokenizer import hash_vocabulary
 from entropy_gpt.training.progress import SILENT, Progress

@@ -5,7 +5,6 @@ python -m entropy_gpt.evaluation.benchmarks.private_inference --quick  small blo
 python -m entropy_gpt.evaluation.benchmarks.private_inference --redraw  the page anew from the record
 """
 
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord, load_record, save_record
 from entropy_gpt.evaluation.origin import ROOT, git_revision
 from entropy_gpt.evaluation.private_inference.agreement import Agreement, measure_agreement
+from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES
 from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference, make_config, make_random_model
 from entropy_gpt.evaluation.private_inference.costs.paper_table import (
@@ -196,14 +196,13 @@ def page(record: Record) -> str:
         f"({entry.private_perplexity / entry.perplexity - 1:+.3%}) | {entry.out_of_range} |"
         for entry in record.agreement
     )
-    set_up = statistics.median(cost.set_up_bytes for cost in blocks.values()) / 1e6
     block_conditions = [
         f"One block at T={today.context}, width {today.n_embd}, {today.n_head} heads, with random weights.",
         f"Two processes over TCP on one machine's loopback, under {today.settings.protocol} with "
         f"{today.settings.fraction_bits} fractional bits.",
         "A block between the first and the last. The first takes its memory from the system, the last computes less, "
         "and linear FFNs between them are absorbed.",
-        f"The set-up of a connection, {set_up:.0f} MB, is not counted.",
+        f"The set-up of a connection, {SET_UP_BYTES / 1e6:.0f} MB, is not counted.",
         "Seconds on a LAN (1 Gbps, 1 ms) and a WAN (100 Mbps, 80 ms) are estimates: those measured here, and those "
         "that bytes and round trips take.",
     ]

@@ -26,7 +26,7 @@ from entropy_gpt.evaluation.records.conditions import describe_origin
 from entropy_gpt.evaluation.showing.markdown import markdown_table
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .cost_model import program_config
+from .cost_model import SET_UP_BYTES, program_config
 from .measured_inference import Inference, make_config
 
 
@@ -201,13 +201,12 @@ class PaperTable:
         return [note for note in (*notes, self._compare_whole()) if note]
 
     def _describe_sums(self) -> str:
-        set_up = self.baseline.set_up_bytes / MEGA
         return (
             "MB are 10^6 bytes, sent by both parties together, for the logits of one token after "
-            f"{self.baseline.context}. The set-up of a connection, {set_up:.0f} MB, is not counted. A model is the "
-            "sum of its blocks, the norm before the head, the embedding and the head. The first block, one of each "
-            "kind between and the last were measured. Seconds on a network are estimates: those measured, and those "
-            "that bytes and round trips take there."
+            f"{self.baseline.context}. The set-up of a connection, {SET_UP_BYTES / MEGA:.0f} MB, is not counted. A "
+            "model is the sum of its blocks, the norm before the head, the embedding and the head. The first block, "
+            "one of each kind between and the last were measured. Seconds on a network are estimates: those "
+            "measured, and those that bytes and round trips take there."
         )
 
     def _describe_ends(self) -> str:
@@ -284,5 +283,5 @@ processes over TCP on one machine's loopback, under {cost.settings.protocol}.
 
 {notes}
 
-{shown}Measured with {describe_origin(cost.versions, cost.git_revision, cost.machine)}.
+{shown}Measured with {describe_origin(cost)}.
 """

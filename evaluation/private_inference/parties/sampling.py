@@ -29,8 +29,8 @@ GREEDY = Sampling()
 def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
     """
     The next token. It is the maximum of the logits plus Gumbel noise of each token (Maddison et al. 2014,
-    arXiv:1411.0030), which is a draw from the softmax. Errors of fixed point change it only if the two largest sums are
-    that close; with draws from cumulated probabilities, each token's error would move all tokens after it.
+    arXiv:1411.0030), which is a draw from the softmax. Errors of fixed point change it only if the two largest sums
+    are that close; with draws from cumulated probabilities, each token's error would move all tokens after it.
 
     Args:
         logits (`np.ndarray`): `(vocabulary,)`.

@@ -25,7 +25,8 @@ from entropy_gpt.evaluation.private_inference.program.program import (
     find_out_of_range,
     run_steps,
 )
-from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences, tolerated_error
+from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences
+from entropy_gpt.evaluation.private_inference.program.range_report import tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTConfig

@@ -466,6 +466,7 @@ class TestMistakesOfTLS:
         files = self.issue(*options.pop("identities", []), **options)
         client, _ = meet(self.client, files)
         assert "its subjectAltName has to name the host that --connect names" in client
+        assert client.isprintable() and len(client) < 300
 
     def test_a_servers_certificate_that_has_expired(self):
         client, server = meet(self.client, self.expired())

@@ -28,7 +28,8 @@ from entropy_gpt.evaluation.private_inference.program.program import (
     sum_neighbours,
     sums_name,
 )
-from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences, tolerated_error
+from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences
+from entropy_gpt.evaluation.private_inference.program.range_report import tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_config, make_model

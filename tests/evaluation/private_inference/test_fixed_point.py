@@ -1,6 +1,7 @@
 """The ring in numpy: what its arithmetic rounds and loses, what an audit finds, and that the engine agrees."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -17,13 +18,8 @@ from entropy_gpt.evaluation.private_inference.program.fixed_point import (
     emulate,
     exact_logits,
 )
-from entropy_gpt.evaluation.private_inference.program.range_audit import (
-    MOST_WINDOWS,
-    audit,
-    choose_sequences,
-    largest_radicand,
-    lowest_exponent,
-)
+from entropy_gpt.evaluation.private_inference.program.range_audit import MOST_WINDOWS, audit, bound, choose_sequences
+from entropy_gpt.evaluation.private_inference.program.range_report import largest_radicand, lowest_exponent
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
@@ -277,7 +273,8 @@ def test_an_audit_finds_the_one_token_that_is_too_large(notation, factor):
     config, weights = with_one_large_embedding(notation, factor)
     random = np.random.default_rng(0).integers(0, config.vocab_size, (4, 64))
     assert not audit(config, weights, PrivateSettings(), random).problems
-    assert audit(config, weights, PrivateSettings(), choose_sequences(config, weights)).problems
+    problem = audit(config, weights, PrivateSettings(), choose_sequences(config, weights)).problems[0]
+    assert "token 777" in problem and "use another model" in problem
 
 
 def test_an_audit_looks_at_every_position():
@@ -314,6 +311,40 @@ def test_errors_that_would_be_noticed_are_a_problem():
     assert replace(report, largest_error=math.nan).problems
     (warning,) = replace(report, agreement=0.984).warnings
     assert "another most likely token at 1.6%" in warning
+
+
+def with_massive_activation(size: float, **fields) -> tuple:
+    """As trained models with LayerNorm have it: one number of the stream, at position 0, is far above all others."""
+    config, weights = prepared("SM+LN+G", **fields)
+    weights["wpe"][0, 7] = size
+    return config, weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "margin"), [(1000, 4), (3000, 2.7), (6000, 1.37)])
+def test_a_stream_as_large_as_gpt2s_fits(size, margin):
+    config, weights = with_massive_activation(size, n_embd=768, n_head=12, n_layer=1)
+    report = audit(config, weights, PrivateSettings(), choose_sequences(config, weights))
+    assert any("layer 0, norm: " in line for line in report.problems) == (size == 6000)
+    assert report.margin == pytest.approx(margin, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("size", "bits", "advice"),
+    [
+        (1000, 17, "use --fraction-bits 18."),
+        (3000, 18, "convert the model to one without LayerNorm (entropy-gpt convert)."),
+        pytest.param(6000, 18, "convert the model to one without LayerNorm", marks=pytest.mark.slow),
+        pytest.param(6000, 20, "convert the model to one without LayerNorm", marks=pytest.mark.slow),
+    ],
+)
+def test_a_refusal_names_the_number_of_the_stream_that_is_too_large(size, bits, advice):
+    config, weights = with_massive_activation(size, n_layer=1)
+    with pytest.raises(PrivateInferenceError, match=r"the model does not fit the ring: layer 0, norm: ") as refused:
+        bound(config, weights, PrivateSettings(fraction_bits=bits))
+    said = str(refused.value)
+    assert re.search(rf"\(the stream reaches {size // 1000},0\d\d at position 0, token \d+, column 7\); ", said)
+    assert advice in said
 
 
 OPERATIONS = {

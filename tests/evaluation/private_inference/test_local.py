@@ -38,7 +38,7 @@ def clear_logits(model, tokens: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("notation", slow_but(["SM+LN+G"], ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"]))
 def test_fixed_point_keeps_the_answer(notation):
-    model = make_model(notation)
+    model = make_model(notation, n_layer=1)
     run = infer_locally(*prepare_weights(model), PrivateSettings("ref2k"), prompts(2), LENGTH)
     for tokens, logits in zip(prompts(2), run.answers, strict=True):
         clear = clear_logits(model, tokens)
@@ -88,8 +88,8 @@ def test_the_check_says_whether_numbers_are_out_of_range(protocol):
 
 
 def test_the_digest_names_code_settings_and_order():
-    config, _ = prepare_weights(make_model("SM"))
-    other, _ = prepare_weights(make_model("SM+R"))
+    config, _ = prepare_weights(make_model("SM", n_layer=1))
+    other, _ = prepare_weights(make_model("SM+R", n_layer=1))
     settings = PrivateSettings()
     program = compile_pass(config, settings, Span(0, 4))
     same = compile_pass(config, settings, Span(0, 4))

@@ -22,6 +22,7 @@ import torch
 import trustme
 
 from tests.architectures import make_model
+from tests.slow import slow_cases
 
 from .test_channel import tls_files
 
@@ -48,12 +49,12 @@ from entropy_gpt.evaluation.private_inference.program.weights import prepare_wei
 pytestmark = pytest.mark.private
 ROOT = Path(__file__).resolve().parents[3]
 PROMPT = [17, 93, 5, 64]
-SECONDS = 60
+SECONDS = 300
 SCALE = 2**18
 EIGHT_ANSWERS = replace(UNLIMITED, answers=8)
 
 
-def make_offer(notation: str = "SM") -> tuple[Offer, list[int]]:
+def make_offer(notation: str = "SM", protocol: str = "cheetah") -> tuple[Offer, list[int]]:
     """A tiny model as a server offers it, and what it generates in the clear after the prompt."""
     torch.manual_seed(0)
     model = make_model(notation, n_layer=1)
@@ -61,7 +62,8 @@ def make_offer(notation: str = "SM") -> tuple[Offer, list[int]]:
     with torch.no_grad():
         for _ in range(2):
             tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return Offer(*prepare_weights(model), notation, PrivateSettings(), "hash"), tokens[0, len(PROMPT) :].tolist()
+    offer = Offer(*prepare_weights(model), notation, PrivateSettings(protocol), "hash")
+    return offer, tokens[0, len(PROMPT) :].tolist()
 
 
 @dataclass
@@ -166,12 +168,14 @@ def test_an_engines_process_needs_neither_torch_nor_transformers():
     assert not {"torch", "transformers", "datasets"} & {*imported.stdout.split()}
 
 
-def test_layernorms_and_gelu_under_tls(tmp_path):
+@pytest.mark.parametrize(("notation", "protocol"), [("SM", "semi2k"), *slow_cases(("SM+LN+G", "cheetah"))])
+def test_answers_under_tls(notation, protocol, tmp_path):
+    """Cheetah's keys take most of the time, and the demonstration of tests/entropy_gpt/test_private.py has them."""
     authority = trustme.CA()
     ours, theirs = (tls_files(tmp_path, name, authority, "127.0.0.1") for name in ("server", "client"))
     with (
-        serving(*make_offer("SM+LN+G"), ours) as served,
-        contextlib.closing(Client(*served.server.address, theirs, SECONDS)) as client,
+        serving(*make_offer(notation, protocol), ours) as served,
+        contextlib.closing(Client(*served.server.address, theirs, SECONDS, protocol)) as client,
     ):
         answer, another = client.ask(PROMPT, 2), client.ask(PROMPT, 1)
     assert answer.tokens == served.expected
@@ -441,16 +445,17 @@ def test_answers_out_of_range_count_against_what_a_client_may_ask_for(served):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stops_at", ["accepted", "program"])
-def test_a_client_that_stops_holds_the_engine_for_a_bounded_time(served, stops_at):
-    with serving(served.server.offer, [], limits=replace(UNLIMITED, seconds=20)) as strict:
+@pytest.mark.parametrize(("stops_at", "seconds"), [("accepted", 20), ("program", 60)])
+def test_a_client_that_stops_holds_the_engine_for_a_bounded_time(served, stops_at, seconds):
+    """A busy machine may take half a minute to compile a program."""
+    with serving(served.server.offer, [], limits=replace(UNLIMITED, seconds=seconds)) as strict:
         started = time.monotonic()
         with contextlib.closing(greet(strict)) as channel:
             channel.receive(30, ("accepted",))
             if stops_at == "program":
-                channel.send(channel.receive(20, ("program",)))
-            assert strict.said("took 20 seconds, the most that this client has left here", 40)
-        assert time.monotonic() - started < 40
+                channel.send(channel.receive(seconds, ("program",)))
+            assert strict.said(f"took {seconds} seconds, the most that this client has left here", 2 * seconds)
+        assert time.monotonic() - started < 2 * seconds
         assert eventually(lambda: not strict.server.turns.active, 10)
     assert not engines_here()
 
