@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/installed
 NEWEST := .venv-newest
 # For `make gpu`: .venv, or without one the torch and triton that PYTHON has.
 GPU := $(if $(wildcard $(INSTALLED)),$(VENV),.venv-gpu)
+# Tests start many processes, which read what the first one compiled.
+export PYTHONDONTWRITEBYTECODE :=
 COMPARISONS := model_cards/results/interoperability.jsonl
 # A file's tests run in one process; files are begun in the order of tests/conftest.py, the longest first.
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -38,20 +40,23 @@ runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectu
 	$(BIN)/entropy-gpt plot model_cards/results/runs/sm-ln-g model_cards/results/runs/sm-scfuffn \
 		model_cards/results/runs/ereg-smt-scfuffn --output docs/training
 
-study: $(INSTALLED)  ## Does what the study's record lacks (hours), and writes its page, its pictures and the README's table.
-	mkdir -p runs/study
+study: $(INSTALLED)  ## Does what the study's records lack (many hours), and writes its page, its pictures and the README's table.
+	mkdir -p runs/study runs/scaling
 	cp model_cards/results/study.json runs/study/study.json
 	cp model_cards/results/study_models.json runs/study/models.json
+	cp model_cards/results/scaling.json runs/scaling/study.json
 	$(BIN)/entropy-gpt study $(ARGS)
+	$(BIN)/entropy-gpt study --protocol scaling $(ARGS)
 	cp runs/study/study.json model_cards/results/study.json
 	cp runs/study/models.json model_cards/results/study_models.json
+	cp runs/scaling/study.json model_cards/results/scaling.json
 	$(BIN)/python -m entropy_gpt.programs.study.page
 
 test: $(INSTALLED)  ## Runs the default tests, offline, in minutes.
 	$(BIN)/$(PYTEST) $(ARGS)
 
 test-all: $(INSTALLED)  ## Runs every test that needs neither a GPU nor another environment, also slow ones; offline.
-	$(BIN)/$(PYTEST) -m "not gpu and not releases" $(ARGS)
+	$(BIN)/$(PYTEST) -m "not gpu and not releases" --hypothesis-profile=whole $(ARGS)
 
 test-releases: $(INSTALLED)  ## Runs the tests with other releases and other tools, which pip installs for them.
 	$(BIN)/$(PYTEST) -m releases $(ARGS)

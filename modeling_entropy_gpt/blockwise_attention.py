@@ -26,10 +26,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import is_triton_available
 from transformers.utils.import_utils import is_tracing
 
-from .attention_functions import HIGHEST, LOWEST, MASKED, POWERS, SMALLEST
+from .attention_functions import HIGHEST, LOWEST, MASKED, POWERS, SMALLEST, visible_to_rows
 
 
 LOG2_E = math.log2(math.e)
@@ -40,6 +41,8 @@ NOTHING_VISIBLE = MASKED / 10
 # Sizes of blocks, by measurement (evaluation/benchmarks/entropy_attention.py).
 BLOCK_ROWS = 64
 BLOCK_ELEMENTS = 2**18
+# Up to this length, a product takes longer into a part of a tensor than into memory of its own, and an addition.
+SMALL_PART = 2 * BLOCK_ROWS
 # Shapes whose memory each thread keeps, and the number of queries and of keys up to which it does.
 KEPT_SHAPES = 4
 KEPT_LENGTH = 2**13
@@ -110,23 +113,17 @@ def forward_pass(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The forward pass of [`blockwise_attention`]."""
     output, entropies, log_sum_exp = results = _empty_results(query, value)
-    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1]), function) is None:
+    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1])) is None:
         from .triton_attention import run_forward
 
-        run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, *results)
+        run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, function, shift, *results)
         return results
-    if not key.shape[2]:
+    if not (query.shape[2] and key.shape[2]):
         return tuple(result.zero_() for result in results)
-    plan = _plans.find(query, key.shape[2], output.shape[-1], is_causal)
-    blocks = plan.blocks(visible)
+    plan, blocks, visible = _plans.find(query, key.shape[2], output.shape[-1], visible, is_causal)
     with torch.autocast(query.device.type, enabled=False):
         for number, group in enumerate(plan.groups):
-            plan.queries.copy_(query[group])
-            plan.keys.copy_(key[group])
-            if value is not None:
-                plan.values.copy_(value[group])
-            if shift is not None:
-                plan.shift.copy_(shift[group].unsqueeze(-1))
+            plan.load(group, queries=query, keys=key, values=value, shift=shift)
             for block in blocks:
                 part = plan.cut(block)
                 scores, weights = part.scores, part.weights
@@ -138,20 +135,19 @@ def forward_pass(
                 torch.exp2(scores.sub_(part.maximum), out=weights)
                 torch.sum(weights, -1, True, out=part.total)
                 torch.sum(scores.mul_(weights), -1, True, out=part.product)
+                if visible is not None:
+                    part.total.masked_fill_(part.total == 0, 1.0)  # of rows that see nothing
                 if value is not None:
                     if dropout:
-                        kept = _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
-                        weights.mul_(kept)
+                        weights.mul_(
+                            _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
+                        )
                     torch.bmm(weights, part.values, out=part.outputs)
-            total = plan.total
-            if visible is not None:
-                total.masked_fill_(total == 0, 1.0)  # of rows that see nothing
-            if value is not None:
-                torch.div(plan.outputs, total, out=output[group])
-            log_total = total.log2()
+                    torch.div(part.whole_outputs, part.whole_total, out=_rows(output, group, block))
+            log_total = plan.total.log2()
             torch.add(log_total, plan.maximum, out=log_sum_exp[group].unsqueeze(-1))
             rows_entropy = entropies[group].unsqueeze(-1)
-            torch.sub(log_total, plan.product.div_(total), out=rows_entropy).mul_(LN_2)
+            torch.sub(log_total, plan.product.div_(plan.total), out=rows_entropy).mul_(LN_2)
     return results
 
 
@@ -172,82 +168,80 @@ def backward_pass(
     grad_log_sum_exp: torch.Tensor,
     function: str = "softmax",
     shift: torch.Tensor | None = None,
+    for_query: bool = True,
+    for_key: bool = True,
+    for_value: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Gradients of query, key, value and shift (without a value or shift: an empty tensor), given what the forward pass
-    took and gave.
+    Gradients of query, key, value and shift, given what the forward pass took and gave: an empty tensor in place of
+    each that is not asked for, and of a value or shift that there is not.
     """
-    gradients = grad_query, grad_key, grad_value, grad_shift = _empty_gradients(query, key, value, shift)
+    gradients = _empty_gradients(query, key, value, shift, for_query, for_key, for_value)
+    grad_query, grad_key, grad_value, grad_shift = gradients
     grad_sums = grad_log_sum_exp * LOG2_E
-    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1]), function) is None:
+    if obstacle_to_kernel(query.device, query.dtype, max(query.shape[-1], output.shape[-1])) is None:
         from .triton_attention import run_backward
 
         run_backward(
-            query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp,
-            grad_output, grad_entropies, grad_sums, grad_query, grad_key, grad_value,
+            query, key, value, visible, is_causal, scaling, dropout, seed, function, shift,
+            output, entropies, log_sum_exp, grad_output, grad_entropies, grad_sums, *gradients,
         )  # fmt: skip
         return gradients
-    if not key.shape[2]:
+    if not (query.shape[2] and key.shape[2]):
         return tuple(gradient.zero_() for gradient in gradients)
-    plan = _plans.find(query, key.shape[2], output.shape[-1], is_causal)
-    blocks = plan.blocks(visible)
+    plan, blocks, visible = _plans.find(query, key.shape[2], output.shape[-1], visible, is_causal)
+    # Under a causal mask, the last rows see all keys: what they add to the gradients of keys and values comes first.
+    begins_whole = blocks[-1][2:] == (0, key.shape[2])
     with torch.autocast(query.device.type, enabled=False):
         for number, group in enumerate(plan.groups):
-            plan.queries.copy_(query[group])
-            plan.keys.copy_(key[group])
-            slopes, constants = grad_entropies[group].unsqueeze(-1), plan.total
-            torch.mul(slopes, entropies[group].unsqueeze(-1), out=constants).sub_(grad_sums[group].unsqueeze(-1))
+            plan.load(group, queries=query, keys=key, shift=shift, maximum=log_sum_exp, total=grad_sums)
+            slopes, constants = grad_entropies[group].unsqueeze(-1), plan.total.neg_()
+            constants.addcmul_(slopes, entropies[group].unsqueeze(-1))
             torch.mul(slopes, -LN_2, out=plan.product)
-            plan.maximum.copy_(log_sum_exp[group].unsqueeze(-1))
-            plan.grad_keys.zero_()
             if value is not None:
-                plan.values.copy_(value[group])
-                upstream = plan.upstream.copy_(grad_output[group])
-                torch.mul(upstream, output[group], out=plan.outputs)
-                constants.add_(plan.outputs.sum(-1, True))
+                plan.load(group, values=value, upstream=grad_output)
+                constants.add_(torch.mul(plan.upstream, output[group], out=plan.attended).sum(-1, True))
+            if not begins_whole:
+                plan.grad_keys.zero_()
                 plan.grad_values.zero_()
-            if shift is not None:
-                plan.shift.copy_(shift[group].unsqueeze(-1))
-                plan.grad_shift.zero_()
-            constants.neg_()
-            for block in blocks:
+            for block in reversed(blocks):
+                kept_sums = float(block is not blocks[-1] or not begins_whole)
                 part = plan.cut(block)
                 scores, weights = part.scores, part.weights
                 _score(part, scaling, function, with_derivative=True)
                 _hide(part, visible, group, block)
                 torch.exp2(scores.sub_(part.maximum), out=weights)  # of log2 of the probabilities
-                torch.addcmul(part.total, scores, part.product, out=scores)
+                scores.mul_(part.product)
                 if value is not None:
+                    used = weights
                     if dropout:
                         kept = _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
                         scores.addcmul_(torch.bmm(part.upstream, part.values.mT), kept)
-                        part.grad_values.baddbmm_(kept.mul_(weights).mT, part.upstream)
+                        used = kept.mul_(weights)
                     else:
                         scores.baddbmm_(part.upstream, part.values.mT)
-                        part.grad_values.baddbmm_(weights.mT, part.upstream)
-                scores.mul_(weights)  # now the gradient of log f
+                    if for_value:
+                        _add_product(part.grad_values, kept_sums, used.mT, part.upstream, 1.0, part.value_product)
+                scores.sub_(part.total).mul_(weights)  # now the gradient of log f
                 if shift is not None:
                     scores.mul_(part.derivative)
-                    torch.sum(scores, -1, True, out=part.grad_shift)
-                torch.baddbmm(part.grad_queries, scores, part.keys, beta=0, alpha=scaling, out=part.grad_queries)
-                part.grad_keys.baddbmm_(scores.mT, part.queries, alpha=scaling)
-            grad_query[group].copy_(plan.grad_queries)
-            grad_key[group].copy_(plan.grad_keys)
-            if value is not None:
+                    torch.sum(part.whole_scores, -1, out=_rows(grad_shift, group, block)).neg_()
+                if for_query:
+                    torch.baddbmm(part.query_product, scores, part.keys, beta=0, alpha=scaling, out=part.query_product)
+                    _rows(grad_query, group, block).copy_(part.whole_query_product)
+                if for_key:
+                    _add_product(part.grad_keys, kept_sums, scores.mT, part.queries, scaling, part.key_product)
+            if for_key:
+                grad_key[group].copy_(plan.grad_keys)
+            if for_value and value is not None:
                 grad_value[group].copy_(plan.grad_values)
-            if shift is not None:
-                grad_shift[group].copy_(plan.grad_shift.squeeze(-1)).neg_()
     return gradients
 
 
-def obstacle_to_kernel(
-    device: torch.device, dtype: torch.dtype, head_dim: int, function: str = "softmax"
-) -> str | None:
+def obstacle_to_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernel of triton_attention.py does not serve, so that blocks are computed; `None` if it does."""
     if device.type != "cuda":
         return f"there is none for {device.type}"
-    if function != "softmax":
-        return f"it computes softmax alone, not {function}"
     if dtype not in KERNEL_DTYPES or head_dim > LARGEST_HEAD_DIM:
         return f"it takes {', '.join(map(str, KERNEL_DTYPES))} and up to {LARGEST_HEAD_DIM} numbers a head"
     if not is_triton_available():
@@ -273,15 +267,14 @@ MATRICES = ("scores", "weights", "kept", "derivative")
 
 class _Plan:
     """
-    How attention between tensors of some shapes is cut into equal groups of heads and blocks of rows, and the memory
-    for one group: tensors of shape `(batch, heads, length, width)`, and their parts for a block, with batch and heads
-    flat. Each group of each call overwrites it.
+    How attention between tensors of some shapes is cut into equal groups of heads, and the memory for one group, which
+    each group of each call overwrites: tensors of shape `(batch, heads, length, width)`, and their parts for a block,
+    with batch and heads flat.
     """
 
     def __init__(self, query_shape: tuple, key_length: int, value_dim: int, dtype, device, is_causal: bool):
         batch_size, heads, self.query_length, head_dim = query_shape
-        self.key_length, self.is_causal = key_length, is_causal
-        self.past = key_length - self.query_length
+        self.is_causal, self.past = is_causal, key_length - self.query_length
         block_rows = max(1, min(BLOCK_ROWS, self.query_length))
         most = max(1, BLOCK_ELEMENTS // (BLOCK_ROWS * max(1, self.query_length, key_length)))
         self.shape = (_divisor(batch_size, most // max(1, heads)), _divisor(heads, most))
@@ -290,38 +283,30 @@ class _Plan:
             for batch in range(0, batch_size, self.shape[0])
             for head in range(0, heads, self.shape[1])
         ]
-        starts = range(0, self.query_length, block_rows)
-        ends = [min(start + block_rows, self.query_length) for start in starts]
-        last_keys = [min(key_length, end + self.past) if is_causal else key_length for end in ends]
-        self._blocks = [_Block(*rows, 0, key) for *rows, key in zip(starts, ends, last_keys, strict=True)]
-
-        rows = {"queries": head_dim, "grad_queries": head_dim, "outputs": value_dim, "upstream": value_dim}
-        rows |= dict.fromkeys(("maximum", "total", "product", "shift", "grad_shift"), 1)
+        rows = {"queries": head_dim, "upstream": value_dim, "attended": value_dim}
+        rows |= dict.fromkeys(("maximum", "total", "product", "shift"), 1)
         keys = {"keys": head_dim, "grad_keys": head_dim, "values": value_dim, "grad_values": value_dim}
-        options = {"dtype": dtype, "device": device}
+        options, size = {"dtype": dtype, "device": device}, math.prod(self.shape)
+        # Results of products with memory of their own: whether there is one for each key, else row, and its width.
+        self._products = {"outputs": (0, value_dim), "query_product": (0, head_dim)}
+        self._products |= {"value_product": (1, value_dim), "key_product": (1, head_dim)}
         with torch.inference_mode(False):  # so that it serves with gradients too
             self._rows = {
                 name: torch.empty(*self.shape, self.query_length, dim, **options) for name, dim in rows.items()
             }
             self._keys = {name: torch.empty(*self.shape, key_length, dim, **options) for name, dim in keys.items()}
-            matrices = math.prod(self.shape) * block_rows * key_length
-            self._matrices = {name: torch.empty(matrices, **options) for name in MATRICES}
+            self._matrices = {name: torch.empty(size * block_rows * key_length, **options) for name in MATRICES}
+            self._product = torch.empty(size * max(block_rows, key_length) * max(head_dim, value_dim), **options)
             self._later_keys = torch.full((block_rows, block_rows), MASKED, **options).triu_(1)
         vars(self).update(self._rows | self._keys)
         self._parts = {}
 
-    def blocks(self, visible: torch.Tensor | None) -> list[_Block]:
-        """The blocks, with no keys before the first or after the last that the mask lets any of their rows see."""
-        if visible is None or visible.shape[-1] == 1:
-            return self._blocks
-        return [self._narrow(block, visible) for block in self._blocks]
-
-    def _narrow(self, block: _Block, visible: torch.Tensor) -> _Block:
-        if visible.shape[2] > 1:
-            visible = visible[:, :, block.first_row : block.end_row]
-        seen = visible[..., : block.end_key].any(dim=0).any(dim=0).any(dim=0).nonzero()
-        first, end = (seen[0].item(), seen[-1].item() + 1) if len(seen) else (0, 1)
-        return block._replace(first_key=first, end_key=end)
+    def load(self, group: tuple[slice, slice], **tensors: torch.Tensor | None):
+        """Fills the memory of these names with a group's part of tensors."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                part = tensor[group]
+                vars(self)[name].copy_(part if part.ndim == 4 else part.unsqueeze(-1))
 
     def cut(self, block: _Block) -> SimpleNamespace:
         """A block's part of the memory; `later_keys` is what is added to `later_scores`, if the block has any."""
@@ -332,7 +317,7 @@ class _Plan:
         return self._parts[block]
 
     def _cut(self, first_row: int, end_row: int, first_key: int, end_key: int) -> SimpleNamespace:
-        rows, keys, size = end_row - first_row, end_key - first_key, math.prod(self.shape)
+        rows, keys, size = lengths = end_row - first_row, end_key - first_key, math.prod(self.shape)
         part = SimpleNamespace(later_keys=None)
         for name, tensor in self._rows.items():
             setattr(part, name, tensor.flatten(0, 1)[:, first_row:end_row])
@@ -340,7 +325,10 @@ class _Plan:
             setattr(part, name, tensor.flatten(0, 1)[:, first_key:end_key])
         for name, tensor in self._matrices.items():
             setattr(part, name, tensor[: size * rows * keys].view(size, rows, keys))
-        part.whole_scores = part.scores.view(*self.shape, rows, keys)
+        for name, (along, dim) in self._products.items():
+            setattr(part, name, self._product[: size * lengths[along] * dim].view(size, lengths[along], dim))
+        for name in ("scores", "outputs", "query_product", "total"):
+            setattr(part, f"whole_{name}", getattr(part, name).unflatten(0, self.shape))
         diagonal = first_row + self.past
         start = max(first_key, diagonal)
         if self.is_causal and start < end_key:
@@ -352,20 +340,86 @@ class _Plan:
 class _Plans(threading.local):
     """
     Each thread's plans for the shapes that it met last; not those with one query, of which decoding has another for
-    each token.
+    each token. And what it saw in its last mask, which all layers share, forward and backward.
     """
 
     def __init__(self):
         self.keep = lru_cache(KEPT_SHAPES)(_Plan)
+        self.mask, self.seen = None, {}
 
-    def find(self, query: torch.Tensor, key_length: int, value_dim: int, is_causal: bool) -> _Plan:
+    def find(
+        self, query: torch.Tensor, key_length: int, value_dim: int, visible: torch.Tensor | None, is_causal: bool
+    ) -> tuple[_Plan, list[_Block], torch.Tensor | None]:
+        """The plan, the blocks, and the mask, unless it hides no more than all keys that are later or nothing."""
+        lengths = query.shape[2], key_length
+        hides_more, is_causal, blocks = False, is_causal, None
+        if visible is not None:
+            hides_more, is_causal, blocks = self._see(visible, is_causal, *lengths)
         dtype = torch.promote_types(query.dtype, torch.float32)
-        is_kept = query.shape[2] > 1 and max(query.shape[2], key_length) <= KEPT_LENGTH
-        plan = self.keep if is_kept else _Plan
-        return plan(query.shape, key_length, value_dim, dtype, query.device, is_causal)
+        is_kept = query.shape[2] > 1 and max(lengths) <= KEPT_LENGTH
+        plan = (self.keep if is_kept else _Plan)(query.shape, key_length, value_dim, dtype, query.device, is_causal)
+        return plan, blocks or _cut_rows(*lengths, is_causal), visible if hides_more else None
+
+    def _see(self, visible: torch.Tensor, *case) -> tuple[bool, bool, list[_Block]]:
+        mask = None  # of inference mode, whose changes nobody counts
+        if not visible.is_inference():
+            storage = StorageWeakRef(visible.untyped_storage())
+            mask = (storage, visible.storage_offset(), visible.shape, visible.stride(), visible._version)
+        if mask is None or mask != self.mask:
+            self.mask, self.seen = mask, {}
+        if case not in self.seen:
+            self.seen[case] = _look(visible, *case)
+        return self.seen[case]
 
 
 _plans = _Plans()
+
+
+def _look(
+    visible: torch.Tensor, is_causal: bool, query_length: int, key_length: int
+) -> tuple[bool, bool, list[_Block]]:
+    """Whether a mask hides more than later keys or nothing; whether all of these are hidden; and the blocks."""
+    if query_length <= key_length:
+        not_later = visible_to_rows(None, True, query_length, key_length, visible.device)
+        if not (not_later & ~visible).any():
+            if is_causal or not (visible & ~not_later).any():
+                return False, True, _cut_rows(query_length, key_length, True)
+            if visible.all():
+                return False, False, _cut_rows(query_length, key_length, False)
+    blocks = _cut_rows(query_length, key_length, is_causal)
+    return True, is_causal, blocks if visible.shape[-1] == 1 else [_narrow(block, visible) for block in blocks]
+
+
+@lru_cache(KEPT_SHAPES)
+def _cut_rows(query_length: int, key_length: int, is_causal: bool) -> list[_Block]:
+    starts = range(0, query_length, BLOCK_ROWS)
+    ends = [min(start + BLOCK_ROWS, query_length) for start in starts]
+    last_keys = [min(key_length, end + key_length - query_length) if is_causal else key_length for end in ends]
+    return [_Block(*rows, 0, key) for *rows, key in zip(starts, ends, last_keys, strict=True)]
+
+
+def _narrow(block: _Block, visible: torch.Tensor) -> _Block:
+    """The block without the keys before the first and after the last that the mask lets any of its rows see."""
+    if visible.shape[2] > 1:
+        visible = visible[:, :, block.first_row : block.end_row]
+    seen = visible[..., : block.end_key].any(dim=0).any(dim=0).any(dim=0).nonzero()
+    first, end = (seen[0].item(), seen[-1].item() + 1) if len(seen) else (0, 1)
+    return block._replace(first_key=first, end_key=end)
+
+
+def _rows(tensor: torch.Tensor, group: tuple[slice, slice], block: _Block) -> torch.Tensor:
+    """A block's rows of a tensor of all heads."""
+    return tensor[(*group, slice(block.first_row, block.end_row))]
+
+
+def _add_product(
+    sums: torch.Tensor, kept: float, left: torch.Tensor, right: torch.Tensor, factor: float, memory: torch.Tensor
+):
+    """Multiplies sums, the whole or a part of a tensor, by `kept`, and adds a product of matrices times a factor."""
+    if sums.is_contiguous() or sums.shape[1] > SMALL_PART:
+        torch.baddbmm(sums, left, right, beta=kept, alpha=factor, out=sums)
+    else:
+        sums.add_(torch.baddbmm(memory, left, right, beta=0, alpha=factor, out=memory))
 
 
 def _divisor(total: int, most: int) -> int:
@@ -432,11 +486,9 @@ def _empty_results(query: torch.Tensor, value: torch.Tensor | None) -> tuple[tor
     return output, *(query.new_empty(batch_size, heads, query_length, dtype=dtype) for _ in range(2))
 
 
-def _empty_gradients(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, shift: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    optional = (query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in (value, shift))
-    return torch.empty_like(query), torch.empty_like(key), *optional
+def _empty_gradients(query, key, value, shift, for_query, for_key, for_value) -> tuple[torch.Tensor, ...]:
+    asked = (query if for_query else None, key if for_key else None, value if for_value else None, shift)
+    return tuple(query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in asked)
 
 
 blockwise_attention_forward = torch.library.custom_op(f"{OPERATOR}_forward", forward_pass, mutates_args=())
@@ -452,8 +504,9 @@ def _(query, key, value, visible, is_causal, scaling, dropout, seed, function="s
 def _(
     query, key, value, visible, is_causal, scaling, dropout, seed,
     output, entropies, log_sum_exp, grad_output, grad_entropies, grad_log_sum_exp, function="softmax", shift=None,
+    for_query=True, for_key=True, for_value=True,
 ):  # fmt: skip
-    return _empty_gradients(query, key, value, shift)
+    return _empty_gradients(query, key, value, shift, for_query, for_key, for_value)
 
 
 def _one_by_one(operator: Callable) -> Callable:
@@ -495,14 +548,14 @@ class _BlockwiseAttention(torch.autograd.Function):
         # A function of its own for the second derivative, which it refuses.
         is_last = _is_plain(grad_output) and _is_plain(grad_entropies) and not torch.is_grad_enabled()
         run = backward_pass if is_last else _BlockwiseAttentionBackward.apply
-        grad_query, grad_key, grad_value, grad_shift = run(
+        gradients = run(
             query, key, value, visible, ctx.is_causal, ctx.scaling, ctx.dropout, seed,
             output, entropies, log_sum_exp, grad_output, grad_entropies, grad_log_sum_exp, ctx.function, shift,
+            *ctx.needs_input_grad[:3],
         )  # fmt: skip
-        grad_value, grad_shift = (
-            None if tensor is None else gradient for tensor, gradient in ((value, grad_value), (shift, grad_shift))
-        )
-        return grad_query, grad_key, grad_value, None, None, None, None, None, None, grad_shift
+        asked = (*ctx.needs_input_grad[:3], shift is not None)
+        *states, grad_shift = (tensor if is_asked else None for tensor, is_asked in zip(gradients, asked, strict=True))
+        return *states, None, None, None, None, None, None, grad_shift
 
 
 class _BlockwiseAttentionBackward(torch.autograd.Function):
@@ -513,10 +566,12 @@ class _BlockwiseAttentionBackward(torch.autograd.Function):
     def forward(  # by name, since captured graphs take no `*arguments` here
         query, key, value, visible, is_causal, scaling, dropout, seed,
         output, entropies, log_sum_exp, grad_output, grad_entropies, grad_log_sum_exp, function, shift,
+        for_query, for_key, for_value,
     ):
         return blockwise_attention_backward(
             query, key, value, visible, is_causal, scaling, dropout, seed,
             output, entropies, log_sum_exp, grad_output, grad_entropies, grad_log_sum_exp, function, shift,
+            for_query, for_key, for_value,
         )
     # fmt: on
 

@@ -13,6 +13,8 @@ scores to base 2. Imported where a device needs it, since the model does without
 
 import torch
 
+from .attention_functions import POWERS, SMALLEST
+
 
 try:
     import triton
@@ -24,6 +26,8 @@ except ImportError:  # transformers asks users for what a file imports, except f
 LN_2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 # As in blockwise_attention.py: the score of a masked pair, and the maximum of a row that has seen nothing else.
 MASKED, NOTHING_VISIBLE = tl.constexpr(-1e20), tl.constexpr(-1e19)
+# As in attention_functions.py: the range of `clamped`.
+LOWEST, HIGHEST = tl.constexpr(-7.4), tl.constexpr(3.0)
 
 
 @triton.jit
@@ -72,6 +76,26 @@ def _hide(scores, mask, pair, heads, rows, keys, row_count, key_count, IS_CAUSAL
 
 
 @triton.jit
+def _log_function(products, shifts, scaling, POWER: tl.constexpr, LEAST: tl.constexpr):
+    """
+    log f to base 2 of scores, `products` times `scaling`, and its derivative by them, times ln 2; `POWER` is 1 for
+    softmax, 0 for `clamped`.
+    """
+    if POWER == 1:
+        return products * (scaling * LOG2_E), 1.0
+    scores = products * scaling - shifts
+    if POWER == 0:
+        return tl.clamp(scores, LOWEST, HIGHEST) * LOG2_E, ((scores >= LOWEST) & (scores <= HIGHEST)).to(tl.float32)
+    base = tl.maximum(1 + scores / POWER, LEAST)
+    return POWER * tl.log2(base), tl.where(base > LEAST, 1 / base, 0.0)
+
+
+@triton.jit
+def _load_shifts(shift, place, inside, POWER: tl.constexpr):
+    return 0.0 if POWER == 1 else tl.load(shift + place, mask=inside, other=0.0)
+
+
+@triton.jit
 def _ends(first_row, row_count, key_count, ROWS: tl.constexpr, KEYS, IS_CAUSAL: tl.constexpr, MASK: tl.constexpr):
     """Where the keys end that any of some rows may see, and where the whole blocks end that all of the rows see."""
     end, whole = key_count, key_count
@@ -91,9 +115,9 @@ def _kept(seed, pair, rows, keys, dropout):
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def forward_kernel(
-    query, key, value, mask, seed, output, entropies, log_sum_exp,
+    query, key, value, mask, seed, shift, output, entropies, log_sum_exp,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, POWER: tl.constexpr, LEAST: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(row_count, ROWS)
@@ -101,7 +125,9 @@ def forward_kernel(
     # Under a causal mask the last rows take longest, and are begun first.
     first_row = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
     rows = first_row + tl.arange(0, ROWS)
+    place, inside = pair.to(tl.int64) * row_count + rows, rows < row_count
     queries = _load(query, pair, heads, first_row, row_count, HEAD_DIM, ROWS, WIDTH)
+    shifts = _load_shifts(shift, place[:, None], inside[:, None], POWER)
     maximum = tl.full([ROWS], NOTHING_VISIBLE, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     product = tl.zeros([ROWS], tl.float32)
@@ -112,7 +138,7 @@ def forward_kernel(
         for first_key in range(whole if EDGE else 0, end if EDGE else whole, KEYS):
             columns = (first_key + tl.arange(0, KEYS))[None, :]
             keys = _load(key, pair, heads, first_key, key_count, HEAD_DIM, KEYS, WIDTH)
-            scores = _dot(queries, tl.trans(keys)) * (scaling * LOG2_E)
+            scores, _ = _log_function(_dot(queries, tl.trans(keys)), shifts, scaling, POWER, LEAST)
             if EDGE:
                 scores = _hide(
                     scores, mask, pair, heads, rows[:, None], columns, row_count, key_count, IS_CAUSAL, MASK
@@ -131,7 +157,6 @@ def forward_kernel(
 
     total = tl.where(total == 0, 1.0, total)  # of rows that see nothing
     entropy = LN_2 * (tl.log2(total) - product / total)
-    place, inside = pair.to(tl.int64) * row_count + rows, rows < row_count
     tl.store(entropies + place, tl.where(entropy < 0, 0.0, entropy), mask=inside)  # negative by rounding
     tl.store(log_sum_exp + place, maximum + tl.log2(total), mask=inside)
     attended /= total[:, None]
@@ -140,10 +165,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def backward_query_kernel(
-    query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants,
-    output, entropies, grad_sums, mean_keys, grad_query,
+    query, key, value, mask, seed, shift, log_sum_exp, grad_output, grad_entropies, constants,
+    output, entropies, grad_sums, mean_keys, grad_query, grad_shift,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, POWER: tl.constexpr, LEAST: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(row_count, ROWS)
@@ -154,6 +179,7 @@ def backward_query_kernel(
     outputs = _load(output, pair, heads, first_row, row_count, VALUE_DIM, ROWS, VALUE_WIDTH)
     upstream = _load(grad_output, pair, heads, first_row, row_count, VALUE_DIM, ROWS, VALUE_WIDTH)
     place, inside = pair.to(tl.int64) * row_count + rows, rows < row_count
+    shifts = _load_shifts(shift, place[:, None], inside[:, None], POWER)
     log_sums = tl.load(log_sum_exp + place, mask=inside, other=0.0)
     slopes = tl.load(grad_entropies + place, mask=inside, other=0.0)
     # do . o + g H, less the gradient of the log-sum-exp, which all keys of a row share.
@@ -165,7 +191,9 @@ def backward_query_kernel(
     # A row's gradients of scores add up to that of its log-sum-exp, but not when rounded to half precision; and they
     # multiply what all keys have in common. So it is the keys' distances from their mean that are multiplied.
     mean_key = _load(mean_keys, pair, heads, 0, 1, HEAD_DIM, 1, WIDTH).to(tl.float32)
-    excess = -sums
+    excess, whole_sums = 0 - sums, sums
+    if POWER != 1:  # of another function's scores, they add up to what they do
+        excess, whole_sums = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
 
     end, whole = _ends(first_row, row_count, key_count, ROWS, KEYS, IS_CAUSAL, MASK)
     for EDGE in tl.static_range(2):
@@ -173,7 +201,7 @@ def backward_query_kernel(
             columns = (first_key + tl.arange(0, KEYS))[None, :]
             keys = _load(key, pair, heads, first_key, key_count, HEAD_DIM, KEYS, WIDTH)
             values = _load(value, pair, heads, first_key, key_count, VALUE_DIM, KEYS, VALUE_WIDTH)
-            scores = _dot(queries, tl.trans(keys)) * (scaling * LOG2_E)
+            scores, derivative = _log_function(_dot(queries, tl.trans(keys)), shifts, scaling, POWER, LEAST)
             if EDGE:
                 scores = _hide(
                     scores, mask, pair, heads, rows[:, None], columns, row_count, key_count, IS_CAUSAL, MASK
@@ -182,20 +210,25 @@ def backward_query_kernel(
             grads = _dot(upstream, tl.trans(values))
             if DROPOUT:
                 grads *= _kept(seed, pair, rows[:, None], columns, dropout)
-            grads = tl.exp2(scores) * (grads - constant[:, None] - slopes[:, None] * (LN_2 * scores))
+            grads = tl.exp2(scores) * (grads - constant[:, None] - slopes[:, None] * (LN_2 * scores)) * derivative
+            if POWER != 1:
+                whole_sums += tl.sum(grads, 1)
             grads = grads.to(keys.dtype)
             excess += tl.sum(grads.to(tl.float32), 1)
             grad_queries += _dot(grads, keys)
 
+    if POWER != 1:
+        excess -= whole_sums
+        tl.store(grad_shift + place, -whole_sums, mask=inside)
     grad_queries = (grad_queries - excess[:, None] * mean_key) * scaling
     _store(grad_queries, grad_query, pair, heads, first_row, row_count, HEAD_DIM, ROWS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def backward_key_kernel(
-    query, key, value, mask, seed, log_sum_exp, grad_output, grad_entropies, constants, grad_key, grad_value,
+    query, key, value, mask, seed, shift, log_sum_exp, grad_output, grad_entropies, constants, grad_key, grad_value,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, POWER: tl.constexpr, LEAST: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     past = key_count - row_count
@@ -219,10 +252,11 @@ def backward_key_kernel(
             queries = _load(query, pair, heads, first_row, row_count, HEAD_DIM, ROWS, WIDTH)
             upstream = _load(grad_output, pair, heads, first_row, row_count, VALUE_DIM, ROWS, VALUE_WIDTH)
             place, inside = pair.to(tl.int64) * row_count + rows, rows < row_count
-            log_sums = tl.load(log_sum_exp + place, mask=inside, other=0.0)
+            log_sums = tl.load(log_sum_exp + place, mask=inside, other=0.0)  # rows lie along columns in what follows
             constant = tl.load(constants + place, mask=inside, other=0.0)
             slopes = tl.load(grad_entropies + place, mask=inside, other=0.0)
-            scores = _dot(keys, tl.trans(queries)) * (scaling * LOG2_E)  # transposed, like what follows
+            shifts = _load_shifts(shift, place[None, :], inside[None, :], POWER)
+            scores, derivative = _log_function(_dot(keys, tl.trans(queries)), shifts, scaling, POWER, LEAST)
             if not WHOLE:
                 scores = _hide(
                     scores, mask, pair, heads, rows[None, :], columns, row_count, key_count, IS_CAUSAL, MASK
@@ -234,7 +268,7 @@ def backward_key_kernel(
                 kept = _kept(seed, pair, rows[None, :], columns, dropout)
                 grads, used = grads * kept, used * kept
             grad_values += _dot(used.to(upstream.dtype), upstream)
-            grads = probabilities * (grads - constant[None, :] - slopes[None, :] * (LN_2 * scores))
+            grads = probabilities * (grads - constant[None, :] - slopes[None, :] * (LN_2 * scores)) * derivative
             grad_keys += _dot(grads.to(queries.dtype), queries)
 
     grad_keys *= scaling
@@ -242,50 +276,62 @@ def backward_key_kernel(
     _store(grad_values, grad_value, pair, heads, first_key, key_count, VALUE_DIM, KEYS, VALUE_WIDTH)
 
 
-def run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp):
+def run_forward(
+    query, key, value, visible, is_causal, scaling, dropout, seed, function, shift, output, entropies, log_sum_exp
+):
     """Computes output, entropies and log-sum-exp of the operator [`blockwise_attention_forward`]."""
     if value is None:  # one column of values, whose output nobody takes
         value, output = key[..., :1], query.new_empty(*query.shape[:3], 1)
-    launch = _Launch(query, key, value, visible, is_causal, scaling, dropout, seed)
+    launch = _Launch(query, key, value, visible, is_causal, scaling, dropout, seed, function, shift)
     launch(forward_kernel, _matrices(output), entropies, log_sum_exp)
 
 
 def run_backward(
-    query, key, value, visible, is_causal, scaling, dropout, seed, output, entropies, log_sum_exp,
-    grad_output, grad_entropies, grad_sums, grad_query, grad_key, grad_value,
+    query, key, value, visible, is_causal, scaling, dropout, seed, function, shift, output, entropies, log_sum_exp,
+    grad_output, grad_entropies, grad_sums, grad_query, grad_key, grad_value, grad_shift,
 ):  # fmt: skip
     """
-    Computes the gradients of the operator [`blockwise_attention_backward`]; `grad_sums` are those of the log-sum-exp
-    in nats.
+    Computes the gradients of the operator [`blockwise_attention_backward`], of which those that are not asked for are
+    empty; `grad_sums` are those of the log-sum-exp in nats.
     """
     if value is None:
-        value, grad_value = key[..., :1], torch.empty_like(key[..., :1])
+        value = key[..., :1]
         output = grad_output = query.new_zeros(1).expand(*query.shape[:3], 1)
-    launch = _Launch(query, key, value, visible, is_causal, scaling, dropout, seed)
+    launch = _Launch(query, key, value, visible, is_causal, scaling, dropout, seed, function, shift)
     common = (log_sum_exp, _matrices(grad_output), grad_entropies.contiguous(), torch.empty_like(entropies))
     rows = (_matrices(output), entropies, grad_sums.contiguous(), _matrices(key.mean(dim=2, keepdim=True)))
-    launch(backward_query_kernel, *common, *rows, _matrices(grad_query))
-    launch(backward_key_kernel, *common, _matrices(grad_key), _matrices(grad_value))
+    asks_for_keys = len(grad_key) or len(grad_value)
+    grad_query, grad_key, grad_value = (
+        gradient if len(gradient) else torch.empty_like(state)
+        for gradient, state in ((grad_query, query), (grad_key, key), (grad_value, value))
+    )
+    launch(backward_query_kernel, *common, *rows, _matrices(grad_query), grad_shift)
+    if asks_for_keys:
+        launch(backward_key_kernel, *common, _matrices(grad_key), _matrices(grad_value))
 
 
 class _Launch:
     """Runs kernels over all blocks of all heads."""
 
-    def __init__(self, query, key, value, visible, is_causal, scaling, dropout, seed):
+    def __init__(self, query, key, value, visible, is_causal, scaling, dropout, seed, function, shift):
         batch_size, heads, row_count, head_dim = query.shape
         mask = None if visible is None else visible.expand(batch_size, heads, -1, key.shape[2]).view(torch.uint8)
         seed = None if seed is None else seed.to(query.device, non_blocking=True)
-        self.inputs = (*map(_matrices, (query, key, value, mask)), seed)
+        shift = None if shift is None else shift.contiguous()
+        self.inputs = (*map(_matrices, (query, key, value, mask)), seed, shift)
         self.query, self.pairs, self.lengths = query, batch_size * heads, (row_count, key.shape[2])
         self.numbers = (*self.lengths, heads, scaling, float(dropout))
         widths = [max(16, triton.next_power_of_2(dim)) for dim in (head_dim, value.shape[-1])]
         self.width = max(widths)
+        power = {"softmax": 1, "clamped": 0, **POWERS}[function]
         self.options = {
             "HEAD_DIM": head_dim,
             "VALUE_DIM": value.shape[-1],
             "IS_CAUSAL": is_causal,
             "MASK": "none" if visible is None else "keys" if visible.shape[2] == 1 else "pairs",
             "DROPOUT": dropout > 0,
+            "POWER": power,
+            "LEAST": SMALLEST ** (1 / max(1, power)),
             "enable_fp_fusion": True,
             **dict(zip(("WIDTH", "VALUE_WIDTH"), widths, strict=True)),
         }

@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import torch
 from accelerate.state import AcceleratorState
 from hypothesis import settings
 
+from .dots import save_dots
 from .hub_server import HubServer
 
 
 TESTS = Path(__file__).parent
+SLOW_FILE = re.compile(r"^pytestmark = .*mark\.slow\b", re.MULTILINE)
 # Files that take longest. They are begun first, or one of them would keep a worker busy when the others have ended.
 LONG = (
     "entropy_gpt/test_quickstart.py",
@@ -47,7 +50,8 @@ LONG = (
 
 
 # A change is judged by the same examples on every machine; `--hypothesis-profile=explore` looks for others.
-settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("same", derandomize=True, deadline=None, max_examples=30)
+settings.register_profile("whole", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, max_examples=1_000)
 settings.load_profile("same")
 
@@ -65,6 +69,13 @@ def pytest_configure():
     """One thread, here and in the processes that tests start: two workers share the machine."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files of slow tests alone are not imported where those are left out."""
+    if config.option.markexpr.startswith("not slow") and collection_path.suffix == ".py":
+        return bool(SLOW_FILE.search(collection_path.read_text(encoding="utf-8"))) or None
+    return None
 
 
 def pytest_collectstart(collector):
@@ -103,6 +114,12 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are dots."""
+    save_dots(monkeypatch)
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ ADDED = {
     # These take long, and have tests of their own.
     "entropy-gpt private benchmark": "--dry-run",
     "entropy-gpt study --only": "--dry-run",
+    "entropy-gpt study --protocol": "--dry-run",
     "entropy-gpt doctor": "--help",
 }
 # What a command makes anew.

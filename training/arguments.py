@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 
-STANDARD_LIBRARY = "python-stdlib"
+STANDARD_LIBRARY, PACKAGES = NAMED_TEXTS = ("python-stdlib", "python-packages")
 # The recipe of the paper's public code, as far as it does not depend on sizes (arXiv 2501.03489); its polynomial decay
 # of power 1 is the linear one.
 PAPER_HYPERPARAMETERS = {"weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
@@ -39,9 +39,9 @@ class DataArguments:
     dataset: str = field(
         default=STANDARD_LIBRARY,
         metadata={
-            "help": "'python-stdlib' (this interpreter's own source), a text file, a folder of text files, a JSON, "
-            "JSON lines, CSV, TSV or Parquet file or a folder of such, a folder of `Dataset.save_to_disk`, or a data "
-            "set on the Hub."
+            "help": "'python-stdlib' (this interpreter's own source), 'python-packages' (code of the packages that "
+            "this project pins), a text file, a folder of text files, a JSON, JSON lines, CSV, TSV or Parquet file or "
+            "a folder of such, a folder of `Dataset.save_to_disk`, or a data set on the Hub."
         },
     )
     dataset_config: str | None = field(

@@ -42,30 +42,43 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 class Stopwatch(TrainerCallback, ExportableState):
     """
-    Measures the seconds spent in training, over interruptions too: the time up to a checkpoint is kept in it. Needs
-    `restore_callback_states_from_checkpoint=True` in the arguments.
+    Measures the seconds spent in training, and those of the processor in this process, over interruptions too: the
+    time up to a checkpoint is kept in it. Needs `restore_callback_states_from_checkpoint=True` in the arguments.
     """
 
     def __init__(self):
-        self.seconds_before = 0.0
-        self.started: float | None = None
-        self.stopped: float | None = None
+        self.seconds_before, self.cpu_seconds_before = 0.0, 0.0
+        self.started: tuple[float, float] | None = None
+        self.stopped: tuple[float, float] | None = None
 
     @property
     def seconds(self) -> float:
         """Seconds in training so far."""
+        return self.seconds_before + self._since_start()[0]
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Seconds of all cores together that this process has used in training so far."""
+        return self.cpu_seconds_before + self._since_start()[1]
+
+    def _since_start(self) -> tuple[float, float]:
         if self.started is None:
-            return self.seconds_before
-        return self.seconds_before + (self.stopped or time.perf_counter()) - self.started
+            return 0.0, 0.0
+        now = self.stopped or _read_clocks()
+        return now[0] - self.started[0], now[1] - self.started[1]
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"seconds_before": self.seconds}}
+        return {"args": {}, "attributes": {"seconds_before": self.seconds, "cpu_seconds_before": self.cpu_seconds}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.stopped = time.perf_counter(), None
+        self.started, self.stopped = _read_clocks(), None
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.stopped = time.perf_counter()
+        self.stopped = _read_clocks()
+
+
+def _read_clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 class StepObserver(TrainerCallback):

@@ -80,10 +80,10 @@ def load_standard_library(validation_share: float = 0.05) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in sorted(root.rglob("*.py")) if not NOT_READ & {*path.relative_to(root).parts}]
     # A handful of files exist to be in another encoding; they are left out.
-    texts = ((path, content.decode()) for path in files if _is_text(content := path.read_bytes()))
-    documents, digest = _survey(root, texts)
+    texts = ((path, content.decode()) for path in files if is_text(content := path.read_bytes()))
+    documents, digest = survey(root, texts)
     revision = f"Python {platform.python_version()} {digest}"
-    return _split(documents, "Python standard library", revision, validation_share)
+    return split_documents(documents, "Python standard library", revision, validation_share)
 
 
 def load_corpus(path: Path, validation_share: float = 0.05, without: Path | None = None) -> Corpus:
@@ -112,12 +112,12 @@ def load_corpus(path: Path, validation_share: float = 0.05, without: Path | None
                 "one of another name, give its path."
             )
     root = path if path.is_dir() else path.parent
-    documents, digest = _survey(root, ((file, read_text_file(file)) for file in files))
+    documents, digest = survey(root, ((file, read_text_file(file)) for file in files))
     if not documents:
         raise CorpusError(f"{path} is empty: there is no text to train on.")
     if blank := len(files) - len(documents):
         left_out["empty"] = blank
-    return replace(_split(documents, path.name or str(path), digest, validation_share), left_out=left_out)
+    return replace(split_documents(documents, path.name or str(path), digest, validation_share), left_out=left_out)
 
 
 def choose_files(
@@ -165,7 +165,7 @@ def describe_left_out(left_out: Counter[str]) -> str:
     return ", ".join(f"{reason} ({count:,})" for reason, count in left_out.most_common())
 
 
-def _survey(root: Path, texts: Iterable[tuple[Path, str]]) -> tuple[list[Document], str]:
+def survey(root: Path, texts: Iterable[tuple[Path, str]]) -> tuple[list[Document], str]:
     """The documents of the files that hold text, and a hash of their names and texts."""
     documents, digest = [], hashlib.sha256()
     for path, text in texts:
@@ -175,7 +175,7 @@ def _survey(root: Path, texts: Iterable[tuple[Path, str]]) -> tuple[list[Documen
     return documents, f"sha256:{digest.hexdigest()[:16]}"
 
 
-def _split(documents: list[Document], name: str, revision: str, validation_share: float) -> Corpus:
+def split_documents(documents: list[Document], name: str, revision: str, validation_share: float) -> Corpus:
     """
     Splits by document, in an order that depends on names alone. If that leaves less than half of the wanted share for
     validation, because the documents are few or long, the end of the longest one is added to it.
@@ -214,7 +214,7 @@ def _cut_end(document: Document, length: int) -> tuple[Document, Document]:
     )
 
 
-def _is_text(content: bytes) -> bool:
+def is_text(content: bytes) -> bool:
     if b"\0" in content:
         return False
     try:

@@ -258,10 +258,10 @@ def _write(folder: Path, job: _Job):
 
 def _train_tokenizer(job: _Job) -> PreTrainedTokenizerFast:
     job.on_stage("training the tokenizer", None)
-    return train_tokenizer(_first(job.source.training, TOKENIZER_CHARACTERS), job.arguments.tokenizer_vocab_size)
+    return train_tokenizer(first_texts(job.source.training, TOKENIZER_CHARACTERS), job.arguments.tokenizer_vocab_size)
 
 
-def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+def first_texts(texts: Iterable[str], characters: int) -> Iterator[str]:
     """The first texts, up to this many characters in all."""
     for text in texts:
         yield text[:characters]

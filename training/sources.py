@@ -18,7 +18,7 @@ from pyarrow import compute
 
 from entropy_gpt.conversion.early_checks import expanded
 
-from .arguments import STANDARD_LIBRARY, DataArguments
+from .arguments import NAMED_TEXTS, PACKAGES, STANDARD_LIBRARY, DataArguments
 from .corpus import (
     TEXT_SUFFIXES,
     Corpus,
@@ -30,6 +30,7 @@ from .corpus import (
 )
 from .data_files import CARD, GZIP, READERS, read_column, read_rows, split_files, suffix_of
 from .errors import CorpusError
+from .package_corpus import load_packages
 from .streaming import Texts
 
 
@@ -166,7 +167,7 @@ def _refuse_idle(arguments: DataArguments, kinds: set[str]):
 
 def _find_place(dataset: str, without: Path | None) -> _Place:
     """What a name stands for: files, a folder, or else a data set on the Hub."""
-    if dataset == STANDARD_LIBRARY:
+    if dataset in NAMED_TEXTS:
         return _Place(dataset, "text")
     path = Path(expanded(dataset))
     if path.is_file():
@@ -204,6 +205,8 @@ def _open(
     """Opens one data set; with a share of 0, all documents are in its `training`."""
     if place.name == STANDARD_LIBRARY:
         return _source_of_corpus(load_standard_library(validation_share))
+    if place.name == PACKAGES:
+        return _source_of_corpus(load_packages(validation_share))
     if place.kind == "text":
         return _source_of_corpus(load_corpus(place.path, validation_share, without))
     version, left_out = "", place.left_out

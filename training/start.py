@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast, set_seed
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
-from entropy_gpt.conversion.simplification import TRAINING_FIELDS, plan_conversion, set_training_fields, target_config
+from entropy_gpt.conversion.planning import plan_conversion, target_config
+from entropy_gpt.conversion.simplification import TRAINING_FIELDS, set_training_fields
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 from .adapters import attach_lora

@@ -13,13 +13,19 @@ from entropy_gpt.training.storage import check_folder
 from .paths import read_path
 
 
-PROTOCOL = Path(__file__).parents[1] / "programs" / "study" / "protocol.yaml"
+PROTOCOLS = Path(__file__).parents[1] / "programs" / "study" / "protocols"
+ARCHITECTURES, SCALING = "study", "scaling"
 
 
 def study(
     protocol: Annotated[
-        Path, typer.Option(callback=read_path, help="What is trained, converted and asked, with what.")
-    ] = PROTOCOL,
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="What is trained, converted and asked, with what: 'study', 'scaling' (at up to thirty times the "
+            "tokens), or a YAML file.",
+        ),
+    ] = ARCHITECTURES,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -27,11 +33,23 @@ def study(
             help="Groups whose name begins so, and what they depend on; more than once, of any. 'smoke': a trial.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(callback=read_path, help="Folder for runs and record.")] = Path("runs/study"),
+    output: Annotated[
+        Path | None,
+        typer.Option(callback=read_path, help="Folder for runs and record. Default: runs/ and the protocol's name."),
+    ] = None,
     workers: Annotated[
-        int, typer.Option(min=1, help="Runs side by side; the cores are divided among them.")
+        int, typer.Option(min=1, help="Runs side by side. They share the cores, unless the protocol names threads.")
     ] = os.cpu_count() or 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stop after so long; runs that are not finished keep their last checkpoint."),
+    ] = None,
+    time_again: Annotated[
+        bool, typer.Option("--time-again", help="Time steps anew, such as when nothing else is running any more.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, and the hours it takes; write nothing.")
+    ] = False,
 ):
     """
     Measure quality against private cost: train, convert and ask many models by a protocol.
@@ -42,10 +60,18 @@ def study(
 
     Example: entropy-gpt study --only ladder --only scratch --workers 2
     """
-    check_path(protocol)
+    file = find_protocol(protocol)
+    check_path(file)
+    output = output or Path("runs", file.stem)
     check_folder(output)  # before the imports, which take seconds
     if not dry_run:
         refuse_claimed(output)
     from entropy_gpt.programs.study import study as study_job
 
-    study_job.run(protocol, only or (), output, workers, dry_run)
+    study_job.run(file, only or (), output, workers, dry_run, hours, time_again)
+
+
+def find_protocol(name: str) -> Path:
+    """The file of a protocol that comes with the package, or of that name."""
+    named = PROTOCOLS / f"{name}.yaml"
+    return named if name in (ARCHITECTURES, SCALING) else read_path(Path(name))

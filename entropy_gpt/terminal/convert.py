@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.conversion.simplification import Step
+from entropy_gpt.conversion.planning import Step
 from entropy_gpt.evaluation.measuring.operation_counts import count_operations
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import RESULTS, load_results

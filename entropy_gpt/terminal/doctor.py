@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .extras import Part
-from .progress import progress_display
+from .progress import format_bytes, progress_display
 from .separate_process import Reported, in_process, shorten
 
 
@@ -291,9 +291,9 @@ def look_at_machine(torch: Reported) -> Section:
 
 
 def judge_memory(total: int, available: int) -> Finding:
-    found = f"{_gigabytes(total)}, {_gigabytes(available)} available"
+    found = f"{format_bytes(total)}, {format_bytes(available)} available"
     if available < NEEDED_MEMORY:
-        return Finding(Mark.missing, "memory", f"{found}; the quickstart takes up to {_gigabytes(NEEDED_MEMORY)}")
+        return Finding(Mark.missing, "memory", f"{found}; the quickstart takes up to {format_bytes(NEEDED_MEMORY)}")
     return Finding(Mark.ok, "memory", found)
 
 
@@ -347,19 +347,15 @@ def look_at_folder(subject: str, folder: Path) -> Finding:
     """Checks a folder's free space and whether it is writable; if it does not exist, its nearest parent's."""
     existing = next(place for place in (folder, *folder.parents) if place.is_dir())
     free = shutil.disk_usage(existing).free
-    found = f"{folder}, {_gigabytes(free)} free"
+    found = f"{folder}, {format_bytes(free)} free"
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         return Finding(Mark.missing, subject, f"{found}, can't be written to: {error.strerror}")
     if free < NEEDED_DISK:
-        return Finding(Mark.missing, subject, f"{found}; models and checkpoints take {_gigabytes(NEEDED_DISK)}")
+        return Finding(Mark.missing, subject, f"{found}; models and checkpoints take {format_bytes(NEEDED_DISK)}")
     return Finding(Mark.ok, subject, found)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 def look_at_hub(reported: Reported) -> list[Section]:
@@ -485,7 +481,7 @@ def try_gpu() -> Iterator[dict]:
     states = [torch.randn(2, 3, 200, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
     device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     obstacle = obstacle_to_kernel(states[0].device, torch.bfloat16, 64)
-    yield {"device": f"{device}, {_gigabytes(memory)}", "obstacle": obstacle}
+    yield {"device": f"{device}, {format_bytes(memory)}", "obstacle": obstacle}
     if obstacle is None:
         started = time.perf_counter()
         output, entropies = entropy_attention(*states, is_causal=True)

@@ -37,7 +37,7 @@ from entropy_gpt.workflows import private, private_client
 from entropy_gpt.workflows.private import describe_cost, open_server
 from entropy_gpt.workflows.private_client import PrivateAnswer
 
-from .progress import progress_display
+from .progress import format_count, progress_display
 from .tables import make_table
 
 
@@ -240,7 +240,8 @@ def print_answer(prompt: str, answer: PrivateAnswer):
     """Prints the prompt and the answer, without control characters, and how the answer compares with the clear."""
     prompt, text = (escape(clean(part, kept="\n\t", most=None)) for part in (prompt, answer.text))
     if answer.repeats:
-        console.print(f"{answer.repeats} token(s) were out of range and computed again.")
+        were = "was" if answer.repeats == 1 else "were"
+        console.print(f"{format_count(answer.repeats, 'token')} {were} out of range and computed again.")
     console.print(f"\n[dim]{prompt}[/dim][bold]{text}[/bold]", highlight=False, soft_wrap=True)
     if answer.check:
         console.print(f"in the clear, {describe_check(answer.check)}", soft_wrap=True)

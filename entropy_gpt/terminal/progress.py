@@ -15,6 +15,7 @@ from rich.text import Text
 # Seconds between two lines about a stage, without a terminal.
 INTERVAL = 60
 BAR_WIDTH = 16
+BYTE_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 class Line:
@@ -146,3 +147,14 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def format_bytes(size: float) -> str:
+    """A size in the unit that fits: `1.5 kB`, `45.3 MB` or `8.0 GB`."""
+    scale, letter = next((unit for unit in BYTE_UNITS if size >= unit[0]), BYTE_UNITS[-1])
+    return f"{size / scale:,.1f} {letter}B"
+
+
+def format_count(number: float, noun: str, plural: str | None = None) -> str:
+    """How many there are of something: `1 layer`, `2 layers`; `plural` where an s alone does not make it."""
+    return f"{number:,.10g} {noun if number == 1 else plural or noun + 's'}"

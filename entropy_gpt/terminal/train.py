@@ -14,7 +14,7 @@ from entropy_gpt.training.recipe_file import RECIPES, list_recipes
 from entropy_gpt.workflows.train import PlannedRun, TrainedRun, perform, prepare
 
 from . import plot
-from .progress import format_seconds, progress_display
+from .progress import format_bytes, format_count, format_seconds, progress_display
 from .tables import make_table
 
 
@@ -82,15 +82,19 @@ def run(source: str, overrides: dict[str, Any], dry_run: bool):
 def _show_plan(planned: PlannedRun, console: Console):
     recipe, start = planned.recipe, planned.start
     training, config = recipe.training, start.config
-    sequences = training.sequences_per_step
-    amount = f"{training.max_steps:,} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
+    sequences = format_count(training.sequences_per_step, "sequence")
+    tokens = training.sequences_per_step * start.context
+    epochs = format_count(training.num_train_epochs, "epoch")
+    amount = format_count(training.max_steps, "step") if training.max_steps > 0 else epochs
+    layers, heads = format_count(config.n_layer, "layer"), format_count(config.n_head, "head")
+    processes = format_count(training.world_size, "process", "processes")
     rows = {
         "architecture": f"{config.notation}, final norm: {config.final_normalization}",
-        "sizes": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {start.context}",
+        "sizes": f"{layers}, {heads}, width {config.n_embd}, context {start.context}",
         "starts from": recipe.model.model_name_or_path or f"new weights, seed {training.seed}",
         "text": recipe.data.dataset + (", streamed" if recipe.data.streaming else ""),
-        "training": f"{amount} of {sequences} sequences, {sequences * start.context:,} tokens; learning rate "
-        f"{training.learning_rate:g}, {training.world_size} process(es) on {training.device.type}",
+        "training": f"{amount} of {sequences}, {tokens:,} tokens; learning rate {training.learning_rate:g}, "
+        f"{processes} on {training.device.type}",
         "folder": training.output_dir,
     }
     if start.converts:
@@ -110,22 +114,18 @@ def _show_estimate(planned: PlannedRun, console: Console):
     else:
         time = f"at least {format_seconds(found.seconds)} of matrix products, {speed}"
     kept = f", the last {training.save_total_limit} kept" if training.save_total_limit else ""
-    written = f"the model, {_gigabytes(found.model)}; log and pictures"
+    written = f"the model, {format_bytes(found.model)}; log and pictures"
     if training.save_strategy != "no":
-        written = f"checkpoints of {_gigabytes(found.checkpoint)}{kept}; {written}"
+        written = f"checkpoints of {format_bytes(found.checkpoint)}{kept}; {written}"
     optimizer = "AdamW" if training.optim in USUAL_OPTIMIZERS else f"AdamW in place of {training.optim.value}"
     rows = {
-        "memory": f"about {_gigabytes(found.memory)} a process (an estimate: weights, gradients, {optimizer}, "
+        "memory": f"about {format_bytes(found.memory)} a process (an estimate: weights, gradients, {optimizer}, "
         "activations)",
         "time": time,
         "writes": written,
     }
     for name, value in rows.items():
         console.print(f"{name:14}{value}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
 
 
 def _show_result(trained: TrainedRun, console: Console):

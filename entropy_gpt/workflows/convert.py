@@ -17,13 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from entropy_gpt.conversion.calibration import fingerprint
 from entropy_gpt.conversion.errors import ConversionError, NotFiniteError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
-from entropy_gpt.conversion.simplification import (
-    Plan,
-    Step,
-    measure_pruning_damage,
-    plan_conversion,
-    set_training_fields,
-)
+from entropy_gpt.conversion.planning import Plan, Step, plan_conversion
+from entropy_gpt.conversion.simplification import measure_pruning_damage, set_training_fields
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.origin import git_revision, recorded_versions
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport, StepRecord

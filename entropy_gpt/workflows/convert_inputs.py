@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.calibration import HELD_OUT_EVERY, least_rows
 from entropy_gpt.conversion.errors import ConversionError, UserError, missing_package
-from entropy_gpt.conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELDS, Plan, target_config
+from entropy_gpt.conversion.planning import Plan, target_config
+from entropy_gpt.conversion.simplification import ENTROPY_FIELDS, TRAINING_FIELDS
 from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText
 from entropy_gpt.evaluation.records.measurement import read_text as read_measured_text
 from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments

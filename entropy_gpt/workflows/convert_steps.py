@@ -6,7 +6,7 @@ from pathlib import Path
 from entropy_gpt.conversion.calibration import Calibration, calibrate, fingerprint
 from entropy_gpt.conversion.divergence import Divergence, Reference
 from entropy_gpt.conversion.errors import NotFiniteError
-from entropy_gpt.conversion.simplification import Step
+from entropy_gpt.conversion.planning import Step
 from entropy_gpt.evaluation.records.conversion_report import StepRecord
 from entropy_gpt.evaluation.showing.conversion_page import format_perplexity
 from entropy_gpt.training.files import written_whole

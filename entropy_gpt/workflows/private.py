@@ -193,8 +193,8 @@ def demonstrate(
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve_on_loopback(offer, timeout, Path(folder)) as address,
-        contextlib.closing(Client(*address, None, timeout, protocol, Path(folder))) as client,
+        serve_on_loopback(offer, timeout, Path(folder) / "prepared") as address,
+        contextlib.closing(Client(*address, None, timeout, protocol, Path(folder) / "prepared")) as client,
     ):
         if prepared:
             with progress.stage("preparing") as line:

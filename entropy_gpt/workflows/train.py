@@ -318,10 +318,12 @@ def _finish(trainer: EntropyTrainer, planned: PlannedRun, data: PreparedData, pr
     steps = trainer.state.global_step
     batch_size = recipe.training.sequences_per_step
     origin = recipe.model.model_name_or_path
+    stopwatch = find_callback(trainer, Stopwatch)
     training = TrainingResult(
         steps=steps,
         tokens=steps * batch_size * data.context,
-        seconds=find_callback(trainer, Stopwatch).seconds,
+        seconds=stopwatch.seconds,
+        cpu_seconds=stopwatch.cpu_seconds,
         hyperparameters={
             **{name: recipe.settings[name] for name in RECORDED if name in recipe.settings},
             "batch_size": batch_size,

@@ -321,7 +321,7 @@ def conditions_of(record: Record) -> list[str]:
         f"Text: {conditions.corpus} ({conditions.corpus_revision}), vocabulary {conditions.vocab_size:,}.",
         f"Evaluation: {conditions.evaluated_tokens:,} tokens kept out of training, in blocks of {conditions.context} "
         f"without overlap, {conditions.dtype}.",
-        f"Measured with {describe_origin(conditions.versions, conditions.git_revision, conditions.machine)}.",
+        f"Measured with {describe_origin(conditions)}.",
     ]
 
 

@@ -236,7 +236,7 @@ Times are medians of runs that take turns, with quartiles in brackets.
 
 Resident set, each in a fresh process; batch {BATCH}, {HEADS} heads of {HEAD_DIM}.
 
-Measured with {describe_origin(record.versions, record.git_revision, record.machine)}.
+Measured with {describe_origin(record)}.
 """
 
 

@@ -196,7 +196,7 @@ process. If memory is linear in T, it at most doubles when T does. Here it grows
 | ---: | ---: |
 {memory}
 
-Measured with {describe_origin(record.versions, record.git_revision, record.machine)}.
+Measured with {describe_origin(record)}.
 """
 
 

@@ -311,7 +311,7 @@ sdpa. A generation continues {sizes.sequences} prompts by {sizes.new_tokens} tok
 | --- | --- | ---: | ---: | ---: |
 {chr(10).join(model_rows)}
 
-Measured with {describe_origin(record.versions, record.git_revision, record.machine)}."""
+Measured with {describe_origin(record)}."""
 
 
 def main(

@@ -294,7 +294,7 @@ The text is the standard library's source, {pipeline.tokens:,} tokens. The small
 `python-stdlib-small`, trains on {pipeline.trained_small:,.0f} tokens a second. A GPT-2 small of the proposed
 architecture trains on {pipeline.trained_gpt2_small:,.0f}. All are medians.
 
-Measured with {describe_origin(record.versions, record.git_revision, record.machine)}.
+Measured with {describe_origin(record)}.
 """
 
 

@@ -3,6 +3,7 @@
 from pydantic.dataclasses import dataclass
 
 from entropy_gpt.evaluation.json_records import RECORD
+from entropy_gpt.evaluation.origin import Origin
 
 
 @dataclass(config=RECORD)
@@ -32,9 +33,9 @@ class TaskScore:
 
 
 @dataclass(config=RECORD)
-class TaskResult:
+class TaskResult(Origin):
     """
-    Scores of lm-eval.
+    Scores of lm-eval, with their origin; lm-eval is among the versions.
 
     Args:
         scores (`list[TaskScore]`): One for each task and metric.
@@ -44,9 +45,6 @@ class TaskResult:
         data (`str`): Where the samples come from, with a hash of what was read.
         dtype (`str`): Type of weights and computation.
         seed (`int`): Seed of lm-eval.
-        versions (`dict[str, str]`): Versions of Python, of the packages that compute, and of lm-eval.
-        git_revision (`str`, *optional*): Commit of this project.
-        machine (`str`): Processor and number of threads.
         seconds (`float`): Duration.
     """
 
@@ -57,7 +55,4 @@ class TaskResult:
     data: str
     dtype: str
     seed: int
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
     seconds: float

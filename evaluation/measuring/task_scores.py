@@ -26,6 +26,8 @@ from .scores import TaskResult, TaskScore
 
 # For lm_eval --include_path too.
 TASK_FOLDER = Path(__file__).resolve().parents[1] / "lm_eval_tasks"
+# What the names of these tasks begin with, and those of no other.
+LOCAL = "local_"
 LOCAL_TASKS = {
     "local_arc_easy": "ARC-easy, four answers to a question of science: acc, acc_norm",
     "local_blimp": "BLiMP, minimal pairs of sentences: acc of 67 paradigms, each alone local_blimp_PARADIGM, and mean",
@@ -128,7 +130,8 @@ def _load_tasks(names: list[str], task_data: Path | None) -> TaskDict:
     if not names:
         raise TaskError(f"No task is named: allowed are {', '.join(LOCAL_TASKS)} and lm-eval's own.")
     local = _local_names()
-    manager = _manager(not local.issuperset(names), task_data if task_data is None else task_data.absolute())
+    with_stock_tasks = not all(name.startswith(LOCAL) for name in names)
+    manager = _manager(with_stock_tasks, task_data if task_data is None else task_data.absolute())
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from entropy_gpt.evaluation.measuring.perplexity import Windows
 from entropy_gpt.evaluation.measuring.scores import TaskResult, TaskScore
+from entropy_gpt.evaluation.origin import Origin
 
 from .results import AnswerCheck, Conditions, ModelResult, PrivateCost
 
@@ -29,12 +30,12 @@ def describe_windows(windows: Windows) -> str:
     return f"windows of {windows.context:,} tokens{overlap}, documents {_order(windows)}, {begin}"
 
 
-def describe_origin(versions: dict[str, str], revision: str | None, machine: str) -> str:
+def describe_origin(measured: Origin) -> str:
     """What computed a number: packages, commit of this project, and machine."""
-    return f"{list_settings(versions)}; commit {_short_commit(revision)}; {machine}"
+    return f"{list_settings(measured.versions)}; commit {_short_commit(measured.git_revision)}; {measured.machine}"
 
 
-def describe_origins(measured: Iterable[Conditions | PrivateCost]) -> str:
+def describe_origins(measured: Iterable[Origin]) -> str:
     """What computed many numbers: each machine and its packages, with the commits."""
     commits: dict[tuple[str, str], dict[str, None]] = {}
     for each in measured:

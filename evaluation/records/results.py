@@ -10,6 +10,7 @@ from entropy_gpt.evaluation.measuring.entropy_diagnostics import HeadDiagnostics
 from entropy_gpt.evaluation.measuring.operation_counts import OperationCounts
 from entropy_gpt.evaluation.measuring.perplexity import Likelihood
 from entropy_gpt.evaluation.measuring.scores import TaskResult
+from entropy_gpt.evaluation.origin import Origin
 
 
 # What files of results are called.
@@ -18,9 +19,9 @@ KIND, SCHEMA_VERSION = "results of models", 2
 
 
 @dataclass(config=RECORD)
-class Conditions:
+class Conditions(Origin):
     """
-    What a number depends on besides the model.
+    What a number depends on besides the model, with its origin.
 
     Args:
         corpus (`str`): Name of the text.
@@ -30,9 +31,6 @@ class Conditions:
         evaluated_tokens (`int`): Number of tokens that were predicted, or whose rows of attention were looked at.
         dtype (`str`): Type of weights and computation.
         seed (`int`, *optional*): Seed of training (weights, order of the data) and of measuring.
-        versions (`dict[str, str]`): Versions of Python and of the packages that compute.
-        git_revision (`str`, *optional*): Commit of this project, with "+changes" if there were uncommitted ones.
-        machine (`str`): Processor and number of threads.
     """
 
     corpus: str
@@ -42,9 +40,6 @@ class Conditions:
     evaluated_tokens: int
     dtype: str
     seed: int | None
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
 
 
 @dataclass(config=RECORD)
@@ -95,6 +90,7 @@ class TrainingResult:
         text (`str`, *optional*): What it was trained on, with its revision.
         started_from (`str`, *optional*): Name of the trained model that this training went on from.
         base_model (`str`, *optional*): The Hub's name for that model, if it came from there.
+        cpu_seconds (`float`, *optional*): Seconds of all cores of this process in that time.
     """
 
     steps: int
@@ -105,6 +101,7 @@ class TrainingResult:
     text: str | None = None
     started_from: str | None = None
     base_model: str | None = None
+    cpu_seconds: float | None = None
 
 
 @dataclass(config=RECORD)
@@ -164,9 +161,9 @@ class AnswerCheck:
 
 
 @dataclass(config=RECORD)
-class PrivateCost:
+class PrivateCost(Origin):
     """
-    What one private inference cost, measured between real parties.
+    What one private inference cost, measured between real parties, with its origin.
 
     Args:
         protocol (`str`): Such as "cheetah".
@@ -176,9 +173,6 @@ class PrivateCost:
         rounds (`int`): How often a message has to travel there and back, as in [`InferenceCost`].
         seconds (`float`): On the machine and network below.
         network (`str`): Such as "loopback".
-        versions (`dict[str, str]`): Versions of the packages that compute.
-        git_revision (`str`, *optional*): Commit of this project.
-        machine (`str`): Processor and number of threads.
         check ([`AnswerCheck`], *optional*): How the answer compares with the clear.
     """
 
@@ -189,9 +183,6 @@ class PrivateCost:
     rounds: int
     seconds: float
     network: str
-    versions: dict[str, str]
-    git_revision: str | None
-    machine: str
     check: AnswerCheck | None = None
 
 

@@ -115,7 +115,7 @@ def list_conditions(results: list[ModelResult]) -> list[str]:
         f"Entropies: of {heads.rows:,} rows of each head. Overloaded: a mean entropy of at least 3/4 of "
         f"{heads.entropy.maximum:.2f} nats, which uniform attention has.",
         *_private_conditions(results),
-        f"Versions: {describe_origin(conditions.versions, conditions.git_revision, conditions.machine)}.",
+        f"Versions: {describe_origin(conditions)}.",
     ]
 
 

@@ -239,7 +239,7 @@ def _tasks(result: ModelResult) -> list[Group]:
         shown = f"{measure.show(score.value)} {measure.details[0]}".strip()
         rows.append((escape_markdown(f"{score.task}, {score.metric}"), escape_markdown(shown)))
     tasks = result.tasks
-    origin = describe_origin(tasks.versions, tasks.git_revision, tasks.machine)
+    origin = describe_origin(tasks)
     return [Group("Tasks of lm-eval", rows, escape_markdown(f"{list_facts(harness_facts(tasks))}. {origin}."))]
 
 
@@ -265,7 +265,7 @@ def _text(conditions: Conditions) -> str:
 
 def _origin(conditions: Conditions) -> str:
     seed = "" if conditions.seed is None else f"seed {conditions.seed}, "
-    origin = describe_origin(conditions.versions, conditions.git_revision, conditions.machine)
+    origin = describe_origin(conditions)
     return f"Vocabulary of {conditions.vocab_size:,}; {seed}{conditions.dtype}; {origin}."
 
 
@@ -285,7 +285,7 @@ def _describe_cost(cost: PrivateCost) -> dict[str, str]:
 
 
 def _cost_origin(cost: PrivateCost) -> str:
-    return f"Measured with {describe_origin(cost.versions, cost.git_revision, cost.machine)}."
+    return f"Measured with {describe_origin(cost)}."
 
 
 def _licence(licence: str | None) -> str:

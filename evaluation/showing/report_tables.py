@@ -4,7 +4,6 @@ import string
 from collections.abc import Callable
 
 from entropy_gpt.evaluation.measuring.operation_counts import NonlinearOperation
-from entropy_gpt.evaluation.measuring.scores import TaskResult
 from entropy_gpt.evaluation.records.conditions import (
     Facts,
     common_facts,
@@ -19,7 +18,7 @@ from entropy_gpt.evaluation.records.conditions import (
     operation_facts,
     token_facts,
 )
-from entropy_gpt.evaluation.records.results import Conditions, ModelResult, PrivateCost
+from entropy_gpt.evaluation.records.results import ModelResult
 
 from .measures import (
     COSTS,
@@ -159,7 +158,7 @@ def cost_table(results: list[ModelResult]) -> Table | None:
                 Cell(f"{cost.rounds:,}"),
                 Cell(format_number(cost.seconds)),
                 Cell(cost.network),
-                Cell(_origin(cost)),
+                Cell(describe_origin(cost)),
             ]
             for result, cost in costs
         ],
@@ -258,7 +257,7 @@ def _conditions(result: ModelResult) -> list[tuple[str, str, str, float]]:
             f"{likelihood.tokens:,} predicted tokens of a vocabulary of {conditions.vocab_size:,}, "
             f"{likelihood.words:,} words, {likelihood.bytes:,} bytes; {conditions.dtype}{_seed(conditions.seed)}"
         )
-        parts.append(("prediction", on, _origin(conditions), result.likelihood.seconds))
+        parts.append(("prediction", on, describe_origin(conditions), result.likelihood.seconds))
     if result.heads is not None:
         heads, conditions = result.heads.heads, result.heads.conditions
         on = (
@@ -266,17 +265,13 @@ def _conditions(result: ModelResult) -> list[tuple[str, str, str, float]]:
             f"{heads.diversity_rows:,} for the diversity, of sequences of {conditions.context:,} tokens of a "
             f"vocabulary of {conditions.vocab_size:,}; {conditions.dtype}{_seed(conditions.seed)}"
         )
-        parts.append(("attention heads", on, _origin(conditions), result.heads.seconds))
+        parts.append(("attention heads", on, describe_origin(conditions), result.heads.seconds))
     if result.tasks is not None:
         tasks = result.tasks
         limit = "" if tasks.limit is None else f"; at most {tasks.limit:,} samples of each task"
         on = f"{tasks.data}{limit}; {tasks.bos}; at most {tasks.context:,} tokens; {tasks.dtype}{_seed(tasks.seed)}"
-        parts.append(("tasks", on, _origin(tasks), tasks.seconds))
+        parts.append(("tasks", on, describe_origin(tasks), tasks.seconds))
     return parts
-
-
-def _origin(measured: Conditions | TaskResult | PrivateCost) -> str:
-    return describe_origin(measured.versions, measured.git_revision, measured.machine)
 
 
 def _seed(seed: int | None) -> str:
@@ -328,8 +323,8 @@ def _comparison_remarks(results: list[ModelResult]) -> dict[str, str]:
             "connection."
         )
     parts = {
-        PREDICTION: {_origin(result.likelihood.conditions) for result in predicted},
-        HEADS: {_origin(result.heads.conditions) for result in with_heads},
+        PREDICTION: {describe_origin(result.likelihood.conditions) for result in predicted},
+        HEADS: {describe_origin(result.heads.conditions) for result in with_heads},
     }
     if unlike := [part.lower() for part, origins in parts.items() if len(origins) > 1]:
         remarks["Origin"] = (

@@ -100,7 +100,7 @@ def answer(model, tokens):
 
 
 # Of every kind of parameter; the others take their time.
-KINDS = ("SM+LN+G", PROPOSAL, "EReg(SM(t_h)+StaticLN+LearnableLeakyR+ScFFN)", "SM+ScFuFFN+SN(QKVO+FFN)")
+KINDS = ("EReg(SM(t_h)+StaticLN+LearnableLeakyR+ScFFN)", "SM+ScFuFFN+SN(QKVO+FFN)")
 
 
 @pytest.mark.parametrize("notation", slow_but(KINDS, ARCHITECTURES))

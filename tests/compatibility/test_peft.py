@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.forward_keywords import CACHE
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, SIZES, make_model, make_tokens
+from tests.slow import in_turn
 from tests.strangers import do
 from tests.twins import make_twins
 
@@ -122,8 +123,7 @@ def assert_alike(kind, options, attention, checkpointing=False) -> tuple[PeftMod
 
 
 @pytest.mark.filterwarnings("ignore:.*`past_key_values`:FutureWarning")  # PEFT calls the cache by its old name
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("method", BEFORE_THE_PROMPT)
+@pytest.mark.parametrize(("method", "attention"), in_turn([*BEFORE_THE_PROMPT], ["eager", "sdpa"]))
 def test_methods_with_something_before_the_prompt(method, attention, compared):
     """It comes as a cache of keys and values, or as embeddings."""
     if CACHE == "cache" and "prefix" in method:

@@ -12,6 +12,7 @@ from entropy_gpt.conversion.folding import FOLDS, MOST_STRETCHED, absorb_linear_
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D, EntropyGPTStaticLayerNorm
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
+from tests.slow import in_turn, slow_but
 
 
 FOLDED = (
@@ -23,6 +24,7 @@ FOLDED = (
 )
 
 
+SOFTMAX_ONLY = ("EReg(SM(t_h)+StaticLN+ScFFN)", "SM+ScFuFFN", "SM(t_h)+ScFuFFNi1+WN(QK+FFN)")
 # What a traced graph may hold beside softmax: products and sums, what moves numbers, and the mask that is added.
 LINEAR = {"embedding", "addmm", "linear", "matmul", "mul", "add"}
 MOVING = {"view", "reshape", "transpose", "expand", "contiguous", "unsqueeze", "to", "dropout", "getitem", "alias"}
@@ -50,8 +52,7 @@ def largest_difference(model, twin):
     return ((twin(tokens).logits - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("final", ["layernorm", "static", "none"])
-@pytest.mark.parametrize("notation", FOLDED)
+@pytest.mark.parametrize(("notation", "final"), in_turn(FOLDED, ["layernorm", "static", "none"]))
 @torch.no_grad()
 def test_a_folded_model_gives_the_same_logits(notation, final, tmp_path):
     model = make_asymmetric(notation, final_normalization=final)
@@ -312,7 +313,7 @@ def numeric_operations(model):
     return operations
 
 
-@pytest.mark.parametrize("notation", ["EReg(SM(t_h)+StaticLN+ScFFN)", "SM+ScFuFFN", "SM(t_h)+ScFuFFNi1+WN(QK+FFN)"])
+@pytest.mark.parametrize("notation", slow_but(SOFTMAX_ONLY[:1], SOFTMAX_ONLY))
 def test_a_softmax_only_model_is_embeddings_linear_maps_and_softmax(notation):
     model = make_asymmetric(notation, final_normalization="static")
     assert numeric_operations(fold(model)) - LINEAR - MOVING - MASK == {"softmax"}

@@ -31,6 +31,7 @@ from entropy_gpt.conversion.errors import ConversionError
 from entropy_gpt.conversion.gpt2_checkpoint import TWINS, from_gpt2, load_gpt2, load_language_model, to_gpt2
 from modeling_entropy_gpt import EntropyGPTForCausalLM, EntropyGPTForSequenceClassification, EntropyGPTModel
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
+from tests.slow import in_turn
 
 
 SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 101, "n_positions": 64, "pad_token_id": 1}
@@ -443,8 +444,7 @@ def test_loose_settings_of_generation_are_kept_and_broken_ones_named(tmp_path):
             load_gpt2(tmp_path)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("notation", ARCHITECTURES)
+@pytest.mark.parametrize(("notation", "tied"), in_turn(ARCHITECTURES, [True, False]))
 def test_an_entropy_gpt_is_loaded_as_it_is(notation, tied, tmp_path):
     original = make_model(notation, tie_word_embeddings=tied, head_bias=not tied, use_cache=False).to(torch.bfloat16)
     original.generation_config.update(use_cache=True, max_new_tokens=7)

@@ -9,6 +9,7 @@ from torch import nn
 from entropy_gpt.conversion.calibration import calibrate
 from entropy_gpt.conversion.divergence import Reference
 from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.planning import plan_conversion, target_config
 from entropy_gpt.conversion.simplification import (
     add_scalars,
     add_thresholds,
@@ -18,17 +19,16 @@ from entropy_gpt.conversion.simplification import (
     make_norms_static,
     measure_pruning_damage,
     normalize_weights,
-    plan_conversion,
     prune_ffns,
     remove_final_static_norm,
     remove_static_norms,
     replace_activation,
     set_training_fields,
-    target_config,
 )
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.layers import EntropyGPTNormalizedConv1D
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
+from tests.slow import in_turn
 
 
 def make_batches(blocks=40):
@@ -213,8 +213,7 @@ def test_steps_run_where_the_model_is(notation):
     assert model(make_tokens().cuda()).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("final", ["layernorm", "static", "none"])
-@pytest.mark.parametrize("notation", ARCHITECTURES)
+@pytest.mark.parametrize(("notation", "final"), in_turn(ARCHITECTURES, ["layernorm", "static", "none"]))
 def test_every_architecture_is_reached_from_gpt2(notation, final, tmp_path):
     source, batches = make_model("SM+LN+G").double(), make_batches()
     target = target_config(source.config, notation, final_normalization=final)

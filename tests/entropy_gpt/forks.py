@@ -3,10 +3,12 @@
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from . import warm_process
 
@@ -17,16 +19,23 @@ COMMAND = "entropy_gpt.commands.main"
 
 class Forks:
     """
-    Runs commands in forks of one process.
-
-    Args:
-        environment (`dict[str, str]`, *optional*): The variables that libraries read when they are imported. Those of
-            this process if not given.
+    Runs commands in forks of one process, which all workers of a run share. Who needs it first starts it. It ends with
+    who started it; others are served to their end.
     """
 
-    def __init__(self, environment: dict[str, str] | None = None):
-        command, pipe = [sys.executable, "-m", warm_process.__name__], subprocess.PIPE
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+    def __init__(self):
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+        self._path = Path(gettempdir(), f"entropy-gpt-forks-{run}")
+        self._connection = socket.socket(socket.AF_UNIX)
+        while self._connection.connect_ex(str(self._path)) != 0:
+            self._start()
+        self._answers = self._connection.makefile("r", encoding="utf-8")
+
+    def _start(self):
+        command = [sys.executable, "-m", warm_process.__name__, self._path]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
+        while not self._path.exists() and self._process.poll() is None:
+            time.sleep(0.01)
 
     def __call__(
         self, *arguments, cwd: Path | None = None, env: dict[str, str] | None = None, draws: bool = True
@@ -65,8 +74,8 @@ class Forks:
                 }
                 for number, environment in enumerate(environments)
             ]
-            print(json.dumps(tasks), file=self._process.stdin, flush=True)
-            statuses = json.loads(self._process.stdout.readline())
+            self._connection.sendall(json.dumps(tasks).encode() + b"\n")
+            statuses = json.loads(self._answers.readline())
             return [
                 subprocess.CompletedProcess(
                     words, status, *(Path(task[name]).read_text(encoding="utf-8") for name in ("output", "error"))
@@ -74,14 +83,10 @@ class Forks:
                 for status, task in zip(statuses, tasks, strict=True)
             ]
 
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-
 
 @functools.cache
 def shared_forks() -> Forks:
-    """Those of one process that all tests share, with the variables of this one; it ends when this one does."""
+    """Those that all tests share."""
     return Forks()
 
 

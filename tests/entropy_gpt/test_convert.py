@@ -20,7 +20,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel
 
-from entropy_gpt.conversion.simplification import Step
+from entropy_gpt.conversion.planning import Step
 from entropy_gpt.evaluation.measuring.remote_loading import load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import load_results, save_results
@@ -29,6 +29,7 @@ from entropy_gpt.training.progress import SILENT
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.convert_steps import Measurement, take_step
 from tests.architectures import make_model, make_tokens
+from tests.slow import slow_but
 
 from .forks import run_command
 
@@ -180,7 +181,7 @@ def test_a_checkpoint_without_tokenizer_is_imported(source, tmp_path):
     assert ConversionReport.load(tmp_path / "model" / "conversion_report.json").original_nats is None
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt.gz"])
+@pytest.mark.parametrize("kind", slow_but(["parquet"], ["jsonl", "csv", "parquet", "txt.gz"]))
 def test_text_is_read_as_every_command_reads_it(kind, source, text, tmp_path):
     rows = Dataset.from_dict({"body": [path.read_text() for path in sorted(text.iterdir())]})
     path = tmp_path / f"br[1].{kind}"
@@ -379,6 +380,26 @@ def test_work_on_another_source_of_the_same_name_is_not_taken_up(source, text, t
     again = run(tmp_path / "source", text, output, *words)
     assert again.returncode == 0, again.stderr
     assert "resuming earlier work" not in again.stdout
+
+
+def test_healing_to_attention_without_a_maximum_is_reported_with_its_cost(source, text, tmp_path):
+    output = tmp_path / "model"
+    words = ("--heal-steps", "12", "--distill", "--learning-rate", "5e-3", "--set", "log_sum_coefficient=1e-3")
+    process = run(source, text, output, *words, to="Pow4+LN+G")
+    assert process.returncode == 0, process.stderr
+    report = ConversionReport.load(output / "conversion_report.json")
+    replaced, healed = report.steps[0], report.steps[-1]
+    assert "power4" in replaced.title and healed.title == "healed, 12 steps"
+    assert 0 < replaced.kl < replaced.naive_kl, "shifts that are fitted to text lie nearer than those at 0"
+    assert 0 < healed.kl < replaced.kl
+    assert report.healing.validation_nats[0][1] == pytest.approx(replaced.nats, abs=0.05)
+    assert report.healing.validation_nats[-1][1] < report.healing.validation_nats[0][1]
+    page = (output / "conversion_report.md").read_text()
+    assert f"| healed, 12 steps | {healed.kl:.4f} | {math.exp(healed.nats):.2f} |" in page
+    assert all("maximum" not in operation.name for operation in report.target_operations.nonlinear)
+    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+    assert model.config.attention_function == "power4" and model.config.log_sum_coefficient == 1e-3
+    assert all(block.attn.shift.attention_shift.abs().min() > 0 for block in model.transformer.h)
 
 
 def test_training_fields_arrive(source, text, tmp_path):

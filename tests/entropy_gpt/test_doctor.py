@@ -35,6 +35,7 @@ from entropy_gpt.terminal.doctor import (
 )
 from entropy_gpt.terminal.separate_process import Reported, in_process
 from tests.hub_server import TOKEN, USER, WRONG_TOKEN
+from tests.slow import slow_cases
 
 from .forks import run_command
 
@@ -216,11 +217,13 @@ class TestPackages:
         [
             ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
             ("raise ValueError('two\\nlines \\x1b[31m')", "ValueError: two lines [31m"),
-            ("raise SystemExit('no')", "SystemExit: no"),
             ("import os; os.kill(os.getpid(), 11)", "it crashed (SIGSEGV)"),
-            ("import os; os._exit(0)", "it ended Python"),
-            ("import os; os._exit(3)", "it ended with status 3"),
-            ("import time; time.sleep(60)", "not done after 4 s"),
+            *slow_cases(
+                ("raise SystemExit('no')", "SystemExit: no"),
+                ("import os; os._exit(0)", "it ended Python"),
+                ("import os; os._exit(3)", "it ended with status 3"),
+                ("import time; time.sleep(60)", "not done after 4 s"),
+            ),
         ],
     )
     def test_broken_on_import(self, code, message, project, tmp_path, monkeypatch):
@@ -303,6 +306,7 @@ class TestHub:
         assert is_failure(sections["hub"], ["hub"])
         assert found(sections["token"], "token") == "present; its owner is unknown"
 
+    @pytest.mark.slow
     def test_silence(self, ask):
         with socket.create_server(("127.0.0.1", 0)) as server:
             endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -414,4 +418,4 @@ def test_too_little_memory_and_disk_are_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1e8)))
     full = look_at_folder("this folder", tmp_path)
     assert full.mark is Mark.missing
-    assert full.found.endswith("0.1 GB free; models and checkpoints take 2.0 GB")
+    assert full.found.endswith("100.0 MB free; models and checkpoints take 2.0 GB")

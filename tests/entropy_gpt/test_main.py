@@ -114,7 +114,9 @@ for line in sys.stdin:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["evaluate", "plot", "report", "study --protocol", "export --onnx", "card"])
+@pytest.mark.parametrize(
+    "command", ["evaluate", "plot", "report", "study --protocol", "export --onnx", "card", "private demo"]
+)
 def test_commands_that_other_tests_run_in_forks_start_by_themselves(command, tmp_path):
     process = run(*command.split(), tmp_path / "nowhere")
     assert process.returncode == 1, process.stderr

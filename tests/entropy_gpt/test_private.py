@@ -29,6 +29,8 @@ from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.private_client import PrivateAnswer
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
+from .forks import run_command
+
 
 COMMAND = Path(sys.executable).with_name("entropy-gpt")
 PROMPT = "def main("
@@ -194,6 +196,7 @@ class TestPrompts:
         assert "other users of the machine can see a command line" in " ".join(re.sub(r"[^\w ]", " ", printed).split())
 
 
+@pytest.mark.slow
 def test_a_line_that_nobody_reads_ends_nothing():
     code = (
         "import os; from entropy_gpt.terminal.private import _print_line\n"
@@ -215,7 +218,8 @@ class TestTwoProcesses:
         options = ("--network", "300Mbps,20ms", "--network", "lan", "--results", results)
         environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "FORCE_COLOR": "1"}
         Path(environment["TMPDIR"]).mkdir()
-        result = run("demo", model, "--max-new-tokens", 2, "--output", output, *options, env=environment)
+        words = ("private", "demo", model, "--max-new-tokens", 2, "--output", output)
+        result = run_command(*words, *options, env=environment)
         assert result.returncode == 0, result.stderr
         assert not list(Path(environment["TMPDIR"]).glob("entropy-gpt-*"))
         result.stdout = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", result.stdout)
@@ -302,6 +306,7 @@ class TestTwoProcesses:
         assert PROMPT in first.stdout
         assert PROMPT in answer
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("prompt", "options", "message"),
         [
@@ -314,6 +319,7 @@ class TestTwoProcesses:
     def test_what_the_model_can_not_answer(self, model, address, prompt, options, message, complaint):
         assert message in complaint("ask", prompt, "--connect", address, "--tokenizer", model, *options)
 
+    @pytest.mark.slow
     def test_another_tokenizer(self, address, tmp_path, complaint):
         other = save_model(tmp_path, "some other text, of which other tokens are made " * 50)
         line = complaint("ask", PROMPT, "--connect", address, "--tokenizer", other)

@@ -22,10 +22,9 @@ from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import make_model
 from tests.evaluation.example_results import example_training
 from tests.hub_server import FIRST_FILES, TOKEN, WRONG_TOKEN, HubServer
-from tests.slow import slow_but
 from tests.strangers import do
 
-from .forks import Forks
+from .forks import run_command
 from .outcome import Outcome
 
 
@@ -70,16 +69,14 @@ def hub(server):
 
 @pytest.fixture(scope="module")
 def command(server, tmp_path_factory):
-    """Runs commands in forks of one process, whose Hub is the module's."""
+    """Runs commands in forks, whose Hub is the module's."""
     home = tmp_path_factory.mktemp("home")
-    forks = Forks(server.environment(home))
 
     def run(*arguments, token: str | None = TOKEN, **variables: str) -> Outcome:
-        process = forks(*arguments, env=server.environment(home, token, **variables))
+        process = run_command(*arguments, env=server.environment(home, token, **variables))
         return Outcome(process.returncode, process.stdout, process.stderr)
 
-    yield run
-    forks.close()
+    return run
 
 
 @pytest.fixture
@@ -206,6 +203,7 @@ def test_another_push_replaces_the_first_in_one_commit(hub, command, model, othe
     assert len(sent.commits) == 3  # the same again is no commit
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_new_private_repository(hub, command, model, repository):
     command("push", model, repository, "--revision", "variant/small", "--private").succeeded()
     sent = hub.repositories[repository]
@@ -292,6 +290,7 @@ def test_a_hub_that_fails_for_ever_keeps_its_old_revision(status, hub, command, 
     assert hub.repositories[repository].refs == {"main": earlier}
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails_from_the_start(hub, command, model, repository):
     hub.fail(".*", 503, times=math.inf)
     started = time.monotonic()
@@ -310,7 +309,8 @@ def test_a_hub_that_is_not_there(model, repository, server, tmp_path):
     assert place in complaint
 
 
-@pytest.mark.parametrize("pattern", slow_but(["/api/whoami"], ["/api/whoami", "GET /api/models/", "/commit/"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["/api/whoami", "GET /api/models/", "/commit/"])
 def test_a_hub_that_is_silent(pattern, hub, command, model, repository):
     hub.be_silent(pattern, times=math.inf)
     started = time.monotonic()

@@ -205,7 +205,7 @@ def test_options_have_one_default(workflow, options):
             assert arguments[name].default == field.default, name
 
 
-def test_a_conversion_is_that_of_the_command(source, text, tmp_path, command):
+def test_a_conversion_is_that_of_the_command(source, text, tmp_path, command, undrawn):
     words = [word for name, value in CONVERSION.items() for word in (f"--{name.replace('_', '-')}", value)]
     healing = ("--heal-steps", 2, "--distill", "--set", "resid_pdrop=0")
     command("convert", source, "--text", text, "--output", tmp_path / "command", *words, *healing)
@@ -263,7 +263,7 @@ def test_wrong_arguments_of_a_conversion_are_named(arguments, message, source, t
     assert not output.parent.exists()
 
 
-def test_a_training_run_is_that_of_the_command(recipe, tmp_path, command, fresh_accelerator):
+def test_a_training_run_is_that_of_the_command(recipe, tmp_path, command, fresh_accelerator, undrawn):
     command("train", recipe, f"output_dir={tmp_path / 'command'}", "learning_rate=1e-2", "lr_scheduler_type=linear")
     recorder = Recorder()
     run = entropy_gpt.train(
@@ -284,7 +284,7 @@ def test_a_training_run_is_that_of_the_command(recipe, tmp_path, command, fresh_
     assert again.result == run.result
 
 
-def test_a_run_that_diverges_is_a_result_and_prints_nothing(recipe, tmp_path, silence, fresh_accelerator):
+def test_a_run_that_diverges_is_a_result_and_prints_nothing(recipe, tmp_path, silence, fresh_accelerator, undrawn):
     settings = {"notation": "SM", "final_normalization": "none", "learning_rate": 1e6, "max_grad_norm": 0}
     run = entropy_gpt.train(str(recipe), output_dir=tmp_path / "run", max_steps=12, **settings)
     assert (run.result, run.model) == (None, None)
@@ -308,6 +308,7 @@ def test_wrong_settings_of_a_run_are_named(settings, message, recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_export_is_that_of_the_command(source, tmp_path, command, capfd):
     command("export", source, "--onnx", "--cache", "--output", tmp_path / "command")
     recorder = Recorder()

@@ -12,8 +12,10 @@ import torch
 
 from entropy_gpt.commands.main import main
 from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.evaluation.measuring.remote_loading import RemoteLoading
 from entropy_gpt.evaluation.records.measurement import measure_model, read_text
 from entropy_gpt.evaluation.records.results import ModelResult, load_results, save_results
+from entropy_gpt.evaluation.showing import publication
 from entropy_gpt.training.progress import SILENT
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.evaluate import evaluate
@@ -24,6 +26,7 @@ from entropy_gpt.workflows.publish import publish, write_card
 from entropy_gpt.workflows.report import report
 from tests.architectures import make_model
 from tests.evaluation.example_results import example_training
+from tests.slow import slow_cases
 
 
 # Publishes from Python, in a process whose Hub is that of its variables; writes down what came of it.
@@ -83,7 +86,7 @@ def without_seconds(result: ModelResult) -> ModelResult:
     return dataclasses.replace(result, **parts)
 
 
-def test_evaluate_returns_what_the_command_writes(model, text, tmp_path, monkeypatch, capfd):
+def test_evaluate_returns_what_the_command_writes(model, text, tmp_path, monkeypatch, capfd, undrawn):
     progress, output = Recorder(), tmp_path / "out"
     options = {"text": text, "max_tokens": 400, "stride": 20, "per_position": True}
     (result,) = evaluate(model, **options, progress=progress)
@@ -102,7 +105,7 @@ def test_evaluate_returns_what_the_command_writes(model, text, tmp_path, monkeyp
     assert "tiny: perplexity" not in progress.stages
 
 
-def test_a_report_is_the_page_of_the_command(model, tmp_path, monkeypatch, capfd):
+def test_a_report_is_the_page_of_the_command(model, tmp_path, monkeypatch, capfd, undrawn):
     progress = Recorder()
     monkeypatch.chdir(tmp_path)
     assert report([model], "python.html", progress=progress) == Path("python.html")
@@ -126,12 +129,21 @@ def test_a_model_is_published_from_python(model, hub, tmp_path):
     assert len(hub.files("somebody/model")["model.safetensors"]) == sent["files"]["model.safetensors"]
 
 
-def test_a_dry_run_needs_no_hub_and_reports_its_stages(model, monkeypatch, capfd):
+def test_a_dry_run_needs_no_hub_and_reports_its_stages(model, monkeypatch, capfd, undrawn):
+    """Models that are published below are loaded in fresh processes, which take most of the time."""
+    loaded = []
+
+    def load(folder, reference, prompt, subfolder):
+        loaded.append(subfolder)
+        return RemoteLoading(0.0, prompt)
+
+    monkeypatch.setattr(publication, "load_in_fresh_process", load)
     monkeypatch.setenv("HF_TOKEN", "")
     progress = Recorder()
-    publication = publish(model, "my-name/my-model", folded="beside", dry_run=True, progress=progress)
-    assert publication.url is None
-    assert "folded/model.safetensors" in publication.files
+    tried = publish(model, "my-name/my-model", folded="beside", dry_run=True, progress=progress)
+    assert tried.url is None
+    assert "folded/model.safetensors" in tried.files
+    assert loaded == ["", "folded"]
     assert [*progress.stages] == ["loading the model", "putting it together", "loading it in a fresh process"]
     assert capfd.readouterr() == ("", "")
 
@@ -165,6 +177,7 @@ def test_a_private_answer_is_that_in_the_clear(model, capfd):
         ({"context": 999}, "A context of 999 tokens is not possible"),
         ({"held_out": True}, "--held-out has no effect without --text"),
         ({"tasks": ["local_nothing"]}, "local_nothing"),
+        *slow_cases(({"tasks": ["arc_eazy"]}, "Near it are arc_easy")),  # all of lm-eval's own are read
         ({"text": "/nowhere"}, "There is no /nowhere"),
         ({"device": "cuda:77"}, "--device cuda:77 can't be used"),
     ],

@@ -15,6 +15,7 @@ from entropy_gpt.training.claims import claimed
 from entropy_gpt.workflows import report as report_workflow
 from entropy_gpt.workflows.report import merge_results, read_inputs
 from tests.browser import Browser, find_browser
+from tests.dots import save_dots
 from tests.evaluation.example_results import (
     example_cost,
     example_heads,
@@ -32,6 +33,7 @@ from tests.evaluation.test_run_log import (
     run_line,
     write_log,
 )
+from tests.slow import in_turn
 
 from .forks import run_command
 
@@ -78,7 +80,9 @@ def pages(inputs):
     process = run("evaluation", "run", folder=inputs)
     assert process.returncode == 0, process.stderr
     assert (process.stdout, process.stderr) == ("page about 6 models and 1 training run: report.html\n", "")
-    report_command.run([inputs / "evaluation", inputs / "run" / LOG_NAME], inputs / "page of all.md")
+    with pytest.MonkeyPatch.context() as patch:
+        save_dots(patch)
+        report_command.run([inputs / "evaluation", inputs / "run" / LOG_NAME], inputs / "page of all.md")
     report_command.run([inputs / "counts.json"], inputs / "counts.html")
     return inputs
 
@@ -109,9 +113,9 @@ def browser(tmp_path_factory):
     browser.close()
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1200, PHONE])
-@pytest.mark.parametrize("page", ["report.html", "counts.html"])
+@pytest.mark.parametrize(
+    ("page", "width", "dark"), in_turn(["report.html", "counts.html"], [PHONE, 1200], [False, True])
+)
 def test_a_browser_shows_all_of_the_page_and_complains_of_nothing(page, width, dark, pages, browser, tmp_path):
     url = (pages / page).as_uri()
     browser.open(url, width, dark=dark)
@@ -180,7 +184,7 @@ def test_one_process_at_a_time_writes_a_page(tmp_path):
     assert contents(tmp_path) == ["a.json", "page.html"]
 
 
-def test_pictures_of_an_earlier_page_are_deleted_and_nothing_else(tmp_path):
+def test_pictures_of_an_earlier_page_are_deleted_and_nothing_else(tmp_path, undrawn):
     pictures = tmp_path / "report_pictures"
     results = example_results(tasks=False)
     for count in (3, 2):

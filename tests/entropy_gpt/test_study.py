@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
-from entropy_gpt.commands.study import PROTOCOL
+from entropy_gpt.commands.study import ARCHITECTURES, SCALING, find_protocol
 from entropy_gpt.evaluation.records.results import load_results, save_results
+from entropy_gpt.programs.study.protocol import read_protocol
 from entropy_gpt.programs.study.records import Study, StudyRun
 from entropy_gpt.training.claims import claimed
 
@@ -80,7 +82,7 @@ def tiny(text: Path, folder: Path, **changes) -> Path:
 @pytest.mark.private
 def test_the_trial_of_the_committed_protocol(tmp_path):
     output = tmp_path / "study"
-    process = study("--protocol", PROTOCOL, "--only", "smoke", "--output", output, "--workers", 2)
+    process = study("--protocol", ARCHITECTURES, "--only", "smoke", "--output", output, "--workers", 2)
     assert process.returncode == 0, process.stderr + process.stdout
     assert "10 rows are measured: " in process.stdout
     found = Study.load(output / "study.json")
@@ -113,10 +115,66 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
     assert [model.name for model in models] == sorted(run.source for run in private)
     save_results([*models, replace(models[0], name="of another protocol")], output / "models.json")
     begun = time.monotonic()
-    again = study("--protocol", PROTOCOL, "--only", "smoke", "--output", output)
+    again = study("--protocol", ARCHITECTURES, "--only", "smoke", "--output", output)
     assert again.returncode == 0 and "10 rows are measured" in again.stdout
     assert time.monotonic() - begun < 300, "nothing was left to do"
     assert load_results(output / "models.json") == models
+
+
+def small_scaling(text: Path, folder: Path) -> Path:
+    """The committed protocol of scaling on a small text."""
+    content = yaml.safe_load(find_protocol(SCALING).read_text(encoding="utf-8"))
+    content |= {"dataset": str(text), "vocabulary": 300, "transfer": {}}
+    content["test"]["networkx"]["characters"] = content["test"]["sympy"]["characters"] = 20_000
+    (folder / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "small.yaml"
+
+
+@pytest.mark.slow
+def test_the_trial_of_the_protocol_of_scaling(text, tmp_path):
+    protocol, output = small_scaling(text, tmp_path), tmp_path / "scaling"
+    words = ("--protocol", protocol, "--only", "smoke", "--output", output, "--workers", 1)
+    stopped = study(*words, "--hours", 0)
+    assert stopped.returncode == 0 and "Stopped after 0 hours, with 10 of 10 rows to go" in stopped.stdout
+    process = study(*words)
+    assert process.returncode == 0, process.stderr + process.stdout
+    found = Study.load(output / "study.json")
+    assert not any(group.startswith("smoke") for group in found.missing)
+    timed = found.group("smoke_pace")
+    assert [run.notation for run in timed] == ["SM+LN+G", "Pow4(t_h)+ScFuFFN"]
+    assert all(0 < run.cpu_seconds_per_step < 1 for run in timed)
+    tokens = [run.tokens for run in found.group("smoke_tokens")]
+    assert tokens == [4 * 1024] * 2 + [8 * 1024] * 2
+    assert all(run.cpu_seconds_per_step > 0 for run in found.group("smoke_tokens"))
+    plan = study(*words, "--dry-run")
+    assert "0 runs are known and missing" in plan.stdout
+
+
+def test_a_plan_predicts_hours_by_steps_that_were_timed(text, tmp_path):
+    path, output = small_scaling(text, tmp_path), tmp_path / "scaling"
+    output.mkdir()
+    protocol = read_protocol(path)
+    record = Study(protocol.hash)
+    for row in protocol.rows:
+        if row.group == "smoke_pace":
+            run = row.timed
+            record.runs[run.name] = StudyRun(run.name, run.kind, run.settings, None, row.settings["notation"], 1000)
+            record.runs[run.name].cpu_seconds_per_step = 90.0
+    record.save(output / "study.json")
+    plan = study("--protocol", path, "--only", "smoke", "--output", output, "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    (rates,) = (line.split() for line in plan.stdout.splitlines() if line.split()[:1] == ["smoke_rates"])
+    assert rates == ["smoke_rates", "4", "0", "0", "0.40"], "4 runs of 4 steps of 90 seconds"
+    assert "What is missing and was timed takes at most 1.0 hours of one core." in plan.stdout
+
+
+def test_a_tokenizer_of_another_study_is_refused(text, tmp_path):
+    protocol, output = tiny(text, tmp_path), tmp_path / "study"
+    output.mkdir()
+    Study("sha256:0", tokenizer="another").save(output / "study.json")
+    process = study("--protocol", protocol, "--output", output)
+    assert process.returncode == 1
+    assert "have another tokenizer than" in process.stderr
 
 
 @pytest.mark.slow

@@ -1,14 +1,12 @@
 """The study's protocol: what it asks for, and what waits for what."""
 
-from pathlib import Path
-
 import pytest
 
-from entropy_gpt.commands.study import PROTOCOL
+from entropy_gpt.commands.study import ARCHITECTURES, SCALING, find_protocol
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.programs.study.page import RECORD
+from entropy_gpt.programs.study.page import RECORD, SCALING_RECORD
 from entropy_gpt.programs.study.protocol import Run, read_protocol, resolve
-from entropy_gpt.programs.study.records import ANSWERED, CONVERTED, TRAINED, Study
+from entropy_gpt.programs.study.records import ANSWERED, CONVERTED, TIMED, TRAINED, Study
 from tests.entropy_gpt.study.example_study import make_run
 
 
@@ -143,13 +141,70 @@ def test_a_protocol_that_is_not_understood_is_refused(tmp_path, change, message)
         read_protocol(tmp_path / "protocol.yaml")
 
 
+CASES = """
+dataset: python-packages
+vocabulary: 300
+test: {}
+transfer: {}
+trained: {max_steps: 10, context: 8, n_layer: 2, resid_pdrop: 0.0, n_embd: 8}
+converted: {}
+answered: {}
+groups:
+  pace:
+    time: true
+    cases: &rows [{notation: SM}, {notation: SM, resid_pdrop: 0.1}]
+  rates:
+    cases: *rows
+    learning_rate: [1e-3, 2e-3]
+    seed: 0
+  more:
+    cases: *rows
+    learning_rate: {best_in: rates}
+    max_steps: [10, 20]
+    seed: 0
+"""
+
+
+def test_cases_are_settings_that_go_together(tmp_path):
+    (tmp_path / "protocol.yaml").write_text(CASES)
+    protocol = read_protocol(tmp_path / "protocol.yaml")
+    cases = {(row.settings["resid_pdrop"], row.settings["learning_rate"]) for row in protocol.rows[2:6]}
+    assert cases == {(0.0, 1e-3), (0.0, 2e-3), (0.1, 1e-3), (0.1, 2e-3)}
+    runs = resolve(protocol.rows, {})
+    nats = {(0.0, 1e-3): 1.0, (0.0, 2e-3): 2.0, (0.1, 1e-3): 4.0, (0.1, 2e-3): 3.0}
+    finished = {
+        run.name: finish(run, nats[run.settings["resid_pdrop"], run.settings["learning_rate"]]) for run in runs[2:6]
+    }
+    later = resolve(protocol.rows, finished)[6:]
+    chosen = [(run.settings["resid_pdrop"], run.settings["learning_rate"]) for run in later]
+    assert chosen == [(0.0, 1e-3), (0.1, 2e-3)] * 2, "each case has the rate that is best for it"
+
+
+def test_steps_are_timed_once_for_all_rates_and_lengths(tmp_path):
+    (tmp_path / "protocol.yaml").write_text(CASES)
+    protocol = read_protocol(tmp_path / "protocol.yaml")
+    timed = {run.name for run in resolve(protocol.rows, {})[:2]}
+    assert [row.kind for row in protocol.rows[:3]] == [TIMED, TIMED, TRAINED]
+    assert len(timed) == 2 and {row.timed.name for row in protocol.rows[2:]} == timed
+
+
+def test_the_protocol_of_scaling_compares_all_rows_at_few_tokens_first():
+    protocol = read_protocol(find_protocol(SCALING))
+    everything = protocol.select()
+    rows = [row for row in everything if row.group.startswith("tokens_")]
+    steps = [row.steps for row in rows]
+    assert steps == sorted(steps)
+    assert {count: steps.count(count) // 7 for count in steps} == {1000: 3, 3000: 3, 10_000: 2, 30_000: 1}
+    assert {row.timed.name for row in rows} == {row.timed.name for row in everything if row.group == "pace"}
+
+
 def test_a_protocol_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="no\\.yaml can't be read"):
         read_protocol(tmp_path / "no.yaml")
 
 
 def test_the_committed_protocol_is_what_the_study_says():
-    protocol = read_protocol(PROTOCOL)
+    protocol = read_protocol(find_protocol(ARCHITECTURES))
     everything = protocol.select()
     assert not any(row.group.startswith("smoke") for row in everything)
     seeds = {(row.settings["notation"], row.settings["seed"]) for row in everything if row.group == "ladder"}
@@ -157,7 +212,7 @@ def test_the_committed_protocol_is_what_the_study_says():
     assert {row.group for row in protocol.select(["smoke"])} == {
         *("smoke_training", "smoke_ladder", "smoke_conversion", "smoke_private")
     }
-    assert Path(PROTOCOL).read_text().startswith("# The study")
+    assert find_protocol(ARCHITECTURES).read_text().startswith("# The study")
 
 
 def test_the_hash_is_of_what_a_protocol_says(tmp_path):
@@ -169,5 +224,6 @@ def test_the_hash_is_of_what_a_protocol_says(tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_the_committed_record_is_of_the_committed_protocol():
-    assert Study.load(RECORD).protocol == read_protocol(PROTOCOL).hash
+@pytest.mark.parametrize("name, record", [(ARCHITECTURES, RECORD), (SCALING, SCALING_RECORD)])
+def test_the_committed_records_are_of_the_committed_protocols(name, record):
+    assert Study.load(record).protocol == read_protocol(find_protocol(name)).hash

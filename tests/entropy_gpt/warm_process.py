@@ -1,18 +1,25 @@
 """
 Runs commands and other programs as if each had a process of its own: in forks of this one, which has imported all that
-they need. Each request is a line: a list of processes that run at the same time, with their
-module, arguments, folder, variables and the files for what they print. Each answer is a list of how they ended.
+they need. It listens at a path, and serves each client in a fork, until its standard input ends. Each request is a
+line: a list of processes that run at the same time, with their module, arguments, folder, variables and the files for
+what they print. Each answer is a list of how they ended.
 """
 
 import gc
+import importlib
 import json
 import os
 import pkgutil
+import select
 import signal
+import socket
 import sys
+import tempfile
 import traceback
 from importlib import import_module
 from pathlib import Path
+
+from huggingface_hub import constants
 
 from entropy_gpt import programs, terminal, workflows
 
@@ -29,6 +36,8 @@ def run(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    importlib.reload(constants)  # where the Hub is and what is kept of it, as the variables say
+    tempfile.tempdir = None
     writing = os.O_WRONLY | os.O_CREAT
     for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, writing), (2, error, writing)):
         os.dup2(os.open(path, flags), descriptor)
@@ -65,8 +74,33 @@ def wait_for_all(numbers: list[int]) -> list[int]:
     return [ended[number] for number in numbers]
 
 
+def serve(client: socket.socket):
+    try:
+        for line in client.makefile("r", encoding="utf-8"):
+            statuses = wait_for_all([start(process) for process in json.loads(line)])
+            client.sendall(json.dumps(statuses).encode() + b"\n")
+    finally:
+        os._exit(0)
+
+
+def main(path: str):
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(path)
+        except OSError:
+            return  # another one was faster
+        try:
+            listener.listen()
+            import_all()
+            gc.freeze()  # forks do not go through what was imported when they collect garbage, and so do not copy it
+            while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+                with listener.accept()[0] as client:
+                    if os.fork() == 0:
+                        listener.close()
+                        serve(client)
+        finally:
+            Path(path).unlink()
+
+
 if __name__ == "__main__":
-    import_all()
-    gc.freeze()  # forks do not go through what was imported when they collect garbage, and so do not copy it
-    for line in sys.stdin:
-        print(json.dumps(wait_for_all([start(process) for process in json.loads(line)])), flush=True)
+    main(sys.argv[1])

@@ -13,7 +13,10 @@ from entropy_gpt.evaluation.benchmarks import (
     private_inference,
     range_check,
     training_step,
+    two_phases,
 )
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 
 BENCHMARKS = [conversion, entropy_attention, evaluation, private_inference, range_check, training_step]
@@ -52,6 +55,35 @@ def test_conversions_are_compared_seed_by_seed():
     steps = [conversion.StepCost("a step", 0, 0.1, 2.0), conversion.StepCost("a step", 1, 0.1, None)]
     table = conversion.step_table(dataclasses.replace(record, steps=steps))
     assert "| a step | 0.1000 (0.1000 to 0.1000) | 2.000 (2.000 to 2.000) | 20.0 (20.0 to 20.0) |" in table
+
+
+def test_the_page_of_two_phases_shows_its_record_or_that_there_is_none():
+    record = two_phases.Record.load(two_phases.RECORD) if two_phases.RECORD.exists() else None
+    assert two_phases.PAGE.read_text() == two_phases.page(record), "run the benchmark with --redraw"
+    assert ("has not yet been measured" in two_phases.page(record)) == (record is None)
+
+
+def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):
+    def cost(million: int, seconds: float):
+        step = StepCost("scores", 0, million * 500_000, million * 500_000, 1, 1, 2.0 * million, seconds)
+        model = {"notation": "SM", "n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 9, "context": 4, "answers": 1}
+        about = {"network": "", "set_up": [], "versions": {}, "git_revision": None, "machine": "a machine"}
+        return InferenceCost(**model, settings=PrivateSettings(), steps=[step], seconds=seconds, **about)
+
+    costs = {two_phases.ONE: cost(10, 8.0), two_phases.BEFORE: cost(6, 7.0), two_phases.AFTER: cost(5, 1.0)}
+    parts = {name: two_phases.Part(each, [2 * 10**9, 10**9], [], []) for name, each in costs.items()}
+    record = two_phases.Record(parts, [3 * 10**6, 4 * 10**6], 0.01, 5.0, True, "abc")
+    monkeypatch.setattr(two_phases, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(two_phases, "PICTURE", tmp_path / "picture.png")
+    two_phases.write(record)
+    page = (tmp_path / "page.md").read_text()
+    assert "**0.50 of the bytes** and\n  **0.12 of the seconds**" in page
+    assert "Both phases together: 1.100 of the bytes and 1.00 of the seconds." in page
+    assert "| scores | 10.0 | 6.0 | 5.0 | 8.0 | 7.0 | 1.0 |" in page
+    assert "| 3 / 4 |" in page
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    record.save(tmp_path / "record.json")
+    assert two_phases.Record.load(tmp_path / "record.json") == record
 
 
 def test_the_page_of_the_gpu_shows_its_record_or_that_there_is_none():

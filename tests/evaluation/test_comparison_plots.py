@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
@@ -19,6 +19,7 @@ from entropy_gpt.evaluation.showing.comparison_plots import (
     shorten,
 )
 from entropy_gpt.evaluation.showing.label_placement import label_points
+from tests.slow import slow_but
 
 from .example_results import example_heads, example_likelihood, example_result, example_results
 
@@ -38,7 +39,6 @@ def test_whatever_is_off_the_front_is_surpassed_by_something_on_it(points):
         assert surpassed != (point in front)
 
 
-@settings(deadline=None, max_examples=25)
 @given(
     st.lists(
         st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99), st.text("Wil ", min_size=1, max_size=30)),
@@ -73,6 +73,7 @@ def picture_size(path):
     return path.stat().st_size
 
 
+@pytest.mark.slow
 def test_a_picture_grows_until_its_labels_have_room(tmp_path):
     names = [f"{index} {'W' * LONGEST_NAME}" for index in range(40)]
     plot_tradeoff(names[:3], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0], "cost").savefig(tmp_path / "few.png")
@@ -111,7 +112,7 @@ def draw_quantiles_of(*results) -> Figure:
     return plot_entropy_quantiles([result.heads.heads for result in results], [result.name for result in results])
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 5])
+@pytest.mark.parametrize("count", slow_but([5], [1, 2, 4, 5]))
 def test_quantiles_are_drawn_in_panels(count, tmp_path):
     results = [example_result(str(index), heads=example_heads(layers=2, heads=3)) for index in range(count)]
     results[0].heads.heads.entropy_quantiles[1][2][0] = float("nan")

@@ -46,7 +46,7 @@ def naive_nats(model, sequence: np.ndarray, windows: Windows) -> list[float]:
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize(("context", "stride"), CONTEXTS_AND_STRIDES)
 def test_definition(context, stride, separate):
-    model = make_model("EReg(SM(t)+ScFuFFN)").train()
+    model = make_model("EReg(SM(t)+ScFuFFN)", n_layer=1).train()
     documents, windows, seen = make_documents(), Windows(context, stride, separate, False), []
     likelihood = measure_likelihood(model, documents, windows, batch_tokens=100, on_tokens=seen.append)
     assert model.training

@@ -41,7 +41,7 @@ OUTER = st.builds(
 
 
 @given(st.lists(OUTER, max_size=3))
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_is_read(tmp_path, records):
     save_record(records, list[Outer], "things", 3, tmp_path / "things.json")
     read = load_record(list[Outer], "things", 3, tmp_path / "things.json")

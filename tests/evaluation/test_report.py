@@ -275,6 +275,7 @@ def test_one_model_has_no_tradeoff():
     assert "takes two models" in paragraph.text
 
 
+@pytest.mark.slow
 def test_every_picture_can_be_drawn(run):
     results = [
         dataclasses.replace(result, name=name, heads=example_heads(layers=2, heads=3))
@@ -374,7 +375,7 @@ def check_page(results):
     assert html.count("<section") == markdown.count("\n## ") == len(page.sections)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(model_results(), min_size=1, max_size=4, unique_by=lambda result: result.name))
 def test_whatever_is_missing_there_is_a_page(without_drawing, results):
     check_page(results)

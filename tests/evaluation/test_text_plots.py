@@ -9,6 +9,7 @@ import torch
 
 from entropy_gpt.evaluation.measuring.text_diagnostics import TextDiagnostics
 from entropy_gpt.evaluation.showing.text_plots import LONGEST_LABEL, plot_text_attention, plot_text_entropies
+from tests.slow import slow_cases
 
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -53,7 +54,7 @@ def test_letters_without_a_font_and_long_tokens_have_a_name(tmp_path):
     figure.savefig(tmp_path / "letters.png")  # a letter that is missing in the font is a warning, here an error
 
 
-@pytest.mark.parametrize(("length", "layers", "heads"), [(1, 1, 1), (2, 3, 2), (150, 1, 2), (5, 24, 16)])
+@pytest.mark.parametrize(("length", "layers", "heads"), [(1, 1, 1), (2, 3, 2), *slow_cases((150, 1, 2), (5, 24, 16))])
 def test_texts_and_models_of_every_size(length, layers, heads):
     diagnostics = example_diagnostics([f" {number}" for number in range(length)], layers, heads)
     for figure in (plot_text_entropies(diagnostics), plot_text_attention(diagnostics, 0, 0)):

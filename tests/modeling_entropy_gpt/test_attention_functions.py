@@ -9,6 +9,7 @@ from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM, Entrop
 from modeling_entropy_gpt.attention_functions import log_function, whole_attention
 from modeling_entropy_gpt.entropy_attention import entropy_attention, row_log_sums
 from tests.architectures import NO_DROPOUT, make_config, make_model, make_tokens
+from tests.slow import in_turn, slow_cases
 
 
 FUNCTIONS = ("power4", "power2", "clamped")
@@ -106,23 +107,23 @@ def test_log_sums_are_those_of_the_scores_that_a_row_sees():
     torch.testing.assert_close(row_log_sums(query, key, is_causal=True), scores.logsumexp(dim=-1))
 
 
-@pytest.mark.parametrize("notation", NOTATIONS)
+@pytest.mark.parametrize(
+    ("notation", "implementation"),
+    [*in_turn(NOTATIONS, ["eager", "sdpa"]), *slow_cases(*((notation, "flex_attention") for notation in NOTATIONS))],
+)
 @torch.no_grad()
-def test_every_implementation_caches_and_padding_give_the_same(notation):
+def test_every_implementation_caches_and_padding_give_the_same(notation, implementation):
     model, tokens = make_model(notation), make_tokens(2, 17)
     whole = model(tokens, output_entropies=True)
     padded = torch.nn.functional.pad(tokens, (5, 0))
     mask = torch.nn.functional.pad(torch.ones_like(tokens), (5, 0))
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-    for implementation in ("eager", "sdpa", "flex_attention"):
-        model.set_attn_implementation(implementation)
-        left = model(padded, attention_mask=mask, position_ids=positions, output_entropies=True)
-        torch.testing.assert_close(left.logits[:, 5:], whole.logits, rtol=1e-4, atol=2e-4)
-        torch.testing.assert_close(
-            left.attention_entropies[1][..., 5:], whole.attention_entropies[1], rtol=0, atol=1e-4
-        )
-        plain = model(padded, attention_mask=mask, position_ids=positions)
-        torch.testing.assert_close(plain.logits[:, 5:], whole.logits, rtol=1e-4, atol=2e-4)
+    model.set_attn_implementation(implementation)
+    left = model(padded, attention_mask=mask, position_ids=positions, output_entropies=True)
+    torch.testing.assert_close(left.logits[:, 5:], whole.logits, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(left.attention_entropies[1][..., 5:], whole.attention_entropies[1], rtol=0, atol=1e-4)
+    plain = model(padded, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(plain.logits[:, 5:], whole.logits, rtol=1e-4, atol=2e-4)
     first = model(tokens[:, :11], use_cache=True)
     rest = model(tokens[:, 11:], past_key_values=first.past_key_values)
     torch.testing.assert_close(rest.logits, whole.logits[:, 11:], rtol=1e-4, atol=2e-4)

@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, GenerationConfig, GPT2Config, LlamaConfig
 
@@ -171,7 +171,6 @@ def saved_and_loaded(config, name, value):
         return step, type(error)
 
 
-@settings(deadline=None, max_examples=150)
 # Saving says anew where the code of a registered class is, whatever stood there.
 @given(names.filter(str.isidentifier).filter("auto_map".__ne__), scalars | st.lists(scalars, max_size=2))
 def test_what_can_be_set_and_saved_can_be_loaded(name, value):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modeling_entropy_gpt import blockwise_attention as module
 from modeling_entropy_gpt import entropy_attention, row_entropies
 from modeling_entropy_gpt.blockwise_attention import BLOCK_ROWS, blockwise_attention
+from tests.slow import in_turn
 
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 3, 7, 8
@@ -315,8 +316,7 @@ def test_passes_on_a_device_without_numbers(mask):
     assert [state.grad.shape for state in states] == [state.shape for state in states]
 
 
-@pytest.mark.parametrize("function", ["softmax", "power4"])
-@pytest.mark.parametrize("with_value", [True, False])
+@pytest.mark.parametrize(("with_value", "function"), in_turn([True, False], ["softmax", "power4"]))
 def test_the_operators_are_well_made(with_value, function):
     query, key, value = (state.detach() for state in make_states(9, 12, value_dim=5, dtype=torch.float32))
     mask, seed = torch.ones(BATCH, 1, 1, 12, dtype=torch.bool), torch.tensor([3])
@@ -439,12 +439,12 @@ def test_memory_of_inference_serves_training():
 
 def test_memory_is_kept_for_few_shapes_and_for_each_thread():
     (state, *_), find = make_states(), module._plans.find
-    plans = {id(find(state, length, 8, False)) for length in range(LENGTH, LENGTH + 20)}
+    plans = {id(find(state, length, 8, None, False)[0]) for length in range(LENGTH, LENGTH + 20)}
     assert module._plans.keep.cache_info().currsize == module.KEPT_SHAPES < len(plans)
-    plan = find(state, LENGTH, 8, False)
-    assert find(state, LENGTH, 8, False) is plan
+    plan, *_ = find(state, LENGTH, 8, None, False)
+    assert find(state, LENGTH, 8, None, False)[0] is plan
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(find, state, LENGTH, 8, False).result() is not plan
+        assert pool.submit(find, state, LENGTH, 8, None, False).result()[0] is not plan
 
 
 def test_memory_is_small_and_not_kept_where_no_call_comes_back_to_it():
@@ -452,8 +452,8 @@ def test_memory_is_small_and_not_kept_where_no_call_comes_back_to_it():
     few, long = 8, module.KEPT_LENGTH + 1
     for queries, keys in ((few, long), (long, few), (1, 1024)):
         query = torch.empty(16, 12, queries, 8, device="meta")
-        plan = module._plans.find(query, keys, 8, False)
-        assert plan is not module._plans.find(query, keys, 8, False)
+        plan, *_ = module._plans.find(query, keys, 8, None, False)
+        assert plan is not module._plans.find(query, keys, 8, None, False)[0]
         assert math.prod(plan.shape) * max(queries, keys) <= max(long, module.BLOCK_ELEMENTS // module.BLOCK_ROWS)
 
 
@@ -463,7 +463,7 @@ def test_many_blocks_of_masks_are_not_kept():
         visible[..., last] = True
         entropies = row_entropies(*states[:2], visible)
     torch.testing.assert_close(entropies, naive(*states, visible, HEAD_DIM**-0.5)[1])
-    assert len(module._plans.find(states[0], 700, 0, False)._parts) <= module.KEPT_PARTS
+    assert len(module._plans.find(states[0], 700, 0, None, False)[0]._parts) <= module.KEPT_PARTS
 
 
 @pytest.mark.parametrize("lengths", [(0, 5), (3, 0), (0, 0)])
@@ -472,6 +472,59 @@ def test_nothing_to_attend_with_or_to(lengths):
     output, entropies, *gradients = attend_and_differentiate(states, is_causal=False)
     assert (output.shape, entropies.shape) == ((BATCH, HEADS, lengths[0], HEAD_DIM), (BATCH, HEADS, lengths[0]))
     assert not any(result.any() for result in (output, entropies, *gradients))
+
+
+@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("length", [LENGTH, 2 * BLOCK_ROWS + 9])
+def test_gradients_that_nobody_asks_for_are_not_computed(length, asked):
+    states = make_states(length, length)
+    whole = torch.autograd.grad(sum(result.sum() for result in entropy_attention(*states, is_causal=True)), states)
+    for index, state in enumerate(states):
+        state.requires_grad_(index in asked)
+    results = entropy_attention(*states, is_causal=True)
+    with mock.patch.object(module, "_add_product", wraps=module._add_product) as add_product:
+        some = torch.autograd.grad(sum(result.sum() for result in results), [states[index] for index in asked])
+    blocks = -(-length // BLOCK_ROWS)
+    assert add_product.call_count == blocks * len({1, 2} & {*asked})
+    torch.testing.assert_close(list(some), [whole[index] for index in asked])
+
+
+@pytest.mark.parametrize("lengths", [(LENGTH, LENGTH), (70, 150), (1, 5)])
+@pytest.mark.parametrize("kind", ["causal", "causal, of numbers", "for each head", "all", "padding of none"])
+def test_a_mask_that_hides_later_keys_alone_is_none(kind, lengths):
+    later, numbers = causal(*lengths), torch.zeros(lengths, dtype=torch.float64)
+    mask = {
+        "causal": later[None, None],
+        "causal, of numbers": numbers.masked_fill(~later, torch.finfo(torch.float64).min)[None, None],
+        "for each head": later.expand(BATCH, HEADS, *lengths),
+        "all": torch.ones(1, 1, *lengths, dtype=torch.bool),
+        "padding of none": torch.ones(BATCH, lengths[1]),
+    }[kind]
+    states = make_states(*lengths)
+    is_causal = kind == "padding of none"
+    visible = torch.ones(lengths, dtype=torch.bool) if kind == "all" else later
+    with mock.patch.object(module, "_hide", wraps=module._hide) as hide:
+        assert_same(entropy_attention(*states, mask, is_causal, SCALING), naive(*states, visible, SCALING), states)
+    assert {call.args[1] for call in hide.call_args_list} == {None}
+
+
+def test_a_mask_is_read_once_for_all_layers_until_it_changes():
+    states, visible = make_states(150, 150), random_visible(150)
+    with mock.patch.object(module, "_look", wraps=module._look) as look:
+        for _ in range(3):  # layers, each with a view of its own
+            results = entropy_attention(*states, visible[..., :150], scaling=SCALING)
+            assert_same(results, naive(*states, visible, SCALING), states)
+        assert look.call_count == 1
+        visible.copy_(causal(150, 150))
+        results = entropy_attention(*states, visible, scaling=SCALING)
+        assert_same(results, naive(*states, causal(150, 150), SCALING), states)
+        assert look.call_count == 2
+        with torch.inference_mode():  # where changes are not counted
+            unseen = torch.zeros(1, 1, 150, 150, dtype=torch.bool)
+            for _ in range(2):
+                unseen[..., :5] = ~unseen[..., :5]
+                results = entropy_attention(*states, unseen, scaling=SCALING)
+                torch.testing.assert_close(results, naive(*states, unseen, SCALING))
 
 
 def test_many_gradients_at_once():

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from modeling_entropy_gpt.layers import LEARNED_SCALARS, TANH_GELUS, EntropyGPTNormalizedConv1D, build_activation
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_config, make_model, make_tokens
+from tests.slow import in_turn
 
 
 SPECTRAL = "SM+ScFFN+SN(QK+FFN)"
@@ -83,8 +84,7 @@ def test_checkpointing_moves_singular_vectors_once(use_reentrant):
     torch.testing.assert_close(twin.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("notation", NORMALIZED)
-@pytest.mark.parametrize("include_buffers", [False, True])
+@pytest.mark.parametrize(("notation", "include_buffers"), in_turn(NORMALIZED, [False, True]))
 def test_a_model_made_without_memory_loads(notation, include_buffers, tmp_path, compared):
     model = make_model(notation)
     model.save_pretrained(tmp_path)

@@ -432,7 +432,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", slow_but(["sm_90"], TARGETS))
 def test_compiles_for_devices_that_are_not_here(name, compile_for, monkeypatch):
     """The least blocks, which take the compiler least time."""
     from modeling_entropy_gpt import triton_attention

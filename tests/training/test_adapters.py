@@ -22,6 +22,7 @@ from modeling_entropy_gpt import (
     EntropyGPTForTokenClassification,
 )
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, make_model, make_tokens
+from tests.slow import in_turn
 
 
 PROPOSAL = "EReg(SM(t)+ScFuFFN)"
@@ -133,8 +134,7 @@ for folder in pathlib.Path(sys.argv[1]).iterdir():
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=notation)
 
 
-@pytest.mark.parametrize("train_temperatures", [False, True])
-@pytest.mark.parametrize("train_thresholds", [False, True])
+@pytest.mark.parametrize(("train_thresholds", "train_temperatures"), in_turn([False, True], [True, False]))
 def test_flags_freeze_and_train(train_thresholds, train_temperatures, tmp_path):
     adapted = make_adapted(train_thresholds=train_thresholds, train_temperatures=train_temperatures)
     before = values_of(adapted)
@@ -170,8 +170,7 @@ def test_dropout_goes_with_the_plain_maps_beside_normalised_ones():
     assert not torch.equal(adapted(tokens).logits, adapted(tokens).logits)
 
 
-@pytest.mark.parametrize("notation", [PROPOSAL, "SM+ScFuFFN+SN(QKVO+FFN)"])
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(("use_reentrant", "notation"), in_turn([False, True], [PROPOSAL, "SM+ScFuFFN+SN(QKVO+FFN)"]))
 def test_checkpointing_changes_nothing(use_reentrant, notation, tmp_path):
     results = []
     for arguments in ({}, {"activation_checkpointing": True}):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PrinterCallback
 
 from entropy_gpt.conversion.calibration import OTHERS, calibrate
-from entropy_gpt.conversion.simplification import plan_conversion, target_config
+from entropy_gpt.conversion.planning import plan_conversion, target_config
 from entropy_gpt.training.arguments import EntropyTrainingArguments
 from entropy_gpt.training.checkpoints import last_checkpoint
 from entropy_gpt.training.distillation import hidden_state_distance, logits_divergence, residual_scale_distance
@@ -106,7 +106,7 @@ def test_gates_only_close(gated, kind, clocks):
     assert schedule.set_clock(1.0) == len(schedule.removals)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 10, 30, 49, 1000, 12345])
+@pytest.mark.parametrize("steps", [1, 3, 7, 10, 30, 49, 1000, pytest.param(12345, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("final", ["static", "layernorm"])
 @pytest.mark.parametrize("kind", ["gate", "staircase"])
 def test_each_thing_is_removed_at_its_step(gated, kind, final, steps):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -45,7 +45,6 @@ def test_the_name_of_a_special_token_in_a_text_is_text(tokenizer):
     assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id]
 
 
-@settings(deadline=None, max_examples=25)
 @given(st.lists(st.text(alphabet="ab\n ", max_size=60), max_size=6), st.integers(1, 9))
 def test_packing_keeps_every_token_in_order(tokenizer, texts, block_size):
     stream = []
@@ -65,7 +64,6 @@ def test_packing_keeps_every_token_in_order(tokenizer, texts, block_size):
 TEXTS = st.lists(st.text(alphabet="abé\u0301.'_1\n\r\t 中", max_size=200), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=50)
 @example(["a\nb\nc"], 1, 50, 3, 0)  # each line's end, and none of them twice
 @given(TEXTS, st.integers(1, 9), st.integers(1, 50), st.integers(1, 3), st.integers(0, 20))
 def test_blocks_do_not_depend_on_batches_and_pieces(tokenizer, texts, block_size, characters, documents, piece):

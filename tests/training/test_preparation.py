@@ -20,6 +20,7 @@ from entropy_gpt.training.preparation import prepare_data
 from entropy_gpt.training.sources import open_source
 from entropy_gpt.training.streaming import PackedStream
 from entropy_gpt.training.tokenizer import train_tokenizer
+from tests.slow import slow_but, slow_cases
 
 
 CONTEXT = 16
@@ -76,7 +77,7 @@ def documents_of(dataset, **arguments):
     return sorted(source.training), sorted(source.validation)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", slow_but(("json.gz", "csv", "folder of parquet"), FORMATS))
 def test_every_format_holds_the_same_documents(kind, tmp_path):
     dataset = write_rows(tmp_path, kind)
     training, validation = documents_of(dataset)
@@ -111,6 +112,7 @@ def test_text_files_are_split_as_corpora_are(text_folder):
     assert documents_of(text_folder, **STREAMED) == documents_of(text_folder)
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_streamed(monkeypatch):
     monkeypatch.setattr(preparation, "TOKENIZER_CHARACTERS", 10_000)
     data = prepare("python-stdlib", context=128, streaming=True, validation_tokens=1024)
@@ -267,12 +269,14 @@ def truncate(path: Path):
     ("name", "damage"),
     [
         ("training.arrow", truncate),
-        ("validation.arrow", Path.unlink),
-        ("record.json", truncate),
         ("record.json", lambda path: path.write_text("[]")),
-        ("record.json", Path.unlink),
-        ("tokenizer/tokenizer.json", truncate),
         ("tokenizer/tokenizer.json", Path.unlink),
+        *slow_cases(
+            ("validation.arrow", Path.unlink),
+            ("record.json", truncate),
+            ("record.json", Path.unlink),
+            ("tokenizer/tokenizer.json", truncate),
+        ),
     ],
 )
 def test_damaged_blocks_are_made_anew(name, damage, tmp_path, caplog):

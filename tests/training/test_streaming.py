@@ -23,6 +23,7 @@ from entropy_gpt.training.packing import collate_blocks, pack
 from entropy_gpt.training.streaming import PackedStream, Texts
 from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import NO_DROPOUT, make_model
+from tests.slow import slow_but
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_a_stream_without_end_loses_nothing_between_passes(tokenizer):
     assert tokens == expected[: len(tokens)]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("workers", slow_but([2], [1, 2, 5]))
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_read_each_document_once(workers, tokenizer):
     """One of five workers has no part of the data set."""

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import NO_DROPOUT, make_model
+from tests.slow import in_turn
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,8 +43,7 @@ def train(kind, notation, folder, **arguments):
     return losses, before.keys() - changed
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
+@pytest.mark.parametrize(("notation", "packing"), in_turn(["SM+LN+G", "EReg(SM(t)+ScFuFFN)"], [False, True]))
 def test_every_parameter_is_trained(notation, packing, tmp_path):
     from entropy_gpt.training.sft import EntropySFTTrainer
 

@@ -20,6 +20,7 @@ from entropy_gpt.workflows.private_client import PrivateAnswer
 
 
 NEW_TOKENS = 2
+BEFORE, AFTER = "before the prompt", "after the prompt"
 
 console = Console()
 
@@ -48,14 +49,20 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path, progres
     for title, answer in answers.items():
         console.print(f"\n[bold]{escape(title)}[/bold], between two processes that keep prompt and weights secret:")
         print_answer(prompt, answer)
+    before = {title: cost.first_phase() for title, cost in costs.items()}
+    bars = {
+        f"{title}, {when}": cost for title in costs for when, cost in ((BEFORE, before[title]), (AFTER, costs[title]))
+    }
     with written_whole(output / "pictures" / "private_costs.png") as path:
-        draw_costs(costs).savefig(path, format="png")
+        draw_costs(bars).savefig(path, format="png")
     operations = list(dict.fromkeys(part.name for cost in costs.values() for part in by_operation(cost)))
     parts = [{part.name: part.total_bytes for part in by_operation(cost)} for cost in costs.values()]
     rows = [(name, *(f"{part.get(name, 0) / 1e6:.2f}" for part in parts)) for name in operations]
-    rows.append(("all", *(f"{cost.total_bytes / 1e6:.2f}" for cost in costs.values())))
-    rows.append(("seconds", *(f"{cost.seconds:.1f}" for cost in costs.values())))
-    console.print(make_table(("MB sent by both parties", *costs), rows))
+    for when, phase in ((AFTER, costs), (BEFORE, before)):
+        rows.append((f"all {when}", *(f"{cost.total_bytes / 1e6:.2f}" for cost in phase.values())))
+    for when, phase in ((AFTER, costs), (BEFORE, before)):
+        rows.append((f"seconds {when}", *(f"{cost.seconds:.1f}" for cost in phase.values())))
+    console.print(make_table((f"MB sent by both parties {AFTER}", *costs), rows))
     console.print(
         f"private answers of {NEW_TOKENS} tokens, checked against the clear; the set-up of a connection, "
         f"{next(iter(costs.values())).set_up_bytes / 1e6:.0f} MB, is apart",
@@ -84,7 +91,7 @@ def private_costs(name: str, output: Path) -> list[PrivateCost]:
 def _answer(folder: Path, prompt: str, output: Path, progress: Progress) -> PrivateAnswer:
     place = _place(folder.name, output)
     if not place.exists():
-        answer = demonstrate(folder, prompt, new_tokens=NEW_TOKENS, progress=progress)
+        answer = demonstrate(folder, prompt, new_tokens=NEW_TOKENS, prepared=True, progress=progress)
         with written_whole(place) as path:
             answer.save(path)
     return _load(place)

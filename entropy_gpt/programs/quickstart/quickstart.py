@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
-from entropy_gpt.conversion.simplification import target_config
+from entropy_gpt.conversion.planning import target_config
 from entropy_gpt.conversion.tokenizer_files import save_tokenizer
 from entropy_gpt.evaluation.measuring.remote_loading import RemoteLoadingError, load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.origin import collect_origin

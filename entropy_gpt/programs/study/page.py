@@ -16,6 +16,7 @@ from entropy_gpt.evaluation.showing.model_card import model_card
 
 from .pictures import plot_conversion, plot_heads, plot_others, plot_pareto, plot_tolerance
 from .records import Study, StudyRun
+from .scaling import Scaling, plot_scaling, scaling_text
 from .tables import (
     BASELINE,
     FUSED,
@@ -46,13 +47,14 @@ from .tables import (
 
 
 RECORD = ROOT / "model_cards" / "results" / "study.json"
+SCALING_RECORD = ROOT / "model_cards" / "results" / "scaling.json"
 MODELS = ROOT / "model_cards" / "results" / "study_models.json"
 CARDS = ROOT / "model_cards" / "study"
 PAGE = ROOT / "docs" / "study.md"
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "study"
 # What is generated of the page and of the README stands between comments of this name; the rest is written by hand.
-BLOCK = "study"
+BLOCK, SCALING_BLOCK = "study", "scaling"
 # Pictures, and the groups of which one has to have more than one run for there to be something to draw.
 PLOTS = {
     "pareto": (plot_pareto, (WARM,)),
@@ -329,6 +331,21 @@ def write_cards(record: Path = RECORD, models: Path = MODELS, folder: Path = CAR
             model_card(result).save(folder / f"{result.name}.md")
 
 
+def write_scaling(record: Path = SCALING_RECORD, page: Path = PAGE, pictures: Path = PICTURES):
+    """
+    The same for what the protocol of scaling has measured so far.
+
+    Raises:
+        `ValueError`: If the record can't be read, or the page has no place for it.
+    """
+    study = Study.load(record)
+    scaling = Scaling(study)
+    if scaling.is_comparable:
+        pictures.mkdir(parents=True, exist_ok=True)
+        plot_scaling(scaling).savefig(pictures / "scaling.png", format="png")
+    replace_block(page, SCALING_BLOCK, scaling_text(study))
+
+
 def write(record: Path = RECORD, page: Path = PAGE, pictures: Path = PICTURES, readme: Path = README):
     """
     Draws the pictures, and replaces what is generated of the page and of the README.
@@ -348,4 +365,5 @@ def write(record: Path = RECORD, page: Path = PAGE, pictures: Path = PICTURES, r
 
 if __name__ == "__main__":
     write()
+    write_scaling()
     write_cards()

@@ -11,22 +11,27 @@ from typing import Any
 
 from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.training.arguments import STANDARD_LIBRARY
+from entropy_gpt.training.arguments import NAMED_TEXTS
 from entropy_gpt.training.errors import RecipeError
 from entropy_gpt.training.recipe_file import read_yaml
 
-from .records import ANSWERED, CONVERTED, KINDS, TRAINED, StudyRun
+from .records import ANSWERED, CONVERTED, TIMED, TRAINED, StudyRun
 
 
 # Beside settings, a group says where its learning rate or its models come from, in these words.
 BEST_IN, GROUP = "best_in", "group"
 SOURCES = {"convert": CONVERTED, "answer": ANSWERED}
+# A list of settings that go together, each of them one of the values that are crossed; steps that are only timed.
+CASES, TIME = "cases", "time"
 # What two runs have in common if the learning rate of the one is good for the other.
 COMPARED = ("notation", "n_layer", "context")
 # What a run has in common with the row whose model it takes, if nothing else is said.
 OF_A_SOURCE = ("notation", "seed")
-DATASET = "dataset"
-SECTIONS = {*KINDS, DATASET, "vocabulary", "test", "groups"}
+DATASET, TRANSFER, THREADS = "dataset", "transfer", "threads"
+KINDS_WITH_SETTINGS = (TRAINED, CONVERTED, ANSWERED)
+SECTIONS = {*KINDS_WITH_SETTINGS, DATASET, "vocabulary", "test", "groups"}
+# What the duration of a training step does not depend on.
+NOT_TIMED = ("learning_rate", "max_steps", "seed")
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ class Row:
         return _steps(self.kind, self.settings)
 
     @property
+    def timed(self) -> Run:
+        """The run that times a step of this training, if the protocol has it."""
+        return Run(TIMED, timed_settings(self.settings))
+
+    @property
     def references(self) -> list[Reference]:
         return [reference for reference in (self.best_in, self.source) if reference is not None]
 
@@ -109,6 +119,8 @@ class Protocol:
         dataset (`str`): What all runs are trained and validated on: `python-stdlib`, or a file or folder of text.
         vocabulary (`int`): Tokens of the tokenizer, which all runs share.
         test (`dict[str, dict]`): Installed packages whose code is tested on: their version, and how many characters.
+        transfer (`dict[str, dict]`): Other text that is tested on, apart from that: a hash, and how many characters.
+        threads (`int`, *optional*): Threads of each run, so that results don't depend on how many run side by side.
         rows (`list[Row]`): Rows of all groups, in the file's order.
     """
 
@@ -116,12 +128,15 @@ class Protocol:
     dataset: str
     vocabulary: int
     test: dict[str, dict[str, Any]]
+    transfer: dict[str, dict[str, Any]]
+    threads: int | None = None
     rows: list[Row] = field(default_factory=list)
 
     @property
     def shared(self) -> dict[str, Any]:
         """What all runs of a study have to have in common."""
-        return {"dataset": self.dataset, "vocabulary": self.vocabulary, "test": self.test}
+        names = (DATASET, "vocabulary", "test", *([TRANSFER] if self.transfer else []))
+        return {name: getattr(self, name) for name in names}
 
     def select(self, only: Sequence[str] = ()) -> list[Row]:
         """
@@ -160,16 +175,18 @@ def read_protocol(path: Path) -> Protocol:
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     except (RecipeError, OSError) as error:
         raise UserError(f"--protocol {path} can't be read: {error}") from error
-    if unknown := sorted(content.keys() ^ SECTIONS):
+    if unknown := sorted((content.keys() - {TRANSFER, THREADS}) ^ SECTIONS):
         raise UserError(f"{path}: {unknown[0]} is missing or not known. It has {', '.join(sorted(SECTIONS))}.")
     rows: list[Row] = []
-    for name in ("test", "groups", *KINDS):
+    content.setdefault(TRANSFER, {})
+    for name in ("test", TRANSFER, "groups", *KINDS_WITH_SETTINGS):
         _check_mapping(content[name], name, path)
-    if content[DATASET] != STANDARD_LIBRARY:
+    if content[DATASET] not in NAMED_TEXTS:
         content[DATASET] = str(Path(expanded(content[DATASET])).resolve())
     for group, settings in content["groups"].items():
         rows += _read_group(group, dict(_check_mapping(settings, f"group {group}", path)), content, rows, path)
-    return Protocol(f"sha256:{digest}", content["dataset"], content["vocabulary"], content["test"], rows)
+    shared = (content[name] for name in (DATASET, "vocabulary", "test", TRANSFER))
+    return Protocol(f"sha256:{digest}", *shared, content.get(THREADS), rows)
 
 
 def resolve(rows: list[Row], finished: dict[str, StudyRun]) -> list[Run | None]:
@@ -184,6 +201,11 @@ def resolve(rows: list[Row], finished: dict[str, StudyRun]) -> list[Run | None]:
     for row in rows:
         runs.append(_resolve(row, list(zip(rows, runs, strict=False)), finished))
     return runs
+
+
+def timed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the duration of a step depends on."""
+    return {name: value for name, value in settings.items() if name not in NOT_TIMED}
 
 
 def _steps(kind: str, settings: dict[str, Any]) -> int:
@@ -210,17 +232,20 @@ def _read_group(group: str, settings: dict, content: dict, before: list[Row], pa
     sources = settings.keys() & SOURCES
     kind = SOURCES[min(sources)] if sources else TRAINED
     source = settings.pop(min(sources)) if sources else None
+    is_timed = settings.pop(TIME, False)
     best_in = settings.get("learning_rate")
     best_in = settings.pop("learning_rate") if isinstance(best_in, dict) else None
     settings = {DATASET: content[DATASET], **content[kind], **settings}
+    cases = [_check_mapping(case, f"group {group}: {CASES}", path) for case in settings.pop(CASES, [{}])]
+    compared = dict.fromkeys((*COMPARED, *(name for case in cases for name in case)))
     lists = {name: value for name, value in settings.items() if isinstance(value, list)}
-    for values in itertools.product(*lists.values()):
-        crossed = {**settings, **dict(zip(lists, values, strict=True))}
+    for *values, case in itertools.product(*lists.values(), cases):  # all cases of one value, then of the next
+        crossed = {**settings, **dict(zip(lists, values, strict=True)), **case}
         row = Row(
             group,
-            kind,
-            crossed,
-            best_in and _refer(best_in, BEST_IN, {name: crossed.get(name) for name in COMPARED}, group, path),
+            TIMED if is_timed else kind,
+            timed_settings(crossed) if is_timed else crossed,
+            best_in and _refer(best_in, BEST_IN, {name: crossed.get(name) for name in compared}, group, path),
             source and _refer(source, GROUP, {name: crossed.get(name) for name in OF_A_SOURCE}, group, path),
         )
         for reference in row.references:

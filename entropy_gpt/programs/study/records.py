@@ -11,7 +11,7 @@ from entropy_gpt.evaluation.private_inference.agreement import Agreement
 from entropy_gpt.evaluation.records.results import LikelihoodResult, PrivateCost
 
 
-TRAINED, CONVERTED, ANSWERED = KINDS = ("trained", "converted", "answered")
+TRAINED, CONVERTED, ANSWERED, TIMED = KINDS = ("trained", "converted", "answered", "timed")
 
 
 @dataclass(config=RECORD)
@@ -28,10 +28,12 @@ class StudyRun(StoredRecord):
         parameters (`int`): Tied ones count once.
         tokens (`int`): Seen in training, without those of the source.
         seconds_per_step (`float`, *optional*): Seconds of a step of training.
+        cpu_seconds_per_step (`float`, *optional*): Seconds of the processor; the median, of a run that was timed.
         diverged (`str`, *optional*): What went wrong in training; there is no model then.
         events (`list[str]`): What the guard reported in the course of training.
         validation ([`LikelihoodResult`], *optional*): On documents of the training text that were kept apart.
-        test (`dict[str, LikelihoodResult]`): On other text, by its name.
+        test (`dict[str, LikelihoodResult]`): On other text of the same kind, by its name.
+        transfer (`dict[str, LikelihoodResult]`): On text of another kind.
         heads ([`HeadwiseEntropy`], *optional*): Mean entropies on the validation text.
         cost ([`PrivateCost`], *optional*): Of one answer between two processes, checked; of runs that answered.
         agreement ([`Agreement`], *optional*): Of answers in the emulated ring with those in the clear; of the same.
@@ -55,6 +57,8 @@ class StudyRun(StoredRecord):
     heads: HeadwiseEntropy | None = None
     cost: PrivateCost | None = None
     agreement: Agreement | None = None
+    cpu_seconds_per_step: float | None = None
+    transfer: dict[str, LikelihoodResult] = field(default_factory=dict)
 
     @property
     def validation_nats(self) -> float:
@@ -67,10 +71,19 @@ class StudyRun(StoredRecord):
     @property
     def test_nats(self) -> float:
         """Negative log-likelihood of a token of all test texts together; infinite for a run that diverged."""
-        if not self.test:
-            return float("inf")
-        parts = [result.likelihood for result in self.test.values()]
-        return sum(part.nats for part in parts) / sum(part.tokens for part in parts)
+        return _mean_nats(self.test)
+
+    @property
+    def transfer_nats(self) -> float:
+        """The same of text of another kind."""
+        return _mean_nats(self.transfer)
+
+
+def _mean_nats(results: dict[str, LikelihoodResult]) -> float:
+    if not results:
+        return float("inf")
+    parts = [result.likelihood for result in results.values()]
+    return sum(part.nats for part in parts) / sum(part.tokens for part in parts)
 
 
 @dataclass(config=RECORD)
@@ -83,6 +96,7 @@ class Study(StoredRecord):
         runs (`dict[str, StudyRun]`): By name.
         groups (`dict[str, list[str]]`): Names of the finished runs of each group of the protocol, in its order.
         missing (`dict[str, int]`): Rows of each group that are not measured, where there are any.
+        tokenizer (`str`, *optional*): Hash of the tokenizer that all runs share.
     """
 
     KIND: ClassVar[str] = "the study"
@@ -92,6 +106,7 @@ class Study(StoredRecord):
     runs: dict[str, StudyRun] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
+    tokenizer: str | None = None
 
     def group(self, *names: str) -> list[StudyRun]:
         """The finished runs of a group, or of several, one after the other."""

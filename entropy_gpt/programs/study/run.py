@@ -4,16 +4,14 @@ One run of the study, in a process of its own:
     python -m entropy_gpt.programs.study.run STUDY NAME
 """
 
-import hashlib
-import importlib.util
 import json
 import os
+import statistics
 import sys
 import threading
+import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,18 +24,18 @@ from entropy_gpt.evaluation.private_inference.agreement import measure_agreement
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
 from entropy_gpt.evaluation.private_inference.inference import EMULATED, PLAINTEXT, TWO_PARTY, PrivateModel
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
-from entropy_gpt.evaluation.records.measurement import KEPT_APART, MeasuredText, measure_heads, measure_text, read_text
+from entropy_gpt.evaluation.records.measurement import KEPT_APART, measure_heads, measure_text, read_text
 from entropy_gpt.evaluation.records.results import RESULTS, AnswerCheck, load_results, save_results
 from entropy_gpt.evaluation.showing.model_card import model_card
 from entropy_gpt.terminal.progress import progress_display
-from entropy_gpt.training.arguments import STANDARD_LIBRARY, DataArguments
+from entropy_gpt.training.arguments import STANDARD_LIBRARY
 from entropy_gpt.training.checkpoints import list_checkpoints
-from entropy_gpt.training.corpus import Corpus, Document, load_corpus
 from entropy_gpt.training.errors import DivergedError
 from entropy_gpt.training.files import delete, written_whole
 from entropy_gpt.training.progress import Progress
+from entropy_gpt.training.recipe import read_recipe
 from entropy_gpt.training.run_folder import MODEL
-from entropy_gpt.training.sources import Source, open_source
+from entropy_gpt.training.start import find_start, fit_vocabulary, make_model
 from entropy_gpt.workflows.convert import convert
 from entropy_gpt.workflows.convert_inputs import ConversionOptions, find_target
 from entropy_gpt.workflows.options import read_options
@@ -45,15 +43,17 @@ from entropy_gpt.workflows.output_folder import CONVERSION
 from entropy_gpt.workflows.train import train
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
-from .protocol import DATASET, Run
-from .records import CONVERTED, TRAINED, StudyRun
+from .protocol import DATASET, Protocol, Run
+from .records import ANSWERED, CONVERTED, TIMED, TRAINED, StudyRun
+from .texts import load_text, read_descriptions, read_package
 
 
 PLAN, RESULT, TOKENIZER, RUNS = "plan.json", "result.json", "tokenizer", "runs"
 # Folders of a run, with what trained or converted it.
 TRAINING, CONVERTING = "training", "conversion"
 VALIDATION_TOKENS = "validation_tokens"
-NOT_TESTED_ON = frozenset({"test", "tests", "testing"})
+# Steps that are timed, and those before them that are not.
+TIMED_STEPS, STEPS_BEFORE = 20, 3
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ class Place:
         return next((file.parent for file in last_files if file.exists()), None)
 
 
-def write_plan(place: Place, run: Run, test: dict[str, dict[str, Any]]):
+def write_plan(place: Place, run: Run, protocol: Protocol):
     """Leaves what [`perform`] is to do."""
+    plan = {"run": asdict(run), "test": protocol.test, "transfer": protocol.transfer}
     with written_whole(place.folder / PLAN) as path:
-        path.write_text(json.dumps({"run": asdict(run), "test": test}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
 
 def perform(place: Place):
@@ -93,28 +94,31 @@ def perform(place: Place):
     """
     plan = json.loads((place.folder / PLAN).read_text(encoding="utf-8"))
     run = Run(**plan["run"])
-    act = {TRAINED: _train, CONVERTED: _convert}.get(run.kind, _answer)
+    act = {TRAINED: _train, CONVERTED: _convert, ANSWERED: _answer, TIMED: _time}[run.kind]
     with progress_display(Console()) as progress:
         result = act(place, run, progress)
         if run.kind in (TRAINED, CONVERTED) and result.diverged is None:
-            _measure(place, run, plan["test"], result, progress)
+            _measure(place, run, plan, result, progress)
     with written_whole(place.result) as path:
         result.save(path)
     for checkpoint in list_checkpoints(place.folder / TRAINING):
         delete(checkpoint)
 
 
-def _train(place: Place, run: Run, progress: Progress) -> StudyRun:
-    output = place.folder / TRAINING
+def _write_recipe(place: Place, run: Run) -> Path:
     settings = {
         **run.settings,
         "tokenizer": str(place.study / TOKENIZER),
         "data_cache": str(place.study / "data"),
-        "output_dir": str(output),
+        "output_dir": str(place.folder / TRAINING),
     }
     recipe = place.folder / "recipe.yaml"  # JSON is YAML
     recipe.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    log = train(recipe, progress=progress).log
+    return recipe
+
+
+def _train(place: Place, run: Run, progress: Progress) -> StudyRun:
+    log = train(_write_recipe(place, run), progress=progress).log
     events = [f"step {event.step:,}: {event.text} ({event.action})" for event in log.divergences]
     events += [f"step {alarm.step:,}, layer {alarm.layer}: {alarm.text}" for alarm in log.alarms]
     found = _begin_record(run, log.description.notation, log.description.parameters)
@@ -122,8 +126,37 @@ def _train(place: Place, run: Run, progress: Progress) -> StudyRun:
         tokens = log.last_step * log.description.tokens_per_step
         return replace(found, events=events, tokens=tokens, diverged=log.divergences[-1].text)
     training = load_results(place.model / RESULTS)[0].training
-    seconds = training.seconds / training.steps
-    return replace(found, events=events, tokens=training.tokens, seconds_per_step=seconds)
+    return replace(
+        found,
+        events=events,
+        tokens=training.tokens,
+        seconds_per_step=training.seconds / training.steps,
+        cpu_seconds_per_step=training.cpu_seconds and training.cpu_seconds / training.steps,
+    )
+
+
+def _time(place: Place, run: Run, progress: Progress) -> StudyRun:
+    """Times steps on random tokens: forward, backward and AdamW. The median is little moved by what else runs."""
+    recipe = read_recipe(str(_write_recipe(place, run)), {"max_steps": TIMED_STEPS})
+    start = find_start(recipe)
+    fit_vocabulary(start.config, recipe, PreTrainedTokenizerFast.from_pretrained(place.study / TOKENIZER))
+    model = make_model(start, seed=0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(start.config.vocab_size, (recipe.training.per_device_train_batch_size, start.context))
+    clocks = [(time.perf_counter(), time.process_time())]
+    with progress.stage(f"timing {run.settings['notation']}"):
+        for _ in range(STEPS_BEFORE + TIMED_STEPS):
+            model(tokens, labels=tokens, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            clocks.append((time.perf_counter(), time.process_time()))
+    seconds, cpu_seconds = (np.diff(clock)[STEPS_BEFORE:] for clock in zip(*clocks, strict=True))
+    return replace(
+        _begin_record(run, start.config.notation, model.num_parameters()),
+        seconds_per_step=statistics.median(seconds),
+        cpu_seconds_per_step=statistics.median(cpu_seconds),
+    )
 
 
 def _convert(place: Place, run: Run, progress: Progress) -> StudyRun:
@@ -131,7 +164,7 @@ def _convert(place: Place, run: Run, progress: Progress) -> StudyRun:
     if place.model is None:
         settings = {name: value for name, value in run.settings.items() if name not in (DATASET, VALIDATION_TOKENS)}
         dataset = run.settings[DATASET]
-        text = None if dataset == STANDARD_LIBRARY else Path(dataset)
+        text = None if dataset == STANDARD_LIBRARY else dataset
         options = {"to": settings.pop("notation"), "output": place.folder / CONVERTING, "text": text, **settings}
         try:
             convert(source, **options, progress=progress)
@@ -177,7 +210,7 @@ def _begin_record(run: Run, notation: str, parameters: int) -> StudyRun:
     return StudyRun(run.name, run.kind, run.settings, run.source, notation, parameters)
 
 
-def _measure(place: Place, run: Run, test: dict[str, dict], result: StudyRun, progress: Progress):
+def _measure(place: Place, run: Run, plan: dict[str, dict], result: StudyRun, progress: Progress):
     """Adds what the model is worth, and what its heads do, as far as its training has not measured it."""
     model = load_language_model(place.model).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(place.study / TOKENIZER)
@@ -192,61 +225,20 @@ def _measure(place: Place, run: Run, test: dict[str, dict], result: StudyRun, pr
         result.validation = measure_text(model, text, progress, result.notation, seed=seed)
         heads = measure_heads(model, text, progress, result.notation, seed=seed)
     result.heads = heads.heads.entropy
-    tests = {}
-    for package, told in test.items():
-        text = _measured_text(read_package(package, **told), tokenizer, context)
-        tests[package] = measure_text(model, text, progress, package, seed=seed)
-    result.test = tests
+    corpora = {
+        "test": {package: read_package(package, **told) for package, told in plan["test"].items()},
+        "transfer": {name: read_descriptions(**told) for name, told in plan["transfer"].items()},
+    }
+    for field, found in corpora.items():
+        measured = {}
+        for name, corpus in found.items():
+            text = read_text(corpus.name, corpus.revision, corpus.texts, tokenizer, context)
+            measured[name] = measure_text(model, text, progress, name, seed=seed)
+        setattr(result, field, measured)
     described = replace(known, name=run.name, likelihood=result.validation, heads=heads)
     with written_whole(place.model / RESULTS) as path:
         save_results([described], path)
     model_card(described).save(place.model / "README.md")
-
-
-def _measured_text(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: int) -> MeasuredText:
-    texts = (document.text for document in corpus.training)
-    return read_text(corpus.name, corpus.revision, texts, tokenizer, context)
-
-
-def load_text(dataset: str) -> Source:
-    """
-    What a study trains and validates on.
-
-    Raises:
-        `CorpusError`: If it can't be read.
-    """
-    return open_source(DataArguments(dataset=dataset))
-
-
-def read_package(package: str, release: str, characters: int) -> Corpus:
-    """
-    The code of an installed package, without its tests: of its files, in an order that depends on their names' hashes,
-    as many as hold that many characters.
-
-    Args:
-        package (`str`): Its name.
-        release (`str`): The version that it has to have.
-        characters (`int`): Characters of the files together, no more than these; all in `training`.
-
-    Raises:
-        `UserError`: If it is not installed, or in another version.
-    """
-    spec = importlib.util.find_spec(package)
-    installed = version(package) if spec is not None else "nothing"
-    if installed != release:
-        raise UserError(f"The study tests on {package} {release}, and {installed} is installed: pip install it.")
-    corpus = load_corpus(Path(spec.origin).parent, validation_share=0)
-    chosen: list[Document] = []
-    for document in sorted(corpus.training, key=_hash_of_name):
-        if not NOT_TESTED_ON & {*Path(document.name).parts} and document.length <= characters:
-            chosen.append(document)
-            characters -= document.length
-    revision = f"{package} {release}, {len(chosen)} files of {corpus.revision}"
-    return replace(corpus, revision=revision, training=tuple(chosen))
-
-
-def _hash_of_name(document: Document) -> str:
-    return hashlib.sha256(document.name.encode()).hexdigest()
 
 
 def _end_with_parent():

@@ -1,7 +1,9 @@
 """Runs what the study's protocol asks for, some runs side by side, and keeps what they found."""
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,13 +22,15 @@ from entropy_gpt.terminal.progress import progress_display
 from entropy_gpt.terminal.tables import make_table
 from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.files import written_whole
+from entropy_gpt.training.preparation import TOKENIZER_CHARACTERS, first_texts
 from entropy_gpt.training.progress import Progress
 from entropy_gpt.training.storage import check_folder
 from entropy_gpt.training.tokenizer import train_tokenizer
 
 from .protocol import Protocol, Row, Run, read_protocol, resolve
-from .records import ANSWERED, Study, StudyRun
-from .run import RESULT, RUNS, TOKENIZER, TRAINING, Place, load_text, write_plan
+from .records import ANSWERED, TIMED, TRAINED, Study, StudyRun
+from .run import RESULT, RUNS, TOKENIZER, TRAINING, Place, write_plan
+from .texts import load_text
 
 
 RECORD, MODELS, SHARED, LOG = "study.json", "models.json", "shared.json", "log.txt"
@@ -45,7 +49,15 @@ class _Worker:
     started: float = field(default_factory=time.monotonic)
 
 
-def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dry_run: bool):
+def run(
+    protocol_path: Path,
+    only: Sequence[str],
+    output: Path,
+    workers: int,
+    dry_run: bool,
+    hours: float | None = None,
+    time_again: bool = False,
+):
     """
     Does the runs that are missing.
 
@@ -56,15 +68,20 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
         output (`Path`): The study's folder.
         workers (`int`): Runs side by side.
         dry_run (`bool`): Whether to show only what would be done.
+        hours (`float`, *optional*): When to stop, with the checkpoints of what is not finished.
+        time_again (`bool`): Whether to forget the steps that were timed, and time them anew.
 
     Raises:
         `UserError`: If the protocol or the folder can't be used, or a run failed.
     """
+    deadline = time.monotonic() + 3600 * (math.inf if hours is None else hours)
     output = output.resolve()
     protocol = read_protocol(protocol_path)
     rows = protocol.select(only)
     _check_output(protocol, output)
     finished = _load_finished(output)
+    if time_again:
+        finished = {name: run for name, run in finished.items() if run.kind != TIMED}
     if dry_run:
         _print_plan(rows, finished, output)
         return
@@ -72,7 +89,7 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
     with claimed(output, lambda: _goes_on(output)):
         with progress_display(console) as progress, progress.stage("study") as line:
             _prepare(protocol, output, progress)
-            with contextlib.closing(_work(protocol, rows, output, workers, finished, failed)) as work:
+            with contextlib.closing(_work(protocol, rows, output, workers, finished, failed, deadline)) as work:
                 for running in work:
                     line.reach(*_count_steps(rows, finished))
                     line.say(_describe_state(rows, finished, running))
@@ -84,6 +101,11 @@ def run(protocol_path: Path, only: Sequence[str], output: Path, workers: int, dr
         )
     runs = resolve(rows, finished)
     missing = sum(run is None or run.name not in finished for run in runs)
+    if time.monotonic() >= deadline:
+        console.print(
+            f"Stopped after {hours:g} hours, with {missing} of {len(rows)} rows to go: the same command goes on."
+        )
+        return
     without = f", {missing} of them not, since what they start from diverged" if missing else ""
     console.print(f"{len(rows)} rows are measured{without}: {output / RECORD}", markup=False, soft_wrap=True)
 
@@ -132,10 +154,20 @@ def _prepare(protocol: Protocol, output: Path, progress: Progress):
     with written_whole(output / SHARED) as path:
         path.write_text(json.dumps(protocol.shared, indent=1) + "\n", encoding="utf-8")
     place = output / TOKENIZER
-    if place.exists():
-        return
-    with progress.stage("training the tokenizer"), written_whole(place) as folder:
-        save_tokenizer(train_tokenizer(load_text(protocol.dataset).training, protocol.vocabulary), folder)
+    if not place.exists():
+        with progress.stage("training the tokenizer"), written_whole(place) as folder:
+            texts = first_texts(load_text(protocol.dataset).training, TOKENIZER_CHARACTERS)
+            save_tokenizer(train_tokenizer(texts, protocol.vocabulary), folder)
+    known = Study.load(output / RECORD).tokenizer if (output / RECORD).exists() else None
+    if known not in (None, _hash_tokenizer(output)):
+        raise UserError(
+            f"The runs of {output / RECORD} have another tokenizer than {place}, which was trained here: their "
+            "perplexities can't be compared. Give another --output."
+        )
+
+
+def _hash_tokenizer(output: Path) -> str:
+    return hashlib.sha256((output / TOKENIZER / "tokenizer.json").read_bytes()).hexdigest()[:16]
 
 
 def _work(
@@ -145,8 +177,12 @@ def _work(
     workers: int,
     finished: dict[str, StudyRun],
     failed: dict[str, str],
+    deadline: float,
 ) -> Iterator[list[_Worker]]:
-    """Starts what can be started, and waits; yields what is running after each change, and fills what is given."""
+    """
+    Starts what can be started, and waits, until the deadline; yields what is running after each change, and fills what
+    is given.
+    """
     running: list[_Worker] = []
     try:
         while True:
@@ -158,6 +194,8 @@ def _work(
             if not running:
                 return
             while all(worker.process.poll() is None for worker in running):
+                if time.monotonic() >= deadline:
+                    return
                 time.sleep(PAUSE)
             for worker in [worker for worker in running if worker.process.poll() is not None]:
                 running.remove(worker)
@@ -171,8 +209,8 @@ def _work(
 
 
 def _may_start(run: Run, running: list[_Worker]) -> bool:
-    """Private answers take several processes and are timed: they are alone."""
-    return not running or ANSWERED not in (run.kind, *(worker.run.kind for worker in running))
+    """What is timed is alone."""
+    return not running or not {ANSWERED, TIMED} & {run.kind, *(worker.run.kind for worker in running)}
 
 
 def _list_ready(rows: list[Row], output: Path, finished: dict[str, StudyRun]) -> list[Run]:
@@ -191,14 +229,14 @@ def _list_ready(rows: list[Row], output: Path, finished: dict[str, StudyRun]) ->
             source = runs[run.source]
             if source.source is None or Place(output, source.source).model is not None:
                 ready[source.name] = source
-    # The longest first, so that the last ones end together; answers when all else is done.
-    return sorted(ready.values(), key=lambda run: (run.kind == ANSWERED, -run.steps))
+    # In the protocol's order, and answers when all else is done.
+    return sorted(ready.values(), key=lambda run: run.kind == ANSWERED)
 
 
 def _start(run: Run, protocol: Protocol, output: Path, workers: int) -> _Worker:
     place = Place(output, run.name)
-    write_plan(place, run, protocol.test)
-    threads = max(1, (os.cpu_count() or 1) // (1 if run.kind == ANSWERED else workers))
+    write_plan(place, run, protocol)
+    threads = protocol.threads or max(1, (os.cpu_count() or 1) // (1 if run.kind == ANSWERED else workers))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     with (place.folder / LOG).open("ab") as log:
         command = [sys.executable, "-P", "-m", "entropy_gpt.programs.study.run", str(output), run.name]
@@ -228,13 +266,15 @@ def _summarize(result: StudyRun) -> str:
         cost, agreement = result.cost, result.agreement
         agree = f"{agreement.agreeing} of {agreement.positions} tokens agree"
         return f"{result.notation}: {cost.total_bytes / 1e6:.1f} MB, {cost.seconds:.1f} s, {agree}"
+    if result.kind == TIMED:
+        return f"{result.notation}: {result.cpu_seconds_per_step:.3f} s of the processor for a step"
     likelihood = result.validation.likelihood
     return f"{result.notation}: perplexity {likelihood.perplexity:.2f}, mean entropy {result.heads.mean:.2f} nats"
 
 
 def _save(protocol: Protocol, finished: dict[str, StudyRun], output: Path) -> Study:
     """The record of all finished runs of the protocol, and which groups they are of."""
-    study = Study(protocol.hash)
+    study = Study(protocol.hash, tokenizer=_hash_tokenizer(output))
     for row, run in zip(protocol.rows, resolve(protocol.rows, finished), strict=True):
         names = study.groups.setdefault(row.group, [])
         if run is None or run.name not in finished:
@@ -265,17 +305,36 @@ def _print_plan(rows: list[Row], finished: dict[str, StudyRun], output: Path):
     groups: dict[str, list[Run | None]] = {}
     for row, run in zip(rows, runs, strict=True):
         groups.setdefault(row.group, []).append(run)
+    hours = _predict_hours(rows, runs, finished)
     table = [
         (
             group,
             f"{len(members):,}",
             f"{sum(run is not None and run.name in finished for run in members):,}",
             f"{sum(run is None for run in members):,}",
+            f"{hours[group]:.2f}" if hours[group] else "",
         )
         for group, members in groups.items()
     ]
-    console.print(make_table(("group", "rows", "measured", "wait for a choice"), table))
+    console.print(make_table(("group", "rows", "measured", "wait for a choice", "hours"), table))
     known = {run.name: run for run in runs if run is not None and run.name not in finished}
     steps = sum(run.steps for run in known.values())
     console.print(f"{len(known):,} runs are known and missing, with {steps:,} steps of training. Nothing was written.")
+    if total := sum(hours.values()):
+        console.print(f"What is missing and was timed takes at most {total:.1f} hours of one core.")
     console.print(f"They go to {output}.", markup=False, soft_wrap=True)
+
+
+def _predict_hours(rows: list[Row], runs: list[Run | None], finished: dict[str, StudyRun]) -> dict[str, float]:
+    """
+    Hours of one core that the missing training of each group takes, by the steps that were timed; none of what was
+    not. A run that several rows want is counted with the first.
+    """
+    hours = dict.fromkeys((row.group for row in rows), 0.0)
+    seen = {*finished}
+    for row, run in zip(rows, runs, strict=True):
+        timed = finished.get(row.timed.name)
+        if row.kind == TRAINED and timed is not None and (run is None or run.name not in seen):
+            hours[row.group] += row.steps * timed.cpu_seconds_per_step / 3600
+            seen |= {run.name} if run is not None else set()
+    return hours

@@ -32,6 +32,9 @@ OPERATION_COLORS = {
     "head": "#9a9a9a",
     "argmax": "#4d4d4d",
     "check": "#B7410E",
+    "squares": "#c48a2c",
+    "numbers": "#8c6d31",
+    "rows": "#e7ba52",
 }
 OTHER_COLOR = "#000000"
 BAR_HEIGHT = 0.62

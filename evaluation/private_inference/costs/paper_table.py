@@ -283,5 +283,5 @@ processes over TCP on one machine's loopback, under {cost.settings.protocol}.
 
 {notes}
 
-{shown}Measured with {describe_origin(cost.versions, cost.git_revision, cost.machine)}.
+{shown}Measured with {describe_origin(cost)}.
 """

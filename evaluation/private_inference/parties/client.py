@@ -199,6 +199,8 @@ class Client:
             else:
                 self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
             self._accepted = True
+            if "preparation" in own:
+                self.store.spend(Path(own["preparation"]))
             on_event({"event": "accepted"})
             return self._session.answer(Request(**asked, **own), on_event)
 

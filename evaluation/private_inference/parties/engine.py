@@ -22,9 +22,10 @@ from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, RING, Shape, Stock, count_step
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices, price_of
 from entropy_gpt.evaluation.private_inference.program.program import Step
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.two_phases import show
 
-from .shares import make_placeholder
+from .shares import make_placeholder, read_content
 
 
 # With one squaring the engine's exp(x) is (1 + x / 2)^2: the way to its square, at 0.65 of a product's traffic, to
@@ -32,6 +33,7 @@ from .shares import make_placeholder
 SQUARE_BY_EXP = 1
 # The client is of rank 1 wherever there are two.
 LOG_TRIES, LOG_WAIT_S, LOG_PART_BYTES = 500, 0.01, 2**20
+SHOWN_PART_BYTES = 8 * 2**20
 LINK_TOTALS = re.compile(
     r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)"
 )
@@ -92,7 +94,7 @@ class CompiledStep:
 
     Args:
         step ([`Step`]): The step.
-        executable: The engine's code of it.
+        executable: The engine's code of it; `None` of [`show`].
         round_trips (`float`): That it waits for under Cheetah, as counted on its shapes.
         total_bytes (`float`): That both parties send under Cheetah, as predicted from its counts.
     """
@@ -116,9 +118,11 @@ def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: 
 
     variables, stock, compiled = dict(variables), Stock(), []
     for step in steps:
-        given = tuple((variables[name].shape, variables[name].dtype) for name in step.inputs)
-        code = _compile(_Hashable(step.function), given, settings)
-        executable = libspu.Executable(step.operation, list(step.inputs), list(step.outputs), code)
+        executable = None
+        if step.function is not show:
+            given = tuple((variables[name].shape, variables[name].dtype) for name in step.inputs)
+            code = _compile(_Hashable(step.function), given, settings)
+            executable = libspu.Executable(step.operation, list(step.inputs), list(step.outputs), code)
         counts = count_step(step, variables, settings, stock)
         total_bytes = price_of(counts.parts, load_prices().bytes)
         compiled.append(CompiledStep(step, executable, counts.round_trips, total_bytes))
@@ -208,7 +212,7 @@ def compiled_digest(compiled: list[CompiledStep], settings: PrivateSettings) -> 
     for entry in compiled:
         names = [entry.step.operation, entry.step.layer, entry.step.inputs, entry.step.outputs]
         digest.update(json.dumps(names).encode())
-        digest.update(hashlib.sha256(entry.executable.code).digest())
+        digest.update(hashlib.sha256(entry.executable.code if entry.executable else b"").digest())
     return digest.hexdigest()
 
 
@@ -281,9 +285,13 @@ class Party:
     def run(self, step: CompiledStep) -> StepCost:
         """Runs a step together with the other parties; what it took, by this party's count."""
         started = time.perf_counter()
-        self.runtime.run(step.executable)
+        if step.executable is None:
+            traffic = self._show(*step.step.inputs, *step.step.outputs)
+        else:
+            self.runtime.run(step.executable)
+            traffic = self.log.next_totals() if self.log else (0, 0, 0, 0)
         seconds = time.perf_counter() - started
-        sent, received, messages_sent, messages_received = self.log.next_totals() if self.log else (0, 0, 0, 0)
+        sent, received, messages_sent, messages_received = traffic
         return StepCost(
             operation=step.step.operation,
             layer=step.step.layer,
@@ -294,6 +302,31 @@ class Party:
             round_trips=step.round_trips if self._is_cheetah else min(messages_sent, messages_received) / 2,
             seconds=seconds,
         )
+
+    def _show(self, masked: str, shown: str) -> tuple[int, int, int, int]:
+        """
+        The client sends its share of a variable, and the server adds its own: it alone knows the sum then. Returns
+        bytes and messages, as [`EngineLog.next_totals`].
+
+        Raises:
+            `PrivateInferenceError`: If the client sends more or less.
+        """
+        share = read_content(self.share(masked))
+        places = range(0, share.nbytes, SHOWN_PART_BYTES)
+        self.forget(masked)
+        if self.link.rank != SERVER:
+            content = memoryview(share).cast("B")
+            for begin in places:
+                self.link.send(SERVER, bytes(content[begin : begin + SHOWN_PART_BYTES]))
+            self.set_foreign(shown, share.shape, SERVER, RING)
+            return share.nbytes, 0, len(places), 0
+        if self.link.world_size > 1:
+            received = b"".join(self.link.recv(1 - SERVER) for _ in places)
+            if len(received) != share.nbytes:
+                raise PrivateInferenceError(f"the client shows {len(received):,} bytes instead of {share.nbytes:,}.")
+            share = share + np.frombuffer(received, RING)
+        self.set_own(shown, share)
+        return 0, share.nbytes, 0, len(places)
 
     def share(self, name: str):
         """This party's share of a variable."""

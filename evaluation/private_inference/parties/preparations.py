@@ -3,6 +3,7 @@ A party's halves of preparations, kept in a folder until they are used, once.
 
 A half is a seed, of which the party's parts of all masks are drawn, and its shares of the products. Both parties draw
 a preparation's name. A half is written whole or not at all, and is renamed, durably, before anything of it is used.
+Names of used ones are listed in a file beside the folder: what a copy of the folder brings back is refused.
 """
 
 import base64
@@ -126,6 +127,7 @@ class Store:
 
     Attributes:
         identity (`str`): Random, for [`name_store`].
+        used (`Path`): The list of used names.
 
     Raises:
         `PrivateInferenceError`: If the folder can't be used.
@@ -134,9 +136,14 @@ class Store:
     def __init__(self, folder: Path, rank: int):
         self.folder, self._rank = folder, rank
         self._locks: dict[Path, int] = {}
+        absolute = folder.resolve()
+        self.used = absolute.with_name(f"{absolute.name}.used-{rank}")
         try:
             _make_folder(folder)
             self.identity = self._identify()
+            if not self.used.exists():
+                self.used.touch(mode=0o600)
+                _sync(self.used.parent)
             self._clear()
         except OSError as error:
             raise PrivateInferenceError(f"{folder} can't hold preparations: {error.strerror}.") from error
@@ -161,15 +168,22 @@ class Store:
         return identity
 
     def _clear(self):
-        """Deletes what killed processes have left: theirs are locked as long as they live."""
+        """
+        Deletes what killed processes have left: theirs are locked as long as they live. And used halves, which
+        somebody has brought back.
+        """
+        used = {self.path(name).name for name in self._used_names()}
         for path in self.folder.iterdir():
-            if self._is_left(path.name) and (lock := _lock(path)) is not None:
+            if (self._is_left(path.name) or path.name in used) and (lock := _lock(path)) is not None:
                 path.unlink(missing_ok=True)
                 os.close(lock)
 
     def _is_left(self, name: str) -> bool:
         """Whether a file is this store's, and no half that waits: a user's own files are not touched."""
         return re.fullmatch(f"{NAME.pattern}-{self._rank}({TAKEN}|{PART})", name) is not None
+
+    def _used_names(self) -> set[str]:
+        return set(self.used.read_text(encoding="ascii", errors="replace").split("\n"))
 
     def path(self, name: str) -> Path:
         """The file of a half."""
@@ -254,6 +268,12 @@ class Store:
         path = self.path(name)
         taken = path.with_suffix(TAKEN)
         try:
+            if name in self._used_names():
+                path.unlink(missing_ok=True)
+                raise PrivateInferenceError(
+                    "this preparation was used before, and has come back from a copy: prepare another one.",
+                    NO_HALF,
+                )
             if (lock := _lock(path)) is None:
                 raise LostHalfError(
                     "this preparation is not here: it was used, or its other half is lost. Prepare another one.",
@@ -268,6 +288,24 @@ class Store:
                 f"a preparation can't be taken from {self.folder}: {error.strerror}."
             ) from error
         return taken
+
+    def spend(self, taken: Path):
+        """
+        Notes, durably, that what [`Store.take`] has taken is about to be used: there is no way back.
+
+        Raises:
+            `PrivateInferenceError`: If that can't be written.
+        """
+        name = taken.name.removesuffix(f"-{self._rank}{TAKEN}")
+        try:
+            with self.used.open("ab") as file:
+                file.write(f"\n{name}\n".encode())  # what was cut off before does not matter
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise PrivateInferenceError(
+                f"{self.used} can't be written, so nothing is used: {error.strerror}."
+            ) from error
 
     def drop(self, taken: Path):
         """Deletes what [`Store.take`] has taken."""

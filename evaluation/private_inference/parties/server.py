@@ -353,6 +353,7 @@ class Server:
                 "one.",
                 NO_HALF,
             )
+        self.store.spend(path)
         return path
 
     @staticmethod
@@ -416,8 +417,9 @@ class Server:
     def _answer(self, session: Session, who: str, request: Request, use: Use, left: Limits):
         asks = "prepares" if request.prepares else "asks for"
         prepared = " (prepared)" if request.preparation else ""
+        tokens = "token" if request.new_tokens == 1 else "tokens"
         asked = {"new_tokens": request.new_tokens, "prompt_tokens": request.length, "positions": request.answers}
-        self._say(who, f"{asks} {request.new_tokens} token(s) after {request.length}{prepared}", **asked)
+        self._say(who, f"{asks} {request.new_tokens} {tokens} after {request.length}{prepared}", **asked)
         began = use.running_since = time.monotonic()
 
         def note(event: dict):

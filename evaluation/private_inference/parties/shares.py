@@ -43,6 +43,11 @@ def join_share(share) -> bytes:
     return b"".join(share.share_chunks)
 
 
+def read_content(share) -> np.ndarray:
+    """The integers of the ring that a share consists of; zeros, where the variable is another party's."""
+    return np.frombuffer(b"".join(chunk[_header_bytes(chunk) :] for chunk in share.share_chunks), np.int64)
+
+
 def read_share(received: bytes, own):
     """
     The peer's share of a variable. It has to have the size and the headers of this party's own: the peer's word

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import field
+from dataclasses import field, replace
+from typing import Self
 
 from pydantic.dataclasses import dataclass
 
@@ -99,10 +100,9 @@ class InferenceCost(StoredRecord):
         """Version 2 had no `before`."""
         return content if version == 2 else None
 
-    @property
-    def before_bytes(self) -> int:
-        """Bytes of what was done before the prompt came, sent by all parties together."""
-        return self.all_parties(sum(step.total_bytes for step in self.before))
+    def first_phase(self) -> Self:
+        """What was done before the prompt came."""
+        return replace(self, steps=self.before, before=[], seconds=sum(step.seconds for step in self.before))
 
     @property
     def total_bytes(self) -> int:

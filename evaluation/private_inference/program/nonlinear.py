@@ -68,8 +68,8 @@ def leaky_relu(ops: Arithmetic, inner):
     return ops.scale(inner, LEAKY_RELU_SLOPE) + ops.scale(ops.positive_part(inner), 1 - LEAKY_RELU_SLOPE)
 
 
-def learnable_leaky_relu(ops: Arithmetic, inner, slope):
-    positive = ops.positive_part(inner)
+def learnable_leaky_relu(ops: Arithmetic, inner, positive, slope):
+    """Of numbers and their positive parts."""
     return positive + ops.scale_all(inner - positive, slope)
 
 

@@ -329,7 +329,9 @@ def _ffn(config, settings, layer: int) -> Iterator[Step]:
         yield Step("FFN", layer, linear, (read, name + "ffn_in.weight", name + "ffn_in.bias"), ("inner",))
         read, activation = "inner", config.activation_function
         if activation == "learnable_leaky_relu":
-            yield Step("activation", layer, learnable_leaky_relu, ("inner", name + "slope"), ("inner",))
+            yield Step("activation", layer, relu, ("inner",), ("positive",))
+            inputs = ("inner", "positive", name + "slope")
+            yield Step("activation", layer, learnable_leaky_relu, inputs, ("inner",))
         elif activation not in ("identity", "linear"):
             yield Step("activation", layer, _activation(config, settings.gelu), ("inner",), ("inner",))
     inputs = (read, name + "ffn.weight", name + "ffn.bias", "hidden")
@@ -433,11 +435,11 @@ def weigh_and_merge(ops: Arithmetic, weights, value):
     return _merge(weigh(ops, weights, value))
 
 
-def weigh(ops: Arithmetic, weights, value):
+def weigh(ops: Arithmetic, weights, value, is_causal: bool = False):
     """Sums of values `(heads, queries, head size)`, for one query in one product."""
     heads, queries, keys = weights.shape
     if queries > 1:
-        return ops.matmul(weights, value)
+        return ops.causal_matmul(weights, value) if is_causal else ops.matmul(weights, value)
     size = value.shape[-1]
     all_values = value.swapaxes(0, 1).reshape(keys, heads * size)
     every_pair = ops.matmul(weights[:, 0], all_values).reshape(heads, heads, size)
@@ -518,17 +520,16 @@ def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
 
 def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
-    exponentials = _put_apart(ops, visible, queries, value.shape[1])
-    return weigh(ops, exponentials, value), exponentials.sum(axis=-1, keepdims=True)
+    exponentials = put_apart(ops, visible, _visible(queries, value.shape[1]))
+    return weigh(ops, exponentials, value, is_causal=True), exponentials.sum(axis=-1, keepdims=True)
 
 
-def _put_apart(ops: Arithmetic, visible, queries: int, keys: int):
-    """Numbers of visible keys `(heads, visible)` in their places of `(heads, queries, keys)`, and 0 in all others."""
-    heads, mask = len(visible), _visible(queries, keys).reshape(-1)
+def put_apart(ops: Arithmetic, numbers, mask: np.ndarray):
+    """Numbers `(heads, visible)` in their places of `(heads, *mask.shape)`, and 0 in all others."""
     # The place of each among the visible ones, or behind them, where a 0 is.
-    places = np.where(mask, np.cumsum(mask) - 1, mask.sum())
-    zero = ops.xp.zeros((heads, 1), visible.dtype)
-    return ops.xp.concatenate([visible, zero], axis=1)[:, places].reshape(heads, queries, keys)
+    places = np.where(mask, np.cumsum(mask).reshape(mask.shape) - 1, mask.sum())
+    zero = ops.xp.zeros((len(numbers), 1), numbers.dtype)
+    return ops.xp.concatenate([numbers, zero], axis=1)[:, places]
 
 
 def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
@@ -569,7 +570,7 @@ def sum_rows(ops: Arithmetic, scores):
 
 def sum_visible_rows(ops: Arithmetic, visible, queries: int, keys: int):
     """The same of visible scores `(heads, visible)`."""
-    return _put_apart(ops, visible, queries, keys).sum(axis=-1).T
+    return put_apart(ops, visible, _visible(queries, keys)).sum(axis=-1).T
 
 
 def find_out_of_range(ops: Arithmetic, *tensors, attention_sums: int = 0):

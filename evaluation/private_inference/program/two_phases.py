@@ -9,30 +9,43 @@ the truncation, which is that of one phase, of the same sum. With A and B the ma
 
     X Y = D Y + A E + A B        X W = D W + A W        X^2 = D (X + A) + A^2
 
+A factor of a weight has a mask of the client's alone, and the server alone is shown the difference (Delphi), which
+takes half the bytes. Zeros that all know of, such as those above the diagonal of attention weights, are neither masked
+nor revealed.
+
 What is prepared for long prompts and answers serves shorter ones: masks and products are cut, and factors of products
 of matrices filled up with zeros.
 """
 
+import functools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 
-from .arithmetic import Arithmetic
-from .counting import RING, CountingArithmetic, Shape, Stock, make_shape
-from .program import ProgramConfig, Span, Step, build_steps, is_factor
+from .arithmetic import SLOTS, Arithmetic
+from .counting import RING, SHARED_BATCHES, CountingArithmetic, Shape, Stock, count_product, make_shape
+from .prices import load_prices, price_of
+from .program import ProgramConfig, Span, Step, build_steps, is_factor, put_apart
 from .settings import SERVER, PrivateSettings
 from .variables import client_rank, program_variables
 
 
 MATRICES, NUMBERS, SQUARES = "matrices", "numbers", "squares"
+# Factors of weights less their masks, as both parties share them, and as the server knows them.
+MASKED, SHOWN = "masked", "shown"
+# Numbers of which those of a row have one factor in common.
+ROWS = "rows"
 # Numbers whose products are made at once: enough to fill ciphertexts, and no more than fit the engine's memory.
 POOL = 2**18
+# Rows that are multiplied as one matrix: of larger ones nearly all would be zeros.
+MOST_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -45,17 +58,35 @@ class Demand:
         left (`tuple[int]`): Shape of a factor that comes later.
         right (`tuple[int]`, *optional*): Shape of the other one, if there is one.
         is_weight (`bool`): Whether the other one is a matrix of the server's, which is there beforehand.
+        is_causal (`bool`): Whether the first one has a row for each query, with zeros for keys that it does not see.
     """
 
     kind: str
     left: tuple[int, ...]
     right: tuple[int, ...] | None = None
     is_weight: bool = False
+    is_causal: bool = False
 
     @property
     def masks(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the masks."""
         return (self.left,) if self.right is None or self.is_weight else (self.left, self.right)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Who draws a part of each mask."""
+        return ("client",) if self.is_weight else ("server", "client")
+
+    @property
+    def tensors(self) -> int:
+        """How many the second phase takes: the parts of masks of what is revealed, and the product."""
+        return 1 if self.is_weight else len(self.parts) * len(self.masks) + 1
+
+    @property
+    def visible(self) -> np.ndarray:
+        """Where the first factor is not 0, if it is causal: `(queries, keys)`."""
+        queries, keys = self.left[-2:]
+        return np.tri(queries, keys, keys - queries, dtype=bool)
 
     @property
     def product(self) -> tuple[int, ...]:
@@ -66,7 +97,7 @@ class Demand:
 
     def covers(self, other: "Demand") -> bool:
         """Whether what is prepared for this one serves the other one."""
-        if (self.kind, self.is_weight) != (other.kind, other.is_weight):
+        if replace(self, left=other.left, right=other.right) != other:
             return False
         if self.is_weight and self.right != other.right:
             return False
@@ -83,12 +114,12 @@ class Correlation:
 
     Args:
         demand ([`Demand`]): What it is made for.
-        masks (`tuple[tuple[str, str]]`): For each mask, the server's part and the client's.
+        masks (`tuple[tuple[str]]`): For each mask, its parts.
         product (`str`): The product of the masks, or of the mask and the weight.
     """
 
     demand: Demand
-    masks: tuple[tuple[str, str], ...]
+    masks: tuple[tuple[str, ...], ...]
     product: str
 
     @property
@@ -159,9 +190,15 @@ class Preparation:
             if not made:
                 steps.append(step)
                 continue
-            names = tuple(name for one in made for name in one.names)
+            names = tuple(name for one in made for name in one.names[-one.demand.tensors :])
+            shown = ()
+            if masks := tuple(name for one in made if one.demand.is_weight for name in one.masks[0]):
+                mask = MaskFactors(Bound.of(step.function), entry.demands)
+                steps.append(Step(step.operation, step.layer, mask, (*step.inputs, *masks), (MASKED,)))
+                steps.append(Step(step.operation, step.layer, show, (MASKED,), (SHOWN,)))
+                shown = (SHOWN,)
             use = UsePrepared(Bound.of(step.function), entry.demands, tuple(one.demand for one in made))
-            steps.append(Step(step.operation, step.layer, use, (*step.inputs, *names), step.outputs))
+            steps.append(Step(step.operation, step.layer, use, (*step.inputs, *shown, *names), step.outputs))
         return steps
 
     def serves(self, spans: Sequence[Span]) -> bool:
@@ -190,12 +227,11 @@ class Preparation:
 
     def _name(self, place: Place, number: int, demand: Demand) -> Correlation:
         name = "/".join(map(str, (*place, number)))
-        masks = []
+        owners, masks = {"server": SERVER, "client": client_rank(self._settings)}, []
         for side, shape in zip(("left", "right"), demand.masks, strict=False):
-            parts = (f"{name}/{side}/server", f"{name}/{side}/client")
-            for part, owner in zip(parts, (SERVER, client_rank(self._settings)), strict=True):
-                self.masks[part] = make_shape(shape, owner, RING)
-            masks.append(parts)
+            parts = {part: f"{name}/{side}/{part}" for part in demand.parts}
+            self.masks |= {variable: make_shape(shape, owners[part], RING) for part, variable in parts.items()}
+            masks.append(tuple(parts.values()))
         self.products[f"{name}/product"] = make_shape(demand.product, None, RING)
         return Correlation(demand, tuple(masks), f"{name}/product")
 
@@ -223,15 +259,17 @@ class Preparation:
         for place, entry in recorded.items():
             for one in self._made[place]:
                 if one.demand.kind == MATRICES and not one.demand.is_weight:
-                    names = one.names
-                    yield Step(entry.step.operation, entry.step.layer, multiply_matrices, names[:-1], names[-1:])
+                    multiply, names = MultiplyMatrices(one.demand), one.names
+                    yield Step(entry.step.operation, entry.step.layer, multiply, names[:-1], names[-1:])
 
     def _multiply_pools(self) -> Iterator[Step]:
         """Products and squares of numbers, whatever they are for: a few take as much as a ciphertext of them."""
-        for kind, multiply in ((NUMBERS, multiply_numbers), (SQUARES, square_numbers)):
+        groups: dict[tuple, list[Correlation]] = defaultdict(list)
+        for one in (one for made in self._made.values() for one in made if one.demand.kind != MATRICES):
+            groups[_choose_pool(one.demand)].append(one)
+        for (kind, multiply, *_), wanted in groups.items():
             pool, size = [], 0
-            wanted = (one for made in self._made.values() for one in made)
-            for one in (one for one in wanted if one.demand.kind == kind):
+            for one in wanted:
                 pool.append(one)
                 size += math.prod(one.demand.product)
                 if size >= POOL:
@@ -239,6 +277,28 @@ class Preparation:
                     pool, size = [], 0
             if pool:
                 yield _pool(kind, multiply, pool)
+
+
+def _choose_pool(demand: Demand) -> tuple:
+    """With what it is multiplied: the kind, how, and what else such demands have in common."""
+    if demand.kind == SQUARES:
+        return SQUARES, square_numbers
+    width = demand.left[-1]
+    if demand.right == (*demand.left[:-1], 1) and _choose_rows(width):
+        return ROWS, multiply_rows, width
+    return NUMBERS, multiply_numbers
+
+
+@functools.cache
+def _choose_rows(width: int) -> int:
+    """How many rows make a product of matrices that sends least a number; 0 if products of numbers send less."""
+    prices = load_prices().bytes
+    least, chosen = prices[SHARED_BATCHES] / SLOTS, 0
+    for size in (2**power for power in range(1, MOST_ROWS.bit_length())):
+        sent = 2 * price_of(count_product(size, size, width), prices) / (size * width)
+        if sent < least:
+            least, chosen = sent, size
+    return chosen
 
 
 def _cover(made: tuple[Correlation, ...], demands: tuple[Demand, ...]) -> bool:
@@ -269,9 +329,27 @@ class Bound:
         return self.function(*tensors, **dict(self.arguments))
 
 
-def multiply_matrices(ops: Arithmetic, *masks):
-    """The product of two masks, each in two parts."""
-    return ops.ring_matmul(masks[0] + masks[1], masks[2] + masks[3])
+@dataclass(frozen=True)
+class MultiplyMatrices:
+    """
+    Makes the product of the masks of two matrices.
+
+    Args:
+        demand ([`Demand`]): What it is for.
+    """
+
+    demand: Demand
+
+    def __call__(self, ops: Arithmetic, *tensors):
+        return ops.ring_matmul(*_join_masks(ops, self.demand, iter(tensors)))
+
+
+def _join_masks(ops: Arithmetic, demand: Demand, tensors: Iterator) -> list:
+    """The masks of a demand out of their parts, which come next."""
+    masks = [functools.reduce(operator.add, (next(tensors) for _ in demand.parts)) for _ in demand.masks]
+    if demand.is_causal:
+        masks[0] = ops.xp.where(demand.visible, masks[0], 0)
+    return masks
 
 
 def multiply_numbers(ops: Arithmetic, *masks):
@@ -284,6 +362,30 @@ def multiply_numbers(ops: Arithmetic, *masks):
         for side in (left, right)
     ]
     return tuple(_split(ops.ring_multiply(*flat), shapes))
+
+
+def multiply_rows(ops: Arithmetic, *masks):
+    """
+    Products of rows with a number each, in two parts all: as many rows as fill a ciphertext are a matrix, and their
+    numbers are the diagonal of another one. Half the bytes of products of numbers.
+    """
+    width = masks[0].shape[-1]
+    rows, factors = (
+        ops.xp.concatenate(
+            [(masks[place] + masks[place + 1]).reshape(-1, columns) for place in range(first, len(masks), 4)]
+        )
+        for first, columns in ((0, width), (2, 1))
+    )
+    size = _choose_rows(width)
+    whole = len(rows) - len(rows) % size
+    products = []
+    if whole:
+        diagonals = ops.xp.where(np.eye(size, dtype=bool), factors[:whole].reshape(-1, size, 1), 0)
+        product = ops.ring_matmul(diagonals, rows[:whole].reshape(-1, size, width))
+        products.append(product.reshape(whole, width))
+    if whole < len(rows):
+        products.append(ops.ring_multiply(rows[whole:], factors[whole:]))
+    return tuple(_split(_flatten(ops, products), [mask.shape for mask in masks[::4]]))
 
 
 def square_numbers(ops: Arithmetic, *masks):
@@ -301,7 +403,7 @@ def square_numbers(ops: Arithmetic, *masks):
 class MultiplyWeights:
     """
     Makes the products of masks with the weights of a step, for some passes at once: takes for each of these products
-    and each pass the two parts of the mask, then the server's factors.
+    and each pass the parts of the mask, then the server's factors.
 
     Args:
         function (`Callable`): The step's of one of the passes.
@@ -316,7 +418,7 @@ class MultiplyWeights:
     blanks: tuple[tuple[int, ...] | None, ...]
 
     def __call__(self, ops: Arithmetic, *tensors):
-        count = 2 * self.passes * sum(demand.is_weight for demand in self.demands)
+        count = self.passes * sum(len(demand.parts) for demand in self.demands if demand.is_weight)
         masks, factors = tensors[:count], iter(tensors[count:])
         maker = _Maker(ops, self, masks)
         self.function(maker, *(next(factors) if shape is None else make_shape(shape) for shape in self.blanks))
@@ -326,8 +428,8 @@ class MultiplyWeights:
 @dataclass(frozen=True)
 class UsePrepared:
     """
-    A step that uses what is prepared: takes the step's inputs, then what is prepared for each demand: the parts of its
-    masks, and the product.
+    A step that uses what is prepared: takes the step's inputs, what [`MaskFactors`] made and the server was shown, and
+    for each demand the parts of its masks, unless it is one of a weight, then the product.
 
     Args:
         function (`Callable`): The step's.
@@ -340,8 +442,39 @@ class UsePrepared:
     prepared: tuple[Demand, ...]
 
     def __call__(self, ops: Arithmetic, *tensors):
-        inputs = len(tensors) - sum(2 * len(demand.masks) + 1 for demand in self.prepared)
-        return self.function(_User(ops, self, tensors[inputs:]), *tensors[:inputs])
+        inputs = len(tensors) - sum(demand.tensors for demand in self.prepared)
+        shown = iter(())
+        if shapes := [demand.left for demand in self.demands if demand.is_weight]:
+            inputs -= 1
+            shown = iter(_split(tensors[inputs], shapes))
+            tensors = (*tensors[:inputs], *tensors[inputs + 1 :])
+        return self.function(_User(ops, self, tensors[inputs:], shown), *tensors[:inputs])
+
+
+@dataclass(frozen=True)
+class MaskFactors:
+    """
+    Takes the inputs of a step, then masks; makes the factors of its weights, less their masks, all in one.
+
+    Args:
+        function (`Callable`): The step's. What it multiplies by weights are its inputs, or parts of them.
+        demands (`tuple[Demand]`): What it asks for.
+    """
+
+    function: Callable
+    demands: tuple[Demand, ...]
+
+    def __call__(self, ops: Arithmetic, *tensors):
+        inputs = len(tensors) - sum(demand.is_weight for demand in self.demands)
+        collector = _Collector(ops, self.demands)
+        self.function(collector, *tensors[:inputs])
+        pairs = zip(collector.factors, tensors[inputs:], strict=True)
+        return _flatten(ops, [ops.as_ring(factor) - _cut(mask, factor.shape) for factor, mask in pairs])
+
+
+def show(ops: Arithmetic, masked):
+    """What a party's engine has no operation for: each side does its part of it (`Party.run`)."""
+    return ops.show(masked)
 
 
 class _Intercepting:
@@ -355,6 +488,9 @@ class _Intercepting:
 
     def matmul(self, left, right):
         return self.take(MATRICES, left, right)
+
+    def causal_matmul(self, left, right):
+        return self.take(MATRICES, left, right, is_causal=True)
 
     def multiply(self, left, right):
         return self.take(NUMBERS, left, right)
@@ -373,11 +509,11 @@ class _Recorder(_Intercepting):
         super().__init__(CountingArithmetic(settings, Stock()))
         self.demands: list[Demand] = []
 
-    def take(self, kind: str, left, right=None):
+    def take(self, kind: str, left, right=None, is_causal: bool = False):
         shape = None if right is None else right.shape
         # Numbers of the server's may be others at each length, such as temperatures: they are masked as others are.
         is_weight = kind == MATRICES and getattr(right, "owner", None) == SERVER
-        demand = Demand(kind, left.shape, shape, is_weight)
+        demand = Demand(kind, left.shape, shape, is_weight, is_causal)
         self.demands.append(demand)
         return make_shape(demand.product)
 
@@ -391,44 +527,77 @@ class _Maker(_Intercepting):
         self._demands, self._masks = iter(work.demands), iter(masks)
         self.products: list = []
 
-    def take(self, kind: str, left, right=None):
+    def take(self, kind: str, left, right=None, is_causal: bool = False):
         demand, ops = next(self._demands), self._makes
         if demand.is_weight:
-            parts = [(next(self._masks), next(self._masks)) for _ in range(self._passes)]
-            server, client = (ops.xp.concatenate(side, axis=-2) for side in zip(*parts, strict=True))
-            product, begin = ops.ring_matmul(server + client, ops.as_ring(right)), 0
-            for mask, _ in parts:
+            masks = [mask for _ in range(self._passes) for mask in _join_masks(ops, demand, self._masks)]
+            product, begin = ops.ring_matmul(ops.xp.concatenate(masks, axis=-2), ops.as_ring(right)), 0
+            for mask in masks:
                 self.products.append(product[..., begin : begin + mask.shape[-2], :])
                 begin += mask.shape[-2]
         return make_shape(demand.product)
 
 
+class _Collector(_Intercepting):
+    """Collects the factors of weights; products are zeros."""
+
+    def __init__(self, ops: Arithmetic, demands: tuple[Demand, ...]):
+        super().__init__(ops)
+        self._demands = iter(demands)
+        self.factors: list = []
+
+    def __getattr__(self, name: str):
+        assert name == "xp", f"{name} comes before a product with a weight: make it a step of its own"
+        return super().__getattr__(name)
+
+    def take(self, kind: str, left, right=None, is_causal: bool = False):
+        demand = next(self._demands)
+        if demand.is_weight:
+            self.factors.append(left)
+        return np.broadcast_to(np.float32(0), demand.product)
+
+
 class _User(_Intercepting):
     """Uses what was made for a step."""
 
-    def __init__(self, ops: Arithmetic, work: UsePrepared, tensors: tuple):
+    def __init__(self, ops: Arithmetic, work: UsePrepared, tensors: tuple, shown: Iterator):
         super().__init__(ops)
         self._pairs, self._tensors = iter(zip(work.demands, work.prepared, strict=True)), iter(tensors)
+        self._shown = shown
 
-    def take(self, kind: str, left, right=None):
+    def take(self, kind: str, left, right=None, is_causal: bool = False):
         ops, (demand, prepared) = self._ops, next(self._pairs)
-        masks = [next(self._tensors) + next(self._tensors) for _ in prepared.masks]
+        if demand.is_weight:
+            product = _cut(next(self._tensors), demand.product)
+            return ops.truncate(product + ops.ring_matmul(next(self._shown), ops.as_ring(right)))
+        masks, product = _join_masks(ops, prepared, self._tensors), next(self._tensors)
         factors = [ops.as_ring(left)] if right is None else [ops.as_ring(left), ops.as_ring(right)]
-        if kind == MATRICES and not demand.is_weight:
+        if kind == MATRICES:
             # What a sum of products has too many of is 0.
             inner = prepared.left[-1]
             factors = [_fill(ops, factors[0], -1, inner), _fill(ops, factors[1], -2, inner)]
+        if is_causal:
+            first = _first_row(demand, prepared)
+            masks[0], product = masks[0][..., first:, :], product[..., first:, :]
         masks = [_cut(mask, factor.shape) for mask, factor in zip(masks, factors, strict=False)]
-        product = _cut(next(self._tensors), demand.product)
-        multiply = ops.ring_matmul if kind == MATRICES else ops.ring_multiply
         masked = [factor - mask for factor, mask in zip(factors, masks, strict=False)]
+        if is_causal:
+            visible = prepared.visible[first : first + len(masked[0][0])]
+            masked[0] = masked[0].reshape(len(masked[0]), -1)[:, np.flatnonzero(visible)]
         differences = _split(ops.reveal(_flatten(ops, masked)), [tensor.shape for tensor in masked])
+        if is_causal:
+            differences[0] = put_apart(ops, differences[0], visible)
+        multiply = ops.ring_matmul if kind == MATRICES else ops.ring_multiply
+        product = _cut(product, demand.product)
         if kind == SQUARES:
             return ops.truncate(multiply(differences[0], factors[0] + masks[0]) + product)
-        product = product + multiply(differences[0], factors[1])
-        if not demand.is_weight:
-            product = product + multiply(masks[0], differences[1])
-        return ops.truncate(product)
+        return ops.truncate(product + multiply(differences[0], factors[1]) + multiply(masks[0], differences[1]))
+
+
+def _first_row(demand: Demand, prepared: Demand) -> int:
+    """From which row on a causal mask sees as many keys as the rows of a smaller factor do."""
+    (queries, keys), (most_queries, most_keys) = demand.left[-2:], prepared.left[-2:]
+    return max(0, (keys - queries) - (most_keys - most_queries))
 
 
 def _fill(ops: Arithmetic, tensor, axis: int, size: int):

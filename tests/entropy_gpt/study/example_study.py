@@ -11,9 +11,8 @@ TOKENS = 1000
 
 def likelihood(nats: float, corpus: str) -> LikelihoodResult:
     """Of so many nats a token."""
-    conditions = Conditions(
-        corpus, f"{corpus} 1.0", 4096, 127, TOKENS, "float32", 0, {"torch": "2"}, None, "a machine"
-    )
+    origin = {"versions": {"torch": "2"}, "git_revision": None, "machine": "a machine"}
+    conditions = Conditions(corpus, f"{corpus} 1.0", 4096, 127, TOKENS, "float32", 0, **origin)
     windows = Windows(127, 127, separate=False, bos=False)
     return LikelihoodResult(Likelihood(nats * TOKENS, TOKENS, 300, 3000, windows), conditions, 1.0)
 

@@ -261,7 +261,7 @@ def test_everything_is_drawn(tmp_path):
         assert text.endswith("-->\nBy hand too.\n")
 
 
-def test_the_page_and_the_readme_show_the_committed_record(tmp_path):
+def test_the_page_and_the_readme_show_the_committed_record(tmp_path, undrawn):
     for page in (PAGE, README):
         shutil.copy(page, tmp_path)
     write(RECORD, tmp_path / PAGE.name, tmp_path, tmp_path / README.name)

@@ -1,5 +1,7 @@
 """Costs of a private inference: sums, tables, networks and pictures."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,6 +152,12 @@ def test_what_results_tell():
     assert (told.protocol, told.context, told.answers) == ("cheetah", 12, 1)
     assert (told.total_bytes, told.rounds) == (8_000_000, 26)
     assert (told.seconds, told.network) == (6.5, "threads of one process")
+
+
+def test_results_tell_both_phases():
+    cost = example_cost(STEPS)
+    told = as_private_cost(replace(cost, before=STEPS[:2]))
+    assert (told.total_bytes, told.rounds, told.seconds) == (8_000_000 + 5_200_000, 39, 9.0)
 
 
 def test_pictures(tmp_path):

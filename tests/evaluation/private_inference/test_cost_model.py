@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
@@ -40,6 +40,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SE
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, make_config, make_model
+from tests.slow import in_turn
 
 
 LENGTH = 11
@@ -79,7 +80,6 @@ def test_a_lone_answer_holds_its_coefficients_alone():
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300))
-@settings(deadline=None, max_examples=40)
 def test_no_product_is_for_nothing(rows, inner, columns):
     counts = count_product(rows, inner, columns)
     assert counts[INPUTS] >= 1
@@ -155,8 +155,10 @@ def test_longer_matrices_wait_no_longer_and_more_of_them_do():
     assert [waits(8, heads)["scores"][PRODUCTS] for heads in (1, 4, 12)] == [1, 7, 23]
 
 
-@pytest.mark.parametrize("notation", ARCHITECTURES)
-@pytest.mark.parametrize("private", [PrivateSettings(answer="token"), PrivateSettings(softmax="stock", gelu="tanh")])
+@pytest.mark.parametrize(
+    ("notation", "private"),
+    in_turn(ARCHITECTURES, [PrivateSettings(answer="token"), PrivateSettings(softmax="stock", gelu="tanh")]),
+)
 def test_every_step_of_every_architecture_has_a_price(notation, private):
     config = make_config(notation)
     predicted = predict(config, private, Span(0, LENGTH, 3))

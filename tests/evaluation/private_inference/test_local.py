@@ -88,8 +88,8 @@ def test_the_check_says_whether_numbers_are_out_of_range(protocol):
 
 
 def test_the_digest_names_code_settings_and_order():
-    config, _ = prepare_weights(make_model("SM"))
-    other, _ = prepare_weights(make_model("SM+R"))
+    config, _ = prepare_weights(make_model("SM", n_layer=1))
+    other, _ = prepare_weights(make_model("SM+R", n_layer=1))
     settings = PrivateSettings()
     program = compile_pass(config, settings, Span(0, 4))
     same = compile_pass(config, settings, Span(0, 4))

@@ -29,6 +29,7 @@ from entropy_gpt.evaluation.private_inference.program.cost import LAN, Network, 
 from entropy_gpt.evaluation.private_inference.program.counting import OWNED_BATCHES
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices
 from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
+from tests.slow import slow_cases
 
 
 CONTEXT = 16
@@ -87,10 +88,9 @@ def test_other_models_are_refused(notation, sizes, error, message):
 @pytest.mark.parametrize(
     ("notation", "layers"),
     [
-        *((notation, 3) for notation in NOTATIONS),
         ("SM+LN+G", 1),
-        ("SM+ScFuFFNi1", 2),
         ("SM+ScFuFFNi3", 5),
+        *slow_cases(*((notation, 3) for notation in NOTATIONS), ("SM+ScFuFFNi1", 2)),
         ("EReg(SM(t)+LN+R+ScFFNi[0,2])", 4),
     ],
 )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
@@ -25,9 +25,11 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import layers
 from tests.architectures import ARCHITECTURES, make_config, make_model
+from tests.slow import in_turn, slow_but
 
 
 LENGTH = 12
+JAX = ["SM+LN+G", "SM+LN+LeakyR+FFNi[0]", "EReg(SM(t)+ScFuFFN)", "Pow4+LN+G"]
 EXACT = PrivateSettings(softmax="stock", gelu="tanh")
 
 
@@ -48,8 +50,7 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(2, 101, LENGTH)
 
 
-@pytest.mark.parametrize("softmax", ["stock", "tuned"])
-@pytest.mark.parametrize("notation", ARCHITECTURES)
+@pytest.mark.parametrize(("notation", "softmax"), in_turn(ARCHITECTURES, ["stock", "tuned"]))
 def test_logits_are_the_models_own(notation, softmax, tokens):
     model = make_model(notation)
     private = PrivateSettings(softmax=softmax, gelu="tanh")
@@ -88,7 +89,7 @@ def test_the_cheap_forms_stay_near(notation, tokens):
     assert np.abs(logits - clear).max() < 0.01 * np.abs(clear).max()
 
 
-@pytest.mark.parametrize("notation", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)", "SM+LN+LeakyR+FFNi[0]", "Pow4+LN+G"])
+@pytest.mark.parametrize("notation", slow_but(JAX[-2:], JAX))
 def test_jax_computes_the_same_as_numpy(notation, tokens):
     jnp = pytest.importorskip("jax.numpy")
     model = make_model(notation)
@@ -157,7 +158,6 @@ def test_gelu_is_finer_where_no_norm_scales_its_errors(tokens, monkeypatch):
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=40)
 def test_the_largest_visible_score_is_taken_off(data):
     heads, queries = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
     keys = queries + data.draw(st.integers(0, 5))
@@ -169,7 +169,6 @@ def test_the_largest_visible_score_is_taken_off(data):
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=40)
 def test_temperatures_of_early_rows_divide_their_scores(data):
     heads, queries, start = (data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 7), (0, 4)))
     early, keys = data.draw(st.integers(1, queries)), start + queries

@@ -22,6 +22,7 @@ import torch
 import trustme
 
 from tests.architectures import make_model
+from tests.slow import slow_cases
 
 from .test_channel import tls_files
 
@@ -55,7 +56,7 @@ SCALE = 2**18
 EIGHT_ANSWERS = replace(UNLIMITED, answers=8)
 
 
-def make_offer(notation: str = "SM") -> tuple[Offer, list[int]]:
+def make_offer(notation: str = "SM", protocol: str = "cheetah") -> tuple[Offer, list[int]]:
     """A tiny model as a server offers it, and what it generates in the clear after the prompt."""
     torch.manual_seed(0)
     model = make_model(notation, n_layer=1)
@@ -63,7 +64,8 @@ def make_offer(notation: str = "SM") -> tuple[Offer, list[int]]:
     with torch.no_grad():
         for _ in range(2):
             tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return Offer(*prepare_weights(model), notation, PrivateSettings(), "hash"), tokens[0, len(PROMPT) :].tolist()
+    offer = Offer(*prepare_weights(model), notation, PrivateSettings(protocol), "hash")
+    return offer, tokens[0, len(PROMPT) :].tolist()
 
 
 @dataclass
@@ -168,11 +170,13 @@ def test_an_engines_process_needs_neither_torch_nor_transformers():
     assert not {"torch", "transformers", "datasets"} & {*imported.stdout.split()}
 
 
-def test_layernorms_and_gelu_under_tls(tmp_path):
+@pytest.mark.parametrize(("notation", "protocol"), [("SM", "semi2k"), *slow_cases(("SM+LN+G", "cheetah"))])
+def test_answers_under_tls(notation, protocol, tmp_path):
+    """Cheetah's keys take most of the time, and the demonstration of tests/entropy_gpt/test_private.py has them."""
     authority = trustme.CA()
     ours, theirs = (tls_files(tmp_path, name, authority, "127.0.0.1") for name in ("server", "client"))
     with (
-        serving(*make_offer("SM+LN+G"), ours) as served,
+        serving(*make_offer(notation, protocol), ours) as served,
         contextlib.closing(Client(*served.server.address, theirs, SECONDS)) as client,
     ):
         answer, another = client.ask(PROMPT, 2), client.ask(PROMPT, 1)
