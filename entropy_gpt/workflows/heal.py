@@ -110,6 +110,10 @@ def heal(
             f"{simplified.config.notation}: healing diverged {MOST_ROLLBACKS + 1} times, and was {reason}. Lower "
             "--learning-rate, or give it more steps."
         )
+    of_shifts = {
+        "log_sum_coefficient": simplified.config.log_sum_coefficient,
+        "shift_lr_multiplier": arguments.shift_lr_multiplier,
+    }
     record = HealingRecord(
         steps=steps,
         tokens=steps * min(options.batch_size, len(text.training)) * text.context,
@@ -119,6 +123,7 @@ def heal(
             "warmup_share": PAPER_WARMUP_SHARE,
             "batch_size": options.batch_size,
             **{name: getattr(simplified.config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+            **(of_shifts if simplified.config.has_attention_shift else {}),
             "schedule": options.schedule,
             "kl_weight": loss.logits,
             "kl_temperature": loss.temperature,

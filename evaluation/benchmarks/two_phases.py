@@ -1,6 +1,7 @@
 """Private inference in one phase and in two: bytes, rounds, seconds and memory of GPT-2 small, on one commit.
 
 python -m entropy_gpt.evaluation.benchmarks.two_phases  what is left of the record, then the page
+python -m entropy_gpt.evaluation.benchmarks.two_phases --decoding  with a block for one more token
 python -m entropy_gpt.evaluation.benchmarks.two_phases --quick  a narrow model, nothing written
 python -m entropy_gpt.evaluation.benchmarks.two_phases --redraw  the page anew from the record
 """
@@ -9,6 +10,8 @@ import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -24,6 +27,7 @@ from entropy_gpt.evaluation.json_records import StoredRecord
 from entropy_gpt.evaluation.origin import ROOT, git_revision
 from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config, make_random_model
+from entropy_gpt.evaluation.private_inference.costs.paper_table import BLOCK_VOCABULARY
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TIMEOUT_SECONDS, TWO_PARTY, serve_on_loopback
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
@@ -87,6 +91,7 @@ class Record(StoredRecord):
         half_bytes (`list[int]`): What the preparation took on disk, of the server and of the client.
         difference, largest_logit (`float`): The largest difference of the two answers, and the first one's largest.
         same_token (`bool`): Whether their most likely tokens are the same.
+        decoding (`dict[str, Part]`): Of a block alone, the same for one more token, keys and values kept.
         git_revision (`str`, *optional*): Commit of this project.
         remark (`str`, *optional*): What else is to be known.
     """
@@ -99,16 +104,18 @@ class Record(StoredRecord):
     difference: float
     largest_logit: float
     same_token: bool
+    decoding: dict[str, Part]
     git_revision: str | None
     remark: str | None = None
 
 
-def measure(offer: Offer, folder: Path | None, act: Callable[[Client, Callable], Outcome]) -> Part:
+def measure(offer: Offer, length: int, folder: Path | None, act: Callable[[Client, Callable], Outcome]) -> Part:
     """
     One phase, in engines of its own.
 
     Args:
         offer ([`Offer`]): Of the server.
+        length (`int`): Tokens of the prompt.
         folder (`Path`, *optional*): Of both sides' halves.
         act (`Callable`): What the client does; given a callback of events too.
     """
@@ -126,7 +133,7 @@ def measure(offer: Offer, folder: Path | None, act: Callable[[Client, Callable],
     ):
         outcome = act(client, note)
     terms = Terms(offer.config, offer.notation, offer.settings, "")
-    cost = outcome.cost(terms, LENGTH, 1, NETWORKS[TWO_PARTY])
+    cost = outcome.cost(terms, length, max(len(outcome.tokens), 1), NETWORKS[TWO_PARTY])
     stores = [(folder or PARTS).glob(f"*-{rank}.half") for rank in (SERVER, CLIENT)]
     halves = [sum(path.stat().st_size for path in store) for store in stores]
     return Part(cost, peaks, [float(number) for row in outcome.logits for number in row[-1]], halves)
@@ -138,33 +145,54 @@ def peak_memory(process: psutil.Process) -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def measure_all(sizes: dict[str, int], parts: Path, revision: str | None) -> Record:
+def measure_all(sizes: dict[str, int], parts: Path, revision: str | None, decoding: bool) -> Record:
     """Part after part; those that an interrupted run of the same revision has measured are taken from `parts`."""
-    model = make_random_model(make_config(NOTATION, LENGTH, **sizes))
-    offer = Offer(*prepare_weights(model), NOTATION, PrivateSettings(), "")
-    prompt = np.random.default_rng(0).integers(0, sizes["vocab_size"], LENGTH).tolist()
-    folder = parts / "prepared"
-    if not [*folder.glob("*.half")] and not (parts / f"{AFTER}.json").exists():
-        (parts / f"{BEFORE}.json").unlink(missing_ok=True)  # it was used, and the answer did not come
-    acts = {
-        ONE: (None, lambda client, note: client.ask(prompt, on_event=note)),
-        BEFORE: (folder, lambda client, note: client.prepare(LENGTH, on_event=note)),
-        AFTER: (folder, lambda client, note: client.ask(prompt, on_event=note, require_prepared=True)),
-    }
-    found = {}
-    for name, (store, act) in acts.items():
-        found[name] = measure_once(parts, name, Part, lambda store=store, act=act: measure(offer, store, act))
-        cost = found[name].cost
-        console.print(f"{name}: {cost.total_bytes / MEGA:,.1f} MB, {cost.seconds:,.1f} s")
+    found = measure_parts(sizes, parts)
     one, two = (np.array(found[name].logits) for name in (ONE, AFTER))
+    more = {}
+    if decoding:
+        block = sizes | {"n_layer": 1, "vocab_size": BLOCK_VOCABULARY}
+        more = measure_parts(block, parts / "decoding", new_tokens=2)
     return Record(
         {name: replace(part, logits=[]) for name, part in found.items()},
         found[BEFORE].half_bytes,
         float(np.abs(one - two).max()),
         float(np.abs(one).max()),
         bool(one.argmax() == two.argmax()),
+        {name: replace(part, logits=[], cost=take_last_token(part.cost)) for name, part in more.items()},
         revision,
     )
+
+
+def take_last_token(cost: InferenceCost) -> InferenceCost:
+    """What the first block takes for the last of some tokens: each pass begins with the embedding."""
+    operations = [None, *(step.operation for step in cost.steps)]
+    begin = max(place for place, pair in enumerate(pairwise(operations)) if pair[1] == "embedding" != pair[0])
+    steps = [step for step in cost.steps[begin:] if step.layer == 0]
+    return replace(cost, steps=steps, before=[], seconds=sum(step.seconds for step in steps))
+
+
+def measure_parts(sizes: dict[str, int], parts: Path, new_tokens: int = 1) -> dict[str, Part]:
+    """One phase, and two, of a model of these sizes."""
+    model = make_random_model(make_config(NOTATION, LENGTH, **sizes))
+    offer = Offer(*prepare_weights(model), NOTATION, PrivateSettings(), "")
+    length = LENGTH + 1 - new_tokens
+    prompt = np.random.default_rng(0).integers(0, sizes["vocab_size"], length).tolist()
+    folder = parts / "prepared"
+    if not [*folder.glob("*.half")] and not (parts / f"{AFTER}.json").exists():
+        (parts / f"{BEFORE}.json").unlink(missing_ok=True)  # it was used, and the answer did not come
+    acts = {
+        ONE: (None, lambda client, note: client.ask(prompt, new_tokens, on_event=note)),
+        BEFORE: (folder, lambda client, note: client.prepare(length, new_tokens, on_event=note)),
+        AFTER: (folder, lambda client, note: client.ask(prompt, new_tokens, on_event=note, require_prepared=True)),
+    }
+    found = {}
+    for name, (store, act) in acts.items():
+        take = partial(measure, offer, length, store, act)
+        found[name] = measure_once(parts, name, Part, take)
+        cost = found[name].cost
+        console.print(f"{name}: {cost.total_bytes / MEGA:,.1f} MB, {cost.seconds:,.1f} s")
+    return found
 
 
 def page(record: Record | None) -> str:
@@ -212,12 +240,24 @@ under {model.settings.protocol}. MB are 10^6 bytes, sent by both parties togethe
 - The answers differ by at most {record.difference:.4f}, of logits up to {record.largest_logit:.1f}. The most likely
   token is {"the same" if record.same_token else "another one"}.
 
+{_describe_decoding(record)}
 ![Bytes of one phase, and of two]({PICTURE.name})
 
 {markdown_table(headings, rows)}
 
 Measured with {list_settings(model.versions)}; commit {record.git_revision}; {model.machine}.
 {record.remark or ""}
+"""
+
+
+def _describe_decoding(record: Record) -> str:
+    if not record.decoding:
+        return ""
+    one, after = (record.decoding[name].cost for name in (ONE, AFTER))
+    return f"""
+For one more token, keys and values of {one.context} kept, a block takes {one.seconds:.1f} s and
+{one.total_bytes / MEGA:.1f} MB in one phase, and {after.seconds:.1f} s and {after.total_bytes / MEGA:.1f} MB after the
+prompt.
 """
 
 
@@ -228,13 +268,14 @@ def write(record: Record):
 
 def main(
     quick: Annotated[bool, typer.Option(help="A narrow model; writes nothing.")] = False,
+    decoding: Annotated[bool, typer.Option(help="Measure a block for one more token too.")] = False,
     remark: Annotated[str | None, typer.Option(help="A sentence for the page: what else is to be known.")] = None,
     redraw: Annotated[bool, typer.Option(help="Measure nothing; the page anew from the record.")] = False,
 ):
     """Measure an inference in one phase and in two."""
     if quick:
         with tempfile.TemporaryDirectory() as folder:
-            console.print(page(measure_all(QUICK_SIZES, Path(folder), None)), markup=False, soft_wrap=True)
+            console.print(page(measure_all(QUICK_SIZES, Path(folder), None, decoding)), markup=False, soft_wrap=True)
         return
     if redraw:
         record = Record.load(RECORD)
@@ -243,7 +284,7 @@ def main(
         revision = git_revision()
         if revision is None or revision.endswith("+changes"):
             raise ValueError(f"revision {revision}: commit first, so that the record can name what was measured.")
-        record = replace(measure_all(SIZES, PARTS / revision, revision), remark=remark)
+        record = replace(measure_all(SIZES, PARTS / revision, revision, decoding), remark=remark)
     record.save(RECORD)
     write(record)
     console.print(f"written: {RECORD}, {PAGE}, {PICTURE}")

@@ -72,7 +72,7 @@ def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):
 
     costs = {two_phases.ONE: cost(10, 8.0), two_phases.BEFORE: cost(6, 7.0), two_phases.AFTER: cost(5, 1.0)}
     parts = {name: two_phases.Part(each, [2 * 10**9, 10**9], [], []) for name, each in costs.items()}
-    record = two_phases.Record(parts, [3 * 10**6, 4 * 10**6], 0.01, 5.0, True, "abc")
+    record = two_phases.Record(parts, [3 * 10**6, 4 * 10**6], 0.01, 5.0, True, dict(parts), "abc")
     monkeypatch.setattr(two_phases, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(two_phases, "PICTURE", tmp_path / "picture.png")
     two_phases.write(record)
@@ -81,9 +81,20 @@ def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):
     assert "Both phases together: 1.100 of the bytes and 1.00 of the seconds." in page
     assert "| scores | 10.0 | 6.0 | 5.0 | 8.0 | 7.0 | 1.0 |" in page
     assert "| 3 / 4 |" in page
+    assert "a block takes 8.0 s and\n10.0 MB in one phase, and 1.0 s and 5.0 MB after" in page
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     record.save(tmp_path / "record.json")
     assert two_phases.Record.load(tmp_path / "record.json") == record
+
+
+def test_a_block_is_measured_for_its_last_token():
+    steps = [
+        StepCost(operation, layer, number, number, 1, 1, 1.0, 1.0)
+        for number, (operation, layer) in enumerate(2 * [("embedding", None), ("embedding", None), ("scores", 0)])
+    ]
+    cost = InferenceCost("SM", 1, 8, 1, 9, 4, 2, PrivateSettings(), "", [], steps, 0.0, {}, None, "a machine")
+    found = two_phases.take_last_token(cost)
+    assert (found.steps, found.seconds) == (steps[5:], 1.0)
 
 
 def test_the_page_of_the_gpu_shows_its_record_or_that_there_is_none():

@@ -279,10 +279,12 @@ def scaling_text(study: Study) -> str:
         return "\n".join([*parts, "Nothing can be compared with GPT-2 yet.\n", *_rates(study)])
     spread = "" if math.isnan(scaling.spread) else f" Seeds differ by {math.expm1(scaling.spread):.1%}."
     parts += [
-        f"![Test perplexity against tokens](study/scaling.png)\n\nTest perplexity, by tokens of training.{spread}\n",
+        f"![Test perplexity against tokens](study/scaling.png)\n\nTest perplexity, by tokens of training.{spread} "
+        "Dashed lines are differences of the fits.\n",
         quality_table(scaling, "test") + "\n",
-        "How far the test perplexity is above that of GPT-2 with its best dropout, with its interval; the number of "
-        "tokens at which a row is as good as GPT-2, if the measured ones enclose it; and what the fits predict.\n",
+        "How far the test perplexity is above that of GPT-2 with its best dropout, with its interval. Then the number "
+        "of tokens at which a row is as good as GPT-2, if it lies between measured ones. Then what the fits "
+        "predict.\n",
         difference_table(scaling) + "\n",
         "With as much training time as GPT-2 has at each number of tokens:\n",
         equal_time_table(scaling) + "\n",
