@@ -177,6 +177,7 @@ class PrivateClient:
         *,
         max_new_tokens: int = 1,
         temperature: float = 0.0,
+        top_k: int | None = None,
         top_p: float = 1.0,
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
@@ -188,7 +189,7 @@ class PrivateClient:
         Args:
             prompt (`str` or `Sequence[int]`): Text, or tokens.
             max_new_tokens (`int`): Tokens of the answer; their number is public, and all are computed.
-            temperature, top_p, seed: How tokens are chosen, as of [`Sampling`]. By default, the most likely ones are.
+            temperature, top_k, top_p, seed: How tokens are chosen, as of [`Sampling`]; by default, the most likely.
             streamer (`BaseStreamer`, *optional*):
                 One of transformers, such as `TextStreamer(client.tokenizer)`. It receives the prompt's tokens
                 `(1, length)` first, then each new token `(1,)`.
@@ -198,7 +199,7 @@ class PrivateClient:
             `UserError`: If the server does not answer, or a value can't be used.
         """
         check_positive(max_new_tokens=max_new_tokens)
-        sampling = read_options(Sampling, temperature=temperature, top_p=top_p, seed=seed)
+        sampling = read_options(Sampling, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         tokens = self._read_prompt(prompt)
         with _streaming(streamer, tokens) as put:
             _, answer = answer_prompt(
@@ -324,6 +325,10 @@ def ask(
     tls: TLSFiles | None = None,
     insecure: bool = False,
     new_tokens: int = 1,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int | None = None,
     protocol: str = "cheetah",
     timeout: int = DEFAULT_TIMEOUT,
     prepared: str | Path | None = None,
@@ -331,12 +336,13 @@ def ask(
     progress: Progress = SILENT,
 ) -> PrivateAnswer:
     """
-    Asks a server to continue one prompt, always with the most likely token. The prompt stays on this machine.
+    Asks a server to continue one prompt. The prompt stays on this machine, and so does how tokens are chosen.
 
     Args:
         prompt (`str`): The prompt.
         address, tokenizer, tls, insecure, protocol, timeout, prepared, require_prepared: As of [`PrivateClient`].
         new_tokens (`int`): Tokens of the answer; their number is public.
+        temperature, top_k, top_p, seed: As of [`PrivateClient.generate`].
         progress (`Progress`): Receives one stage, with a unit for each step.
 
     Raises:
@@ -355,7 +361,15 @@ def ask(
     options = {"tls": tls, "insecure": insecure, "protocol": protocol, "timeout": timeout}
     options |= {"prepared": prepared, "require_prepared": require_prepared}
     with PrivateClient(address, tokenizer=tokenizer, **options) as client:
-        return client.generate(prompt, max_new_tokens=new_tokens, progress=progress)
+        return client.generate(
+            prompt,
+            max_new_tokens=new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            progress=progress,
+        )
 
 
 @with_argument_names

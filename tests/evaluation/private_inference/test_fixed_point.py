@@ -163,7 +163,7 @@ def test_exact_logits_are_the_models_own(notation, softmax):
 
 
 @pytest.mark.parametrize("embedding", ["one_hot", "client_table"])
-@pytest.mark.parametrize("answer", ["logits", "token"])
+@pytest.mark.parametrize("answer", ["logits", "token", "sampled"])
 def test_emulated_logits_are_near_the_models_own(embedding, answer):
     config, weights = prepared("SM+R")
     (tokens,) = sequences(17)
