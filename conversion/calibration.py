@@ -5,6 +5,7 @@ fifth block is kept apart, so that what is fitted to the others can be tried on 
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ HELD_OUT_EVERY = 5
 LEAST_ROWS_PER_FEATURE = 4
 # Higher whenever other statistics are collected, so that those kept before are not taken for these.
 STATISTICS_VERSION = 3
+# Fields of the configuration that statistics do not depend on: the final norm's, the head's, and the dtype, which the
+# weights have.
+HEAD_FIELDS = ("final_normalization", "tie_word_embeddings", "head_bias", "dtype")
 
 
 @dataclass(frozen=True)
@@ -194,13 +198,19 @@ def fingerprint(
     batches: Iterable[torch.Tensor],
     hidden_activation: str | None,
     largest_scores: bool = False,
+    with_head: bool = False,
 ) -> str:
-    """A name for the statistics of this model over this text; another for any other weights, settings or text."""
-    kinds = f"{STATISTICS_VERSION}\0{model.config.to_json_string()}\0{hidden_activation}\0{largest_scores}\0"
+    """
+    A name for the statistics of this model over this text; another for any other weights, settings or text. The final
+    norm and the head, which statistics do not depend on, count on request alone.
+    """
+    config = {name: value for name, value in model.config.to_dict().items() if with_head or name not in HEAD_FIELDS}
+    kinds = f"{STATISTICS_VERSION}\0{json.dumps(config, sort_keys=True)}\0{hidden_activation}\0{largest_scores}\0"
     digest = hashlib.sha256(kinds.encode())
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if with_head or not name.startswith(("transformer.ln_f.", "lm_head.")):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     for input_ids in batches:
         digest.update(f"{tuple(input_ids.shape)}".encode())
         digest.update(input_ids.contiguous().numpy())

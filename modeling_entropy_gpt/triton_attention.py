@@ -78,16 +78,21 @@ def _hide(scores, mask, pair, heads, rows, keys, row_count, key_count, IS_CAUSAL
 @triton.jit
 def _log_function(products, shifts, scaling, POWER: tl.constexpr, LEAST: tl.constexpr):
     """
-    log f to base 2 of scores, `products` times `scaling`, and its derivative by them, times ln 2; `POWER` is 1 for
-    softmax, 0 for `clamped`.
+    log f to base 2 of the scores, `products` times `scaling`, and the derivative of log f by them, which nobody reads
+    for softmax. `POWER` is 1 for softmax, 0 for `clamped`.
     """
     if POWER == 1:
-        return products * (scaling * LOG2_E), 1.0
-    scores = products * scaling - shifts
-    if POWER == 0:
-        return tl.clamp(scores, LOWEST, HIGHEST) * LOG2_E, ((scores >= LOWEST) & (scores <= HIGHEST)).to(tl.float32)
-    base = tl.maximum(1 + scores / POWER, LEAST)
-    return POWER * tl.log2(base), tl.where(base > LEAST, 1 / base, 0.0)
+        logs = products * (scaling * LOG2_E)
+        derivative = logs
+    elif POWER == 0:
+        scores = products * scaling - shifts
+        logs = tl.clamp(scores, LOWEST, HIGHEST) * LOG2_E
+        derivative = tl.where((scores >= LOWEST) & (scores <= HIGHEST), 1.0, 0.0)
+    else:
+        base = tl.maximum(1 + (products * scaling - shifts) / POWER, LEAST)
+        logs = POWER * tl.log2(base)
+        derivative = tl.where(base > LEAST, 1 / base, 0.0)
+    return logs, derivative
 
 
 @triton.jit
@@ -210,8 +215,9 @@ def backward_query_kernel(
             grads = _dot(upstream, tl.trans(values))
             if DROPOUT:
                 grads *= _kept(seed, pair, rows[:, None], columns, dropout)
-            grads = tl.exp2(scores) * (grads - constant[:, None] - slopes[:, None] * (LN_2 * scores)) * derivative
+            grads = tl.exp2(scores) * (grads - constant[:, None] - slopes[:, None] * (LN_2 * scores))
             if POWER != 1:
+                grads *= derivative
                 whole_sums += tl.sum(grads, 1)
             grads = grads.to(keys.dtype)
             excess += tl.sum(grads.to(tl.float32), 1)
@@ -268,7 +274,9 @@ def backward_key_kernel(
                 kept = _kept(seed, pair, rows[None, :], columns, dropout)
                 grads, used = grads * kept, used * kept
             grad_values += _dot(used.to(upstream.dtype), upstream)
-            grads = probabilities * (grads - constant[None, :] - slopes[None, :] * (LN_2 * scores)) * derivative
+            grads = probabilities * (grads - constant[None, :] - slopes[None, :] * (LN_2 * scores))
+            if POWER != 1:
+                grads *= derivative
             grad_keys += _dot(grads.to(queries.dtype), queries)
 
     grad_keys *= scaling

@@ -323,7 +323,7 @@ def describe_torch() -> Iterator[dict]:
 
     obstacle = obstacle_to_kernel(torch.device(_device()), torch.bfloat16, 64)
     yield {
-        "entropies": "computed in one kernel; of other attention functions than softmax in blocks"
+        "entropies": "computed in one kernel, for every attention function"
         if obstacle is None
         else f"computed in blocks, not by the kernel: {obstacle}"
     }

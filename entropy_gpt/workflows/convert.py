@@ -359,7 +359,7 @@ def _begin_work(options: ConversionOptions, original: EntropyGPTForCausalLM, tex
     """Makes the folder of unfinished work. One that an equal conversion left is kept; any other is deleted first."""
     settings = {
         **{name: str(value) for name, value in vars(options).items()},
-        "original": fingerprint(original, text.calibration, None),
+        "original": fingerprint(original, text.calibration, None, with_head=True),
         "corpus": text.revision,
         "versions": recorded_versions(),
         "git_revision": git_revision(),

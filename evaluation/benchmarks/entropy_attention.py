@@ -1,6 +1,6 @@
 """What entropies cost: attention with them against torch's own without, and against keeping every attention matrix.
 
-    python -m entropy_gpt.evaluation.benchmarks.entropy_attention  measures all, and writes record, table and figure
+    python -m entropy_gpt.evaluation.benchmarks.entropy_attention  takes 3 min, writes record, table and figure
     python -m entropy_gpt.evaluation.benchmarks.entropy_attention --quick  a minute: short lengths, nothing written
     python -m entropy_gpt.evaluation.benchmarks.entropy_attention --redraw  table and figure anew from the record
 
@@ -40,6 +40,8 @@ HEADS, HEAD_DIM, BATCH = 12, 64, 8
 SMALLER = ((8, 4, 64, 32), (8, 4, 128, 32), (8, 6, 128, 64), (8, 4, 256, 32), (4, 12, 256, 64))
 STEP_SIZES = {"n_layer": 4, "n_embd": 768, "n_head": 12, "vocab_size": 8192, "n_positions": 1024}
 STEP_BATCH = 4
+# At more tokens, what runs takes seconds and varies less: three turns. The matrices take longest, and are left out.
+LONG, LONGEST_WITH_MATRICES = 512, {"attention": 1024, "training step": 512}
 COMMON = {
     **STEP_SIZES,
     **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None},
@@ -148,6 +150,9 @@ def diagnostic_forward(name: str, length: int) -> Callable[[], None]:
 
 def measure(kind: str, build: Callable, length: int, names: tuple[str, ...], runs: int) -> Timing:
     """Compares ours with others at a length."""
+    if length > LONGEST_WITH_MATRICES.get(kind, length):
+        names = tuple(name for name in names if name != PUBLIC)
+    runs = runs if length <= LONG else min(runs, 3)
     timing = compare(kind, length, {name: build(name, length) for name in names}, OURS, runs)
     console.print(str(timing))
     return timing
@@ -172,7 +177,7 @@ def draw(record: Record, path: Path):
     time_axes, memory_axes = figure.subplots(1, 2)
     attention = [entry for entry in record.times if entry.kind == "attention"]
     for name in ATTENTIONS:
-        points = [(entry.length, entry.milliseconds[name]) for entry in attention]
+        points = [(entry.length, entry.milliseconds[name]) for entry in attention if name in entry.milliseconds]
         time_axes.plot(*zip(*points, strict=True), marker="o", label=name)
         points = [(entry.length, entry.mebibytes) for entry in record.memory if entry.name == name]
         memory_axes.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -242,7 +247,7 @@ Measured with {describe_origin(record)}.
 
 def main(
     quick: Annotated[bool, typer.Option(help="Short lengths and few runs; writes nothing.")] = False,
-    runs: Annotated[int, typer.Option(min=3, help="Turns of each comparison.")] = 9,
+    runs: Annotated[int, typer.Option(min=3, help="Turns of each comparison up to length 512; at more, 3.")] = 9,
     redraw: Annotated[bool, typer.Option(help="Measure nothing; table and figure anew from the record.")] = False,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
     length: Annotated[int, typer.Option(hidden=True)] = 0,
@@ -257,24 +262,21 @@ def main(
     origin = collect_origin(torch.device("cpu"))
     everything, pair = tuple(ATTENTIONS), (STOCK, OURS)
     runs = 3 if quick else runs
-    times = [
-        measure("attention", attention_pass, length, everything, runs)
-        for length in ((128, 256, 512) if quick else (128, 256, 512, 1024, 2048))
-    ]
+    lengths = (128, 256, 512) if quick else (128, 256, 512, 1024, 2048)
+    times = [measure("attention", attention_pass, length, everything, runs) for length in lengths]
     for batch, heads, length, head_dim in SMALLER:
         build = partial(attention_pass, batch_size=batch, heads=heads, head_dim=head_dim)
         kind = f"attention, batch {batch}, {heads} heads of {head_dim}"
         times.append(measure(kind, build, length, everything, runs if quick else 5 * runs))
     times += [
-        measure("training step", training_step, length, everything, runs)
-        for length in ((128,) if quick else (512, 1024))
+        measure("training step", training_step, length, everything, 3) for length in ((128,) if quick else (512, 1024))
     ]
     times += [
-        measure("diagnostics", diagnostic_forward, length, pair, runs) for length in ((128,) if quick else (512, 1024))
+        measure("diagnostics", diagnostic_forward, length, pair, 3) for length in ((128,) if quick else (512, 1024))
     ]
-    lengths = (512,) if quick else (512, 1024, 2048, 4096)
+    lengths = (512,) if quick else (1024, 4096)
     memory = [measure_memory(name, length) for name in pair for length in lengths]
-    memory += [measure_memory(PUBLIC, length) for length in ((512,) if quick else (512, 1024))]
+    memory.append(measure_memory(PUBLIC, lengths[0]))
     if quick:
         return
     record = Record(times, memory, **origin)

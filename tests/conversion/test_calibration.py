@@ -20,6 +20,7 @@ from entropy_gpt.conversion.calibration import (
     least_rows,
 )
 from entropy_gpt.conversion.errors import ConversionError
+from entropy_gpt.conversion.simplification import make_final_norm_static, remove_final_static_norm
 from tests.architectures import make_model, make_tokens
 
 
@@ -156,8 +157,22 @@ def test_a_fingerprint_tells_weights_settings_and_text_apart():
     assert len(names) == 4
     assert fingerprint(model, blocks.split(8), None) in names
     with torch.no_grad():
-        model.transformer.ln_f.bias[3] += 1e-3
+        model.transformer.h[1].ln_1.bias[3] += 1e-3
     assert fingerprint(model, blocks.split(8), None) not in names
+
+
+def test_statistics_know_nothing_of_the_final_norm_and_the_head():
+    """So steps that differ by them alone are fitted to one calibration; a conversion goes on with its own model."""
+    model, batches = make_model("SM+LN+G"), make_blocks().split(8)
+    before, whole = (fingerprint(model, batches, None, with_head=with_head) for with_head in (False, True))
+    static = make_final_norm_static(model, calibrate(model, batches))
+    headed = remove_final_static_norm(static)
+    for changed in (static, headed):
+        assert fingerprint(changed, batches, None) == before
+        assert fingerprint(changed, batches, None, with_head=True) != whole
+        expected, found = (calibrate(each, batches).tensors for each in (model, changed))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_too_little_text_and_wrong_weights_are_refused():

@@ -16,7 +16,7 @@ from modeling_entropy_gpt.blocks import EntropyGPTMLP, eager_attention_forward
 from modeling_entropy_gpt.blockwise_attention import OPERATOR
 from modeling_entropy_gpt.configuration_entropy_gpt import OWN_ACTIVATIONS
 from tests.architectures import ARCHITECTURES, make_config, make_model, make_tokens
-from tests.slow import slow_cases
+from tests.slow import slow_but, slow_cases
 
 
 GPT2_SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
@@ -232,7 +232,9 @@ def cap_queries(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [add_tanh, add_square, add_softmax, cap_queries], ids=lambda change: change.__name__
+    "change",
+    slow_but([add_square, cap_queries], [add_tanh, add_square, add_softmax, cap_queries]),
+    ids=lambda change: change.__name__,
 )
 def test_the_walk_sees_what_does_not_belong_there(change, monkeypatch):
     model = make_model("SM+ScFuFFN", attn_implementation="eager", final_normalization="none")

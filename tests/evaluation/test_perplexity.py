@@ -17,6 +17,7 @@ from entropy_gpt.evaluation.measuring.perplexity import Windows, cut_windows, me
 from entropy_gpt.evaluation.measuring.tokenized_text import TokenizedText, tokenize
 from entropy_gpt.training.tokenizer import train_tokenizer
 from tests.architectures import ARCHITECTURES, SIZES, make_model
+from tests.slow import in_turn
 
 
 LENGTHS = (1, 2, 33, 64, 65, 150, 7)
@@ -43,11 +44,10 @@ def naive_nats(model, sequence: np.ndarray, windows: Windows) -> list[float]:
     return nats
 
 
-@pytest.mark.parametrize("separate", [True, False])
-@pytest.mark.parametrize(("context", "stride"), CONTEXTS_AND_STRIDES)
-def test_definition(context, stride, separate):
+@pytest.mark.parametrize(("windows", "separate"), in_turn(CONTEXTS_AND_STRIDES, [True, False]))
+def test_definition(windows, separate):
     model = make_model("EReg(SM(t)+ScFuFFN)", n_layer=1).train()
-    documents, windows, seen = make_documents(), Windows(context, stride, separate, False), []
+    documents, windows, seen = make_documents(), Windows(*windows, separate, False), []
     likelihood = measure_likelihood(model, documents, windows, batch_tokens=100, on_tokens=seen.append)
     assert model.training
     model.eval()

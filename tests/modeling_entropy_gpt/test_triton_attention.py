@@ -22,10 +22,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from modeling_entropy_gpt import blockwise_attention as operators
 from modeling_entropy_gpt import entropy_attention, row_entropies
+from modeling_entropy_gpt.attention_functions import FUNCTIONS, entropies_of, whole_attention
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
 from tests.slow import slow_but
 
-from .test_entropy_attention import HEADS, causal, masks, naive
+from .test_entropy_attention import HEADS, SCALING, causal, masks, naive
 
 
 pytest.importorskip("triton")
@@ -175,6 +176,59 @@ def compare_with_sizes_of_devices():
 
     with mock.patch.object(triton_attention, "block_sizes", ON_DEVICES[0]):
         return compare(lengths=(150, 150), dims=(64, 64))
+
+
+def compare_function(
+    function: str, kind: str | None = None, dtype=torch.float32, length: int = LENGTH
+) -> dict[str, float]:
+    """Errors of another attention function against float64; rows at the edge of its range are left out."""
+    states, wide = make_states(length, length, 20, 5, dtype, deviation=3.0, heads=HEADS)
+    mask, is_causal, visible = masks(length)[kind] if kind else (None, True, causal(length, length))
+    shift = torch.randn(2, HEADS, length)
+    states, wide = [*states, shift.requires_grad_()], [*wide, shift.detach().double().requires_grad_()]
+    got = entropy_attention(*states[:3], mask, is_causal, SCALING, function=function, shift=states[3])
+    output, _, logs = whole_attention(*wide[:3], visible.expand(2, 1, -1, -1), False, SCALING, 0.0, function, wide[3])
+    expected = (output, entropies_of(logs)[0])
+    upstream = [torch.randn_like(result) for result in got]
+    unsure = logs.logsumexp(dim=-1) < -5  # a small sum, all of it near the edge
+    for gradient in upstream:
+        gradient[unsure] = 0.0
+    pairs = zip(("output", "entropies"), got, expected, strict=True)
+    errors = {name: largest(*(result[~unsure] for result in each)) for name, *each in pairs}
+    gradients = torch.autograd.grad(got, states, upstream)
+    truth = torch.autograd.grad(expected, wide, [each.double() for each in upstream])
+    pairs = zip((*NAMES, "shift"), gradients, truth, strict=True)
+    return errors | {f"gradient of {name}": relative(*each) for name, *each in pairs}
+
+
+@pytest.mark.parametrize("kind", slow_but([None], [None, "padding", "packed"]))
+@pytest.mark.parametrize("function", slow_but(["power4"], FUNCTIONS[1:]))
+def test_attention_functions(function, kind, interpreter):
+    assert_small(interpreter(compare_function, function, kind), 3e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", FUNCTIONS[1:])
+def test_attention_functions_in_half_precision(function, interpreter):
+    errors = interpreter(compare_function, function, None, torch.float16)
+    assert errors.pop("entropies") < 1e-5
+    assert_small(errors, 3e-3)
+
+
+def compare_what_is_asked_for(asked: list[int]) -> dict[str, float]:
+    """Gradients of some states alone, against those of all."""
+    states, _ = make_states(LENGTH, LENGTH, 20, 5, torch.float32)
+    whole = torch.autograd.grad(sum(result.sum() for result in entropy_attention(*states, is_causal=True)), states)
+    for index, state in enumerate(states):
+        state.requires_grad_(index in asked)
+    total = sum(result.sum() for result in entropy_attention(*states, is_causal=True))
+    some = torch.autograd.grad(total, [states[index] for index in asked])
+    return {NAMES[i]: relative(gradient, whole[i].double()) for i, gradient in zip(asked, some, strict=True)}
+
+
+@pytest.mark.parametrize("asked", slow_but([[0]], [[0], [1], [2]]))
+def test_gradients_that_nobody_asks_for(asked, interpreter):
+    assert_small(interpreter(compare_what_is_asked_for, asked))
 
 
 def shapes():
@@ -400,7 +454,7 @@ def compile_for(monkeypatch, tmp_path) -> Callable:
     def compile_instead(function, *arguments, **options):
         kernels.append(run(function, *arguments, **{**options, "warmup": True}))
 
-    def compile_all(target: tuple, dtype: torch.dtype, head_dim: int, kind: str = "none", dropout: float = 0.0):
+    def compile_all(target: tuple, dtype, head_dim: int, kind="none", dropout=0.0, function="softmax"):
         machine = SimpleNamespace(
             get_current_target=lambda: GPUTarget(*target),
             get_current_device=lambda: str(target),
@@ -411,9 +465,11 @@ def compile_for(monkeypatch, tmp_path) -> Callable:
         rows, seed = torch.zeros(1, 2, LENGTH), torch.zeros(1, dtype=torch.long)
         visible = {"none": None, "keys": torch.ones(1, 1, 1, LENGTH), "pairs": torch.ones(1, 1, LENGTH, LENGTH)}[kind]
         visible = None if visible is None else visible.bool()
-        common = (*states, visible, True, 0.1, dropout, seed if dropout else None, states[0], rows, rows)
-        triton_attention.run_forward(*common)
-        triton_attention.run_backward(*common, states[0], rows, rows, *states)
+        shift = None if function == "softmax" else rows
+        common = (*states, visible, True, 0.1, dropout, seed if dropout else None, function, shift)
+        results = (states[0], rows, rows)
+        triton_attention.run_forward(*common, *results)
+        triton_attention.run_backward(*common, *results, *results, *states, shift)
         return kernels
 
     from modeling_entropy_gpt import triton_attention
@@ -452,6 +508,7 @@ def test_compiles_for_devices_that_are_not_here(name, compile_for, monkeypatch):
         (torch.float16, 128, {"kind": "keys"}),
         (torch.bfloat16, 256, {}),
         (torch.float32, 64, {}),
+        *((torch.bfloat16, 64, {"function": function}) for function in FUNCTIONS[1:]),
     ],
 )
 @pytest.mark.parametrize("name", TARGETS)
@@ -503,6 +560,10 @@ class TestOnADevice:
 
     def test_layouts(self):
         assert_small(attend_in_memory_of_any_layout())
+
+    @pytest.mark.parametrize("function", FUNCTIONS[1:])
+    def test_attention_functions(self, function):
+        assert_small(compare_function(function, length=300), 3e-5)
 
     @pytest.mark.parametrize("dropout", [0.3, 1.0])
     def test_dropout(self, dropout):

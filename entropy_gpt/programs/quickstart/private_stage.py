@@ -60,6 +60,8 @@ def answer_privately(models: dict[str, Path], prompt: str, output: Path, progres
     rows = [(name, *(f"{part.get(name, 0) / 1e6:.2f}" for part in parts)) for name in operations]
     for when, phase in ((AFTER, costs), (BEFORE, before)):
         rows.append((f"all {when}", *(f"{cost.total_bytes / 1e6:.2f}" for cost in phase.values())))
+    both = [cost.total_bytes + before[title].total_bytes for title, cost in costs.items()]
+    rows.append(("both phases", *(f"{total / 1e6:.2f}" for total in both)))
     for when, phase in ((AFTER, costs), (BEFORE, before)):
         rows.append((f"seconds {when}", *(f"{cost.seconds:.1f}" for cost in phase.values())))
     console.print(make_table((f"MB sent by both parties {AFTER}", *costs), rows))

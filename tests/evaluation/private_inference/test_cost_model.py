@@ -40,7 +40,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SE
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, make_config, make_model
-from tests.slow import in_turn
+from tests.slow import in_turn, slow_but
 
 
 LENGTH = 11
@@ -170,7 +170,7 @@ def test_every_step_of_every_architecture_has_a_price(notation, private):
     assert all(step.total_bytes > 0 and step.round_trips >= 0.5 for step in priced)
 
 
-@pytest.mark.parametrize("notation", ARCHITECTURES)
+@pytest.mark.parametrize("notation", slow_but(ARCHITECTURES[::3], ARCHITECTURES))
 def test_folding_needs_no_weights(notation):
     folded, _ = prepare_weights(EntropyGPTForCausalLM(make_config(notation)))
     assert folded.pruned_ffn_layers == program_config(make_config(notation)).pruned_ffn_layers

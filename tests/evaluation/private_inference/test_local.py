@@ -38,7 +38,7 @@ def clear_logits(model, tokens: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("notation", slow_but(["SM+LN+G"], ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"]))
 def test_fixed_point_keeps_the_answer(notation):
-    model = make_model(notation)
+    model = make_model(notation, n_layer=1)
     run = infer_locally(*prepare_weights(model), PrivateSettings("ref2k"), prompts(2), LENGTH)
     for tokens, logits in zip(prompts(2), run.answers, strict=True):
         clear = clear_logits(model, tokens)

@@ -49,7 +49,7 @@ from entropy_gpt.evaluation.private_inference.program.weights import prepare_wei
 pytestmark = pytest.mark.private
 ROOT = Path(__file__).resolve().parents[3]
 PROMPT = [17, 93, 5, 64]
-SECONDS = 60
+SECONDS = 300
 SCALE = 2**18
 EIGHT_ANSWERS = replace(UNLIMITED, answers=8)
 
@@ -175,7 +175,7 @@ def test_answers_under_tls(notation, protocol, tmp_path):
     ours, theirs = (tls_files(tmp_path, name, authority, "127.0.0.1") for name in ("server", "client"))
     with (
         serving(*make_offer(notation, protocol), ours) as served,
-        contextlib.closing(Client(*served.server.address, theirs, SECONDS)) as client,
+        contextlib.closing(Client(*served.server.address, theirs, SECONDS, protocol)) as client,
     ):
         answer, another = client.ask(PROMPT, 2), client.ask(PROMPT, 1)
     assert answer.tokens == served.expected

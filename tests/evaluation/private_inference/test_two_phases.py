@@ -14,6 +14,13 @@ import torch
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict, predict_phases
+from entropy_gpt.evaluation.private_inference.program.counting import (
+    INPUTS,
+    REVEALED,
+    SHARED_BATCHES,
+    Stock,
+    count_step,
+)
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
 from entropy_gpt.evaluation.private_inference.program.program import (
     LOGITS,
@@ -27,11 +34,13 @@ from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SE
 from entropy_gpt.evaluation.private_inference.program.two_phases import (
     MATRICES,
     NUMBERS,
+    ROWS,
     SQUARES,
     Demand,
     Preparation,
+    multiply_rows,
 )
-from entropy_gpt.evaluation.private_inference.program.variables import client_input
+from entropy_gpt.evaluation.private_inference.program.variables import client_input, program_variables
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_model
 from tests.slow import slow_but
@@ -284,6 +293,50 @@ def test_the_second_phase_waits_and_sends_less():
     assert operations[0] == operations[1]
     with pytest.raises(PrivateInferenceError, match="not for 'semi2k'"):
         predict_phases(config, PrivateSettings("semi2k"), spans)
+
+
+def count_phases(config, span: Span) -> tuple[dict[str, Counter], dict[str, Counter]]:
+    """What the operations of both phases consist of."""
+    private, preparation = PrivateSettings(), Preparation(config, PrivateSettings(), [span])
+    variables, found = program_variables(config, private, span) | preparation.masks, []
+    for steps in (preparation.steps, preparation.use(0, span)):
+        counts: dict[str, Counter] = {}
+        for step in steps:
+            parts = count_step(step, variables, private, Stock()).parts
+            counts.setdefault(step.operation, Counter()).update(parts)
+        found.append(counts)
+    return tuple(found)
+
+
+def test_what_is_0_or_the_servers_to_see_takes_no_bytes_of_others():
+    config, _ = prepared_weights("SM+ScFuFFN", n_layer=2)
+    heads, width = config.n_head, config.n_embd
+    _, after = count_phases(config, Span(0, LENGTH, LENGTH))
+    visible = heads * LENGTH * (LENGTH + 1) // 2
+    assert after["values"][REVEALED] == 2 * (visible + LENGTH * width)
+    # Shown to the server alone, which takes half.
+    assert after["embedding"][REVEALED] == LENGTH * config.vocab_size / 2
+    assert after["output"][REVEALED] == 2 * LENGTH * width / 2
+
+
+def test_rows_with_one_factor_each_are_products_of_matrices():
+    """Where that sends less: not for few rows."""
+    config, _ = prepared_weights("SM+LN+G", n_layer=1, n_embd=192, n_head=3, n_positions=128)
+    before, _ = count_phases(config, Span(0, 128, 128))
+    assert ROWS in before
+    products = before[ROWS]
+    assert products[INPUTS] and not products[SHARED_BATCHES]
+    short, _ = count_phases(config, Span(0, 2, 2))
+    assert not short[ROWS][INPUTS]
+
+
+def test_products_of_rows_are_those_of_their_numbers():
+    random, shapes = np.random.default_rng(0), [(2, 100, 64), (2, 100, 1), (3, 35, 64), (3, 35, 1)]
+    masks = [random.integers(-(2**63), 2**63 - 1, shape) for shape in shapes for _ in range(2)]
+    rows, factors, others, their_factors = (masks[place] + masks[place + 1] for place in range(0, 8, 2))
+    found = multiply_rows(FixedPointArithmetic(PrivateSettings()), *masks)
+    for product, expected in zip(found, (rows * factors, others * their_factors), strict=True):
+        assert np.array_equal(product, expected)
 
 
 def test_several_answers_share_the_weights():
