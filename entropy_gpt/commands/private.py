@@ -48,6 +48,7 @@ class Embedding(StrEnum):
 class Learned(StrEnum):
     logits = "logits"
     token = "token"
+    sampled = "sampled"
 
 
 NewTokens = Annotated[
@@ -78,8 +79,9 @@ EmbeddingOption = Annotated[
 AnswerOption = Annotated[
     Learned,
     typer.Option(
-        help="What the client learns of each new token: its logits, or only the token, by a secure comparison. Logits "
-        "reveal more about the weights with each question."
+        help="What the client learns of each new token: its logits; only the token that is most likely, by secure "
+        "comparisons; or only a token that is sampled, by noise that the client adds before. Logits reveal more about "
+        "the weights with each question. So does a client's noise, if it is chosen for that."
     ),
 ]
 FractionBits = Annotated[
@@ -221,6 +223,17 @@ def ask(
         Path | None, typer.Option(metavar="FILE", help="Read the prompt from this file, in UTF-8.")
     ] = None,
     new_tokens: NewTokens = 1,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Draw tokens at this temperature; at 0, take the most likely ones.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw among so many of the most likely tokens alone. Needs logits.")
+    ] = None,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Draw among the most likely tokens with this share alone. Needs logits."),
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of what is drawn.")] = None,
     prepared: PreparedFolder = None,
     require_prepared: Annotated[
         bool, typer.Option("--require-prepared", help="Fail at once if no preparation fits.")
@@ -232,7 +245,7 @@ def ask(
     ] = None,
 ):
     """
-    Hold the prompt, and ask a server to continue it, always with the most likely token.
+    Hold the prompt, and ask a server to continue it. The server does not learn how tokens are chosen.
 
     Example: entropy-gpt private ask - --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key --ca ca.pem
     < prompt.txt
@@ -245,7 +258,13 @@ def ask(
         prompt_file,
         networks or [],
         output,
-        new_tokens=new_tokens,
+        {
+            "max_new_tokens": new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        },
         prepared=prepared,
         require_prepared=require_prepared,
         **connection,

@@ -70,7 +70,7 @@ class CompletionRequest(BaseModel):
         seed = None
         if self.seed is not None:
             (seed,) = np.random.SeedSequence([self.seed % 2**64, choice, place]).generate_state(1, np.uint64).tolist()
-        return Sampling(temperature, top_p, seed)
+        return Sampling(temperature, top_p=top_p, seed=seed)
 
     @property
     def new_tokens(self) -> int:
@@ -141,7 +141,7 @@ def _check(request: CompletionRequest, tokens: list[int], client: PrivateClient)
     if not tokens:
         raise ProtocolError(400, "the prompt is empty: give some text.", "prompt")
     config, settings = client.terms.config, client.terms.settings
-    if settings.answer == "token" and request.logprobs is not None:
+    if settings.answer != "logits" and request.logprobs is not None:
         message = "logprobs are not possible: this server answers with tokens alone, not with logits."
         raise ProtocolError(400, message, "logprobs", "unsupported_field")
     needed = len(tokens) + max(0, request.new_tokens - 1)  # the last token is computed, and not read

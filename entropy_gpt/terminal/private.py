@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -132,8 +133,7 @@ def ask(
     prompt_file: Path | None,
     networks: list[str],
     output: Path | None,
-    *,
-    new_tokens: int,
+    generation: dict[str, Any],
     **connection,
 ):
     """
@@ -144,7 +144,7 @@ def ask(
         prompt_file (`Path`, *optional*): A file with the prompt, in place of it.
         networks (`list[str]`): Networks to estimate seconds for; LAN and WAN if there are none.
         output (`Path`, *optional*): The file for the cost.
-        new_tokens (`int`): Tokens of the answer.
+        generation (`dict[str, Any]`): Further arguments of [`PrivateClient.generate`].
         connection: Arguments of [`open_client`].
 
     Raises:
@@ -152,7 +152,7 @@ def ask(
     """
     shown, prompt = read_networks(networks), read_prompt(prompt, prompt_file)
     with progress_display(console) as progress, open_client(**connection) as client:
-        answer = client.generate(prompt, max_new_tokens=new_tokens, progress=progress)
+        answer = client.generate(prompt, progress=progress, **generation)
     print_answer(prompt, answer)
     _print_cost(answer, shown)
     _save(answer, output)

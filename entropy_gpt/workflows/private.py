@@ -85,7 +85,7 @@ def open_server(
         insecure (`bool`): Allow plain TCP beyond the loopback.
         protocol (`str`): "cheetah", or "semi2k" for measurements only.
         embedding (`str`): "one_hot" or "client_table", as in [`PrivateSettings`].
-        answer (`str`): What the client learns of each new token: "logits" or "token".
+        answer (`str`): What the client learns of each new token: "logits", "token" or "sampled".
         fraction_bits (`int`): Bits of a number behind the point, from 12 to 22.
         text (`str` or `Path`, *optional*): A file with text that the audit looks at too.
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.

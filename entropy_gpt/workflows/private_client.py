@@ -128,6 +128,7 @@ class PrivateClient:
         *,
         max_new_tokens: int = 1,
         temperature: float = 0.0,
+        top_k: int | None = None,
         top_p: float = 1.0,
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
@@ -139,7 +140,7 @@ class PrivateClient:
         Args:
             prompt (`str` or `Sequence[int]`): Text, or tokens.
             max_new_tokens (`int`): Tokens of the answer; their number is public, and all are computed.
-            temperature, top_p, seed: How tokens are chosen, as of [`Sampling`]. By default, the most likely ones are.
+            temperature, top_k, top_p, seed: How tokens are chosen, as of [`Sampling`]; by default, the most likely.
             streamer (`BaseStreamer`, *optional*):
                 One of transformers, such as `TextStreamer(client.tokenizer)`. It receives the prompt's tokens
                 `(1, length)` first, then each new token `(1,)`.
@@ -150,7 +151,7 @@ class PrivateClient:
         """
         with _streaming(streamer) as put:
             check_positive(max_new_tokens=max_new_tokens)
-            sampling = read_options(Sampling, temperature=temperature, top_p=top_p, seed=seed)
+            sampling = read_options(Sampling, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
             tokens = self._read_prompt(prompt)
             put([tokens])
             network = f"TCP to {self.host}"

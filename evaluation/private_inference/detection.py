@@ -30,7 +30,7 @@ from .program.program import (
     sum_neighbours,
 )
 from .program.settings import RING_BITS, PrivateSettings
-from .program.variables import client_input, input_shape
+from .program.variables import client_inputs
 
 
 # Errors of single numbers: from the smallest to the largest that an engine was seen to make by itself.
@@ -300,8 +300,7 @@ def _shares(sums: np.ndarray, bounds: np.ndarray, runs: int) -> np.ndarray:
 def _begin(ops: FixedPointArithmetic, config, settings: PrivateSettings, weights: dict, prompt: np.ndarray) -> dict:
     """Encoded weights and prompt."""
     span = Span(0, len(prompt))
-    name, _ = input_shape(config, settings, span)
-    inputs = weights | {name: client_input(config, settings, span, prompt, weights)}
+    inputs = weights | client_inputs(config, settings, span, prompt, weights)
     return {name: ops.encode(value) for name, value in inputs.items()}
 
 

@@ -263,7 +263,7 @@ class TestTwoProcesses:
     @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
     def test_a_server_that_ends_leaves_neither_files_nor_processes(self, model, tmp_path, number):
-        command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0"]
+        command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0", "--drain-seconds", "1"]
         environment = {**os.environ, "TMPDIR": str(tmp_path)}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
             address = parse_address(server.stdout.readline().strip().removeprefix("listening on "))
@@ -278,7 +278,7 @@ class TestTwoProcesses:
                 assert engines
                 assert not list(tmp_path.iterdir())
                 server.send_signal(number)
-                assert server.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
+                assert server.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
         _, alive = psutil.wait_procs(engines, timeout=10)
         assert not alive
         assert not list(tmp_path.iterdir())

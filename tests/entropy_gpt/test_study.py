@@ -15,8 +15,10 @@ import yaml
 from entropy_gpt.commands.study import ARCHITECTURES, SCALING, find_protocol
 from entropy_gpt.evaluation.records.results import load_results, save_results
 from entropy_gpt.programs.study.protocol import read_protocol
-from entropy_gpt.programs.study.records import Study, StudyRun
+from entropy_gpt.programs.study.records import TIMED, Study, StudyRun
+from entropy_gpt.programs.study.run import TOKENIZER, Place, perform, write_plan
 from entropy_gpt.training.claims import claimed
+from entropy_gpt.training.tokenizer import train_tokenizer
 
 from .forks import run_command
 
@@ -148,6 +150,21 @@ def test_the_trial_of_the_protocol_of_scaling(text, tmp_path):
     assert all(run.cpu_seconds_per_step > 0 for run in found.group("smoke_tokens"))
     plan = study(*words, "--dry-run")
     assert "0 runs are known and missing" in plan.stdout
+
+
+def test_steps_are_timed_in_seconds_of_the_processor(text, tmp_path):
+    protocol = read_protocol(small_scaling(text, tmp_path))
+    row = next(row for row in protocol.rows if row.group == "smoke_pace")
+    (output := tmp_path / "scaling").mkdir()
+    tokenizer = train_tokenizer((path.read_text() for path in sorted(text.iterdir())), 300)
+    tokenizer.save_pretrained(output / TOKENIZER)
+    place = Place(output, row.timed.name)
+    write_plan(place, row.timed, protocol)
+    perform(place)
+    found = StudyRun.load(place.result)
+    assert (found.kind, found.notation, found.tokens) == (TIMED, "SM+LN+G", 0)
+    assert 0 < found.cpu_seconds_per_step < 1 and 0 < found.seconds_per_step < 10
+    assert found.validation is None and place.model is None
 
 
 def test_a_plan_predicts_hours_by_steps_that_were_timed(text, tmp_path):

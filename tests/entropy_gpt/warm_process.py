@@ -99,7 +99,7 @@ def main(path: str):
                         listener.close()
                         serve(client)
         finally:
-            Path(path).unlink()
+            Path(path).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

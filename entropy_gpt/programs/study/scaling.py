@@ -12,8 +12,9 @@ from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config
 from entropy_gpt.evaluation.private_inference.program.program import Span
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.records.conditions import describe_origins
 from entropy_gpt.evaluation.showing.comparison_plots import number_plainly
-from entropy_gpt.evaluation.showing.markdown import markdown_table
+from entropy_gpt.evaluation.showing.markdown import fold_away, markdown_table
 from entropy_gpt.evaluation.showing.plots import DOTS_PER_INCH
 from entropy_gpt.evaluation.showing.run_plots import RUN_COLORS
 
@@ -276,7 +277,7 @@ def scaling_text(study: Study) -> str:
         rows = [(f"`{group}`", f"{count:,}") for group, count in missing.items()]
         parts.append(markdown_table(("group", "rows not measured yet"), rows) + "\n")
     if not scaling.is_comparable:
-        return "\n".join([*parts, "Nothing can be compared with GPT-2 yet.\n", *_rates(study)])
+        return "\n".join([*parts, "Nothing can be compared with GPT-2 yet.\n", *_rates(study), *_conditions(study)])
     spread = "" if math.isnan(scaling.spread) else f" Seeds differ by {math.expm1(scaling.spread):.1%}."
     parts += [
         f"![Test perplexity against tokens](study/scaling.png)\n\nTest perplexity, by tokens of training.{spread} "
@@ -295,7 +296,7 @@ def scaling_text(study: Study) -> str:
     if laws := laws_table(scaling):
         parts += ["The fitted laws:\n", laws + "\n"]
     parts += ["Mean entropy of the heads in nats, and the share that is overloaded:\n", heads_table(scaling) + "\n"]
-    return "\n".join([*parts, *_rates(study)])
+    return "\n".join([*parts, *_rates(study), *_conditions(study)])
 
 
 def label(tokens: int) -> str:
@@ -316,6 +317,23 @@ def _rates(study: Study) -> list[str]:
         rows.append((_code(name), *(found.get(rate, "") for rate in rates)))
     table = markdown_table(("architecture", *(f"{rate:g}" for rate in rates)), rows)
     return ["Validation perplexity at 3 million tokens, by which the learning rate is chosen:\n", table + "\n"]
+
+
+def _conditions(study: Study) -> list[str]:
+    """The texts of the runs, and what computed them."""
+    runs = [run for run in study.runs.values() if run.validation is not None]
+    if not runs:
+        return []
+    texts = {"Validation": [runs[0].validation], "Test": runs[0].test.values(), "Prose": runs[0].transfer.values()}
+    lines = [f"Protocol: {study.protocol}. Tokenizer: sha256:{study.tokenizer}."]
+    for title, results in texts.items():
+        found = [
+            f"{each.likelihood.tokens:,} tokens of {each.conditions.corpus} ({each.conditions.corpus_revision})"
+            for each in results
+        ]
+        lines.append(f"{title}: {'; '.join(found)}.")
+    lines.append(f"Measured with {describe_origins(run.validation.conditions for run in runs)}.")
+    return [fold_away("Conditions", lines) + "\n"]
 
 
 def _mean(runs: Iterable[StudyRun], name: str) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.program import OUT_OF_RANGE, Span
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, SERVER, PrivateSettings
-from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_input
+from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_inputs
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .engine import EngineLog, check_engine
@@ -86,9 +86,9 @@ def infer_locally(
 def _answer(participant: Participant, program, span: Span, tokens, weights) -> tuple:
     """One party's shares of the answer to a prompt and of its check, what each step took, and the seconds."""
     settings = participant.settings
-    value = client_input(participant.config, settings, span, tokens, weights) if participant.is_client else None
+    values = client_inputs(participant.config, settings, span, tokens, weights) if participant.is_client else {}
     started = time.perf_counter()
-    steps = participant.infer(program, span, value)
+    steps = participant.infer(program, span, values)
     seconds = time.perf_counter() - started
     return {name: participant.party.share(name) for name in (answer_name(settings), OUT_OF_RANGE)}, steps, seconds
 

@@ -17,7 +17,7 @@ from entropy_gpt.evaluation.private_inference.program.program import (
 )
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
-from entropy_gpt.evaluation.private_inference.program.variables import client_rank, input_shape, program_variables
+from entropy_gpt.evaluation.private_inference.program.variables import client_rank, input_shapes, program_variables
 
 from .engine import CompiledStep, EngineLog, Party, compile_steps
 from .preparations import draw_mask
@@ -159,7 +159,7 @@ class Participant:
         self,
         program: list[CompiledStep],
         span: Span,
-        value: np.ndarray | None,
+        values: dict[str, np.ndarray],
         on_step: Callable[[StepCost], None] = lambda cost: None,
     ) -> list[StepCost]:
         """
@@ -168,14 +168,14 @@ class Participant:
         Args:
             program (`list[CompiledStep]`): Result of [`compile_pass`].
             span ([`Span`]): The tokens.
-            value (`np.ndarray`, *optional*): The client's input; `None` at the others.
+            values (`dict`): The client's inputs; the others have none.
             on_step (`Callable`): Called with what each step took.
         """
-        name, shape = input_shape(self.config, self.settings, span)
-        if self.is_client:
-            self.party.set_own(name, value)
-        else:
-            self.party.set_foreign(name, shape, client_rank(self.settings))
+        for name, shape in input_shapes(self.config, self.settings, span).items():
+            if self.is_client:
+                self.party.set_own(name, values[name])
+            else:
+                self.party.set_foreign(name, shape, client_rank(self.settings))
         costs = []
         for step in program:
             costs.append(self.party.run(step))

@@ -36,7 +36,7 @@ from entropy_gpt.evaluation.private_inference.program.program import (
 )
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
-from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_input
+from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_inputs
 
 from .channel import may_be_told, one_line
 from .engine import CompiledStep, EngineLog, compiled_digest
@@ -53,7 +53,7 @@ from .preparations import (
     pass_spans,
     read_half,
 )
-from .sampling import GREEDY, Sampling, choose
+from .sampling import GREEDY, Sampling, choose, draw_noise
 from .shares import RING_BYTES, join_share, read_share
 
 
@@ -246,8 +246,7 @@ class PartyProcess:
             self._count(span)
             steps = [round(step.total_bytes) for step in program]
             self.tell({"event": "pass", "bytes": steps, "answer_bytes": self._answer_bytes(span)})
-            value = self._input(span) if self.job.rank == CLIENT else None
-            self.participant.infer(program, span, value, self._tell_step)
+            self.participant.infer(program, span, self._inputs(span), self._tell_step)
             if not self._was_out_of_range(index):
                 self._exchange()
                 return
@@ -270,9 +269,14 @@ class PartyProcess:
     def _tell_step(self, cost):
         self.tell({"event": "step", "cost": asdict(cost)})
 
-    def _input(self, span: Span) -> np.ndarray:
+    def _inputs(self, span: Span) -> dict[str, np.ndarray]:
+        if self.job.rank != CLIENT:
+            return {}
         tokens = [*self.request.prompt, *self.chosen][span.start : span.end]
-        return client_input(self.job.config, self.job.settings, span, tokens, self.tables)
+        noise = None
+        if self.job.settings.answer == "sampled":
+            noise = draw_noise((span.answers, self.job.config.vocab_size), self.request.sampling, self._random)
+        return client_inputs(self.job.config, self.job.settings, span, tokens, self.tables, noise)
 
     def _was_out_of_range(self, index: int) -> bool:
         """
@@ -299,7 +303,7 @@ class PartyProcess:
             self._keep(self.participant.party.reconstruct([read_share(self.link.recv(SERVER), share), share]))
 
     def _keep(self, answer: np.ndarray):
-        if self.job.settings.answer == "token":
+        if self.job.settings.answer != "logits":
             token, told = int(answer[-1]), {}
             if not 0 <= token < self.job.config.vocab_size:
                 raise PrivateInferenceError("the answer is no token of the model.")

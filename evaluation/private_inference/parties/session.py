@@ -27,7 +27,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import SERVER, Pr
 from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
 from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
-from .sampling import Sampling
+from .sampling import MOST_TEMPERATURE, Sampling
 from .terms import Terms
 from .tunnel import Tunnel
 
@@ -261,11 +261,24 @@ def check_sampling(settings: PrivateSettings, sampling: Sampling):
     Raises:
         `PrivateInferenceError`: If tokens would have to be drawn from logits that the client does not learn.
     """
-    if settings.answer == "token" and sampling.temperature:
+    if settings.answer == "logits" or not sampling.temperature:
+        return
+    if settings.answer == "token":
         raise PrivateInferenceError(
             f"temperature={sampling.temperature:g} is not possible: this server answers with the most likely tokens "
-            "alone, not with logits. Use temperature 0."
+            "alone, not with logits. Use temperature 0, or a server with --answer sampled."
         )
+    if sampling.temperature > MOST_TEMPERATURE:
+        raise PrivateInferenceError(
+            f"temperature={sampling.temperature:g} is not possible: {MOST_TEMPERATURE:g} is the most with a server "
+            "that answers with sampled tokens."
+        )
+    for name, value in (("top_k", sampling.top_k is not None), ("top_p", sampling.top_p < 1)):
+        if value:
+            raise PrivateInferenceError(
+                f"{name}={getattr(sampling, name):g} is not possible: this server answers with sampled tokens alone, "
+                "and which logits are largest is not known outside of them. Use the temperature alone."
+            )
 
 
 class Session:

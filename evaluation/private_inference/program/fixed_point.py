@@ -11,7 +11,7 @@ from modeling_entropy_gpt.layers import TANH_GELUS
 from .arithmetic import Arithmetic, CheapArithmetic
 from .program import LOGITS, Span, build_steps, run_steps
 from .settings import RING_BITS, PrivateSettings
-from .variables import client_input, input_shape
+from .variables import client_inputs
 
 
 # Numbers and products before truncation must be below 2^62: two parties read signs from the bits above.
@@ -225,7 +225,7 @@ def emulate(
     """
     ops = FixedPointArithmetic(settings, seed)
     steps = build_steps(config, settings, Span(0, len(tokens), answers))
-    variables = {**weights, **_inputs(config, weights, settings, tokens)}
+    variables = {**weights, **_inputs(config, weights, settings, tokens, answers)}
     return run_steps(steps, ops, {name: ops.encode(value) for name, value in variables.items()})[LOGITS]
 
 
@@ -242,13 +242,14 @@ def exact_logits(
     """
     gelu = "tanh" if config.activation_function in TANH_GELUS else "erf"
     steps = build_steps(config, replace(settings, softmax="stock", gelu=gelu), Span(0, len(tokens), answers))
+    variables = exact_variables(config, weights, settings, tokens, answers)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return run_steps(steps, ExactArithmetic(np), exact_variables(config, weights, settings, tokens))[LOGITS]
+        return run_steps(steps, ExactArithmetic(np), variables)[LOGITS]
 
 
-def exact_variables(config, weights, settings, tokens) -> dict[str, np.ndarray]:
-    """Weights and the client's input, in float64."""
-    variables = {**weights, **_inputs(config, weights, settings, tokens)}
+def exact_variables(config, weights, settings, tokens, answers: int = 1) -> dict[str, np.ndarray]:
+    """Weights and the client's inputs, in float64."""
+    variables = {**weights, **_inputs(config, weights, settings, tokens, answers)}
     return {name: value.astype(np.float64) for name, value in variables.items()}
 
 
@@ -265,7 +266,5 @@ class ExactArithmetic(Float64Arithmetic):
     least_sum = 1e-12
 
 
-def _inputs(config, weights, settings, tokens) -> dict[str, np.ndarray]:
-    span = Span(0, len(tokens))
-    name, _ = input_shape(config, settings, span)
-    return {name: client_input(config, settings, span, tokens, weights)}
+def _inputs(config, weights, settings, tokens, answers: int) -> dict[str, np.ndarray]:
+    return client_inputs(config, settings, Span(0, len(tokens), answers), tokens, weights)

@@ -45,6 +45,8 @@ Norm = Literal["layernorm", "static", "none"]
 
 # The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
 TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "hidden", "logits", "token", "out of range"
+# What the client adds to the logits, where the token is drawn.
+NOISE = "noise"
 # What the check looks at: the residual stream before and after the last block, and the logits. Sums of this many
 # neighbours are compared with bounds, each in two comparisons. The first has a row for every token. It looks at scores
 # too, by `checked_parts`: softmax brings any scores back into range.
@@ -229,6 +231,8 @@ def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iter
     yield Step("head", None, linear, ("hidden", "head.weight", "head.bias"), (LOGITS,))
     if settings.answer == "token":
         yield Step("argmax", None, choose, (LOGITS,), (TOKEN,))
+    elif settings.answer == "sampled":
+        yield Step("argmax", None, draw, (LOGITS, NOISE), (TOKEN,))
     yield _sum_up(LOGITS, LOGITS)
     inputs = tuple(name(part) for part in checked_parts(config) for name in (sums_name, bounds_name))
     attention_sums = tuple(f"h.{layer}.sums" for layer in range(config.n_layer) if _keeps_sums(config, settings))
@@ -538,6 +542,11 @@ def divide_widely_and_merge(ops: Arithmetic, attended, sums):
 
 def choose(ops: Arithmetic, logits):
     return ops.index_of_largest(logits)
+
+
+def draw(ops: Arithmetic, logits, noise):
+    """With Gumbel noise times a temperature T, a token of softmax(logits / T) (Maddison et al., 1408.6100)."""
+    return ops.index_of_largest(logits + noise)
 
 
 def sum_neighbours(ops: Arithmetic, hidden, count: int):

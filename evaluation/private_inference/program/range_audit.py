@@ -142,7 +142,7 @@ class _Errors:
 
 def _run_observed(config, weights, settings, tokens, ops: "_ObservedArithmetic") -> dict[str, np.ndarray]:
     """The program's variables without rounding."""
-    variables = exact_variables(config, weights, settings, tokens)
+    variables = exact_variables(config, weights, settings, tokens, len(tokens))
     for step in build_steps(config, settings, Span(0, len(tokens), len(tokens))):
         ops.place = step.operation if step.layer is None else f"layer {step.layer}, {step.operation}"
         variables = run_steps([step], ops, variables)

@@ -48,7 +48,9 @@ class PrivateSettings:
         embedding (`str`):
             "one_hot" (a product of the client's one-hot rows with the server's table: neither learns anything) or
             "client_table" (the server gives the client its table of token and position embeddings).
-        answer (`str`): What the client alone learns: "logits" of the last position, or "token", the most likely one.
+        answer (`str`):
+            What the client alone learns: "logits" of the last position; "token", the most likely one; or "sampled",
+            the most likely one after the client has added noise of its own to the logits.
     """
 
     protocol: Protocol = "cheetah"
@@ -58,7 +60,7 @@ class PrivateSettings:
     exponential_squarings: int = 8
     reciprocal_iterations: int = 2
     embedding: Literal["one_hot", "client_table"] = "one_hot"
-    answer: Literal["logits", "token"] = "logits"
+    answer: Literal["logits", "token", "sampled"] = "logits"
 
     @property
     def needs_encryption(self) -> bool:

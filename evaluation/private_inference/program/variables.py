@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .counting import Shape, make_shape
-from .program import EMBEDDINGS, LOGITS, TOKEN, TOKENS, ProgramConfig, Span, weight_shapes
+from .program import EMBEDDINGS, LOGITS, NOISE, TOKEN, TOKENS, ProgramConfig, Span, weight_shapes
 from .settings import PARTIES, SERVER, PrivateSettings
 
 
@@ -14,11 +14,13 @@ def client_rank(settings: PrivateSettings) -> int:
     return min(1, PARTIES[settings.protocol] - 1)
 
 
-def input_shape(config: ProgramConfig, settings: PrivateSettings, span: Span) -> tuple[str, tuple[int, int]]:
-    """The client's input: its variable and its shape."""
+def input_shapes(config: ProgramConfig, settings: PrivateSettings, span: Span) -> dict[str, tuple[int, int]]:
+    """The client's inputs: their variables and their shapes."""
     if settings.embedding == "one_hot":
-        return TOKENS, (span.length, config.vocab_size)
-    return EMBEDDINGS, (span.length, config.n_embd)
+        shapes = {TOKENS: (span.length, config.vocab_size)}
+    else:
+        shapes = {EMBEDDINGS: (span.length, config.n_embd)}
+    return shapes | ({NOISE: (span.answers, config.vocab_size)} if settings.answer == "sampled" else {})
 
 
 def kept_shapes(config: ProgramConfig, span: Span) -> dict[str, tuple[int, int, int]]:
@@ -31,8 +33,8 @@ def kept_shapes(config: ProgramConfig, span: Span) -> dict[str, tuple[int, int, 
 def program_variables(config: ProgramConfig, settings: PrivateSettings, span: Span) -> dict[str, Shape]:
     """What there is before a pass, and whose it is."""
     variables = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
-    name, shape = input_shape(config, settings, span)
-    variables[name] = make_shape(shape, client_rank(settings))
+    for name, shape in input_shapes(config, settings, span).items():
+        variables[name] = make_shape(shape, client_rank(settings))
     return variables | {name: make_shape(shape) for name, shape in kept_shapes(config, span).items()}
 
 
@@ -45,9 +47,14 @@ def encode_tokens(tokens: Sequence[int], vocabulary: int) -> np.ndarray:
     return (np.asarray(tokens)[:, None] == np.arange(vocabulary)).astype(np.float32)
 
 
-def client_input(
-    config: ProgramConfig, settings: PrivateSettings, span: Span, tokens: Sequence[int], tables: dict
-) -> np.ndarray:
+def client_inputs(
+    config: ProgramConfig,
+    settings: PrivateSettings,
+    span: Span,
+    tokens: Sequence[int],
+    tables: dict,
+    noise: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
     """
     What the client gives.
 
@@ -56,7 +63,13 @@ def client_input(
         span ([`Span`]): Where the tokens stand.
         tokens (`Sequence[int]`): As many.
         tables (`dict`): With "client_table", the embeddings "wte" and "wpe".
+        noise (`np.ndarray`, *optional*): With "sampled", what is added to logits `(answers, vocabulary)`; or zeros.
     """
+    shapes = input_shapes(config, settings, span)
     if settings.embedding == "one_hot":
-        return encode_tokens(tokens, config.vocab_size)
-    return tables["wte"][np.asarray(tokens)] + tables["wpe"][span.start : span.end]
+        inputs = {TOKENS: encode_tokens(tokens, config.vocab_size)}
+    else:
+        inputs = {EMBEDDINGS: tables["wte"][np.asarray(tokens)] + tables["wpe"][span.start : span.end]}
+    if NOISE in shapes:
+        inputs[NOISE] = np.zeros(shapes[NOISE], np.float32) if noise is None else noise
+    return inputs

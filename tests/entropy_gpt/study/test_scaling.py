@@ -130,6 +130,7 @@ def test_equal_sizes_lie_between_two_models(study, page):
 
 def test_a_partial_record_says_what_is_not_measured(study, page):
     assert page.startswith("| group | rows not measured yet |\n| --- | ---: |\n| `larger_10m` | 3 |\n\n")
+    assert "- Prose: 1,000 tokens of descriptions (descriptions 1.0)." in page
     first = make_study(tokens_1m=study.group("tokens_1m")[:1])
     assert "Nothing can be compared with GPT-2 yet." in scaling_text(first)
     lone = make_study(tokens_1m=[run for run in study.group("tokens_1m") if run.settings["seed"] == 0])

@@ -111,7 +111,7 @@ def test_what_all_logits_have_in_common_does_not_count():
     assert np.abs(sum_alternating(ops, logits, 64)).max() > 900
 
 
-@pytest.mark.parametrize("answer", ["logits", "token"])
+@pytest.mark.parametrize("answer", ["logits", "token", "sampled"])
 @pytest.mark.parametrize("span", [Span(0, 5, 2), Span(5, 1)])
 def test_every_pass_ends_with_a_check_of_stream_and_logits(answer, span):
     steps = build_steps(make_config("SM+LN+G"), PrivateSettings(answer=answer), span)

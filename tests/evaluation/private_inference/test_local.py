@@ -66,10 +66,10 @@ def test_every_protocol_keeps_the_answer(notation, protocol, log):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["ref2k", "cheetah"])
-def test_embeddings_looked_up_by_the_client_and_a_secure_comparison(protocol, log):
+@pytest.mark.parametrize(("protocol", "answer"), [("ref2k", "token"), ("cheetah", "token"), ("cheetah", "sampled")])
+def test_embeddings_looked_up_by_the_client_and_a_secure_comparison(protocol, answer, log):
     model = make_model("SM+ScFuFFN", n_layer=1)
-    settings = PrivateSettings(protocol, embedding="client_table", answer="token")
+    settings = PrivateSettings(protocol, embedding="client_table", answer=answer)
     run = infer_locally(*prepare_weights(model), settings, prompts(), 1, log)
     assert run.answers[0].tolist() == [clear_logits(model, prompts()[0])[-1].argmax()]
     operations = {step.operation for step in run.steps[0]}

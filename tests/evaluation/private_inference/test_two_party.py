@@ -36,10 +36,12 @@ from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED, Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import RESERVED_BYTES, machine_memory
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
+from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling, draw_noise
 from entropy_gpt.evaluation.private_inference.parties.server import Server
 from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Outcome, free_port
 from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION, Offer
 from entropy_gpt.evaluation.private_inference.parties.tunnel import ClientTunnel
+from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
 from entropy_gpt.evaluation.private_inference.program.program import CHECKED, LOGITS, TOKENS, bounds_name
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.variables import encode_tokens
@@ -309,6 +311,25 @@ def test_the_clients_table_is_paid_for_with_the_set_up():
     assert (tables.operation, tables.sent_bytes) == ("tables", 0)
     assert tables.received_bytes == size
     assert keys.total_bytes == pytest.approx(SET_UP_BYTES, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_sampled_token_is_the_largest_with_the_clients_noise():
+    offer, _ = make_offer()
+    settings, tokens, random, expected = PrivateSettings(answer="sampled"), [*PROMPT], np.random.default_rng(7), []
+    for _ in range(3):
+        logits = emulate(offer.config, offer.weights, settings, np.array(tokens))
+        noise = draw_noise(logits.shape, Sampling(9.0), random)
+        expected.append(int((logits + noise).argmax()))
+        tokens.append(expected[-1])
+    with (
+        serving(replace(offer, settings=settings), []) as served,
+        contextlib.closing(Client(*served.server.address, None, SECONDS)) as client,
+    ):
+        answer = client.ask(PROMPT, 3, sampling=Sampling(9.0, seed=7))
+        likely = client.ask(PROMPT, 3)
+    assert answer.tokens == expected != likely.tokens
+    assert not answer.logits
 
 
 @pytest.mark.slow

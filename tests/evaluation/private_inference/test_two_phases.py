@@ -25,7 +25,6 @@ from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPo
 from entropy_gpt.evaluation.private_inference.program.program import (
     LOGITS,
     OUT_OF_RANGE,
-    TOKENS,
     Span,
     build_steps,
     run_steps,
@@ -40,7 +39,7 @@ from entropy_gpt.evaluation.private_inference.program.two_phases import (
     Preparation,
     multiply_rows,
 )
-from entropy_gpt.evaluation.private_inference.program.variables import client_input, program_variables
+from entropy_gpt.evaluation.private_inference.program.variables import client_inputs, program_variables
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_model
 from tests.slow import slow_but
@@ -74,8 +73,8 @@ def draw_masks(preparation: Preparation, seed: int = 0) -> dict[str, np.ndarray]
 
 
 def encode(ops, config, private, weights, span: Span, tokens) -> dict:
-    given = client_input(config, private, span, tokens[span.start : span.end], weights)
-    return {TOKENS if private.embedding == "one_hot" else "hidden": ops.encode(given)}
+    given = client_inputs(config, private, span, tokens[span.start : span.end], weights)
+    return {name: ops.encode(value) for name, value in given.items()}
 
 
 def answers_in_one_phase(config, weights, private, spans, tokens) -> list[np.ndarray]:
@@ -118,7 +117,7 @@ def test_two_phases_give_the_same_numbers_to_the_last_bit(notation, longer):
 @pytest.mark.parametrize(
     "private",
     [
-        PrivateSettings(embedding="client_table", answer="token", softmax="tuned", fraction_bits=16),
+        PrivateSettings(embedding="client_table", answer="sampled", softmax="tuned", fraction_bits=16),
         pytest.param(PrivateSettings(softmax="stock", gelu="tanh"), marks=pytest.mark.slow),
         pytest.param(PrivateSettings(gelu="erf"), marks=pytest.mark.slow),
     ],
@@ -716,15 +715,15 @@ def run_on_the_engine(notation: str, protocol: str, log=None):
     def take_part(link):
         party = Participant(link, config, private, weights, log if link.rank == SERVER else None)
         party.set_up()
-        value = client_input(config, private, span, tokens, weights) if party.is_client else None
+        values = client_inputs(config, private, span, tokens, weights) if party.is_client else {}
         costs, seed = [], bytes([link.rank]) * 32
         halves = party.prepare(before, preparation, seed, costs.append)
         party.load(preparation, seed, halves)
-        second = party.infer(after, span, value)
+        second = party.infer(after, span, values)
         party.forget(preparation)
         shares = [party.party.share(LOGITS), party.party.share(OUT_OF_RANGE)]
         # Last, since it uses up triples, which are predicted to be there.
-        party.infer(one, span, value)
+        party.infer(one, span, values)
         return party, [party.party.share(LOGITS), *shares], costs, second
 
     parties = run_parties(private, take_part)
