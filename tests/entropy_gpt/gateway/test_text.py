@@ -108,7 +108,7 @@ LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_errors_of_fixed_point_hardly_change_what_a_seed_draws(top_p):
-    generator, sampling, changed = np.random.default_rng(0), Sampling(1.5, top_p), 0
+    generator, sampling, changed = np.random.default_rng(0), Sampling(1.5, top_p=top_p), 0
     for seed in range(100):
         logits = generator.normal(0, 2, 5_000)
         error = generator.normal(0, 1e-3, logits.shape)
