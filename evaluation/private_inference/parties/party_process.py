@@ -429,7 +429,7 @@ def main():
         work(sys.stdin.buffer, tell)
     except Exception as error:
         told, reason = may_be_told(error), one_line(error, MAX_REASON_CHARACTERS)
-        if not told:
+        if not isinstance(error, PrivateInferenceError):
             reason = f"{type(error).__name__}: {reason}"
         tell({"event": "error", "reason": reason, "may_be_told": told})
         sys.stderr.flush()
