@@ -150,6 +150,7 @@ class Client:
             [`Outcome`]: With the preparation's name.
 
         Raises:
+            `UserError`: If this side has no folder for its half.
             `PrivateInferenceError`: As [`Client.ask`].
         """
         try:

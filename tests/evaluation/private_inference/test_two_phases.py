@@ -39,7 +39,9 @@ from entropy_gpt.evaluation.private_inference.program.two_phases import (
     NUMBERS,
     ROWS,
     SQUARES,
+    Bound,
     Demand,
+    MaskFactors,
     Preparation,
     multiply_rows,
 )
@@ -160,6 +162,19 @@ def test_what_is_prepared_for_less_is_refused():
     assert Preparation(config, PrivateSettings(), [Span(0, 9, 4)]).serves([Span(0, 7, 3)])
     with pytest.raises(PrivateInferenceError, match="the preparation is for less: it does not have what"):
         preparation.use(0, Span(0, 10))
+
+
+def test_a_prompt_of_one_token_has_other_products():
+    """As docs/private.md says of the prompts that a preparation is for."""
+    config, _ = prepared_weights("SM+LN+G", n_layer=2)
+    preparation = Preparation(config, PrivateSettings(), [Span(0, 8)])
+    assert [length for length in range(1, 10) if preparation.serves([Span(0, length)])] == [*range(2, 9)]
+
+
+def test_what_is_computed_before_a_product_with_a_weight_is_refused():
+    ops = FixedPointArithmetic(PrivateSettings())
+    with pytest.raises(TypeError, match="exp comes before a product with a weight"):
+        MaskFactors(Bound.of(lambda ops, tensor: ops.matmul(ops.exp(tensor), tensor)), ())(ops, np.zeros((2, 2)))
 
 
 def test_temperatures_of_positions_that_were_not_prepared_are_refused():
