@@ -26,11 +26,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import is_triton_available
 from transformers.utils.import_utils import is_tracing
 
-from .attention_functions import HIGHEST, LOWEST, MASKED, POWERS, SMALLEST, visible_to_rows
+from .attention_functions import HIGHEST, LOWEST, MASKED, POWERS, SMALLEST
 
 
 LOG2_E = math.log2(math.e)
@@ -118,7 +117,7 @@ def forward_pass(
 
         run_forward(query, key, value, visible, is_causal, scaling, dropout, seed, function, shift, *results)
         return results
-    if not (query.shape[2] and key.shape[2]):
+    if not (entropies.numel() and key.shape[2]):
         return tuple(result.zero_() for result in results)
     plan, blocks, visible = _plans.find(query, key.shape[2], output.shape[-1], visible, is_causal)
     with torch.autocast(query.device.type, enabled=False):
@@ -187,7 +186,7 @@ def backward_pass(
             output, entropies, log_sum_exp, grad_output, grad_entropies, grad_sums, *gradients,
         )  # fmt: skip
         return gradients
-    if not (query.shape[2] and key.shape[2]):
+    if not (entropies.numel() and key.shape[2]):
         return tuple(gradient.zero_() for gradient in gradients)
     plan, blocks, visible = _plans.find(query, key.shape[2], output.shape[-1], visible, is_causal)
     # Under a causal mask, the last rows see all keys: what they add to the gradients of keys and values comes first.
@@ -340,54 +339,46 @@ class _Plan:
 class _Plans(threading.local):
     """
     Each thread's plans for the shapes that it met last; not those with one query, of which decoding has another for
-    each token. And what it saw in its last mask, which all layers share, forward and backward.
+    each token.
     """
 
     def __init__(self):
         self.keep = lru_cache(KEPT_SHAPES)(_Plan)
-        self.mask, self.seen = None, {}
 
     def find(
         self, query: torch.Tensor, key_length: int, value_dim: int, visible: torch.Tensor | None, is_causal: bool
     ) -> tuple[_Plan, list[_Block], torch.Tensor | None]:
         """The plan, the blocks, and the mask, unless it hides no more than all keys that are later or nothing."""
         lengths = query.shape[2], key_length
-        hides_more, is_causal, blocks = False, is_causal, None
-        if visible is not None:
-            hides_more, is_causal, blocks = self._see(visible, is_causal, *lengths)
+        if visible is None:
+            blocks = _cut_rows(*lengths, is_causal)
+        else:
+            visible, is_causal, blocks = _read_mask(visible, is_causal, *lengths)
         dtype = torch.promote_types(query.dtype, torch.float32)
         is_kept = query.shape[2] > 1 and max(lengths) <= KEPT_LENGTH
         plan = (self.keep if is_kept else _Plan)(query.shape, key_length, value_dim, dtype, query.device, is_causal)
-        return plan, blocks or _cut_rows(*lengths, is_causal), visible if hides_more else None
-
-    def _see(self, visible: torch.Tensor, *case) -> tuple[bool, bool, list[_Block]]:
-        mask = None  # of inference mode, whose changes nobody counts
-        if not visible.is_inference():
-            storage = StorageWeakRef(visible.untyped_storage())
-            mask = (storage, visible.storage_offset(), visible.shape, visible.stride(), visible._version)
-        if mask is None or mask != self.mask:
-            self.mask, self.seen = mask, {}
-        if case not in self.seen:
-            self.seen[case] = _look(visible, *case)
-        return self.seen[case]
+        return plan, blocks, visible
 
 
 _plans = _Plans()
 
 
-def _look(
+def _read_mask(
     visible: torch.Tensor, is_causal: bool, query_length: int, key_length: int
-) -> tuple[bool, bool, list[_Block]]:
-    """Whether a mask hides more than later keys or nothing; whether all of these are hidden; and the blocks."""
+) -> tuple[torch.Tensor | None, bool, list[_Block]]:
+    """The mask, or `None` if it hides later keys or nothing; whether all later keys are hidden; and the blocks."""
+    bits = visible.view(torch.uint8)  # whose extremes are found ten times as fast as those of booleans
+    seen_by_one, seen_by_all = bits.amax((0, 1)), bits.amin((0, 1))
     if query_length <= key_length:
-        not_later = visible_to_rows(None, True, query_length, key_length, visible.device)
-        if not (not_later & ~visible).any():
-            if is_causal or not (visible & ~not_later).any():
-                return False, True, _cut_rows(query_length, key_length, True)
-            if visible.all():
-                return False, False, _cut_rows(query_length, key_length, False)
+        later = torch.ones(query_length, key_length, dtype=torch.uint8, device=visible.device)
+        later = later.triu_(1 + key_length - query_length)
+        if (seen_by_all | later).amin():
+            if is_causal or not (seen_by_one & later).amax():
+                return None, True, _cut_rows(query_length, key_length, True)
+            if seen_by_all.amin():
+                return None, False, _cut_rows(query_length, key_length, False)
     blocks = _cut_rows(query_length, key_length, is_causal)
-    return True, is_causal, blocks if visible.shape[-1] == 1 else [_narrow(block, visible) for block in blocks]
+    return visible, is_causal, blocks if visible.shape[-1] == 1 else [_narrow(block, seen_by_one) for block in blocks]
 
 
 @lru_cache(KEPT_SHAPES)
@@ -398,12 +389,11 @@ def _cut_rows(query_length: int, key_length: int, is_causal: bool) -> list[_Bloc
     return [_Block(*rows, 0, key) for *rows, key in zip(starts, ends, last_keys, strict=True)]
 
 
-def _narrow(block: _Block, visible: torch.Tensor) -> _Block:
-    """The block without the keys before the first and after the last that the mask lets any of its rows see."""
-    if visible.shape[2] > 1:
-        visible = visible[:, :, block.first_row : block.end_row]
-    seen = visible[..., : block.end_key].any(dim=0).any(dim=0).any(dim=0).nonzero()
-    first, end = (seen[0].item(), seen[-1].item() + 1) if len(seen) else (0, 1)
+def _narrow(block: _Block, seen: torch.Tensor) -> _Block:
+    """The block without the keys before the first and after the last that any of its rows sees."""
+    rows = seen[block.first_row : block.end_row] if len(seen) > 1 else seen
+    keys = rows[:, : block.end_key].amax(0).nonzero()
+    first, end = (keys[0].item(), keys[-1].item() + 1) if len(keys) else (0, 1)
     return block._replace(first_key=first, end_key=end)
 
 
@@ -487,8 +477,10 @@ def _empty_results(query: torch.Tensor, value: torch.Tensor | None) -> tuple[tor
 
 
 def _empty_gradients(query, key, value, shift, for_query, for_key, for_value) -> tuple[torch.Tensor, ...]:
-    asked = (query if for_query else None, key if for_key else None, value if for_value else None, shift)
-    return tuple(query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in asked)
+    asked = (query if for_query else None, key if for_key else None, value if for_value else None)
+    gradients = (query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in asked)
+    # The shift is a view of a parameter, not laid out as the kernel writes its gradient: one row after another.
+    return *gradients, query.new_empty(0) if shift is None else shift.new_empty(shift.shape)
 
 
 blockwise_attention_forward = torch.library.custom_op(f"{OPERATOR}_forward", forward_pass, mutates_args=())

@@ -54,7 +54,7 @@ LONG = (
 
 # A change is judged by the same examples on every machine; `--hypothesis-profile=explore` looks for others.
 settings.register_profile("same", derandomize=True, deadline=None, max_examples=30)
-settings.register_profile("whole", derandomize=True, deadline=None)
+settings.register_profile("whole", derandomize=True, deadline=None, max_examples=150)
 settings.register_profile("explore", deadline=None, max_examples=1_000)
 settings.load_profile("same")
 

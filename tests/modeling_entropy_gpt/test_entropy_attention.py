@@ -508,23 +508,25 @@ def test_a_mask_that_hides_later_keys_alone_is_none(kind, lengths):
     assert {call.args[1] for call in hide.call_args_list} == {None}
 
 
-def test_a_mask_is_read_once_for_all_layers_until_it_changes():
-    states, visible = make_states(150, 150), random_visible(150)
-    with mock.patch.object(module, "_look", wraps=module._look) as look:
-        for _ in range(3):  # layers, each with a view of its own
-            results = entropy_attention(*states, visible[..., :150], scaling=SCALING)
-            assert_same(results, naive(*states, visible, SCALING), states)
-        assert look.call_count == 1
-        visible.copy_(causal(150, 150))
-        results = entropy_attention(*states, visible, scaling=SCALING)
-        assert_same(results, naive(*states, causal(150, 150), SCALING), states)
-        assert look.call_count == 2
-        with torch.inference_mode():  # where changes are not counted
-            unseen = torch.zeros(1, 1, 150, 150, dtype=torch.bool)
-            for _ in range(2):
-                unseen[..., :5] = ~unseen[..., :5]
-                results = entropy_attention(*states, unseen, scaling=SCALING)
-                torch.testing.assert_close(results, naive(*states, unseen, SCALING))
+@pytest.mark.parametrize("how", ["numpy", "data", "inference mode"])
+def test_a_mask_that_changes_uncounted_is_read_anew(how):
+    states, visible = make_states(150, 150), causal(150, 150)[None, None].clone()
+    with torch.inference_mode(how == "inference mode"):
+        mask = visible.clone()
+        changed = {"numpy": mask.numpy(), "data": mask.data}.get(how, mask)
+        for _ in range(3):
+            results = entropy_attention(*states, mask, scaling=SCALING)
+            torch.testing.assert_close(results, naive(*states, visible, SCALING))
+            version = None if mask.is_inference() else mask._version
+            for each in (changed, visible):
+                each[..., 1:, :5] = ~each[..., 1:, :5]
+            assert mask.is_inference() or mask._version == version
+
+
+def test_a_batch_of_none_has_a_mask_of_none():
+    states = [state[:0] for state in make_states()]
+    output, entropies = entropy_attention(*states, random_visible(LENGTH)[:1].expand(0, -1, -1, -1))
+    assert (len(output), len(entropies)) == (0, 0)
 
 
 def test_many_gradients_at_once():

@@ -184,7 +184,7 @@ def compare_function(
     """Errors of another attention function against float64; rows at the edge of its range are left out."""
     states, wide = make_states(length, length, 20, 5, dtype, deviation=3.0, heads=HEADS)
     mask, is_causal, visible = masks(length)[kind] if kind else (None, True, causal(length, length))
-    shift = torch.randn(2, HEADS, length)
+    shift = torch.randn(HEADS, 2, length).transpose(0, 1)  # as the model's layer gives it
     states, wide = [*states, shift.requires_grad_()], [*wide, shift.detach().double().requires_grad_()]
     got = entropy_attention(*states[:3], mask, is_causal, SCALING, function=function, shift=states[3])
     output, _, logs = whole_attention(*wide[:3], visible.expand(2, 1, -1, -1), False, SCALING, 0.0, function, wide[3])
