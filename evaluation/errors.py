@@ -33,5 +33,9 @@ class PrivateInferenceError(UserError, RuntimeError):
         self.code = code
 
 
-class EngineError(PrivateInferenceError):
-    """This side's engine failed. The other side does not learn why, since the message may describe this machine."""
+class MachineError(PrivateInferenceError):
+    """Something on this machine failed. The other side does not learn why, since the message may describe it."""
+
+
+class EngineError(MachineError):
+    """This side's engine failed."""

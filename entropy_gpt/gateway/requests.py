@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -156,6 +157,8 @@ def _check(request: CompletionRequest, tokens: list[int], client: PrivateClient)
     with _blaming("prompt"):
         check_prompt(tokens, config.vocab_size)
     with _blaming("temperature"):
+        check_sampling(settings, replace(request.sampling(), top_p=1.0))
+    with _blaming("top_p"):
         check_sampling(settings, request.sampling())
 
 

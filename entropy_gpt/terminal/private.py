@@ -99,6 +99,11 @@ def serve(
     say(f"{protocol}: {TRUST[protocol]}")
     offer = server.offer
     positions, width = server.limits.positions, offer.config.n_embd
+    if offer.settings.answer == "sampled":
+        say(
+            f"a client may have {positions} positions a day: with noise of its own choice it can compare logits, "
+            "at most 14 answers for each difference (--max-positions, or --answer token)"
+        )
     if offer.settings.answer == "logits" and positions > width:
         say(
             f"a client may have {positions} positions a day: from the logits of {width + 1} it can compute the head "

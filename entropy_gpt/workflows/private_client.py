@@ -152,6 +152,7 @@ class PrivateClient:
         with _streaming(streamer) as put:
             check_positive(max_new_tokens=max_new_tokens)
             sampling = read_options(Sampling, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+            _check_drawing(sampling)
             tokens = self._read_prompt(prompt)
             put([tokens])
             network = f"TCP to {self.host}"
@@ -263,6 +264,16 @@ class PrivateClient:
         if self.tokenizer is None:
             raise UserError("this client has no tokenizer: give the prompt as tokens, or name one with --tokenizer.")
         return tokenize(prompt, self.tokenizer)
+
+
+def _check_drawing(sampling: Sampling):
+    """
+    Raises:
+        `UserError`: If it says how to draw tokens, and none are drawn.
+    """
+    given = {"--top-k": sampling.top_k, "--top-p": sampling.top_p < 1 or None, "--seed": sampling.seed}
+    if not sampling.temperature and (names := [name for name, value in given.items() if value is not None]):
+        raise UserError(f"{names[0]} is for tokens that are drawn: give a --temperature above 0 too.")
 
 
 def read_settings(**settings: str | int) -> PrivateSettings:

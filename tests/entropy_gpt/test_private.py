@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,10 +21,12 @@ from entropy_gpt.commands.main import main
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.origin import hash_weights
 from entropy_gpt.evaluation.private_inference.parties.channel import connect, parse_address
+from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.records.results import load_results
+from entropy_gpt.terminal import private as terminal
 from entropy_gpt.terminal.private import print_answer, read_prompt
 from entropy_gpt.training.tokenizer import train_tokenizer
 from entropy_gpt.workflows.private_answer import PrivateAnswer
@@ -235,6 +238,28 @@ class TestTwoProcesses:
         assert told.weights == hash_weights(load_language_model(model))
         assert [(each.total_bytes, each.answers, each.check.same) for each in told.costs] == [(cost.total_bytes, 2, 2)]
         assert told.costs[0].check.largest_error < 0.01
+
+    @pytest.mark.parametrize(
+        ("answer", "said"), [("logits", "compute the head"), ("sampled", "it can compare logits"), ("token", None)]
+    )
+    def test_an_operator_hears_what_a_client_may_learn(self, answer, said, monkeypatch):
+        lines = []
+        offer = SimpleNamespace(settings=PrivateSettings(answer=answer), config=SimpleNamespace(n_embd=8))
+        server = SimpleNamespace(
+            offer=offer,
+            address=("127.0.0.1", 9),
+            limits=Limits(positions=16),
+            serve_forever=lambda: None,
+            close=lambda: None,
+        )
+        monkeypatch.setattr(terminal, "open_server", lambda *given, **options: server)
+        monkeypatch.setattr(terminal, "list_absorbable_ffns", lambda config: [])
+        monkeypatch.setattr(terminal, "_print_line", lines.append)
+        options = {"drain_seconds": 1, "health_port": None, "health_host": "127.0.0.1", "json_log": False}
+        terminal.serve("model", "127.0.0.1:0", (None, None, None), (1, 1, 16, 1), **options)
+        warned = [line for line in lines if "16 positions a day" in line]
+        assert len(warned) == (said is not None)
+        assert all(said in line for line in warned)
 
     @pytest.mark.slow
     def test_ffns_that_are_not_absorbed_are_told_once_the_server_listens(self, text, tmp_path):

@@ -186,6 +186,20 @@ def test_a_half_is_used_up_once_its_prompt_is_accepted(tmp_path, heard, kept):
     assert taken == ([b"half"] if isinstance(heard, dict) else [])
 
 
+@pytest.mark.parametrize("given", [{"top_k": 4}, {"top_p": 0.5}, {"seed": 0}])
+def test_how_to_draw_is_refused_where_nothing_is_drawn(given):
+    client, (name,) = PrivateClient.__new__(PrivateClient), given
+    with pytest.raises(UserError, match=rf"--{name.replace('_', '-')} is for tokens that are drawn: give a --temp"):
+        client.generate([1, 2], **given)
+
+
+def test_a_client_without_a_folder_prepares_nothing():
+    client = Client.__new__(Client)
+    client.store, client.close = None, lambda: None
+    with pytest.raises(UserError, match="a preparation needs a folder"):
+        client.prepare(8)
+
+
 @pytest.mark.parametrize("required", [False, True])
 def test_without_a_preparation_it_says_so_or_fails(tmp_path, required):
     client = Client.__new__(Client)

@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
 from entropy_gpt.evaluation.records.results import load_results
+from entropy_gpt.programs.quickstart import private_stage
 from entropy_gpt.programs.quickstart.quickstart import ARCHITECTURES, CONVERTED, PRIVATE, TARGET, slug
+from entropy_gpt.workflows.private_answer import PrivateAnswer
 
 from .forks import run_command
 
@@ -101,6 +106,19 @@ def test_a_second_run_shows_the_same_without_training_anew(finished, text):
         for text in (process.stdout, again.stdout)
     )
     assert shown == shown_again
+
+
+def test_a_private_answer_of_an_older_version_is_computed_anew(tmp_path, monkeypatch):
+    """Its cost has one phase, and the table is of two."""
+    step = StepCost("linear", 0, 1, 1, 1, 1, 1.0, 1.0)
+    cost = InferenceCost("SM", *[1] * 6, PrivateSettings(), "", [], [], 0.0, {}, None, "")
+    new, asked = PrivateAnswer("text", None, 0.0, replace(cost, before=[step])), []
+    monkeypatch.setattr(private_stage, "demonstrate", lambda *given, **options: asked.append(given) or new)
+    (tmp_path / "private").mkdir()
+    PrivateAnswer("text", None, 0.0, cost).save(tmp_path / "private" / "model.json")
+    for _ in range(2):
+        assert private_stage._answer(tmp_path / "model", "def", tmp_path, None).cost.before == [step]
+    assert len(asked) == 1
 
 
 @pytest.mark.slow

@@ -61,6 +61,8 @@ def test_the_page_of_two_phases_shows_its_record_or_that_there_is_none():
     record = two_phases.Record.load(two_phases.RECORD) if two_phases.RECORD.exists() else None
     assert two_phases.PAGE.read_text() == two_phases.page(record), "run the benchmark with --redraw"
     assert ("has not yet been measured" in two_phases.page(record)) == (record is None)
+    link = "To be measured" if record is None else "Measured"
+    assert f"[{link}](two_phases.md)" in two_phases.PAGE.with_name("private_inference.md").read_text()
 
 
 def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def private_costs(name: str, output: Path) -> list[PrivateCost]:
 
 def _answer(folder: Path, prompt: str, output: Path, progress: Progress) -> PrivateAnswer:
     place = _place(folder.name, output)
-    if not place.exists():
+    if not place.exists() or not _load(place).cost.before:  # one of an older version has a single phase
         answer = demonstrate(folder, prompt, new_tokens=NEW_TOKENS, prepared=True, progress=progress)
         with written_whole(place) as path:
             answer.save(path)

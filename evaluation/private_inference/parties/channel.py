@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
+from entropy_gpt.evaluation.errors import MachineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 
@@ -361,7 +361,7 @@ def _describe_announced(length: int) -> str:
 
 def may_be_told(error: Exception) -> bool:
     """Whether the peer may hear of an error: what fails in a library or an engine may describe this machine."""
-    return isinstance(error, PrivateInferenceError) and not isinstance(error, EngineError)
+    return isinstance(error, PrivateInferenceError) and not isinstance(error, MachineError)
 
 
 def one_line(text: object, most: int = MAX_REASON_CHARACTERS) -> str:

@@ -9,9 +9,9 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, TRUST
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 
-from .channel import NO_HALF, TLSFiles, clean, connect
+from .channel import TLSFiles, clean, connect
 from .party_process import Job, Request
-from .preparations import Store, hash_terms, pass_spans
+from .preparations import Store, hash_terms, is_lost, pass_spans
 from .sampling import GREEDY, Sampling
 from .session import Outcome, Session, check_prompt, check_request, check_sampling, free_port
 from .terms import HANDSHAKE_SECONDS, PROTOCOL_VERSION, read_terms
@@ -150,9 +150,12 @@ class Client:
             [`Outcome`]: With the preparation's name.
 
         Raises:
+            `UserError`: If this side has no folder for its half.
             `PrivateInferenceError`: As [`Client.ask`].
         """
         try:
+            if self.store is None:
+                raise UserError("a preparation needs a folder: give prepared, or --prepared DIR.")
             asked = self._check(length, new_tokens, answers)
             return self._request(asked, {"prepares": True}, on_event, prepares=True)
         except BaseException:
@@ -183,12 +186,10 @@ class Client:
         try:
             yield taken
         except BaseException as error:
-            lost = isinstance(error, PrivateInferenceError) and error.code == NO_HALF
-            if not self._accepted and not lost:
-                self.store.put_back(taken)
+            undo = self.store.drop if self._accepted or is_lost(error) else self.store.put_back
+            undo(taken)
             raise
-        finally:
-            self.store.drop(taken)
+        self.store.drop(taken)
 
     def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
         """Has a request answered, of which the server is shown a part."""

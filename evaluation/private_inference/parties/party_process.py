@@ -238,6 +238,7 @@ class PartyProcess:
             raise PrivateInferenceError("the two sides made different programs of the same terms.")
 
     def _answer(self, index: int, span: Span, program: list[CompiledStep]):
+        noise = self._draw_noise(span)
         for repeat in range(REPEATS):
             if repeat:  # what is kept of the tokens before may be what is wrong: all anew, and nothing prepared twice
                 span = Span(0, span.end, span.answers)
@@ -246,7 +247,7 @@ class PartyProcess:
             self._count(span)
             steps = [round(step.total_bytes) for step in program]
             self.tell({"event": "pass", "bytes": steps, "answer_bytes": self._answer_bytes(span)})
-            self.participant.infer(program, span, self._inputs(span), self._tell_step)
+            self.participant.infer(program, span, self._inputs(span, noise), self._tell_step)
             if not self._was_out_of_range(index):
                 self._exchange()
                 return
@@ -269,13 +270,16 @@ class PartyProcess:
     def _tell_step(self, cost):
         self.tell({"event": "step", "cost": asdict(cost)})
 
-    def _inputs(self, span: Span) -> dict[str, np.ndarray]:
+    def _draw_noise(self, span: Span) -> np.ndarray | None:
+        """The client's, once for each answer, so that a seed means the same whether it is repeated or not."""
+        if self.job.rank != CLIENT or self.job.settings.answer != "sampled":
+            return None
+        return draw_noise((span.answers, self.job.config.vocab_size), self.request.sampling, self._random)
+
+    def _inputs(self, span: Span, noise: np.ndarray | None) -> dict[str, np.ndarray]:
         if self.job.rank != CLIENT:
             return {}
         tokens = [*self.request.prompt, *self.chosen][span.start : span.end]
-        noise = None
-        if self.job.settings.answer == "sampled":
-            noise = draw_noise((span.answers, self.job.config.vocab_size), self.request.sampling, self._random)
         return client_inputs(self.job.config, self.job.settings, span, tokens, self.tables, noise)
 
     def _was_out_of_range(self, index: int) -> bool:
@@ -429,7 +433,7 @@ def main():
         work(sys.stdin.buffer, tell)
     except Exception as error:
         told, reason = may_be_told(error), one_line(error, MAX_REASON_CHARACTERS)
-        if not told:
+        if not isinstance(error, PrivateInferenceError):
             reason = f"{type(error).__name__}: {reason}"
         tell({"event": "error", "reason": reason, "may_be_told": told})
         sys.stderr.flush()

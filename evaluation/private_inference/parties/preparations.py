@@ -3,7 +3,8 @@ A party's halves of preparations, kept in a folder until they are used, once.
 
 A half is a seed, of which the party's parts of all masks are drawn, and its shares of the products. Both parties draw
 a preparation's name. A half is written whole or not at all, and is renamed, durably, before anything of it is used.
-Names of used ones are listed in a file beside the folder: what a copy of the folder brings back is refused.
+Names of used ones are listed in a file beside the folder, by the identity that the folder's copies share: what a copy
+brings back is refused.
 """
 
 import base64
@@ -25,7 +26,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import MachineError, PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import RING
@@ -37,7 +38,8 @@ from .channel import NO_HALF
 from .engine import engine_versions
 
 
-FORMAT = 2
+# Of a half: its file, and what its numbers mean.
+FORMAT = 3
 SEED_BYTES, NAME_BYTES, HASH_BYTES = 32, 16, 32
 NAME = re.compile(f"[0-9a-f]{{{2 * NAME_BYTES}}}")
 HALF, TAKEN, PART = ".half", ".taken", ".part"
@@ -50,7 +52,12 @@ DAY_SECONDS = 86_400
 
 
 class LostHalfError(PrivateInferenceError):
-    """Half of a preparation is not where it was."""
+    """Half of a preparation is not where it was, or was used before."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that a preparation has no other half, or one that nobody can use."""
+    return isinstance(error, PrivateInferenceError) and error.code == NO_HALF
 
 
 @dataclass(config=RECORD, frozen=True)
@@ -126,46 +133,66 @@ class Store:
         rank (`int`): The party's.
 
     Attributes:
-        identity (`str`): Random, for [`name_store`].
-        used (`Path`): The list of used names.
+        identity (`str`): Random, for [`name_store`]; the same in copies of the folder.
+        used (`Path`): The list of used names, beside the folder.
 
     Raises:
-        `PrivateInferenceError`: If the folder can't be used.
+        `MachineError`: If the folder or its list can't be used, or the list is not there.
     """
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self._rank = folder, rank
         self._locks: dict[Path, int] = {}
-        absolute = folder.resolve()
-        self.used = absolute.with_name(f"{absolute.name}.used-{rank}")
         try:
             _make_folder(folder)
             self.identity = self._identify()
-            if not self.used.exists():
-                self.used.touch(mode=0o600)
-                _sync(self.used.parent)
+            self.used = self._list_of(self.identity)
             self._clear()
         except OSError as error:
-            raise PrivateInferenceError(f"{folder} can't hold preparations: {error.strerror}.") from error
+            raise MachineError(f"{folder} can't hold preparations: {error.strerror}.") from error
 
     def _identify(self) -> str:
         path = self.folder / f"store-{self._rank}"
         if not path.exists():
-            draft = self.path(secrets.token_hex(NAME_BYTES)).with_suffix(PART)
-            try:
-                with open(_create(draft), "w", encoding="ascii") as file:
-                    file.write(secrets.token_hex(NAME_BYTES))
-                    file.flush()
-                    os.fsync(file.fileno())
-                with contextlib.suppress(FileExistsError):
-                    path.hardlink_to(draft)
-            finally:
-                draft.unlink(missing_ok=True)
-            self._sync()
+            self._draw_identity(path)
         identity = path.read_text(encoding="ascii", errors="replace")
         if not is_name(identity):
-            raise PrivateInferenceError(f"{path} is damaged: delete it, and prepare anew.")
+            raise MachineError(f"{path} is damaged: delete {self.folder}, and prepare anew.")
+        if not self._list_of(identity).exists():
+            raise MachineError(
+                f"{self._list_of(identity)} is not there, which lists the used preparations of {self.folder}: bring "
+                f"it back, or delete {self.folder} and prepare anew."
+            )
         return identity
+
+    def _draw_identity(self, path: Path):
+        """Its list comes first: a store that has none has lost it."""
+        identity = secrets.token_hex(NAME_BYTES)
+        draft, used = self.path(identity).with_suffix(PART), self._list_of(identity)
+        try:
+            used.touch(mode=0o600)
+            _sync(used.parent)
+        except OSError as error:
+            used.unlink(missing_ok=True)
+            raise MachineError(
+                f"{used} can't be made, which is to list the used preparations of {self.folder}: {error.strerror}."
+            ) from error
+        try:
+            with open(_create(draft), "w", encoding="ascii") as file:
+                file.write(identity)
+                file.flush()
+                os.fsync(file.fileno())
+            path.hardlink_to(draft)
+        except BaseException as error:
+            used.unlink()
+            if not isinstance(error, FileExistsError):  # another process was first
+                raise
+        finally:
+            draft.unlink(missing_ok=True)
+        self._sync()
+
+    def _list_of(self, identity: str) -> Path:
+        return self.folder.resolve().with_name(f"{identity}.used-{self._rank}")
 
     def _clear(self):
         """
@@ -228,7 +255,7 @@ class Store:
         Writes a half, whole or not at all.
 
         Raises:
-            `PrivateInferenceError`: If it can't be written.
+            `MachineError`: If it can't be written.
         """
         path = self.path(header.name)
         part = path.with_suffix(PART)
@@ -250,9 +277,7 @@ class Store:
         except OSError as error:
             for left in (part, path):
                 left.unlink(missing_ok=True)
-            raise PrivateInferenceError(
-                f"a preparation can't be written to {self.folder}: {error.strerror}."
-            ) from error
+            raise MachineError(f"a preparation can't be written to {self.folder}: {error.strerror}.") from error
 
     def take(self, name: str) -> Path:
         """
@@ -263,17 +288,12 @@ class Store:
             `Path`: Its file, for [`read_half`].
 
         Raises:
-            `PrivateInferenceError`: If it is not there, or can't be taken.
+            `LostHalfError`: If it is not there.
+            `MachineError`: If it can't be taken.
         """
         path = self.path(name)
         taken = path.with_suffix(TAKEN)
         try:
-            if name in self._used_names():
-                path.unlink(missing_ok=True)
-                raise PrivateInferenceError(
-                    "this preparation was used before, and has come back from a copy: prepare another one.",
-                    NO_HALF,
-                )
             if (lock := _lock(path)) is None:
                 raise LostHalfError(
                     "this preparation is not here: it was used, or its other half is lost. Prepare another one.",
@@ -283,10 +303,9 @@ class Store:
             path.rename(taken)
             self._sync()
         except OSError as error:
-            self.drop(taken)
-            raise PrivateInferenceError(
-                f"a preparation can't be taken from {self.folder}: {error.strerror}."
-            ) from error
+            if taken in self._locks:
+                self.drop(taken)
+            raise MachineError(f"a preparation can't be taken from {self.folder}: {error.strerror}.") from error
         return taken
 
     def spend(self, taken: Path):
@@ -294,32 +313,36 @@ class Store:
         Notes, durably, that what [`Store.take`] has taken is about to be used: there is no way back.
 
         Raises:
-            `PrivateInferenceError`: If that can't be written.
+            `LostHalfError`: If it was used before.
+            `MachineError`: If that can't be written.
         """
         name = taken.name.removesuffix(f"-{self._rank}{TAKEN}")
         try:
-            with self.used.open("ab") as file:
+            with self.used.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if name.encode() in file.read().split(b"\n"):
+                    raise LostHalfError(
+                        "this preparation was used before, and has come back from a copy: prepare another one.",
+                        NO_HALF,
+                    )
                 file.write(f"\n{name}\n".encode())  # what was cut off before does not matter
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise PrivateInferenceError(
-                f"{self.used} can't be written, so nothing is used: {error.strerror}."
-            ) from error
+            raise MachineError(f"{self.used} can't be written, so nothing is used: {error.strerror}.") from error
 
     def drop(self, taken: Path):
         """Deletes what [`Store.take`] has taken."""
         taken.unlink(missing_ok=True)
-        self._unlock(taken)
+        os.close(self._locks.pop(taken))
 
     def put_back(self, taken: Path):
-        """Undoes [`Store.take`], for a half of which nothing was used."""
-        taken.rename(taken.with_suffix(HALF))
-        self._sync()
-        self._unlock(taken)
-
-    def _unlock(self, taken: Path):
-        if (lock := self._locks.pop(taken, None)) is not None:
+        """Undoes [`Store.take`], for a half of which nothing was used. Others may take it then."""
+        lock = self._locks.pop(taken)
+        try:
+            taken.rename(taken.with_suffix(HALF))
+            self._sync()
+        finally:
             os.close(lock)
 
     def _sync(self):
@@ -331,16 +354,16 @@ def _make_folder(folder: Path):
     Makes it durably, or takes one that its owner alone can use.
 
     Raises:
-        `PrivateInferenceError`: If others can read or change what is in it.
+        `MachineError`: If others can read or change what is in it.
     """
     if not folder.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sync(folder.parent)
     found = folder.stat()
     if found.st_uid != os.geteuid():
-        raise PrivateInferenceError(f"{folder} can't hold preparations, which are secret: it is another user's.")
+        raise MachineError(f"{folder} can't hold preparations, which are secret: it is another user's.")
     if found.st_mode & 0o077:
-        raise PrivateInferenceError(
+        raise MachineError(
             f"{folder} can't hold preparations, which are secret: others can use it (chmod 700 {folder})."
         )
 
@@ -470,9 +493,9 @@ def _parse_header(file, path: Path) -> Header:
     except ValidationError as error:
         raise _damaged(path) from error
     if header.format != FORMAT:
-        raise PrivateInferenceError(f"{path.name} is of another version of entropy-gpt: prepare another one.")
+        raise PrivateInferenceError(f"{path.name} is of another version of entropy-gpt: prepare another one.", NO_HALF)
     return header
 
 
 def _damaged(path: Path) -> PrivateInferenceError:
-    return PrivateInferenceError(f"{path.name} is damaged: prepare another one.")
+    return PrivateInferenceError(f"{path.name} is damaged: prepare another one.", NO_HALF)

@@ -31,6 +31,7 @@ from .preparations import (
     Store,
     hash_terms,
     hash_weights,
+    is_lost,
     is_name,
     measure_half,
     name_store,
@@ -344,20 +345,24 @@ class Server:
         if self.store is None or not is_name(name):
             raise PrivateInferenceError("no such preparation is kept here (serve --prepared).")
         path = self.store.take(name)
+        try:
+            header = read_header(path)
+            if header.owner != client:
+                raise PrivateInferenceError(
+                    "this preparation was made with another client, by its certificate or address."
+                )
+            if (header.terms, header.weights) != (self._terms_hash, self._weights_hash):
+                raise PrivateInferenceError(
+                    "this preparation was made with another model, other settings or another version: prepare another "
+                    "one.",
+                    NO_HALF,
+                )
+            self.store.spend(path)
+        except BaseException as error:
+            undo = self.store.drop if is_lost(error) else self.store.put_back
+            undo(path)
+            raise
         taken.callback(self.store.drop, path)
-        header = read_header(path)
-        if header.owner != client:
-            self.store.put_back(path)
-            raise PrivateInferenceError(
-                "this preparation was made with another client, by its certificate or address."
-            )
-        if (header.terms, header.weights) != (self._terms_hash, self._weights_hash):
-            raise PrivateInferenceError(
-                "this preparation was made with another model, other settings or another version: prepare another "
-                "one.",
-                NO_HALF,
-            )
-        self.store.spend(path)
         return path
 
     @staticmethod

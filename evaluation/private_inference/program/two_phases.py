@@ -10,8 +10,8 @@ the truncation, which is that of one phase, of the same sum. With A and B the ma
     X Y = D Y + A E + A B        X W = D W + A W        X^2 = D (X + A) + A^2
 
 A factor of a weight has a mask of the client's alone, and the server alone is shown the difference (Delphi), which
-takes half the bytes. Zeros that all know of, such as those above the diagonal of attention weights, are neither masked
-nor revealed.
+takes half the bytes. Zeros above the diagonal of the prompt's attention weights are neither masked nor revealed. Those
+between the heads of a further token's query are.
 
 What is prepared for long prompts and answers serves shorter ones: masks and products are cut, and factors of products
 of matrices filled up with zeros.
@@ -547,7 +547,8 @@ class _Collector(_Intercepting):
         self.factors: list = []
 
     def __getattr__(self, name: str):
-        assert name == "xp", f"{name} comes before a product with a weight: make it a step of its own"
+        if name != "xp":
+            raise TypeError(f"{name} comes before a product with a weight: make it a step of its own")
         return super().__getattr__(name)
 
     def take(self, kind: str, left, right=None, is_causal: bool = False):

@@ -3,13 +3,17 @@
 import gzip
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 from typer.main import get_command
 
 from entropy_gpt.commands.main import app
 from entropy_gpt.conversion.errors import UserError
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.gateway.errors import ProtocolError
 from entropy_gpt.gateway.guard import MAX_BODY_BYTES
+from entropy_gpt.gateway.requests import CompletionRequest, read_prompts
 from entropy_gpt.terminal.private_gateway import open_port, read_token, run
 from tests.pages import ROOT
 
@@ -209,6 +213,18 @@ def test_where_answers_are_tokens_there_are_no_logits(model):
         for fields, param in (({"logprobs": 1}, "logprobs"), ({}, "temperature")):
             reply = running.complete(**fields)
             assert (reply.status, reply.error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.5, "top_p": 0.9}, {"top_p": 0.9}])
+def test_where_tokens_are_sampled_top_p_is_to_blame(fields):
+    settings = PrivateSettings(answer="sampled")
+    client = SimpleNamespace(
+        terms=SimpleNamespace(config=SimpleNamespace(n_positions=9, vocab_size=9), settings=settings)
+    )
+    request = CompletionRequest(model="private", prompt=[1], max_tokens=1, **fields)
+    with pytest.raises(ProtocolError, match=r"top_p=0\.9 is not possible") as refused:
+        read_prompts(request, client)
+    assert refused.value.param == "top_p"
 
 
 def test_a_server_that_is_gone_is_named(model):

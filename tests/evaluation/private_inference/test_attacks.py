@@ -21,7 +21,7 @@ import trustme
 
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties import channel as channel_module
-from entropy_gpt.evaluation.private_inference.parties import limits, memory, party_process, tunnel
+from entropy_gpt.evaluation.private_inference.parties import engine, limits, memory, party_process, tunnel
 from entropy_gpt.evaluation.private_inference.parties import server as server_module
 from entropy_gpt.evaluation.private_inference.parties.channel import (
     TURN_OVER,
@@ -43,6 +43,7 @@ from entropy_gpt.evaluation.private_inference.parties.party_process import (
     write_array,
     write_weights,
 )
+from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling
 from entropy_gpt.evaluation.private_inference.parties.server import MAX_GREETINGS, Server
 from entropy_gpt.evaluation.private_inference.parties.session import (
     MOST_MESSAGES,
@@ -54,7 +55,7 @@ from entropy_gpt.evaluation.private_inference.parties.session import (
 )
 from entropy_gpt.evaluation.private_inference.parties.shares import join_share, read_share
 from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION, Offer
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span
+from entropy_gpt.evaluation.private_inference.program.program import NOISE, ProgramConfig, Span
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import make_model
@@ -339,6 +340,26 @@ class TestLimits:
         with pytest.raises(PrivateInferenceError, match=r"would make 3 answers: 2 is the most here, with those that"):
             process._count(Span(0, 4))
 
+    def test_a_seed_draws_the_same_whether_an_answer_is_repeated_or_not(self, monkeypatch, program_config):
+        def draw(repeats: int) -> list[np.ndarray]:
+            found, process = iter([True] * repeats + [False, False]), PartyProcess.__new__(PartyProcess)
+            process.job = Job(CLIENT, program_config, PrivateSettings(answer="sampled"), 60)
+            process.request, process.positions, process.chosen = Request(2, 2, 1), 0, [3]
+            process.request.prompt, process.request.sampling = [2, 3], Sampling(1.0, seed=0)
+            process._random, process.tell, process.tables = np.random.default_rng(0), lambda event: None, {}
+            process._compiler = SimpleNamespace(submit=lambda *work: SimpleNamespace(result=list))
+            process._compare, noises = lambda program: None, []
+            process._was_out_of_range, process._exchange = lambda index: next(found), lambda: None
+            process.participant = SimpleNamespace(infer=lambda program, span, given, tell: noises.append(given[NOISE]))
+            for index, span in enumerate((Span(0, 2), Span(2, 1))):
+                process._answer(index, span, [])
+            return noises
+
+        first, again, second = draw(1)
+        assert np.array_equal(first, again)
+        for noise, expected in zip((first, second), draw(0), strict=True):
+            assert np.array_equal(noise, expected)
+
 
 class TestMessages:
     """What a client may say once it is greeted."""
@@ -396,6 +417,19 @@ class TestMessages:
         with pytest.raises(PrivateInferenceError, match=rf"share of the answer has {size} bytes") as refused:
             process._was_out_of_range(0)
         assert may_be_told(refused.value)
+
+    @pytest.mark.parametrize("sizes", [[32, 0], [32, 7], [32, 9], [8, 8], [0, 0], [2**20, 8]])
+    def test_what_is_shown_of_another_size_ends_the_inference_with_the_reason(self, sizes, monkeypatch):
+        """Five numbers, in parts of 32 bytes, of a client that sends more or less."""
+        monkeypatch.setattr(engine, "SHOWN_PART_BYTES", 32)
+        monkeypatch.setattr(engine, "read_content", lambda share: share)
+        party, parts, kept = engine.Party.__new__(engine.Party), iter(sizes), []
+        party.link = SimpleNamespace(rank=SERVER, world_size=2, recv=lambda rank: bytes(next(parts)))
+        party.share, party.forget = lambda name: np.zeros(5, np.int64), lambda name: None
+        party.set_own = lambda name, value: kept.append(value)
+        with pytest.raises(PrivateInferenceError, match=rf"shows {sum(sizes):,} bytes instead of 40") as refused:
+            party._show("masked", "shown")
+        assert may_be_told(refused.value) and not kept
 
 
 class TestMemory:

@@ -90,6 +90,7 @@ class Pair:
         from entropy_gpt.evaluation.private_inference.parties.preparations import Store, read_half
 
         for rank, folder in enumerate(self.folders):
+            check_used(folder, rank)
             check_store(Store(folder, rank))
             for path in folder.glob("*.half"):
                 copy = folder.parent / "copy"
@@ -97,12 +98,22 @@ class Pair:
                 read_half(copy)
 
 
-def check_store(store):
-    used = [name for name in store.used.read_text().split("\n") if len(name) == 32]
+def used_names(folder: Path, rank: int) -> list[str]:
+    identity = (folder / f"store-{rank}").read_text()
+    used = folder.with_name(f"{identity}.used-{rank}").read_text()
+    return [name for name in used.split("\n") if len(name) == 32]
+
+
+def check_used(folder: Path, rank: int):
+    """Before a store is opened, which would delete what it finds to be used."""
+    used = used_names(folder, rank)
     assert len(used) == len({*used})
+    assert not {path.name.partition("-")[0] for path in folder.glob("*.half")} & {*used}
+
+
+def check_store(store):
     there = {header.name for header in store.headers()}
     assert len(there) == len([*store.folder.glob("*.half")])
-    assert not there & {*used}
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +173,18 @@ def test_a_store_whose_process_is_killed_has_whole_halves_or_none(moment, tmp_pa
         with contextlib.suppress(BaseException):
             work()
         os._exit(1)
-    time.sleep(0.02 + 0.1 * random.Random(moment).random())
+    while not used_names(folder, 0):
+        time.sleep(0.001)
+    time.sleep(0.05 * random.Random(moment).random())
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    check_used(folder, 0)
+    assert [*folder.glob("*.half")]
     store = preparations.Store(folder, 0)
     check_store(store)
     assert not [*folder.glob("*.taken"), *folder.glob("*.part")]
     for header in store.headers():
         preparations.read_half(store.take(header.name))
-    with pytest.raises(PrivateInferenceError):
-        store.take(f"{0:032x}")
+    for name in used_names(folder, 0):
+        with pytest.raises(PrivateInferenceError):
+            store.take(name)

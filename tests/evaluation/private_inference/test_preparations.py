@@ -68,14 +68,16 @@ def test_an_answer_of_two_phases(model, tmp_path):
             assert client.find_preparation(9) is None
         assert halves(ours) == [f"{made.prepared}-1.half"]
         assert halves(theirs) == [f"{made.prepared}-0.half"]
-        shutil.copytree(ours, tmp_path / "backup")
+        # Of the folder and its list: this side does not notice.
+        backup = shutil.copytree(ours, tmp_path / "backup" / "client")
+        shutil.copy(client.store.used, backup.parent)
         with connect(address, ours) as client:
             outcome = client.ask(PROMPT, 2, preparation=client.find_preparation(len(PROMPT), 2))
             assert not halves(ours) and not halves(theirs)
             assert client.find_preparation(len(PROMPT)) is None
             one_phase = client.ask(PROMPT, 1)
         with (
-            connect(address, tmp_path / "backup") as client,
+            connect(address, backup) as client,
             pytest.raises(PrivateInferenceError, match="it was used"),
         ):
             client.ask(PROMPT, 2, preparation=client.find_preparation(len(PROMPT), 2))

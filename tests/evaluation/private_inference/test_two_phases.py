@@ -1,11 +1,14 @@
 """What is done before the prompt comes: the same numbers as in one phase, nothing revealed, and used once."""
 
 import contextlib
+import hashlib
 import math
 import os
+import shutil
 import stat
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +31,7 @@ from entropy_gpt.evaluation.private_inference.program.program import (
     Span,
     build_steps,
     run_steps,
+    weight_shapes,
 )
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.two_phases import (
@@ -35,7 +39,9 @@ from entropy_gpt.evaluation.private_inference.program.two_phases import (
     NUMBERS,
     ROWS,
     SQUARES,
+    Bound,
     Demand,
+    MaskFactors,
     Preparation,
     multiply_rows,
 )
@@ -100,6 +106,21 @@ def answers_in_two(config, weights, private, prepared, spans, tokens, ops_class=
     return found
 
 
+def test_what_a_half_holds_and_means_has_a_format_of_its_own(parties):
+    """If the hash differs, a half of before would be used wrongly: raise `FORMAT`, then write both here."""
+    private, random = PrivateSettings(), np.random.default_rng(0)
+    config, _ = prepared_weights("SM+LN+G", n_layer=1)
+    shapes = weight_shapes(config)
+    weights = {name: random.integers(-64, 64, shape).astype(np.float32) / 64 for name, shape in shapes.items()}
+    preparation, ops = Preparation(config, private, SPANS[:2]), FixedPointArithmetic(private)
+    variables = {name: ops.encode(weight) for name, weight in weights.items()} | draw_masks(preparation)
+    variables = run_steps(preparation.steps, ops, variables)
+    digest = hashlib.sha256()
+    for name in sorted([*preparation.masks, *preparation.products]):
+        digest.update(name.encode() + np.ascontiguousarray(variables[name]).tobytes())
+    assert (parties.FORMAT, digest.hexdigest()[:16]) == (3, "70d1a3cab2b3a7cf")
+
+
 @pytest.mark.parametrize("longer", [False, True])
 @pytest.mark.parametrize("notation", slow_but(QUICK, ARCHITECTURES))
 def test_two_phases_give_the_same_numbers_to_the_last_bit(notation, longer):
@@ -141,6 +162,19 @@ def test_what_is_prepared_for_less_is_refused():
     assert Preparation(config, PrivateSettings(), [Span(0, 9, 4)]).serves([Span(0, 7, 3)])
     with pytest.raises(PrivateInferenceError, match="the preparation is for less: it does not have what"):
         preparation.use(0, Span(0, 10))
+
+
+def test_a_prompt_of_one_token_has_other_products():
+    """As docs/private.md says of the prompts that a preparation is for."""
+    config, _ = prepared_weights("SM+LN+G", n_layer=2)
+    preparation = Preparation(config, PrivateSettings(), [Span(0, 8)])
+    assert [length for length in range(1, 10) if preparation.serves([Span(0, length)])] == [*range(2, 9)]
+
+
+def test_what_is_computed_before_a_product_with_a_weight_is_refused():
+    ops = FixedPointArithmetic(PrivateSettings())
+    with pytest.raises(TypeError, match="exp comes before a product with a weight"):
+        MaskFactors(Bound.of(lambda ops, tensor: ops.matmul(ops.exp(tensor), tensor)), ())(ops, np.zeros((2, 2)))
 
 
 def test_temperatures_of_positions_that_were_not_prepared_are_refused():
@@ -449,10 +483,11 @@ class TestStore:
         store.spend(taken)
         store.drop(taken)
         store.path("0" * 32).write_bytes(copy)
-        with pytest.raises(PrivateInferenceError, match="was used before, and has come back from a copy") as failed:
-            store.take("0" * 32)
+        taken = store.take("0" * 32)
+        with pytest.raises(parties.LostHalfError, match="was used before, and has come back from a copy") as failed:
+            store.spend(taken)
         assert failed.value.code == parties.NO_HALF
-        assert not list(store.headers())
+        store.drop(taken)
         # The folder whole, and another process.
         store.path("0" * 32).write_bytes(copy)
         assert not list(parties.Store(tmp_path / "halves", CLIENT).headers())
@@ -471,9 +506,54 @@ class TestStore:
             store.put(*half(name, rank=CLIENT))
             taken = store.take(name)
             store.spend(taken)
-            store.drop(taken)
             with pytest.raises(PrivateInferenceError, match="was used before"):
-                store.take(name)
+                store.spend(taken)
+            store.drop(taken)
+
+    @pytest.mark.parametrize("moved", [False, True])
+    def test_a_copy_of_a_folder_uses_nothing_twice(self, moved, parties, half, tmp_path):
+        """Under another name beside it, both have one list; at another place there is none."""
+        store = parties.Store(tmp_path / "halves", CLIENT)
+        store.put(*half(rank=CLIENT))
+        other = tmp_path / "elsewhere" / "copy" if moved else tmp_path / "copy"
+        shutil.copytree(store.folder, other)
+        store.spend(store.take("0" * 32))
+        if moved:
+            with pytest.raises(PrivateInferenceError, match=f"{store.used.name} is not there.*: bring it back, or"):
+                parties.Store(other, CLIENT)
+        else:
+            assert not list(parties.Store(other, CLIENT).headers())
+
+    def test_a_folder_that_is_moved_takes_its_list_along(self, parties, half, tmp_path):
+        store = parties.Store(tmp_path / "halves", CLIENT)
+        store.put(*half(rank=CLIENT))
+        (tmp_path / "there").mkdir()
+        for path in (store.folder, store.used):
+            path.rename(tmp_path / "there" / path.name)
+        assert list(parties.Store(tmp_path / "there" / "halves", CLIENT).headers())
+
+    def test_a_list_that_cannot_be_made_is_named(self, parties, tmp_path, monkeypatch):
+        def fail(*arguments, **options):
+            raise PermissionError(13, "Permission denied")
+
+        (tmp_path / "halves").mkdir(mode=0o700)
+        monkeypatch.setattr(Path, "touch", fail)
+        with pytest.raises(
+            PrivateInferenceError, match=r"\.used-0 can't be made, which is to list .*: Permission denied"
+        ):
+            parties.Store(tmp_path / "halves", SERVER)
+
+    def test_the_other_side_does_not_learn_of_places(self, parties, half, tmp_path):
+        from entropy_gpt.evaluation.private_inference.parties.channel import may_be_told
+
+        store = parties.Store(tmp_path / "halves", SERVER)
+        store.put(*half())
+        taken = store.take("0" * 32)
+        store.used.unlink()
+        for act in (lambda: store.spend(taken), lambda: parties.Store(store.folder, SERVER)):
+            with pytest.raises(PrivateInferenceError, match=str(tmp_path)) as failed:
+                act()
+            assert not may_be_told(failed.value)
 
     def test_nothing_is_used_where_that_cannot_be_noted(self, parties, half, tmp_path, monkeypatch):
         def fail(descriptor):
@@ -494,6 +574,17 @@ class TestStore:
             second.take("0" * 32)
         first.put_back(taken)
         second.drop(second.take("0" * 32))
+
+    def test_a_copy_that_comes_back_while_it_is_taken_is_used_once(self, parties, half, tmp_path):
+        first, second = (parties.Store(tmp_path, CLIENT) for _ in range(2))
+        first.put(*half(rank=CLIENT))
+        copy = first.path("0" * 32).read_bytes()
+        taken = first.take("0" * 32)
+        first.path("0" * 32).write_bytes(copy)
+        again = second.take("0" * 32)
+        first.spend(taken)
+        with pytest.raises(parties.LostHalfError, match="was used before"):
+            second.spend(again)
 
     def test_what_fails_otherwise_is_not_said_to_be_used(self, parties, half, tmp_path, monkeypatch):
         def fail(*arguments):
@@ -519,7 +610,7 @@ class TestStore:
     @pytest.mark.parametrize("content", ["", "0" * 31, "../" + "0" * 29])
     def test_a_damaged_identity_is_refused(self, content, parties, tmp_path):
         (tmp_path / "store-0").write_text(content)
-        with pytest.raises(PrivateInferenceError, match="store-0 is damaged: delete it"):
+        with pytest.raises(PrivateInferenceError, match=f"store-0 is damaged: delete {tmp_path}, and"):
             parties.Store(tmp_path, SERVER)
 
     def test_an_identity_is_written_whole_or_not_at_all(self, parties, tmp_path, monkeypatch):
@@ -545,6 +636,7 @@ class TestStore:
         for name in names:
             (tmp_path / name).write_text("0" * 32)
         (tmp_path / "folder.part").mkdir()
+        tmp_path.with_name(f"{'0' * 32}.used-0").touch()
         parties.Store(tmp_path, SERVER)
         assert {path.name for path in tmp_path.iterdir()} == names | {"folder.part"}
 
@@ -658,6 +750,24 @@ class TestRoom:
             request, *_ = self.read(server, taken, preparation="0" * 32)
             assert request.preparation.endswith(f"{'0' * 32}-0.taken")
         assert [path.name for path in server.store.folder.iterdir()] == ["store-0"]
+
+    def test_a_half_stays_where_its_use_cannot_be_noted(self, kept):
+        server = kept()
+        used = server.store.used.rename(server.store.used.with_suffix(".gone"))
+        with contextlib.ExitStack() as taken, pytest.raises(PrivateInferenceError, match="so nothing is used"):
+            self.read(server, taken, preparation="0" * 32)
+        used.rename(server.store.used)
+        with contextlib.ExitStack() as taken:
+            assert self.read(server, taken, preparation="0" * 32)[0].preparation
+
+    def test_old_halves_that_have_come_back_keep_nobody_from_preparing(self, kept):
+        server = kept(made=0.0)
+        copy = server.store.path("0" * 32).read_bytes()
+        server.store.spend(server.store.take("0" * 32))
+        server.store.path("0" * 32).write_bytes(copy)
+        with contextlib.ExitStack() as taken:
+            assert self.read(server, taken, prepares=True)[0].prepares
+        assert not list(server.store.folder.glob("*.half"))
 
     def test_a_client_that_asks_twice_is_refused(self, kept):
         """Though its own copy and the server's have both come back."""
