@@ -194,8 +194,25 @@ def test_the_protocol_of_scaling_compares_all_rows_at_few_tokens_first():
     rows = [row for row in everything if row.group.startswith("tokens_")]
     steps = [row.steps for row in rows]
     assert steps == sorted(steps)
-    assert {count: steps.count(count) // 7 for count in steps} == {1000: 3, 3000: 3, 10_000: 2, 30_000: 1}
+    assert {count: steps.count(count) for count in steps} == {1000: 21, 3000: 14, 10_000: 7 + 4, 30_000: 4}
     assert {row.timed.name for row in rows} == {row.timed.name for row in everything if row.group == "pace"}
+
+
+def test_runs_that_choose_a_rate_are_counted_nowhere_else():
+    rows = read_protocol(find_protocol(SCALING)).rows
+    tuning = {row.settings["seed"] for row in rows if "rates" in row.group and row.kind == TRAINED}
+    counted = {row.settings["seed"] for row in rows if "tokens_" in row.group or row.group.startswith("larger")}
+    assert tuning and not tuning & counted
+
+
+def test_the_list_of_packages_is_part_of_what_runs_share(tmp_path, monkeypatch):
+    (tmp_path / "protocol.yaml").write_text(CASES)
+    protocol = read_protocol(tmp_path / "protocol.yaml")
+    before = protocol.shared
+    monkeypatch.setattr("entropy_gpt.programs.study.protocol.hash_pins", lambda: "sha256:another")
+    assert before["pins"] != protocol.shared["pins"] == "sha256:another"
+    (tmp_path / "protocol.yaml").write_text(SMALL)
+    assert "pins" not in read_protocol(tmp_path / "protocol.yaml").shared
 
 
 def test_a_protocol_that_is_not_there_is_refused(tmp_path):

@@ -3,7 +3,7 @@ Loss against tokens: power laws with a constant, where two curves cross, and wha
 
 The spread of seeds is pooled over all rows. The mean of n seeds, or of one, has it divided by the square root of n as
 its standard error. A repetition moves each mean at random by that much, and derives everything from the moved means.
-An interval holds the middle 90 % of the repetitions.
+An interval holds the middle 90 % of the repetitions: it says how far seeds move a value, and assumes the law.
 """
 
 import math
@@ -65,9 +65,25 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """
+    Where one curve crosses another.
+
+    Args:
+        rises (`bool`): Whether it is below the other first, and above it then.
+        tokens (`np.ndarray`):
+            The last such place in each repetition, `(repetitions,)`; infinite where it lies beyond the last number of
+            tokens, 0 where it lies before the first.
+    """
+
+    rises: bool
+    tokens: np.ndarray
+
+
 def interval(values: np.ndarray) -> Interval:
-    """Of the values in each repetition, those that are numbers."""
-    return Interval(*np.nanpercentile(values, INSIDE))
+    """Of the values in each repetition, those that are numbers or infinite."""
+    return Interval(*np.nanpercentile(values, INSIDE, method="nearest"))
 
 
 def pool_spread(groups: Sequence[Sequence[float]]) -> float:
@@ -128,20 +144,40 @@ def fit(tokens: np.ndarray, nats: np.ndarray, errors: np.ndarray) -> np.ndarray:
     return np.stack([floors[rows, best], scales[rows, best], EXPONENTS[best]], axis=1)
 
 
-def find_crossings(curve: Curve, other: Curve) -> np.ndarray:
+def tell_apart(curve: Curve, other: Curve) -> tuple[np.ndarray, np.ndarray]:
     """
-    The tokens at which a curve that is below another comes to be above it, or the reverse: the last such place between
-    two numbers of tokens that both have, on lines in the logarithm of tokens.
+    Which of two curves is below the other, at the numbers of tokens that both have.
 
     Returns:
-        `np.ndarray`: Of each repetition, `(repetitions,)`; NaN where the curves don't cross.
+        The tokens, `(counts,)`; and -1 where the first is below, 1 where it is above, 0 where the interval of the
+        difference holds 0, `(counts,)`.
     """
-    common, own, others = np.intersect1d(curve.tokens, other.tokens, return_indices=True)
-    differences = curve.repeated[:, own] - other.repeated[:, others]
-    found = np.full(len(differences), math.nan)
+    common, differences = _subtract(curve, other)
+    intervals = [interval(column) for column in differences.T]
+    return common, np.array([int(each.low > 0) - int(each.high < 0) for each in intervals])
+
+
+def find_crossing(curve: Curve, other: Curve) -> Crossing | None:
+    """
+    The place where a curve that is below another comes to be above it, or the reverse, on lines in the logarithm of
+    tokens; `None` if intervals don't tell that it is on one side first and on the other then.
+    """
+    _, sides = tell_apart(curve, other)
+    sure = sides[sides != 0]
+    if len(sure) == 0 or sure[0] == sure[-1]:
+        return None
+    common, differences = _subtract(curve, other)
+    differences = differences * sure[-1]  # from negative to positive
+    found = np.where(differences[:, -1] > 0, 0.0, math.inf)
     for index in range(len(common) - 1):
         before, after = differences[:, index], differences[:, index + 1]
-        share = before / np.where(before == after, 1, before - after)
-        place = np.exp(np.log(common[index]) + share * np.log(common[index + 1] / common[index]))
-        found = np.where(before * after < 0, place, found)
-    return found
+        crossed = (before <= 0) & (after > 0) & np.isfinite(found)
+        share = before[crossed] / (before - after)[crossed]
+        found[crossed] = common[index] * (common[index + 1] / common[index]) ** share
+    return Crossing(sure[-1] > 0, found)
+
+
+def _subtract(curve: Curve, other: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that both have, `(counts,)`, and the differences in each repetition, `(repetitions, counts)`."""
+    common, own, others = np.intersect1d(curve.tokens, other.tokens, return_indices=True)
+    return common, curve.repeated[:, own] - other.repeated[:, others]

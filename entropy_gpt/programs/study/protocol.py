@@ -11,8 +11,9 @@ from typing import Any
 
 from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.training.arguments import NAMED_TEXTS
+from entropy_gpt.training.arguments import NAMED_TEXTS, PACKAGES
 from entropy_gpt.training.errors import RecipeError
+from entropy_gpt.training.package_corpus import hash_pins
 from entropy_gpt.training.recipe_file import read_yaml
 
 from .records import ANSWERED, CONVERTED, TIMED, TRAINED, StudyRun
@@ -133,9 +134,14 @@ class Protocol:
     rows: list[Row] = field(default_factory=list)
 
     @property
+    def pins(self) -> str | None:
+        """A hash of the list that pins the packages' code, if that is the text."""
+        return hash_pins() if self.dataset == PACKAGES else None
+
+    @property
     def shared(self) -> dict[str, Any]:
         """What all runs of a study have to have in common."""
-        names = (DATASET, "vocabulary", "test", *([TRANSFER] if self.transfer else []))
+        names = (DATASET, "vocabulary", "test", *(name for name in (TRANSFER, "pins") if getattr(self, name)))
         return {name: getattr(self, name) for name in names}
 
     def select(self, only: Sequence[str] = ()) -> list[Row]:

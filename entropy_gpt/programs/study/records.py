@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
 from entropy_gpt.evaluation.measuring.entropy_diagnostics import HeadwiseEntropy
+from entropy_gpt.evaluation.origin import Origin
 from entropy_gpt.evaluation.private_inference.agreement import Agreement
 from entropy_gpt.evaluation.records.results import LikelihoodResult, PrivateCost
 
@@ -35,6 +36,7 @@ class StudyRun(StoredRecord):
         test (`dict[str, LikelihoodResult]`): On other text of the same kind, by its name.
         transfer (`dict[str, LikelihoodResult]`): On text of another kind.
         heads ([`HeadwiseEntropy`], *optional*): Mean entropies on the validation text.
+        origin ([`Origin`], *optional*): What computed it, of a run that was timed.
         cost ([`PrivateCost`], *optional*): Of one answer between two processes, checked; of runs that answered.
         agreement ([`Agreement`], *optional*): Of answers in the emulated ring with those in the clear; of the same.
     """
@@ -59,6 +61,7 @@ class StudyRun(StoredRecord):
     agreement: Agreement | None = None
     cpu_seconds_per_step: float | None = None
     transfer: dict[str, LikelihoodResult] = field(default_factory=dict)
+    origin: Origin | None = None
 
     @property
     def validation_nats(self) -> float:
@@ -97,6 +100,7 @@ class Study(StoredRecord):
         groups (`dict[str, list[str]]`): Names of the finished runs of each group of the protocol, in its order.
         missing (`dict[str, int]`): Rows of each group that are not measured, where there are any.
         tokenizer (`str`, *optional*): Hash of the tokenizer that all runs share.
+        pins (`str`, *optional*): Hash of the list of the packages that all runs are trained on, if they are.
     """
 
     KIND: ClassVar[str] = "the study"
@@ -107,6 +111,7 @@ class Study(StoredRecord):
     groups: dict[str, list[str]] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
     tokenizer: str | None = None
+    pins: str | None = None
 
     def group(self, *names: str) -> list[StudyRun]:
         """The finished runs of a group, or of several, one after the other."""

@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
+from entropy_gpt.evaluation.origin import Origin, collect_origin
 from entropy_gpt.evaluation.private_inference.agreement import measure_agreement
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
 from entropy_gpt.evaluation.private_inference.inference import EMULATED, PLAINTEXT, TWO_PARTY, PrivateModel
@@ -45,7 +46,7 @@ from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .protocol import DATASET, Protocol, Run
 from .records import ANSWERED, CONVERTED, TIMED, TRAINED, StudyRun
-from .texts import load_text, read_descriptions, read_package
+from .texts import load_text, read_samples
 
 
 PLAN, RESULT, TOKENIZER, RUNS = "plan.json", "result.json", "tokenizer", "runs"
@@ -53,7 +54,7 @@ PLAN, RESULT, TOKENIZER, RUNS = "plan.json", "result.json", "tokenizer", "runs"
 TRAINING, CONVERTING = "training", "conversion"
 VALIDATION_TOKENS = "validation_tokens"
 # Steps that are timed, and those before them that are not.
-TIMED_STEPS, STEPS_BEFORE = 20, 3
+TIMED_STEPS, STEPS_BEFORE = 50, 3
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _time(place: Place, run: Run, progress: Progress) -> StudyRun:
         _begin_record(run, start.config.notation, model.num_parameters()),
         seconds_per_step=statistics.median(seconds),
         cpu_seconds_per_step=statistics.median(cpu_seconds),
+        origin=Origin(**collect_origin(model.device)),
     )
 
 
@@ -225,11 +227,7 @@ def _measure(place: Place, run: Run, plan: dict[str, dict], result: StudyRun, pr
         result.validation = measure_text(model, text, progress, result.notation, seed=seed)
         heads = measure_heads(model, text, progress, result.notation, seed=seed)
     result.heads = heads.heads.entropy
-    corpora = {
-        "test": {package: read_package(package, **told) for package, told in plan["test"].items()},
-        "transfer": {name: read_descriptions(**told) for name, told in plan["transfer"].items()},
-    }
-    for field, found in corpora.items():
+    for field, found in read_samples(plan["test"], plan["transfer"]).items():
         measured = {}
         for name, corpus in found.items():
             text = read_text(corpus.name, corpus.revision, corpus.texts, tokenizer, context)

@@ -18,7 +18,7 @@ from entropy_gpt.evaluation.showing.markdown import fold_away, markdown_table
 from entropy_gpt.evaluation.showing.plots import DOTS_PER_INCH
 from entropy_gpt.evaluation.showing.run_plots import RUN_COLORS
 
-from .power_laws import FEWEST, MILLION, Curve, find_crossings, interval, make_curve, pool_spread
+from .power_laws import FEWEST, MILLION, Curve, find_crossing, interval, make_curve, pool_spread, tell_apart
 from .protocol import timed_settings
 from .records import TIMED, Study, StudyRun
 from .tables import PAPER, list_trained, perplexity_cell
@@ -46,25 +46,26 @@ class Scaling:
 
     @cached_property
     def rows(self) -> dict[str, Runs]:
-        """Runs of the smaller size."""
+        """Runs of the smaller size, those that diverged too."""
         return self._collect(AMOUNTS)
 
     @cached_property
+    def trained(self) -> dict[str, Runs]:
+        """Those that did not diverge."""
+        return _leave_out_diverged(self.rows)
+
+    @cached_property
     def larger(self) -> dict[str, Runs]:
-        """Runs of the larger size, of each the learning rate that is best on validation."""
-        found = self._collect(LARGER)
-        return {
-            name: {tokens: [min(runs, key=lambda run: run.validation_nats)] for tokens, runs in by_tokens.items()}
-            for name, by_tokens in found.items()
-        }
+        """Runs of the larger size that did not diverge."""
+        return _leave_out_diverged(self._collect(LARGER))
 
     @cached_property
     def baseline(self) -> Runs:
         """GPT-2 at each number of tokens, with the dropout that is best on validation."""
         found: Runs = {}
-        for name, by_tokens in self.rows.items():
+        for name, by_tokens in self.trained.items():
             for tokens, runs in by_tokens.items():
-                if name.startswith(BASELINE) and (
+                if _is_baseline(name) and (
                     tokens not in found or _mean(runs, "validation_nats") < _mean(found[tokens], "validation_nats")
                 ):
                     found[tokens] = runs
@@ -78,7 +79,7 @@ class Scaling:
     @cached_property
     def others(self) -> dict[str, Runs]:
         """All rows but GPT-2's."""
-        return {name: runs for name, runs in self.rows.items() if not name.startswith(BASELINE)}
+        return {name: runs for name, runs in self.trained.items() if not _is_baseline(name)}
 
     @cached_property
     def tokens(self) -> list[int]:
@@ -87,33 +88,78 @@ class Scaling:
     @cached_property
     def spread(self) -> float:
         """The standard deviation of the test loss over seeds."""
-        groups = [runs for by_tokens in self.rows.values() for runs in by_tokens.values()]
+        groups = [runs for by_tokens in self.trained.values() for runs in by_tokens.values()]
         return pool_spread([[run.test_nats for run in runs] for runs in groups])
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """The test loss of the baseline and of each other row."""
-        return {
-            name: make_curve(
-                {tokens: [run.test_nats for run in runs] for tokens, runs in by_tokens.items()}, self.spread, seed
-            )
-            for seed, (name, by_tokens) in enumerate({BASELINE: self.baseline, **self.others}.items())
-        }
+        """The test loss of each row; GPT-2 has one for each dropout."""
+        return {name: self._curve(runs, seed) for seed, (name, runs) in enumerate(self.trained.items())}
+
+    @cached_property
+    def baseline_curve(self) -> Curve:
+        """The test loss of GPT-2 with the dropout that is best at each number of tokens."""
+        return self._curve(self.baseline, len(self.trained))
+
+    @cached_property
+    def larger_curves(self) -> dict[str, Curve]:
+        """The test loss of the larger size."""
+        first = len(self.trained) + 1
+        return {name: self._curve(runs, seed) for seed, (name, runs) in enumerate(self.larger.items(), first)}
+
+    def predict(self, name: str, tokens: float) -> np.ndarray | None:
+        """The loss by the fitted law in each repetition, of GPT-2 the least of its dropouts; `None` without a law."""
+        rows = [row for row in self.curves if row == name or (name == BASELINE and _is_baseline(row))]
+        fitted = [self.curves[row] for row in rows if self.has_law(row)]
+        return np.min([curve.predict(tokens) for curve in fitted], axis=0) if fitted else None
+
+    def has_law(self, name: str) -> bool:
+        """Whether a row has enough numbers of tokens for a law, and the spread of seeds is known."""
+        return len(self.curves[name].tokens) >= FEWEST and not math.isnan(self.spread)
+
+    @cached_property
+    def timed(self) -> list[StudyRun]:
+        """The runs that timed steps."""
+        return [run for run in self.study.runs.values() if run.kind == TIMED]
 
     def seconds_per_step(self, run: StudyRun) -> float:
-        """Of one core, timed alone; NaN if that is not measured."""
+        """Of one core; NaN if that is not measured, or if steps were timed on several machines."""
         wanted = timed_settings(run.settings)
-        timed = [other for other in self.study.runs.values() if other.kind == TIMED and other.settings == wanted]
-        return timed[0].cpu_seconds_per_step if timed else math.nan
+        found = [other for other in self.timed if other.settings == wanted]
+        machines = {other.origin and other.origin.machine for other in self.timed}
+        return found[0].cpu_seconds_per_step if found and len(machines) == 1 else math.nan
+
+    def _curve(self, runs: Runs, seed: int) -> Curve:
+        return make_curve(
+            {tokens: [run.test_nats for run in found] for tokens, found in runs.items()}, self.spread, seed
+        )
 
     def _collect(self, groups: Sequence[str]) -> dict[str, Runs]:
         found: dict[str, Runs] = {}
         for group in self.study.groups:
             if group.startswith(groups):
-                for run in list_trained(self.study.group(group)):
-                    runs = found.setdefault(row_name(run), {}).setdefault(run.tokens, [])
+                for run in self.study.group(group):
+                    runs = found.setdefault(row_name(run), {}).setdefault(planned_tokens(run), [])
                     runs += [run] if run not in runs else []
         return {name: dict(sorted(by_tokens.items())) for name, by_tokens in found.items()}
+
+
+def planned_tokens(run: StudyRun) -> int:
+    """Tokens of the training as the protocol wants it, whether or not it came to its end."""
+    return math.prod(run.settings[name] for name in ("max_steps", "per_device_train_batch_size", "context"))
+
+
+def _leave_out_diverged(rows: dict[str, Runs]) -> dict[str, Runs]:
+    """The runs that did not diverge, without numbers of tokens, and rows, that have none."""
+    trained = {
+        name: {tokens: kept for tokens, runs in by_tokens.items() if (kept := list_trained(runs))}
+        for name, by_tokens in rows.items()
+    }
+    return {name: by_tokens for name, by_tokens in trained.items() if by_tokens}
+
+
+def _is_baseline(name: str) -> bool:
+    return name.partition(",")[0] == BASELINE
 
 
 def row_name(run: StudyRun) -> str:
@@ -141,28 +187,27 @@ def quality_table(scaling: Scaling, nats: str) -> str:
 
 def difference_table(scaling: Scaling) -> str:
     """How far the test perplexity of each row is above GPT-2's, where they cross, and what the fits predict."""
-    baseline = scaling.curves[BASELINE]
+    baseline = scaling.baseline_curve
     rows = []
     for name, runs in scaling.others.items():
         curve = scaling.curves[name]
+        measured = {tokens: _difference(runs, scaling.baseline, tokens) for tokens in scaling.tokens}
         cells = [
-            _share_cell(curve.at(tokens) - baseline.at(tokens), _difference(runs, scaling.baseline, tokens))
-            for tokens in scaling.tokens
+            "" if math.isnan(difference) else _share_cell(curve.at(tokens) - baseline.at(tokens), difference)
+            for tokens, difference in measured.items()
         ]
-        rows.append((_code(name), *cells, _crossing_cell(curve, baseline), _predicted_cell(curve, baseline)))
-    headings = (*map(label, scaling.tokens), "as good as GPT-2 at", "predicted at 2.1 billion", "the paper")
-    papers = [_paper_cell(name) for name in scaling.others]
-    return markdown_table(
-        ("architecture", *headings), [(*row, paper) for row, paper in zip(rows, papers, strict=True)]
-    )
+        rows.append(
+            (_code(name), *cells, _crossing_cell(curve, baseline), _predicted_cell(scaling, name), _paper_cell(name))
+        )
+    headings = (*map(label, scaling.tokens), "better than GPT-2", "predicted at 2.1 billion", "the paper")
+    return markdown_table(("architecture", *headings), rows)
 
 
 def laws_table(scaling: Scaling) -> str:
     """The fitted power laws of the rows with enough numbers of tokens; nothing if there is none."""
     rows = []
-    for name in (BASELINE, *scaling.others):
-        curve = scaling.curves[name]
-        if len(curve.tokens) >= FEWEST and not math.isnan(scaling.spread):
+    for name, curve in scaling.curves.items():
+        if scaling.has_law(name):
             floor, scale, exponent = map(interval, curve.laws.T)
             cells = [f"{each.middle:.2f} ({each.low:.2f} to {each.high:.2f})" for each in (floor, scale, exponent)]
             rows.append((_code(name), *cells))
@@ -182,14 +227,14 @@ def heads_table(scaling: Scaling) -> str:
 
     rows = [
         (_code(name), *(cell(runs[tokens]) if tokens in runs else "" for tokens in scaling.tokens))
-        for name, runs in scaling.rows.items()
+        for name, runs in scaling.trained.items()
     ]
     return markdown_table(("architecture", *map(label, scaling.tokens)), rows)
 
 
 def equal_time_table(scaling: Scaling) -> str:
     """How far each row is above GPT-2 with as much training time, where its curve reaches as far."""
-    baseline = scaling.curves[BASELINE]
+    baseline = scaling.baseline_curve
     rows = []
     for name, runs in scaling.others.items():
         curve, own = scaling.curves[name], scaling.seconds_per_step(next(iter(runs.values()))[0])
@@ -209,21 +254,24 @@ def equal_size_table(scaling: Scaling) -> str:
     }
     rows = []
     for name, by_tokens in scaling.larger.items():
-        for tokens, (large,) in by_tokens.items():
-            small, reference = scaling.rows.get(name, {}).get(tokens), scaling.baseline.get(tokens)
-            if name.startswith(BASELINE) or not small or not reference:
+        for tokens, large in by_tokens.items():
+            small, reference = scaling.others.get(name, {}).get(tokens), scaling.baseline.get(tokens)
+            if not small or not reference:
                 continue
+            differences = [
+                (scaling.curves[name].at(tokens) - scaling.baseline_curve.at(tokens), _mean(small, "test_nats")),
+                (
+                    scaling.larger_curves[name].at(tokens) - scaling.baseline_curve.at(tokens),
+                    _mean(large, "test_nats"),
+                ),
+            ]
             goal = _mean(reference, "test_nats")
-            nats = [_mean(small, "test_nats"), large.test_nats]
             cells = []
             for measure in measures.values():
-                sizes = np.log([measure(small[0]), measure(large)])
-                size = math.log(measure(reference[0]))
-                inside = sizes.min() <= size <= sizes.max()
-                order = np.argsort(sizes)
-                cells.append(
-                    f"{math.expm1(np.interp(size, sizes[order], np.array(nats)[order]) - goal):+.1%}" if inside else ""
-                )
+                low, high = (math.log(measure(runs[0])) for runs in (small, large))
+                share = (math.log(measure(reference[0])) - low) / (high - low)
+                repeated, nats = (a + share * (b - a) for a, b in zip(*differences, strict=True))
+                cells.append(_share_cell(repeated, nats - goal) if 0 <= share <= 1 else "")
             rows.append((_code(name), label(tokens), *cells))
     return markdown_table(("architecture", "tokens", *measures), rows, text_columns=2) if rows else ""
 
@@ -232,16 +280,16 @@ def plot_scaling(scaling: Scaling) -> Figure:
     """Test loss against tokens, with the fits and their intervals; and how far each row is above GPT-2."""
     figure = Figure(figsize=(10.5, 4.8), dpi=DOTS_PER_INCH, layout="constrained")
     left, right = figure.subplots(1, 2)
-    baseline = scaling.curves[BASELINE]
+    baseline = scaling.baseline_curve
     known = not math.isnan(scaling.spread)
     for index, name in enumerate((BASELINE, *scaling.others)):
-        curve, color = scaling.curves[name], ("#4a5158", *RUN_COLORS)[index]
+        curve, color = baseline if name == BASELINE else scaling.curves[name], ("#4a5158", *RUN_COLORS)[index]
         errors = np.exp(curve.nats) * curve.errors if known else None
         left.errorbar(curve.tokens / MILLION, np.exp(curve.nats), errors, fmt="o", color=color, ms=4, label=name)
         far = np.geomspace(curve.tokens[0], PAPER_TOKENS, 40)
-        fitted = known and len(curve.tokens) >= FEWEST
-        if fitted:
-            _draw_band(left, far, [np.exp(curve.predict(tokens)) for tokens in far], color)
+        predicted = [scaling.predict(name, tokens) for tokens in far]
+        if predicted[0] is not None:
+            _draw_band(left, far, np.exp(predicted), color)
         else:
             left.plot(curve.tokens / MILLION, np.exp(curve.nats), color=color, lw=1)
         if name == BASELINE:
@@ -250,9 +298,9 @@ def plot_scaling(scaling: Scaling) -> Figure:
         if known and common:
             values = [100 * np.expm1(curve.at(tokens) - baseline.at(tokens)) for tokens in common]
             _draw_band(right, common, values, color)
-        if fitted and len(baseline.tokens) >= FEWEST:
-            values = [100 * np.expm1(curve.predict(tokens) - baseline.predict(tokens)) for tokens in far]
-            _draw_band(right, far, values, color, ls="--")
+        references = [scaling.predict(BASELINE, tokens) for tokens in far]
+        if predicted[0] is not None and references[0] is not None:
+            _draw_band(right, far, 100 * np.expm1(np.subtract(predicted, references)), color, ls="--")
         if (paper := _above_in_paper(name)) is not None:
             right.plot(PAPER_TOKENS / MILLION, 100 * paper, "*", color=color, ms=10)
     right.axhline(0, color="#4a5158", lw=1)
@@ -283,9 +331,8 @@ def scaling_text(study: Study) -> str:
         f"![Test perplexity against tokens](study/scaling.png)\n\nTest perplexity, by tokens of training.{spread} "
         "Dashed lines are differences of the fits.\n",
         quality_table(scaling, "test") + "\n",
-        "How far the test perplexity is above that of GPT-2 with its best dropout, with its interval. Then the number "
-        "of tokens at which a row is as good as GPT-2, if it lies between measured ones. Then what the fits "
-        "predict.\n",
+        "How far the test perplexity is above that of GPT-2 with its best dropout, with its interval. Then up to, or "
+        "from, which number of tokens a row is better, if intervals show both sides. Then what the fits predict.\n",
         difference_table(scaling) + "\n",
         "With as much training time as GPT-2 has at each number of tokens:\n",
         equal_time_table(scaling) + "\n",
@@ -324,15 +371,21 @@ def _conditions(study: Study) -> list[str]:
     runs = [run for run in study.runs.values() if run.validation is not None]
     if not runs:
         return []
-    texts = {"Validation": [runs[0].validation], "Test": runs[0].test.values(), "Prose": runs[0].transfer.values()}
-    lines = [f"Protocol: {study.protocol}. Tokenizer: sha256:{study.tokenizer}."]
+    texts = {
+        "Validation": [run.validation for run in runs],
+        "Test": [result for run in runs for result in run.test.values()],
+        "Prose": [result for run in runs for result in run.transfer.values()],
+    }
+    lines = [f"Protocol: {study.protocol}. Tokenizer: sha256:{study.tokenizer}. Pinned packages: {study.pins}."]
     for title, results in texts.items():
-        found = [
+        found = dict.fromkeys(
             f"{each.likelihood.tokens:,} tokens of {each.conditions.corpus} ({each.conditions.corpus_revision})"
             for each in results
-        ]
+        )
         lines.append(f"{title}: {'; '.join(found)}.")
     lines.append(f"Measured with {describe_origins(run.validation.conditions for run in runs)}.")
+    if timed := [run.origin for run in study.runs.values() if run.origin is not None]:
+        lines.append(f"Timed with {describe_origins(timed)}.")
     return [fold_away("Conditions", lines) + "\n"]
 
 
@@ -356,19 +409,27 @@ def _share_cell(differences: np.ndarray, measured: float = math.nan) -> str:
 
 
 def _crossing_cell(curve: Curve, baseline: Curve) -> str:
-    crossings = find_crossings(curve, baseline)
-    share = np.isfinite(crossings).mean()
-    if share < 0.5:
+    """Up to, or from, which number of tokens a row is better than GPT-2."""
+    if np.isnan(curve.errors).any():
         return ""
-    found = interval(crossings)
-    cell = f"{label(found.middle)} ({label(found.low)} to {label(found.high)})"
-    return cell if share > 0.95 else f"{cell}, in {share:.0%} of repetitions"
+    tokens, sides = tell_apart(curve, baseline)
+    if (crossing := find_crossing(curve, baseline)) is None:
+        words = {frozenset({-1}): "throughout", frozenset({1}): "nowhere", frozenset({0}): "not told apart"}
+        return words.get(frozenset(sides.tolist()), "not settled")
+    found = interval(crossing.tokens)
+    low, middle, high = (_place(place, tokens) for place in (found.low, found.middle, found.high))
+    return f"{'up to' if crossing.rises else 'from'} {middle} ({low} to {high})"
 
 
-def _predicted_cell(curve: Curve, baseline: Curve) -> str:
-    if min(len(curve.tokens), len(baseline.tokens)) < FEWEST or np.isnan(curve.errors).any():
-        return ""
-    return _share_cell(curve.predict(PAPER_TOKENS) - baseline.predict(PAPER_TOKENS))
+def _place(tokens: float, measured: np.ndarray) -> str:
+    if math.isinf(tokens):
+        return f"more than {label(measured[-1])}"
+    return label(tokens) if tokens else f"less than {label(measured[0])}"
+
+
+def _predicted_cell(scaling: Scaling, name: str) -> str:
+    own, reference = (scaling.predict(row, PAPER_TOKENS) for row in (name, BASELINE))
+    return "" if own is None or reference is None else _share_cell(own - reference)
 
 
 def _above_in_paper(name: str) -> float | None:

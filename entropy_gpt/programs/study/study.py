@@ -30,7 +30,7 @@ from entropy_gpt.training.tokenizer import train_tokenizer
 from .protocol import Protocol, Row, Run, read_protocol, resolve
 from .records import ANSWERED, TIMED, TRAINED, Study, StudyRun
 from .run import RESULT, RUNS, TOKENIZER, TRAINING, Place, write_plan
-from .texts import load_text
+from .texts import load_text, read_samples
 
 
 RECORD, MODELS, SHARED, LOG = "study.json", "models.json", "shared.json", "log.txt"
@@ -69,7 +69,7 @@ def run(
         workers (`int`): Runs side by side.
         dry_run (`bool`): Whether to show only what would be done.
         hours (`float`, *optional*): When to stop, with the checkpoints of what is not finished.
-        time_again (`bool`): Whether to forget the steps that were timed, and time them anew.
+        time_again (`bool`): Whether to time steps anew; what was timed counts until then.
 
     Raises:
         `UserError`: If the protocol or the folder can't be used, or a run failed.
@@ -80,8 +80,8 @@ def run(
     rows = protocol.select(only)
     _check_output(protocol, output)
     finished = _load_finished(output)
-    if time_again:
-        finished = {name: run for name, run in finished.items() if run.kind != TIMED}
+    again = {row.timed.name for row in rows if row.kind == TIMED} if time_again else set()
+    outdated = {name: finished.pop(name) for name in again & finished.keys()}
     if dry_run:
         _print_plan(rows, finished, output)
         return
@@ -89,11 +89,14 @@ def run(
     with claimed(output, lambda: _goes_on(output)):
         with progress_display(console) as progress, progress.stage("study") as line:
             _prepare(protocol, output, progress)
-            with contextlib.closing(_work(protocol, rows, output, workers, finished, failed, deadline)) as work:
+            if any(run.kind != TIMED for run in _list_ready(rows, output, finished)):
+                read_samples(protocol.test, protocol.transfer)  # what is missing is said before hours of training
+            work = _work(protocol, rows, output, workers, finished, outdated, failed, deadline)
+            with contextlib.closing(work):
                 for running in work:
                     line.reach(*_count_steps(rows, finished))
                     line.say(_describe_state(rows, finished, running))
-        _save_models(_save(protocol, finished, output), output)
+        _save_models(_save(protocol, {**outdated, **finished}, output), output)
     if failed:
         raise UserError(
             f"{len(failed)} runs failed: {'; '.join(f'{name}: {reason}' for name, reason in failed.items())}. Their "
@@ -101,7 +104,7 @@ def run(
         )
     runs = resolve(rows, finished)
     missing = sum(run is None or run.name not in finished for run in runs)
-    if time.monotonic() >= deadline:
+    if _list_ready(rows, output, finished):
         console.print(
             f"Stopped after {hours:g} hours, with {missing} of {len(rows)} rows to go: the same command goes on."
         )
@@ -127,6 +130,12 @@ def _describe_state(rows: list[Row], finished: dict[str, StudyRun], running: lis
 def _check_output(protocol: Protocol, output: Path):
     """Refuses a folder whose runs have another text or tokenizer, or were tested on other code."""
     check_folder(output)
+    record = output / RECORD
+    if record.exists() and (pins := (known := Study.load(record)).pins) != protocol.pins and known.runs:
+        raise UserError(
+            f"The runs of {record} were trained on the packages of another list ({pins or 'none'}, and "
+            f"{protocol.pins or 'none'} now): give another --output."
+        )
     path = output / SHARED
     if not path.exists():
         return
@@ -176,6 +185,7 @@ def _work(
     output: Path,
     workers: int,
     finished: dict[str, StudyRun],
+    outdated: dict[str, StudyRun],
     failed: dict[str, str],
     deadline: float,
 ) -> Iterator[list[_Worker]]:
@@ -188,7 +198,8 @@ def _work(
         while True:
             names = {worker.run.name for worker in running}
             ready = [run for run in _list_ready(rows, output, finished) if run.name not in {*names, *failed}]
-            while ready and len(running) < workers and _may_start(ready[0], running):
+            in_time = time.monotonic() < deadline
+            while in_time and ready and len(running) < workers and _may_start(ready[0], running):
                 running.append(_start(ready.pop(0), protocol, output, workers))
             yield running
             if not running:
@@ -200,7 +211,7 @@ def _work(
             for worker in [worker for worker in running if worker.process.poll() is not None]:
                 running.remove(worker)
                 _collect(worker, output, finished, failed)
-                _save(protocol, finished, output)
+                _save(protocol, {**outdated, **finished}, output)
     finally:
         for worker in running:
             worker.process.kill()  # whatever it does can be cut off anywhere
@@ -274,7 +285,7 @@ def _summarize(result: StudyRun) -> str:
 
 def _save(protocol: Protocol, finished: dict[str, StudyRun], output: Path) -> Study:
     """The record of all finished runs of the protocol, and which groups they are of."""
-    study = Study(protocol.hash, tokenizer=_hash_tokenizer(output))
+    study = Study(protocol.hash, tokenizer=_hash_tokenizer(output), pins=protocol.pins)
     for row, run in zip(protocol.rows, resolve(protocol.rows, finished), strict=True):
         names = study.groups.setdefault(row.group, [])
         if run is None or run.name not in finished:

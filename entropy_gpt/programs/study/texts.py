@@ -5,7 +5,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import distribution, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from entropy_gpt.conversion.errors import UserError
@@ -50,6 +50,19 @@ def load_text(dataset: str) -> Source:
     return open_source(DataArguments(dataset=dataset))
 
 
+def read_samples(test: dict[str, dict], transfer: dict[str, dict]) -> dict[str, dict[str, Sample]]:
+    """
+    All that a protocol tests on, by the field of a record that it is measured for, and by name.
+
+    Raises:
+        `UserError`: If one of them is not here, or is another text.
+    """
+    return {
+        "test": {package: read_package(package, **wanted) for package, wanted in test.items()},
+        "transfer": {name: read_descriptions(**wanted) for name, wanted in transfer.items()},
+    }
+
+
 def read_package(package: str, release: str, characters: int) -> Sample:
     """
     The code of an installed package, without its tests: of its files, in an order that depends on their names' hashes,
@@ -88,7 +101,7 @@ def read_descriptions(sha256: str) -> Sample:
     Raises:
         `UserError`: If the text is another.
     """
-    descriptions = (distribution(pin.package).metadata.get_payload() for pin in read_pins())
+    descriptions = map(_read_description, (pin.package for pin in read_pins()))
     found = {paragraph for description in descriptions for paragraph in _list_prose(description)}
     paragraphs = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
     digest = hashlib.sha256("\n".join(paragraphs).encode()).hexdigest()[:16]
@@ -98,6 +111,18 @@ def read_descriptions(sha256: str) -> Sample:
             f"{sha256}): install the packages of constraints.txt."
         )
     return Sample("descriptions of packages", f"{len(paragraphs)} paragraphs of sha256:{digest}", tuple(paragraphs))
+
+
+def _read_description(package: str) -> str:
+    """Wherever its metadata has it: below the headers, or among them."""
+    try:
+        metadata = distribution(package).metadata
+    except PackageNotFoundError as error:
+        raise UserError(
+            f"The study is tested on the description of {package}, which is not installed: install the packages of "
+            "constraints.txt."
+        ) from error
+    return metadata.get_payload() or metadata.get("Description", "")
 
 
 def _list_prose(description: str) -> Iterator[str]:

@@ -74,13 +74,13 @@ def reciprocal_between(ops: Arithmetic, sums):
     slopes[-1] *= 4 / 3  # behind which there is no chord
     bends = ops.positive_part(powers - ops.ranged(sums, MOST_SUM))
     # Slopes far below 1 are taken in two parts, which have the bits that they lack; others at once, so that the last
-    # bit of a 0 is not multiplied.
-    small, large = bends[..., :-MOST_LOG], bends[..., -MOST_LOG:]
-    small = ops.scale(small, slopes[:-MOST_LOG])
-    large = ops.scale(ops.scale(large, 1 / powers[-MOST_LOG:]), (slopes * powers)[-MOST_LOG:])
-    estimate = (small.sum(axis=-1, keepdims=True) + large.sum(axis=-1, keepdims=True)) + ops.public(
-        CHORD_SCALE / MOST_SUM
-    )
+    # bit of a 0 is not multiplied. The first part is one product of all: of two products in a row with public numbers
+    # the engine's compiler makes one, and these slopes would lack their bits again.
+    is_large = powers > 1.0
+    first = ops.scale(bends, np.where(is_large, 1 / powers, slopes))
+    small = first[..., ~is_large].sum(axis=-1, keepdims=True)
+    large = ops.scale(first[..., is_large], (slopes * powers)[is_large]).sum(axis=-1, keepdims=True)
+    estimate = small + large + ops.public(CHORD_SCALE / MOST_SUM)
     error = 1.0 - ops.multiply(sums, estimate)
     return ops.multiply(estimate, 1.0 + error + ops.square(error))
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from entropy_gpt.evaluation.origin import Origin
 from entropy_gpt.programs.study.power_laws import MILLION
 from entropy_gpt.programs.study.protocol import timed_settings
 from entropy_gpt.programs.study.records import TIMED, Study, StudyRun
@@ -38,9 +39,10 @@ def trained(notation: str, dropout: float, steps: int, seed: int, law, **setting
     return run
 
 
-def timed(run: StudyRun, seconds: float) -> StudyRun:
+def timed(run: StudyRun, seconds: float, machine: str = "a machine") -> StudyRun:
     found = StudyRun(f"timed {run.name}", TIMED, timed_settings(run.settings), None, run.notation, run.parameters)
     found.seconds_per_step = found.cpu_seconds_per_step = seconds
+    found.origin = Origin(versions={"torch": "2"}, git_revision=None, machine=machine)
     return found
 
 
@@ -58,8 +60,7 @@ def study() -> Study:
     groups["pace"] = [timed(first[GPT2, 0.0], 0.3), timed(first[GPT2, 0.1], 0.3), timed(first[PROPOSAL, 0.0], 0.2)]
     groups["rates"] = groups["tokens_3m"]
     groups["larger_3m"] = [
-        trained(PROPOSAL, 0.0, 3000, 0, (1.7, 2.4, 0.3), n_layer=8, n_embd=384, learning_rate=rate)
-        for rate in (1e-3, 2e-3)
+        trained(PROPOSAL, 0.0, 3000, 0, (1.7, 2.4, 0.3), n_layer=8, n_embd=384),
     ]
     for run in groups["larger_3m"]:
         run.parameters = 40_000
@@ -94,6 +95,7 @@ def test_differences_and_crossing_are_those_of_the_laws(page):
     low, high = map(float, re.search(r"\((\S+) M to (\S+) M\)", differences[4]).groups())
     curves = [np.linspace(1, 30, 3000) ** -0.3 * law[1] + law[0] for law in LAWS.values()]
     crossing = np.linspace(1, 30, 3000)[np.argmax(curves[2] > np.minimum(curves[0], curves[1]))]
+    assert differences[4].startswith("up to ")
     assert low <= crossing * 1.15 and crossing / 1.15 <= high, "the lines between the points are not the laws"
     assert differences[6] == "+19.3%"
 
@@ -124,7 +126,9 @@ def test_equal_sizes_lie_between_two_models(study, page):
     small, (large,) = scaling.rows[PROPOSAL][3_072_000], scaling.larger[PROPOSAL][3_072_000]
     nats = [np.mean([run.test_nats for run in small]), large.test_nats]
     expected = np.mean(nats) - np.mean([run.test_nats for run in scaling.baseline[3_072_000]])
-    assert parameters == f"{math.expm1(expected):+.1%}", "20,000 is in the middle of 10,000 and 40,000, as a logarithm"
+    assert parameters.startswith(f"{math.expm1(expected):+.1%} ("), (
+        "20,000 is in the middle of 10,000 and 40,000, as a logarithm"
+    )
     assert private_bytes(large) > private_bytes(small[0])
 
 
@@ -140,6 +144,33 @@ def test_a_partial_record_says_what_is_not_measured(study, page):
     two = make_study(tokens_1m=study.group("tokens_1m"), tokens_3m=study.group("tokens_3m"))
     text = scaling_text(two)
     assert cells(text, PROPOSAL, table=1)[3] == "", "nothing is predicted from two numbers of tokens"
+
+
+def test_seeds_that_diverged_are_counted_in_the_open(study):
+    groups = {group: study.group(group) for group in study.groups if group.startswith("tokens_")}
+    lost = make_run(PROPOSAL, None, max_steps=1000, seed=7, resid_pdrop=0.0)
+    lost.tokens = 100  # where it ended
+    alone = make_run(PROPOSAL, None, max_steps=50_000, seed=0, resid_pdrop=0.0)
+    text = scaling_text(make_study(**groups | {"tokens_1m": [*groups["tokens_1m"], lost], "tokens_50m": [alone]}))
+    quality = cells(text, PROPOSAL)
+    assert quality[0].endswith("(1 of 4 diverged)") and quality[4] == "diverged"
+    assert cells(text, PROPOSAL, table=1)[4] == ""
+
+
+def test_a_difference_that_was_not_measured_is_not_shown(study):
+    groups = {group: study.group(group) for group in study.groups if group.startswith("tokens_")}
+    groups["tokens_3m"] = [run for run in groups["tokens_3m"] if run.notation == GPT2]
+    differences = cells(scaling_text(make_study(**groups)), PROPOSAL, table=1)
+    assert differences[0] and differences[1] == "" and differences[2]
+
+
+def test_steps_that_were_timed_on_two_machines_are_not_compared(study):
+    groups = {group: study.group(group) for group in study.groups if group != "pace"}
+    first = {(run.notation, run.settings["resid_pdrop"]): run for run in groups["tokens_1m"]}
+    pace = [timed(first[GPT2, 0.1], 0.3), timed(first[PROPOSAL, 0.0], 0.2, "another machine")]
+    text = scaling_text(make_study(**groups, pace=pace))
+    assert cells(text, PROPOSAL, table=2)[:3] == ["", "", ""]
+    assert "another machine" in text
 
 
 def test_pictures_are_drawn_of_whole_and_partial_records(study):
