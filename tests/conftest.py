@@ -25,7 +25,7 @@ LONG = (
     "entropy_gpt/test_quickstart.py",
     "test_documentation.py",
     "entropy_gpt/test_study.py",
-    "evaluation/private_inference/test_two_party.py",
+    "evaluation/private_inference/test_server_and_client.py",
     "entropy_gpt/test_push.py",
     "entropy_gpt/test_private.py",
     "modeling_entropy_gpt/test_modeling.py",

@@ -31,6 +31,13 @@ REPOSITORY = r"(?P<repo_id>[^/]+/[^/]+)"
 REVISION = r"(?P<revision>[^/]+)"
 
 
+def neutral_environment() -> dict[str, str]:
+    """This process's variables without those that would lead another one elsewhere."""
+    names = {name: name.upper() for name in os.environ}
+    astray = {name for name, upper in names.items() if upper.startswith(ASTRAY) or upper.endswith("_PROXY")}
+    return {name: value for name, value in os.environ.items() if name not in astray}
+
+
 class Refusal(Exception):
     """An answer that says no."""
 
@@ -153,10 +160,8 @@ class HubServer:
             token (`str`, *optional*): Whose it is; `None` is nobody's.
             more (`str`): Further variables.
         """
-        kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(ASTRAY)}
-        kept = {name: value for name, value in kept.items() if not name.upper().endswith("_PROXY")}
         own = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        return {**kept, **own, **({"HF_TOKEN": token} if token else {}), **more}
+        return {**neutral_environment(), **own, **({"HF_TOKEN": token} if token else {}), **more}
 
     def put_folder(self, repo_id: str, folder: Path, branch: str = "main", private: bool = False) -> str:
         """Makes a folder's files the next commit of a repository, and all that it holds. Returns the commit's hash."""

@@ -7,6 +7,7 @@ python -m entropy_gpt.evaluation.benchmarks.two_phases --redraw  the page anew f
 """
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,7 +71,7 @@ class Part:
 
     Args:
         cost ([`InferenceCost`]): Its steps.
-        peak_bytes (`list[int]`): Of memory, of the server's engine and of the client's.
+        peak_bytes (`list[int]`): Of memory, of the larger engine and of the smaller one.
         logits (`list[float]`): The answer, if it is one; not kept in the record.
         half_bytes (`list[int]`): On disk when it ended, of the server's halves of preparations and of the client's.
     """
@@ -88,10 +89,11 @@ class Record(StoredRecord):
 
     Args:
         parts (`dict[str, Part]`): "one phase", "before the prompt" and "after the prompt".
-        half_bytes (`list[int]`): What the preparation took on disk, of the server and of the client.
         difference, largest_logit (`float`): The largest difference of the two answers, and the first one's largest.
         same_token (`bool`): Whether their most likely tokens are the same.
-        decoding (`dict[str, Part]`): Of a block alone, the same for one more token, keys and values kept.
+        decoding (`dict[str, Part]`):
+            Of a block alone, one phase and "after the prompt", of one more token,
+            keys and values kept.
         git_revision (`str`, *optional*): Commit of this project.
         remark (`str`, *optional*): What else is to be known.
     """
@@ -100,7 +102,6 @@ class Record(StoredRecord):
     SCHEMA_VERSION: ClassVar[int] = 1
 
     parts: dict[str, Part]
-    half_bytes: list[int]
     difference: float
     largest_logit: float
     same_token: bool
@@ -119,12 +120,12 @@ def measure(offer: Offer, length: int, folder: Path | None, act: Callable[[Clien
         folder (`Path`, *optional*): Of both sides' halves.
         act (`Callable`): What the client does; given a callback of events too.
     """
-    engines = {process.pid for process in psutil.Process().children()}
+    engines = {process.pid for process in find_engines()}
     peaks: list[int] = []
 
     def note(event: dict):
         if event["event"] == "done":
-            found = [process for process in psutil.Process().children() if process.pid not in engines]
+            found = [process for process in find_engines() if process.pid not in engines]
             peaks.extend(sorted(map(peak_memory, found), reverse=True))
 
     with (
@@ -134,9 +135,14 @@ def measure(offer: Offer, length: int, folder: Path | None, act: Callable[[Clien
         outcome = act(client, note)
     terms = Terms(offer.config, offer.notation, offer.settings, "")
     cost = outcome.cost(terms, length, max(len(outcome.tokens), 1), NETWORKS[TWO_PARTY])
-    stores = [(folder or PARTS).glob(f"*-{rank}.half") for rank in (SERVER, CLIENT)]
-    halves = [sum(path.stat().st_size for path in store) for store in stores]
+    halves = [sum(path.stat().st_size for path in find_halves(folder, rank).values()) for rank in (SERVER, CLIENT)]
     return Part(cost, peaks, [float(number) for row in outcome.logits for number in row[-1]], halves)
+
+
+def find_engines() -> list[psutil.Process]:
+    """Those that this process has started, of both parties."""
+    children = psutil.Process().children()
+    return [process for process in children if any("party_process" in word for word in process.cmdline())]
 
 
 def peak_memory(process: psutil.Process) -> int:
@@ -155,13 +161,22 @@ def measure_all(sizes: dict[str, int], parts: Path, revision: str | None, decodi
         more = measure_parts(block, parts / "decoding", new_tokens=2)
     return Record(
         {name: replace(part, logits=[]) for name, part in found.items()},
-        found[BEFORE].half_bytes,
         float(np.abs(one - two).max()),
         float(np.abs(one).max()),
         bool(one.argmax() == two.argmax()),
-        {name: replace(part, logits=[], cost=take_last_token(part.cost)) for name, part in more.items()},
+        {
+            name: replace(part, logits=[], cost=take_last_token(part.cost))
+            for name, part in more.items()
+            if name != BEFORE  # that of all tokens is one
+        },
         revision,
     )
+
+
+def find_halves(folder: Path | None, rank: int) -> dict[str, Path]:
+    """A party's halves of preparations, by their names."""
+    end = f"-{rank}.half"
+    return {path.name.removesuffix(end): path for path in folder.glob(f"*{end}")} if folder else {}
 
 
 def take_last_token(cost: InferenceCost) -> InferenceCost:
@@ -179,8 +194,11 @@ def measure_parts(sizes: dict[str, int], parts: Path, new_tokens: int = 1) -> di
     length = LENGTH + 1 - new_tokens
     prompt = np.random.default_rng(0).integers(0, sizes["vocab_size"], length).tolist()
     folder = parts / "prepared"
-    if not [*folder.glob("*.half")] and not (parts / f"{AFTER}.json").exists():
-        (parts / f"{BEFORE}.json").unlink(missing_ok=True)  # it was used, and the answer did not come
+    whole = find_halves(folder, SERVER).keys() & find_halves(folder, CLIENT).keys()
+    if not whole and not (parts / f"{AFTER}.json").exists():
+        # Half of it was used, and the answer did not come.
+        shutil.rmtree(folder, ignore_errors=True)
+        (parts / f"{BEFORE}.json").unlink(missing_ok=True)
     acts = {
         ONE: (None, lambda client, note: client.ask(prompt, new_tokens, on_event=note)),
         BEFORE: (folder, lambda client, note: client.prepare(length, new_tokens, on_event=note)),
@@ -220,9 +238,9 @@ def page(record: Record | None) -> str:
         ("MB", *(f"{cost.total_bytes / MEGA:,.0f}" for cost in costs)),
         ("round trips", *(f"{cost.round_trips:,.0f}" for cost in costs)),
         ("seconds", *(f"{cost.seconds:,.0f}" for cost in costs)),
-        ("memory, server, GB", *(f"{part.peak_bytes[SERVER] / GIGA:.1f}" for part in (one, before, after))),
-        ("memory, client, GB", *(f"{part.peak_bytes[CLIENT] / GIGA:.1f}" for part in (one, before, after))),
-        ("half a preparation on disk, MB", "", "", " / ".join(f"{size / MEGA:,.0f}" for size in record.half_bytes)),
+        ("memory, larger engine, GB", *(f"{part.peak_bytes[0] / GIGA:.1f}" for part in (one, before, after))),
+        ("memory, smaller engine, GB", *(f"{part.peak_bytes[1] / GIGA:.1f}" for part in (one, before, after))),
+        ("half a preparation on disk, MB", "", "", " / ".join(f"{size / MEGA:,.0f}" for size in before.half_bytes)),
     ]
     both_bytes, both_seconds = (
         sum(getattr(cost, name) for cost in costs[1:]) / getattr(costs[0], name) for name in ("total_bytes", "seconds")

@@ -1,14 +1,16 @@
 """Commands in forks of a process that has imported what they need: as in processes of their own, without the start."""
 
+import fcntl
 import functools
 import json
 import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+
+from tests.hub_server import neutral_environment
 
 from . import warm_process
 
@@ -21,21 +23,27 @@ class Forks:
     """
     Runs commands in forks of one process, which all workers of a run share. Who needs it first starts it. It ends with
     who started it; others are served to their end.
+
+    Args:
+        path (`Path`): Where it listens.
     """
 
-    def __init__(self):
-        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
-        self._path = Path(gettempdir(), f"entropy-gpt-forks-{run}")
+    def __init__(self, path: Path):
         self._connection = socket.socket(socket.AF_UNIX)
-        while self._connection.connect_ex(str(self._path)) != 0:
-            self._start()
+        with Path(__file__).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # so that one worker at a time looks and starts
+            if self._connection.connect_ex(str(path)) != 0:
+                path.unlink(missing_ok=True)  # of a process that was killed
+                self._start(path)
+                self._connection.connect(str(path))
         self._answers = self._connection.makefile("r", encoding="utf-8")
 
-    def _start(self):
-        command = [sys.executable, "-m", warm_process.__name__, self._path]
-        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
-        while not self._path.exists() and self._process.poll() is None:
-            time.sleep(0.01)
+    def _start(self, path: Path):
+        command = [sys.executable, "-m", warm_process.__name__, path]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=neutral_environment(), **pipes)
+        if not self.process.stdout.readline():
+            raise RuntimeError(f"The warm process ended with {self.process.wait()} before it listened.")
 
     def __call__(
         self, *arguments, cwd: Path | None = None, env: dict[str, str] | None = None, draws: bool = True
@@ -87,7 +95,8 @@ class Forks:
 @functools.cache
 def shared_forks() -> Forks:
     """Those that all tests share."""
-    return Forks()
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+    return Forks(Path(gettempdir(), f"entropy-gpt-forks-{run}"))
 
 
 def run_command(*arguments, **options) -> subprocess.CompletedProcess:

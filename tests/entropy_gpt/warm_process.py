@@ -19,9 +19,15 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-from huggingface_hub import constants
+import datasets.config
+import transformers.utils.hub
+from huggingface_hub import constants, hf_api
 
 from entropy_gpt import programs, terminal, workflows
+
+
+# Modules that read variables when they are imported, in the order in which they depend on one another.
+READERS = (constants, transformers.utils.hub, datasets.config)
 
 
 def import_all():
@@ -30,13 +36,26 @@ def import_all():
             import_module(module.name)
 
 
+def read_variables():
+    """Where the Hub is and what is kept of it, as the variables say, wherever it was read when this was imported."""
+    for source in READERS:
+        former = dict(vars(source))
+        importlib.reload(source)
+        changed = {name for name in former if name.isupper() and former[name] != vars(source)[name]}
+        for module in list(sys.modules.values()):
+            for name in changed:
+                if vars(module).get(name) is former[name]:
+                    setattr(module, name, vars(source)[name])
+    hf_api.api.__init__()
+
+
 def run(
     module: str, arguments: list[str], folder: str, environment: dict[str, str], output: str, error: str, draws: bool
 ):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    importlib.reload(constants)  # where the Hub is and what is kept of it, as the variables say
+    read_variables()
     tempfile.tempdir = None
     writing = os.O_WRONLY | os.O_CREAT
     for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, writing), (2, error, writing)):
@@ -85,21 +104,23 @@ def serve(client: socket.socket):
 
 def main(path: str):
     with socket.socket(socket.AF_UNIX) as listener:
-        try:
-            listener.bind(path)
-        except OSError:
-            return  # another one was faster
-        try:
-            listener.listen()
-            import_all()
-            gc.freeze()  # forks do not go through what was imported when they collect garbage, and so do not copy it
-            while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
-                with listener.accept()[0] as client:
-                    if os.fork() == 0:
-                        listener.close()
-                        serve(client)
-        finally:
-            Path(path).unlink(missing_ok=True)
+        listener.bind(path)
+        listener.listen()
+        print("listening", flush=True)
+        import_all()
+        gc.freeze()  # forks do not go through what was imported when they collect garbage, and so do not copy it
+        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+            accept(listener)
+        Path(path).unlink(missing_ok=True)
+        while select.select([listener], [], [], 0)[0]:  # those who came before
+            accept(listener)
+
+
+def accept(listener: socket.socket):
+    with listener.accept()[0] as client:
+        if os.fork() == 0:
+            listener.close()
+            serve(client)
 
 
 if __name__ == "__main__":

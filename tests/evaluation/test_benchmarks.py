@@ -1,6 +1,7 @@
 """The benchmarks' records, and the pages made of them."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +75,8 @@ def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):
 
     costs = {two_phases.ONE: cost(10, 8.0), two_phases.BEFORE: cost(6, 7.0), two_phases.AFTER: cost(5, 1.0)}
     parts = {name: two_phases.Part(each, [2 * 10**9, 10**9], [], []) for name, each in costs.items()}
-    record = two_phases.Record(parts, [3 * 10**6, 4 * 10**6], 0.01, 5.0, True, dict(parts), "abc")
+    parts[two_phases.BEFORE].half_bytes = [3 * 10**6, 4 * 10**6]
+    record = two_phases.Record(parts, 0.01, 5.0, True, dict(parts), "abc")
     monkeypatch.setattr(two_phases, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(two_phases, "PICTURE", tmp_path / "picture.png")
     two_phases.write(record)
@@ -87,6 +89,25 @@ def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     record.save(tmp_path / "record.json")
     assert two_phases.Record.load(tmp_path / "record.json") == record
+
+
+@pytest.mark.parametrize(("left", "again"), [((), True), ((0,), True), ((1,), True), ((0, 1), False)])
+def test_a_preparation_of_which_a_half_was_used_is_made_anew(left, again, tmp_path, monkeypatch):
+    def take(parts, name, type_, measure):
+        if not (parts / f"{name}.json").exists():
+            measured.append(name)
+        return SimpleNamespace(cost=SimpleNamespace(total_bytes=0, seconds=0.0))
+
+    measured: list[str] = []
+    monkeypatch.setattr(two_phases, "measure_once", take)
+    (tmp_path / "prepared").mkdir()
+    for rank in left:
+        (tmp_path / "prepared" / f"{'0' * 32}-{rank}.half").touch()
+    for name in (two_phases.ONE, two_phases.BEFORE):
+        (tmp_path / f"{name}.json").touch()
+    two_phases.measure_parts(two_phases.QUICK_SIZES | {"n_layer": 1, "n_embd": 48}, tmp_path)
+    assert measured == [two_phases.BEFORE] * again + [two_phases.AFTER]
+    assert len([*tmp_path.rglob("*.half")]) == (0 if again else 2)
 
 
 def test_a_block_is_measured_for_its_last_token():

@@ -15,6 +15,7 @@ from modeling_entropy_gpt.entropy_regularization import (
     reduce_over_batch,
 )
 from tests.architectures import NO_DROPOUT, SIZES, make_model, make_tokens
+from tests.slow import slow_cases
 
 
 LAYERS, BATCH, HEADS, LENGTH = 3, 4, 2, 9
@@ -342,13 +343,14 @@ def test_without_the_penalty_in_the_loss_thresholds_have_a_gradient_of_zero(use_
         assert all(threshold.grad.eq(0).all() for threshold in thresholds)
 
 
-def test_the_penalty_steers_entropy_towards_the_threshold():
+@pytest.mark.parametrize(("layers", "steps"), [(1, 80), *slow_cases((2, 120))])
+def test_the_penalty_steers_entropy_towards_the_threshold(layers, steps):
     """Only the penalty is minimised; entropies that begin at the top and at the bottom have to meet the margin."""
     for temperature, threshold in ((30.0, 0.3), (0.02, 0.6)):
         model = make_model(
             "EReg(SM(t_h)+ScFuFFN)",
             **NO_DROPOUT,
-            n_layer=1,
+            n_layer=layers,
             temperature_init=temperature,
             entropy_threshold_init=threshold,
             entropy_penalty="head_mean",
@@ -357,7 +359,7 @@ def test_the_penalty_steers_entropy_towards_the_threshold():
         optimizer = torch.optim.Adam([block.attn.temperature.log_temperature for block in model.transformer.h], lr=0.1)
         tokens = make_tokens(4, SIZES["n_positions"])
         losses = []
-        for _ in range(80):
+        for _ in range(steps):
             losses.append(model(tokens, labels=tokens).entropy_loss)
             optimizer.zero_grad()
             losses[-1].backward()

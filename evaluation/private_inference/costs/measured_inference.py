@@ -15,9 +15,9 @@ from entropy_gpt.evaluation.private_inference.inference import (
     serve_on_loopback,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
-from entropy_gpt.evaluation.private_inference.parties.session import Outcome, Terms
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
-from entropy_gpt.evaluation.private_inference.parties.terms import Offer
+from entropy_gpt.evaluation.private_inference.parties.terms import Offer, Terms
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, Network
 from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps, check_config
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings

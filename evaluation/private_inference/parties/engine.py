@@ -22,7 +22,7 @@ from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, RING, Shape, Stock, count_step
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices, price_of
 from entropy_gpt.evaluation.private_inference.program.program import Step
-from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.two_phases import show
 
 from .shares import make_placeholder, read_content
@@ -31,7 +31,6 @@ from .shares import make_placeholder, read_content
 # With one squaring the engine's exp(x) is (1 + x / 2)^2: the way to its square, at 0.65 of a product's traffic, to
 # which no operation of JAX leads.
 SQUARE_BY_EXP = 1
-# The client is of rank 1 wherever there are two.
 LOG_TRIES, LOG_WAIT_S, LOG_PART_BYTES = 500, 0.01, 2**20
 SHOWN_PART_BYTES = 8 * 2**20
 LINK_TOTALS = re.compile(
@@ -257,7 +256,8 @@ class Party:
     Args:
         link: SPU's link to the other parties.
         settings ([`PrivateSettings`]): As the others'.
-        log ([`EngineLog`], *optional*): Where the engine says what it sends; without it bytes and messages are 0.
+        log ([`EngineLog`], *optional*):
+            Where the engine says what it sends. Without it bytes and messages are 0, but for what is shown.
     """
 
     def __init__(self, link, settings: PrivateSettings, log: "EngineLog | None" = None):
@@ -321,7 +321,7 @@ class Party:
             self.set_foreign(shown, share.shape, SERVER, RING)
             return share.nbytes, 0, len(places), 0
         if self.link.world_size > 1:
-            received = b"".join(self.link.recv(1 - SERVER) for _ in places)
+            received = b"".join(self.link.recv(CLIENT) for _ in places)
             if len(received) != share.nbytes:
                 raise PrivateInferenceError(f"the client shows {len(received):,} bytes instead of {share.nbytes:,}.")
             share = share + np.frombuffer(received, RING)

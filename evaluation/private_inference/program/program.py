@@ -423,7 +423,7 @@ def score(ops: Arithmetic, query, key):
 
 def whole_softmax(ops: Arithmetic, scores, per_row: bool):
     """As `jax.nn.softmax` of masked scores, with a division of every number or with one reciprocal for each row."""
-    visible = _visible(*scores.shape[1:])
+    visible = visible_keys(*scores.shape[1:])
     largest = ops.largest(ops.xp.where(visible, scores, MASKED_SCORE))
     exponentials = ops.exp(ops.xp.where(visible, scores - largest, 0.0))
     exponentials = ops.xp.where(visible, exponentials, 0.0)
@@ -450,7 +450,7 @@ def score_visible(ops: Arithmetic, query, key):
     """The scores of keys that their query may attend to, in one row a head: `(heads, visible)`."""
     scores = score(ops, query, key)
     heads, queries, keys = scores.shape
-    return scores.reshape(heads, queries * keys)[:, np.flatnonzero(_visible(queries, keys))]
+    return scores.reshape(heads, queries * keys)[:, np.flatnonzero(visible_keys(queries, keys))]
 
 
 def score_shifted(ops: Arithmetic, query, key, shift, start: int):
@@ -460,23 +460,23 @@ def score_shifted(ops: Arithmetic, query, key, shift, start: int):
 
 def score_visible_shifted(ops: Arithmetic, query, key, shift, start: int):
     """The same of keys that their query may attend to, in one row a head: `(heads, visible)`."""
-    rows = np.nonzero(_visible(query.shape[1], key.shape[1]))[0]
+    rows = np.nonzero(visible_keys(query.shape[1], key.shape[1]))[0]
     return score_visible(ops, query, key) + shift[:, start + rows]
 
 
 def visible_weights(ops: Arithmetic, visible, function: str, queries: int, keys: int):
     """Weights, before division, of visible scores `(heads, visible)`."""
-    return weigh_visible_scores(ops, visible, np.nonzero(_visible(queries, keys))[0], function)
+    return weigh_visible_scores(ops, visible, np.nonzero(visible_keys(queries, keys))[0], function)
 
 
 def whole_attention(ops: Arithmetic, scores, function: str, per_row: bool):
     """Attention weights of all scores `(heads, queries, keys)`."""
-    return whole_weights(ops, scores, _visible(*scores.shape[1:]), function, per_row)
+    return whole_weights(ops, scores, visible_keys(*scores.shape[1:]), function, per_row)
 
 
 def scale_scores(ops: Arithmetic, visible, inverse_temperature, queries: int, keys: int, early: int):
     """Visible scores, those of the `early` first rows times `(heads, positions)`, from the first query's position."""
-    mask, start = _visible(queries, keys), keys - queries
+    mask, start = visible_keys(queries, keys), keys - queries
     count = mask[:early].sum()
     scaled = _scale_early(ops, visible[:, :count], mask[:early], inverse_temperature[:, start : start + early])
     return ops.xp.concatenate([scaled, visible[:, count:]], axis=1)
@@ -484,7 +484,7 @@ def scale_scores(ops: Arithmetic, visible, inverse_temperature, queries: int, ke
 
 def subtract_maximum(ops: Arithmetic, visible, queries: int, keys: int):
     """Visible scores `(heads, visible)` less the largest one of their row."""
-    mask = _visible(queries, keys)
+    mask = visible_keys(queries, keys)
     return visible - _largest(ops, visible, mask.sum(axis=1))[:, np.nonzero(mask)[0]]
 
 
@@ -520,7 +520,7 @@ def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
 
 def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
-    exponentials = put_apart(ops, visible, _visible(queries, value.shape[1]))
+    exponentials = put_apart(ops, visible, visible_keys(queries, value.shape[1]))
     return weigh(ops, exponentials, value, is_causal=True), exponentials.sum(axis=-1, keepdims=True)
 
 
@@ -565,12 +565,12 @@ def sum_alternating(ops: Arithmetic, logits, count: int):
 
 def sum_rows(ops: Arithmetic, scores):
     """Sums of the visible scores of each row `(queries, heads)`."""
-    return ops.xp.where(_visible(*scores.shape[1:]), scores, 0.0).sum(axis=-1).T
+    return ops.xp.where(visible_keys(*scores.shape[1:]), scores, 0.0).sum(axis=-1).T
 
 
 def sum_visible_rows(ops: Arithmetic, visible, queries: int, keys: int):
     """The same of visible scores `(heads, visible)`."""
-    return put_apart(ops, visible, _visible(queries, keys)).sum(axis=-1).T
+    return put_apart(ops, visible, visible_keys(queries, keys)).sum(axis=-1).T
 
 
 def find_out_of_range(ops: Arithmetic, *tensors, attention_sums: int = 0):
@@ -590,7 +590,7 @@ def find_out_of_range(ops: Arithmetic, *tensors, attention_sums: int = 0):
     return ops.any_negative(ops.xp.concatenate(margins))
 
 
-def _visible(queries: int, keys: int) -> np.ndarray:
+def visible_keys(queries: int, keys: int) -> np.ndarray:
     """Which keys each of the last queries may attend to; public."""
     return np.tri(queries, keys, keys - queries, dtype=bool)
 

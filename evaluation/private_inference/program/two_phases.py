@@ -32,7 +32,7 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from .arithmetic import SLOTS, Arithmetic
 from .counting import RING, SHARED_BATCHES, CountingArithmetic, Shape, Stock, count_product, make_shape
 from .prices import load_prices, price_of
-from .program import ProgramConfig, Span, Step, build_steps, is_factor, put_apart
+from .program import ProgramConfig, Span, Step, build_steps, is_factor, put_apart, visible_keys
 from .settings import SERVER, PrivateSettings
 from .variables import client_rank, program_variables
 
@@ -81,12 +81,6 @@ class Demand:
     def tensors(self) -> int:
         """How many the second phase takes: the parts of masks of what is revealed, and the product."""
         return 1 if self.is_weight else len(self.parts) * len(self.masks) + 1
-
-    @property
-    def visible(self) -> np.ndarray:
-        """Where the first factor is not 0, if it is causal: `(queries, keys)`."""
-        queries, keys = self.left[-2:]
-        return np.tri(queries, keys, keys - queries, dtype=bool)
 
     @property
     def product(self) -> tuple[int, ...]:
@@ -348,7 +342,7 @@ def _join_masks(ops: Arithmetic, demand: Demand, tensors: Iterator) -> list:
     """The masks of a demand out of their parts, which come next."""
     masks = [functools.reduce(operator.add, (next(tensors) for _ in demand.parts)) for _ in demand.masks]
     if demand.is_causal:
-        masks[0] = ops.xp.where(demand.visible, masks[0], 0)
+        masks[0] = ops.xp.where(visible_keys(*demand.left[-2:]), masks[0], 0)
     return masks
 
 
@@ -583,7 +577,7 @@ class _User(_Intercepting):
         masks = [_cut(mask, factor.shape) for mask, factor in zip(masks, factors, strict=False)]
         masked = [factor - mask for factor, mask in zip(factors, masks, strict=False)]
         if is_causal:
-            visible = prepared.visible[first : first + len(masked[0][0])]
+            visible = visible_keys(*prepared.left[-2:])[first : first + len(masked[0][0])]
             masked[0] = masked[0].reshape(len(masked[0]), -1)[:, np.flatnonzero(visible)]
         differences = _split(ops.reveal(_flatten(ops, masked)), [tensor.shape for tensor in masked])
         if is_causal:

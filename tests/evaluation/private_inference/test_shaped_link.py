@@ -19,7 +19,7 @@ from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK,
 from entropy_gpt.evaluation.private_inference.program.cost import WAN, InferenceCost, Network, parse_network, project
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
-from .test_two_party import PROMPT, SECONDS, Served, make_offer, run_here, serve_until_killed, serving
+from .test_server_and_client import PROMPT, SECONDS, Served, make_offer, run_here, serve_until_killed, serving
 
 
 pytestmark = [pytest.mark.private, pytest.mark.slow]
