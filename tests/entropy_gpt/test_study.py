@@ -185,6 +185,40 @@ def test_a_plan_predicts_hours_by_steps_that_were_timed(text, tmp_path):
     assert "What is missing and was timed takes at most 1.0 hours of one core." in plan.stdout
 
 
+def test_what_was_timed_counts_until_it_is_timed_anew(text, tmp_path):
+    path, output = small_scaling(text, tmp_path), tmp_path / "scaling"
+    output.mkdir()
+    protocol = read_protocol(path)
+    record = Study(protocol.hash)
+    for run in (row.timed for row in protocol.rows if row.group == "smoke_pace"):
+        record.runs[run.name] = StudyRun(run.name, run.kind, run.settings, None, run.settings["notation"], 1000)
+    record.save(output / "study.json")
+    words = ("--protocol", path, "--only", "smoke_pace", "--output", output, "--hours", 0)
+    stopped = study(*words, "--time-again")
+    assert "Stopped after 0 hours, with 2 of 2 rows to go" in stopped.stdout
+    assert Study.load(output / "study.json").runs.keys() == record.runs.keys()
+    assert "2 rows are measured" in study(*words).stdout, "when all is done, no hours are missing"
+    assert not (output / "runs").exists(), "nothing is started after the deadline"
+
+
+def test_a_text_that_is_tested_on_is_looked_for_before_training(text, tmp_path):
+    protocol, output = tiny(text, tmp_path, release="0.1"), tmp_path / "study"
+    process = study("--protocol", protocol, "--output", output)
+    assert process.returncode == 1
+    assert "The study tests on networkx 0.1, and 3.6.1 is installed" in process.stderr
+    assert not (output / "runs").exists()
+
+
+def test_runs_on_another_list_of_packages_are_refused(text, tmp_path):
+    protocol, output = tiny(text, tmp_path), tmp_path / "study"
+    output.mkdir()
+    run = StudyRun("a run", TIMED, {}, None, "SM", 1)
+    Study("sha256:0", {run.name: run}, pins="sha256:another").save(output / "study.json")
+    process = study("--protocol", protocol, "--output", output, "--dry-run")
+    assert process.returncode == 1
+    assert "were trained on the packages of another list (sha256:another, and none now)" in process.stderr
+
+
 def test_a_tokenizer_of_another_study_is_refused(text, tmp_path):
     protocol, output = tiny(text, tmp_path), tmp_path / "study"
     output.mkdir()
