@@ -227,7 +227,7 @@ def ask(
         float, typer.Option(min=0, help="Draw tokens at this temperature; at 0, take the most likely ones.")
     ] = 0.0,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Draw among so many of the most likely tokens alone. Needs logits.")
+        int | None, typer.Option(min=1, help="Draw among this number of the most likely tokens. Needs logits.")
     ] = None,
     top_p: Annotated[
         float,

@@ -71,7 +71,7 @@ class Part:
 
     Args:
         cost ([`InferenceCost`]): Its steps.
-        peak_bytes (`list[int]`): Of memory, of the larger engine and of the smaller one.
+        peak_bytes (`list[int]`): Peak memory of the larger engine and of the smaller one.
         logits (`list[float]`): The answer, if it is one; not kept in the record.
         half_bytes (`list[int]`): On disk when it ended, of the server's halves of preparations and of the client's.
     """
@@ -92,8 +92,8 @@ class Record(StoredRecord):
         difference, largest_logit (`float`): The largest difference of the two answers, and the first one's largest.
         same_token (`bool`): Whether their most likely tokens are the same.
         decoding (`dict[str, Part]`):
-            Of a block alone, one phase and "after the prompt", of one more token,
-            keys and values kept.
+            One more token of a block alone, keys and values kept: in one phase, and
+            after the prompt.
         git_revision (`str`, *optional*): Commit of this project.
         remark (`str`, *optional*): What else is to be known.
     """
@@ -117,7 +117,7 @@ def measure(offer: Offer, length: int, folder: Path | None, act: Callable[[Clien
     Args:
         offer ([`Offer`]): Of the server.
         length (`int`): Tokens of the prompt.
-        folder (`Path`, *optional*): Of both sides' halves.
+        folder (`Path`, *optional*): Where both sides keep their halves.
         act (`Callable`): What the client does; given a callback of events too.
     """
     engines = {process.pid for process in find_engines()}

@@ -160,7 +160,7 @@ def tell_apart(curve: Curve, other: Curve) -> tuple[np.ndarray, np.ndarray]:
 def find_crossing(curve: Curve, other: Curve) -> Crossing | None:
     """
     The place where a curve that is below another comes to be above it, or the reverse, on lines in the logarithm of
-    tokens; `None` if intervals don't tell that it is on one side first and on the other then.
+    tokens; `None` if intervals don't show that it is on one side first and on the other then.
     """
     _, sides = tell_apart(curve, other)
     sure = sides[sides != 0]

@@ -414,7 +414,7 @@ def _crossing_cell(curve: Curve, baseline: Curve) -> str:
         return ""
     tokens, sides = tell_apart(curve, baseline)
     if (crossing := find_crossing(curve, baseline)) is None:
-        words = {frozenset({-1}): "throughout", frozenset({1}): "nowhere", frozenset({0}): "not told apart"}
+        words = {frozenset({-1}): "throughout", frozenset({1}): "nowhere", frozenset({0}): "level"}
         return words.get(frozenset(sides.tolist()), "not settled")
     found = interval(crossing.tokens)
     low, middle, high = (_place(place, tokens) for place in (found.low, found.middle, found.high))

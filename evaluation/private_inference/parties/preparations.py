@@ -3,7 +3,7 @@ A party's halves of preparations, kept in a folder until they are used, once.
 
 A half is a seed, of which the party's parts of all masks are drawn, and its shares of the products. Both parties draw
 a preparation's name. A half is written whole or not at all, and is renamed, durably, before anything of it is used.
-Names of used ones are listed in a file beside the folder, by the identity that the folder's copies share: what a copy
+Names of used ones are listed in a file next to the folder, by the identity that the folder's copies share: what a copy
 brings back is refused.
 """
 
@@ -38,7 +38,7 @@ from .channel import NO_HALF
 from .engine import engine_versions
 
 
-# Of a half: its file, and what its numbers mean.
+# The version of a half's file, and of what its numbers mean.
 FORMAT = 3
 SEED_BYTES, NAME_BYTES, HASH_BYTES = 32, 16, 32
 NAME = re.compile(f"[0-9a-f]{{{2 * NAME_BYTES}}}")
@@ -134,7 +134,7 @@ class Store:
 
     Attributes:
         identity (`str`): Random, for [`name_store`]; the same in copies of the folder.
-        used (`Path`): The list of used names, beside the folder.
+        used (`Path`): The list of used names, next to the folder.
 
     Raises:
         `MachineError`: If the folder or its list can't be used, or the list is not there.
