@@ -40,7 +40,6 @@ PROMPTS = (
     "raise ",
     "    def ",
     "while ",
-    "with ",
 )
 # The events at which clients are killed.
 KILLED = ("accepted", "step", "token")

@@ -96,6 +96,7 @@ def test_a_token_is_asked_for(browser, with_twin, model):
     with gateway(model, with_twin.server, token=TOKEN) as guarded:
         browser.open(f"http://127.0.0.1:{guarded.port}/", 1000)
         assert eventually(browser, "!document.getElementById('key-label').hidden")
+        assert eventually(browser, "document.getElementById('error').innerText")
         assert "the token is missing or wrong" in shown(browser, "error")
         browser.call("Input.insertText", text=TOKEN)
         press(browser, "Enter", CONTROL)
