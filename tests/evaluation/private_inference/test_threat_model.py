@@ -173,7 +173,7 @@ class TestEngine:
 
             monkeypatch.setattr(engine, "runtime_config", config_for)
             sent.append(run_parties(settings, compare)[SERVER])
-        # Threads of a busy machine use instances in another order. A set-up for each would take half as many bytes more.
+        # Threads of a busy machine use instances in another order. A set-up for each would take half as much more.
         assert sent[1] == pytest.approx(sent[0], rel=0.1)
 
 
