@@ -126,8 +126,8 @@ def _run_app() -> int:
         return _complain(" ".join(["interrupted.", *interruption.args]), INTERRUPTED)
     except typer.TyperException as wrong_usage:
         if message := wrong_usage.format_message():  # none where the help is shown for want of a subcommand
-            plain = message.replace("Value error, ", "")  # a word of pydantic's
-            return _complain(f"{plain} (entropy-gpt --help shows more)", wrong_usage.exit_code)
+            message = _name_value(message, wrong_usage.__cause__)
+            return _complain(f"{message} (entropy-gpt --help shows more)", wrong_usage.exit_code)
         return wrong_usage.exit_code
     except ModuleNotFoundError as missing:
         return _complain(missing_package("this command", missing, _likely_extra()))
@@ -138,6 +138,15 @@ def _run_app() -> int:
         if isinstance(failure, UserError):
             failure.in_python = ""
         return _complain(" ".join([str(failure), *_notes(error)]))
+
+
+def _name_value(message: str, cause: BaseException | None) -> str:
+    """pydantic's message of an option's value, with the value."""
+    from pydantic import ValidationError
+
+    if isinstance(cause, ValidationError) and "Input should be" in message:
+        return f"{message}; it is {cause.errors()[0]['input']!s:.80}"
+    return message.replace("Value error, ", "")  # a word of pydantic's
 
 
 def _complain(message: str, status: int = 1) -> int:

@@ -38,7 +38,7 @@ class PrivateAnswer(StoredRecord):
     text: str
     check: AnswerCheck | None
     seconds: float
-    cost: InferenceCost
+    cost: InferenceCost = field(repr=False)
     repeats: int = 0
     tokens: list[int] = field(default_factory=list)
 

@@ -39,8 +39,8 @@ def run(*arguments):
     [
         (["quikstart"], "Did you mean 'quickstart'?"),
         (["quickstart", "--stps", "3"], "--steps"),
-        (["quickstart", "--steps", "0"], "'--steps'"),
-        (["quickstart", "--steps", "many"], "'--steps'"),
+        (["quickstart", "--steps", "0"], "'--steps': Input should be greater than or equal to 1; it is 0 ("),
+        (["quickstart", "--steps", "many"], "unable to parse string as an integer; it is many ("),
         (["quickstart", "--seed", "-1"], "'--seed'"),
         (["quickstart", "somewhere"], "somewhere"),
     ],
