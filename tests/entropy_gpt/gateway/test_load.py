@@ -239,7 +239,7 @@ def test_every_honest_client_has_its_answer(model, certificates, clear):
         assert answers == [clear(prompt, 2)[0][-2:] for prompt in PROMPTS]
         assert "waiting" in waited
         assert load.children == WORKERS
-        assert before + WORKERS * engine - MORE_MEMORY < load.peak < before + WORKERS * engine + MORE_MEMORY
+        assert before + engine < load.peak < before + WORKERS * engine + MORE_MEMORY  # not all are largest at once
         assert eventually(lambda: not server.children() and server.num_fds() <= descriptors)
         assert held(server) < before + MORE_MEMORY
         assert state(lines) == {"status": "ok", "workers": WORKERS, "active": 0, "waiting": 0}
