@@ -142,10 +142,11 @@ def _run_app() -> int:
 
 def _name_value(message: str, cause: BaseException | None) -> str:
     """pydantic's message of an option's value, with the value."""
-    from pydantic import ValidationError
+    if "Input should be" in message:
+        from pydantic import ValidationError  # here, so that other mistakes are said without it
 
-    if isinstance(cause, ValidationError) and "Input should be" in message:
-        return f"{message}; it is {cause.errors()[0]['input']!s:.80}"
+        if isinstance(cause, ValidationError):
+            return f"{message}; it is {cause.errors()[0]['input']!s:.80}"
     return message.replace("Value error, ", "")  # a word of pydantic's
 
 
