@@ -55,7 +55,7 @@ def log_sum_weight(run: StudyRun) -> float:
 
 
 def rungs(study: Study, groups: Sequence[str]) -> list[list[StudyRun]]:
-    """Runs by seeds: those of one architecture, function and penalty, beside those of the same architecture."""
+    """Runs by seeds: those of one architecture, function and penalty; those of an architecture follow each other."""
     found: dict[tuple, list[StudyRun]] = {}
     for run in study.group(*groups):
         found.setdefault((architecture_of(run), function_of(run), log_sum_weight(run)), []).append(run)
@@ -167,7 +167,7 @@ def ladder_text(study: Study) -> str:
         (run, *_) = study.group(*HEALED)
         parts += [
             "## Converted and healed\n",
-            f"From the `SM+LN+G` of the same seed, healed for {run.settings['heal_steps']:,} steps with distillation.\n",
+            f"From `SM+LN+G` of the same seed, healed for {run.settings['heal_steps']:,} steps with distillation.\n",
             quality_table(study, HEALED) + "\n",
         ]
     if is_drawn(study):

@@ -351,7 +351,7 @@ def write_scaling(record: Path = SCALING_RECORD, page: Path = PAGE, pictures: Pa
 
 def write_ladder(record: Path = LADDER_RECORD, page: Path = LADDER_PAGE):
     """
-    The same for the functions without a maximum, on a page of their own, with its picture beside it.
+    The same for the functions without a maximum, on a page of their own, with its picture in the same folder.
 
     Raises:
         `ValueError`: If the record can't be read, or the page has no place for it.
