@@ -14,7 +14,7 @@ from .paths import read_path
 
 
 PROTOCOLS = Path(__file__).parents[1] / "programs" / "study" / "protocols"
-ARCHITECTURES, SCALING = "study", "scaling"
+ARCHITECTURES, SCALING, LADDER = NAMED = ("study", "scaling", "ladder")
 
 
 def study(
@@ -23,7 +23,7 @@ def study(
         typer.Option(
             metavar="NAME|FILE",
             help="What is trained, converted and asked, with what: 'study', 'scaling' (at up to thirty times the "
-            "tokens), or a YAML file.",
+            "tokens), 'ladder' (attention without a maximum), or a YAML file.",
         ),
     ] = ARCHITECTURES,
     only: Annotated[
@@ -74,4 +74,4 @@ def study(
 def find_protocol(name: str) -> Path:
     """The file of a protocol that comes with the package, or of that name."""
     named = PROTOCOLS / f"{name}.yaml"
-    return named if name in (ARCHITECTURES, SCALING) else read_path(Path(name))
+    return named if name in NAMED else read_path(Path(name))
