@@ -331,7 +331,7 @@ def test_a_dry_run_writes_nothing(text, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("--only", "nothing"), "--only nothing: no group's name begins so. There are one."),
+        (("--only", "nothing"), "--only nothing: no group's name begins like that. There are one."),
         (("--protocol", "no.yaml"), "There is no no.yaml"),
         (("--workers", "0"), "--workers"),
     ],

@@ -116,7 +116,7 @@ def test_what_a_group_depends_on_is_selected_with_it(protocol):
     assert {row.settings["notation"] for row in rows} == {"SM"}
     both = {row.group for row in protocol.select(["conv", "answered"])}
     assert both == {*(row.group for row in protocol.select(["conv"])), "answered"}
-    with pytest.raises(UserError, match="--only conversions: no group's name begins so"):
+    with pytest.raises(UserError, match="--only conversions: no group's name begins like that"):
         protocol.select(["ladder", "conversions"])
 
 
