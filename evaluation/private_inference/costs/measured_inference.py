@@ -15,6 +15,7 @@ from entropy_gpt.evaluation.private_inference.inference import (
     serve_on_loopback,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer, Terms
@@ -120,7 +121,7 @@ class Inference:
     ) -> InferenceCost:
         prompt = np.random.default_rng(0).integers(0, self.config.vocab_size, self.context).tolist()
         with contextlib.closing(Client(*address, None, timeout_seconds)) as client:
-            outcome = client.ask(prompt, new_tokens, on_event=on_event)
+            outcome = client.ask(Question(prompt, new_tokens), on_event)
         return self._record(outcome, new_tokens)
 
     def load_measured(self, path: Path) -> InferenceCost | None:
