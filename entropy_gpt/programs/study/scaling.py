@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config
-from entropy_gpt.evaluation.private_inference.program.program import Span
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.records.conditions import describe_origins
 from entropy_gpt.evaluation.showing.comparison_plots import number_plainly
 from entropy_gpt.evaluation.showing.markdown import fold_away, markdown_table

@@ -21,8 +21,9 @@ from pydantic import TypeAdapter
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, build_steps, tables_bytes
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, build_steps, tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 
 from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
