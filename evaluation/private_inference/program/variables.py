@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from .counting import Shape, make_shape
-from .program import EMBEDDINGS, LOGITS, NOISE, TOKEN, TOKENS, ProgramConfig, Span, weight_shapes
+from .program import EMBEDDINGS, LOGITS, NOISE, TOKEN, TOKENS, ProgramConfig, weight_shapes
 from .settings import PARTIES, SERVER, PrivateSettings
+from .steps import Span
 
 
 def client_rank(settings: PrivateSettings) -> int:
