@@ -223,10 +223,22 @@ def emulate(
     Raises:
         `PrivateInferenceError`: As [`build_steps`].
     """
+    return emulate_variables(config, weights, settings, tokens, answers, seed)[LOGITS]
+
+
+def emulate_variables(
+    config: EntropyGPTConfig,
+    weights: dict[str, np.ndarray],
+    settings: PrivateSettings,
+    tokens: np.ndarray,
+    answers: int = 1,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """All variables of a private inference; arguments as of [`emulate`]."""
     ops = FixedPointArithmetic(settings, seed)
     steps = build_steps(config, settings, Span(0, len(tokens), answers))
     variables = {**weights, **_inputs(config, weights, settings, tokens, answers)}
-    return run_steps(steps, ops, {name: ops.encode(value) for name, value in variables.items()})[LOGITS]
+    return run_steps(steps, ops, {name: ops.encode(value) for name, value in variables.items()})
 
 
 def exact_logits(
