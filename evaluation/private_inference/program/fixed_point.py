@@ -192,7 +192,11 @@ class FixedPointArithmetic(CheapArithmetic):
     def _wrap(self, tensor, bits: int):
         """Numbers modulo the ring, of which `bits` are left for them."""
         modulus = 2.0**bits / self._one
-        self._count_overflows(np.abs(tensor) >= modulus * 2.0 ** (SAFE_BITS - RING_BITS))
+        limit = modulus * 2.0 ** (SAFE_BITS - RING_BITS)
+        size = np.abs(tensor)
+        if size.max(initial=0.0) < limit:
+            return tensor
+        self._count_overflows(size >= limit)
         return tensor - modulus * np.round(tensor / modulus)
 
     def _count_overflows(self, found):
