@@ -122,7 +122,7 @@ def test_eager_and_sdpa_train_alike(notation, padding):
 @pytest.mark.parametrize("stance", slow_but(("force_eager",), ("force_eager", "default")))
 @representatives
 def test_flex_and_sdpa_agree(notation, stance):
-    """Uncompiled, it computes the same from the same masks; the default tests leave out the compiler, which takes long."""
+    """The default tests leave out the compiler, which takes most of a minute: the masks are the same without it."""
     model = make_model(notation, **FEW)
     inputs = pad(make_tokens(), "left")
     valid = inputs["attention_mask"].bool()
