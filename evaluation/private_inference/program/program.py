@@ -36,6 +36,8 @@ from .settings import PrivateSettings
 
 # Below any score, in the search for the largest of a row: it is compared, and nothing else.
 MASKED_SCORE = -(2.0**20)
+# Queries whose heads are multiplied as one matrix: of more, the zeros between heads take more than they save.
+MOST_SPREAD = 16
 # Rows of an embedding table in one product.
 MOST_EMBEDDED = 4096
 # As the model's layers have them, which an engine's process does not import: that would take seconds and torch.
@@ -272,13 +274,13 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
     if config.attention_function != "softmax":
         yield from _attend_without_maximum(config.attention_function, settings, span, queries, layer)
     elif settings.softmax != "efficient":
-        yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
+        yield Step("scores", layer, _as_one(score, span), ("queries", name + "keys"), ("scores",))
         yield Step("check", layer, sum_rows, ("scores",), (checked,))
         whole = partial(whole_softmax, per_row=settings.softmax == "tuned")
         yield Step("softmax", layer, whole, ("scores",), ("weights",))
-        yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
+        yield Step("values", layer, _as_one(weigh_and_merge, span), ("weights", name + "values"), ("attended",))
     else:
-        yield Step("scores", layer, score_visible, ("queries", name + "keys"), ("visible",))
+        yield Step("scores", layer, _as_one(score_visible, span), ("queries", name + "keys"), ("visible",))
         rows = {"queries": queries, "keys": span.end}
         yield Step("check", layer, partial(sum_visible_rows, **rows), ("visible",), (checked,))
         if early:
@@ -286,7 +288,7 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
             yield Step("temperatures", layer, scale, ("visible", *temperatures), ("visible",))
         yield Step("maximum", layer, partial(subtract_maximum, **rows), ("visible",), ("visible",))
         yield Step("exponential", layer, exponentiate, ("visible",), ("visible",))
-        weigh = partial(weigh_visible, queries=queries)
+        weigh = _as_one(partial(weigh_visible, queries=queries), span)
         yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))
         divide = partial(divide_and_merge, keys=span.end)
         yield Step("division", layer, divide, ("attended", "sums"), ("attended",))
@@ -298,19 +300,24 @@ def _attend_without_maximum(function: str, settings, span: Span, queries: int, l
     name, start, checked = f"h.{layer}.", span.end - queries, sums_name(scores_name(layer))
     inputs = ("queries", name + "keys", name + "shift")
     if settings.softmax != "efficient":
-        yield Step("scores", layer, partial(score_shifted, start=start), inputs, ("scores",))
+        yield Step("scores", layer, _as_one(partial(score_shifted, start=start), span), inputs, ("scores",))
         yield Step("check", layer, sum_rows, ("scores",), (checked,))
         whole = partial(whole_attention, function=function, per_row=settings.softmax == "tuned")
         yield Step("attention function", layer, whole, ("scores",), ("weights",))
-        yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
+        yield Step("values", layer, _as_one(weigh_and_merge, span), ("weights", name + "values"), ("attended",))
         return
-    yield Step("scores", layer, partial(score_visible_shifted, start=start), inputs, ("visible",))
+    yield Step("scores", layer, _as_one(partial(score_visible_shifted, start=start), span), inputs, ("visible",))
     yield Step("check", layer, partial(sum_visible_rows, queries=queries, keys=span.end), ("visible",), (checked,))
     weights = partial(visible_weights, function=function, queries=queries, keys=span.end)
     yield Step("attention function", layer, weights, ("visible",), ("visible",))
-    weigh = partial(weigh_visible, queries=queries)
+    weigh = _as_one(partial(weigh_visible, queries=queries), span)
     yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", name + "sums"))
     yield Step("division", layer, divide_widely_and_merge, ("attended", name + "sums"), ("attended",))
+
+
+def _as_one(function: Callable, span: Span) -> Callable:
+    """A product of all heads, as one for a few queries of tokens whose keys before are kept."""
+    return partial(function, as_one=True) if span.start and 1 < span.length <= MOST_SPREAD else function
 
 
 def _norm(config, layer: int) -> tuple[str, list[Step]]:
@@ -410,15 +417,15 @@ def scale_queries(ops: Arithmetic, query, inverse_temperature, start: int, early
     return ops.xp.concatenate([query[:, :early], scaled], axis=1) if early else scaled
 
 
-def score(ops: Arithmetic, query, key):
+def score(ops: Arithmetic, query, key, as_one: bool = False):
     """Scores `(heads, queries, keys)`. Those of one query are one product: a product has a price of its own."""
     heads, queries, size = query.shape
-    if queries > 1:
+    if queries > 1 and not as_one:
         return ops.matmul(query, key.swapaxes(1, 2))
-    # Row h holds the query of head h in the columns of head h.
-    spread = ops.xp.where(np.eye(heads, dtype=bool)[:, :, None], query.swapaxes(0, 1), 0.0)
+    # The rows of head h hold its queries in the columns of head h.
+    spread = ops.xp.where(np.eye(heads, dtype=bool)[:, None, :, None], query[:, :, None], 0.0)
     stacked = key.swapaxes(1, 2).reshape(heads * size, -1)
-    return ops.matmul(spread.reshape(heads, heads * size), stacked)[:, None]
+    return ops.matmul(spread.reshape(heads * queries, heads * size), stacked).reshape(heads, queries, -1)
 
 
 def whole_softmax(ops: Arithmetic, scores, per_row: bool):
@@ -431,37 +438,37 @@ def whole_softmax(ops: Arithmetic, scores, per_row: bool):
     return ops.multiply(exponentials, ops.reciprocal(sums)) if per_row else ops.divide(exponentials, sums)
 
 
-def weigh_and_merge(ops: Arithmetic, weights, value):
-    return _merge(weigh(ops, weights, value))
+def weigh_and_merge(ops: Arithmetic, weights, value, as_one: bool = False):
+    return _merge(weigh(ops, weights, value, as_one=as_one))
 
 
-def weigh(ops: Arithmetic, weights, value, is_causal: bool = False):
+def weigh(ops: Arithmetic, weights, value, is_causal: bool = False, as_one: bool = False):
     """Sums of values `(heads, queries, head size)`, for one query in one product."""
     heads, queries, keys = weights.shape
-    if queries > 1:
+    if queries > 1 and not as_one:
         return ops.causal_matmul(weights, value) if is_causal else ops.matmul(weights, value)
     size = value.shape[-1]
     all_values = value.swapaxes(0, 1).reshape(keys, heads * size)
-    every_pair = ops.matmul(weights[:, 0], all_values).reshape(heads, heads, size)
-    return every_pair[np.arange(heads), np.arange(heads)][:, None]
+    every_pair = ops.matmul(weights.reshape(heads * queries, keys), all_values).reshape(heads, queries, heads, size)
+    return every_pair[np.arange(heads), :, np.arange(heads)]
 
 
-def score_visible(ops: Arithmetic, query, key):
+def score_visible(ops: Arithmetic, query, key, as_one: bool = False):
     """The scores of keys that their query may attend to, in one row a head: `(heads, visible)`."""
-    scores = score(ops, query, key)
+    scores = score(ops, query, key, as_one)
     heads, queries, keys = scores.shape
     return scores.reshape(heads, queries * keys)[:, np.flatnonzero(visible_keys(queries, keys))]
 
 
-def score_shifted(ops: Arithmetic, query, key, shift, start: int):
+def score_shifted(ops: Arithmetic, query, key, shift, start: int, as_one: bool = False):
     """Scores `(heads, queries, keys)` with what is added to those of each head and position, from `start` on."""
-    return score(ops, query, key) + shift[:, start : start + query.shape[1], None]
+    return score(ops, query, key, as_one) + shift[:, start : start + query.shape[1], None]
 
 
-def score_visible_shifted(ops: Arithmetic, query, key, shift, start: int):
+def score_visible_shifted(ops: Arithmetic, query, key, shift, start: int, as_one: bool = False):
     """The same of keys that their query may attend to, in one row a head: `(heads, visible)`."""
     rows = np.nonzero(visible_keys(query.shape[1], key.shape[1]))[0]
-    return score_visible(ops, query, key) + shift[:, start + rows]
+    return score_visible(ops, query, key, as_one) + shift[:, start + rows]
 
 
 def visible_weights(ops: Arithmetic, visible, function: str, queries: int, keys: int):
@@ -518,10 +525,10 @@ def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
     return tensor
 
 
-def weigh_visible(ops: Arithmetic, visible, value, queries: int):
+def weigh_visible(ops: Arithmetic, visible, value, queries: int, as_one: bool = False):
     """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
     exponentials = put_apart(ops, visible, visible_keys(queries, value.shape[1]))
-    return weigh(ops, exponentials, value, is_causal=True), exponentials.sum(axis=-1, keepdims=True)
+    return weigh(ops, exponentials, value, is_causal=True, as_one=as_one), exponentials.sum(axis=-1, keepdims=True)
 
 
 def put_apart(ops: Arithmetic, numbers, mask: np.ndarray):

@@ -457,13 +457,13 @@ def test_answers_out_of_range_count_against_what_a_client_may_ask_for(served):
     with serving(offer, [], limits=replace(UNLIMITED, answers=2)) as strict:
         with pytest.raises(
             PrivateInferenceError,
-            match=r"^the peer refuses: an answer was out of range, and to .*: 2 "
-            r"is the most here, with those that are repeated \(--max-new-tokens\)\.$",
+            match=r"^the peer refuses: this answer would take 3 positions: 2 is the most here, with those of wrong "
+            r"drafts and those that are computed again, out of range \(--max-new-tokens\)\.$",
         ):
             ask(strict, 1)
-        assert strict.said("2 is the most here, with those that are repeated", 10)
+        assert strict.said("2 is the most here, with those of wrong drafts", 10)
     assert sum("out of range, and has it repeated" in line for line in strict.lines) == 2
-    assert [use.positions for use in strict.server._accounts._uses["127.0.0.1"]] == [3]
+    assert [use.positions for use in strict.server._accounts._uses["127.0.0.1"]] == [2]
 
 
 @pytest.mark.slow
