@@ -19,18 +19,15 @@ from entropy_gpt.evaluation.private_inference.parties.health import Health
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.server import Server, json_line
 from entropy_gpt.evaluation.private_inference.program.cost import (
-    LAN,
     MEGA,
     TABLE_COLUMNS,
-    WAN,
-    Network,
     before_by_operation,
     by_operation,
-    parse_network,
     project,
     set_up_by_operation,
     table_rows,
 )
+from entropy_gpt.evaluation.private_inference.program.networks import LAN, WAN, Network, parse_network
 from entropy_gpt.evaluation.private_inference.program.settings import TRUST
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.results import save_results

@@ -30,9 +30,9 @@ from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY
 from entropy_gpt.evaluation.private_inference.parties.slow_link import SlowLink
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost, parse_network
-from entropy_gpt.evaluation.private_inference.program.program import Span
 from entropy_gpt.evaluation.private_inference.program.range_audit import bound
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import list_settings
 from entropy_gpt.evaluation.showing.markdown import markdown_table

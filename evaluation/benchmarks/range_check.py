@@ -32,10 +32,10 @@ from entropy_gpt.evaluation.private_inference.detection import (
     measure_false_alarms,
 )
 from entropy_gpt.evaluation.private_inference.parties.engine import engine_versions
-from entropy_gpt.evaluation.private_inference.program.program import Span
 from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences
 from entropy_gpt.evaluation.private_inference.program.range_report import LARGEST_MARGIN, tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import list_settings
 from entropy_gpt.evaluation.records.results import RESULTS, load_results

@@ -19,17 +19,15 @@ from .program.fixed_point import FixedPointArithmetic
 from .program.program import (
     CHECKED,
     LOGITS,
-    Span,
-    Step,
     bounds_name,
     build_steps,
     find_out_of_range,
-    run_steps,
     scores_name,
     sum_alternating,
     sum_neighbours,
 )
 from .program.settings import RING_BITS, PrivateSettings
+from .program.steps import Span, Step, run_steps
 from .program.variables import client_inputs
 
 

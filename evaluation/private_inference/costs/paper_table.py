@@ -11,15 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from entropy_gpt.evaluation.private_inference.program.cost import (
-    LAN,
-    MEGA,
-    WAN,
-    InferenceCost,
-    Network,
-    StepCost,
-    project,
-)
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost, StepCost, project
+from entropy_gpt.evaluation.private_inference.program.networks import LAN, WAN, Network
 from entropy_gpt.evaluation.private_inference.program.program import tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.records.conditions import describe_origin

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.program.program import Span
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 
 from .sampling import Sampling
 

@@ -21,8 +21,8 @@ from entropy_gpt.evaluation.private_inference.program.arithmetic import CheapAri
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, RING, Shape, Stock, count_step
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices, price_of
-from entropy_gpt.evaluation.private_inference.program.program import Step
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Step
 from entropy_gpt.evaluation.private_inference.program.two_phases import show
 
 from .shares import make_placeholder, read_content

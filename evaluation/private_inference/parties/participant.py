@@ -8,14 +8,9 @@ import numpy as np
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import RING, make_shape
-from entropy_gpt.evaluation.private_inference.program.program import (
-    ProgramConfig,
-    Span,
-    Step,
-    build_steps,
-    weight_shapes,
-)
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, build_steps, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, Step
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import (
     client_rank,

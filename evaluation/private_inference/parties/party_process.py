@@ -31,11 +31,11 @@ from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.program import (
     OUT_OF_RANGE,
     ProgramConfig,
-    Span,
     tables_bytes,
     weight_shapes,
 )
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_inputs
 

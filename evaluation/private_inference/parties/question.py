@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, build_steps
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 
 from .drafts import Drafts
 from .sampling import GREEDY, MOST_TEMPERATURE, Sampling

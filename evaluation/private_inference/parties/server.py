@@ -20,8 +20,9 @@ from pathlib import Path
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 
 from .channel import NO_HALF, TURN_OVER, Channel, ClosedError, Listener, TLSFiles, one_line, shut_down
 from .drafts import least_positions

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arithmetic import HALVES, SLOTS, CheapArithmetic
-from .program import Step
 from .settings import SERVER, PrivateSettings
+from .steps import Step
 
 
 # What bytes are counted in. Ciphertexts of products of matrices: those that one party sends, and the answers, of which

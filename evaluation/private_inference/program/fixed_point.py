@@ -9,8 +9,9 @@ from modeling_entropy_gpt import EntropyGPTConfig
 from modeling_entropy_gpt.layers import TANH_GELUS
 
 from .arithmetic import Arithmetic, CheapArithmetic
-from .program import LOGITS, Span, build_steps, run_steps
+from .program import LOGITS, build_steps
 from .settings import RING_BITS, PrivateSettings
+from .steps import Span, run_steps
 from .variables import client_inputs
 
 

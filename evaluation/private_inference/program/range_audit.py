@@ -17,16 +17,15 @@ from .program import (
     EMBEDDINGS,
     LOGITS,
     OUT_OF_RANGE,
-    Span,
     bounds_name,
     build_steps,
     checked_parts,
-    run_steps,
     sums_name,
     weight_shapes,
 )
 from .range_report import Peak, RangeReport, TensorRange
 from .settings import PrivateSettings
+from .steps import Span, run_steps
 
 
 # Sequences of a text that an audit looks at.

@@ -32,9 +32,11 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from .arithmetic import SLOTS, Arithmetic
 from .counting import RING, SHARED_BATCHES, CountingArithmetic, Shape, Stock, count_product, make_shape
 from .prices import load_prices, price_of
-from .program import ProgramConfig, Span, Step, build_steps, is_factor, put_apart, visible_keys
+from .program import ProgramConfig, build_steps, is_factor
 from .settings import SERVER, PrivateSettings
+from .steps import Span, Step
 from .variables import client_rank, program_variables
+from .visible import put_apart, visible_keys
 
 
 MATRICES, NUMBERS, SQUARES = "matrices", "numbers", "squares"

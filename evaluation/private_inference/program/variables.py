@@ -7,8 +7,9 @@ import numpy as np
 
 from .arithmetic import Arithmetic
 from .counting import Shape, make_shape
-from .program import EMBEDDINGS, LOGITS, NOISE, TOKEN, TOKENS, ProgramConfig, Span, Step, weight_shapes
+from .program import EMBEDDINGS, LOGITS, NOISE, TOKEN, TOKENS, ProgramConfig, weight_shapes
 from .settings import PARTIES, SERVER, PrivateSettings
+from .steps import Span, Step
 
 
 def client_rank(settings: PrivateSettings) -> int:

@@ -56,8 +56,9 @@ from entropy_gpt.evaluation.private_inference.parties.session import (
 )
 from entropy_gpt.evaluation.private_inference.parties.shares import join_share, read_share
 from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION, Offer
-from entropy_gpt.evaluation.private_inference.program.program import NOISE, ProgramConfig, Span
+from entropy_gpt.evaluation.private_inference.program.program import NOISE, ProgramConfig
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import make_model
 

@@ -35,8 +35,9 @@ from entropy_gpt.evaluation.private_inference.program.counting import (
     make_shape,
 )
 from entropy_gpt.evaluation.private_inference.program.prices import Sample, load_prices
-from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
+from entropy_gpt.evaluation.private_inference.program.program import build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, make_config, make_model

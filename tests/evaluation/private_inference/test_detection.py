@@ -18,12 +18,10 @@ from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPo
 from entropy_gpt.evaluation.private_inference.program.program import (
     LOGITS,
     OUT_OF_RANGE,
-    Span,
     bounds_name,
     build_steps,
     checked_parts,
     find_out_of_range,
-    run_steps,
     sum_alternating,
     sum_neighbours,
     sums_name,
@@ -31,6 +29,7 @@ from entropy_gpt.evaluation.private_inference.program.program import (
 from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences
 from entropy_gpt.evaluation.private_inference.program.range_report import tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_config, make_model
 from tests.slow import slow_but

@@ -2,8 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,11 +33,12 @@ from entropy_gpt.evaluation.private_inference.parties.party_process import Job, 
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Noise, Sampling, choose
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from tests.architectures import make_model
 
-from .test_server_and_client import SECONDS, Served, eventually, make_offer, serving
+from .test_server_and_client import SECONDS, Oracle, Served, eventually, make_offer, serving
 
 
 PROMPT_TOKENS = [17, 93, 5, 64]
@@ -125,24 +125,6 @@ def test_a_draft_model_drafts_beyond_its_positions_and_its_vocabulary():
     assert draft(drafted[:2], 7) == drafted[2:]
 
 
-@dataclass
-class Oracle:
-    """Drafts right tokens, but for some places."""
-
-    right: list[int]
-    wrong: set[int] = field(default_factory=set)
-
-    def begin(self, prompt: list[int], sampling: Sampling, vocab_size: int) -> Callable:
-        assert prompt == PROMPT_TOKENS
-
-        def draft(known: list[int], count: int) -> list[int]:
-            places = range(len(known), len(known) + count)
-            right = [*self.right, *[0] * count]  # beyond the answer, what is drafted is not used
-            return [(right[place] + (place in self.wrong)) % vocab_size for place in places]
-
-        return draft
-
-
 def positions_of(served: Served) -> list[int]:
     return [use.positions for use in served.server._accounts._uses["127.0.0.1"]]
 
@@ -195,19 +177,15 @@ PASSES = {ACCEPTED: [(3, 1), (3, 0), (2, 2)], PROMPT: [(5, 1), (3, 0), (2, 2)]}
 POSITIONS = {ACCEPTED: 4 + 4 + 3, PROMPT: 6 + 5 + 5}
 
 
+@pytest.mark.slow
 @pytest.mark.private
 @pytest.mark.parametrize(
     ("protocol", "answer", "sampling"),
     [
         ("semi2k", "logits", GREEDY),
-        *(
-            pytest.param("cheetah", answer, sampling, marks=pytest.mark.slow)
-            for answer, sampling in (
-                ("logits", Sampling(9.0, top_k=30, seed=7)),
-                ("token", GREEDY),
-                ("sampled", Sampling(9.0, seed=7)),
-            )
-        ),
+        ("cheetah", "logits", Sampling(9.0, top_k=30, seed=7)),
+        ("cheetah", "token", GREEDY),
+        ("cheetah", "sampled", Sampling(9.0, seed=7)),
     ],
 )
 def test_the_answer_is_that_without_drafts(protocol, answer, sampling):

@@ -14,7 +14,7 @@ from entropy_gpt.evaluation.private_inference.parties.engine import Party, make_
 from entropy_gpt.evaluation.private_inference.parties.session import free_port
 from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
 from entropy_gpt.evaluation.private_inference.program import nonlinear, program
-from entropy_gpt.evaluation.private_inference.program.cost import Network
+from entropy_gpt.evaluation.private_inference.program.networks import Network
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 
 

@@ -12,8 +12,9 @@ from entropy_gpt.evaluation.private_inference.costs.measured_inference import ma
 from entropy_gpt.evaluation.private_inference.parties.question import check_sampling
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Noise, Sampling, choose, draw_noise
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic, emulate
-from entropy_gpt.evaluation.private_inference.program.program import LOGITS, NOISE, TOKEN, Span, build_steps, run_steps
+from entropy_gpt.evaluation.private_inference.program.program import LOGITS, NOISE, TOKEN, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import make_model
 

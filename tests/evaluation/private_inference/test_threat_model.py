@@ -17,8 +17,8 @@ from entropy_gpt.evaluation.private_inference.parties.shares import make_placeho
 from entropy_gpt.evaluation.private_inference.program.counting import INPUTS, make_shape
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices
-from entropy_gpt.evaluation.private_inference.program.program import Step
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Step
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 

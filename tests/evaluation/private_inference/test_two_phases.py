@@ -25,15 +25,9 @@ from entropy_gpt.evaluation.private_inference.program.counting import (
     count_step,
 )
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
-from entropy_gpt.evaluation.private_inference.program.program import (
-    LOGITS,
-    OUT_OF_RANGE,
-    Span,
-    build_steps,
-    run_steps,
-    weight_shapes,
-)
+from entropy_gpt.evaluation.private_inference.program.program import LOGITS, OUT_OF_RANGE, build_steps, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
 from entropy_gpt.evaluation.private_inference.program.two_phases import (
     MATRICES,
     NUMBERS,
