@@ -264,6 +264,10 @@ def print_answer(prompt: str, answer: PrivateAnswer):
     if answer.repeats:
         were = "was" if answer.repeats == 1 else "were"
         console.print(f"{format_count(answer.repeats, 'token')} {were} out of range and computed again.")
+    if answer.verified:
+        drafts, right = (sum(numbers) for numbers in zip(*answer.verified, strict=True))
+        passes = format_count(len(answer.verified), "pass", "passes")
+        console.print(f"{right} of {drafts} drafts were right: {len(answer.tokens)} tokens took {passes}.")
     console.print(f"\n[dim]{prompt}[/dim][bold]{text}[/bold]", highlight=False, soft_wrap=True)
     if answer.check:
         console.print(f"in the clear, {describe_check(answer.check)}", soft_wrap=True)

@@ -46,8 +46,9 @@ REASON_SECONDS = 2
 @dataclass
 class Outcome:
     """
-    What the client learned, what it cost by its count, and how often each token was computed anew; with a preparation,
-    what that took before, and of a preparation its name.
+    What the client learned, what it cost by its count, and how often each pass was computed anew; with a preparation,
+    what that took before, and of a preparation its name; of each pass over drafts, their number and how many were
+    right.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Outcome:
     repeats: Counter[int] = field(default_factory=Counter)
     before: list[StepCost] = field(default_factory=list)
     prepared: str | None = None
+    verified: list[tuple[int, int]] = field(default_factory=list)
 
     def cost(self, terms: Terms, context: int, answers: int, network: str) -> InferenceCost:
         """The costs with their conditions; arguments as of [`InferenceCost`]."""
@@ -154,6 +156,10 @@ class EngineProcess:
     def prepare(self, request: Request):
         """Has a request compiled."""
         self._say(TypeAdapter(Request).dump_json(request))
+
+    def give(self, drafts: list[int]):
+        """Has drafts verified, which it has asked for."""
+        self._say(json.dumps(drafts).encode())
 
     def start(self, own_port: int, peer_port: int):
         """Has the request answered. The first time it meets the peer before, and gets the weights."""
@@ -264,7 +270,11 @@ class Session:
         self._process.close()
 
     def answer(
-        self, request: Request, on_event: Callable[[dict], None] = lambda event: None, seconds: float = math.inf
+        self,
+        request: Request,
+        on_event: Callable[[dict], None] = lambda event: None,
+        seconds: float = math.inf,
+        draft: Callable[[list[int], int], list[int]] | None = None,
     ) -> Outcome:
         """
         This party's part of an answer, from the comparison of programs to the farewell.
@@ -273,6 +283,7 @@ class Session:
             request ([`Request`]): As the peer's.
             on_event (`Callable`): Told what happens.
             seconds (`float`): That it may take in all.
+            draft (`Callable`, *optional*): What a client's drafts come from, as of [`Drafter`].
 
         Raises:
             `PrivateInferenceError`: If the programs differ, the engine fails, the peer ends, hangs or breaks rules, or
@@ -283,7 +294,7 @@ class Session:
             self._process.prepare(request)
             self._compare_programs(on_event)
             self._process.start(self._own_port, self._tunnel.local_port)
-            self._follow(outcome, on_event)
+            self._follow(outcome, on_event, draft)
             return outcome
         except PrivateInferenceError as error:
             rest = self.events.rest(error, 0 if self._job.rank == SERVER else REASON_SECONDS)
@@ -323,15 +334,19 @@ class Session:
                 f"(here {engine_versions()})."
             )
 
-    def _follow(self, outcome: Outcome, on_event: Callable[[dict], None]):
+    def _follow(self, outcome: Outcome, on_event: Callable[[dict], None], draft: Callable | None):
         """Notes what the engine does until both sides are done."""
         peer_done = False
         kinds = {"set-up", "pass", "step", "token", "repeat", "prepared", "prepared before", "done", "peer's done"}
+        kinds |= {"draft", "verified"}
         while True:
             event = self._expect(self._job.timeout_seconds, *kinds)
             if event["event"] == "peer's done":
                 peer_done = True
                 kinds.remove(event["event"])
+                continue
+            if event["event"] == "draft":
+                self._process.give(draft(event["known"], event["count"]))
                 continue
             self._allowance.note(event)
             _note(outcome, event)
@@ -385,6 +400,8 @@ def _note(outcome: Outcome, event: dict):
             outcome.logits.append(read_array(event["logits"]))
     elif event["event"] == "repeat":
         outcome.repeats[event["index"]] += 1
+    elif event["event"] == "verified":
+        outcome.verified.append((event["drafts"], event["right"]))
     elif event["event"] == "prepared":
         outcome.prepared = event["name"]
     elif event["event"] == "prepared before":

@@ -203,6 +203,13 @@ def test_one_more_token_is_cheaper_than_all_anew():
     assert one < total(config, 64)
 
 
+def test_a_few_tokens_at_once_take_the_rounds_of_one():
+    config = make_config("SM+ScFuFFN", n_embd=192, n_positions=128)
+    one, nine = (predict(config, PrivateSettings(), span) for span in (Span(40, 1), Span(40, 9, 9)))
+    assert sum(step.round_trips for step in nine) < 1.05 * sum(step.round_trips for step in one)
+    assert sum(step.total_bytes for step in nine) < 3 * sum(step.total_bytes for step in one)
+
+
 def test_the_size_of_gpt2_takes_no_memory_and_no_time():
     config = make_config("SM+LN+G", n_layer=12, n_embd=768, n_head=12, vocab_size=50257, n_positions=1024)
     assert 1e9 < total(config, 128) < 20e9

@@ -104,6 +104,8 @@ def test_one_position_and_one_token_more_are_as_the_whole(notation, tokens):
     for position in range(8, LENGTH):
         kept = run(model, EXACT, tokens[position : position + 1], Span(position, 1), kept)
         assert np.abs(kept[LOGITS] - clear[position : position + 1]).max() < 2e-4
+    several = run(model, EXACT, tokens[8:], Span(8, LENGTH - 8, LENGTH - 8), kept_before(kept, 8))[LOGITS]
+    assert np.abs(several - clear[8:]).max() < 2e-4
 
 
 @pytest.mark.parametrize("asked", slow_but([1, 12], [1, 5, 11, 12, 15]))
