@@ -63,8 +63,6 @@ from .steps import Span, Step
 from .visible import put_apart, visible_keys
 
 
-# Queries whose heads are multiplied as one matrix: of more, the zeros between heads take more than they save.
-MOST_SPREAD = 16
 # As the model's layers have them, which an engine's process does not import: that would take seconds and torch.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
@@ -276,13 +274,13 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
     if config.attention_function != "softmax":
         yield from _attend_without_maximum(config.attention_function, settings, span, queries, layer)
     elif settings.softmax != "efficient":
-        yield Step("scores", layer, _as_one(score, span), ("queries", name + "keys"), ("scores",))
+        yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
         yield Step("check", layer, sum_rows, ("scores",), (checked,))
         whole = partial(whole_softmax, per_row=settings.softmax == "tuned")
         yield Step("softmax", layer, whole, ("scores",), ("weights",))
-        yield Step("values", layer, _as_one(weigh_and_merge, span), ("weights", name + "values"), ("attended",))
+        yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
     else:
-        yield Step("scores", layer, _as_one(score_visible, span), ("queries", name + "keys"), ("visible",))
+        yield Step("scores", layer, score_visible, ("queries", name + "keys"), ("visible",))
         rows = {"queries": queries, "keys": span.end}
         yield Step("check", layer, partial(sum_visible_rows, **rows), ("visible",), (checked,))
         if early:
@@ -290,7 +288,7 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
             yield Step("temperatures", layer, scale, ("visible", *temperatures), ("visible",))
         yield Step("maximum", layer, partial(subtract_maximum, **rows), ("visible",), ("visible",))
         yield Step("exponential", layer, exponentiate, ("visible",), ("visible",))
-        weigh = _as_one(partial(weigh_visible, queries=queries), span)
+        weigh = partial(weigh_visible, queries=queries)
         yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))
         divide = partial(divide_and_merge, keys=span.end)
         yield Step("division", layer, divide, ("attended", "sums"), ("attended",))
@@ -302,24 +300,19 @@ def _attend_without_maximum(function: str, settings, span: Span, queries: int, l
     name, start, checked = f"h.{layer}.", span.end - queries, sums_name(scores_name(layer))
     inputs = ("queries", name + "keys", name + "shift")
     if settings.softmax != "efficient":
-        yield Step("scores", layer, _as_one(partial(score_shifted, start=start), span), inputs, ("scores",))
+        yield Step("scores", layer, partial(score_shifted, start=start), inputs, ("scores",))
         yield Step("check", layer, sum_rows, ("scores",), (checked,))
         whole = partial(whole_attention, function=function, per_row=settings.softmax == "tuned")
         yield Step("attention function", layer, whole, ("scores",), ("weights",))
-        yield Step("values", layer, _as_one(weigh_and_merge, span), ("weights", name + "values"), ("attended",))
+        yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
         return
-    yield Step("scores", layer, _as_one(partial(score_visible_shifted, start=start), span), inputs, ("visible",))
+    yield Step("scores", layer, partial(score_visible_shifted, start=start), inputs, ("visible",))
     yield Step("check", layer, partial(sum_visible_rows, queries=queries, keys=span.end), ("visible",), (checked,))
     weights = partial(visible_weights, function=function, queries=queries, keys=span.end)
     yield Step("attention function", layer, weights, ("visible",), ("visible",))
-    weigh = _as_one(partial(weigh_visible, queries=queries), span)
+    weigh = partial(weigh_visible, queries=queries)
     yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", name + "sums"))
     yield Step("division", layer, divide_widely_and_merge, ("attended", name + "sums"), ("attended",))
-
-
-def _as_one(function: Callable, span: Span) -> Callable:
-    """A product of all heads, as one for a few queries of tokens whose keys before are kept."""
-    return partial(function, as_one=True) if span.start and 1 < span.length <= MOST_SPREAD else function
 
 
 def _norm(norm: Norm, config, layer: int | None) -> tuple[str, list[Step]]:

@@ -16,13 +16,16 @@ from entropy_gpt.evaluation.private_inference.costs.cost_model import (
 from entropy_gpt.evaluation.private_inference.costs.price_fitting import fit
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
-from entropy_gpt.evaluation.private_inference.program.counting import (
+from entropy_gpt.evaluation.private_inference.program.ciphertexts import (
     ANSWERS,
     COEFFICIENTS,
-    COMPARED,
-    COMPARISONS,
     INPUTS,
     LONE_ANSWERS,
+    count_product,
+)
+from entropy_gpt.evaluation.private_inference.program.counting import (
+    COMPARED,
+    COMPARISONS,
     OPENED,
     OWNED_BATCHES,
     PRODUCTS,
@@ -31,7 +34,6 @@ from entropy_gpt.evaluation.private_inference.program.counting import (
     TRUNCATED,
     CountingArithmetic,
     Stock,
-    count_product,
     make_shape,
 )
 from entropy_gpt.evaluation.private_inference.program.prices import Sample, load_prices
@@ -146,14 +148,15 @@ def test_products_with_temperatures_are_counted_by_themselves():
 
 
 def test_longer_matrices_wait_no_longer_and_more_of_them_do():
-    def waits(length: int, heads: int) -> dict[str, float]:
+    def waits(length: int, heads: int, network: str = "WAN") -> dict[str, float]:
         config = make_config("SM", n_layer=2, n_embd=48 * heads, n_head=heads, n_positions=length)
-        counted = count_steps(config, PrivateSettings(), Span(0, length))
+        counted = count_steps(config, PrivateSettings(network=network), Span(0, length))
         return {step.operation: counts.waits for step, counts in counted if step.layer == 0}
 
-    short, long = waits(33, 4), waits(64, 4)
+    short, long = waits(33, 1), waits(64, 1)
     assert all(short[name] == long[name] for name in ("query, key, value", "scores", "maximum", "output"))
-    assert [waits(8, heads)["scores"][PRODUCTS] for heads in (1, 4, 12)] == [1, 7, 23]
+    assert [waits(8, heads)["scores"][PRODUCTS] for heads in (1, 4, 12)] == [1, 1, 1]
+    assert [waits(256, heads, "loopback")["scores"][PRODUCTS] for heads in (1, 4, 12)] == [1, 7, 23]
 
 
 @pytest.mark.parametrize(

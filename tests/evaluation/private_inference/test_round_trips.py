@@ -12,9 +12,9 @@ pytest.importorskip("spu")
 from entropy_gpt.evaluation.private_inference.costs.price_fitting import Case, case_program, set_case
 from entropy_gpt.evaluation.private_inference.parties.engine import Party, make_link
 from entropy_gpt.evaluation.private_inference.parties.session import free_port
-from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
+from entropy_gpt.evaluation.private_inference.parties.slow_link import SlowLink
 from entropy_gpt.evaluation.private_inference.program import nonlinear, program
-from entropy_gpt.evaluation.private_inference.program.networks import Network
+from entropy_gpt.evaluation.private_inference.program.networks import LOOPBACK, Network
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 
 
