@@ -40,7 +40,7 @@ from .engine import engine_versions
 
 
 # The version of a half's file, and of what its numbers mean.
-FORMAT = 3
+FORMAT = 4
 SEED_BYTES, NAME_BYTES, HASH_BYTES = 32, 16, 32
 NAME = re.compile(f"[0-9a-f]{{{2 * NAME_BYTES}}}")
 HALF, TAKEN, PART = ".half", ".taken", ".part"

@@ -15,6 +15,14 @@ LEAST_SUM = 2.0**-10
 LEAST_BITS = 2
 
 
+def checksum(tensor):
+    """
+    The alternating sum of each row, `(..., 1)`, which each party adds up alone: what all numbers of a row have in
+    common does not count, and an error of one number does.
+    """
+    return tensor[..., ::2].sum(axis=-1, keepdims=True) - tensor[..., 1::2].sum(axis=-1, keepdims=True)
+
+
 class Arithmetic:
     """
     What a protocol charges for or rounds; sums, slices and products with public 0 and 1 are written as they are.
@@ -37,6 +45,13 @@ class Arithmetic:
 
     def matmul(self, left, right):
         return self.xp.matmul(left, right)
+
+    def append_checksum(self, tensor):
+        """
+        Rows with their checksum behind. A product with a matrix of such rows has them too, and computes them apart
+        from its other columns (Huang and Abraham, IEEE Transactions on Computers 1984).
+        """
+        return self.xp.concatenate([tensor, checksum(tensor)], axis=-1)
 
     def causal_matmul(self, left, right):
         """Of `(heads, queries, keys)` that are exactly 0 where a query does not see a key."""

@@ -16,7 +16,7 @@ MASKED_SCORE = -(2.0**20)
 def split_heads(ops: Arithmetic, hidden, weight, bias, *kept, heads: int, queries: int):
     """
     Queries of the last rows `(heads, queries, head size)`, and keys and values of all `(heads, keys, head size)`, from
-    hidden states `(length, width)`. Keys and values kept from before come in front.
+    hidden states `(length, width)` or the stream. Keys and values kept from before come in front.
     """
     width = weight.shape[0]
     if queries == hidden.shape[0]:

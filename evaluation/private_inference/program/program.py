@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as record
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 
-from .arithmetic import LEAST_SUM, Arithmetic
+from .arithmetic import LEAST_SUM, Arithmetic, checksum
 from .attention import (
     divide_and_merge,
     divide_widely_and_merge,
@@ -37,7 +37,17 @@ from .attention import (
 )
 from .attention_functions import MOST_SUM
 from .contests import subtract_maximum
-from .linear import add_linear, add_linear_to_scaled, choose, draw, embed, linear, normalize
+from .linear import (
+    add_linear,
+    add_linear_to_scaled,
+    begin_stream,
+    choose,
+    compute_logits,
+    draw,
+    embed,
+    linear,
+    normalize,
+)
 from .nonlinear import (
     erf_gelu,
     exponentiate,
@@ -61,13 +71,16 @@ ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu"
 Norm = Literal["layernorm", "static", "none"]
 
 # The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
-TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "hidden", "logits", "token", "out of range"
+TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "embeddings", "logits", "token", "out of range"
 # What the client adds to the logits, where the token is drawn.
 NOISE = "noise"
+# The residual stream: rows of numbers with their checksum behind, which is computed apart in each product that is
+# added to the stream.
+STREAM, LOGITS_CHECKSUM = "hidden", "logits checksum"
 # What the check looks at: the residual stream before and after the last block, and the logits. Sums of this many
-# neighbours are compared with bounds, each in two comparisons. The first has a row for every token. It looks at scores
-# too, by `checked_parts`: softmax brings any scores back into range.
-CHECKED = {"before": 2, "after": 1, LOGITS: 64}
+# neighbours are compared with bounds, each in two comparisons, and so is what each row's checksum is off by. The first
+# has a row for every token. It looks at scores too, by `checked_parts`: softmax brings any scores back into range.
+CHECKED = {"before": 8, "after": 1, LOGITS: 64}
 
 
 @record(config=RECORD, frozen=True)
@@ -136,6 +149,7 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
     shapes |= {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
     for part, count in CHECKED.items():
         shapes[bounds_name(part)] = (math.ceil((vocabulary if part == LOGITS else width) / count),)
+        shapes[bounds_name(checksum_name(part))] = (1,)
     return shapes | {bounds_name(scores_name(layer)): (config.n_head,) for layer in range(config.n_layer)}
 
 
@@ -144,9 +158,19 @@ def scores_name(layer: int) -> str:
     return f"h.{layer}.scores"
 
 
+def is_scores(part: str) -> bool:
+    """Whether one of [`checked_parts`] is the scores of a layer."""
+    return part.endswith(".scores")
+
+
+def checksum_name(part: str) -> str:
+    """What the checksums of one of `CHECKED` are off by, as a part of what the check looks at."""
+    return f"{part}.checksum"
+
+
 def checked_parts(config: ProgramConfig) -> list[str]:
     """All that the check looks at."""
-    return [*CHECKED, *map(scores_name, range(config.n_layer))]
+    return [*CHECKED, *map(checksum_name, CHECKED), *map(scores_name, range(config.n_layer))]
 
 
 def is_factor(name: str) -> bool:
@@ -171,8 +195,8 @@ def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
 
 def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[Step]:
     """
-    The program for some tokens: from "tokens" (one-hot rows) or "hidden" (embeddings) to "logits" or "token". The keys
-    and values of each layer stay in variables, for the tokens that follow.
+    The program for some tokens: from "tokens" (one-hot rows) or "embeddings" to "logits" or "token". The keys and
+    values of each layer stay in variables, for the tokens that follow.
 
     Args:
         config ([`ProgramConfig`]): That of [`prepare_weights`].
@@ -193,35 +217,37 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) ->
 
 def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iterator[Step]:
     if settings.embedding == "one_hot":
-        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (EMBEDDINGS,))
+        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (STREAM,))
+    else:
+        yield Step("check", None, begin_stream, (EMBEDDINGS,), (STREAM,))
     before, after, _ = CHECKED
     for layer in range(config.n_layer):
         if layer == config.n_layer - 1:
-            yield _sum_up("hidden", before)
+            yield _sum_up((STREAM,), before)
         # What the last block finds out about the tokens before the answers, nobody asks for.
         queries = span.answers if layer == config.n_layer - 1 else span.length
         yield from _attention(config, settings, span, queries, layer)
         if layer not in config.pruned_ffn_layers:
             yield from _ffn(config, settings, layer)
-    yield _sum_up("hidden", after)
-    if config.final_normalization == "layernorm":
-        yield Step("norm", None, partial(normalize, epsilon=config.layer_norm_epsilon), ("hidden",), ("hidden",))
-    yield Step("head", None, linear, ("hidden", "head.weight", "head.bias"), (LOGITS,))
+    yield _sum_up((STREAM,), after)
+    read, norm = _norm(config.final_normalization, config, None)
+    yield from norm
+    yield Step("head", None, compute_logits, (read, "head.weight", "head.bias"), (LOGITS, LOGITS_CHECKSUM))
     if settings.answer == "token":
         yield Step("argmax", None, choose, (LOGITS,), (TOKEN,))
     elif settings.answer == "sampled":
         yield Step("argmax", None, draw, (LOGITS, NOISE), (TOKEN,))
-    yield _sum_up(LOGITS, LOGITS)
+    yield _sum_up((LOGITS, LOGITS_CHECKSUM), LOGITS)
     inputs = tuple(name(part) for part in checked_parts(config) for name in (sums_name, bounds_name))
     attention_sums = tuple(f"h.{layer}.sums" for layer in range(config.n_layer) if _keeps_sums(config, settings))
     check = partial(find_out_of_range, attention_sums=len(attention_sums))
     yield Step("check", None, check, (*inputs, *attention_sums), (OUT_OF_RANGE,))
 
 
-def _sum_up(variable: str, part: str) -> Step:
+def _sum_up(variables: tuple[str, ...], part: str) -> Step:
     """The sums of one of `CHECKED`; each party adds up its own shares, and nothing is sent."""
-    function = sum_alternating if part == LOGITS else sum_neighbours
-    return Step("check", None, partial(function, count=CHECKED[part]), (variable,), (sums_name(part),))
+    function = partial(sum_logits if part == LOGITS else sum_stream, count=CHECKED[part])
+    return Step("check", None, function, variables, (sums_name(part), sums_name(checksum_name(part))))
 
 
 def _keeps_sums(config, settings) -> bool:
@@ -231,7 +257,7 @@ def _keeps_sums(config, settings) -> bool:
 
 def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
     name = f"h.{layer}."
-    read, norm = _norm(config, layer)
+    read, norm = _norm(config.normalization, config, layer)
     yield from norm
     kept = (name + "keys", name + "values") if span.start else ()
     temperatures = (name + "inverse_temperature",) if config.attention_temperature == "position" else ()
@@ -268,8 +294,8 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
         yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))
         divide = partial(divide_and_merge, keys=span.end)
         yield Step("division", layer, divide, ("attended", "sums"), ("attended",))
-    inputs = ("attended", name + "output.weight", name + "output.bias", "hidden")
-    yield Step("output", layer, add_linear, inputs, ("hidden",))
+    inputs = ("attended", name + "output.weight", name + "output.bias", STREAM)
+    yield Step("output", layer, add_linear, inputs, (STREAM,))
 
 
 def _attend_without_maximum(function: str, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
@@ -296,17 +322,17 @@ def _as_one(function: Callable, span: Span) -> Callable:
     return partial(function, as_one=True) if span.start and 1 < span.length <= MOST_SPREAD else function
 
 
-def _norm(config, layer: int) -> tuple[str, list[Step]]:
-    """Where a sublayer reads the residual stream, and the step that writes there."""
-    if config.normalization != "layernorm":
-        return "hidden", []
+def _norm(norm: Norm, config, layer: int | None) -> tuple[str, list[Step]]:
+    """Where a sublayer, or the head, reads the residual stream, and the step that writes there."""
+    if norm != "layernorm":
+        return STREAM, []
     function = partial(normalize, epsilon=config.layer_norm_epsilon)
-    return "normalized", [Step("norm", layer, function, ("hidden",), ("normalized",))]
+    return "normalized", [Step("norm", layer, function, (STREAM,), ("normalized",))]
 
 
 def _ffn(config, settings, layer: int) -> Iterator[Step]:
     name = f"h.{layer}."
-    read, norm = _norm(config, layer)
+    read, norm = _norm(config.normalization, config, layer)
     yield from norm
     if config.ffn_type == "mlp":
         yield Step("FFN", layer, linear, (read, name + "ffn_in.weight", name + "ffn_in.bias"), ("inner",))
@@ -317,11 +343,11 @@ def _ffn(config, settings, layer: int) -> Iterator[Step]:
             yield Step("activation", layer, learnable_leaky_relu, inputs, ("inner",))
         elif activation not in ("identity", "linear"):
             yield Step("activation", layer, _activation(config, settings.gelu), ("inner",), ("inner",))
-    inputs = (read, name + "ffn.weight", name + "ffn.bias", "hidden")
+    inputs = (read, name + "ffn.weight", name + "ffn.bias", STREAM)
     if config.ffn_residual_scaling:
-        yield Step("FFN", layer, add_linear_to_scaled, (*inputs, name + "beta"), ("hidden",))
+        yield Step("FFN", layer, add_linear_to_scaled, (*inputs, name + "beta"), (STREAM,))
     else:
-        yield Step("FFN", layer, add_linear, inputs, ("hidden",))
+        yield Step("FFN", layer, add_linear, inputs, (STREAM,))
 
 
 def _activation(config, gelu: str) -> Callable:
@@ -330,6 +356,17 @@ def _activation(config, gelu: str) -> Callable:
     # Errors of each layer add up where no norm scales them: of a model trained so, 1 in 50 most likely tokens changed.
     piecewise = piecewise_gelu if config.normalization == "layernorm" else fine_gelu
     return {"piecewise": piecewise, "tanh": tanh_gelu, "erf": erf_gelu}[gelu]
+
+
+def sum_stream(ops: Arithmetic, stream, count: int):
+    """Sums of `count` neighbouring numbers each, and what the checksum of each row is off by."""
+    hidden = stream[:, :-1]
+    return sum_neighbours(ops, hidden, count), checksum(hidden) - stream[:, -1:]
+
+
+def sum_logits(ops: Arithmetic, logits, kept, count: int):
+    """Sums of differences of neighbouring logits, and what their checksums are off by from those that were kept."""
+    return sum_alternating(ops, logits, count), checksum(logits) - kept
 
 
 def sum_neighbours(ops: Arithmetic, hidden, count: int):

@@ -482,6 +482,9 @@ class _Intercepting:
     def __getattr__(self, name: str):
         return getattr(self._ops, name)
 
+    def append_checksum(self, tensor):
+        return self._ops.append_checksum(tensor)
+
     def matmul(self, left, right):
         return self.take(MATRICES, left, right)
 
@@ -522,6 +525,10 @@ class _Maker(_Intercepting):
         self._makes, self._passes = ops, work.passes
         self._demands, self._masks = iter(work.demands), iter(masks)
         self.products: list = []
+
+    def append_checksum(self, tensor):
+        """All but the server's factors are shapes."""
+        return (self._ops if isinstance(tensor, Shape) else self._makes).append_checksum(tensor)
 
     def take(self, kind: str, left, right=None, is_causal: bool = False):
         demand, ops = next(self._demands), self._makes
