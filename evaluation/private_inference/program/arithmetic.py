@@ -96,8 +96,17 @@ class Arithmetic:
         """The largest of each row, as a row of one."""
         return self.xp.max(tensor, axis=-1, keepdims=True)
 
-    def larger(self, left, right):
-        return self.xp.maximum(left, right)
+    def is_less(self, left, right):
+        """Bits, of which `~` is local."""
+        return left < right
+
+    def both(self, left, right):
+        """Products of bits."""
+        return left & right
+
+    def keep(self, numbers, bits):
+        """Numbers where bits are 1, and 0 elsewhere."""
+        return self.xp.where(bits, numbers, 0.0)
 
     def positive_part(self, tensor):
         return self.xp.maximum(tensor, 0.0)

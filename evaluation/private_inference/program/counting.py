@@ -25,12 +25,14 @@ OWNED_BATCHES, SHARED_BATCHES, OPENED = "batches of owned factors", "batches of 
 # Numbers that go through oblivious transfer.
 TRUNCATED, HALVED, COMPARED = "truncated numbers", "halved numbers", "compared numbers"
 CHOSEN, CHECKED = "numbers compared with their places", "numbers compared for one bit"
+ORDERED, JOINED, KEPT = "numbers put in order", "bits multiplied", "numbers kept or not"
 REVEALED = "revealed numbers"
 RECIPROCALS, ROOTS, TANHS, ERFS = "reciprocals", "reciprocal roots", "hyperbolic tangents", "error functions"
 # What round trips are counted in: operations, of which one waits for the other.
 PRODUCTS, TRUNCATIONS, HALVINGS = "products of matrices", "truncations", "halvings"
 OWNED_FACTORS, SHARED_FACTORS, OPENINGS, SQUARES = "owned factors", "shared factors", "openings", "squares"
 COMPARISONS, CHOICES, CHECKS = "comparisons", "comparisons with places", "checks"
+ORDERS, JOINS, KEEPS = "comparisons for bits", "products of bits", "choices by bits"
 # Round trips of SPU 0.9.5, measured over a link that has nothing but a delay (the tests repeat it): those of the
 # engine's own operations, without the products and squares within.
 ROUND_TRIPS = {
@@ -44,6 +46,9 @@ ROUND_TRIPS = {
     COMPARISONS: 10.5,
     CHOICES: 33.5,
     CHECKS: 17.0,
+    ORDERS: 9.5,
+    JOINS: 1.0,
+    KEEPS: 1.0,
     RECIPROCALS: 26.5,
     ROOTS: 19.0,
     TANHS: 26.5,
@@ -240,8 +245,20 @@ class CountingArithmetic(CheapArithmetic):
         self.waits[COMPARISONS] += _levels(tensor.shape[-1])
         return make_shape((*tensor.shape[:-1], 1))
 
-    def larger(self, left, right):
-        return self.positive_part(left)
+    def is_less(self, left, right):
+        self.counts[ORDERED] += left.size
+        self.waits[ORDERS] += 1
+        return make_shape(left.shape, None, bool)
+
+    def both(self, left, right):
+        self.counts[JOINED] += left.size
+        self.waits[JOINS] += 1
+        return make_shape(left.shape, None, bool)
+
+    def keep(self, numbers, bits):
+        self.counts[KEPT] += numbers.size
+        self.waits[KEEPS] += 1
+        return make_shape(numbers.shape)
 
     def positive_part(self, tensor):
         self.counts[COMPARED] += tensor.size
@@ -277,7 +294,7 @@ class CountingArithmetic(CheapArithmetic):
             self.counts[OPENED] += numbers
             self.counts[OWNED_BATCHES] += made
             self.waits[OPENINGS] += 1
-            self.waits[OWNED_FACTORS] += made > 0
+            self.waits[OWNED_FACTORS] += min(made, 1)
         else:
             self.counts[SHARED_BATCHES] += _halves(numbers)
             self.waits[SHARED_FACTORS] += 1

@@ -14,6 +14,8 @@ from .settings import PrivateSettings
 PRICES = Path(__file__).parent / "prices.json"
 # Seconds of a core for products of matrices, by which forms are chosen: rough, of the blocks of docs/private_costs.md.
 WORK_SECONDS = {INPUTS: 5e-3, ANSWERS: 5e-3, LONE_ANSWERS: 1e-2, POLYNOMIALS: 1.7e-4, PACKINGS: 3.6e-3}
+# The same for each byte of what compares and multiplies numbers.
+WORK_A_BYTE = 5e-8
 
 
 @dataclass(config=RECORD)
