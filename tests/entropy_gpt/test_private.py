@@ -136,6 +136,23 @@ class TestMisuse:
     def test_of_addresses_and_certificates(self, model, arguments, message, complaint):
         assert message in complaint("serve", model, *arguments)
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--embedding", "public"], "--embedding public and --public-checkpoint MODEL belong together"),
+            (["--public-checkpoint", "{other}"], "--embedding public and --public-checkpoint MODEL belong together"),
+            (["--embedding", "public", "--public-checkpoint", "no/such/folder"], "There is no no/such/folder"),
+            (["--embedding", "public", "--public-checkpoint", "{other}"], "is not that of other (1 of "),
+        ],
+    )
+    def test_of_public_embeddings(self, model, options, message, complaint, tmp_path):
+        other = load_language_model(model)
+        with torch.no_grad():
+            other.transformer.wpe.weight[-1, -1] += 1
+        other.save_pretrained(tmp_path / "other")
+        options = [option.format(other=tmp_path / "other") for option in options]
+        assert message in complaint("serve", model, "--listen", "127.0.0.1:0", *options)
+
     def test_a_port_in_use(self, model, complaint):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             address = f"127.0.0.1:{taken.getsockname()[1]}"
