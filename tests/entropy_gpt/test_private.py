@@ -256,12 +256,14 @@ class TestTwoProcesses:
         assert [(each.total_bytes, each.answers, each.check.same) for each in told.costs] == [(cost.total_bytes, 2, 2)]
         assert told.costs[0].check.largest_error < 0.01
 
+    @pytest.mark.parametrize("embedding", ["one_hot", "client_table", "public"])
     @pytest.mark.parametrize(
         ("answer", "said"), [("logits", "compute the head"), ("sampled", "it can compare logits"), ("token", None)]
     )
-    def test_an_operator_hears_what_a_client_may_learn(self, answer, said, monkeypatch):
+    def test_an_operator_hears_what_a_client_may_learn(self, answer, said, embedding, monkeypatch):
         lines = []
-        offer = SimpleNamespace(settings=PrivateSettings(answer=answer), config=SimpleNamespace(n_embd=8))
+        settings = PrivateSettings(answer=answer, embedding=embedding)
+        offer = SimpleNamespace(settings=settings, config=SimpleNamespace(n_embd=8))
         server = SimpleNamespace(
             offer=offer,
             address=("127.0.0.1", 9),
@@ -277,6 +279,8 @@ class TestTwoProcesses:
         warned = [line for line in lines if "16 positions a day" in line]
         assert len(warned) == (said is not None)
         assert all(said in line for line in warned)
+        known = any("logits give the last hidden states" in line for line in lines)
+        assert known == (answer == "logits" and embedding != "one_hot")
 
     @pytest.mark.slow
     def test_ffns_that_are_not_absorbed_are_told_once_the_server_listens(self, text, tmp_path):
