@@ -24,6 +24,7 @@ from .private_connection import (
     TwoPartyProtocol,
     read_public_checkpoint,
     with_connection,
+    with_options,
 )
 
 
@@ -47,6 +48,11 @@ class Embedding(StrEnum):
     public = "public"
 
 
+class DraftKeep(StrEnum):
+    accepted = "accepted"
+    prompt = "prompt"
+
+
 class Learned(StrEnum):
     logits = "logits"
     token = "token"
@@ -61,6 +67,22 @@ Networks = Annotated[
     typer.Option(
         "--network",
         help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms.",
+    ),
+]
+Served = Annotated[
+    str,
+    typer.Option(
+        "--network",
+        help="The network to clients: LAN, WAN, or bandwidth and round trip, such as 300Mbps,20ms. Operations take "
+        "the forms that are fastest there.",
+    ),
+]
+ChosenFor = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--network",
+        help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms. "
+        "Operations take the forms that are fastest on the first one named, or on a WAN.",
     ),
 ]
 Layers = Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")]
@@ -142,11 +164,16 @@ def serve(
     public_checkpoint: PublicCheckpoint = None,
     answer: AnswerOption = Learned.logits,
     fraction_bits: FractionBits = 18,
+    network: Served = "WAN",
     text: AuditedText = None,
     tokenizer: TokenizerPlace = None,
     longest: Annotated[
         int,
-        typer.Option("--max-new-tokens", min=1, help="The most answers of one request, with those that are repeated."),
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            help="The most answers of one request, with those of wrong drafts and those that are repeated.",
+        ),
     ] = 256,
     requests: Annotated[
         int, typer.Option("--max-requests", min=1, help="The most requests of a client in a day.")
@@ -204,6 +231,7 @@ def serve(
         public_checkpoint=public_checkpoint,
         answer=answer.value,
         fraction_bits=fraction_bits,
+        network=network,
         text=text,
         tokenizer=tokenizer,
         limits=(longest, requests, positions, seconds),
@@ -220,10 +248,59 @@ def serve(
     )
 
 
+def _read_generation(
+    max_new_tokens: NewTokens = 1,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Draw tokens at this temperature; at 0, take the most likely ones.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw among this number of the most likely tokens. Needs logits.")
+    ] = None,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Draw among the most likely tokens with this share alone. Needs logits."),
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of what is drawn.")] = None,
+) -> dict[str, Any]:
+    """The arguments of `PrivateClient.generate` that these options are."""
+    return locals()
+
+
+def _read_drafts(
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A causal language model of one's own, with the server's tokenizer: a folder, or on the Hub. It "
+            "drafts tokens, and the server's model verifies several at once. The answer is the same.",
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most drafts that are verified at once. Default: 8.")
+    ] = None,
+    draft_keep: Annotated[
+        DraftKeep,
+        typer.Option(
+            help="accepted: what is computed of right drafts stays, so the server learns how many were right. "
+            "prompt: only what is computed of the prompt stays, and each pass computes the whole answer. The server "
+            "learns the number of passes alone."
+        ),
+    ] = DraftKeep.accepted,
+) -> dict[str, Any]:
+    """The arguments of `PrivateClient` that these options are."""
+    if draft is not None:
+        check_model(draft)
+    return {"draft": draft, "draft_tokens": draft_tokens, "draft_keep": draft_keep.value}
+
+
 @private.command()
 @with_connection
+@with_options("drafts", _read_drafts)
+@with_options("generation", _read_generation)
 def ask(
     connection: dict[str, Any],
+    drafts: dict[str, Any],
+    generation: dict[str, Any],
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -236,18 +313,6 @@ def ask(
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read the prompt from this file, in UTF-8.")
     ] = None,
-    new_tokens: NewTokens = 1,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="Draw tokens at this temperature; at 0, take the most likely ones.")
-    ] = 0.0,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Draw among this number of the most likely tokens. Needs logits.")
-    ] = None,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Draw among the most likely tokens with this share alone. Needs logits."),
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of what is drawn.")] = None,
     prepared: PreparedFolder = None,
     require_prepared: Annotated[
         bool, typer.Option("--require-prepared", help="Fail at once if no preparation fits.")
@@ -272,15 +337,10 @@ def ask(
         prompt_file,
         networks or [],
         output,
-        {
-            "max_new_tokens": new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-        },
+        generation,
         prepared=prepared,
         require_prepared=require_prepared,
+        **drafts,
         **connection,
     )
 
@@ -325,7 +385,7 @@ def demo(
     prepared: Annotated[
         bool, typer.Option("--prepared", help="Do first what needs no prompt, and show both phases.")
     ] = False,
-    networks: Networks = None,
+    networks: ChosenFor = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", callback=read_path, help="Write the cost of each step to this file, as JSON."),
@@ -392,7 +452,7 @@ def cost(
     prepared: Annotated[
         bool, typer.Option("--prepared", help="Do before the prompt what needs none (private prepare).")
     ] = False,
-    networks: Networks = None,
+    networks: ChosenFor = None,
 ):
     """
     Predict the traffic, the round trips and the time of a private inference, from architecture and sizes alone.
@@ -434,7 +494,9 @@ def benchmark(
     networks: Annotated[
         list[str] | None,
         typer.Option(
-            "--network", help="Another network besides LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms."
+            "--network",
+            help="Another network besides LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms. Operations "
+            "take the forms that are fastest on the first one named, or on a WAN.",
         ),
     ] = None,
     whole: Annotated[

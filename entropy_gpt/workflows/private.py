@@ -22,12 +22,14 @@ from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
+from entropy_gpt.evaluation.private_inference.parties.question import Question, check_request
 from entropy_gpt.evaluation.private_inference.parties.server import MOST_PREPARED_BYTES, Server, json_line
-from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.tables import PublicCheckpoint
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.parties.turns import LONGEST_LINE, LONGEST_WAIT, Turns
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
+from entropy_gpt.evaluation.private_inference.program.networks import WAN
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import MOST_WINDOWS, bound
 from entropy_gpt.evaluation.private_inference.program.range_report import tolerated_error
@@ -42,7 +44,7 @@ from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .options import check_positive, with_argument_names
-from .private_answer import PrivateAnswer, answer_prompt, show_event, tokenize
+from .private_answer import PrivateAnswer, answer_question, show_event, tokenize
 from .private_client import DEFAULT_TIMEOUT, check_connection, read_settings
 
 
@@ -65,6 +67,7 @@ def open_server(
     public_checkpoint: str | Path | None = None,
     answer: str = "logits",
     fraction_bits: int = DEFAULT_FRACTION_BITS,
+    network: str = WAN.name,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     limits: Limits = DEFAULT_LIMITS,
@@ -91,6 +94,7 @@ def open_server(
         public_checkpoint (`str` or `Path`, *optional*): With "public", the checkpoint that the embeddings are from.
         answer (`str`): What the client learns of each new token: "logits", "token" or "sampled".
         fraction_bits (`int`): Bits of a number behind the point, from 12 to 22.
+        network (`str`): What operations take their forms for: "LAN", "WAN", or such as "300Mbps,20ms".
         text (`str` or `Path`, *optional*): A file with text that the audit looks at too.
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         limits ([`Limits`]): What each client may ask for, by its certificate, or without TLS by its address.
@@ -130,7 +134,9 @@ def open_server(
         timeout=timeout,
         workers=workers,
     )
-    settings = read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
+    settings = read_settings(
+        protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits, network=network
+    )
     host, port = parse_address(listen)
     check_connection(host, tls, insecure, settings)
     warn = (lambda line: report(json_line(line))) if json_log else report
@@ -151,6 +157,7 @@ def demonstrate(
     public_checkpoint: str | Path | None = None,
     answer: str = "logits",
     fraction_bits: int = DEFAULT_FRACTION_BITS,
+    network: str = WAN.name,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     prepared: bool = False,
@@ -166,7 +173,7 @@ def demonstrate(
         model (`str` or `Path`): An EntropyGPT or GPT-2: a folder, or a repository on the Hub.
         prompt (`str`): The prompt.
         new_tokens (`int`): Tokens of the answer.
-        protocol, embedding, public_checkpoint, answer, fraction_bits, text: As of [`open_server`].
+        protocol, embedding, public_checkpoint, answer, fraction_bits, network, text: As of [`open_server`].
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         prepared (`bool`): Whether to do first what needs no prompt, as [`prepare`] does.
         timeout (`int`): Seconds without any event after which both sides give up.
@@ -187,7 +194,9 @@ def demonstrate(
     """
     check_engine()
     check_positive(max_new_tokens=new_tokens, timeout=timeout)
-    settings = read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
+    settings = read_settings(
+        protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits, network=network
+    )
     offer, clear, words = _make_offer(expanded(model), tokenizer, settings, public_checkpoint, text, report, progress)
     tokens = tokenize(prompt, words)
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
@@ -202,7 +211,7 @@ def demonstrate(
             with progress.stage("preparing") as line:
                 line.say("both sides compile the program")
                 client.prepare(len(tokens), new_tokens, on_event=lambda event: show_event(event, line))
-        outcome, found = answer_prompt(client, words, tokens, new_tokens, NETWORKS[TWO_PARTY], progress)
+        outcome, found = answer_question(client, words, Question(tokens, new_tokens), NETWORKS[TWO_PARTY], progress)
     found.check = _compare(clear, tokens, outcome)
     return found
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
-from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.terms import Terms
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
@@ -30,10 +30,11 @@ class PrivateAnswer(StoredRecord):
         cost ([`InferenceCost`]): The cost by the client's count.
         repeats (`int`): How many tokens were out of range and computed again.
         tokens (`list[int]`): Those of the continuation.
+        verified (`list[tuple[int, int]]`): Drafts of each pass, and how many of them were right.
     """
 
     KIND = "a private answer"
-    SCHEMA_VERSION = 5
+    SCHEMA_VERSION = 6
 
     text: str
     check: AnswerCheck | None
@@ -41,11 +42,12 @@ class PrivateAnswer(StoredRecord):
     cost: InferenceCost = field(repr=False)
     repeats: int = 0
     tokens: list[int] = field(default_factory=list)
+    verified: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
     def migrate(cls, content: dict, version: int) -> dict | None:
-        """Version 3 had no `repeats`, version 4 no `tokens`."""
-        return content if version in (3, 4) else None
+        """Version 3 had no `repeats`, version 4 no `tokens`, version 5 no `verified`."""
+        return content if version in (3, 4, 5) else None
 
 
 class Asked(Protocol):
@@ -53,25 +55,16 @@ class Asked(Protocol):
 
     terms: Terms
 
-    def ask(
-        self,
-        prompt: list[int],
-        new_tokens: int = 1,
-        answers: int = 1,
-        on_event: Callable[[dict], None] = lambda event: None,
-        sampling: Sampling = GREEDY,
-    ) -> Outcome: ...
+    def ask(self, question: Question, on_event: Callable[[dict], None] = lambda event: None) -> Outcome: ...
 
 
-def answer_prompt(
+def answer_question(
     client: Asked,
     words: PreTrainedTokenizerFast | None,
-    tokens: list[int],
-    new_tokens: int,
+    question: Question,
     network: str,
     progress: Progress = SILENT,
     put: Callable[[int], None] = lambda token: None,
-    sampling: Sampling = GREEDY,
 ) -> tuple[Outcome, PrivateAnswer]:
     """
     Has a prompt continued.
@@ -79,12 +72,10 @@ def answer_prompt(
     Args:
         client ([`Asked`]): Who asks the server.
         words (`PreTrainedTokenizerFast`, *optional*): Makes text of the answer.
-        tokens (`list[int]`): The prompt's.
-        new_tokens (`int`): Tokens of the answer.
+        question ([`Question`]): The prompt, and what is wanted.
         network (`str`): What connects the parties, for the record.
         progress (`Progress`): Receives one stage.
         put (`Callable`): Receives each new token.
-        sampling ([`Sampling`]): How tokens are chosen.
     """
     started = time.perf_counter()
     with progress.stage("answering privately") as line:
@@ -95,14 +86,15 @@ def answer_prompt(
             if event["event"] == "token":
                 put(event["token"])
 
-        outcome = client.ask(tokens, new_tokens, on_event=follow, sampling=sampling)
+        outcome = client.ask(question, follow)
     answer = PrivateAnswer(
         text=words.decode(outcome.tokens) if words else "",
         check=None,
         seconds=time.perf_counter() - started,
-        cost=outcome.cost(client.terms, len(tokens), new_tokens, network),
+        cost=outcome.cost(client.terms, len(question.prompt), question.new_tokens, network),
         repeats=outcome.repeats.total(),
         tokens=outcome.tokens,
+        verified=outcome.verified,
     )
     return outcome, answer
 
@@ -118,6 +110,9 @@ def show_event(event: dict[str, Any], line: Stage):
         line.say(f"the server is busy; clients before this one: {before}; it is given up in {seconds} s")
     elif event["event"] == "program":
         line.reach(0, event["steps"])
+    elif event["event"] == "verified":
+        line.say(f"{event['right']} of {event['drafts']} drafts were right")
+        line.reach(0)
     elif event["event"] == "step":
         layer = "" if event["cost"]["layer"] is None else f"layer {event['cost']['layer']}, "
         line.say(layer + event["cost"]["operation"])

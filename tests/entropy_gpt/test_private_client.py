@@ -21,12 +21,18 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.preparations import Store
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Events
+from entropy_gpt.evaluation.private_inference.parties.terms import Terms
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.programs.quickstart.page import CARDS
 from entropy_gpt.workflows.private_answer import PrivateAnswer
 from entropy_gpt.workflows.private_client import PrivateClient
+from modeling_entropy_gpt import EntropyGPTConfig
 from tests.entropy_gpt.gateway.conftest import serving
 
-from .test_private import PROMPT, save_model
+from .test_private import PROMPT, SIZES, save_model
 
 
 pytest.importorskip("spu")
@@ -84,16 +90,20 @@ def test_a_client_without_a_tokenizer_takes_tokens_alone(address):
         client.generate(PROMPT)
 
 
+CONVERTED = CARDS / "models" / "converted"
+TERMS = Terms(ProgramConfig.of(EntropyGPTConfig(**SIZES)), "SM", PrivateSettings(answer="token"), "", "store")
+
+
 class Connection:
     """A connection that says it has accepted, or fails before or after."""
 
-    terms = None
+    terms = TERMS
 
     def __init__(self, error: Exception | None = None, accepted: bool = False):
         self.error, self.accepted, self.asked = error, accepted, 0
 
-    def ask(self, prompt, new_tokens, answers, note, *arguments, **options) -> str:
-        return self.prepare(len(prompt), new_tokens, answers, note)
+    def ask(self, question, note, **options) -> str:
+        return self.prepare(len(question.prompt), question.new_tokens, question.answers, note)
 
     def prepare(self, length, new_tokens, answers, note) -> str:
         self.asked += 1
@@ -122,13 +132,13 @@ class Connection:
 def test_what_is_asked_again_and_what_is_not(error, accepted, again, action):
     client = PrivateClient.__new__(PrivateClient)
     old, new, heard = Connection(error, accepted), Connection(), []
-    new.terms = client.terms = SimpleNamespace(store="store")
+    client.terms = TERMS
     client._connection, client._connect, client._lock = old, lambda: new, threading.Lock()
-    client.tokenizer, client._require_prepared, client.check = None, False, lambda *arguments: None
+    client.tokenizer, client._draft, client._require_prepared = None, None, False
 
     def act():
         if action == "ask":
-            return client.ask([1, 2], on_event=heard.append)
+            return client.ask(Question([1, 2]), heard.append)
         return client.prepare(2, on_event=heard.append)
 
     if again:
@@ -144,10 +154,10 @@ def test_each_preparation_that_has_lost_its_other_half_is_passed_over():
     client = PrivateClient.__new__(PrivateClient)
     lost = [Connection(RefusalError("its other half is lost", NO_HALF)) for _ in range(3)]
     connections = iter([*lost, Connection()])
-    client._connection, client._lock, client.tokenizer = None, threading.Lock(), None
+    client._connection, client._lock, client.tokenizer, client._draft = None, threading.Lock(), None, None
     client._connect = lambda: next(connections)
-    client._require_prepared, client.check = False, lambda *arguments: None
-    assert client.ask([1, 2]) == "answer"
+    client._require_prepared, client.terms = False, TERMS
+    assert client.ask(Question([1, 2])) == "answer"
     assert [connection.asked for connection in lost] == [1, 1, 1]
 
 
@@ -167,21 +177,17 @@ def test_a_half_is_used_up_once_its_prompt_is_accepted(tmp_path, heard, kept):
     client.store.path(name).write_bytes(b"half")
     taken = []
 
-    def answer(request, on_event):
+    def answer(request, on_event, draft):
         taken.append(Path(request.preparation).read_bytes())
         raise PrivateInferenceError("the link is broken")
 
     client._session = SimpleNamespace(events=Events(), answer=answer, close=lambda: None)
     client._session.events.put(heard)
-    client._tunnel, client._check = (
-        None,
-        lambda length, new, answers: {"length": length, "new_tokens": new, "answers": answers},
-    )
-    client.terms = SimpleNamespace(config=SimpleNamespace(vocab_size=9), settings=SimpleNamespace(answer="token"))
+    client._tunnel, client.terms = None, TERMS
     client.channel = Channel.__new__(Channel)
     client.channel.send, client.channel.close = lambda message: None, lambda: None
     with pytest.raises(PrivateInferenceError):
-        client.ask([1, 2], preparation=name)
+        client.ask(Question([1, 2]), preparation=name)
     assert [path.name for path in tmp_path.glob("0*")] == ([f"{name}-1.half"] if kept else [])
     assert taken == ([b"half"] if isinstance(heard, dict) else [])
 
@@ -204,16 +210,50 @@ def test_a_client_without_a_folder_prepares_nothing():
 def test_without_a_preparation_it_says_so_or_fails(tmp_path, required):
     client = Client.__new__(Client)
     client.store, heard, sent = Store(tmp_path, 1), [], []
-    client.find_preparation, client.close = lambda *asked: None, lambda: None
-    client._check = lambda *asked: {}
+    client.terms, client.close = TERMS, lambda: None
     client._request = lambda asked, also, on_event, **own: sent.append(also)
-    client.terms = SimpleNamespace(config=SimpleNamespace(vocab_size=9), settings=SimpleNamespace(answer="token"))
     if required:
         with pytest.raises(UserError, match="no preparation fits 2 tokens and 1 new ones of this server"):
-            client.ask([1, 2], on_event=heard.append, require_prepared=True)
+            client.ask(Question([1, 2]), heard.append, require_prepared=True)
     else:
-        client.ask([1, 2], on_event=heard.append)
+        client.ask(Question([1, 2]), heard.append)
     assert (heard, sent) == (([], []) if required else ([{"event": "unprepared"}], [{}]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"draft_tokens": 3}, "are for drafts: give a model with --draft"),
+        ({"draft_keep": "prompt"}, "are for drafts: give a model with --draft"),
+        ({"draft_keep": "all"}, "--draft-keep all"),
+        ({"draft_tokens": 0}, "--draft-tokens 0"),
+        (
+            {"draft": CONVERTED, "draft_keep": "prompt", "draft_tokens": 3},
+            "--draft-tokens is for --draft-keep accepted",
+        ),
+        ({"draft": CONVERTED, "prepared": "halves", "require_prepared": True}, "not possible with --draft"),
+        ({"draft": "no/such/folder"}, "no/such/folder"),
+        ({"draft": CONVERTED}, "the draft model's tokenizer is not the server's"),
+    ],
+)
+def test_drafts_that_can_not_be_verified_are_refused_before_a_prompt(address, options, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        PrivateClient(address, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.private
+@pytest.mark.parametrize("keep", ["accepted", "prompt"])
+def test_a_model_that_drafts_for_itself_is_always_right(model, address, keep):
+    drawn = {"max_new_tokens": 6, "temperature": 1.0, "seed": 1}
+    with PrivateClient(address, tokenizer=model) as client:
+        plain = [client.generate(PROMPT, **options).text for options in ({"max_new_tokens": 6}, drawn)]
+    with PrivateClient(address, tokenizer=model, draft=model, draft_keep=keep) as client:
+        drafted = [client.generate(PROMPT, **options) for options in ({"max_new_tokens": 6}, drawn)]
+        assert client.generate(PROMPT).tokens == drafted[0].tokens[:1]
+    assert [answer.text for answer in drafted] == plain
+    assert [answer.verified for answer in drafted] == [[(5, 5)]] * 2
 
 
 @pytest.mark.slow
@@ -247,5 +287,5 @@ def test_an_answer_of_an_older_version_is_read(tmp_path):
     cost = InferenceCost("SM", 1, 1, 1, 1, 1, 1, PrivateSettings(), "", [], [], 0.0, {}, None, "")
     PrivateAnswer("text", None, 0.0, cost).save(tmp_path / "answer.json")
     content = (tmp_path / "answer.json").read_text()
-    (tmp_path / "answer.json").write_text(content.replace('"schema_version": 5', '"schema_version": 4'))
+    (tmp_path / "answer.json").write_text(content.replace('"schema_version": 6', '"schema_version": 4'))
     assert PrivateAnswer.load(tmp_path / "answer.json").tokens == []

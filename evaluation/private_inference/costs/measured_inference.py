@@ -15,12 +15,15 @@ from entropy_gpt.evaluation.private_inference.inference import (
     serve_on_loopback,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
-from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
+from entropy_gpt.evaluation.private_inference.parties.slow_link import SlowLink
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer, Terms
-from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, Network
-from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps, check_config
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
+from entropy_gpt.evaluation.private_inference.program.networks import LOOPBACK, Network
+from entropy_gpt.evaluation.private_inference.program.program import build_steps, check_config
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
@@ -120,7 +123,7 @@ class Inference:
     ) -> InferenceCost:
         prompt = np.random.default_rng(0).integers(0, self.config.vocab_size, self.context).tolist()
         with contextlib.closing(Client(*address, None, timeout_seconds)) as client:
-            outcome = client.ask(prompt, new_tokens, on_event=on_event)
+            outcome = client.ask(Question(prompt, new_tokens), on_event)
         return self._record(outcome, new_tokens)
 
     def load_measured(self, path: Path) -> InferenceCost | None:

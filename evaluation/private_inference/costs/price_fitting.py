@@ -23,8 +23,8 @@ from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmet
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA, StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import CountingArithmetic, Shape, Stock, make_shape
 from entropy_gpt.evaluation.private_inference.program.prices import PRICES, Prices, Sample, price_of
-from entropy_gpt.evaluation.private_inference.program.program import Step
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Step
 
 
 # Messages of a step in which oblivious transfers are made in stock, which none of the others comes near.
@@ -65,6 +65,12 @@ def fitting_cases() -> list[Case]:
         *(_case(lambda ops, a: ops.scale(a, 0.3), n, None) for n in (1000, 20000, 60000)),
         *(_case(lambda ops, a: ops.reveal(a), n, None) for n in (1000, 20000)),
         *(_case(lambda ops, a: ops.positive_part(a), n, None) for n in (1000, 20000, 60000)),
+        *(_case(lambda ops, a, b: ops.is_less(a, b), n, None, None) for n in (1000, 20000, 60000)),
+        *(_case(lambda ops, a, b: ops.keep(a, ops.is_less(a, b)), n, None, None) for n in (1000, 20000)),
+        *(
+            _case(lambda ops, a, b, c: ops.both(ops.is_less(a, b), ops.is_less(b, c)), n, None, None, None)
+            for n in (1000, 20000)
+        ),
         *(_case(lambda ops, a: ops.reciprocal(a), n, None) for n in (32, 1000, 4000)),
         *(_case(lambda ops, a: ops.reciprocal_root(a), n, None) for n in (32, 1000, 4000)),
         *(_case(lambda ops, a: ops.tanh(a), n, None) for n in (1000, 20000)),

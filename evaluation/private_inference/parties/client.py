@@ -1,8 +1,10 @@
 """A client that holds a prompt: it opens all connections to a server (`server.py`), and asks."""
 
 import contextlib
+import secrets
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from entropy_gpt.conversion.errors import UserError
@@ -13,10 +15,11 @@ from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, TR
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 
 from .channel import TLSFiles, clean, connect
+from .drafts import least_positions
 from .party_process import Job, Request
 from .preparations import Store, hash_terms, is_lost, pass_spans
-from .sampling import GREEDY, Sampling
-from .session import Outcome, Session, check_prompt, check_request, check_sampling, free_port
+from .question import Question, check_request
+from .session import Outcome, Session, free_port
 from .tables import TableCache, Tables, count_bytes, decode_table, read_public
 from .terms import HANDSHAKE_SECONDS, PROTOCOL_VERSION, read_terms
 from .tunnel import ClientTunnel
@@ -24,6 +27,7 @@ from .tunnel import ClientTunnel
 
 # What this side is to the other.
 CLIENT_NAME = "client"
+SEED_BITS = 63
 
 
 class Client:
@@ -96,25 +100,30 @@ class Client:
             )
         return read_public(public_checkpoint, terms.checkpoint, terms.tables, shapes)
 
-    def check_tokenizer(self, own_hash: str):
+    def check_tokenizer(
+        self,
+        own_hash: str,
+        what: str = "the tokenizer",
+        remedy: str = "Name the server's tokenizer with --tokenizer.",
+    ):
         """
+        Args:
+            own_hash (`str`): Hash of a tokenizer of this side.
+            what (`str`), remedy (`str`): What the error calls it, and what to do then.
+
         Raises:
-            `PrivateInferenceError`: If this side's tokenizer is not the server's.
+            `PrivateInferenceError`: If it is not the server's.
         """
         with self.channel.telling(CLIENT_NAME):
             if own_hash != self.terms.tokenizer_hash:
                 raise PrivateInferenceError(
-                    "the tokenizer is not the server's, so its tokens would have other meanings. Name the server's "
-                    "tokenizer with --tokenizer."
+                    f"{what} is not the server's, so its tokens would have other meanings. {remedy}"
                 )
 
     def ask(
         self,
-        prompt: list[int],
-        new_tokens: int = 1,
-        answers: int = 1,
+        question: Question,
         on_event: Callable[[dict], None] = lambda event: None,
-        sampling: Sampling = GREEDY,
         preparation: str | None = None,
         require_prepared: bool = False,
     ) -> Outcome:
@@ -123,28 +132,25 @@ class Client:
         for that no longer than `KEPT_SECONDS`.
 
         Args:
-            prompt (`list[int]`): Tokens; they stay here.
-            new_tokens (`int`): Number of tokens in the answer; public.
-            answers (`int`): Number of last positions of the prompt whose logits are wanted.
+            question ([`Question`]): The prompt, and what is wanted.
             on_event (`Callable`): Told what happens, for progress.
-            sampling ([`Sampling`]): How tokens are chosen from the logits; it stays here too.
             preparation (`str`, *optional*): Name of the one to use up. Default: that of [`Client.find_preparation`].
             require_prepared (`bool`): Whether to fail if there is none.
 
         Raises:
-            `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much or has no such
-                token. The connection has ended then.
+            `PrivateInferenceError`: As [`Session.answer`] and [`Question.check`]. The connection has ended then.
         """
         try:
-            check_prompt(prompt, self.terms.config.vocab_size)
-            check_sampling(self.terms.settings, sampling)
-            asked = self._check(len(prompt), new_tokens, answers)
-            own = {"prompt": prompt, "sampling": sampling}
-            preparation = preparation or self.find_preparation(len(prompt), new_tokens, answers)
+            question.check(self.terms)
+            asked, own = question.public, {"prompt": question.prompt, "sampling": question.sampling}
+            if asked["drafts"]:  # whose passes no preparation is made for
+                own |= self._begin_drafts(question)
+            elif preparation is None:
+                preparation = self.find_preparation(len(question.prompt), question.new_tokens, question.answers)
             if preparation is None and require_prepared:
                 raise UserError(
-                    f"no preparation fits {len(prompt)} tokens and {new_tokens} new ones of this server: make one "
-                    "(entropy-gpt private prepare)."
+                    f"no preparation fits {len(question.prompt)} tokens and {question.new_tokens} new ones of this "
+                    "server: make one (entropy-gpt private prepare)."
                 )
             if preparation is None:
                 if self.store is not None:
@@ -182,11 +188,20 @@ class Client:
         try:
             if self.store is None:
                 raise UserError("a preparation needs a folder: give prepared, or --prepared DIR.")
-            asked = self._check(length, new_tokens, answers)
+            check_request(self.terms.config, self.terms.settings, length, new_tokens, answers)
+            asked = {"length": length, "new_tokens": new_tokens, "answers": answers}
             return self._request(asked, {"prepares": True}, on_event, prepares=True)
         except BaseException:
             self.close()
             raise
+
+    def _begin_drafts(self, question: Question) -> dict:
+        """What drafts need on this side; they are drawn with the noise of the answer."""
+        sampling = question.sampling
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(SEED_BITS))
+        draft = question.drafts.drafter.begin(question.prompt, sampling, self.terms.config.vocab_size)
+        return {"sampling": sampling, "keep": question.drafts.keep, "draft": draft}
 
     def find_preparation(self, length: int, new_tokens: int = 1, answers: int = 1) -> str | None:
         """The name of the smallest preparation here that serves such a request, if there is one."""
@@ -201,10 +216,6 @@ class Client:
                 return header.name
         return None
 
-    def _check(self, length: int, new_tokens: int, answers: int) -> dict[str, int]:
-        check_request(self.terms.config, self.terms.settings, length, new_tokens, answers)
-        return {"length": length, "new_tokens": new_tokens, "answers": answers}
-
     @contextlib.contextmanager
     def _taken(self, preparation: str) -> Iterator[Path]:
         """A half, for one request. It stays in the store if the server accepts none: nothing of it was used then."""
@@ -217,21 +228,30 @@ class Client:
             raise
         self.store.drop(taken)
 
-    def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
+    def _request(
+        self,
+        asked: dict[str, int],
+        also: dict,
+        on_event: Callable[[dict], None],
+        draft: Callable[[list[int], int], list[int]] | None = None,
+        **own,
+    ) -> Outcome:
         """Has a request answered, of which the server is shown a part."""
         with self.channel.telling(CLIENT_NAME):
             self.channel.send({"kind": "request", **asked, **also, "tables": self._tables is None})
             if self._session is None:
-                self._open(on_event)
+                accepted = self._open(on_event)
             else:
-                self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
+                accepted = self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
             self._accepted = True
+            if draft is not None:
+                own["positions"] = _read_positions(accepted, least_positions(**asked))
             if "preparation" in own:
                 self.store.spend(Path(own["preparation"]))
             on_event({"event": "accepted"})
-            return self._session.answer(Request(**asked, **own), on_event)
+            return self._session.answer(Request(**asked, **own), on_event, draft=draft)
 
-    def _open(self, on_event: Callable[[dict], None]):
+    def _open(self, on_event: Callable[[dict], None]) -> dict:
         while (answer := self.channel.receive(HANDSHAKE_SECONDS, ("accepted", "waiting")))["kind"] == "waiting":
             before, seconds = (clean(answer.get(name), most=10) for name in ("before", "seconds"))
             on_event({"event": "waiting", "before": before, "seconds": seconds})
@@ -248,6 +268,7 @@ class Client:
         own_port = free_port()
         self._tunnel = ClientTunnel(self._connect, str(token), own_port)
         self._session = Session(job, self._tables, self.channel, self._tunnel, own_port, set_up)
+        return answer
 
     def _receive_tables(self, on_event: Callable[[dict], None]) -> StepCost:
         """Takes the server's tables, and keeps them for further connections; what that took."""
@@ -268,3 +289,16 @@ class Client:
             self._session.close()
         if self._tunnel is not None:
             self._tunnel.close()
+
+
+def _read_positions(accepted: dict, least: int) -> int:
+    """
+    How many positions passes over drafts may verify.
+
+    Raises:
+        `PrivateInferenceError`: If a server grants fewer than it needs for what it has accepted.
+    """
+    positions = accepted.get("positions")
+    if type(positions) is not int or positions < least:
+        raise PrivateInferenceError(f"the server grants less than the {least} positions of an answer with drafts.")
+    return positions

@@ -30,8 +30,9 @@ from entropy_gpt.evaluation.errors import MachineError, PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import RING
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, is_factor
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, is_factor
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import held_shapes
 
@@ -40,7 +41,7 @@ from .engine import engine_versions
 
 
 # The version of a half's file, and of what its numbers mean.
-FORMAT = 3
+FORMAT = 4
 SEED_BYTES, NAME_BYTES, HASH_BYTES = 32, 16, 32
 NAME = re.compile(f"[0-9a-f]{{{2 * NAME_BYTES}}}")
 HALF, TAKEN, PART = ".half", ".taken", ".part"

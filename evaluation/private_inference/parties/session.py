@@ -21,14 +21,12 @@ from pydantic import TypeAdapter
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, build_steps
-from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.settings import SERVER
 from entropy_gpt.evaluation.private_inference.program.variables import held_shapes
 
 from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
 from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_arrays
-from .sampling import MOST_TEMPERATURE, Sampling
 from .terms import Terms
 from .tunnel import Tunnel
 
@@ -48,8 +46,9 @@ REASON_SECONDS = 2
 @dataclass
 class Outcome:
     """
-    What the client learned, what it cost by its count, and how often each token was computed anew; with a preparation,
-    what that took before, and of a preparation its name.
+    What the client learned, what it cost by its count, and how often each pass was computed anew; with a preparation,
+    what that took before, and of a preparation its name; of each pass over drafts, their number and how many were
+    right.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -59,6 +58,7 @@ class Outcome:
     repeats: Counter[int] = field(default_factory=Counter)
     before: list[StepCost] = field(default_factory=list)
     prepared: str | None = None
+    verified: list[tuple[int, int]] = field(default_factory=list)
 
     def cost(self, terms: Terms, context: int, answers: int, network: str) -> InferenceCost:
         """The costs with their conditions; arguments as of [`InferenceCost`]."""
@@ -157,6 +157,10 @@ class EngineProcess:
         """Has a request compiled."""
         self._say(TypeAdapter(Request).dump_json(request))
 
+    def give(self, drafts: list[int]):
+        """Has drafts verified, which it has asked for."""
+        self._say(json.dumps(drafts).encode())
+
     def start(self, own_port: int, peer_port: int):
         """Has the request answered. The first time it meets the peer before, and gets what it has."""
         self._say(json.dumps({"own_port": own_port, "peer_port": peer_port}).encode())
@@ -237,52 +241,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check_request(config: ProgramConfig, settings: PrivateSettings, length: int, new_tokens: int, answers: int):
-    """
-    Raises:
-        `PrivateInferenceError`: If the model can't answer so much.
-    """
-    build_steps(config, settings, Span(0, length + new_tokens - 1))
-    if answers > length or (answers > 1 and new_tokens > 1):
-        raise PrivateInferenceError(f"answers={answers} positions are not possible with {length} tokens and more.")
-
-
-def check_prompt(prompt: Sequence[int], vocab_size: int):
-    """
-    Raises:
-        `PrivateInferenceError`: If a token is not one of the model's, for which an embedding of zeros would be taken.
-    """
-    if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
-        raise PrivateInferenceError(
-            f"token {unknown[0]} is not one of the model's, which go from 0 to {vocab_size - 1}."
-        )
-
-
-def check_sampling(settings: PrivateSettings, sampling: Sampling):
-    """
-    Raises:
-        `PrivateInferenceError`: If tokens would have to be drawn from logits that the client does not learn.
-    """
-    if settings.answer == "logits" or not sampling.temperature:
-        return
-    if settings.answer == "token":
-        raise PrivateInferenceError(
-            f"temperature={sampling.temperature:g} is not possible: this server answers with the most likely tokens "
-            "alone, not with logits. Use temperature 0, or a server with --answer sampled."
-        )
-    if sampling.temperature > MOST_TEMPERATURE:
-        raise PrivateInferenceError(
-            f"temperature={sampling.temperature:g} is not possible: {MOST_TEMPERATURE:g} is the most with a server "
-            "that answers with sampled tokens."
-        )
-    for name, value in (("top_k", sampling.top_k is not None), ("top_p", sampling.top_p < 1)):
-        if value:
-            raise PrivateInferenceError(
-                f"{name}={getattr(sampling, name):g} is not possible: this server answers with sampled tokens alone, "
-                "and which logits are largest is not known outside of them. Use the temperature alone."
-            )
-
-
 class Session:
     """
     One party's engine and the peer's messages, for one answer after another.
@@ -320,7 +278,11 @@ class Session:
         self._process.close()
 
     def answer(
-        self, request: Request, on_event: Callable[[dict], None] = lambda event: None, seconds: float = math.inf
+        self,
+        request: Request,
+        on_event: Callable[[dict], None] = lambda event: None,
+        seconds: float = math.inf,
+        draft: Callable[[list[int], int], list[int]] | None = None,
     ) -> Outcome:
         """
         This party's part of an answer, from the comparison of programs to the farewell.
@@ -329,6 +291,7 @@ class Session:
             request ([`Request`]): As the peer's.
             on_event (`Callable`): Told what happens.
             seconds (`float`): That it may take in all.
+            draft (`Callable`, *optional*): What a client's drafts come from, as of [`Drafter`].
 
         Raises:
             `PrivateInferenceError`: If the programs differ, the engine fails, the peer ends, hangs or breaks rules, or
@@ -339,7 +302,7 @@ class Session:
             self._process.prepare(request)
             self._compare_programs(on_event)
             self._process.start(self._own_port, self._tunnel.local_port)
-            self._follow(outcome, on_event)
+            self._follow(outcome, on_event, draft)
             return outcome
         except PrivateInferenceError as error:
             rest = self.events.rest(error, 0 if self._job.rank == SERVER else REASON_SECONDS)
@@ -379,15 +342,19 @@ class Session:
                 f"(here {engine_versions()})."
             )
 
-    def _follow(self, outcome: Outcome, on_event: Callable[[dict], None]):
+    def _follow(self, outcome: Outcome, on_event: Callable[[dict], None], draft: Callable | None):
         """Notes what the engine does until both sides are done."""
         peer_done = False
         kinds = {"set-up", "pass", "step", "token", "repeat", "prepared", "prepared before", "done", "peer's done"}
+        kinds |= {"draft", "verified"}
         while True:
             event = self._expect(self._job.timeout_seconds, *kinds)
             if event["event"] == "peer's done":
                 peer_done = True
                 kinds.remove(event["event"])
+                continue
+            if event["event"] == "draft":
+                self._process.give(draft(event["known"], event["count"]))
                 continue
             self._allowance.note(event)
             _note(outcome, event)
@@ -439,6 +406,8 @@ def _note(outcome: Outcome, event: dict):
             outcome.logits.append(read_array(event["logits"]))
     elif event["event"] == "repeat":
         outcome.repeats[event["index"]] += 1
+    elif event["event"] == "verified":
+        outcome.verified.append((event["drafts"], event["right"]))
     elif event["event"] == "prepared":
         outcome.prepared = event["name"]
     elif event["event"] == "prepared before":

@@ -10,8 +10,7 @@ the truncation, which is that of one phase, of the same sum. With A and B the ma
     X Y = D Y + A E + A B        X W = D W + A W        X^2 = D (X + A) + A^2
 
 A factor of a weight has a mask of the client's alone, and the server alone is shown the difference (Delphi), which
-takes half the bytes. Zeros above the diagonal of the prompt's attention weights are neither masked nor revealed. Those
-between the heads of a further token's query are.
+takes half the bytes. Zeros above the diagonal of the prompt's attention weights are neither masked nor revealed.
 
 What is prepared for long prompts and answers serves shorter ones: masks and products are cut, and factors of products
 of matrices filled up with zeros.
@@ -29,12 +28,15 @@ import numpy as np
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 
-from .arithmetic import SLOTS, Arithmetic
-from .counting import RING, SHARED_BATCHES, CountingArithmetic, Shape, Stock, count_product, make_shape
+from .arithmetic import Arithmetic
+from .ciphertexts import SLOTS, count_product
+from .counting import RING, SHARED_BATCHES, CountingArithmetic, Shape, Stock, make_shape
 from .prices import load_prices, price_of
-from .program import ProgramConfig, Span, Step, build_steps, is_factor, put_apart, visible_keys
+from .program import ProgramConfig, build_steps, is_factor
 from .settings import SERVER, PrivateSettings
+from .steps import Span, Step
 from .variables import client_rank, program_variables
+from .visible import put_apart, visible_keys
 
 
 MATRICES, NUMBERS, SQUARES = "matrices", "numbers", "squares"
@@ -335,7 +337,7 @@ class MultiplyMatrices:
     demand: Demand
 
     def __call__(self, ops: Arithmetic, *tensors):
-        return ops.ring_matmul(*_join_masks(ops, self.demand, iter(tensors)))
+        return ops.secret_ring_matmul(*_join_masks(ops, self.demand, iter(tensors)))
 
 
 def _join_masks(ops: Arithmetic, demand: Demand, tensors: Iterator) -> list:
@@ -480,6 +482,9 @@ class _Intercepting:
     def __getattr__(self, name: str):
         return getattr(self._ops, name)
 
+    def append_checksum(self, tensor):
+        return self._ops.append_checksum(tensor)
+
     def matmul(self, left, right):
         return self.take(MATRICES, left, right)
 
@@ -520,6 +525,10 @@ class _Maker(_Intercepting):
         self._makes, self._passes = ops, work.passes
         self._demands, self._masks = iter(work.demands), iter(masks)
         self.products: list = []
+
+    def append_checksum(self, tensor):
+        """All but the server's factors are shapes."""
+        return (self._ops if isinstance(tensor, Shape) else self._makes).append_checksum(tensor)
 
     def take(self, kind: str, left, right=None, is_causal: bool = False):
         demand, ops = next(self._demands), self._makes

@@ -42,13 +42,14 @@ ASK = """
 import contextlib, sys
 from pathlib import Path
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 
 with contextlib.closing(Client("127.0.0.1", int(sys.argv[2]), None, 600, prepared=Path(sys.argv[1]))) as client:
     print("ready", flush=True)
     if sys.argv[3] == "prepare":
         client.prepare(5)
     else:
-        print("tokens", client.ask([2, 3, 5, 7, 11]).tokens, flush=True)
+        print("tokens", client.ask(Question([2, 3, 5, 7, 11])).tokens, flush=True)
 """
 
 

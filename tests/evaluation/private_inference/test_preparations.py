@@ -21,6 +21,7 @@ pytest.importorskip("spu")
 
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.server import Server
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -72,15 +73,15 @@ def test_an_answer_of_two_phases(model, tmp_path):
         backup = shutil.copytree(ours, tmp_path / "backup" / "client")
         shutil.copy(client.store.used, backup.parent)
         with connect(address, ours) as client:
-            outcome = client.ask(PROMPT, 2, preparation=client.find_preparation(len(PROMPT), 2))
+            outcome = client.ask(Question(PROMPT, 2), preparation=client.find_preparation(len(PROMPT), 2))
             assert not halves(ours) and not halves(theirs)
             assert client.find_preparation(len(PROMPT)) is None
-            one_phase = client.ask(PROMPT, 1)
+            one_phase = client.ask(Question(PROMPT))
         with (
             connect(address, backup) as client,
             pytest.raises(PrivateInferenceError, match="it was used"),
         ):
-            client.ask(PROMPT, 2, preparation=client.find_preparation(len(PROMPT), 2))
+            client.ask(Question(PROMPT, 2), preparation=client.find_preparation(len(PROMPT), 2))
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT + outcome.tokens])).logits[0, len(PROMPT) - 1 : -1].numpy()
     assert np.abs(np.concatenate(outcome.logits) - logits).max() < 0.1
@@ -100,13 +101,13 @@ def test_a_server_of_other_weights_has_deleted_what_is_not_its_own(model, tmp_pa
     with served(other, tmp_path / "server", []) as address, connect(address, tmp_path / "client") as client:
         assert client.find_preparation(len(PROMPT)) is None
         with pytest.raises(PrivateInferenceError, match="this preparation is not here"):
-            client.ask(PROMPT, preparation=made.prepared)
+            client.ask(Question(PROMPT), preparation=made.prepared)
     assert not halves(tmp_path / "server") and not halves(tmp_path / "client")
 
 
 def test_a_server_says_what_it_does_not_keep(model, tmp_path):
     with served(model, None, []) as address:
-        for ask in (lambda client: client.prepare(4), lambda client: client.ask([2], preparation="0" * 32)):
+        for ask in (lambda client: client.prepare(4), lambda client: client.ask(Question([2]), preparation="0" * 32)):
             with connect(address, tmp_path / "client") as client:
                 client.store.path("0" * 32).write_bytes(b"")
                 with pytest.raises(PrivateInferenceError, match=r"kept here \(serve --prepared\)"):
@@ -137,7 +138,7 @@ def test_a_client_that_is_killed_leaves_whole_halves_or_none(model, tmp_path):
             for header in client.store.headers():
                 assert header.shares
             client.prepare(len(PROMPT))
-            assert client.ask(PROMPT, preparation=client.find_preparation(len(PROMPT))).tokens
+            assert client.ask(Question(PROMPT), preparation=client.find_preparation(len(PROMPT))).tokens
 
 
 def _try(client: Client):

@@ -33,9 +33,11 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES
 from entropy_gpt.evaluation.private_inference.parties.channel import Channel, TLSFiles, connect
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.drafts import Drafts
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED, Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import RESERVED_BYTES, machine_memory
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling, draw_noise
 from entropy_gpt.evaluation.private_inference.parties.server import Server
 from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Outcome, free_port
@@ -128,7 +130,7 @@ def engines_here() -> list[psutil.Process]:
 
 def ask_at(address: tuple[str, int], new_tokens: int = 2, tls: TLSFiles | None = None, **options) -> Outcome:
     with contextlib.closing(Client(*address, tls, SECONDS)) as client:
-        return client.ask(PROMPT, new_tokens, **options)
+        return client.ask(Question(PROMPT, new_tokens), **options)
 
 
 def ask(served: Served, new_tokens: int = 2, **options) -> list[int]:
@@ -172,6 +174,22 @@ def test_an_engines_process_needs_neither_torch_nor_transformers():
     assert not {"torch", "transformers", "datasets"} & {*imported.stdout.split()}
 
 
+@dataclass
+class Oracle:
+    """Drafts right tokens, but for some places."""
+
+    right: list[int]
+    wrong: set[int] = field(default_factory=set)
+
+    def begin(self, prompt: list[int], sampling: Sampling, vocab_size: int) -> Callable:
+        def draft(known: list[int], count: int) -> list[int]:
+            places = range(len(known), len(known) + count)
+            right = [*self.right, *[0] * count]  # beyond the answer, what is drafted is not used
+            return [(right[place] + (place in self.wrong)) % vocab_size for place in places]
+
+        return draft
+
+
 @pytest.mark.parametrize(("notation", "protocol"), [("SM", "semi2k"), *slow_cases(("SM+LN+G", "cheetah"))])
 def test_answers_under_tls(notation, protocol, tmp_path):
     """Cheetah's keys take most of the time, and the demonstration of tests/entropy_gpt/test_private.py has them."""
@@ -181,7 +199,8 @@ def test_answers_under_tls(notation, protocol, tmp_path):
         serving(*make_offer(notation, protocol), ours) as served,
         contextlib.closing(Client(*served.server.address, theirs, SECONDS, protocol)) as client,
     ):
-        answer, another = client.ask(PROMPT, 2), client.ask(PROMPT, 1)
+        answer, another = client.ask(Question(PROMPT, 2)), client.ask(Question(PROMPT))
+        drafted = client.ask(Question(PROMPT, 2, drafts=Drafts(Oracle(answer.tokens))))
     assert answer.tokens == served.expected
     assert len(answer.logits) == 2
     assert sum(cost.total_bytes for cost in answer.steps) > 0
@@ -189,6 +208,9 @@ def test_answers_under_tls(notation, protocol, tmp_path):
     assert another.tokens == served.expected[:1]
     assert another.set_up is answer.set_up
     assert len(answer.set_up) == 1
+    # A draft that is right is verified with the prompt.
+    assert drafted.tokens == served.expected
+    assert drafted.verified == [(1, 1)]
 
 
 @pytest.mark.slow
@@ -298,7 +320,7 @@ def test_what_ails_the_clients_engine_is_not_the_servers_business(served):
             client._session._process._process.kill()
 
         with pytest.raises(PrivateInferenceError, match="this side's engine ended with status -9"):
-            client.ask(PROMPT, on_event=kill)
+            client.ask(Question(PROMPT), kill)
     assert served.said("the peer refuses: the client failed.", 10)
 
 
@@ -372,8 +394,8 @@ def test_a_sampled_token_is_the_largest_with_the_clients_noise():
         serving(replace(offer, settings=settings), []) as served,
         contextlib.closing(Client(*served.server.address, None, SECONDS)) as client,
     ):
-        answer = client.ask(PROMPT, 3, sampling=Sampling(9.0, seed=7))
-        likely = client.ask(PROMPT, 3)
+        answer = client.ask(Question(PROMPT, 3, sampling=Sampling(9.0, seed=7)))
+        likely = client.ask(Question(PROMPT, 3))
     assert answer.tokens == expected != likely.tokens
     assert not answer.logits
 
@@ -471,7 +493,7 @@ def test_a_client_that_is_refused_closes_its_connection(served):
     ):
         client = Client(*served.server.address, None, SECONDS)
         with pytest.raises(PrivateInferenceError, match=reason):
-            client.ask(prompt, new_tokens)
+            client.ask(Question(prompt, new_tokens))
         assert client.channel.connection.fileno() == -1
 
 
@@ -502,13 +524,13 @@ def test_answers_out_of_range_count_against_what_a_client_may_ask_for(served):
     with serving(offer, [], limits=replace(UNLIMITED, answers=2)) as strict:
         with pytest.raises(
             PrivateInferenceError,
-            match=r"^the peer refuses: an answer was out of range, and to .*: 2 "
-            r"is the most here, with those that are repeated \(--max-new-tokens\)\.$",
+            match=r"^the peer refuses: this answer would take 3 positions: 2 is the most here, with those of wrong "
+            r"drafts and those that are computed again, out of range \(--max-new-tokens\)\.$",
         ):
             ask(strict, 1)
-        assert strict.said("2 is the most here, with those that are repeated", 10)
+        assert strict.said("2 is the most here, with those of wrong drafts", 10)
     assert sum("out of range, and has it repeated" in line for line in strict.lines) == 2
-    assert [use.positions for use in strict.server._accounts._uses["127.0.0.1"]] == [3]
+    assert [use.positions for use in strict.server._accounts._uses["127.0.0.1"]] == [2]
 
 
 @pytest.mark.slow

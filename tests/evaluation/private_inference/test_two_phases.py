@@ -17,23 +17,17 @@ import torch
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict, predict_phases
+from entropy_gpt.evaluation.private_inference.program.ciphertexts import INPUTS
 from entropy_gpt.evaluation.private_inference.program.counting import (
-    INPUTS,
     REVEALED,
     SHARED_BATCHES,
     Stock,
     count_step,
 )
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
-from entropy_gpt.evaluation.private_inference.program.program import (
-    LOGITS,
-    OUT_OF_RANGE,
-    Span,
-    build_steps,
-    run_steps,
-    weight_shapes,
-)
+from entropy_gpt.evaluation.private_inference.program.program import LOGITS, OUT_OF_RANGE, build_steps, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
 from entropy_gpt.evaluation.private_inference.program.two_phases import (
     MATRICES,
     NUMBERS,
@@ -118,7 +112,7 @@ def test_what_a_half_holds_and_means_has_a_format_of_its_own(parties):
     digest = hashlib.sha256()
     for name in sorted([*preparation.masks, *preparation.products]):
         digest.update(name.encode() + np.ascontiguousarray(variables[name]).tobytes())
-    assert (parties.FORMAT, digest.hexdigest()[:16]) == (3, "70d1a3cab2b3a7cf")
+    assert (parties.FORMAT, digest.hexdigest()[:16]) == (4, "0bf30365112aeedd")
 
 
 @pytest.mark.parametrize("longer", [False, True])
@@ -298,9 +292,9 @@ def test_both_halves_of_a_preparation_give_the_weights():
     preparation, ops = Preparation(config, private, [Span(0, 48, 48)]), FixedPointArithmetic(private)
     variables = {name: ops.encode(weight) for name, weight in weights.items()} | draw_masks(preparation)
     variables = run_steps(preparation.steps, ops, variables)
-    place = "0/None/head/linear/0/0"
+    place = "0/None/head/compute_logits/0/0"
     found = solve(variables[f"{place}/left/client"], variables[f"{place}/product"])
-    assert np.array_equal(found, ops.as_ring(ops.encode(weights["head.weight"])))
+    assert np.array_equal(found, ops.as_ring(ops.append_checksum(ops.encode(weights["head.weight"]))))
 
 
 def test_masks_have_a_part_of_each_party_or_of_the_client_alone():
