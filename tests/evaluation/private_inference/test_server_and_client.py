@@ -364,7 +364,7 @@ def test_public_embeddings_take_nothing(prepared, tmp_path):
     ):
         if prepared:
             client.prepare(len(PROMPT), 2)
-        answer = client.ask(PROMPT, 2, require_prepared=prepared)
+        answer = client.ask(Question(PROMPT, 2), require_prepared=prepared)
     assert answer.tokens == expected
     assert bool(answer.before) == prepared
     assert len(answer.set_up) == 1
