@@ -68,6 +68,8 @@ TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
 Norm = Literal["layernorm", "static", "none"]
 
+# The weights that embed tokens and positions.
+TABLES = ("wte", "wpe")
 # The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
 TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "embeddings", "logits", "token", "out of range"
 # What the client adds to the logits, where the token is drawn.
@@ -187,7 +189,7 @@ def bounds_name(part: str) -> str:
 
 
 def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
-    """Bytes of the embeddings as sent to a client with "client_table": single precision."""
+    """Bytes of the embeddings in single precision, the most that is sent to a client with "client_table"."""
     return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize
 
 
@@ -214,10 +216,10 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) ->
 
 
 def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iterator[Step]:
-    if settings.embedding == "one_hot":
-        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (STREAM,))
-    else:
+    if settings.embeds_at_home:
         yield Step("check", None, begin_stream, (EMBEDDINGS,), (STREAM,))
+    else:
+        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (STREAM,))
     before, after, _ = CHECKED
     for layer in range(config.n_layer):
         if layer == config.n_layer - 1:

@@ -618,11 +618,12 @@ class TestStore:
 
     def test_weights_that_are_multiplied_are_hashed_and_others_are_not(self, parties):
         config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
-        first = parties.hash_weights(weights, config)
+        first = parties.hash_weights(weights, config, PrivateSettings())
         for name, same in (("h.0.output.weight", False), ("head.weight", False), ("bounds.after", True)):
             changed = weights[name].copy()
             changed.flat[0] += 1
-            assert (parties.hash_weights(weights | {name: changed}, config) == first) is same
+            changed_weights = weights | {name: changed}
+            assert (parties.hash_weights(changed_weights, config, PrivateSettings()) == first) is same
         assert parties.name_store("store", first) != parties.name_store("store", "other")
 
     def test_files_that_are_not_the_stores_are_left_alone(self, parties, tmp_path):
