@@ -126,4 +126,4 @@ def test_a_check_costs_less_than_a_hundredth(notation, span):
     steps = predict(make_large_config(notation, 256, **sizes), PrivateSettings(), span)
     check = [step for step in steps if step.operation == "check"]
     assert sum(step.total_bytes for step in check) < 0.01 * sum(step.total_bytes for step in steps)
-    assert sum(step.round_trips for step in check) < 0.02 * sum(step.round_trips for step in steps)
+    assert sum(step.round_trips for step in check) < 0.03 * sum(step.round_trips for step in steps)
