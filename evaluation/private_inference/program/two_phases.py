@@ -210,7 +210,7 @@ class Preparation:
     def _record(self, number: int, span: Span) -> Iterator[tuple[Place, _DemandingStep]]:
         """The steps of a pass with their demands, by running it on shapes."""
         variables, seen = program_variables(self._config, self._settings, span), defaultdict(int)
-        for step in build_steps(self._config, self._settings, span):
+        for step in build_steps(self._config, self._settings, span, prepared=True):
             recorder = _Recorder(self._settings)
             inputs = tuple(variables[name] for name in step.inputs)
             results = step.function(recorder, *inputs)
