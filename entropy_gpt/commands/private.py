@@ -22,7 +22,9 @@ from .private_connection import (
     ProtocolOption,
     Timeout,
     TwoPartyProtocol,
+    read_public_checkpoint,
     with_connection,
+    with_options,
 )
 
 
@@ -43,6 +45,12 @@ def end_in_order():
 class Embedding(StrEnum):
     one_hot = "one_hot"
     client_table = "client_table"
+    public = "public"
+
+
+class DraftKeep(StrEnum):
+    accepted = "accepted"
+    prompt = "prompt"
 
 
 class Learned(StrEnum):
@@ -61,6 +69,22 @@ Networks = Annotated[
         help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms.",
     ),
 ]
+Served = Annotated[
+    str,
+    typer.Option(
+        "--network",
+        help="The network to clients: LAN, WAN, or bandwidth and round trip, such as 300Mbps,20ms. Operations take "
+        "the forms that are fastest there.",
+    ),
+]
+ChosenFor = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--network",
+        help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms. "
+        "Operations take the forms that are fastest on the first one named, or on a WAN.",
+    ),
+]
 Layers = Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")]
 Width = Annotated[int, typer.Option("--n-embd", min=1, help="Width.")]
 Heads = Annotated[int | None, typer.Option("--n-head", min=1, help="Heads. Default: heads of about 64 dimensions.")]
@@ -73,7 +97,17 @@ EmbeddingOption = Annotated[
     Embedding,
     typer.Option(
         help="one_hot: neither side learns anything, at the cost of a product with the whole vocabulary. "
-        "client_table: the client gets the embeddings. These are weights of the model (and of its head, if tied)."
+        "client_table: the client gets the embeddings, weights of the model (and of its head, if tied). "
+        "public: the client has them already, since they are those of --public-checkpoint, to the last bit."
+    ),
+]
+PublicCheckpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--public-checkpoint",
+        metavar="MODEL",
+        callback=read_public_checkpoint,
+        help="With --embedding public: the checkpoint that the embeddings are from, a folder or on the Hub.",
     ),
 ]
 AnswerOption = Annotated[
@@ -127,13 +161,19 @@ def serve(
     insecure: Insecure = False,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
+    public_checkpoint: PublicCheckpoint = None,
     answer: AnswerOption = Learned.logits,
     fraction_bits: FractionBits = 18,
+    network: Served = "WAN",
     text: AuditedText = None,
     tokenizer: TokenizerPlace = None,
     longest: Annotated[
         int,
-        typer.Option("--max-new-tokens", min=1, help="The most answers of one request, with those that are repeated."),
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            help="The most answers of one request, with those of wrong drafts and those that are repeated.",
+        ),
     ] = 256,
     requests: Annotated[
         int, typer.Option("--max-requests", min=1, help="The most requests of a client in a day.")
@@ -188,8 +228,10 @@ def serve(
         insecure=insecure,
         protocol=protocol.value,
         embedding=embedding.value,
+        public_checkpoint=public_checkpoint,
         answer=answer.value,
         fraction_bits=fraction_bits,
+        network=network,
         text=text,
         tokenizer=tokenizer,
         limits=(longest, requests, positions, seconds),
@@ -206,10 +248,59 @@ def serve(
     )
 
 
+def _read_generation(
+    max_new_tokens: NewTokens = 1,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Draw tokens at this temperature; at 0, take the most likely ones.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw among this number of the most likely tokens. Needs logits.")
+    ] = None,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Draw among the most likely tokens with this share alone. Needs logits."),
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of what is drawn.")] = None,
+) -> dict[str, Any]:
+    """The arguments of `PrivateClient.generate` that these options are."""
+    return locals()
+
+
+def _read_drafts(
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A causal language model of one's own, with the server's tokenizer: a folder, or on the Hub. It "
+            "drafts tokens, and the server's model verifies several at once. The answer is the same.",
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most drafts that are verified at once. Default: 8.")
+    ] = None,
+    draft_keep: Annotated[
+        DraftKeep,
+        typer.Option(
+            help="accepted: what is computed of right drafts stays, so the server learns how many were right. "
+            "prompt: only what is computed of the prompt stays, and each pass computes the whole answer. The server "
+            "learns the number of passes alone."
+        ),
+    ] = DraftKeep.accepted,
+) -> dict[str, Any]:
+    """The arguments of `PrivateClient` that these options are."""
+    if draft is not None:
+        check_model(draft)
+    return {"draft": draft, "draft_tokens": draft_tokens, "draft_keep": draft_keep.value}
+
+
 @private.command()
 @with_connection
+@with_options("drafts", _read_drafts)
+@with_options("generation", _read_generation)
 def ask(
     connection: dict[str, Any],
+    drafts: dict[str, Any],
+    generation: dict[str, Any],
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -222,18 +313,6 @@ def ask(
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read the prompt from this file, in UTF-8.")
     ] = None,
-    new_tokens: NewTokens = 1,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="Draw tokens at this temperature; at 0, take the most likely ones.")
-    ] = 0.0,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Draw among this number of the most likely tokens. Needs logits.")
-    ] = None,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Draw among the most likely tokens with this share alone. Needs logits."),
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of what is drawn.")] = None,
     prepared: PreparedFolder = None,
     require_prepared: Annotated[
         bool, typer.Option("--require-prepared", help="Fail at once if no preparation fits.")
@@ -258,15 +337,10 @@ def ask(
         prompt_file,
         networks or [],
         output,
-        {
-            "max_new_tokens": new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-        },
+        generation,
         prepared=prepared,
         require_prepared=require_prepared,
+        **drafts,
         **connection,
     )
 
@@ -303,6 +377,7 @@ def demo(
     new_tokens: NewTokens = 1,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
+    public_checkpoint: PublicCheckpoint = None,
     answer: AnswerOption = Learned.logits,
     fraction_bits: FractionBits = 18,
     text: AuditedText = None,
@@ -310,7 +385,7 @@ def demo(
     prepared: Annotated[
         bool, typer.Option("--prepared", help="Do first what needs no prompt, and show both phases.")
     ] = False,
-    networks: Networks = None,
+    networks: ChosenFor = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", callback=read_path, help="Write the cost of each step to this file, as JSON."),
@@ -343,6 +418,7 @@ def demo(
         new_tokens=new_tokens,
         protocol=protocol.value,
         embedding=embedding.value,
+        public_checkpoint=public_checkpoint,
         answer=answer.value,
         fraction_bits=fraction_bits,
         text=text,
@@ -376,7 +452,7 @@ def cost(
     prepared: Annotated[
         bool, typer.Option("--prepared", help="Do before the prompt what needs none (private prepare).")
     ] = False,
-    networks: Networks = None,
+    networks: ChosenFor = None,
 ):
     """
     Predict the traffic, the round trips and the time of a private inference, from architecture and sizes alone.
@@ -418,7 +494,9 @@ def benchmark(
     networks: Annotated[
         list[str] | None,
         typer.Option(
-            "--network", help="Another network besides LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms."
+            "--network",
+            help="Another network besides LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms. Operations "
+            "take the forms that are fastest on the first one named, or on a WAN.",
         ),
     ] = None,
     whole: Annotated[

@@ -1,4 +1,4 @@
-"""The options of a connection between two parties, and those that all clients share."""
+"""The options of a connection between two parties, and those that commands have in groups."""
 
 import functools
 import inspect
@@ -47,6 +47,18 @@ ProtocolOption = Annotated[
 ]
 
 
+def read_public_checkpoint(value: str | None) -> str | None:
+    """
+    The value of `--public-checkpoint`.
+
+    Raises:
+        `ConversionError`: If it can be neither a folder nor a repository on the Hub.
+    """
+    if value is not None:
+        check_place(value)
+    return value
+
+
 def _read_connection(
     connect: Annotated[str, typer.Option(help="HOST:PORT of the server.")],
     tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
@@ -55,6 +67,15 @@ def _read_connection(
     authority: Authority = None,
     insecure: Insecure = False,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
+    public_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            callback=read_public_checkpoint,
+            help="For a server with public embeddings: your copy of the checkpoint that has them, a folder or on the "
+            "Hub. The server names one, but nothing is loaded by its word.",
+        ),
+    ] = None,
     timeout: Timeout = 600,
 ) -> dict[str, Any]:
     """The arguments of `open_client` that these options are."""
@@ -65,24 +86,37 @@ def _read_connection(
         "tokenizer": tokenizer,
         "insecure": insecure,
         "protocol": protocol.value,
+        "public_checkpoint": public_checkpoint,
         "timeout": timeout,
     }
 
 
-def with_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options of a client's connection. It gets them as its argument `connection`."""
-    shared = inspect.signature(_read_connection).parameters
-    own = inspect.signature(command).parameters
-    options = [option for name, option in (own | shared).items() if name != "connection"]
-    options.sort(key=lambda option: option.default is not option.empty)  # those that have to be given come first
+def with_options(argument: str, read: Callable[..., dict[str, Any]]) -> Callable[[Callable], Callable]:
+    """
+    Gives a command the options of a group, after its own.
 
-    @functools.wraps(command)
-    def run(**values):
-        connection = _read_connection(**{name: values.pop(name) for name in shared})
-        command(connection=connection, **values)
+    Args:
+        argument (`str`): The command's argument that they become.
+        read (`Callable`): Has the options as its parameters, and returns the argument.
+    """
+    shared = inspect.signature(read).parameters
 
-    run.__signature__ = inspect.Signature(
-        [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options], return_annotation=None
-    )
-    run.__annotations__ = {option.name: option.annotation for option in options}
-    return run
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command).parameters
+        options = [option for name, option in (own | shared).items() if name != argument]
+        options.sort(key=lambda option: option.default is not option.empty)  # those that have to be given come first
+
+        @functools.wraps(command)
+        def run(**values):
+            command(**{argument: read(**{name: values.pop(name) for name in shared})}, **values)
+
+        run.__signature__ = inspect.Signature(
+            [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options], return_annotation=None
+        )
+        run.__annotations__ = {option.name: option.annotation for option in options}
+        return run
+
+    return decorate
+
+
+with_connection = with_options("connection", _read_connection)

@@ -1,25 +1,33 @@
 """A client that holds a prompt: it opens all connections to a server (`server.py`), and asks."""
 
 import contextlib
+import secrets
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import EmbeddingsError, PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.program.cost import StepCost
+from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, TRUST
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 
 from .channel import TLSFiles, clean, connect
+from .drafts import least_positions
 from .party_process import Job, Request
 from .preparations import Store, hash_terms, is_lost, pass_spans
 from .question import Question, check_request
 from .session import Outcome, Session, free_port
+from .tables import TableCache, Tables, count_bytes, decode_table, read_public
 from .terms import HANDSHAKE_SECONDS, PROTOCOL_VERSION, read_terms
 from .tunnel import ClientTunnel
 
 
 # What this side is to the other.
 CLIENT_NAME = "client"
+SEED_BITS = 63
 
 
 class Client:
@@ -32,9 +40,11 @@ class Client:
         timeout_seconds (`int`): For which nothing may happen.
         protocol (`str`): What the client agrees to; a server's word alone must not choose one that protects less.
         prepared (`Path`, *optional*): Folder for its halves of preparations; without it there are none.
+        public_checkpoint (`str` or `Path`, *optional*): This side's copy of a checkpoint with public embeddings.
 
     Raises:
-        `PrivateInferenceError`: If there is no server, it breaks rules, or offers another protocol.
+        `PrivateInferenceError`: If there is no server, it breaks rules, offers another protocol, or has public
+            embeddings of which this side has no copy.
     """
 
     def __init__(
@@ -45,6 +55,7 @@ class Client:
         timeout_seconds: int = 600,
         protocol: str = "cheetah",
         prepared: Path | None = None,
+        public_checkpoint: str | Path | None = None,
     ):
         self.store = None if prepared is None else Store(prepared, CLIENT)
         self._connect = lambda: connect(host, port, tls)
@@ -58,7 +69,8 @@ class Client:
                 self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
                 self.terms = read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
                 self._check_protocol(protocol)
-        except PrivateInferenceError:
+                self._tables = self._find_tables(public_checkpoint)
+        except BaseException:
             self.channel.close()
             raise
 
@@ -70,16 +82,42 @@ class Client:
                 f"{TRUST[offered]}. Ask for it with --protocol, if that will do."
             )
 
-    def check_tokenizer(self, own_hash: str):
+    def _find_tables(self, public_checkpoint: str | Path | None) -> Tables | None:
+        """What embeddings are looked up in; `None` if the server has to send it."""
+        terms = self.terms
+        shapes = {name: weight_shapes(terms.config)[name] for name in terms.tables}
+        if terms.checkpoint is None:
+            if public_checkpoint is not None:
+                raise EmbeddingsError(
+                    f"--public-checkpoint {public_checkpoint} has no effect, since this server's embeddings are not "
+                    "public: leave it out."
+                )
+            return TableCache().load(terms.tables, shapes)
+        if public_checkpoint is None:
+            raise EmbeddingsError(
+                f"the server has the public embeddings of {terms.checkpoint}, and its word alone loads nothing: name "
+                "a copy with --public-checkpoint, a folder or a repository on the Hub."
+            )
+        return read_public(public_checkpoint, terms.checkpoint, terms.tables, shapes)
+
+    def check_tokenizer(
+        self,
+        own_hash: str,
+        what: str = "the tokenizer",
+        remedy: str = "Name the server's tokenizer with --tokenizer.",
+    ):
         """
+        Args:
+            own_hash (`str`): Hash of a tokenizer of this side.
+            what (`str`), remedy (`str`): What the error calls it, and what to do then.
+
         Raises:
-            `PrivateInferenceError`: If this side's tokenizer is not the server's.
+            `PrivateInferenceError`: If it is not the server's.
         """
         with self.channel.telling(CLIENT_NAME):
             if own_hash != self.terms.tokenizer_hash:
                 raise PrivateInferenceError(
-                    "the tokenizer is not the server's, so its tokens would have other meanings. Name the server's "
-                    "tokenizer with --tokenizer."
+                    f"{what} is not the server's, so its tokens would have other meanings. {remedy}"
                 )
 
     def ask(
@@ -104,9 +142,11 @@ class Client:
         """
         try:
             question.check(self.terms)
-            asked = question.public
-            own = {"prompt": question.prompt, "sampling": question.sampling}
-            preparation = preparation or self.find_preparation(**asked)
+            asked, own = question.public, {"prompt": question.prompt, "sampling": question.sampling}
+            if asked["drafts"]:  # whose passes no preparation is made for
+                own |= self._begin_drafts(question)
+            elif preparation is None:
+                preparation = self.find_preparation(len(question.prompt), question.new_tokens, question.answers)
             if preparation is None and require_prepared:
                 raise UserError(
                     f"no preparation fits {len(question.prompt)} tokens and {question.new_tokens} new ones of this "
@@ -155,6 +195,14 @@ class Client:
             self.close()
             raise
 
+    def _begin_drafts(self, question: Question) -> dict:
+        """What drafts need on this side; they are drawn with the noise of the answer."""
+        sampling = question.sampling
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(SEED_BITS))
+        draft = question.drafts.drafter.begin(question.prompt, sampling, self.terms.config.vocab_size)
+        return {"sampling": sampling, "keep": question.drafts.keep, "draft": draft}
+
     def find_preparation(self, length: int, new_tokens: int = 1, answers: int = 1) -> str | None:
         """The name of the smallest preparation here that serves such a request, if there is one."""
         if self.store is None or self.terms.store is None:
@@ -180,21 +228,30 @@ class Client:
             raise
         self.store.drop(taken)
 
-    def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
+    def _request(
+        self,
+        asked: dict[str, int],
+        also: dict,
+        on_event: Callable[[dict], None],
+        draft: Callable[[list[int], int], list[int]] | None = None,
+        **own,
+    ) -> Outcome:
         """Has a request answered, of which the server is shown a part."""
         with self.channel.telling(CLIENT_NAME):
-            self.channel.send({"kind": "request", **asked, **also})
+            self.channel.send({"kind": "request", **asked, **also, "tables": self._tables is None})
             if self._session is None:
-                self._open(on_event)
+                accepted = self._open(on_event)
             else:
-                self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
+                accepted = self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
             self._accepted = True
+            if draft is not None:
+                own["positions"] = _read_positions(accepted, least_positions(**asked))
             if "preparation" in own:
                 self.store.spend(Path(own["preparation"]))
             on_event({"event": "accepted"})
-            return self._session.answer(Request(**asked, **own), on_event)
+            return self._session.answer(Request(**asked, **own), on_event, draft=draft)
 
-    def _open(self, on_event: Callable[[dict], None]):
+    def _open(self, on_event: Callable[[dict], None]) -> dict:
         while (answer := self.channel.receive(HANDSHAKE_SECONDS, ("accepted", "waiting")))["kind"] == "waiting":
             before, seconds = (clean(answer.get(name), most=10) for name in ("before", "seconds"))
             on_event({"event": "waiting", "before": before, "seconds": seconds})
@@ -207,9 +264,23 @@ class Client:
             store=None if self.store is None else str(self.store.folder),
             peer_store=self.terms.store or "",
         )
+        set_up = [] if self._tables is not None else [self._receive_tables(on_event)]
         own_port = free_port()
         self._tunnel = ClientTunnel(self._connect, str(token), own_port)
-        self._session = Session(job, None, self.channel, self._tunnel, own_port)
+        self._session = Session(job, self._tables, self.channel, self._tunnel, own_port, set_up)
+        return answer
+
+    def _receive_tables(self, on_event: Callable[[dict], None]) -> StepCost:
+        """Takes the server's tables, and keeps them for further connections; what that took."""
+        on_event({"event": "tables"})
+        started, size, tables = time.perf_counter(), 0, {}
+        for name, table in self.terms.tables.items():
+            shape = weight_shapes(self.terms.config)[name]
+            content = self.channel.receive_bytes(count_bytes(shape, table.precision), self.timeout_seconds)
+            tables[name], size = decode_table(content, table, shape), size + len(content)
+        TableCache().keep(tables)
+        self._tables = tables
+        return StepCost("tables", None, 0, size, 0, 1, 0.0, time.perf_counter() - started)
 
     def close(self):
         """Ends the connection and the engine."""
@@ -218,3 +289,16 @@ class Client:
             self._session.close()
         if self._tunnel is not None:
             self._tunnel.close()
+
+
+def _read_positions(accepted: dict, least: int) -> int:
+    """
+    How many positions passes over drafts may verify.
+
+    Raises:
+        `PrivateInferenceError`: If a server grants fewer than it needs for what it has accepted.
+    """
+    positions = accepted.get("positions")
+    if type(positions) is not int or positions < least:
+        raise PrivateInferenceError(f"the server grants less than the {least} positions of an answer with drafts.")
+    return positions

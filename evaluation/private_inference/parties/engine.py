@@ -86,6 +86,18 @@ def runtime_config(settings: PrivateSettings):
     return config
 
 
+def make_link(rank: int, own_port: int, peer_port: int, timeout_seconds: int):
+    """SPU's link; both parties' engines listen on this machine's loopback alone."""
+    from spu import libspu
+
+    description = libspu.link.Desc()
+    description.recv_timeout_ms = description.http_timeout_ms = 1000 * timeout_seconds
+    ports = (own_port, peer_port) if rank == SERVER else (peer_port, own_port)
+    for name, port in zip(("server", "client"), ports, strict=True):
+        description.add_party(name, f"127.0.0.1:{port}")
+    return libspu.link.create_brpc(description, rank)
+
+
 @dataclass(frozen=True)
 class CompiledStep:
     """

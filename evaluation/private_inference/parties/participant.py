@@ -7,12 +7,19 @@ import numpy as np
 
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.counting import RING, make_shape
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, build_steps, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, RING, make_shape
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span, Step
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
-from entropy_gpt.evaluation.private_inference.program.variables import client_rank, input_shapes, program_variables
+from entropy_gpt.evaluation.private_inference.program.variables import (
+    client_rank,
+    cut_back,
+    held_shapes,
+    input_shapes,
+    kept_shapes,
+    program_variables,
+)
 
 from .engine import CompiledStep, EngineLog, Party, compile_steps
 from .preparations import draw_mask
@@ -23,21 +30,31 @@ SET_UP = "set-up"
 MOST_INSTANCES, INSTANCE_NUMBERS = 48, 2048
 
 
-def compile_pass(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[CompiledStep]:
+def compile_pass(
+    config: ProgramConfig, settings: PrivateSettings, span: Span, kept: int | None = None
+) -> list[CompiledStep]:
     """
     The engine's code of the program for some tokens, from what is public alone.
+
+    Args:
+        config ([`ProgramConfig`]), settings ([`PrivateSettings`]), span ([`Span`]): As of [`build_steps`].
+        kept (`int`, *optional*):
+            Tokens whose keys and values there are: those from the span's start on are cut off. Default: none.
 
     Raises:
         `PrivateInferenceError`: As [`build_steps`].
     """
-    return compile_steps(build_steps(config, settings, span), program_variables(config, settings, span), settings)
+    steps, variables = build_steps(config, settings, span), program_variables(config, settings, span)
+    if kept not in (None, span.start):
+        steps, variables = [cut_back(config, span.start), *steps], variables | kept_shapes(config, kept)
+    return compile_steps(steps, variables, settings)
 
 
 def compile_preparation(
     config: ProgramConfig, settings: PrivateSettings, preparation: Preparation
 ) -> list[CompiledStep]:
     """The engine's code of a first phase."""
-    weights = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
+    weights = {name: make_shape(shape, SERVER) for name, shape in held_shapes(config, settings, SERVER).items()}
     return compile_steps(preparation.steps, weights | preparation.masks, settings)
 
 
@@ -77,7 +94,7 @@ class Participant:
         self.config, self.settings = config, settings
         self.party = Party(link, settings, log)
         self.is_client = link.rank == client_rank(settings)
-        for name, shape in weight_shapes(config).items():
+        for name, shape in held_shapes(config, settings, SERVER).items():
             if link.rank == SERVER:
                 self.party.set_own(name, weights[name])
             else:
@@ -166,11 +183,13 @@ class Participant:
             values (`dict`): The client's inputs; the others have none.
             on_step (`Callable`): Called with what each step took.
         """
+        # What a preparation leaves is as wide as the ring's integers, and the engine joins only numbers of one width.
+        number = np.float64 if any(step.executable is None for step in program) else NUMBER
         for name, shape in input_shapes(self.config, self.settings, span).items():
             if self.is_client:
-                self.party.set_own(name, values[name])
+                self.party.set_own(name, values[name].astype(number))
             else:
-                self.party.set_foreign(name, shape, client_rank(self.settings))
+                self.party.set_foreign(name, shape, client_rank(self.settings), number)
         costs = []
         for step in program:
             costs.append(self.party.run(step))

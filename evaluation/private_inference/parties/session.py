@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,12 +21,12 @@ from pydantic import TypeAdapter
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
-from entropy_gpt.evaluation.private_inference.program.program import tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER
+from entropy_gpt.evaluation.private_inference.program.variables import held_shapes
 
 from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
-from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
+from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_arrays
 from .terms import Terms
 from .tunnel import Tunnel
 
@@ -46,8 +46,9 @@ REASON_SECONDS = 2
 @dataclass
 class Outcome:
     """
-    What the client learned, what it cost by its count, and how often each token was computed anew; with a preparation,
-    what that took before, and of a preparation its name.
+    What the client learned, what it cost by its count, and how often each pass was computed anew; with a preparation,
+    what that took before, and of a preparation its name; of each pass over drafts, their number and how many were
+    right.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Outcome:
     repeats: Counter[int] = field(default_factory=Counter)
     before: list[StepCost] = field(default_factory=list)
     prepared: str | None = None
+    verified: list[tuple[int, int]] = field(default_factory=list)
 
     def cost(self, terms: Terms, context: int, answers: int, network: str) -> InferenceCost:
         """The costs with their conditions; arguments as of [`InferenceCost`]."""
@@ -136,12 +138,12 @@ class EngineProcess:
 
     Args:
         job ([`Job`]): What it does.
-        weights (`dict`, *optional*): The server's alone.
+        held (`dict`): What this party has before any prompt, by the names of [`held_shapes`].
         events ([`Events`]): Where its events go.
     """
 
-    def __init__(self, job: Job, weights: dict[str, np.ndarray] | None, events: Events):
-        self._job, self._weights, self._events, self._started = job, weights, events, False
+    def __init__(self, job: Job, held: dict[str, np.ndarray], events: Events):
+        self._job, self._held, self._events, self._started = job, held, events, False
         command = [sys.executable, "-P", "-m", "entropy_gpt.evaluation.private_inference.parties.party_process"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
@@ -155,11 +157,15 @@ class EngineProcess:
         """Has a request compiled."""
         self._say(TypeAdapter(Request).dump_json(request))
 
+    def give(self, drafts: list[int]):
+        """Has drafts verified, which it has asked for."""
+        self._say(json.dumps(drafts).encode())
+
     def start(self, own_port: int, peer_port: int):
-        """Has the request answered. The first time it meets the peer before, and gets the weights."""
+        """Has the request answered. The first time it meets the peer before, and gets what it has."""
         self._say(json.dumps({"own_port": own_port, "peer_port": peer_port}).encode())
-        if not self._started and self._weights is not None:
-            self._threads.append(threading.Thread(target=self._give_weights, daemon=True))
+        if not self._started:
+            self._threads.append(threading.Thread(target=self._give, daemon=True))
             self._threads[-1].start()
         self._started = True
 
@@ -177,10 +183,11 @@ class EngineProcess:
             self._process.stdin.write(line + b"\n")
             self._process.stdin.flush()
 
-    def _give_weights(self):
+    def _give(self):
+        shapes = held_shapes(self._job.config, self._job.settings, self._job.rank)
         try:
             with contextlib.suppress(BrokenPipeError):
-                write_weights(self._weights, self._job.config, self._process.stdin)
+                write_arrays(self._held, shapes, self._process.stdin)
                 self._process.stdin.flush()
         except (LookupError, ValueError) as error:
             self._events.put(EngineError(f"this side's weights are not those of its program: {one_line(error)}"))
@@ -240,31 +247,42 @@ class Session:
 
     Args:
         job ([`Job`]): What this party does.
-        weights (`dict`, *optional*): The server's alone.
+        held (`dict`): What this party has before any prompt, by the names of [`held_shapes`].
         channel ([`Channel`]): To the peer. From now on a thread reads it.
         tunnel ([`Tunnel`]): Carries the engine's connections.
         own_port (`int`): Where the engine listens.
+        set_up (`Sequence[StepCost]`): What was paid for the connection before.
 
     Attributes:
         events ([`Events`]): What happens to this party.
     """
 
     def __init__(
-        self, job: Job, weights: dict[str, np.ndarray] | None, channel: Channel, tunnel: Tunnel, own_port: int
+        self,
+        job: Job,
+        held: dict[str, np.ndarray],
+        channel: Channel,
+        tunnel: Tunnel,
+        own_port: int,
+        set_up: Sequence[StepCost] = (),
     ):
         self.events = Events()
         self._job, self._channel, self._tunnel, self._own_port = job, channel, tunnel, own_port
-        self._set_up: list[StepCost] = []
+        self._set_up = [*set_up]
         self._allowance = Allowance(job, tunnel)
         tunnel.on_failure = lambda reason: self.events.put(PrivateInferenceError(reason))
-        self._process = EngineProcess(job, weights, self.events)
+        self._process = EngineProcess(job, held, self.events)
         listen_to_peer(channel, self.events)
 
     def close(self):
         self._process.close()
 
     def answer(
-        self, request: Request, on_event: Callable[[dict], None] = lambda event: None, seconds: float = math.inf
+        self,
+        request: Request,
+        on_event: Callable[[dict], None] = lambda event: None,
+        seconds: float = math.inf,
+        draft: Callable[[list[int], int], list[int]] | None = None,
     ) -> Outcome:
         """
         This party's part of an answer, from the comparison of programs to the farewell.
@@ -273,6 +291,7 @@ class Session:
             request ([`Request`]): As the peer's.
             on_event (`Callable`): Told what happens.
             seconds (`float`): That it may take in all.
+            draft (`Callable`, *optional*): What a client's drafts come from, as of [`Drafter`].
 
         Raises:
             `PrivateInferenceError`: If the programs differ, the engine fails, the peer ends, hangs or breaks rules, or
@@ -283,7 +302,7 @@ class Session:
             self._process.prepare(request)
             self._compare_programs(on_event)
             self._process.start(self._own_port, self._tunnel.local_port)
-            self._follow(outcome, on_event)
+            self._follow(outcome, on_event, draft)
             return outcome
         except PrivateInferenceError as error:
             rest = self.events.rest(error, 0 if self._job.rank == SERVER else REASON_SECONDS)
@@ -323,15 +342,19 @@ class Session:
                 f"(here {engine_versions()})."
             )
 
-    def _follow(self, outcome: Outcome, on_event: Callable[[dict], None]):
+    def _follow(self, outcome: Outcome, on_event: Callable[[dict], None], draft: Callable | None):
         """Notes what the engine does until both sides are done."""
         peer_done = False
         kinds = {"set-up", "pass", "step", "token", "repeat", "prepared", "prepared before", "done", "peer's done"}
+        kinds |= {"draft", "verified"}
         while True:
             event = self._expect(self._job.timeout_seconds, *kinds)
             if event["event"] == "peer's done":
                 peer_done = True
                 kinds.remove(event["event"])
+                continue
+            if event["event"] == "draft":
+                self._process.give(draft(event["known"], event["count"]))
                 continue
             self._allowance.note(event)
             _note(outcome, event)
@@ -354,8 +377,6 @@ class Allowance:
         self._job, self._tunnel = job, tunnel
         self._steps: deque[float] = deque()
         self._steps_done, self._others = 0.0, float(SET_UP_ALLOWANCE)
-        if job.settings.embedding == "client_table":
-            self._others += tables_bytes(job.config.vocab_size, job.config.n_positions, job.config.n_embd)
         self._raise()
 
     def note(self, event: dict):
@@ -385,6 +406,8 @@ def _note(outcome: Outcome, event: dict):
             outcome.logits.append(read_array(event["logits"]))
     elif event["event"] == "repeat":
         outcome.repeats[event["index"]] += 1
+    elif event["event"] == "verified":
+        outcome.verified.append((event["drafts"], event["right"]))
     elif event["event"] == "prepared":
         outcome.prepared = event["name"]
     elif event["event"] == "prepared before":

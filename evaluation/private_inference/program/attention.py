@@ -1,11 +1,12 @@
 """Attention in a program: heads, scores, softmax, and the sums of values by its weights."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .arithmetic import Arithmetic
 from .attention_functions import reciprocal_between, weigh_visible_scores, whole_weights
 from .linear import linear
-from .nonlinear import reciprocal_up_to
 from .visible import put_apart, visible_keys
 
 
@@ -43,14 +44,8 @@ def scale_queries(ops: Arithmetic, query, inverse_temperature, start: int, early
 
 
 def score(ops: Arithmetic, query, key):
-    """Scores `(heads, queries, keys)`. Those of one query are one product: a product has a price of its own."""
-    heads, queries, size = query.shape
-    if queries > 1:
-        return ops.matmul(query, key.swapaxes(1, 2))
-    # Row h holds the query of head h in the columns of head h.
-    spread = ops.xp.where(np.eye(heads, dtype=bool)[:, :, None], query.swapaxes(0, 1), 0.0)
-    stacked = key.swapaxes(1, 2).reshape(heads * size, -1)
-    return ops.matmul(spread.reshape(heads, heads * size), stacked)[:, None]
+    """Scores `(heads, queries, keys)`."""
+    return ops.matmul(query, key.swapaxes(1, 2))
 
 
 def whole_softmax(ops: Arithmetic, scores, per_row: bool):
@@ -64,18 +59,7 @@ def whole_softmax(ops: Arithmetic, scores, per_row: bool):
 
 
 def weigh_and_merge(ops: Arithmetic, weights, value):
-    return _merge(weigh(ops, weights, value))
-
-
-def weigh(ops: Arithmetic, weights, value, is_causal: bool = False):
-    """Sums of values `(heads, queries, head size)`, for one query in one product."""
-    heads, queries, keys = weights.shape
-    if queries > 1:
-        return ops.causal_matmul(weights, value) if is_causal else ops.matmul(weights, value)
-    size = value.shape[-1]
-    all_values = value.swapaxes(0, 1).reshape(keys, heads * size)
-    every_pair = ops.matmul(weights[:, 0], all_values).reshape(heads, heads, size)
-    return every_pair[np.arange(heads), np.arange(heads)][:, None]
+    return _merge(ops.matmul(weights, value))
 
 
 def score_visible(ops: Arithmetic, query, key):
@@ -132,11 +116,23 @@ def _scale_early(ops: Arithmetic, visible, mask: np.ndarray, factors):
 def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
     exponentials = put_apart(ops, visible, visible_keys(queries, value.shape[1]))
-    return weigh(ops, exponentials, value, is_causal=True), exponentials.sum(axis=-1, keepdims=True)
+    return ops.causal_matmul(exponentials, value), exponentials.sum(axis=-1, keepdims=True)
 
 
-def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
-    return _merge(ops.multiply(attended, reciprocal_up_to(ops, sums, keys)))
+def divide_and_merge(ops: Arithmetic, attended, sums, keys: int, reciprocal: Callable):
+    return _merge(ops.multiply(attended, reciprocal(ops, sums, keys)))
+
+
+def divide_visible(ops: Arithmetic, visible, queries: int, keys: int, reciprocal: Callable):
+    """Visible exponentials `(heads, visible)`, divided by the sums of their rows."""
+    mask = visible_keys(queries, keys)
+    inverses = reciprocal(ops, put_apart(ops, visible, mask).sum(axis=-1, keepdims=True), keys)
+    return ops.multiply(visible, inverses[:, np.nonzero(mask)[0], 0])
+
+
+def weigh_divided_and_merge(ops: Arithmetic, visible, value, queries: int):
+    """Sums of values by attention weights."""
+    return _merge(ops.causal_matmul(put_apart(ops, visible, visible_keys(queries, value.shape[1])), value))
 
 
 def divide_widely_and_merge(ops: Arithmetic, attended, sums):

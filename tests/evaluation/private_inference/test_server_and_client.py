@@ -33,6 +33,7 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES
 from entropy_gpt.evaluation.private_inference.parties.channel import Channel, TLSFiles, connect
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.drafts import Drafts
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED, Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import RESERVED_BYTES, machine_memory
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
@@ -40,6 +41,7 @@ from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling, draw_noise
 from entropy_gpt.evaluation.private_inference.parties.server import Server
 from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Outcome, free_port
+from entropy_gpt.evaluation.private_inference.parties.tables import PublicCheckpoint
 from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION, Offer
 from entropy_gpt.evaluation.private_inference.parties.tunnel import ClientTunnel
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
@@ -89,9 +91,10 @@ def serving(
     tls: TLSFiles | None = None,
     host: str = "127.0.0.1",
     limits: Limits = EIGHT_ANSWERS,
+    prepared: Path | None = None,
 ) -> Iterator[Served]:
     lines: list[str] = []
-    server = Server(offer, host, 0, tls, SECONDS, limits, lines.append)
+    server = Server(offer, host, 0, tls, SECONDS, limits, lines.append, prepared=prepared)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield Served(server, expected, thread, lines)
@@ -171,6 +174,22 @@ def test_an_engines_process_needs_neither_torch_nor_transformers():
     assert not {"torch", "transformers", "datasets"} & {*imported.stdout.split()}
 
 
+@dataclass
+class Oracle:
+    """Drafts right tokens, but for some places."""
+
+    right: list[int]
+    wrong: set[int] = field(default_factory=set)
+
+    def begin(self, prompt: list[int], sampling: Sampling, vocab_size: int) -> Callable:
+        def draft(known: list[int], count: int) -> list[int]:
+            places = range(len(known), len(known) + count)
+            right = [*self.right, *[0] * count]  # beyond the answer, what is drafted is not used
+            return [(right[place] + (place in self.wrong)) % vocab_size for place in places]
+
+        return draft
+
+
 @pytest.mark.parametrize(("notation", "protocol"), [("SM", "semi2k"), *slow_cases(("SM+LN+G", "cheetah"))])
 def test_answers_under_tls(notation, protocol, tmp_path):
     """Cheetah's keys take most of the time, and the demonstration of tests/entropy_gpt/test_private.py has them."""
@@ -181,6 +200,7 @@ def test_answers_under_tls(notation, protocol, tmp_path):
         contextlib.closing(Client(*served.server.address, theirs, SECONDS, protocol)) as client,
     ):
         answer, another = client.ask(Question(PROMPT, 2)), client.ask(Question(PROMPT))
+        drafted = client.ask(Question(PROMPT, 2, drafts=Drafts(Oracle(answer.tokens))))
     assert answer.tokens == served.expected
     assert len(answer.logits) == 2
     assert sum(cost.total_bytes for cost in answer.steps) > 0
@@ -188,6 +208,9 @@ def test_answers_under_tls(notation, protocol, tmp_path):
     assert another.tokens == served.expected[:1]
     assert another.set_up is answer.set_up
     assert len(answer.set_up) == 1
+    # A draft that is right is verified with the prompt.
+    assert drafted.tokens == served.expected
+    assert drafted.verified == [(1, 1)]
 
 
 @pytest.mark.slow
@@ -302,16 +325,60 @@ def test_what_ails_the_clients_engine_is_not_the_servers_business(served):
 
 
 @pytest.mark.slow
-def test_the_clients_table_is_paid_for_with_the_set_up():
+def test_the_clients_tables_are_sent_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     offer, expected = make_offer()
     with serving(replace(offer, settings=PrivateSettings(embedding="client_table")), expected) as served:
-        answer = ask_at(served.server.address)
-    assert answer.tokens == expected
-    tables, keys = answer.set_up
+        first, second = (ask_at(served.server.address) for _ in range(2))
+    assert first.tokens == second.tokens == expected
+    tables, keys = first.set_up
     size = sum(offer.weights[name].nbytes for name in ("wte", "wpe"))
     assert (tables.operation, tables.sent_bytes) == ("tables", 0)
     assert tables.received_bytes == size
     assert keys.total_bytes == pytest.approx(SET_UP_BYTES, rel=0.02)
+    assert [step.operation for step in second.set_up] == [keys.operation]
+    assert len([line for line in served.lines if "was sent the embeddings" in line]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepared", [False, True])
+def test_public_embeddings_take_nothing(prepared, tmp_path):
+    """Neither bytes nor steps, in one phase and in two, for prompts and for further tokens."""
+    offer, expected = make_offer()
+    torch.manual_seed(0)
+    make_model("SM", n_layer=1).save_pretrained(tmp_path / "public")
+    settings, checkpoint = PrivateSettings(embedding="public"), PublicCheckpoint("public")
+    folders = {"server": tmp_path / "server", "client": tmp_path / "client"} if prepared else {}
+    with (
+        serving(
+            replace(offer, settings=settings, checkpoint=checkpoint), expected, prepared=folders.get("server")
+        ) as s,
+        contextlib.closing(
+            Client(
+                *s.server.address,
+                *(None, SECONDS),
+                prepared=folders.get("client"),
+                public_checkpoint=tmp_path / "public",
+            )
+        ) as client,
+    ):
+        if prepared:
+            client.prepare(len(PROMPT), 2)
+        answer = client.ask(Question(PROMPT, 2), require_prepared=prepared)
+    assert answer.tokens == expected
+    assert bool(answer.before) == prepared
+    assert len(answer.set_up) == 1
+    operations = {step.operation for step in (*answer.steps, *answer.before)}
+    assert "head" in operations and "embedding" not in operations
+
+
+@pytest.mark.slow
+def test_a_client_that_wants_tables_where_none_are_sent_is_refused(served):
+    with contextlib.closing(greet(served, tables=True)) as channel:
+        channel.receive(10, ("accepted",))
+        with pytest.raises(PrivateInferenceError, match="no embeddings are sent here"):
+            channel.receive(30, ("program",))
+    assert served.said("no embeddings are sent here", 5)
 
 
 @pytest.mark.slow
@@ -457,13 +524,13 @@ def test_answers_out_of_range_count_against_what_a_client_may_ask_for(served):
     with serving(offer, [], limits=replace(UNLIMITED, answers=2)) as strict:
         with pytest.raises(
             PrivateInferenceError,
-            match=r"^the peer refuses: an answer was out of range, and to .*: 2 "
-            r"is the most here, with those that are repeated \(--max-new-tokens\)\.$",
+            match=r"^the peer refuses: this answer would take 3 positions: 2 is the most here, with those of wrong "
+            r"drafts and those that are computed again, out of range \(--max-new-tokens\)\.$",
         ):
             ask(strict, 1)
-        assert strict.said("2 is the most here, with those that are repeated", 10)
+        assert strict.said("2 is the most here, with those of wrong drafts", 10)
     assert sum("out of range, and has it repeated" in line for line in strict.lines) == 2
-    assert [use.positions for use in strict.server._accounts._uses["127.0.0.1"]] == [3]
+    assert [use.positions for use in strict.server._accounts._uses["127.0.0.1"]] == [2]
 
 
 @pytest.mark.slow
