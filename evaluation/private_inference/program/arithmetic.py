@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from .ciphertexts import HALVES, SLOTS
 from .settings import PrivateSettings
 from .stacking import choose_stacking
@@ -16,12 +18,17 @@ LEAST_SUM = 2.0**-10
 LEAST_BITS = 2
 
 
-def checksum(tensor):
+def alternate(xp, tensor):
     """
-    The alternating sum of each row, `(..., 1)`, which each party adds up alone: what all numbers of a row have in
-    common does not count, and an error of one number does.
+    Rows with the sign of every second number changed: what all numbers of a row have in common does not count in their
+    sum. Sums of every second number would be the same, but the engine makes shares of them.
     """
-    return tensor[..., ::2].sum(axis=-1, keepdims=True) - tensor[..., 1::2].sum(axis=-1, keepdims=True)
+    return xp.where(np.arange(tensor.shape[-1]) % 2 == 0, tensor, -tensor)
+
+
+def checksum(xp, tensor):
+    """The alternating sum of each row, `(..., 1)`, which each party adds up alone."""
+    return alternate(xp, tensor).sum(axis=-1, keepdims=True)
 
 
 class Arithmetic:
@@ -52,7 +59,7 @@ class Arithmetic:
         Rows with their checksum behind. A product with a matrix of such rows has them too, and computes them apart
         from its other columns (Huang and Abraham, IEEE Transactions on Computers 1984).
         """
-        return self.xp.concatenate([tensor, checksum(tensor)], axis=-1)
+        return self.xp.concatenate([tensor, checksum(self.xp, tensor)], axis=-1)
 
     def causal_matmul(self, left, right):
         """Of `(heads, queries, keys)` that are exactly 0 where a query does not see a key."""

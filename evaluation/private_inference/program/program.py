@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as record
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 
-from .arithmetic import LEAST_SUM, Arithmetic, checksum
+from .arithmetic import LEAST_SUM, Arithmetic, alternate, checksum
 from .attention import (
     divide_and_merge,
     divide_visible,
@@ -373,12 +373,12 @@ def _activation(config, gelu: str) -> Callable:
 def sum_stream(ops: Arithmetic, stream, count: int):
     """Sums of `count` neighbouring numbers each, and what the checksum of each row is off by."""
     hidden = stream[:, :-1]
-    return sum_neighbours(ops, hidden, count), checksum(hidden) - stream[:, -1:]
+    return sum_neighbours(ops, hidden, count), checksum(ops.xp, hidden) - stream[:, -1:]
 
 
 def sum_logits(ops: Arithmetic, logits, kept, count: int):
     """Sums of differences of neighbouring logits, and what their checksums are off by from those that were kept."""
-    return sum_alternating(ops, logits, count), checksum(logits) - kept
+    return sum_alternating(ops, logits, count), checksum(ops.xp, logits) - kept
 
 
 def sum_neighbours(ops: Arithmetic, hidden, count: int):
@@ -391,8 +391,7 @@ def sum_neighbours(ops: Arithmetic, hidden, count: int):
 
 def sum_alternating(ops: Arithmetic, logits, count: int):
     """Sums of differences of neighbouring logits: what all logits of a row have in common means nothing."""
-    signs = np.where(np.arange(logits.shape[1]) % 2, -1, 1)
-    return sum_neighbours(ops, ops.xp.where(signs > 0, logits, -logits), count)
+    return sum_neighbours(ops, alternate(ops.xp, logits), count)
 
 
 def sum_rows(ops: Arithmetic, scores):
