@@ -296,7 +296,8 @@ are too large, wherever they come from. Neither can find an answer that an hones
 
 - **Scores, keys and values** are computed before the product that has a checksum. With a wrong score, attention looks
   elsewhere. What comes out is an average of values still.
-- **A whole row times 2, or of other signs**, has a checksum that changes with it.
+- **A whole row times 2, or of other signs**, has a checksum that changes with it. Two numbers exchanged within a row
+  may leave theirs.
 
 To find these too, every share would have to be authenticated, which this engine does not do. Errors of the engine that
 were seen so far were gross: the ring wraps around, or a truncation fails in its highest bits.
