@@ -20,8 +20,8 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     RefusalError,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
-from entropy_gpt.evaluation.private_inference.parties.preparations import Store
 from entropy_gpt.evaluation.private_inference.parties.session import Events
+from entropy_gpt.evaluation.private_inference.parties.store import Store
 from entropy_gpt.workflows.private_answer import PrivateAnswer
 from entropy_gpt.workflows.private_client import PrivateClient
 from tests.entropy_gpt.gateway.conftest import serving
@@ -167,7 +167,7 @@ def test_a_half_is_used_up_once_its_prompt_is_accepted(tmp_path, heard, kept):
     client.store.path(name).write_bytes(b"half")
     taken = []
 
-    def answer(request, on_event):
+    def answer(request, on_event, take_another):
         taken.append(Path(request.preparation).read_bytes())
         raise PrivateInferenceError("the link is broken")
 

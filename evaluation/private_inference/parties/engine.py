@@ -19,11 +19,11 @@ import numpy as np
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.arithmetic import CheapArithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, RING, Shape, Stock, count_step
+from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, PUBLIC, RING, Shape, Stock, count_step
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices, price_of
 from entropy_gpt.evaluation.private_inference.program.program import Step
+from entropy_gpt.evaluation.private_inference.program.second_phase import show
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
-from entropy_gpt.evaluation.private_inference.program.two_phases import show
 
 from .shares import make_placeholder, read_content
 
@@ -119,7 +119,8 @@ def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: 
     for step in steps:
         executable = None
         if step.function is not show:
-            given = tuple((variables[name].shape, variables[name].dtype) for name in step.inputs)
+            inputs = [variables[name] for name in step.inputs]
+            given = tuple((tensor.shape, tensor.dtype, getattr(tensor, "owner", None) == PUBLIC) for tensor in inputs)
             code = _compile(_Hashable(step.function), given, settings)
             executable = libspu.Executable(step.operation, list(step.inputs), list(step.outputs), code)
         counts = count_step(step, variables, settings, stock)
@@ -130,7 +131,7 @@ def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: 
 
 @functools.lru_cache(maxsize=512)
 def _compile(
-    function: "_Hashable", given: tuple[tuple[tuple[int, ...], np.dtype], ...], settings: PrivateSettings
+    function: "_Hashable", given: tuple[tuple[tuple[int, ...], np.dtype, bool], ...], settings: PrivateSettings
 ) -> bytes:
     from jax import ShapeDtypeStruct
     from jax.experimental import enable_x64
@@ -139,7 +140,7 @@ def _compile(
 
     # Among integers of the ring numbers are named as wide as these, so that one can be taken for the other. The engine
     # has one ring for all of them; a conversion would make one party's number one that is shared.
-    in_ring = any(dtype == RING for _, dtype in given)
+    in_ring = any(dtype == RING for _, dtype, _ in given)
     number = np.float64 if in_ring else NUMBER
 
     def program(*tensors):
@@ -149,10 +150,10 @@ def _compile(
         executable, _ = frontend.compile(
             frontend.Kind.JAX,
             program,
-            [ShapeDtypeStruct(shape, RING if dtype == RING else number) for shape, dtype in given],
+            [ShapeDtypeStruct(shape, RING if dtype == RING else number) for shape, dtype, _ in given],
             {},
             [f"in{index}" for index in range(len(given))],
-            [libspu.Visibility.VIS_SECRET] * len(given),
+            [libspu.Visibility.VIS_PUBLIC if is_public else libspu.Visibility.VIS_SECRET for *_, is_public in given],
             lambda flat: [f"out{index}" for index in range(len(flat))],
         )
     return executable.code

@@ -16,7 +16,7 @@ from .engine import engine_versions
 from .memory import check_memory
 
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 # For which either side may be silent until a request begins.
 HANDSHAKE_SECONDS = 30
 # The largest model that a client believes in, whatever memory it has.

@@ -1,5 +1,7 @@
 """The operations that a private program consists of, and the forms in which the engine computes them most cheaply."""
 
+import numpy as np
+
 from .settings import PrivateSettings
 
 
@@ -38,9 +40,34 @@ class Arithmetic:
     def matmul(self, left, right):
         return self.xp.matmul(left, right)
 
-    def causal_matmul(self, left, right):
-        """Of `(heads, queries, keys)` that are exactly 0 where a query does not see a key."""
-        return self.matmul(left, right)
+    def score(self, query, key):
+        """
+        Scores `(heads, queries, keys)` of `(heads, queries, size)` and `(heads, keys, size)`. Those of one query are
+        one product: a product has a price of its own.
+        """
+        heads, queries, size = query.shape
+        if queries > 1:
+            return self.matmul(query, key.swapaxes(1, 2))
+        # Row h holds the query of head h in the columns of head h.
+        spread = self.xp.where(np.eye(heads, dtype=bool)[:, :, None], query.swapaxes(0, 1), 0.0)
+        stacked = key.swapaxes(1, 2).reshape(heads * size, -1)
+        return self.matmul(spread.reshape(heads, heads * size), stacked)[:, None]
+
+    def weigh(self, weights, value, is_causal: bool = False):
+        """
+        Sums of values `(heads, queries, size)` by weights `(heads, queries, keys)`, for one query in one product.
+
+        Args:
+            weights, value: As said; values are `(heads, keys, size)`.
+            is_causal (`bool`): Whether weights of keys that a query does not see are exactly 0.
+        """
+        heads, queries, keys = weights.shape
+        if queries > 1:
+            return self.matmul(weights, value)
+        size = value.shape[-1]
+        all_values = value.swapaxes(0, 1).reshape(keys, heads * size)
+        every_pair = self.matmul(weights[:, 0], all_values).reshape(heads, heads, size)
+        return every_pair[np.arange(heads), np.arange(heads)][:, None]
 
     def multiply(self, left, right):
         return left * right

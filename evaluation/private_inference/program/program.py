@@ -191,7 +191,7 @@ def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
     return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize
 
 
-def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[Step]:
+def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, is_prepared: bool = False) -> list[Step]:
     """
     The program for some tokens: from "tokens" (one-hot rows) or "hidden" (embeddings) to "logits" or "token". The keys
     and values of each layer stay in variables, for the tokens that follow.
@@ -200,6 +200,7 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) ->
         config ([`ProgramConfig`]): That of [`prepare_weights`].
         settings ([`PrivateSettings`]): The form of each operation.
         span ([`Span`]): The tokens.
+        is_prepared (`bool`): Whether forms are such that products of all lengths are alike, as a preparation needs it.
 
     Raises:
         `PrivateInferenceError`: If the model has fewer positions, or an operation has no private form.
@@ -210,10 +211,10 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) ->
             f"{span.end} tokens are not possible: this model has n_positions={config.n_positions}. Shorten the prompt "
             "or generate less."
         )
-    return list(_steps(config, settings, span))
+    return list(_steps(config, settings, span, is_prepared))
 
 
-def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iterator[Step]:
+def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span, is_prepared: bool) -> Iterator[Step]:
     if settings.embedding == "one_hot":
         yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (EMBEDDINGS,))
     before, after, _ = CHECKED
@@ -222,7 +223,7 @@ def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iter
             yield _sum_up("hidden", before)
         # What the last block finds out about the tokens before the answers, nobody asks for.
         queries = span.answers if layer == config.n_layer - 1 else span.length
-        yield from _attention(config, settings, span, queries, layer)
+        yield from _attention(config, settings, span, queries, layer, is_prepared)
         if layer not in config.pruned_ffn_layers:
             yield from _ffn(config, settings, layer)
     yield _sum_up("hidden", after)
@@ -251,17 +252,18 @@ def _keeps_sums(config, settings) -> bool:
     return config.attention_function != "softmax" and settings.softmax == "efficient"
 
 
-def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
+def _attention(config, settings, span: Span, queries: int, layer: int, is_prepared: bool) -> Iterator[Step]:
     name = f"h.{layer}."
     read, norm = _norm(config, layer)
     yield from norm
     kept = (name + "keys", name + "values") if span.start else ()
     temperatures = (name + "inverse_temperature",) if config.attention_temperature == "position" else ()
     start, early = span.end - queries, 0
-    if temperatures and settings.softmax == "efficient" and config.attention_function == "softmax":
+    if temperatures and settings.softmax == "efficient" and config.attention_function == "softmax" and not is_prepared:
         # Where fewer scores are visible than a query has numbers, temperatures multiply scores.
         early = min(max(config.n_embd // config.n_head - start, 0), queries)
-    split = partial(split_heads, heads=config.n_head, queries=queries)
+    is_apart = queries < span.length or (is_prepared and layer == config.n_layer - 1)
+    split = partial(split_heads, heads=config.n_head, queries=queries, is_apart=is_apart)
     inputs = (read, name + "qkv.weight", name + "qkv.bias", *kept)
     outputs = ("queries", name + "keys", name + "values")
     yield Step("query, key, value", layer, split, inputs, outputs)
@@ -381,18 +383,19 @@ def add_linear_to_scaled(ops: Arithmetic, hidden, weight, bias, residual, beta):
     return ops.scale_all(residual, beta) + ops.matmul(hidden, weight) + bias
 
 
-def split_heads(ops: Arithmetic, hidden, weight, bias, *kept, heads: int, queries: int):
+def split_heads(ops: Arithmetic, hidden, weight, bias, *kept, heads: int, queries: int, is_apart: bool):
     """
     Queries of the last rows `(heads, queries, head size)`, and keys and values of all `(heads, keys, head size)`, from
-    hidden states `(length, width)`. Keys and values kept from before come in front.
+    hidden states `(length, width)`. Keys and values kept from before come in front. Queries are a product of their own
+    where `is_apart`.
     """
     width = weight.shape[0]
-    if queries == hidden.shape[0]:
-        mapped = linear(ops, hidden, weight, bias)
-        query, key_value = mapped[:, :width], mapped[:, width:]
-    else:
+    if is_apart:
         query = linear(ops, hidden[-queries:], weight[:, :width], bias[:width])
         key_value = linear(ops, hidden, weight[:, width:], bias[width:])
+    else:
+        mapped = linear(ops, hidden, weight, bias)
+        query, key_value = mapped[:, :width], mapped[:, width:]
     query, key, value = (
         part.reshape(part.shape[0], heads, -1).swapaxes(0, 1)
         for part in (query, key_value[:, :width], key_value[:, width:])
@@ -411,14 +414,7 @@ def scale_queries(ops: Arithmetic, query, inverse_temperature, start: int, early
 
 
 def score(ops: Arithmetic, query, key):
-    """Scores `(heads, queries, keys)`. Those of one query are one product: a product has a price of its own."""
-    heads, queries, size = query.shape
-    if queries > 1:
-        return ops.matmul(query, key.swapaxes(1, 2))
-    # Row h holds the query of head h in the columns of head h.
-    spread = ops.xp.where(np.eye(heads, dtype=bool)[:, :, None], query.swapaxes(0, 1), 0.0)
-    stacked = key.swapaxes(1, 2).reshape(heads * size, -1)
-    return ops.matmul(spread.reshape(heads, heads * size), stacked)[:, None]
+    return ops.score(query, key)
 
 
 def whole_softmax(ops: Arithmetic, scores, per_row: bool):
@@ -432,18 +428,7 @@ def whole_softmax(ops: Arithmetic, scores, per_row: bool):
 
 
 def weigh_and_merge(ops: Arithmetic, weights, value):
-    return _merge(weigh(ops, weights, value))
-
-
-def weigh(ops: Arithmetic, weights, value, is_causal: bool = False):
-    """Sums of values `(heads, queries, head size)`, for one query in one product."""
-    heads, queries, keys = weights.shape
-    if queries > 1:
-        return ops.causal_matmul(weights, value) if is_causal else ops.matmul(weights, value)
-    size = value.shape[-1]
-    all_values = value.swapaxes(0, 1).reshape(keys, heads * size)
-    every_pair = ops.matmul(weights[:, 0], all_values).reshape(heads, heads, size)
-    return every_pair[np.arange(heads), np.arange(heads)][:, None]
+    return _merge(ops.weigh(weights, value))
 
 
 def score_visible(ops: Arithmetic, query, key):
@@ -521,7 +506,7 @@ def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
 def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
     exponentials = put_apart(ops, visible, visible_keys(queries, value.shape[1]))
-    return weigh(ops, exponentials, value, is_causal=True), exponentials.sum(axis=-1, keepdims=True)
+    return ops.weigh(exponentials, value, is_causal=True), exponentials.sum(axis=-1, keepdims=True)
 
 
 def put_apart(ops: Arithmetic, numbers, mask: np.ndarray):

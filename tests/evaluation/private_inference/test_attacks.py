@@ -344,7 +344,7 @@ class TestLimits:
         def draw(repeats: int) -> list[np.ndarray]:
             found, process = iter([True] * repeats + [False, False]), PartyProcess.__new__(PartyProcess)
             process.job = Job(CLIENT, program_config, PrivateSettings(answer="sampled"), 60)
-            process.request, process.positions, process.chosen = Request(2, 2, 1), 0, [3]
+            process.request, process.positions, process.chosen, process._half = Request(2, 2, 1), 0, [3], None
             process.request.prompt, process.request.sampling = [2, 3], Sampling(1.0, seed=0)
             process._random, process.tell, process.tables = np.random.default_rng(0), lambda event: None, {}
             process._compiler = SimpleNamespace(submit=lambda *work: SimpleNamespace(result=list))
