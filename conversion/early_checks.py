@@ -33,7 +33,7 @@ def expanded(path: str | os.PathLike) -> str:
     """A path in which a leading `~` stands for the home folder. Shells leave it as it is in `--output=~/x`."""
     try:
         return str(Path(path).expanduser()) if os.fspath(path).startswith("~") else os.fspath(path)
-    except RuntimeError:  # there is no such user: it is a name that begins so
+    except RuntimeError:  # there is no such user: it is a name that begins with ~
         return os.fspath(path)
 
 

@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 # Every file of the model, also those that others import: transformers 5.5 copies no more than these to its cache.
+from .attention_blocks import plans  # noqa: F401
 from .attention_functions import whole_attention  # noqa: F401
 from .attention_masks import prepare_mask
 from .blocks import EntropyGPTAttention, EntropyGPTBlock, serves_every_function

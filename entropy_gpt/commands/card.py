@@ -9,8 +9,8 @@ def card(folder: Model, results: Results = None, licence: Licence = None):
     """
     Write the card of a model's folder, README.md, from its results. `push` writes a card by itself.
 
-    The results are those in the folder (results.json) and those of --results. They belong to the model if the hash of
-    their weights does.
+    The results are those in the folder (results.json) and those of --results. A result belongs to
+    the model if it has the hash of the model's weights.
 
     Example: entropy-gpt card converted_model --results evaluation_output --license apache-2.0
     """

@@ -11,6 +11,7 @@ from entropy_gpt.training.claims import refuse_claimed
 from entropy_gpt.workflows.output_folder import CONVERSION
 
 from .paths import read_path
+from .text_options import DataConfig, EndOfText, Split, TextColumn
 
 
 class Norm(StrEnum):
@@ -45,16 +46,13 @@ def convert(
             "folder (JSON lines, CSV, TSV, Parquet), or a data set on the Hub. Default: Python's standard library."
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
-    config: Annotated[str | None, typer.Option(help="The configuration of a data set.")] = None,
-    text_column: Annotated[str, typer.Option(help="The column of a data set that holds the text.")] = "text",
+    split: Split = "train",
+    config: DataConfig = None,
+    text_column: TextColumn = "text",
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or repository of the tokenizer. Default: the source.")
     ] = None,
-    eos_token: Annotated[
-        str | None,
-        typer.Option(metavar="TOKEN", help="The tokenizer's token for the end of a text. Default: what it names."),
-    ] = None,
+    eos_token: EndOfText = None,
     activation: Annotated[
         Activation | None,
         typer.Option(

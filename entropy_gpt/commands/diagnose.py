@@ -23,7 +23,9 @@ def diagnose(
             help="The head whose attention is drawn, from 0. Default: the one with the lowest mean entropy.",
         ),
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="The model's tokenizer. Default: the model's own.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or repository of the tokenizer. Default: the model's.")
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", callback=read_path, help="Folder for the pictures.")
     ] = Path("attention"),

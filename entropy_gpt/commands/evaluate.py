@@ -11,6 +11,7 @@ from entropy_gpt.training.claims import refuse_claimed
 from entropy_gpt.workflows.output_folder import EVALUATION
 
 from .paths import read_path
+from .text_options import DataConfig, EndOfText, Split, TextColumn
 
 
 class Dtype(StrEnum):
@@ -44,16 +45,13 @@ def evaluate(
         bool,
         typer.Option("--held-out", help="Evaluate only the part of --text that training keeps for validation."),
     ] = False,
-    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
-    config: Annotated[str | None, typer.Option(help="The configuration of a data set.")] = None,
-    text_column: Annotated[str, typer.Option(help="The column of a data set that holds the text.")] = "text",
+    split: Split = "train",
+    config: DataConfig = None,
+    text_column: TextColumn = "text",
     tokenizer: Annotated[
         str | None, typer.Option(help="The tokenizer of all models. Default: each model's own.")
     ] = None,
-    eos_token: Annotated[
-        str | None,
-        typer.Option(metavar="TOKEN", help="The tokenizer's token for the end of a text. Default: what it names."),
-    ] = None,
+    eos_token: EndOfText = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -63,7 +61,7 @@ def evaluate(
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens that each window predicts after the first. Fewer leave more context. Default: all."),
+        typer.Option(help="Tokens that each window after the first predicts. Fewer leave more context. Default: all."),
     ] = None,
     separate: Annotated[
         bool,

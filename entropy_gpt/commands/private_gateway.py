@@ -38,7 +38,7 @@ def gateway(
         int, typer.Option("--max-waiting", min=0, help="Requests that may wait; further ones are refused.")
     ] = 16,
     longest_wait: LongestWait = 3600,
-    wait: Annotated[int, typer.Option(min=0, help="Seconds in which the server may begin to listen.")] = 300,
+    wait: Annotated[int, typer.Option(min=0, help="Seconds to wait for a server that does not listen yet.")] = 300,
     prepared: PreparedFolder = None,
 ):
     """

@@ -36,8 +36,8 @@ def quickstart(
     Trains GPT-2 and two architectures for private inference on real text, converts the GPT-2 to the second of them,
     and compares all four: perplexity, entropy of attention heads, seconds. Each is saved as a folder ready for the Hub
     and loaded back in a fresh process. At last two of them answer a prompt under secure computation, between two
-    processes. report.html shows all results. Takes about 9 minutes on two cores; if interrupted, the same command goes
-    on.
+    processes. report.html shows all results. Takes about 9 minutes on two cores; if interrupted, the same command
+    continues.
 
     Example: entropy-gpt quickstart --corpus ~/my_project/src --steps 500 --output my_run
     """

@@ -14,7 +14,7 @@ from .paths import read_path
 
 
 PROTOCOLS = Path(__file__).parents[1] / "programs" / "study" / "protocols"
-ARCHITECTURES, SCALING = "study", "scaling"
+ARCHITECTURES, SCALING, LADDER = NAMED = ("study", "scaling", "ladder")
 
 
 def study(
@@ -23,14 +23,14 @@ def study(
         typer.Option(
             metavar="NAME|FILE",
             help="What is trained, converted and asked, with what: 'study', 'scaling' (at up to thirty times the "
-            "tokens), or a YAML file.",
+            "tokens), 'ladder' (attention without a maximum), or a YAML file.",
         ),
     ] = ARCHITECTURES,
     only: Annotated[
         list[str] | None,
         typer.Option(
             metavar="GROUP",
-            help="Groups whose name begins so, and what they depend on; more than once, of any. 'smoke': a trial.",
+            help="Only groups whose names begin like this, with what they need. Can be repeated. 'smoke': a trial.",
         ),
     ] = None,
     output: Annotated[
@@ -42,10 +42,10 @@ def study(
     ] = os.cpu_count() or 1,
     hours: Annotated[
         float | None,
-        typer.Option(min=0, help="Stop after so long; runs that are not finished keep their last checkpoint."),
+        typer.Option(min=0, help="Stop after this many hours. Runs that are not finished keep their last checkpoint."),
     ] = None,
     time_again: Annotated[
-        bool, typer.Option("--time-again", help="Time steps anew, such as when nothing else is running any more.")
+        bool, typer.Option("--time-again", help="Time the steps again, for instance when nothing else is running.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, and the hours it takes; write nothing.")
@@ -54,9 +54,9 @@ def study(
     """
     Measure quality against private cost: train, convert and ask many models by a protocol.
 
-    A protocol is a YAML file with groups of runs; lists of settings are crossed. Runs that are finished are skipped,
-    and an interrupted one goes on from its last checkpoint: the same command goes on. Each leaves its result in
-    OUTPUT/runs/NAME, and all together OUTPUT/study.json.
+    A protocol is a YAML file with groups of runs; lists of settings are crossed. Finished runs are skipped, and
+    the same command continues an interrupted one from its last checkpoint. Each run leaves its result in
+    OUTPUT/runs/NAME, and all of them together OUTPUT/study.json.
 
     Example: entropy-gpt study --only ladder --only scratch --workers 2
     """
@@ -74,4 +74,4 @@ def study(
 def find_protocol(name: str) -> Path:
     """The file of a protocol that comes with the package, or of that name."""
     named = PROTOCOLS / f"{name}.yaml"
-    return named if name in (ARCHITECTURES, SCALING) else read_path(Path(name))
+    return named if name in NAMED else read_path(Path(name))

@@ -28,7 +28,7 @@ from .requests import read_object, read_prompts, read_request
 
 
 PAGE = Path(__file__).with_name("page.html")
-# A stream without news for so long says so, lest somebody between takes it for dead.
+# A stream without news for the first of these says so, lest a proxy take it for dead.
 KEEP_ALIVE_SECONDS, PRESENCE_SECONDS = 15, 0.5
 CANCELLED_STATUS = 499
 DONE = "data: [DONE]\n\n"
@@ -232,7 +232,7 @@ class News:
 
     async def next(self, seconds: float | None) -> object:
         """
-        The next item; `END` after the last, `None` if there was none for so long.
+        The next item; `END` after the last, `None` if there was none for these seconds.
 
         Raises:
             `ProtocolError`: If the job has failed.

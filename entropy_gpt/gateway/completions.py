@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from entropy_gpt.evaluation.private_inference.parties.party_process import read_array
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.workflows.private_client import PrivateClient
 
 from .costs import Meter
@@ -89,8 +90,9 @@ class Completion:
                 if event["event"] == "token":
                     take(event["token"], read_array(event["logits"]) if "logits" in event else None)
 
+            question = Question(sent, new_tokens, positions, request.sampling(choice, len(tokens)))
             self.meter.begin(len(sent), new_tokens, positions)
-            client.ask(sent, new_tokens, positions, follow, request.sampling(choice, len(tokens)))
+            client.ask(question, follow)
 
         def add(token: int, logits: np.ndarray | None):
             tokens.append(token)

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.parties.question import check_prompt, check_sampling
 from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling
-from entropy_gpt.evaluation.private_inference.parties.session import check_prompt, check_sampling
 from entropy_gpt.workflows.private_answer import tokenize
 from entropy_gpt.workflows.private_client import PrivateClient
 

@@ -21,8 +21,9 @@ from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
+from entropy_gpt.evaluation.private_inference.parties.question import Question, check_request
 from entropy_gpt.evaluation.private_inference.parties.server import MOST_PREPARED_BYTES, Server, json_line
-from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_request
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.parties.turns import LONGEST_LINE, LONGEST_WAIT, Turns
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
@@ -40,7 +41,7 @@ from entropy_gpt.training.progress import SILENT, Progress
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .options import check_positive, with_argument_names
-from .private_answer import PrivateAnswer, answer_prompt, show_event, tokenize
+from .private_answer import PrivateAnswer, answer_question, show_event, tokenize
 from .private_client import DEFAULT_TIMEOUT, check_connection, read_settings
 
 
@@ -195,7 +196,7 @@ def demonstrate(
             with progress.stage("preparing") as line:
                 line.say("both sides compile the program")
                 client.prepare(len(tokens), new_tokens, on_event=lambda event: show_event(event, line))
-        outcome, found = answer_prompt(client, words, tokens, new_tokens, NETWORKS[TWO_PARTY], progress)
+        outcome, found = answer_question(client, words, Question(tokens, new_tokens), NETWORKS[TWO_PARTY], progress)
     found.check = _compare(clear, tokens, outcome)
     return found
 

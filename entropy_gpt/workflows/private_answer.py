@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
-from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.terms import Terms
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
@@ -53,25 +53,16 @@ class Asked(Protocol):
 
     terms: Terms
 
-    def ask(
-        self,
-        prompt: list[int],
-        new_tokens: int = 1,
-        answers: int = 1,
-        on_event: Callable[[dict], None] = lambda event: None,
-        sampling: Sampling = GREEDY,
-    ) -> Outcome: ...
+    def ask(self, question: Question, on_event: Callable[[dict], None] = lambda event: None) -> Outcome: ...
 
 
-def answer_prompt(
+def answer_question(
     client: Asked,
     words: PreTrainedTokenizerFast | None,
-    tokens: list[int],
-    new_tokens: int,
+    question: Question,
     network: str,
     progress: Progress = SILENT,
     put: Callable[[int], None] = lambda token: None,
-    sampling: Sampling = GREEDY,
 ) -> tuple[Outcome, PrivateAnswer]:
     """
     Has a prompt continued.
@@ -79,12 +70,10 @@ def answer_prompt(
     Args:
         client ([`Asked`]): Who asks the server.
         words (`PreTrainedTokenizerFast`, *optional*): Makes text of the answer.
-        tokens (`list[int]`): The prompt's.
-        new_tokens (`int`): Tokens of the answer.
+        question ([`Question`]): The prompt, and what is wanted.
         network (`str`): What connects the parties, for the record.
         progress (`Progress`): Receives one stage.
         put (`Callable`): Receives each new token.
-        sampling ([`Sampling`]): How tokens are chosen.
     """
     started = time.perf_counter()
     with progress.stage("answering privately") as line:
@@ -95,12 +84,12 @@ def answer_prompt(
             if event["event"] == "token":
                 put(event["token"])
 
-        outcome = client.ask(tokens, new_tokens, on_event=follow, sampling=sampling)
+        outcome = client.ask(question, follow)
     answer = PrivateAnswer(
         text=words.decode(outcome.tokens) if words else "",
         check=None,
         seconds=time.perf_counter() - started,
-        cost=outcome.cost(client.terms, len(tokens), new_tokens, network),
+        cost=outcome.cost(client.terms, len(question.prompt), question.new_tokens, network),
         repeats=outcome.repeats.total(),
         tokens=outcome.tokens,
     )

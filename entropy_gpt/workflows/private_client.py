@@ -23,13 +23,9 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
-from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling
-from entropy_gpt.evaluation.private_inference.parties.session import (
-    Outcome,
-    check_prompt,
-    check_request,
-    check_sampling,
-)
+from entropy_gpt.evaluation.private_inference.parties.question import Question
+from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.program.range_report import FRACTION_BITS
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, PrivateSettings
 from entropy_gpt.training.model_tokenizer import hash_vocabulary
@@ -37,7 +33,7 @@ from entropy_gpt.training.progress import SILENT, Progress
 from entropy_gpt.training.tokenizer import load_tokenizer
 
 from .options import check_positive, read_options, with_argument_names
-from .private_answer import PrivateAnswer, answer_prompt, tokenize
+from .private_answer import PrivateAnswer, answer_question, tokenize
 
 
 DEFAULT_TIMEOUT = 600
@@ -153,45 +149,27 @@ class PrivateClient:
             check_positive(max_new_tokens=max_new_tokens)
             sampling = read_options(Sampling, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
             _check_drawing(sampling)
-            tokens = self._read_prompt(prompt)
-            put([tokens])
+            question = Question(self._read_prompt(prompt), max_new_tokens, sampling=sampling)
+            put([question.prompt])
             network = f"TCP to {self.host}"
-            _, answer = answer_prompt(
-                self, self.tokenizer, tokens, max_new_tokens, network, progress, lambda token: put([token]), sampling
-            )
+            _, answer = answer_question(self, self.tokenizer, question, network, progress, lambda token: put([token]))
         return answer
 
-    def ask(
-        self,
-        prompt: list[int],
-        new_tokens: int = 1,
-        answers: int = 1,
-        on_event: Callable[[dict], None] = lambda event: None,
-        sampling: Sampling = GREEDY,
-    ) -> Outcome:
+    def ask(self, question: Question, on_event: Callable[[dict], None] = lambda event: None) -> Outcome:
         """
-        The continuation of a prompt in tokens, with its logits; as of [`Client.ask`]. A connection that was open
-        before, and ends before the server has accepted the prompt, is made anew.
+        The answer in tokens, with its logits; as of [`Client.ask`]. A connection that was open before, and ends before
+        the server has accepted the prompt, is made anew.
 
         Raises:
             `PrivateInferenceError`: As [`Client.ask`].
         """
-        self.check(prompt, new_tokens, answers, sampling)
+        question.check(self.terms)
 
         def ask(connection: Client, note: Callable[[dict], None]) -> Outcome:
-            return connection.ask(prompt, new_tokens, answers, note, sampling, require_prepared=self._require_prepared)
+            return connection.ask(question, note, require_prepared=self._require_prepared)
 
         with self._lock:
             return self._try_again(ask, on_event)
-
-    def check(self, prompt: list[int], new_tokens: int, answers: int, sampling: Sampling = GREEDY):
-        """
-        Raises:
-            `PrivateInferenceError`: If the model can't answer this, whatever becomes of the connection.
-        """
-        check_request(self.terms.config, self.terms.settings, len(prompt), new_tokens, answers)
-        check_sampling(self.terms.settings, sampling)
-        check_prompt(prompt, self.terms.config.vocab_size)
 
     def _try_again(
         self, ask: Callable[[Client, Callable[[dict], None]], Outcome], on_event: Callable[[dict], None]

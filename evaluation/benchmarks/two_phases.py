@@ -31,6 +31,7 @@ from entropy_gpt.evaluation.private_inference.costs.measured_inference import ma
 from entropy_gpt.evaluation.private_inference.costs.paper_table import BLOCK_VOCABULARY
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TIMEOUT_SECONDS, TWO_PARTY, serve_on_loopback
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer, Terms
 from entropy_gpt.evaluation.private_inference.program.cost import (
@@ -200,9 +201,9 @@ def measure_parts(sizes: dict[str, int], parts: Path, new_tokens: int = 1) -> di
         shutil.rmtree(folder, ignore_errors=True)
         (parts / f"{BEFORE}.json").unlink(missing_ok=True)
     acts = {
-        ONE: (None, lambda client, note: client.ask(prompt, new_tokens, on_event=note)),
+        ONE: (None, lambda client, note: client.ask(Question(prompt, new_tokens), note)),
         BEFORE: (folder, lambda client, note: client.prepare(length, new_tokens, on_event=note)),
-        AFTER: (folder, lambda client, note: client.ask(prompt, new_tokens, on_event=note, require_prepared=True)),
+        AFTER: (folder, lambda client, note: client.ask(Question(prompt, new_tokens), note, require_prepared=True)),
     }
     found = {}
     for name, (store, act) in acts.items():
@@ -274,8 +275,8 @@ def _describe_decoding(record: Record) -> str:
     one, after = (record.decoding[name].cost for name in (ONE, AFTER))
     return f"""
 For one more token, keys and values of {one.context} kept, a block takes {one.seconds:.1f} s and
-{one.total_bytes / MEGA:.1f} MB in one phase, and {after.seconds:.1f} s and {after.total_bytes / MEGA:.1f} MB after the
-prompt.
+{one.total_bytes / MEGA:.1f} MB in one phase. After the prompt it takes {after.seconds:.1f} s and
+{after.total_bytes / MEGA:.1f} MB.
 """
 
 

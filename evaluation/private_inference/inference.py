@@ -20,8 +20,9 @@ from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, check_engine
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
+from entropy_gpt.evaluation.private_inference.parties.question import Question, check_prompt, check_request
 from entropy_gpt.evaluation.private_inference.parties.server import Server
-from entropy_gpt.evaluation.private_inference.parties.session import Outcome, check_prompt, check_request
+from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer, Terms
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
@@ -171,7 +172,7 @@ class PrivateModel:
             contextlib.closing(Client(*address, None, TIMEOUT_SECONDS, self.settings.protocol)) as client,
         ):
             for prompt in prompts:
-                yield client.ask(prompt, answers=answers)
+                yield client.ask(Question(prompt, answers=answers))
 
 
 @contextlib.contextmanager

@@ -20,13 +20,18 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     RefusalError,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Events
 from entropy_gpt.evaluation.private_inference.parties.store import Store
+from entropy_gpt.evaluation.private_inference.parties.terms import Terms
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.workflows.private_answer import PrivateAnswer
 from entropy_gpt.workflows.private_client import PrivateClient
+from modeling_entropy_gpt import EntropyGPTConfig
 from tests.entropy_gpt.gateway.conftest import serving
 
-from .test_private import PROMPT, save_model
+from .test_private import PROMPT, SIZES, save_model
 
 
 pytest.importorskip("spu")
@@ -84,16 +89,19 @@ def test_a_client_without_a_tokenizer_takes_tokens_alone(address):
         client.generate(PROMPT)
 
 
+TERMS = Terms(ProgramConfig.of(EntropyGPTConfig(**SIZES)), "SM", PrivateSettings(answer="token"), "", "store")
+
+
 class Connection:
     """A connection that says it has accepted, or fails before or after."""
 
-    terms = None
+    terms = TERMS
 
     def __init__(self, error: Exception | None = None, accepted: bool = False):
         self.error, self.accepted, self.asked = error, accepted, 0
 
-    def ask(self, prompt, new_tokens, answers, note, *arguments, **options) -> str:
-        return self.prepare(len(prompt), new_tokens, answers, note)
+    def ask(self, question, note, **options) -> str:
+        return self.prepare(len(question.prompt), question.new_tokens, question.answers, note)
 
     def prepare(self, length, new_tokens, answers, note) -> str:
         self.asked += 1
@@ -122,13 +130,13 @@ class Connection:
 def test_what_is_asked_again_and_what_is_not(error, accepted, again, action):
     client = PrivateClient.__new__(PrivateClient)
     old, new, heard = Connection(error, accepted), Connection(), []
-    new.terms = client.terms = SimpleNamespace(store="store")
+    client.terms = TERMS
     client._connection, client._connect, client._lock = old, lambda: new, threading.Lock()
-    client.tokenizer, client._require_prepared, client.check = None, False, lambda *arguments: None
+    client.tokenizer, client._require_prepared = None, False
 
     def act():
         if action == "ask":
-            return client.ask([1, 2], on_event=heard.append)
+            return client.ask(Question([1, 2]), heard.append)
         return client.prepare(2, on_event=heard.append)
 
     if again:
@@ -146,8 +154,8 @@ def test_each_preparation_that_has_lost_its_other_half_is_passed_over():
     connections = iter([*lost, Connection()])
     client._connection, client._lock, client.tokenizer = None, threading.Lock(), None
     client._connect = lambda: next(connections)
-    client._require_prepared, client.check = False, lambda *arguments: None
-    assert client.ask([1, 2]) == "answer"
+    client._require_prepared, client.terms = False, TERMS
+    assert client.ask(Question([1, 2])) == "answer"
     assert [connection.asked for connection in lost] == [1, 1, 1]
 
 
@@ -173,15 +181,11 @@ def test_a_half_is_used_up_once_its_prompt_is_accepted(tmp_path, heard, kept):
 
     client._session = SimpleNamespace(events=Events(), answer=answer, close=lambda: None)
     client._session.events.put(heard)
-    client._tunnel, client._check = (
-        None,
-        lambda length, new, answers: {"length": length, "new_tokens": new, "answers": answers},
-    )
-    client.terms = SimpleNamespace(config=SimpleNamespace(vocab_size=9), settings=SimpleNamespace(answer="token"))
+    client._tunnel, client.terms = None, TERMS
     client.channel = Channel.__new__(Channel)
     client.channel.send, client.channel.close = lambda message: None, lambda: None
     with pytest.raises(PrivateInferenceError):
-        client.ask([1, 2], preparation=name)
+        client.ask(Question([1, 2]), preparation=name)
     assert [path.name for path in tmp_path.glob("0*")] == ([f"{name}-1.half"] if kept else [])
     assert taken == ([b"half"] if isinstance(heard, dict) else [])
 
@@ -204,15 +208,13 @@ def test_a_client_without_a_folder_prepares_nothing():
 def test_without_a_preparation_it_says_so_or_fails(tmp_path, required):
     client = Client.__new__(Client)
     client.store, heard, sent = Store(tmp_path, 1), [], []
-    client.find_preparation, client.close = lambda *asked: None, lambda: None
-    client._check = lambda *asked: {}
+    client.terms, client.close = TERMS, lambda: None
     client._request = lambda asked, also, on_event, **own: sent.append(also)
-    client.terms = SimpleNamespace(config=SimpleNamespace(vocab_size=9), settings=SimpleNamespace(answer="token"))
     if required:
         with pytest.raises(UserError, match="no preparation fits 2 tokens and 1 new ones of this server"):
-            client.ask([1, 2], on_event=heard.append, require_prepared=True)
+            client.ask(Question([1, 2]), heard.append, require_prepared=True)
     else:
-        client.ask([1, 2], on_event=heard.append)
+        client.ask(Question([1, 2]), heard.append)
     assert (heard, sent) == (([], []) if required else ([{"event": "unprepared"}], [{}]))
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from entropy_gpt.commands.study import ARCHITECTURES, SCALING, find_protocol
+from entropy_gpt.commands.study import ARCHITECTURES, LADDER, SCALING, find_protocol
 from entropy_gpt.evaluation.records.results import load_results, save_results
+from entropy_gpt.programs.study.ladder import log_sum_weight
 from entropy_gpt.programs.study.protocol import read_protocol
 from entropy_gpt.programs.study.records import TIMED, Study, StudyRun
 from entropy_gpt.programs.study.run import TOKENIZER, Place, perform, write_plan
@@ -121,6 +122,17 @@ def test_the_trial_of_the_committed_protocol(tmp_path):
     assert again.returncode == 0 and "10 rows are measured" in again.stdout
     assert time.monotonic() - begun < 300, "nothing was left to do"
     assert load_results(output / "models.json") == models
+
+
+@pytest.mark.slow
+def test_the_trial_of_the_protocol_of_the_ladder(tmp_path):
+    output = tmp_path / "ladder"
+    process = study("--protocol", LADDER, "--only", "smoke_h", "--only", "smoke_t", "--output", output, "--workers", 1)
+    assert process.returncode == 0, process.stderr + process.stdout
+    found = Study.load(output / "study.json")
+    (healed,) = found.group("smoke_healed")
+    assert healed.source == found.group("smoke_training")[0].name and healed.notation == "Pow4(t_h)+ScFuFFN"
+    assert math.isfinite(healed.test_nats) and log_sum_weight(healed) == 1e-3
 
 
 def small_scaling(text: Path, folder: Path) -> Path:
@@ -319,7 +331,7 @@ def test_a_dry_run_writes_nothing(text, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("--only", "nothing"), "--only nothing: no group's name begins so. There are one."),
+        (("--only", "nothing"), "--only nothing: no group's name begins like that. There are one."),
         (("--protocol", "no.yaml"), "There is no no.yaml"),
         (("--workers", "0"), "--workers"),
     ],

@@ -2,9 +2,9 @@
 
 import pytest
 
-from entropy_gpt.commands.study import ARCHITECTURES, SCALING, find_protocol
+from entropy_gpt.commands.study import ARCHITECTURES, LADDER, SCALING, find_protocol
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.programs.study.page import RECORD, SCALING_RECORD
+from entropy_gpt.programs.study.page import LADDER_RECORD, RECORD, SCALING_RECORD
 from entropy_gpt.programs.study.protocol import Run, read_protocol, resolve
 from entropy_gpt.programs.study.records import ANSWERED, CONVERTED, TIMED, TRAINED, Study
 from tests.entropy_gpt.study.example_study import make_run
@@ -116,7 +116,7 @@ def test_what_a_group_depends_on_is_selected_with_it(protocol):
     assert {row.settings["notation"] for row in rows} == {"SM"}
     both = {row.group for row in protocol.select(["conv", "answered"])}
     assert both == {*(row.group for row in protocol.select(["conv"])), "answered"}
-    with pytest.raises(UserError, match="--only conversions: no group's name begins so"):
+    with pytest.raises(UserError, match="--only conversions: no group's name begins like that"):
         protocol.select(["ladder", "conversions"])
 
 
@@ -205,6 +205,25 @@ def test_runs_that_choose_a_rate_are_counted_nowhere_else():
     assert tuning and not tuning & counted
 
 
+def test_the_ladder_trains_what_the_study_trained_as_the_same_run():
+    rows = read_protocol(find_protocol(LADDER)).rows
+    baseline = {run.name for run in Study.load(RECORD).group("warm_ladder") if run.notation == "SM+LN+G"}
+    runs = [run.name for row, run in zip(rows, resolve(rows, {}), strict=True) if row.group == "norm"]
+    assert baseline == set(runs[::2]) and not baseline & set(runs[1::2])
+
+
+def test_the_ladder_has_each_function_in_each_architecture_with_as_many_seeds():
+    rows = [row for row in read_protocol(find_protocol(LADDER)).select() if row.kind == TRAINED]
+    seeds: dict[tuple, set] = {}
+    for row in rows:
+        key = (row.settings["notation"], row.settings.get("log_sum_coefficient", 0))
+        seeds.setdefault(key, set()).add(row.settings["seed"])
+    architectures = ("{}(t_h)+ScFuFFN", "{}+LN+G", "EReg({}(t_h)+ScFuFFN)")
+    functions = [("SM", 0), *((function, 1e-3) for function in ("SM", "Pow4", "Pow2", "ClSM"))]
+    wanted = {(each.format(function), weight) for each in architectures for function, weight in functions}
+    assert seeds == {each: {0, 1, 2} for each in wanted}
+
+
 def test_the_list_of_packages_is_part_of_what_runs_share(tmp_path, monkeypatch):
     (tmp_path / "protocol.yaml").write_text(CASES)
     protocol = read_protocol(tmp_path / "protocol.yaml")
@@ -241,6 +260,6 @@ def test_the_hash_is_of_what_a_protocol_says(tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-@pytest.mark.parametrize("name, record", [(ARCHITECTURES, RECORD), (SCALING, SCALING_RECORD)])
+@pytest.mark.parametrize("name, record", [(ARCHITECTURES, RECORD), (SCALING, SCALING_RECORD), (LADDER, LADDER_RECORD)])
 def test_the_committed_records_are_of_the_committed_protocols(name, record):
     assert Study.load(record).protocol == read_protocol(find_protocol(name)).hash

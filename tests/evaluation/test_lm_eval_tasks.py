@@ -32,7 +32,6 @@ from .task_files import (
     make_tokenizer,
     write_blimp,
     write_lines,
-    write_task_data,
 )
 
 
@@ -312,18 +311,6 @@ def test_wheel_holds_the_tasks(tmp_path):
     held = {name for name in names if name.startswith("entropy_gpt/evaluation/lm_eval_tasks/")}
     assert held == wanted
     assert len(wanted) > len(PARADIGMS)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def task_data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks") / "data"
-    write_task_data(folder)
-    return folder
 
 
 def fresh_process(cache: Path) -> dict:

@@ -22,23 +22,10 @@ from .task_files import (
     make_questions,
     make_tokenizer,
     write_lines,
-    write_task_data,
 )
 
 
 NOTATIONS = ("SM+LN+G", "EReg(SM(t)+ScFuFFN)")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def task_data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks") / "data"
-    write_task_data(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

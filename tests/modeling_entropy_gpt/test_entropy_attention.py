@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_entropy_gpt import blockwise_attention as module
 from modeling_entropy_gpt import entropy_attention, row_entropies
-from modeling_entropy_gpt.blockwise_attention import BLOCK_ROWS, blockwise_attention
+from modeling_entropy_gpt.attention_blocks import (
+    BLOCK_ELEMENTS,
+    BLOCK_ROWS,
+    KEPT_LENGTH,
+    KEPT_PARTS,
+    KEPT_SHAPES,
+    plans,
+)
+from modeling_entropy_gpt.blockwise_attention import blockwise_attention
 from tests.slow import in_turn
 
 
@@ -438,9 +446,9 @@ def test_memory_of_inference_serves_training():
 
 
 def test_memory_is_kept_for_few_shapes_and_for_each_thread():
-    (state, *_), find = make_states(), module._plans.find
-    plans = {id(find(state, length, 8, None, False)[0]) for length in range(LENGTH, LENGTH + 20)}
-    assert module._plans.keep.cache_info().currsize == module.KEPT_SHAPES < len(plans)
+    (state, *_), find = make_states(), plans.find
+    made = {id(find(state, length, 8, None, False)[0]) for length in range(LENGTH, LENGTH + 20)}
+    assert plans.keep.cache_info().currsize == KEPT_SHAPES < len(made)
     plan, *_ = find(state, LENGTH, 8, None, False)
     assert find(state, LENGTH, 8, None, False)[0] is plan
     with ThreadPoolExecutor(1) as pool:
@@ -449,21 +457,21 @@ def test_memory_is_kept_for_few_shapes_and_for_each_thread():
 
 def test_memory_is_small_and_not_kept_where_no_call_comes_back_to_it():
     """Of many keys, of many queries, and of decoding, which has one query and another number of keys each time."""
-    few, long = 8, module.KEPT_LENGTH + 1
+    few, long = 8, KEPT_LENGTH + 1
     for queries, keys in ((few, long), (long, few), (1, 1024)):
         query = torch.empty(16, 12, queries, 8, device="meta")
-        plan, *_ = module._plans.find(query, keys, 8, None, False)
-        assert plan is not module._plans.find(query, keys, 8, None, False)[0]
-        assert math.prod(plan.shape) * max(queries, keys) <= max(long, module.BLOCK_ELEMENTS // module.BLOCK_ROWS)
+        plan, *_ = plans.find(query, keys, 8, None, False)
+        assert plan is not plans.find(query, keys, 8, None, False)[0]
+        assert math.prod(plan.shape) * max(queries, keys) <= max(long, BLOCK_ELEMENTS // BLOCK_ROWS)
 
 
 def test_many_blocks_of_masks_are_not_kept():
     states, visible = make_states(2, 700), torch.zeros(1, 1, 2, 700, dtype=torch.bool)
-    for last in range(module.KEPT_PARTS + 2):
+    for last in range(KEPT_PARTS + 2):
         visible[..., last] = True
         entropies = row_entropies(*states[:2], visible)
     torch.testing.assert_close(entropies, naive(*states, visible, HEAD_DIM**-0.5)[1])
-    assert len(module._plans.find(states[0], 700, 0, None, False)[0]._parts) <= module.KEPT_PARTS
+    assert len(plans.find(states[0], 700, 0, None, False)[0]._parts) <= KEPT_PARTS
 
 
 @pytest.mark.parametrize("lengths", [(0, 5), (3, 0), (0, 0)])

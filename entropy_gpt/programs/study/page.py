@@ -1,5 +1,5 @@
 """
-Writes the study's page, its pictures, its cards and the README's table from the committed record:
+Writes the study's pages, their pictures, its cards and the README's table from the committed records:
 
     python -m entropy_gpt.programs.study.page
 """
@@ -14,6 +14,7 @@ from entropy_gpt.evaluation.records.results import load_results
 from entropy_gpt.evaluation.showing.markdown import fold_away, replace_block
 from entropy_gpt.evaluation.showing.model_card import model_card
 
+from .ladder import is_drawn, ladder_text, plot_ladder
 from .pictures import plot_conversion, plot_heads, plot_others, plot_pareto, plot_tolerance
 from .records import Study, StudyRun
 from .scaling import Scaling, plot_scaling, scaling_text
@@ -48,13 +49,15 @@ from .tables import (
 
 RECORD = ROOT / "model_cards" / "results" / "study.json"
 SCALING_RECORD = ROOT / "model_cards" / "results" / "scaling.json"
+LADDER_RECORD = ROOT / "model_cards" / "results" / "ladder.json"
 MODELS = ROOT / "model_cards" / "results" / "study_models.json"
 CARDS = ROOT / "model_cards" / "study"
 PAGE = ROOT / "docs" / "study.md"
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "study"
+LADDER_PAGE = ROOT / "docs" / "ladder.md"
 # What is generated of the page and of the README stands between comments of this name; the rest is written by hand.
-BLOCK, SCALING_BLOCK = "study", "scaling"
+BLOCK, SCALING_BLOCK, LADDER_BLOCK = "study", "scaling", "ladder"
 # Pictures, and the groups of which one has to have more than one run for there to be something to draw.
 PLOTS = {
     "pareto": (plot_pareto, (WARM,)),
@@ -346,6 +349,19 @@ def write_scaling(record: Path = SCALING_RECORD, page: Path = PAGE, pictures: Pa
     replace_block(page, SCALING_BLOCK, scaling_text(study))
 
 
+def write_ladder(record: Path = LADDER_RECORD, page: Path = LADDER_PAGE):
+    """
+    The same for the functions without a maximum, on a page of their own, with its picture in the same folder.
+
+    Raises:
+        `ValueError`: If the record can't be read, or the page has no place for it.
+    """
+    study = Study.load(record)
+    if is_drawn(study):
+        plot_ladder(study).savefig(page.with_suffix(".png"), format="png")
+    replace_block(page, LADDER_BLOCK, ladder_text(study))
+
+
 def write(record: Path = RECORD, page: Path = PAGE, pictures: Path = PICTURES, readme: Path = README):
     """
     Draws the pictures, and replaces what is generated of the page and of the README.
@@ -366,4 +382,5 @@ def write(record: Path = RECORD, page: Path = PAGE, pictures: Path = PICTURES, r
 if __name__ == "__main__":
     write()
     write_scaling()
+    write_ladder()
     write_cards()

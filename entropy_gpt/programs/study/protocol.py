@@ -154,7 +154,9 @@ class Protocol:
         groups = dict.fromkeys(row.group for row in self.rows)
         for beginning in only:
             if not any(group.startswith(beginning) for group in groups):
-                raise UserError(f"--only {beginning}: no group's name begins so. There are {', '.join(groups)}.")
+                raise UserError(
+                    f"--only {beginning}: no group's name begins like that. There are {', '.join(groups)}."
+                )
         if only:
             chosen = [row for row in self.rows if row.group.startswith(tuple(only))]
         else:

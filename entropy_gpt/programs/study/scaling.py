@@ -8,20 +8,15 @@ from functools import cached_property
 import numpy as np
 from matplotlib.figure import Figure
 
-from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
-from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config
-from entropy_gpt.evaluation.private_inference.program.program import Span
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
-from entropy_gpt.evaluation.records.conditions import describe_origins
 from entropy_gpt.evaluation.showing.comparison_plots import number_plainly
-from entropy_gpt.evaluation.showing.markdown import fold_away, markdown_table
+from entropy_gpt.evaluation.showing.markdown import markdown_table
 from entropy_gpt.evaluation.showing.plots import DOTS_PER_INCH
 from entropy_gpt.evaluation.showing.run_plots import RUN_COLORS
 
 from .power_laws import FEWEST, MILLION, Curve, find_crossing, interval, make_curve, pool_spread, tell_apart
 from .protocol import timed_settings
 from .records import TIMED, Study, StudyRun
-from .tables import PAPER, list_trained, perplexity_cell
+from .tables import PAPER, conditions_text, list_trained, missing_table, perplexity_cell, run_cost
 
 
 BASELINE, WITHOUT_MAXIMUM = "SM+LN+G", "Pow4(t_h)+ScFuFFN"
@@ -168,14 +163,6 @@ def row_name(run: StudyRun) -> str:
     return run.notation + (f", dropout {dropout:g}" if dropout else "")
 
 
-def private_bytes(run: StudyRun) -> float:
-    """What one private answer of the model to a whole context takes, predicted."""
-    sizes = {name: run.settings[name] for name in ("n_layer", "n_head", "n_embd")}
-    context = run.settings["context"]
-    config = make_config(run.notation, context, vocab_size=run.validation.conditions.vocab_size, **sizes)
-    return sum(step.total_bytes for step in predict(config, PrivateSettings(), Span(0, context, 1)))
-
-
 def quality_table(scaling: Scaling, nats: str) -> str:
     """Perplexity of each row at each number of tokens; `nats` is the text: test or transfer."""
     rows = [
@@ -250,7 +237,7 @@ def equal_size_table(scaling: Scaling) -> str:
     """Rows with two sizes: their perplexity where parameters, or private bytes, are GPT-2's of the smaller size."""
     measures: dict[str, Callable[[StudyRun], float]] = {
         "parameters": lambda run: run.parameters,
-        "private bytes": private_bytes,
+        "private bytes": lambda run: run_cost(run)[0],
     }
     rows = []
     for name, by_tokens in scaling.larger.items():
@@ -319,13 +306,11 @@ def plot_scaling(scaling: Scaling) -> Figure:
 def scaling_text(study: Study) -> str:
     """The page's part, as far as the record goes; what is not measured yet is named."""
     scaling = Scaling(study)
-    missing = {group: count for group, count in study.missing.items() if not group.startswith("smoke")}
-    parts = []
-    if missing:
-        rows = [(f"`{group}`", f"{count:,}") for group, count in missing.items()]
-        parts.append(markdown_table(("group", "rows not measured yet"), rows) + "\n")
+    parts = list(filter(None, [missing_table(study)]))
     if not scaling.is_comparable:
-        return "\n".join([*parts, "Nothing can be compared with GPT-2 yet.\n", *_rates(study), *_conditions(study)])
+        return "\n".join(
+            [*parts, "Nothing can be compared with GPT-2 yet.\n", *_rates(study), *conditions_text(study)]
+        )
     spread = "" if math.isnan(scaling.spread) else f" Seeds differ by {math.expm1(scaling.spread):.1%}."
     parts += [
         f"![Test perplexity against tokens](study/scaling.png)\n\nTest perplexity, by tokens of training.{spread} "
@@ -343,7 +328,7 @@ def scaling_text(study: Study) -> str:
     if laws := laws_table(scaling):
         parts += ["The fitted laws:\n", laws + "\n"]
     parts += ["Mean entropy of the heads in nats, and the share that is overloaded:\n", heads_table(scaling) + "\n"]
-    return "\n".join([*parts, *_rates(study), *_conditions(study)])
+    return "\n".join([*parts, *_rates(study), *conditions_text(study)])
 
 
 def label(tokens: int) -> str:
@@ -364,29 +349,6 @@ def _rates(study: Study) -> list[str]:
         rows.append((_code(name), *(found.get(rate, "") for rate in rates)))
     table = markdown_table(("architecture", *(f"{rate:g}" for rate in rates)), rows)
     return ["Validation perplexity at 3 million tokens, by which the learning rate is chosen:\n", table + "\n"]
-
-
-def _conditions(study: Study) -> list[str]:
-    """The texts of the runs, and what computed them."""
-    runs = [run for run in study.runs.values() if run.validation is not None]
-    if not runs:
-        return []
-    texts = {
-        "Validation": [run.validation for run in runs],
-        "Test": [result for run in runs for result in run.test.values()],
-        "Prose": [result for run in runs for result in run.transfer.values()],
-    }
-    lines = [f"Protocol: {study.protocol}. Tokenizer: sha256:{study.tokenizer}. Pinned packages: {study.pins}."]
-    for title, results in texts.items():
-        found = dict.fromkeys(
-            f"{each.likelihood.tokens:,} tokens of {each.conditions.corpus} ({each.conditions.corpus_revision})"
-            for each in results
-        )
-        lines.append(f"{title}: {'; '.join(found)}.")
-    lines.append(f"Measured with {describe_origins(run.validation.conditions for run in runs)}.")
-    if timed := [run.origin for run in study.runs.values() if run.origin is not None]:
-        lines.append(f"Timed with {describe_origins(timed)}.")
-    return [fold_away("Conditions", lines) + "\n"]
 
 
 def _mean(runs: Iterable[StudyRun], name: str) -> float:

@@ -13,8 +13,8 @@ from entropy_gpt.evaluation.private_inference.costs.measured_inference import ma
 from entropy_gpt.evaluation.private_inference.costs.paper_table import PAPER_SIZES
 from entropy_gpt.evaluation.private_inference.program.program import Span
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
-from entropy_gpt.evaluation.records.conditions import list_settings
-from entropy_gpt.evaluation.showing.markdown import markdown_table
+from entropy_gpt.evaluation.records.conditions import describe_origins, list_settings
+from entropy_gpt.evaluation.showing.markdown import fold_away, markdown_table
 
 from .records import Study, StudyRun
 
@@ -61,12 +61,27 @@ def gpt2_notation(run: StudyRun) -> str:
 
 
 @functools.cache
+def predict_cost(notation: str, context: int, vocab_size: int, **sizes: int) -> tuple[float, float]:
+    """Bytes and round trips of one private answer to a whole context, predicted: logits of the last position."""
+    steps = predict(
+        make_config(notation, context, vocab_size=vocab_size, **sizes), PrivateSettings(), Span(0, context, 1)
+    )
+    return sum(step.total_bytes for step in steps), sum(step.round_trips for step in steps)
+
+
+def gpt2_cost(notation: str) -> tuple[float, float]:
+    """Of GPT-2 small in this architecture, T=128."""
+    return predict_cost(notation, vocab_size=GPT2_VOCABULARY, **PAPER_SIZES)
+
+
 def gpt2_bytes(notation: str) -> float:
-    """What a private inference of GPT-2 small takes in this architecture, predicted: T=128, logits of one position."""
-    sizes = {name: size for name, size in PAPER_SIZES.items() if name != "context"}
-    context = PAPER_SIZES["context"]
-    config = make_config(notation, context, vocab_size=GPT2_VOCABULARY, **sizes)
-    return sum(step.total_bytes for step in predict(config, PrivateSettings(), Span(0, context, 1)))
+    return gpt2_cost(notation)[0]
+
+
+def run_cost(run: StudyRun) -> tuple[float, float]:
+    """Of the model of a run."""
+    sizes = {name: run.settings[name] for name in PAPER_SIZES}
+    return predict_cost(run.notation, vocab_size=run.validation.conditions.vocab_size, **sizes)
 
 
 def mean_nats(runs: Sequence[StudyRun], text: str = "test") -> float:
@@ -296,7 +311,7 @@ def ways_table(study: Study, groups: Sequence[str]) -> str:
     return markdown_table(headings, rows)
 
 
-def private_table(study: Study) -> str:
+def private_table(study: Study, groups: Sequence[str] = PRIVATE) -> str:
     """What private answers cost and how they agree."""
     rows = [
         (
@@ -309,10 +324,45 @@ def private_table(study: Study) -> str:
             f"{run.agreement.perplexity:.3f}",
             f"{run.agreement.private_perplexity:.3f}",
         )
-        for run in study.group(*PRIVATE)
+        for run in study.group(*groups)
     ]
     headings = ("architecture", "MB", "rounds", "s", "same token", "largest error", "ppl", "private ppl")
     return markdown_table(headings, rows)
+
+
+def missing_table(study: Study) -> str:
+    """How many rows of each group are not measured yet, without trials; empty if none is missing."""
+    missing = {group: count for group, count in study.missing.items() if not group.startswith("smoke")}
+    rows = [(f"`{group}`", f"{count:,}") for group, count in missing.items()]
+    return markdown_table(("group", "rows not measured yet"), rows) + "\n" if rows else ""
+
+
+def conditions_text(study: Study) -> list[str]:
+    """The texts of the runs, and what computed them; nothing of a record without runs."""
+    runs = [run for run in study.runs.values() if run.validation is not None]
+    if not runs:
+        return []
+    texts = {
+        "Validation": [run.validation for run in runs],
+        "Test": [result for run in runs for result in run.test.values()],
+        "Prose": [result for run in runs for result in run.transfer.values()],
+    }
+    of_all = {"Protocol": study.protocol, "Tokenizer": study.tokenizer and f"sha256:{study.tokenizer}"}
+    of_all["Pinned packages"] = study.pins
+    lines = [" ".join(f"{title}: {value}." for title, value in of_all.items() if value)]
+    for title, results in texts.items():
+        found = dict.fromkeys(
+            f"{each.likelihood.tokens:,} tokens of {each.conditions.corpus} ({each.conditions.corpus_revision})"
+            for each in results
+        )
+        lines += [f"{title}: {'; '.join(found)}."] if found else []
+    lines.append(f"Measured with {describe_origins(run.validation.conditions for run in runs)}.")
+    for title, origins in {
+        "Timed": [run.origin for run in study.runs.values() if run.origin is not None],
+        "Asked privately": [run.cost for run in study.runs.values() if run.cost is not None],
+    }.items():
+        lines += [f"{title} with {describe_origins(origins)}."] if origins else []
+    return [fold_away("Conditions", lines) + "\n"]
 
 
 def _nats(runs: Iterable[StudyRun], text: str) -> list[float]:

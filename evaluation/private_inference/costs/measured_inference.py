@@ -16,6 +16,7 @@ from entropy_gpt.evaluation.private_inference.inference import (
     serve_on_loopback,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer, Terms
@@ -143,7 +144,7 @@ class Inference:
         with contextlib.closing(Client(*address, None, timeout_seconds, prepared=prepared)) as client:
             if self.is_prepared:
                 client.prepare(len(prompt), new_tokens, on_event=on_event)
-            outcome = client.ask(prompt, new_tokens, on_event=on_event, require_prepared=self.is_prepared)
+            outcome = client.ask(Question(prompt, new_tokens), on_event, require_prepared=self.is_prepared)
         return self._record(outcome, new_tokens)
 
     def load_measured(self, path: Path) -> InferenceCost | None:

@@ -11,8 +11,8 @@ from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, TR
 from .channel import TLSFiles, clean, connect
 from .party_process import Job, Request
 from .preparations import LostHalfError, hash_terms, is_lost
-from .sampling import GREEDY, Sampling
-from .session import Outcome, Session, check_prompt, check_request, check_sampling, free_port
+from .question import Question, check_request
+from .session import Outcome, Session, free_port
 from .store import Store
 from .terms import HANDSHAKE_SECONDS, PROTOCOL_VERSION, read_terms
 from .tunnel import ClientTunnel
@@ -84,11 +84,8 @@ class Client:
 
     def ask(
         self,
-        prompt: list[int],
-        new_tokens: int = 1,
-        answers: int = 1,
+        question: Question,
         on_event: Callable[[dict], None] = lambda event: None,
-        sampling: Sampling = GREEDY,
         preparation: str | None = None,
         require_prepared: bool = False,
     ) -> Outcome:
@@ -97,28 +94,23 @@ class Client:
         for that no longer than `KEPT_SECONDS`.
 
         Args:
-            prompt (`list[int]`): Tokens; they stay here.
-            new_tokens (`int`): Number of tokens in the answer; public.
-            answers (`int`): Number of last positions of the prompt whose logits are wanted.
+            question ([`Question`]): The prompt, and what is wanted.
             on_event (`Callable`): Told what happens, for progress.
-            sampling ([`Sampling`]): How tokens are chosen from the logits; it stays here too.
             preparation (`str`, *optional*): Name of the one to use up. Default: that of [`Client.find_preparation`].
             require_prepared (`bool`): Whether to fail if there is none.
 
         Raises:
-            `PrivateInferenceError`: As [`Session.answer`], and if the model can't answer so much or has no such
-                token. The connection has ended then.
+            `PrivateInferenceError`: As [`Session.answer`] and [`Question.check`]. The connection has ended then.
         """
         try:
-            check_prompt(prompt, self.terms.config.vocab_size)
-            check_sampling(self.terms.settings, sampling)
-            asked = self._check(len(prompt), new_tokens, answers)
-            own = {"prompt": prompt, "sampling": sampling}
-            preparation = preparation or self.find_preparation(len(prompt), new_tokens, answers)
+            question.check(self.terms)
+            asked = question.public
+            own = {"prompt": question.prompt, "sampling": question.sampling}
+            preparation = preparation or self.find_preparation(**asked)
             if preparation is None and require_prepared:
                 raise UserError(
-                    f"no preparation fits {len(prompt)} tokens and {new_tokens} new ones of this server: make one "
-                    "(entropy-gpt private prepare)."
+                    f"no preparation fits {len(question.prompt)} tokens and {question.new_tokens} new ones of this "
+                    "server: make one (entropy-gpt private prepare)."
                 )
             if preparation is None:
                 if self.store is not None:
@@ -156,7 +148,8 @@ class Client:
         try:
             if self.store is None:
                 raise UserError("a preparation needs a folder: give prepared, or --prepared DIR.")
-            asked = self._check(length, new_tokens, answers)
+            check_request(self.terms.config, self.terms.settings, length, new_tokens, answers)
+            asked = {"length": length, "new_tokens": new_tokens, "answers": answers}
             return self._request(asked, {"prepares": True}, on_event, prepares=True)
         except BaseException:
             self.close()
@@ -172,10 +165,6 @@ class Client:
             if of_server and header.serves(length, new_tokens, answers):
                 return header.name
         return None
-
-    def _check(self, length: int, new_tokens: int, answers: int) -> dict[str, int]:
-        check_request(self.terms.config, self.terms.settings, length, new_tokens, answers)
-        return {"length": length, "new_tokens": new_tokens, "answers": answers}
 
     @contextlib.contextmanager
     def _taken(self, preparation: str) -> Iterator[Path]:

@@ -37,7 +37,8 @@ from .preparations import (
     pass_spans,
     read_header,
 )
-from .session import Session, SilenceError, check_request, free_port
+from .question import check_request
+from .session import Session, SilenceError, free_port
 from .store import Store
 from .terms import HANDSHAKE_SECONDS, LARGEST, PROTOCOL_VERSION, Offer
 from .tunnel import ServerTunnel

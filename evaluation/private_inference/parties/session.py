@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,13 +21,12 @@ from pydantic import TypeAdapter
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, build_steps, tables_bytes
-from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.program import tables_bytes
+from entropy_gpt.evaluation.private_inference.program.settings import SERVER
 
 from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
 from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
-from .sampling import MOST_TEMPERATURE, Sampling
 from .terms import Terms
 from .tunnel import Tunnel
 
@@ -237,52 +236,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def check_request(config: ProgramConfig, settings: PrivateSettings, length: int, new_tokens: int, answers: int):
-    """
-    Raises:
-        `PrivateInferenceError`: If the model can't answer so much.
-    """
-    build_steps(config, settings, Span(0, length + new_tokens - 1))
-    if answers > length or (answers > 1 and new_tokens > 1):
-        raise PrivateInferenceError(f"answers={answers} positions are not possible with {length} tokens and more.")
-
-
-def check_prompt(prompt: Sequence[int], vocab_size: int):
-    """
-    Raises:
-        `PrivateInferenceError`: If a token is not one of the model's, for which an embedding of zeros would be taken.
-    """
-    if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
-        raise PrivateInferenceError(
-            f"token {unknown[0]} is not one of the model's, which go from 0 to {vocab_size - 1}."
-        )
-
-
-def check_sampling(settings: PrivateSettings, sampling: Sampling):
-    """
-    Raises:
-        `PrivateInferenceError`: If tokens would have to be drawn from logits that the client does not learn.
-    """
-    if settings.answer == "logits" or not sampling.temperature:
-        return
-    if settings.answer == "token":
-        raise PrivateInferenceError(
-            f"temperature={sampling.temperature:g} is not possible: this server answers with the most likely tokens "
-            "alone, not with logits. Use temperature 0, or a server with --answer sampled."
-        )
-    if sampling.temperature > MOST_TEMPERATURE:
-        raise PrivateInferenceError(
-            f"temperature={sampling.temperature:g} is not possible: {MOST_TEMPERATURE:g} is the most with a server "
-            "that answers with sampled tokens."
-        )
-    for name, value in (("top_k", sampling.top_k is not None), ("top_p", sampling.top_p < 1)):
-        if value:
-            raise PrivateInferenceError(
-                f"{name}={getattr(sampling, name):g} is not possible: this server answers with sampled tokens alone, "
-                "and which logits are largest is not known outside of them. Use the temperature alone."
-            )
 
 
 class Session:

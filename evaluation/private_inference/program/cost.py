@@ -14,7 +14,8 @@ from .settings import PARTIES, PrivateSettings
 
 MEGA = 1e6
 AROUND_BLOCKS = "around the blocks"
-TABLE_COLUMNS = ("MB, all parties", "share", "MB sent", "MB received", "messages", "round trips", "seconds")
+# In two lines where one is too long, so that all of them fit into 80 columns.
+TABLE_COLUMNS = ("MB, all\nparties", "share", "MB\nsent", "MB\nreceived", "messages", "round\ntrips", "seconds")
 BANDWIDTH_UNITS = {"kbps": 1e3, "Mbps": 1e6, "Gbps": 1e9}
 LATENCY_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 

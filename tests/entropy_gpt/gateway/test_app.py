@@ -38,12 +38,12 @@ class Client:
     def __init__(self, token: int = 5, before: Callable[[Callable], None] = lambda on_event: None):
         self.token, self.before, self.asked, self.closed = token, before, [], 0
 
-    def ask(self, prompt, new_tokens, positions, on_event, sampling):
-        self.asked.append(prompt)
+    def ask(self, question, on_event):
+        self.asked.append(question.prompt)
         self.before(on_event)
-        logits = np.zeros((positions, len(WORDS)), np.float32)
+        logits = np.zeros((question.answers, len(WORDS)), np.float32)
         logits[:, self.token] = 9
-        for _ in range(new_tokens):
+        for _ in range(question.new_tokens):
             on_event({"event": "pass", "bytes": [2]})
             on_event({"event": "step", "cost": COST})
             on_event({"event": "token", "token": self.token, "logits": write_array(logits)})

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from entropy_gpt.evaluation.private_inference.parties.channel import LENGTH, Channel, TLSFiles, connect, parse_address
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION
 from entropy_gpt.workflows.certificates import make_certificates
 from entropy_gpt.workflows.private_client import PrivateClient
@@ -50,10 +51,12 @@ ASK = """
 import sys
 from pathlib import Path
 from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.workflows.private_client import PrivateClient
 address, model, *files = sys.argv[1:]
 client = PrivateClient(address, tokenizer=model, tls=TLSFiles(*map(Path, files)))
-client.ask(client.tokenizer("def main(")["input_ids"], 20, on_event=lambda event: print(event["event"], flush=True))
+question = Question(client.tokenizer("def main(")["input_ids"], 20)
+client.ask(question, lambda event: print(event["event"], flush=True))
 """
 
 
@@ -214,7 +217,7 @@ def test_every_honest_client_has_its_answer(model, certificates, clear):
     def ask(prompt: str, given: TLSFiles) -> list[int]:
         with PrivateClient(address, tokenizer=model, tls=given, timeout=SECONDS) as client:
             tokens = client.tokenizer(prompt)["input_ids"]
-            return client.ask(tokens, 2, on_event=lambda event: waited.append(event["event"])).tokens
+            return client.ask(Question(tokens, 2), lambda event: waited.append(event["event"])).tokens
 
     options = (f"--workers={WORKERS}", "--max-waiting=32", "--json-log", "--health-port=0", "--timeout=240")
     with serving(model, certificates, *options) as (process, address, lines):

@@ -48,7 +48,7 @@ LADDER = [*BASELINE, *FUSED, *TEMPERED, *PROPOSAL]
 
 
 def row(table: str, beginning: str) -> list[str]:
-    """The cells of the one row that begins so."""
+    """The cells of the one row with this beginning."""
     (line,) = (line for line in table.splitlines() if line.startswith(f"| {beginning} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 

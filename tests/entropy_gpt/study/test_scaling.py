@@ -11,7 +11,8 @@ from entropy_gpt.evaluation.origin import Origin
 from entropy_gpt.programs.study.power_laws import MILLION
 from entropy_gpt.programs.study.protocol import timed_settings
 from entropy_gpt.programs.study.records import TIMED, Study, StudyRun
-from entropy_gpt.programs.study.scaling import Scaling, plot_scaling, private_bytes, scaling_text
+from entropy_gpt.programs.study.scaling import Scaling, plot_scaling, scaling_text
+from entropy_gpt.programs.study.tables import run_cost
 
 from .example_study import likelihood, make_run, make_study
 
@@ -129,7 +130,7 @@ def test_equal_sizes_lie_between_two_models(study, page):
     assert parameters.startswith(f"{math.expm1(expected):+.1%} ("), (
         "20,000 is in the middle of 10,000 and 40,000, as a logarithm"
     )
-    assert private_bytes(large) > private_bytes(small[0])
+    assert run_cost(large) > run_cost(small[0])
 
 
 def test_a_partial_record_says_what_is_not_measured(study, page):

@@ -43,6 +43,7 @@ from entropy_gpt.evaluation.private_inference.parties.party_process import (
     write_array,
     write_weights,
 )
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling
 from entropy_gpt.evaluation.private_inference.parties.server import MAX_GREETINGS, Server
 from entropy_gpt.evaluation.private_inference.parties.session import (
@@ -207,7 +208,7 @@ class TestRefusals:
             contextlib.closing(Client(*server.address, None)) as client,
             pytest.raises(PrivateInferenceError, match="token 101 is not one of the model's, which go from 0 to 100"),
         ):
-            client.ask([4, 101])
+            client.ask(Question([4, 101]))
 
     def test_an_enormous_reason_is_a_short_line_on_both_sides(self):
         reason, lines = "\x1b[2J\n" + "x" * 60_000, []

@@ -22,6 +22,7 @@ pytest.importorskip("spu")
 
 from entropy_gpt.evaluation.private_inference.parties import preparations
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.server import Server
 from entropy_gpt.evaluation.private_inference.parties.store import Store
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
@@ -102,11 +103,11 @@ class Pair:
 
         def work(say: Callable[[object], None]):
             with PrivateClient(f"127.0.0.1:{self.port}", prepared=self.folders[1]) as client:
-                say(client.ask(PROMPT).tokens)
+                say(client.ask(Question(PROMPT)).tokens)
                 if what == "ask":
                     client.prepare(len(PROMPT))
                 say("begins")
-                client.prepare(len(PROMPT)) if what == "prepare" else client.ask(PROMPT)
+                client.prepare(len(PROMPT)) if what == "prepare" else client.ask(Question(PROMPT))
                 say("ends")
 
         client = Process(work)

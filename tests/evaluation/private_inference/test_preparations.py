@@ -25,10 +25,11 @@ from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
 from entropy_gpt.evaluation.private_inference.parties.local import run_parties
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
 from entropy_gpt.evaluation.private_inference.parties.party_process import Job, PartyProcess, Request
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.server import Server
 from entropy_gpt.evaluation.private_inference.parties.store import Store
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
-from entropy_gpt.evaluation.private_inference.program.program import LOGITS, bounds_name
+from entropy_gpt.evaluation.private_inference.program.program import LOGITS, ProgramConfig, bounds_name
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 
@@ -82,15 +83,15 @@ def test_an_answer_of_two_phases(model, tmp_path):
         backup = shutil.copytree(ours, tmp_path / "backup" / "client")
         shutil.copy(client.store.used.path, backup.parent)
         with connect(address, ours) as client:
-            outcome = client.ask(PROMPT, 2, preparation=client.find_preparation(len(PROMPT), 2))
+            outcome = client.ask(Question(PROMPT, 2), preparation=client.find_preparation(len(PROMPT), 2))
             assert not halves(ours) and not halves(theirs)
             assert client.find_preparation(len(PROMPT)) is None
-            one_phase = client.ask(PROMPT, 1)
+            one_phase = client.ask(Question(PROMPT))
         with (
             connect(address, backup) as client,
             pytest.raises(PrivateInferenceError, match="it was used"),
         ):
-            client.ask(PROMPT, 2, preparation=client.find_preparation(len(PROMPT), 2))
+            client.ask(Question(PROMPT, 2), preparation=client.find_preparation(len(PROMPT), 2))
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT + outcome.tokens])).logits[0, len(PROMPT) - 1 : -1].numpy()
     assert np.abs(np.concatenate(outcome.logits) - logits).max() < 0.1
@@ -110,13 +111,13 @@ def test_a_server_of_other_weights_has_deleted_what_is_not_its_own(model, tmp_pa
     with served(other, tmp_path / "server", []) as address, connect(address, tmp_path / "client") as client:
         assert client.find_preparation(len(PROMPT)) is None
         with pytest.raises(PrivateInferenceError, match="this preparation is not here"):
-            client.ask(PROMPT, preparation=made.prepared)
+            client.ask(Question(PROMPT), preparation=made.prepared)
     assert not halves(tmp_path / "server") and not halves(tmp_path / "client")
 
 
 def test_a_server_says_what_it_does_not_keep(model, tmp_path):
     with served(model, None, []) as address:
-        for ask in (lambda client: client.prepare(4), lambda client: client.ask([2], preparation="0" * 32)):
+        for ask in (lambda client: client.prepare(4), lambda client: client.ask(Question([2]), preparation="0" * 32)):
             with connect(address, tmp_path / "client") as client:
                 client.store.path("0" * 32).write_bytes(b"")
                 with pytest.raises(PrivateInferenceError, match=r"kept here \(serve --prepared\)"):
@@ -147,7 +148,7 @@ def test_a_client_that_is_killed_leaves_whole_halves_or_none(model, tmp_path):
             for header in client.store.headers():
                 assert header.shares
             client.prepare(len(PROMPT))
-            assert client.ask(PROMPT, preparation=client.find_preparation(len(PROMPT))).tokens
+            assert client.ask(Question(PROMPT), preparation=client.find_preparation(len(PROMPT))).tokens
 
 
 def used_names(store: Store) -> list[str]:
@@ -163,7 +164,7 @@ def test_each_repeat_takes_another_preparation(model, tmp_path):
         with connect(address, tmp_path / "client") as client:
             made = [client.prepare(len(PROMPT)).prepared for _ in range(4)]
             with pytest.raises(PrivateInferenceError, match="out of range 3 times"):
-                client.ask(PROMPT)
+                client.ask(Question(PROMPT))
         stores = [client.store, Store(tmp_path / "server", SERVER)]
     assert used_names(stores[0]) == used_names(stores[1])
     assert len({*used_names(stores[0])}) == 3
@@ -193,7 +194,7 @@ def test_an_answer_that_begins_anew_is_right(preparations, doubted, model, tmp_p
 
     def take_part(link) -> tuple[list[int], list[str], list[str]]:
         store, of_client, said = Store(tmp_path / str(link.rank), link.rank), link.rank == CLIENT, []
-        job = Job(link.rank, config, settings, SECONDS, str(store.folder))
+        job = Job(link.rank, ProgramConfig.of(config), settings, SECONDS, str(store.folder))
         process = Doubtful(job, lambda event: said.append(event["event"]))
         process.link, process._weights_hash = link, ""
         process.participant = Participant(link, config, settings, None if of_client else weights)

@@ -9,8 +9,8 @@ from scipy.stats import chisquare
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config
+from entropy_gpt.evaluation.private_inference.parties.question import check_sampling
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling, choose, draw_noise
-from entropy_gpt.evaluation.private_inference.parties.session import check_sampling
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic, emulate
 from entropy_gpt.evaluation.private_inference.program.program import LOGITS, NOISE, TOKEN, Span, build_steps, run_steps
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings

@@ -36,6 +36,7 @@ from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED, Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import RESERVED_BYTES, machine_memory
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling, draw_noise
 from entropy_gpt.evaluation.private_inference.parties.server import Server
 from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Outcome, free_port
@@ -126,7 +127,7 @@ def engines_here() -> list[psutil.Process]:
 
 def ask_at(address: tuple[str, int], new_tokens: int = 2, tls: TLSFiles | None = None, **options) -> Outcome:
     with contextlib.closing(Client(*address, tls, SECONDS)) as client:
-        return client.ask(PROMPT, new_tokens, **options)
+        return client.ask(Question(PROMPT, new_tokens), **options)
 
 
 def ask(served: Served, new_tokens: int = 2, **options) -> list[int]:
@@ -179,7 +180,7 @@ def test_answers_under_tls(notation, protocol, tmp_path):
         serving(*make_offer(notation, protocol), ours) as served,
         contextlib.closing(Client(*served.server.address, theirs, SECONDS, protocol)) as client,
     ):
-        answer, another = client.ask(PROMPT, 2), client.ask(PROMPT, 1)
+        answer, another = client.ask(Question(PROMPT, 2)), client.ask(Question(PROMPT))
     assert answer.tokens == served.expected
     assert len(answer.logits) == 2
     assert sum(cost.total_bytes for cost in answer.steps) > 0
@@ -296,7 +297,7 @@ def test_what_ails_the_clients_engine_is_not_the_servers_business(served):
             client._session._process._process.kill()
 
         with pytest.raises(PrivateInferenceError, match="this side's engine ended with status -9"):
-            client.ask(PROMPT, on_event=kill)
+            client.ask(Question(PROMPT), kill)
     assert served.said("the peer refuses: the client failed.", 10)
 
 
@@ -326,8 +327,8 @@ def test_a_sampled_token_is_the_largest_with_the_clients_noise():
         serving(replace(offer, settings=settings), []) as served,
         contextlib.closing(Client(*served.server.address, None, SECONDS)) as client,
     ):
-        answer = client.ask(PROMPT, 3, sampling=Sampling(9.0, seed=7))
-        likely = client.ask(PROMPT, 3)
+        answer = client.ask(Question(PROMPT, 3, sampling=Sampling(9.0, seed=7)))
+        likely = client.ask(Question(PROMPT, 3))
     assert answer.tokens == expected != likely.tokens
     assert not answer.logits
 
@@ -425,7 +426,7 @@ def test_a_client_that_is_refused_closes_its_connection(served):
     ):
         client = Client(*served.server.address, None, SECONDS)
         with pytest.raises(PrivateInferenceError, match=reason):
-            client.ask(prompt, new_tokens)
+            client.ask(Question(prompt, new_tokens))
         assert client.channel.connection.fileno() == -1
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("spu")
 
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference, make_config
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
 from entropy_gpt.evaluation.private_inference.program.cost import WAN, InferenceCost, Network, parse_network, project
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -32,7 +33,7 @@ LEAST, MOST = 0.7, 1.3
 def measure(host: str, port: int, on_event: Callable[[dict], None] = lambda event: None) -> list[InferenceCost]:
     """Of the first token of an answer, and of the second."""
     client = Client(host, port, None, SECONDS)
-    answer = client.ask(PROMPT, 2, on_event=on_event)
+    answer = client.ask(Question(PROMPT, 2), on_event)
     half = len(answer.steps) // 2
     tokens = (replace(answer, steps=steps) for steps in (answer.steps[:half], answer.steps[half:]))
     return [token.cost(client.terms, len(PROMPT), 1, f"TCP to {host}") for token in tokens]
