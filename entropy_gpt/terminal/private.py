@@ -186,7 +186,7 @@ def prepare(tokens: int, new_tokens: int, count: int, **connection):
                     line.say(f"{sum(step.total_bytes for step in steps) / MEGA:,.1f} MB")
                 made = number
     except KeyboardInterrupt as interrupt:
-        interrupt.add_note(f"{made} of {count} are made, and can be used.")
+        interrupt.add_note(f"{made} of {count} were made, and stay.")
         raise
 
 

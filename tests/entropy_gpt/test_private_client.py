@@ -89,6 +89,12 @@ def test_a_client_without_a_tokenizer_takes_tokens_alone(address):
         client.generate(PROMPT)
 
 
+@pytest.mark.parametrize("as_given", [str, Path])
+def test_preparations_are_in_a_folder_of_any_kind_of_name(address, tmp_path, as_given):
+    with PrivateClient(address, prepared=as_given(tmp_path / "halves")):
+        assert (tmp_path / "halves" / "store-1").exists()
+
+
 TERMS = Terms(ProgramConfig.of(EntropyGPTConfig(**SIZES)), "SM", PrivateSettings(answer="token"), "", "store")
 
 
