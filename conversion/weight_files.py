@@ -3,11 +3,11 @@
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PureWindowsPath
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from .errors import ConversionError
@@ -29,6 +29,30 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         `ConversionError`: If there are none, or a file is missing, damaged or something else.
     """
     return gather_tensors((named for file in _weight_files(folder) for named in _load_tensors(file).items()), folder)
+
+
+def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """
+    Some of the weights in a folder, by name. Nothing else of its files is read.
+
+    Args:
+        folder (`Path`): With safetensors, in shards too; others can't be read in part.
+        wanted (`Callable`): Whether a tensor is, by its name.
+
+    Raises:
+        `ConversionError`: If there are no safetensors, or a file is missing, damaged or something else.
+    """
+    found: list[tuple[str, torch.Tensor]] = []
+    for file in _weight_files(folder):
+        if file.suffix != ".safetensors":
+            raise ConversionError(f"{folder} has {file.name}, and only safetensors are read in part: save it so.")
+        check_kind(file, ConversionError)
+        try:
+            with safe_open(file, framework="pt") as content:
+                found += [(name, content.get_tensor(name)) for name in content.keys() if wanted(name)]  # noqa: SIM118
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last one of torch, which maps the file
+            raise _damaged(file, error) from error
+    return gather_tensors(found, folder)
 
 
 def read_json(file: Path) -> dict:
@@ -83,7 +107,11 @@ def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{file} is damaged: {error}. Download or save it again.") from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ConversionError:
+    return ConversionError(f"{file} is damaged: {error}. Download or save it again.")
 
 
 def unpickle(file: Path):

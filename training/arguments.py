@@ -150,6 +150,13 @@ class EntropyTrainingArguments(TrainingArguments):
     gain_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of the gains of normalised weights, as a multiple."}
     )
+    freeze_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the embeddings of tokens and positions as they are, and with them a head that is tied to "
+            "them. So they stay those of a public checkpoint (private serve --embedding public)."
+        },
+    )
     entropy_logging_steps: int = field(
         default=50,
         metadata={"help": "Write entropies, thresholds, temperatures and scales every N steps; 0: never."},

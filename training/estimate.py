@@ -12,6 +12,7 @@ from .adapters import attach_lora
 from .recipe import Recipe
 from .start import Start, fit_vocabulary
 from .tokenizer import load_tokenizer
+from .trainer import freeze_embeddings
 
 
 # Numbers that a block keeps of each token for the backward pass, as multiples of the width: around attention (the
@@ -57,9 +58,12 @@ def estimate(recipe: Recipe, start: Start) -> Estimate:
         model = EntropyGPTForCausalLM(config)
         if recipe.lora.lora_r is not None:
             model = attach_lora(model, recipe.lora)
+    if training.freeze_embeddings:
+        freeze_embeddings(model)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    checkpoint = 4 * trained + 8 * trained  # weights and AdamW's moments, in float32 under autocast too
+    saved = numbers if recipe.lora.lora_r is None else trained
+    checkpoint = 4 * saved + 8 * trained  # weights and AdamW's moments, in float32 under autocast too
     size = 2 if training.bf16 or training.fp16 else 4
     kept_bytes = kept_by_blocks(config, start.context, size, training.device.type, training.gradient_checkpointing)
     activations = int(training.train_batch_size * start.context * (kept_bytes + LOGIT_BYTES * config.vocab_size))

@@ -118,6 +118,8 @@ def _check_settings(recipe: Recipe, start: Start):
             f"on_divergence=rollback and lr_scheduler_type={training.lr_scheduler_type.value} would both lower the "
             "learning rate: choose another lr_scheduler_type, or on_divergence=stop."
         )
+    if training.freeze_embeddings and start.source is None:
+        raise UserError("freeze_embeddings=true keeps embeddings that are trained: name a model_name_or_path.")
     if training.save_only_model:
         raise UserError("save_only_model=true saves checkpoints that no run can continue from: leave it out.")
     _check_vocabulary(recipe, start.config)

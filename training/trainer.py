@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -50,6 +51,7 @@ class EntropyTrainer(ModelLoss, Trainer):
     - `cross_entropy_loss`, `entropy_loss`, `penalized_share` and `log_sum_loss` in the logs, means over the steps
       since the last log and over all ranks, with the tokens a second of all ranks and the peak memory of this one;
     - labels that `label_smoothing_factor` smooths in the model's own loss, together with the penalty ([`ModelLoss`]);
+    - embeddings that stay as they are, if `freeze_embeddings` says so;
     - a [`DivergenceGuard`], which stops a run whose loss is not finite or explodes, or takes it back to the last
       checkpoint's state (or the run's beginning) at half the learning rate, and reports where it began;
     - checkpoints that get their name once they are whole, sealed by hashes.
@@ -67,6 +69,8 @@ class EntropyTrainer(ModelLoss, Trainer):
     def __init__(self, model=None, *args, guard: DivergenceGuard | None = None, **kwargs):
         cached = None if model is None else base_model(model).config.use_cache
         super().__init__(model, *args, **kwargs)
+        if self.args.freeze_embeddings:
+            freeze_embeddings(self.model)
         self._refuse_other_losses()
         self.add_callback(guard or DivergenceGuard(self.args.on_divergence))
         self._forget_steps()
@@ -337,6 +341,13 @@ class EntropyTrainer(ModelLoss, Trainer):
         if self.state.best_global_step and self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder / written.name)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+
+def freeze_embeddings(model: nn.Module):
+    """Leaves the embeddings of tokens and positions without gradients, and with them a head that is tied to them."""
+    base = base_model(model)
+    for embedding in (base.wte, base.wpe):
+        embedding.requires_grad_(False)
 
 
 def _loss_of(sums: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -115,6 +115,14 @@ def convert(
             help="Weight of the loss that holds the residual stream's scale, for a static or missing final norm.",
         ),
     ] = 0.0,
+    freeze_embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-embeddings",
+            help="Healing leaves the embeddings as they are, and with them a head that is tied to them: so they stay "
+            "public (private serve --embedding public). Without healing, they stay in any case.",
+        ),
+    ] = False,
     learning_rate: Annotated[
         float, typer.Option(min=1e-9, help="Peak learning rate of healing: 5 % warm-up, then linear decay.")
     ] = 1e-3,

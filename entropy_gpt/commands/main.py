@@ -72,6 +72,9 @@ app.command()(export)
 private.command()(gateway)
 private.command()(certificates)
 app.add_typer(private, name="private")
+for command in (*app.registered_commands, *private.registered_commands):
+    # One line for each paragraph, so that the terminal breaks them and not the source.
+    command.help = "\n\n".join(" ".join(text.split()) for text in command.callback.__doc__.split("\n\n"))
 
 
 def print_version(wanted: bool):

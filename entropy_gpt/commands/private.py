@@ -23,6 +23,7 @@ from .private_connection import (
     Timeout,
     TwoPartyProtocol,
     with_connection,
+    with_options,
 )
 
 
@@ -43,6 +44,11 @@ def end_in_order():
 class Embedding(StrEnum):
     one_hot = "one_hot"
     client_table = "client_table"
+
+
+class DraftKeep(StrEnum):
+    accepted = "accepted"
+    prompt = "prompt"
 
 
 class Learned(StrEnum):
@@ -133,7 +139,11 @@ def serve(
     tokenizer: TokenizerPlace = None,
     longest: Annotated[
         int,
-        typer.Option("--max-new-tokens", min=1, help="The most answers of one request, with those that are repeated."),
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            help="The most answers of one request, with those of wrong drafts and those that are repeated.",
+        ),
     ] = 256,
     requests: Annotated[
         int, typer.Option("--max-requests", min=1, help="The most requests of a client in a day.")
@@ -206,10 +216,59 @@ def serve(
     )
 
 
+def _read_generation(
+    max_new_tokens: NewTokens = 1,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Draw tokens at this temperature; at 0, take the most likely ones.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw among this number of the most likely tokens. Needs logits.")
+    ] = None,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Draw among the most likely tokens with this share alone. Needs logits."),
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of what is drawn.")] = None,
+) -> dict[str, Any]:
+    """The arguments of `PrivateClient.generate` that these options are."""
+    return locals()
+
+
+def _read_drafts(
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A causal language model of one's own, with the server's tokenizer: a folder, or on the Hub. It "
+            "drafts tokens, and the server's model verifies several at once. The answer is the same.",
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most drafts that are verified at once. Default: 8.")
+    ] = None,
+    draft_keep: Annotated[
+        DraftKeep,
+        typer.Option(
+            help="accepted: what is computed of right drafts stays, so the server learns how many were right. "
+            "prompt: only what is computed of the prompt stays, and each pass computes the whole answer. The server "
+            "learns the number of passes alone."
+        ),
+    ] = DraftKeep.accepted,
+) -> dict[str, Any]:
+    """The arguments of `PrivateClient` that these options are."""
+    if draft is not None:
+        check_model(draft)
+    return {"draft": draft, "draft_tokens": draft_tokens, "draft_keep": draft_keep.value}
+
+
 @private.command()
 @with_connection
+@with_options("drafts", _read_drafts)
+@with_options("generation", _read_generation)
 def ask(
     connection: dict[str, Any],
+    drafts: dict[str, Any],
+    generation: dict[str, Any],
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -222,18 +281,6 @@ def ask(
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read the prompt from this file, in UTF-8.")
     ] = None,
-    new_tokens: NewTokens = 1,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="Draw tokens at this temperature; at 0, take the most likely ones.")
-    ] = 0.0,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Draw among this number of the most likely tokens. Needs logits.")
-    ] = None,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Draw among the most likely tokens with this share alone. Needs logits."),
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of what is drawn.")] = None,
     prepared: PreparedFolder = None,
     require_prepared: Annotated[
         bool, typer.Option("--require-prepared", help="Fail at once if no preparation fits.")
@@ -258,15 +305,10 @@ def ask(
         prompt_file,
         networks or [],
         output,
-        {
-            "max_new_tokens": new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-        },
+        generation,
         prepared=prepared,
         require_prepared=require_prepared,
+        **drafts,
         **connection,
     )
 

@@ -1,4 +1,4 @@
-"""The options of a connection between two parties, and those that all clients share."""
+"""The options of a connection between two parties, and those that commands have in groups."""
 
 import functools
 import inspect
@@ -69,20 +69,32 @@ def _read_connection(
     }
 
 
-def with_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options of a client's connection. It gets them as its argument `connection`."""
-    shared = inspect.signature(_read_connection).parameters
-    own = inspect.signature(command).parameters
-    options = [option for name, option in (own | shared).items() if name != "connection"]
-    options.sort(key=lambda option: option.default is not option.empty)  # those that have to be given come first
+def with_options(argument: str, read: Callable[..., dict[str, Any]]) -> Callable[[Callable], Callable]:
+    """
+    Gives a command the options of a group, after its own.
 
-    @functools.wraps(command)
-    def run(**values):
-        connection = _read_connection(**{name: values.pop(name) for name in shared})
-        command(connection=connection, **values)
+    Args:
+        argument (`str`): The command's argument that they become.
+        read (`Callable`): Has the options as its parameters, and returns the argument.
+    """
+    shared = inspect.signature(read).parameters
 
-    run.__signature__ = inspect.Signature(
-        [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options], return_annotation=None
-    )
-    run.__annotations__ = {option.name: option.annotation for option in options}
-    return run
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command).parameters
+        options = [option for name, option in (own | shared).items() if name != argument]
+        options.sort(key=lambda option: option.default is not option.empty)  # those that have to be given come first
+
+        @functools.wraps(command)
+        def run(**values):
+            command(**{argument: read(**{name: values.pop(name) for name in shared})}, **values)
+
+        run.__signature__ = inspect.Signature(
+            [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options], return_annotation=None
+        )
+        run.__annotations__ = {option.name: option.annotation for option in options}
+        return run
+
+    return decorate
+
+
+with_connection = with_options("connection", _read_connection)

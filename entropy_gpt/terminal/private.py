@@ -19,18 +19,15 @@ from entropy_gpt.evaluation.private_inference.parties.health import Health
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.server import Server, json_line
 from entropy_gpt.evaluation.private_inference.program.cost import (
-    LAN,
     MEGA,
     TABLE_COLUMNS,
-    WAN,
-    Network,
     before_by_operation,
     by_operation,
-    parse_network,
     project,
     set_up_by_operation,
     table_rows,
 )
+from entropy_gpt.evaluation.private_inference.program.networks import LAN, WAN, Network, parse_network
 from entropy_gpt.evaluation.private_inference.program.settings import TRUST
 from entropy_gpt.evaluation.records.conditions import describe_check
 from entropy_gpt.evaluation.records.results import save_results
@@ -270,6 +267,10 @@ def print_answer(prompt: str, answer: PrivateAnswer):
     if answer.repeats:
         were = "was" if answer.repeats == 1 else "were"
         console.print(f"{format_count(answer.repeats, 'token')} {were} out of range and computed again.")
+    if answer.verified:
+        drafts, right = (sum(numbers) for numbers in zip(*answer.verified, strict=True))
+        passes = format_count(len(answer.verified), "pass", "passes")
+        console.print(f"{right} of {drafts} drafts were right: {len(answer.tokens)} tokens took {passes}.")
     console.print(f"\n[dim]{prompt}[/dim][bold]{text}[/bold]", highlight=False, soft_wrap=True)
     if answer.check:
         console.print(f"in the clear, {describe_check(answer.check)}", soft_wrap=True)

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 
-from entropy_gpt.evaluation.private_inference.program.cost import MEGA, Network, project
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA, project
+from entropy_gpt.evaluation.private_inference.program.networks import Network
 from entropy_gpt.workflows.private_cost import PredictedCost, private_cost
 
 from .private import read_networks

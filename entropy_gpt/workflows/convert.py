@@ -99,6 +99,7 @@ def convert(
     distill_temperature: float = 1.0,
     hidden_state_weight: float = 0.0,
     residual_scale_weight: float = 0.0,
+    freeze_embeddings: bool = False,
     learning_rate: float = 1e-3,
     batch_size: int = 8,
     seed: int = 0,
@@ -146,6 +147,7 @@ def convert(
         hidden_state_weight (`float`): Weight of the distance to the original's residual stream.
         residual_scale_weight (`float`): Weight of the loss that holds the residual stream's scale, for a static or
             missing norm before the head.
+        freeze_embeddings (`bool`): Whether healing leaves the embeddings as they are, and a head that is tied to them.
         learning_rate (`float`): Peak learning rate of healing: 5 % warm-up, then linear decay.
         batch_size (`int`): Sequences of a healing step.
         seed (`int`): Seed of the order of the healing text.

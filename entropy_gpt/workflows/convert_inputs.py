@@ -72,6 +72,7 @@ class ConversionOptions:
     distill_temperature: Annotated[float, Field(ge=0.01)] = 1.0
     hidden_state_weight: Annotated[float, Field(ge=0)] = 0.0
     residual_scale_weight: Annotated[float, Field(ge=0)] = 0.0
+    freeze_embeddings: bool = False
     learning_rate: Annotated[float, Field(ge=1e-9)] = 1e-3
     batch_size: Annotated[int, Field(ge=1)] = 8
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -129,7 +130,7 @@ def check_options(options: ConversionOptions):
                 "--to and --final-norm; sizes are those of the source."
             )
     defaults = {field.name: field.default for field in dataclasses.fields(ConversionOptions)}
-    without_healing = ("schedule", "distill", "hidden_state_weight", "residual_scale_weight")
+    without_healing = ("schedule", "distill", "hidden_state_weight", "residual_scale_weight", "freeze_embeddings")
     needs = [(name, "heal_steps") for name in without_healing] + [("distill_temperature", "distill")]
     for name, other in needs:
         if getattr(options, name) != defaults[name] and not getattr(options, other):

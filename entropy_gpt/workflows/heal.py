@@ -77,6 +77,7 @@ def heal(
         per_device_eval_batch_size=options.batch_size,
         warmup_steps=round(PAPER_WARMUP_SHARE * steps),
         **hyperparameters,
+        freeze_embeddings=options.freeze_embeddings,
         seed=options.seed,
         dataloader_drop_last=len(text.training) >= options.batch_size,
         eval_strategy="steps",
@@ -129,6 +130,7 @@ def heal(
             "kl_temperature": loss.temperature,
             "hidden_state_weight": loss.hidden_states,
             "residual_scale_weight": loss.residual_scale,
+            **({"freeze_embeddings": True} if options.freeze_embeddings else {}),
         },
         validation_nats=[
             [float(entry["step"]), entry["eval_loss"]] for entry in trainer.state.log_history if "eval_loss" in entry

@@ -30,10 +30,11 @@ class PrivateAnswer(StoredRecord):
         cost ([`InferenceCost`]): The cost by the client's count.
         repeats (`int`): How many tokens were out of range and computed again.
         tokens (`list[int]`): Those of the continuation.
+        verified (`list[tuple[int, int]]`): Drafts of each pass, and how many of them were right.
     """
 
     KIND = "a private answer"
-    SCHEMA_VERSION = 5
+    SCHEMA_VERSION = 6
 
     text: str
     check: AnswerCheck | None
@@ -41,11 +42,12 @@ class PrivateAnswer(StoredRecord):
     cost: InferenceCost = field(repr=False)
     repeats: int = 0
     tokens: list[int] = field(default_factory=list)
+    verified: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
     def migrate(cls, content: dict, version: int) -> dict | None:
-        """Version 3 had no `repeats`, version 4 no `tokens`."""
-        return content if version in (3, 4) else None
+        """Version 3 had no `repeats`, version 4 no `tokens`, version 5 no `verified`."""
+        return content if version in (3, 4, 5) else None
 
 
 class Asked(Protocol):
@@ -92,6 +94,7 @@ def answer_question(
         cost=outcome.cost(client.terms, len(question.prompt), question.new_tokens, network),
         repeats=outcome.repeats.total(),
         tokens=outcome.tokens,
+        verified=outcome.verified,
     )
     return outcome, answer
 
@@ -105,6 +108,9 @@ def show_event(event: dict[str, Any], line: Stage):
         line.say(f"the server is busy; clients before this one: {before}; it is given up in {seconds} s")
     elif event["event"] == "program":
         line.reach(0, event["steps"])
+    elif event["event"] == "verified":
+        line.say(f"{event['right']} of {event['drafts']} drafts were right")
+        line.reach(0)
     elif event["event"] == "step":
         layer = "" if event["cost"]["layer"] is None else f"layer {event['cost']['layer']}, "
         line.say(layer + event["cost"]["operation"])

@@ -22,6 +22,7 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     parse_address,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.drafts import ACCEPTED
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling
@@ -34,6 +35,7 @@ from entropy_gpt.training.tokenizer import load_tokenizer
 
 from .options import check_positive, read_options, with_argument_names
 from .private_answer import PrivateAnswer, answer_question, tokenize
+from .private_drafts import DraftOptions, LoadedDrafts, load_drafts
 
 
 DEFAULT_TIMEOUT = 600
@@ -58,6 +60,11 @@ class PrivateClient:
         prepared (`str` or `Path`, *optional*):
                 Folder for its halves of preparations. The smallest that fits a prompt is used up.
         require_prepared (`bool`): Whether to fail if none fits.
+        draft (`str` or `Path`, *optional*):
+            A causal language model of one's own, with the server's tokenizer: a folder, or a repository on the Hub. It
+            drafts tokens, which the server's model verifies several at a time. The answer is the same.
+        draft_tokens (`int`, *optional*): The most drafts that are verified at once; 8 by default.
+        draft_keep (`str`): "accepted" or "prompt": what is kept after each pass, as of [`Drafts`].
 
     Attributes:
         terms ([`Terms`]): What the server offers.
@@ -89,9 +96,13 @@ class PrivateClient:
         timeout: int = DEFAULT_TIMEOUT,
         prepared: str | Path | None = None,
         require_prepared: bool = False,
+        draft: str | Path | None = None,
+        draft_tokens: int | None = None,
+        draft_keep: str = ACCEPTED,
     ):
         check_engine()
         check_positive(timeout=timeout)
+        self._draft = _load_drafts(draft, require_prepared, draft_tokens=draft_tokens, draft_keep=draft_keep)
         if require_prepared and prepared is None:
             raise UserError("--require-prepared needs the folder of preparations: give --prepared DIR.")
         self._require_prepared = require_prepared
@@ -149,7 +160,8 @@ class PrivateClient:
             check_positive(max_new_tokens=max_new_tokens)
             sampling = read_options(Sampling, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
             _check_drawing(sampling)
-            question = Question(self._read_prompt(prompt), max_new_tokens, sampling=sampling)
+            drafts = self._draft and self._draft.drafts
+            question = Question(self._read_prompt(prompt), max_new_tokens, sampling=sampling, drafts=drafts)
             put([question.prompt])
             network = f"TCP to {self.host}"
             _, answer = answer_question(self, self.tokenizer, question, network, progress, lambda token: put([token]))
@@ -216,14 +228,18 @@ class PrivateClient:
     def _connected(self) -> Client:
         if self._connection is None:
             connection = self._connect()
-            if self.tokenizer is not None:
-                self._compare_tokenizer(connection)
+            self._compare_tokenizers(connection)
             self._connection, self.terms = connection, connection.terms
         return self._connection
 
-    def _compare_tokenizer(self, connection: Client):
+    def _compare_tokenizers(self, connection: Client):
+        vocab_size = connection.terms.config.vocab_size
         try:
-            connection.check_tokenizer(hash_vocabulary(self.tokenizer, connection.terms.config.vocab_size))
+            if self.tokenizer is not None:
+                connection.check_tokenizer(hash_vocabulary(self.tokenizer, vocab_size))
+            if self._draft is not None:
+                of_draft = hash_vocabulary(self._draft.tokenizer, vocab_size)
+                connection.check_tokenizer(of_draft, "the draft model's tokenizer", "Give another model with --draft.")
         except PrivateInferenceError:
             connection.close()
             raise
@@ -242,6 +258,21 @@ class PrivateClient:
         if self.tokenizer is None:
             raise UserError("this client has no tokenizer: give the prompt as tokens, or name one with --tokenizer.")
         return tokenize(prompt, self.tokenizer)
+
+
+def _load_drafts(draft: str | Path | None, require_prepared: bool, **options: int | str | None) -> LoadedDrafts | None:
+    """
+    Raises:
+        `UserError`: As [`load_drafts`], and if options are for what is not asked for.
+    """
+    read = read_options(DraftOptions, **options)
+    if draft is None:
+        if read != DraftOptions():
+            raise UserError("--draft-tokens and --draft-keep are for drafts: give a model with --draft.")
+        return None
+    if require_prepared:
+        raise UserError("--require-prepared is not possible with --draft: drafts are verified in one phase.")
+    return load_drafts(draft, read)
 
 
 def _check_drawing(sampling: Sampling):

@@ -15,8 +15,9 @@ from entropy_gpt.evaluation.private_inference.costs.cost_model import (
     predict_phases,
 )
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
-from entropy_gpt.evaluation.private_inference.program.program import Span, tables_bytes
+from entropy_gpt.evaluation.private_inference.program.program import tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .options import as_tuple, check_positive, read_options, with_argument_names

@@ -23,7 +23,8 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     take_prepared_parts,
 )
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
-from entropy_gpt.evaluation.private_inference.program.cost import LAN, MEGA, WAN, InferenceCost, Network, parse_network
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost
+from entropy_gpt.evaluation.private_inference.program.networks import LAN, WAN, Network, parse_network
 from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.files import written_whole
 from entropy_gpt.training.progress import SILENT, Progress, Stage

@@ -55,7 +55,10 @@ from .output_folder import CONVERSION
 # Validation sequences on which the heads are measured during training.
 MOST_PROBED = 8
 # Hyperparameters that a result records, if the recipe sets them.
-RECORDED = ("learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps")
+RECORDED = (
+    *("learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps"),
+    "freeze_embeddings",
+)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     take_typical_block,
 )
 from entropy_gpt.evaluation.private_inference.inference import IN_PROCESS, PLAINTEXT, PrivateModel
-from entropy_gpt.evaluation.private_inference.program.cost import LAN, WAN, InferenceCost, project
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, project
+from entropy_gpt.evaluation.private_inference.program.networks import LAN, WAN
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.records.conditions import list_settings
 from entropy_gpt.evaluation.showing.markdown import fold_away, markdown_table

@@ -5,6 +5,7 @@ python -m entropy_gpt.evaluation.benchmarks.range_check --quick  few runs, nothi
 python -m entropy_gpt.evaluation.benchmarks.range_check --redraw  the page anew from the record
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
 from entropy_gpt.evaluation.origin import ROOT, Origin, collect_origin
-from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
+from entropy_gpt.evaluation.private_inference.costs.cost_model import predict, program_config
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config
 from entropy_gpt.evaluation.private_inference.detection import (
     CORRUPTIONS,
@@ -32,16 +33,26 @@ from entropy_gpt.evaluation.private_inference.detection import (
     measure_false_alarms,
 )
 from entropy_gpt.evaluation.private_inference.parties.engine import engine_versions
-from entropy_gpt.evaluation.private_inference.program.program import Span
+from entropy_gpt.evaluation.private_inference.program.counting import (
+    TRUNCATED,
+    CountingArithmetic,
+    Stock,
+    count_product,
+)
+from entropy_gpt.evaluation.private_inference.program.prices import load_prices, price_of
+from entropy_gpt.evaluation.private_inference.program.program import build_steps
 from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences
 from entropy_gpt.evaluation.private_inference.program.range_report import LARGEST_MARGIN, tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
+from entropy_gpt.evaluation.private_inference.program.variables import program_variables
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.conditions import list_settings
 from entropy_gpt.evaluation.records.results import RESULTS, load_results
 from entropy_gpt.evaluation.showing.markdown import fold_away, markdown_table
 from entropy_gpt.training.corpus import load_standard_library
 from entropy_gpt.training.tokenizer import load_tokenizer
+from modeling_entropy_gpt import EntropyGPTConfig
 
 
 RECORD = ROOT / "model_cards" / "results" / "range_check.json"
@@ -70,7 +81,8 @@ class Share:
     Args:
         notation (`str`): The architecture.
         pass_of (`str`): The tokens.
-        check_bytes, total_bytes (`float`): Bytes that both parties send.
+        check_bytes, total_bytes (`float`):
+            Bytes that both parties send; the check's are those of its steps and of the checksums' columns in products.
         check_round_trips, total_round_trips (`float`): One after the other.
     """
 
@@ -142,16 +154,17 @@ def measure_model(folder: Path, runs: int, honest_runs: int) -> Measured:
     notation = model.config.notation
     config, weights = prepare_weights(model)
     report = audit(config, weights, PrivateSettings(), choose_sequences(config, weights))
+    weights |= report.bounds
     console.print(f"{notation}: {'; '.join(report.problems) or 'fits'}, margin {report.margin:.2f}")
     text = "".join(document.text for document in load_standard_library().validation)
     prompts = choose_prompts(tokenizer, text, config.vocab_size, honest_runs, LENGTH)
     longest = choose_prompts(tokenizer, text, config.vocab_size, max(2, honest_runs // LONG_SHARE), config.n_positions)
-    honest = [measure_false_alarms(model, report.bounds, each) for each in (prompts, longest)]
+    honest = [measure_false_alarms(notation, config, weights, each) for each in (prompts, longest)]
     console.print(*honest)
     chosen = np.random.default_rng(1).permutation(prompts)[:PROMPTS]
     tolerated = tolerated_error(report.typical_logit)
     detections = []
-    for detection in measure_detection(notation, config, weights | report.bounds, chosen, runs, tolerated):
+    for detection in measure_detection(notation, config, weights, chosen, runs, tolerated):
         console.print(
             f"{detection.corruption}, block {detection.block}: {detection.returned} of {detection.runs} returned"
         )
@@ -180,19 +193,48 @@ def predict_shares() -> list[Share]:
             (f"{POSITIONS} tokens", Span(0, POSITIONS)),
             (f"one token after {POSITIONS}", Span(POSITIONS, 1)),
         ):
-            steps = predict(make_config(notation, 2 * POSITIONS, **GPT2_SMALL), PrivateSettings(), span)
+            config = make_config(notation, 2 * POSITIONS, **GPT2_SMALL)
+            steps = predict(config, PrivateSettings(), span)
             check = [step for step in steps if step.operation == "check"]
             shares.append(
                 Share(
                     notation,
                     pass_of,
-                    sum(step.total_bytes for step in check),
+                    sum(step.total_bytes for step in check) + _predict_columns(config, span),
                     sum(step.total_bytes for step in steps),
                     sum(step.round_trips for step in check),
                     sum(step.round_trips for step in steps),
                 )
             )
     return shares
+
+
+def _predict_columns(config: EntropyGPTConfig, span: Span) -> float:
+    """What the checksums' columns add to the bytes of products."""
+    config, settings = program_config(config), PrivateSettings()
+    ops = _ColumnCounting(settings, Stock())
+    run_steps(build_steps(config, settings, span), ops, program_variables(config, settings, span))
+    return price_of(ops.columns, load_prices().bytes)
+
+
+class _ColumnCounting(CountingArithmetic):
+    """Counts in `columns` what products have more by their last column, where that is a checksum."""
+
+    def __init__(self, settings: PrivateSettings, stock: Stock):
+        super().__init__(settings, stock)
+        self.columns, self._matrices = Counter(), []
+
+    def append_checksum(self, tensor):
+        self._matrices.append(super().append_checksum(tensor))
+        return self._matrices[-1]
+
+    def ring_matmul(self, left, right):
+        if any(right is matrix for matrix in self._matrices):
+            rows, (inner, columns) = len(left), right.shape
+            self.columns.update(count_product(rows, inner, columns))
+            self.columns.subtract(count_product(rows, inner, columns - 1))
+            self.columns[TRUNCATED] += rows
+        return super().ring_matmul(left, right)
 
 
 def page(record: Record) -> str:

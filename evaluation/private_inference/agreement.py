@@ -8,6 +8,7 @@ from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 
 from .inference import PLAINTEXT, PrivateModel
+from .program.settings import PrivateSettings
 
 
 @dataclass(config=RECORD)
@@ -37,7 +38,9 @@ class Agreement:
     out_of_range: int
 
 
-def measure_agreement(model: EntropyGPTForCausalLM, prompts: np.ndarray, mode: str) -> Agreement:
+def measure_agreement(
+    model: EntropyGPTForCausalLM, prompts: np.ndarray, mode: str, settings: PrivateSettings | None = None
+) -> Agreement:
     """
     Asks for the logits of all positions in the clear and in another mode.
 
@@ -45,11 +48,12 @@ def measure_agreement(model: EntropyGPTForCausalLM, prompts: np.ndarray, mode: s
         model ([`EntropyGPTForCausalLM`]): A trained model.
         prompts (`np.ndarray`): Tokens, `(sequences, length)`.
         mode (`str`): As [`PrivateModel.infer`] knows it.
+        settings ([`PrivateSettings`], *optional*): The defaults without.
 
     Raises:
         `PrivateInferenceError`: As [`PrivateModel.infer`].
     """
-    asked = PrivateModel(model)
+    asked = PrivateModel(model, settings)
     clear, private = (
         torch.from_numpy(np.stack(asked.infer(prompts, each, prompts.shape[1]).answers)) for each in (PLAINTEXT, mode)
     )

@@ -1,35 +1,28 @@
 """How many corrupted inferences the check inside the protocol lets pass, and how many honest ones it stops."""
 
-import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from pydantic.dataclasses import dataclass
 
-from entropy_gpt.conversion.folding import absorb_linear_ffns, fold
 from entropy_gpt.evaluation.json_records import RECORD
-from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
+from modeling_entropy_gpt import EntropyGPTConfig
 
-from .program.arithmetic import Arithmetic
 from .program.fixed_point import FixedPointArithmetic
 from .program.program import (
-    CHECKED,
     LOGITS,
-    Span,
-    Step,
+    OUT_OF_RANGE,
+    STREAM,
     bounds_name,
     build_steps,
+    checked_parts,
     find_out_of_range,
-    run_steps,
-    scores_name,
-    sum_alternating,
-    sum_neighbours,
+    sums_name,
 )
 from .program.settings import RING_BITS, PrivateSettings
+from .program.steps import Span, Step, run_steps
 from .program.variables import client_inputs
 
 
@@ -40,8 +33,6 @@ LARGE_ERROR = 2.0**28
 SHIFTED_BITS = range(4, 41)
 # There are more subtle corruptions: each has one run for this many of a gross one.
 SUBTLE_SHARE = 10
-# Honest runs at once.
-BATCH = 64
 
 
 @dataclass(config=RECORD)
@@ -139,8 +130,8 @@ class Corruption:
     What is done to a tensor of a block.
 
     Args:
-        variable (`str`): "hidden", the stream `(length, width)` after the block; "keys" or "values" of its heads; or
-            "visible", its scores.
+        variable (`str`): "hidden", the stream after the block with its checksums `(length, width + 1)`; "keys" or
+            "values" of its heads; or "visible", its scores.
         function (`Callable`): Changes the tensor in place.
         is_gross (`bool`): Whether all of it has to be found: what leaves a plausible answer can't be.
     """
@@ -151,27 +142,27 @@ class Corruption:
 
 
 # In which a block computes what can be corrupted.
-ORDER = ("keys", "values", "visible", "hidden")
+ORDER = ("keys", "values", "visible", STREAM)
 ERROR = f"off by {SMALLEST_ERROR} to {LARGEST_ERROR:,}"
 SHIFT = "one number off by 2^{bit} last bits"
 CORRUPTIONS: dict[str, Corruption] = {
-    "all numbers uniform": Corruption("hidden", make_all_uniform, True),
-    "one number uniform": Corruption("hidden", make_one_uniform, True),
-    "one column off by 2^28": Corruption("hidden", shift_column, True),
-    "one column off by 2^28 last bits": Corruption("hidden", shift_column_in_last_bits, True),
-    f"one number {ERROR}": Corruption("hidden", shift_one, True),
-    "one row times 2^10": Corruption("hidden", partial(scale_row, factor=2.0**10), True),
+    "all numbers uniform": Corruption(STREAM, make_all_uniform, True),
+    "one number uniform": Corruption(STREAM, make_one_uniform, True),
+    "one column off by 2^28": Corruption(STREAM, shift_column, True),
+    "one column off by 2^28 last bits": Corruption(STREAM, shift_column_in_last_bits, True),
+    f"one number {ERROR}": Corruption(STREAM, shift_one, True),
+    "one row times 2^10": Corruption(STREAM, partial(scale_row, factor=2.0**10), True),
     "all values uniform": Corruption("values", make_all_uniform, True),
     "all keys uniform": Corruption("keys", make_all_uniform, True),
     "all scores uniform": Corruption("visible", make_all_uniform, True),
     f"one value {ERROR}": Corruption("values", shift_one, False),
     f"one key {ERROR}": Corruption("keys", shift_one, False),
     f"one score {ERROR}": Corruption("visible", shift_one, False),
-    "one row times 2": Corruption("hidden", partial(scale_row, factor=2.0), False),
-    "signs of one row flipped": Corruption("hidden", flip_row, False),
-    "sign of one number flipped": Corruption("hidden", flip_one, False),
-    "two numbers exchanged": Corruption("hidden", exchange_two, False),
-    **{SHIFT.format(bit=bit): Corruption("hidden", partial(shift_one_by, bit=bit), False) for bit in SHIFTED_BITS},
+    "one row times 2": Corruption(STREAM, partial(scale_row, factor=2.0), False),
+    "signs of one row flipped": Corruption(STREAM, flip_row, False),
+    "sign of one number flipped": Corruption(STREAM, flip_one, False),
+    "two numbers exchanged": Corruption(STREAM, exchange_two, False),
+    **{SHIFT.format(bit=bit): Corruption(STREAM, partial(shift_one_by, bit=bit), False) for bit in SHIFTED_BITS},
 }
 
 
@@ -209,7 +200,8 @@ def measure_detection(
     """
     settings, random = settings or PrivateSettings(), np.random.default_rng(seed)
     ops, steps = FixedPointArithmetic(settings, seed), build_steps(config, settings, Span(0, len(prompts[0])))
-    variables = [_begin(ops, config, settings, weights, prompt) for prompt in prompts]
+    encoded = _encode(ops, weights)
+    variables = [encoded | _encode(ops, _inputs(config, settings, weights, prompt)) for prompt in prompts]
     honest = [run_steps(steps, ops, begun)[LOGITS] for begun in variables]
     done = 0
     for block in range(config.n_layer):
@@ -236,72 +228,42 @@ def _find(part: str, steps: list[Step], block: int) -> tuple[str, int]:
     """A variable of a block, and the number of steps after which it is to be corrupted: the stream after all."""
     variable = f"h.{block}.{part}" if part in ("keys", "values") else part
     done = [1 + index for index, step in enumerate(steps) if step.layer == block and variable in step.outputs]
-    return variable, done[-1] if part == "hidden" else done[0]
+    return variable, done[-1] if part == STREAM else done[0]
 
 
-@torch.no_grad()
 def measure_false_alarms(
-    model: EntropyGPTForCausalLM, bounds: dict[str, np.ndarray], prompts: np.ndarray
+    notation: str,
+    config: EntropyGPTConfig,
+    weights: dict[str, np.ndarray],
+    prompts: np.ndarray,
+    settings: PrivateSettings | None = None,
+    seed: int = 0,
 ) -> FalseAlarms:
     """
-    Looks at the sums of honest runs, computed by torch and many at once: rounding moves none of them by as much as a
-    hundredth of its bound.
+    Runs without an error in the emulated ring.
 
     Args:
-        model ([`EntropyGPTForCausalLM`]): A trained model.
-        bounds (`dict`): The audit's.
+        notation, config, weights, settings: As of [`measure_detection`].
         prompts (`np.ndarray`): Tokens `(runs, length)`.
+        seed (`int`): Seed of the ring's truncations.
     """
-    folded = fold(copy.deepcopy(model).double()).eval()
-    absorb_linear_ffns(folded)
-    folded.float()
-    blocks, sums = folded.transformer.h, {}
-    for layer, block in enumerate(blocks):
-        keep = partial(_keep_row_sums, sums, scores_name(layer), block.attn, only_last=layer == len(blocks) - 1)
-        block.attn.c_attn.register_forward_hook(keep)
-    blocks[-1].register_forward_pre_hook(lambda block, inputs: _keep_sums(sums, "before", inputs[0]))
-    blocks[-1].register_forward_hook(lambda block, inputs, output: _keep_sums(sums, "after", output[:, -1]))
-    stopped, nearest = 0, 0.0
-    for batch in np.array_split(prompts, math.ceil(len(prompts) / BATCH)):
-        _keep_sums(sums, LOGITS, folded(torch.from_numpy(batch), use_cache=False).logits[:, -1])
-        shares = np.max([_shares(each, bounds[bounds_name(part)], len(batch)) for part, each in sums.items()], axis=0)
-        stopped += int((shares > 1).sum())
-        nearest = max(nearest, float(shares.max()))
-    return FalseAlarms(model.config.notation, prompts.shape[1], len(prompts), stopped, nearest)
+    settings = settings or PrivateSettings()
+    ops, steps = FixedPointArithmetic(settings, seed), build_steps(config, settings, Span(0, prompts.shape[1]))
+    encoded, stopped, nearest = _encode(ops, weights), 0, 0.0
+    for prompt in prompts:
+        variables = run_steps(steps, ops, encoded | _encode(ops, _inputs(config, settings, weights, prompt)))
+        stopped += bool(variables[OUT_OF_RANGE])
+        shares = (np.abs(variables[sums_name(part)]) / weights[bounds_name(part)] for part in checked_parts(config))
+        nearest = max(nearest, *(float(share.max()) for share in shares))
+    return FalseAlarms(notation, prompts.shape[1], len(prompts), stopped, nearest)
 
 
-def _keep_sums(sums: dict[str, np.ndarray], part: str, tensor: torch.Tensor):
-    rows = tensor.reshape(-1, tensor.shape[-1]).numpy()
-    sums[part] = (sum_alternating if part == LOGITS else sum_neighbours)(Arithmetic(np), rows, CHECKED[part])
+def _encode(ops: FixedPointArithmetic, variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: ops.encode(value) for name, value in variables.items()}
 
 
-def _keep_row_sums(sums: dict[str, np.ndarray], part: str, attention, linear, inputs, mapped, *, only_last: bool):
-    """
-    Sums of scores, as the program has them where it looks at them: a query's product with the sum of its keys, without
-    the temperatures of the first positions (`_attention`).
-    """
-    query, key, _ = (
-        states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in mapped.chunk(3, dim=-1)
-    )
-    if attention.temperature is not None:
-        positions = torch.arange(query.shape[2])
-        scaled = query * attention.temperature(positions[None])
-        query = torch.where(positions[:, None] < attention.head_dim, query, scaled)
-    rows = attention.scaling * (query * key.cumsum(dim=2)).sum(dim=-1).transpose(1, 2)
-    rows = rows[:, -1:] if only_last else rows
-    sums[part] = rows.reshape(-1, rows.shape[-1]).numpy()
-
-
-def _shares(sums: np.ndarray, bounds: np.ndarray, runs: int) -> np.ndarray:
-    """For each run, its largest sum of a part as a share of the bound."""
-    return (np.abs(sums) / bounds).reshape(runs, -1).max(axis=1)
-
-
-def _begin(ops: FixedPointArithmetic, config, settings: PrivateSettings, weights: dict, prompt: np.ndarray) -> dict:
-    """Encoded weights and prompt."""
-    span = Span(0, len(prompt))
-    inputs = weights | client_inputs(config, settings, span, prompt, weights)
-    return {name: ops.encode(value) for name, value in inputs.items()}
+def _inputs(config, settings: PrivateSettings, weights: dict, prompt: np.ndarray) -> dict[str, np.ndarray]:
+    return client_inputs(config, settings, Span(0, len(prompt)), prompt, weights)
 
 
 def _finish(steps: list[Step], ops: FixedPointArithmetic, variables: dict) -> np.ndarray | None:

@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel
 
+from entropy_gpt.conversion.embeddings import read_embeddings
 from entropy_gpt.conversion.planning import Step
 from entropy_gpt.evaluation.measuring.remote_loading import load_in_fresh_process, save_reference
 from entropy_gpt.evaluation.records.conversion_report import ConversionReport
@@ -65,7 +67,10 @@ def run(*args, **options):
     return run_command(*words)
 
 
-HEALING = ("--heal-steps", "12", "--schedule", "staircase", "--distill", "--final-norm", "none")
+HEALING = (
+    *("--heal-steps", "12", "--schedule", "staircase", "--distill", "--final-norm", "none"),
+    "--freeze-embeddings",
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,7 @@ def finished(source, text, tmp_path_factory):
     return output, run(source, text, output, *HEALING)
 
 
-def test_everything_is_there_and_true(finished):
+def test_everything_is_there_and_true(finished, source):
     output, process = finished
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
@@ -100,6 +105,9 @@ def test_everything_is_there_and_true(finished):
     # Through open gates, it is the original.
     assert report.healing.validation_nats[0][1] == pytest.approx(report.original_nats, abs=1e-2)
     assert report.healing.tokens == 12 * 8 * 32
+    assert report.healing.settings["freeze_embeddings"] is True
+    own, original = read_embeddings(output).tables, read_embeddings(source).tables
+    assert all(np.array_equal(own[name], original[name]) for name in ("wte", "wpe"))
     # The table on the screen and the page are those of the record.
     page = (output / "conversion_report.md").read_text()
     for step in report.steps:

@@ -1,5 +1,6 @@
 """The console command as a user types it."""
 
+import itertools
 import subprocess
 import sys
 from importlib.metadata import version
@@ -77,10 +78,15 @@ def list_commands(group=None, words=()):
 
 @pytest.mark.parametrize("words", [(), *list_commands()], ids=" ".join)
 def test_h_is_help(words):
-    short, long = (CliRunner().invoke(app, [*words, option]) for option in ("-h", "--help"))
+    narrow = {"COLUMNS": "80"}
+    short, long = (CliRunner(env=narrow).invoke(app, [*words, option]) for option in ("-h", "--help"))
     assert short.exit_code == long.exit_code == 0
     assert short.output == long.output
     assert "Usage" in short.output
+    prose = [line.rstrip() for line in short.output.partition("╭")[0].splitlines()]
+    for line, below in itertools.pairwise(prose):
+        if line and below:
+            assert len(f"{line} {below.split()[0]} ") > 80, "the terminal breaks lines, and not the source"
 
 
 @pytest.mark.parametrize(

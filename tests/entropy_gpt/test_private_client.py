@@ -26,6 +26,7 @@ from entropy_gpt.evaluation.private_inference.parties.store import Store
 from entropy_gpt.evaluation.private_inference.parties.terms import Terms
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.programs.quickstart.page import CARDS
 from entropy_gpt.workflows.private_answer import PrivateAnswer
 from entropy_gpt.workflows.private_client import PrivateClient
 from modeling_entropy_gpt import EntropyGPTConfig
@@ -89,6 +90,9 @@ def test_a_client_without_a_tokenizer_takes_tokens_alone(address):
         client.generate(PROMPT)
 
 
+CONVERTED = CARDS / "models" / "converted"
+
+
 @pytest.mark.parametrize("as_given", [str, Path])
 def test_preparations_are_in_a_folder_of_any_kind_of_name(address, tmp_path, as_given):
     with PrivateClient(address, prepared=as_given(tmp_path / "halves")):
@@ -138,7 +142,7 @@ def test_what_is_asked_again_and_what_is_not(error, accepted, again, action):
     old, new, heard = Connection(error, accepted), Connection(), []
     client.terms = TERMS
     client._connection, client._connect, client._lock = old, lambda: new, threading.Lock()
-    client.tokenizer, client._require_prepared = None, False
+    client.tokenizer, client._draft, client._require_prepared = None, None, False
 
     def act():
         if action == "ask":
@@ -158,7 +162,7 @@ def test_each_preparation_that_has_lost_its_other_half_is_passed_over():
     client = PrivateClient.__new__(PrivateClient)
     lost = [Connection(RefusalError("its other half is lost", NO_HALF)) for _ in range(3)]
     connections = iter([*lost, Connection()])
-    client._connection, client._lock, client.tokenizer = None, threading.Lock(), None
+    client._connection, client._lock, client.tokenizer, client._draft = None, threading.Lock(), None, None
     client._connect = lambda: next(connections)
     client._require_prepared, client.terms = False, TERMS
     assert client.ask(Question([1, 2])) == "answer"
@@ -181,7 +185,7 @@ def test_a_half_is_used_up_once_its_prompt_is_accepted(tmp_path, heard, kept):
     client.store.path(name).write_bytes(b"half")
     taken = []
 
-    def answer(request, on_event, take_another):
+    def answer(request, on_event, draft, take_another):
         taken.append(Path(request.preparation).read_bytes())
         raise PrivateInferenceError("the link is broken")
 
@@ -224,6 +228,42 @@ def test_without_a_preparation_it_says_so_or_fails(tmp_path, required):
     assert (heard, sent) == (([], []) if required else ([{"event": "unprepared"}], [{}]))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"draft_tokens": 3}, "are for drafts: give a model with --draft"),
+        ({"draft_keep": "prompt"}, "are for drafts: give a model with --draft"),
+        ({"draft_keep": "all"}, "--draft-keep all"),
+        ({"draft_tokens": 0}, "--draft-tokens 0"),
+        (
+            {"draft": CONVERTED, "draft_keep": "prompt", "draft_tokens": 3},
+            "--draft-tokens is for --draft-keep accepted",
+        ),
+        ({"draft": CONVERTED, "prepared": "halves", "require_prepared": True}, "not possible with --draft"),
+        ({"draft": "no/such/folder"}, "no/such/folder"),
+        ({"draft": CONVERTED}, "the draft model's tokenizer is not the server's"),
+    ],
+)
+def test_drafts_that_can_not_be_verified_are_refused_before_a_prompt(address, options, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        PrivateClient(address, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.private
+@pytest.mark.parametrize("keep", ["accepted", "prompt"])
+def test_a_model_that_drafts_for_itself_is_always_right(model, address, keep):
+    drawn = {"max_new_tokens": 6, "temperature": 1.0, "seed": 1}
+    with PrivateClient(address, tokenizer=model) as client:
+        plain = [client.generate(PROMPT, **options).text for options in ({"max_new_tokens": 6}, drawn)]
+    with PrivateClient(address, tokenizer=model, draft=model, draft_keep=keep) as client:
+        drafted = [client.generate(PROMPT, **options) for options in ({"max_new_tokens": 6}, drawn)]
+        assert client.generate(PROMPT).tokens == drafted[0].tokens[:1]
+    assert [answer.text for answer in drafted] == plain
+    assert [answer.verified for answer in drafted] == [[(5, 5)]] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.private
 def test_prompts_share_a_connection_until_it_breaks(model, address):
@@ -255,5 +295,5 @@ def test_an_answer_of_an_older_version_is_read(tmp_path):
     cost = InferenceCost("SM", 1, 1, 1, 1, 1, 1, PrivateSettings(), "", [], [], 0.0, {}, None, "")
     PrivateAnswer("text", None, 0.0, cost).save(tmp_path / "answer.json")
     content = (tmp_path / "answer.json").read_text()
-    (tmp_path / "answer.json").write_text(content.replace('"schema_version": 5', '"schema_version": 4'))
+    (tmp_path / "answer.json").write_text(content.replace('"schema_version": 6', '"schema_version": 4'))
     assert PrivateAnswer.load(tmp_path / "answer.json").tokens == []

@@ -330,6 +330,7 @@ def test_a_dry_run_by_epochs_knows_no_time(run):
         (["dataset=nowhere.txt"], "nowhere.txt"),
         (["streaming=true", "max_steps=-1"], "max_steps"),
         (["model_name_or_path=nowhere"], "nowhere"),
+        (["freeze_embeddings=true"], "freeze_embeddings=true keeps embeddings that are trained: name a model_name"),
         (["lora_r=0"], "lora_r=0"),
         (["lora_r=2", "lora_target_modules=[c_atn]"], "nearest is 'c_attn'"),
         (

@@ -8,6 +8,7 @@ import torch
 
 from entropy_gpt.evaluation.benchmarks import (
     conversion,
+    drafts,
     entropy_attention,
     evaluation,
     gpu,
@@ -64,6 +65,12 @@ def test_the_page_of_two_phases_shows_its_record_or_that_there_is_none():
     assert ("has not yet been measured" in two_phases.page(record)) == (record is None)
     link = "To be measured" if record is None else "Measured"
     assert f"[{link}](two_phases.md)" in two_phases.PAGE.with_name("private_inference.md").read_text()
+
+
+def test_the_page_of_drafts_shows_its_record_or_that_there_is_none():
+    record = drafts.Record.load(drafts.RECORD) if drafts.RECORD.exists() else None
+    assert drafts.PAGE.read_text() == drafts.page(record), "run the benchmark with --redraw"
+    assert ("has not yet been measured" in drafts.page(record)) == (record is None)
 
 
 def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):

@@ -118,12 +118,15 @@ def test_eager_and_sdpa_train_alike(notation, padding):
 
 
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers sets it
-@pytest.mark.parametrize("notation", slow_but((LAST,), REPRESENTATIVES))
-def test_flex_and_sdpa_agree(notation):
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("stance", slow_but(("force_eager",), ("force_eager", "default")))
+@representatives
+def test_flex_and_sdpa_agree(notation, stance):
+    """The default tests leave out the compiler, which takes most of a minute: the masks are the same without it."""
     model = make_model(notation, **FEW)
     inputs = pad(make_tokens(), "left")
     valid = inputs["attention_mask"].bool()
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance(stance):
         expected = model(**inputs, output_entropies=True)
         model.set_attn_implementation("flex_attention")
         assert_close(model(**inputs).logits[valid], expected.logits[valid])

@@ -32,6 +32,22 @@ def test_weights_and_optimizer_are_counted():
     assert found.seconds == pytest.approx(tokens * (6 * weights + 6 * 4 * 128 * 128) / 1e12)
 
 
+def test_frozen_embeddings_have_no_gradients_and_no_moments(tmp_path):
+    config = EntropyGPTConfig.from_notation(
+        "SM+LN+G", n_layer=1, n_embd=64, n_head=1, vocab_size=300, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
+    EntropyGPTForCausalLM(config).save_pretrained(tmp_path)
+    train_tokenizer(["some text"], 300).save_pretrained(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(f"model_name_or_path: {tmp_path}\nmax_steps: 100\nuse_cpu: true\n")
+    recipes = [read_recipe(str(tmp_path / "recipe.yaml"), {"freeze_embeddings": freeze}) for freeze in (False, True)]
+    whole, frozen = (module.estimate(recipe, find_start(recipe)) for recipe in recipes)
+    embeddings = (300 + 128) * 64
+    assert frozen.model == whole.model
+    assert whole.memory - frozen.memory == 12 * embeddings
+    assert whole.checkpoint - frozen.checkpoint == 8 * embeddings
+    assert frozen.seconds < whole.seconds
+
+
 def test_what_an_architecture_lacks_takes_nothing():
     whole, fused = estimated(notation="SM+LN+G"), estimated(notation="SM+ScFuFFN")
     assert fused.memory < whole.memory

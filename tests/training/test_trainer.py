@@ -71,6 +71,24 @@ def test_a_loss_that_would_lack_the_penalty_is_refused(tmp_path):
         make("EReg(SM(t)+ScFuFFN)")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_frozen_embeddings_stay_as_they_are_and_a_tied_head_with_them(freeze, tied, tmp_path):
+    model = make_model("EReg(SM(t)+ScFuFFN)", tie_word_embeddings=tied)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = make_trainer(model, tmp_path, freeze_embeddings=freeze, activation_checkpointing=True)
+    trainer.train()
+    same = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
+    frozen = {"transformer.wte.weight", "transformer.wpe.weight", *(["lm_head.weight"] if tied else [])}
+    assert same & {*frozen, "lm_head.weight"} == (frozen if freeze else set())
+    assert "transformer.h.0.attn.c_attn.weight" not in same
+    # AdamW keeps nothing of them either.
+    moments = sum(state["exp_avg"].numel() for state in trainer.optimizer.state.values())
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    untrained = sum(before[name].numel() for name in frozen - {"lm_head.weight"}) if freeze else 0
+    assert moments == trained - untrained
+
+
 def test_scalars_have_multiples_of_the_learning_rate(tmp_path):
     model = make_model("EReg(SM(t)+LN+ScFFN+WN(QK))", entropy_coefficient=0.1)
     multipliers = {"temperature": 2.0, "threshold": 3.0, "residual_scale": 0.0, "gain": 5.0}

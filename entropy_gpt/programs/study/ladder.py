@@ -3,16 +3,19 @@
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from entropy_gpt.evaluation.measuring.perplexity import perplexity_of
+from entropy_gpt.evaluation.private_inference.costs.paper_table import PAPER_SIZES
 from entropy_gpt.evaluation.showing.comparison_plots import number_plainly
 from entropy_gpt.evaluation.showing.markdown import markdown_table
 from entropy_gpt.evaluation.showing.plots import DOTS_PER_INCH
 from entropy_gpt.evaluation.showing.run_plots import RUN_COLORS
 from modeling_entropy_gpt.notation import ATTENTION_TOKENS
 
+from .protocol import read_protocol
 from .records import Study, StudyRun
 from .tables import (
     above,
@@ -23,13 +26,14 @@ from .tables import (
     mean_nats,
     missing_table,
     perplexity_cell,
+    predict_cost,
     private_table,
-    run_cost,
     same_seeds,
     spread_of,
 )
 
 
+PROTOCOL = Path(__file__).with_name("protocols") / "ladder.yaml"
 # Groups of the protocol: trained from scratch, converted from GPT-2 and healed, and asked privately.
 SCRATCH = ("fused", "norm", "regularized", "penalized", "functions")
 HEALED = ("healed",)
@@ -39,14 +43,14 @@ FUNCTION = re.compile(rf"\b({'|'.join(ATTENTION_TOKENS)})\b")
 MARKERS = "osD^v"
 
 
-def function_of(run: StudyRun) -> str:
-    """The notation of its attention function."""
-    return FUNCTION.search(run.notation)[0]
+def function_of(notation: str) -> str:
+    """What stands for its attention function."""
+    return FUNCTION.search(notation)[0]
 
 
-def architecture_of(run: StudyRun) -> str:
-    """Its notation with softmax in place of its function."""
-    return FUNCTION.sub(SOFTMAX, run.notation)
+def architecture_of(notation: str) -> str:
+    """The notation with softmax in place of its function."""
+    return FUNCTION.sub(SOFTMAX, notation)
 
 
 def log_sum_weight(run: StudyRun) -> float:
@@ -54,25 +58,29 @@ def log_sum_weight(run: StudyRun) -> float:
     return {**run.settings, **run.settings.get("settings", {})}.get("log_sum_coefficient", 0.0)
 
 
-def rungs(study: Study, groups: Sequence[str]) -> list[list[StudyRun]]:
-    """Runs by seeds: those of one architecture, function and penalty; those of an architecture follow each other."""
-    found: dict[tuple, list[StudyRun]] = {}
+def rung_of(run: StudyRun) -> tuple[str, str, float]:
+    """Its architecture, its function and its penalty on log-sums."""
+    return architecture_of(run.notation), function_of(run.notation), log_sum_weight(run)
+
+
+def rungs(study: Study, groups: Sequence[str]) -> dict[tuple[str, str, float], list[StudyRun]]:
+    """Runs by seeds; the rungs of an architecture follow each other."""
+    found: dict[tuple[str, str, float], list[StudyRun]] = {}
     for run in study.group(*groups):
-        found.setdefault((architecture_of(run), function_of(run), log_sum_weight(run)), []).append(run)
+        found.setdefault(rung_of(run), []).append(run)
     architectures = list(dict.fromkeys(architecture for architecture, *_ in found))
-    return [runs for key, runs in sorted(found.items(), key=lambda item: architectures.index(item[0][0]))]
+    return {rung: found[rung] for rung in sorted(found, key=lambda rung: architectures.index(rung[0]))}
 
 
 def quality_table(study: Study, groups: Sequence[str]) -> str:
     """Perplexities, each compared with softmax of its architecture, without and with the penalty on log-sums."""
     found = rungs(study, groups)
-    softmax = {
-        (architecture_of(runs[0]), log_sum_weight(runs[0])): runs for runs in found if function_of(runs[0]) == SOFTMAX
-    }
     rows = []
-    for runs in found:
-        architecture, weight = architecture_of(runs[0]), log_sum_weight(runs[0])
-        references = [softmax.get((architecture, 0.0)), softmax.get((architecture, weight)) if weight else None]
+    for (architecture, function, weight), runs in found.items():
+        references = [
+            found.get((architecture, SOFTMAX, other)) if (function, weight) != (SOFTMAX, other) else None
+            for other in (0.0, weight)
+        ]
         rows.append(
             (
                 f"`{runs[0].notation}`",
@@ -80,7 +88,8 @@ def quality_table(study: Study, groups: Sequence[str]) -> str:
                 str(len(runs)),
                 perplexity_cell(runs, "validation"),
                 perplexity_cell(runs),
-                *(_above_cell(runs, reference) for reference in references),
+                _above_cell(runs, references[0]),
+                _above_cell(runs, references[1] if weight else None),
             )
         )
     headings = ("seeds", "validation ppl", "test ppl", "above softmax", "above softmax with that penalty")
@@ -89,7 +98,7 @@ def quality_table(study: Study, groups: Sequence[str]) -> str:
 
 def _above_cell(runs: Sequence[StudyRun], reference: Sequence[StudyRun] | None) -> str:
     """By which share the test perplexity is above another's, over their common seeds, with the standard error."""
-    if reference is None or reference is runs:
+    if reference is None:
         return ""
     own, other = same_seeds(runs, reference)
     share = above(own, other)
@@ -97,16 +106,21 @@ def _above_cell(runs: Sequence[StudyRun], reference: Sequence[StudyRun] | None) 
     return "" if math.isnan(share) else f"{share:+.1%}" + ("" if math.isnan(error) else f" ± {error:.1%}")
 
 
-def cost_table(study: Study) -> str:
-    """What one private answer takes, predicted, at the size of the study and at that of GPT-2 small."""
-    firsts = {run.notation: run for run in list_trained(study.group(*SCRATCH))}
-    rows = []
-    for notation, run in firsts.items():
-        costs = (run_cost(run), gpt2_cost(notation))
-        cells = [cell for total, trips in costs for cell in (f"{total / 1e6:,.0f}", f"{trips:,.0f}")]
-        rows.append((f"`{notation}`", *cells))
+def cost_table() -> str:
+    """
+    What one private answer takes, predicted, at the size of the protocol and at that of GPT-2 small. The entropy
+    penalty acts in training alone.
+    """
+    protocol = read_protocol(PROTOCOL)
+    rows = {row.settings["notation"]: row.settings for row in protocol.rows if row.group in SCRATCH}
+    notations = sorted((each for each in rows if not each.startswith("EReg")), key=architecture_of, reverse=True)
+    cells = []
+    for notation in notations:
+        sizes = {name: rows[notation][name] for name in PAPER_SIZES}
+        costs = predict_cost(notation, vocab_size=protocol.vocabulary, **sizes), gpt2_cost(notation)
+        cells.append((f"`{notation}`", *(f"{each:,.0f}" for sent, trips in costs for each in (sent / 1e6, trips))))
     headings = ("MB", "round trips", "GPT-2 small, MB", "GPT-2 small, round trips")
-    return markdown_table(("architecture", *headings), rows)
+    return markdown_table(("architecture", *headings), cells)
 
 
 def plot_ladder(study: Study) -> Figure:
@@ -116,21 +130,24 @@ def plot_ladder(study: Study) -> Figure:
     """
     figure = Figure(figsize=(10.5, 5.2), dpi=DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    drawn = [(runs, groups is HEALED) for groups in (SCRATCH, HEALED) for runs in rungs(study, groups)]
-    architectures = list(dict.fromkeys(architecture_of(runs[0]) for runs, _ in drawn))
-    for runs, is_healed in drawn:
-        if not list_trained(runs):
-            continue
-        color = RUN_COLORS[list(ATTENTION_TOKENS).index(function_of(runs[0]))]
+    drawn = [
+        (*rung, runs, groups is HEALED)
+        for groups in (SCRATCH, HEALED)
+        for rung, runs in rungs(study, groups).items()
+        if list_trained(runs)
+    ]
+    markers = dict(zip(dict.fromkeys(architecture for architecture, *_ in drawn), MARKERS, strict=False))
+    for architecture, function, weight, runs, is_healed in drawn:
+        color = RUN_COLORS[list(ATTENTION_TOKENS).index(function)]
         perplexity, spread = perplexity_of(mean_nats(runs)), spread_of(runs)
-        is_penalized = function_of(runs[0]) == SOFTMAX and log_sum_weight(runs[0]) > 0
+        is_penalized = function == SOFTMAX and weight > 0
         label = runs[0].notation + ", penalised" * is_penalized + ", healed" * is_healed
         for axes, cost in zip(panels, gpt2_cost(runs[0].notation), strict=True):
             axes.errorbar(
                 cost / 1e9 if axes is panels[0] else cost,
                 perplexity,
                 None if math.isnan(spread) else perplexity * spread,
-                fmt=MARKERS[architectures.index(architecture_of(runs[0]))],
+                fmt=markers[architecture],
                 color=color,
                 mfc="white" if is_healed else color,
                 capsize=3,
@@ -170,12 +187,12 @@ def ladder_text(study: Study) -> str:
             f"From `SM+LN+G` of the same seed, healed for {run.settings['heal_steps']:,} steps with distillation.\n",
             quality_table(study, HEALED) + "\n",
         ]
-    if is_drawn(study):
-        parts += [
-            "## Private cost\n",
-            "One answer to 128 tokens by the cost model, without the set-up of a connection.\n",
-            cost_table(study) + "\n",
-        ]
+    parts += [
+        "## Private cost\n",
+        "One answer to 128 tokens by the cost model, without the set-up of a connection. The entropy penalty acts in "
+        "training alone.\n",
+        cost_table() + "\n",
+    ]
     if study.group(*PRIVATE):
         parts += [
             "Measured between two processes; perplexities in the ring, emulated to the engine's last bit, and in the "

@@ -11,8 +11,8 @@ from entropy_gpt.evaluation.measuring.perplexity import perplexity_of
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config
 from entropy_gpt.evaluation.private_inference.costs.paper_table import PAPER_SIZES
-from entropy_gpt.evaluation.private_inference.program.program import Span
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.records.conditions import describe_origins, list_settings
 from entropy_gpt.evaluation.showing.markdown import fold_away, markdown_table
 

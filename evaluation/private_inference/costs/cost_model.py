@@ -15,8 +15,9 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.counting import Shape, StepCounts, Stock, count_step, make_shape
 from entropy_gpt.evaluation.private_inference.program.prices import Prices, load_prices, price_of
-from entropy_gpt.evaluation.private_inference.program.program import Span, Step, build_steps, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.program import build_steps, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, Step
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import program_variables
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM

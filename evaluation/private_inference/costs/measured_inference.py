@@ -20,9 +20,11 @@ from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer, Terms
-from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, Network
-from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps, check_config
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
+from entropy_gpt.evaluation.private_inference.program.networks import Network
+from entropy_gpt.evaluation.private_inference.program.program import build_steps, check_config
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 

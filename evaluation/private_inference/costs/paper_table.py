@@ -13,17 +13,10 @@ from typing import Self
 import numpy as np
 
 from entropy_gpt.evaluation.private_inference.parties.preparations import measure_half, pass_spans
-from entropy_gpt.evaluation.private_inference.program.cost import (
-    LAN,
-    MEGA,
-    WAN,
-    InferenceCost,
-    Network,
-    StepCost,
-    project,
-)
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost, StepCost, project
 from entropy_gpt.evaluation.private_inference.program.demands import NUMBERS, SQUARES
 from entropy_gpt.evaluation.private_inference.program.first_phase import ROWS
+from entropy_gpt.evaluation.private_inference.program.networks import LAN, WAN, Network
 from entropy_gpt.evaluation.private_inference.program.program import tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.records.conditions import describe_origin

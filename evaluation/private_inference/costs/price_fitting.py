@@ -23,8 +23,8 @@ from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmet
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA, StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import CountingArithmetic, Shape, Stock, make_shape
 from entropy_gpt.evaluation.private_inference.program.prices import PRICES, Prices, Sample, price_of
-from entropy_gpt.evaluation.private_inference.program.program import Step
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Step
 
 
 # Messages of a step in which oblivious transfers are made in stock, which none of the others comes near.

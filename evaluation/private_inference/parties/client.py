@@ -1,7 +1,9 @@
 """A client that holds a prompt: it opens all connections to a server (`server.py`), and asks."""
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from entropy_gpt.conversion.errors import UserError
@@ -9,6 +11,7 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, TRUST
 
 from .channel import TLSFiles, clean, connect
+from .drafts import least_positions
 from .party_process import Job, Request
 from .preparations import LostHalfError, hash_terms, is_lost
 from .question import Question, check_request
@@ -20,6 +23,7 @@ from .tunnel import ClientTunnel
 
 # What this side is to the other.
 CLIENT_NAME = "client"
+SEED_BITS = 63
 
 
 class Client:
@@ -70,16 +74,24 @@ class Client:
                 f"{TRUST[offered]}. Ask for it with --protocol, if that will do."
             )
 
-    def check_tokenizer(self, own_hash: str):
+    def check_tokenizer(
+        self,
+        own_hash: str,
+        what: str = "the tokenizer",
+        remedy: str = "Name the server's tokenizer with --tokenizer.",
+    ):
         """
+        Args:
+            own_hash (`str`): Hash of a tokenizer of this side.
+            what (`str`), remedy (`str`): What the error calls it, and what to do then.
+
         Raises:
-            `PrivateInferenceError`: If this side's tokenizer is not the server's.
+            `PrivateInferenceError`: If it is not the server's.
         """
         with self.channel.telling(CLIENT_NAME):
             if own_hash != self.terms.tokenizer_hash:
                 raise PrivateInferenceError(
-                    "the tokenizer is not the server's, so its tokens would have other meanings. Name the server's "
-                    "tokenizer with --tokenizer."
+                    f"{what} is not the server's, so its tokens would have other meanings. {remedy}"
                 )
 
     def ask(
@@ -104,9 +116,11 @@ class Client:
         """
         try:
             question.check(self.terms)
-            asked = question.public
-            own = {"prompt": question.prompt, "sampling": question.sampling}
-            preparation = preparation or self.find_preparation(**asked)
+            asked, own = question.public, {"prompt": question.prompt, "sampling": question.sampling}
+            if asked["drafts"]:  # whose passes no preparation is made for
+                own |= self._begin_drafts(question)
+            elif preparation is None:
+                preparation = self.find_preparation(len(question.prompt), question.new_tokens, question.answers)
             if preparation is None and require_prepared:
                 raise UserError(
                     f"no preparation fits {len(question.prompt)} tokens and {question.new_tokens} new ones of this "
@@ -155,6 +169,14 @@ class Client:
             self.close()
             raise
 
+    def _begin_drafts(self, question: Question) -> dict:
+        """What drafts need on this side; they are drawn with the noise of the answer."""
+        sampling = question.sampling
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(SEED_BITS))
+        draft = question.drafts.drafter.begin(question.prompt, sampling, self.terms.config.vocab_size)
+        return {"sampling": sampling, "keep": question.drafts.keep, "draft": draft}
+
     def find_preparation(self, length: int, new_tokens: int = 1, answers: int = 1) -> str | None:
         """The name of the smallest preparation here that serves such a request, if there is one."""
         if self.store is None or self.terms.store is None:
@@ -178,23 +200,34 @@ class Client:
             raise
         self.store.drop(taken)
 
-    def _request(self, asked: dict[str, int], also: dict, on_event: Callable[[dict], None], **own) -> Outcome:
+    def _request(
+        self,
+        asked: dict[str, int],
+        also: dict,
+        on_event: Callable[[dict], None],
+        draft: Callable[[list[int], int], list[int]] | None = None,
+        **own,
+    ) -> Outcome:
         """Has a request answered, of which the server is shown a part."""
         with self.channel.telling(CLIENT_NAME):
             self.channel.send({"kind": "request", **asked, **also})
             if self._session is None:
-                self._open(on_event)
+                accepted = self._open(on_event)
             else:
-                self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
+                accepted = self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
             self._accepted = True
+            if draft is not None:
+                own["positions"] = _read_positions(accepted, least_positions(**asked))
             if "preparation" in own:
                 self.store.spend(Path(own["preparation"]))
             on_event({"event": "accepted"})
             request = Request(**asked, **own)
             with contextlib.ExitStack() as taken:
-                return self._session.answer(
-                    request, on_event, take_another=lambda index: self._take_another(request, index, taken)
-                )
+
+                def take_another(index: int) -> str | None:
+                    return self._take_another(request, index, taken)
+
+                return self._session.answer(request, on_event, draft=draft, take_another=take_another)
 
     def _take_another(self, request: Request, index: int, taken: contextlib.ExitStack) -> str | None:
         """
@@ -215,7 +248,7 @@ class Client:
         self.channel.send({"kind": "another", "preparation": None})
         return None
 
-    def _open(self, on_event: Callable[[dict], None]):
+    def _open(self, on_event: Callable[[dict], None]) -> dict:
         while (answer := self.channel.receive(HANDSHAKE_SECONDS, ("accepted", "waiting")))["kind"] == "waiting":
             before, seconds = (clean(answer.get(name), most=10) for name in ("before", "seconds"))
             on_event({"event": "waiting", "before": before, "seconds": seconds})
@@ -231,6 +264,7 @@ class Client:
         own_port = free_port()
         self._tunnel = ClientTunnel(self._connect, str(token), own_port)
         self._session = Session(job, None, self.channel, self._tunnel, own_port)
+        return answer
 
     def close(self):
         """Ends the connection and the engine."""
@@ -239,3 +273,16 @@ class Client:
             self._session.close()
         if self._tunnel is not None:
             self._tunnel.close()
+
+
+def _read_positions(accepted: dict, least: int) -> int:
+    """
+    How many positions passes over drafts may verify.
+
+    Raises:
+        `PrivateInferenceError`: If a server grants fewer than it needs for what it has accepted.
+    """
+    positions = accepted.get("positions")
+    if type(positions) is not int or positions < least:
+        raise PrivateInferenceError(f"the server grants less than the {least} positions of an answer with drafts.")
+    return positions

@@ -21,9 +21,9 @@ from entropy_gpt.evaluation.private_inference.program.arithmetic import CheapAri
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, PUBLIC, RING, Shape, Stock, count_step
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices, price_of
-from entropy_gpt.evaluation.private_inference.program.program import Step
 from entropy_gpt.evaluation.private_inference.program.second_phase import show
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Step
 
 from .shares import make_placeholder, read_content
 
@@ -84,6 +84,18 @@ def runtime_config(settings: PrivateSettings):
     # What one party owns stays with it, and products with it cost half.
     config.experimental_enable_colocated_optimization = True
     return config
+
+
+def make_link(rank: int, own_port: int, peer_port: int, timeout_seconds: int):
+    """SPU's link; both parties' engines listen on this machine's loopback alone."""
+    from spu import libspu
+
+    description = libspu.link.Desc()
+    description.recv_timeout_ms = description.http_timeout_ms = 1000 * timeout_seconds
+    ports = (own_port, peer_port) if rank == SERVER else (peer_port, own_port)
+    for name, port in zip(("server", "client"), ports, strict=True):
+        description.add_party(name, f"127.0.0.1:{port}")
+    return libspu.link.create_brpc(description, rank)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ class Limits:
     What a client may ask for.
 
     Args:
-        answers (`int`): New tokens, or positions of the prompt, of one request, with those that are repeated.
+        answers (`int`):
+            New tokens, or positions of the prompt, of one request, with those of wrong drafts and repeats.
         requests (`int`): In a day.
-        positions (`int`): Positions answered in a day, with those that are repeated.
+        positions (`int`): Positions answered in a day, with the same.
         seconds (`int`): For which it may hold the engine in a day.
     """
 
@@ -65,13 +66,14 @@ class Accounts:
         self._lock = threading.Lock()
         self._uses: dict[str, deque[Use]] = {}
 
-    def open(self, client: str, positions: int) -> tuple[Use, Limits]:
+    def open(self, client: str, positions: int, most_positions: int = 0) -> tuple[Use, Limits]:
         """
         Begins a request.
 
         Args:
             client (`str`): As [`Channel.peer`].
-            positions (`int`): That it asks for.
+            positions (`int`): That it takes at least.
+            most_positions (`int`): That it may take, as far as the client has them left; they are taken until it ends.
 
         Returns:
             `tuple`: Where to note what it takes, and what the client has left: `answers` and `seconds` are those that
@@ -98,7 +100,7 @@ class Accounts:
                         f"this client has {max(0, getattr(left, name))} of {getattr(self.limits, name)} {name} a day "
                         f"left here, and asks for {asked} (--max-{name})."
                     )
-            use = Use(time.monotonic(), positions)
+            use = Use(time.monotonic(), max(positions, min(most_positions, left.answers, left.positions)))
             uses.append(use)
             return use, left
 

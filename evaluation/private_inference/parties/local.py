@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.program import OUT_OF_RANGE, Span
+from entropy_gpt.evaluation.private_inference.program.program import OUT_OF_RANGE
 from entropy_gpt.evaluation.private_inference.program.settings import PARTIES, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_inputs
 from modeling_entropy_gpt import EntropyGPTConfig
 

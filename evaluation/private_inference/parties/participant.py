@@ -8,16 +8,17 @@ import numpy as np
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import RING, make_shape
-from entropy_gpt.evaluation.private_inference.program.program import (
-    ProgramConfig,
-    Span,
-    Step,
-    build_steps,
-    weight_shapes,
-)
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, build_steps, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, Step
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
-from entropy_gpt.evaluation.private_inference.program.variables import client_rank, input_shapes, program_variables
+from entropy_gpt.evaluation.private_inference.program.variables import (
+    client_rank,
+    cut_back,
+    input_shapes,
+    kept_shapes,
+    program_variables,
+)
 
 from .engine import CompiledStep, EngineLog, Party, compile_steps
 from .preparations import draw_mask
@@ -28,14 +29,24 @@ SET_UP = "set-up"
 MOST_INSTANCES, INSTANCE_NUMBERS = 48, 2048
 
 
-def compile_pass(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[CompiledStep]:
+def compile_pass(
+    config: ProgramConfig, settings: PrivateSettings, span: Span, kept: int | None = None
+) -> list[CompiledStep]:
     """
     The engine's code of the program for some tokens, from what is public alone.
+
+    Args:
+        config ([`ProgramConfig`]), settings ([`PrivateSettings`]), span ([`Span`]): As of [`build_steps`].
+        kept (`int`, *optional*):
+            Tokens whose keys and values there are: those from the span's start on are cut off. Default: none.
 
     Raises:
         `PrivateInferenceError`: As [`build_steps`].
     """
-    return compile_steps(build_steps(config, settings, span), program_variables(config, settings, span), settings)
+    steps, variables = build_steps(config, settings, span), program_variables(config, settings, span)
+    if kept not in (None, span.start):
+        steps, variables = [cut_back(config, span.start), *steps], variables | kept_shapes(config, kept)
+    return compile_steps(steps, variables, settings)
 
 
 def compile_preparation(

@@ -7,6 +7,7 @@ behind which `tunnel.py` is. It writes no files but the halves of preparations, 
 """
 
 import base64
+import itertools
 import json
 import math
 import os
@@ -30,16 +31,17 @@ from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.program import (
     OUT_OF_RANGE,
     ProgramConfig,
-    Span,
     tables_bytes,
     weight_shapes,
 )
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_inputs
 
 from .channel import may_be_told, one_line
-from .engine import CompiledStep, EngineLog, compiled_digest
+from .drafts import ACCEPTED, Keep, next_span, read_next, write_next
+from .engine import CompiledStep, EngineLog, compiled_digest, make_link
 from .memory import forbid_core_dumps, limit_address_space
 from .participant import Participant, compile_pass, compile_preparation, compile_prepared_pass
 from .preparations import (
@@ -52,7 +54,7 @@ from .preparations import (
     pass_spans,
     read_half,
 )
-from .sampling import GREEDY, Sampling, choose, draw_noise
+from .sampling import GREEDY, Noise, Sampling, choose
 from .shares import RING_BYTES, join_share, read_share
 from .store import Store
 
@@ -103,6 +105,9 @@ class Request:
         prepares (`bool`): Whether this is the first phase of a later answer, of which there is no prompt yet.
         preparation (`str`, *optional*): The file with this party's half of a preparation, taken out of its store.
         sampling ([`Sampling`]): The client's alone.
+        drafts (`int`): The most drafts that a pass verifies, public; 0 without.
+        keep (`str`): What is kept after a pass over drafts, as of [`Drafts`]; the client's alone.
+        positions (`int`, *optional*): That passes over drafts may verify in all, by the server's word.
     """
 
     length: int
@@ -114,9 +119,14 @@ class Request:
     prepares: bool = False
     preparation: str | None = None
     sampling: Sampling = GREEDY
+    drafts: int = 0
+    keep: Keep = ACCEPTED
+    positions: int | None = None
 
     def spans(self) -> list[Span]:
-        """The spans of the passes."""
+        """The spans of the passes; with drafts, of the first one, over the prompt and drafts behind it."""
+        if self.drafts:
+            return [Span(0, self.length + self.drafts, self.answers + self.drafts)]
         return pass_spans(self.length, self.new_tokens, self.answers)
 
 
@@ -134,30 +144,23 @@ class PartyProcess:
         self.log = EngineLog()
         self.tables: dict[str, np.ndarray] = {}
         self.chosen: list[int] = []
+        self.drafted: list[int] = []
         self._compiler = ThreadPoolExecutor(1)
 
     def prepare(self, request: Request):
         """Compiles the first pass of a request; its hash is what both parties have to have in common."""
-        self.request, self.chosen, self.positions = request, [], 0
-        self._random = np.random.default_rng(request.sampling.seed)
+        self.request, self.chosen, self.drafted, self.positions = request, [], [], 0
+        self._noise = Noise(request.sampling, self.job.config.vocab_size)
         self._take_up(request.preparation, 0)
         if request.prepares:
             self._preparation = Preparation(self.job.config, self.job.settings, request.spans())
         self._program = self._compile_preparation() if request.prepares else self._compile(0, request.spans()[0])
-        program, passes = self._program.result(), 1 if request.prepares else request.new_tokens
+        program, passes = self._program.result(), 1 if request.prepares or request.drafts else request.new_tokens
         self.tell({"event": "program", "digest": self._digest(program), "steps": len(program) * passes})
 
-    def start(self, own_port: int, peer_port: int, weights: dict[str, np.ndarray] | None, hear: Callable[[], dict]):
-        """
-        Meets the peer, and pays the set-up.
-
-        Args:
-            own_port (`int`), peer_port (`int`): Ports of this engine, and of the tunnel to the peer's.
-            weights (`dict`, *optional*): The server's alone.
-            hear (`Callable`): Waits for a further word of this party's command.
-        """
+    def start(self, own_port: int, peer_port: int, weights: dict[str, np.ndarray] | None):
+        """Meets the peer, and pays the set-up."""
         limit_address_space()
-        self._hear = hear
         job = self.job
         self._weights_hash = hash_weights(weights, job.config) if weights and job.store else ""
         self.link = make_link(job.rank, own_port, peer_port, job.timeout_seconds)
@@ -165,10 +168,18 @@ class PartyProcess:
         for cost in [*self._share_tables(weights), *self.participant.set_up()]:
             self.tell({"event": "set-up", "cost": asdict(cost)})
 
-    def answer(self):
-        """Answers the request that was prepared; each pass is compiled while the one before runs."""
+    def answer(self, hear: Callable[[], bytes]):
+        """
+        Answers the request that was prepared; each pass is compiled while the one before runs, if that is known then.
+
+        Args:
+            hear (`Callable`): Waits for the next line of standard input: drafts, or another preparation.
+        """
+        self._hear = hear
         if self.request.prepares:
             self._prepare()
+        elif self.request.drafts:
+            self._verify_drafts()
         else:
             self._load()
             self._run_passes()
@@ -205,6 +216,35 @@ class PartyProcess:
         if further := self.request.spans()[index + 1 :]:
             self._program = self._compile(index + 1, further[0])
 
+    def _verify_drafts(self):
+        """Passes over drafts, until all tokens are known; the client says where each one begins."""
+        (span,), is_client = self.request.spans(), self.job.rank == CLIENT
+        for index in itertools.count():
+            if is_client:  # as many each time, so that the time does not show how many are known
+                self.tell({"event": "draft", "known": self.chosen, "count": self.request.drafts})
+            program = self._program.result()
+            if index:
+                self._compare(program)
+            if is_client:
+                self.drafted = json.loads(self._hear())[: span.end - self.request.length - len(self.chosen)]
+            self._answer(index, span, program)
+            kept, span = span.end, self._agree_on_next(span.end)
+            if span is None:
+                return
+            self._program = self._compiler.submit(compile_pass, self.job.config, self.job.settings, span, kept)
+
+    def _agree_on_next(self, kept: int) -> Span | None:
+        request = self.request
+        if self.job.rank == SERVER:
+            content = self.link.recv(CLIENT)
+            return read_next(content, request.length, request.new_tokens, request.drafts, kept)
+        known, drafts = len(self.chosen), request.drafts
+        if request.keep == ACCEPTED:  # no more than leave a position for each token if all are wrong
+            drafts = max(0, min(drafts, request.positions - self.positions - (request.new_tokens - known)))
+        span = next_span(request.length, request.new_tokens, known, drafts, request.keep)
+        self.link.send(SERVER, write_next(span))
+        return span
+
     def _prepare(self):
         """The first phase; this party's half goes to its store."""
         program, request, costs, seed = self._program.result(), self.request, [], draw_bytes()
@@ -217,7 +257,7 @@ class PartyProcess:
         self.link.send(peer, own)
         theirs = self.link.recv(peer)
         name = draw_name((own, theirs) if self.job.rank == SERVER else (theirs, own))
-        self.tell({"event": "pass", "bytes": [round(step.total_bytes) for step in program], "answer_bytes": 0})
+        self._tell_pass(program)
         shares = self.participant.prepare(program, self._preparation, seed, note)
         header = Header(
             name=name,
@@ -270,11 +310,10 @@ class PartyProcess:
                 span = Span(0, span.end, span.answers)
                 program = self._begin_anew(index, span)
             self._count(span)
-            steps = [round(step.total_bytes) for step in program]
-            self.tell({"event": "pass", "bytes": steps, "answer_bytes": self._answer_bytes(span)})
+            self._tell_pass(program, span.answers)
             self.participant.infer(program, span, self._inputs(span, noise), self._tell_step)
             if not self._was_out_of_range(index):
-                self._exchange()
+                self._exchange(span)
                 return
         raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE)
 
@@ -286,7 +325,7 @@ class PartyProcess:
         if self._half is not None:
             self._forget()
             self.tell({"event": "another", "index": index})
-            self._take_up(self._hear()["preparation"], index)
+            self._take_up(json.loads(self._hear()), index)
             self._load()
         program = self._compile(index, span).result()
         self._compare(program)
@@ -299,13 +338,14 @@ class PartyProcess:
         most = self.request.most_positions
         if most is not None and self.positions > most:
             raise PrivateInferenceError(
-                f"an answer was out of range, and to repeat it would make {self.positions} answers: {most} is the "
-                f"most here, with those that are repeated ({self.request.limit})."
+                f"this answer would take {self.positions} positions: {most} is the most here, with those of wrong "
+                f"drafts and those that are computed again, out of range ({self.request.limit})."
             )
 
-    def _answer_bytes(self, span: Span) -> int:
-        """Of the peer's share of an answer, and of the words around it."""
-        return RING_BYTES * span.answers * self.job.config.vocab_size + WORDS_BYTES
+    def _tell_pass(self, program: list[CompiledStep], answers: int = 0):
+        """What is about to be sent: by each step, and as the peer's share of the answers with the words around it."""
+        steps, share = [round(step.total_bytes) for step in program], RING_BYTES * answers * self.job.config.vocab_size
+        self.tell({"event": "pass", "bytes": steps, "answers": answers, "answer_bytes": share + WORDS_BYTES})
 
     def _tell_step(self, cost):
         self.tell({"event": "step", "cost": asdict(cost)})
@@ -314,12 +354,16 @@ class PartyProcess:
         """The client's, once for each answer, so that a seed means the same whether it is repeated or not."""
         if self.job.rank != CLIENT or self.job.settings.answer != "sampled":
             return None
-        return draw_noise((span.answers, self.job.config.vocab_size), self.request.sampling, self._random)
+        return self._noise.rows(max(0, self._first_answer(span)), span.answers)
+
+    def _first_answer(self, span: Span) -> int:
+        """Which new token the first answer of a pass is; below 0 it is one of the prompt's."""
+        return span.end - span.answers + 1 - self.request.length
 
     def _inputs(self, span: Span, noise: np.ndarray | None) -> dict[str, np.ndarray]:
         if self.job.rank != CLIENT:
             return {}
-        tokens = [*self.request.prompt, *self.chosen][span.start : span.end]
+        tokens = [*self.request.prompt, *self.chosen, *self.drafted][span.start : span.end]
         return client_inputs(self.job.config, self.job.settings, span, tokens, self.tables, noise)
 
     def _was_out_of_range(self, index: int) -> bool:
@@ -338,13 +382,27 @@ class PartyProcess:
             self.link.send(peer, join_share(share))
         return found
 
-    def _exchange(self):
+    def _exchange(self, span: Span):
         """The server's share of the answer goes to the client."""
         share = self.participant.party.share(answer_name(self.job.settings))
         if self.job.rank == SERVER:
             self.link.send(CLIENT, join_share(share))
         else:
-            self._keep(self.participant.party.reconstruct([read_share(self.link.recv(SERVER), share), share]))
+            answer = self.participant.party.reconstruct([read_share(self.link.recv(SERVER), share), share])
+            if self.request.drafts:
+                self._keep_right(answer, self._first_answer(span))
+            else:
+                self._keep(answer)
+
+    def _keep_right(self, answers: np.ndarray, first: int):
+        """What is said after right tokens: those that are known, and drafts up to the first that is wrong."""
+        read, known = [*self.chosen, *self.drafted], len(self.chosen)
+        for place in range(known, first + len(answers)):
+            self._keep(answers[place - first][None])
+            if place < len(read) and read[place] != self.chosen[place]:
+                break
+        right = sum(token == draft for token, draft in zip(self.chosen[known:], self.drafted, strict=False))
+        self.tell({"event": "verified", "drafts": len(self.drafted), "right": right})
 
     def _keep(self, answer: np.ndarray):
         if self.job.settings.answer != "logits":
@@ -352,7 +410,8 @@ class PartyProcess:
             if not 0 <= token < self.job.config.vocab_size:
                 raise PrivateInferenceError("the answer is no token of the model.")
         else:
-            token = choose(answer[-1], self.request.sampling, self._random)
+            noise = self._noise.rows(len(self.chosen), 1)
+            token = choose(answer[-1], self.request.sampling, noise[0])
             told = {"logits": write_array(answer)}
         self.chosen.append(token)
         self.tell({"event": "token", "token": token, **told})
@@ -378,18 +437,6 @@ class PartyProcess:
         if self.job.rank == SERVER:
             return [StepCost("tables", None, size, 0, messages, 0, 0.0, seconds)]
         return [StepCost("tables", None, 0, size, 0, messages, 0.0, seconds)]
-
-
-def make_link(rank: int, own_port: int, peer_port: int, timeout_seconds: int):
-    """SPU's link; both parties' engines listen on this machine's loopback alone."""
-    from spu import libspu
-
-    description = libspu.link.Desc()
-    description.recv_timeout_ms = description.http_timeout_ms = 1000 * timeout_seconds
-    ports = (own_port, peer_port) if rank == SERVER else (peer_port, own_port)
-    for name, port in zip(("server", "client"), ports, strict=True):
-        description.add_party(name, f"127.0.0.1:{port}")
-    return libspu.link.create_brpc(description, rank)
 
 
 def read_weights(source: BinaryIO, config: ProgramConfig) -> dict[str, np.ndarray]:
@@ -452,10 +499,10 @@ def work(source: BinaryIO, tell: Callable[[dict], None]):
     word = json.loads(source.readline())
     weights = read_weights(source, job.config) if job.rank == SERVER else None
     lines = _read_lines(source)
-    process.start(word["own_port"], word["peer_port"], weights, lambda: json.loads(lines.get()))
+    process.start(word["own_port"], word["peer_port"], weights)
     del weights  # the engine has them
     while True:
-        process.answer()
+        process.answer(lines.get)
         process.prepare(TypeAdapter(Request).validate_json(lines.get()))
         lines.get()  # the word that both have the same program
 

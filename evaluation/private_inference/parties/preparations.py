@@ -23,8 +23,9 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import RING
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, is_factor, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, is_factor, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 
 from .channel import NO_HALF
@@ -32,7 +33,7 @@ from .engine import engine_versions
 
 
 # The version of a half's file, and of what its numbers mean.
-FORMAT = 4
+FORMAT = 5
 SEED_BYTES, NAME_BYTES, HASH_BYTES = 32, 16, 32
 NAME = re.compile(f"[0-9a-f]{{{2 * NAME_BYTES}}}")
 PART = ".part"

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span, build_steps
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 
+from .drafts import Drafts
 from .sampling import GREEDY, MOST_TEMPERATURE, Sampling
 from .terms import Terms
 
@@ -21,17 +23,25 @@ class Question:
         new_tokens (`int`): Number of tokens in the answer; public.
         answers (`int`): Number of last positions of the prompt whose logits are wanted; public.
         sampling ([`Sampling`]): How tokens are chosen from the logits; it stays with the client.
+        drafts ([`Drafts`], *optional*): How the client drafts tokens that are verified.
     """
 
     prompt: list[int]
     new_tokens: int = 1
     answers: int = 1
     sampling: Sampling = GREEDY
+    drafts: Drafts | None = None
 
     @property
     def public(self) -> dict[str, int]:
         """What the server learns of it."""
-        return {"length": len(self.prompt), "new_tokens": self.new_tokens, "answers": self.answers}
+        drafts = self.drafts.most(self.new_tokens) if self.drafts else 0
+        return {
+            "length": len(self.prompt),
+            "new_tokens": self.new_tokens,
+            "answers": self.answers,
+            "drafts": drafts,
+        }
 
     def check(self, terms: Terms):
         """
@@ -43,12 +53,16 @@ class Question:
         check_prompt(self.prompt, terms.config.vocab_size)
 
 
-def check_request(config: ProgramConfig, settings: PrivateSettings, length: int, new_tokens: int, answers: int):
+def check_request(
+    config: ProgramConfig, settings: PrivateSettings, length: int, new_tokens: int, answers: int, drafts: int = 0
+):
     """
     Raises:
         `PrivateInferenceError`: If the model can't answer so much.
     """
     build_steps(config, settings, Span(0, length + new_tokens - 1))
+    if drafts > new_tokens - 1:
+        raise PrivateInferenceError(f"{drafts} drafts are not possible in an answer of {new_tokens} tokens.")
     if answers > length or (answers > 1 and new_tokens > 1):
         raise PrivateInferenceError(f"answers={answers} positions are not possible with {length} tokens and more.")
 

@@ -30,7 +30,7 @@ GREEDY = Sampling()
 MOST_TEMPERATURE = 1000.0
 
 
-def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
+def choose(logits: np.ndarray, sampling: Sampling, noise: np.ndarray) -> int:
     """
     The next token. It is the maximum of the logits plus Gumbel noise of each token (Maddison et al. 2014,
     arXiv:1411.0030), which is a draw from the softmax. Errors of fixed point change it only if the two largest sums
@@ -39,7 +39,7 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
     Args:
         logits (`np.ndarray`): `(vocabulary,)`.
         sampling ([`Sampling`]): How.
-        generator (`np.random.Generator`): Draws one number for each token.
+        noise (`np.ndarray`): `(vocabulary,)`, of [`draw_noise`].
     """
     if not sampling.temperature:
         return int(logits.argmax())
@@ -48,7 +48,7 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
     sums = np.exp(scaled[order]).cumsum()
     # The most likely token, and those after it as long as the ones before them do not have the share.
     kept = order[: int(np.searchsorted(sums, sampling.top_p * sums[-1], side="left")) + 1]
-    return int(kept[(logits + draw_noise(logits.shape, sampling, generator))[kept].argmax()])
+    return int(kept[(logits + noise)[kept].argmax()])
 
 
 def draw_noise(shape: tuple[int, ...], sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
@@ -61,3 +61,28 @@ def draw_noise(shape: tuple[int, ...], sampling: Sampling, generator: np.random.
         generator (`np.random.Generator`): Draws a number for each logit.
     """
     return (sampling.temperature * generator.gumbel(size=shape)).astype(np.float32)
+
+
+class Noise:
+    """
+    The noise of each token of an answer, however often it is asked for: a seed means the same tokens, whether they are
+    computed once or again, one after the other or several at once.
+
+    Args:
+        sampling ([`Sampling`]): How tokens are drawn.
+        vocab_size (`int`): Numbers of a token's noise.
+    """
+
+    def __init__(self, sampling: Sampling, vocab_size: int):
+        self._sampling, self._vocab_size = sampling, vocab_size
+        self._generator = np.random.default_rng(sampling.seed)
+        self._rows: dict[int, np.ndarray] = {}
+        self._drawn = 0
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """`(count, vocabulary)`, from a token on; what is before is forgotten."""
+        while self._drawn < first + count:
+            self._rows[self._drawn] = draw_noise((self._vocab_size,), self._sampling, self._generator)
+            self._drawn += 1
+        self._rows = {token: row for token, row in self._rows.items() if token >= first}
+        return np.array([self._rows[token] for token in range(first, first + count)])

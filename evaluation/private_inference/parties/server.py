@@ -20,10 +20,12 @@ from pathlib import Path
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, Span
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 
 from .channel import TURN_OVER, Channel, ClosedError, Listener, TLSFiles, one_line, shut_down
+from .drafts import least_positions
 from .limits import Accounts, Limits, Use
 from .party_process import Job, Request
 from .preparations import (
@@ -276,7 +278,7 @@ class Server:
 
         with self.turns.turn(channel.peer, announce), contextlib.ExitStack() as taken:
             asked = self._read_request(channel, message, taken)
-            with self._opened(channel) as session:
+            with self._opened(channel, asked[1]) as session:
 
                 def take_another(index: int) -> str | None:
                     return self._take_another(session, channel, taken)
@@ -285,7 +287,7 @@ class Server:
                 while message := self._next_request(session, asked[1]):
                     taken.close()
                     asked = self._read_request(channel, message, taken)
-                    channel.send({"kind": "accepted"})
+                    channel.send({"kind": "accepted", "positions": asked[1].positions})
                     self._answer(session, who, *asked, take_another)
 
     def _read_request(
@@ -297,17 +299,23 @@ class Server:
         Raises:
             `PrivateInferenceError`: If the model can't answer so much, or the client has not so much left.
         """
-        length, new_tokens, answers = (self._number(message, name) for name in ("length", "new_tokens", "answers"))
-        check_request(self.offer.config, self.offer.settings, length, new_tokens, answers)
+        asked = {name: self._number(message, name) for name in ("length", "new_tokens", "answers")}
+        asked["drafts"] = self._number({"drafts": 0} | message, "drafts", 0)
+        check_request(self.offer.config, self.offer.settings, **asked)
+        length, new_tokens, answers, drafts = asked.values()
         prepares = message.get("prepares") is True
         name = None if prepares else message.get("preparation")
-        use, left = self._accounts.open(channel.peer, max(new_tokens, answers))
+        if drafts and (prepares or name is not None):
+            raise PrivateInferenceError("drafts are verified in one phase: no preparation is made for their passes.")
+        use, left = self._accounts.open(channel.peer, least_positions(**asked), new_tokens * (drafts + 1))
         if prepares:
             use.positions = 0
             taken.enter_context(self._reserved(channel.peer, pass_spans(length, new_tokens, answers)))
         most, limit = min((left.answers, "--max-new-tokens"), (left.positions, "--max-positions"))
+        if drafts:
+            most = use.positions
         half = None if name is None else str(self._take_half(name, channel.peer, taken))
-        return Request(length, new_tokens, answers, most, limit, prepares=prepares, preparation=half), use, left
+        return Request(**asked, most_positions=most, limit=limit, prepares=prepares, preparation=half), use, left
 
     @contextlib.contextmanager
     def _reserved(self, client: str, spans: list[Span]) -> Iterator[None]:
@@ -382,14 +390,14 @@ class Server:
         return None
 
     @staticmethod
-    def _number(request: dict, name: str) -> int:
+    def _number(request: dict, name: str, least: int = 1) -> int:
         value = request.get(name)
-        if type(value) is not int or not 1 <= value <= LARGEST["n_positions"]:
-            raise PrivateInferenceError(f"{name} is no number from 1 to {LARGEST['n_positions']:,}.")
+        if type(value) is not int or not least <= value <= LARGEST["n_positions"]:
+            raise PrivateInferenceError(f"{name} is no number from {least} to {LARGEST['n_positions']:,}.")
         return value
 
     @contextlib.contextmanager
-    def _opened(self, channel: Channel) -> Iterator[Session]:
+    def _opened(self, channel: Channel, use: Use) -> Iterator[Session]:
         """An engine for a client, for as long as its connection lasts."""
         token, own_port = secrets.token_hex(32), free_port()
         job = Job(
@@ -404,7 +412,7 @@ class Server:
         with self._lock:
             self._tunnels.add(tunnel)
         try:
-            channel.send({"kind": "accepted", "session": token})
+            channel.send({"kind": "accepted", "session": token, "positions": use.positions})
             session = Session(job, self.offer.weights, channel, tunnel, own_port)
             # The client hears the reason before engine and streams end, which it would take for the reason.
             with contextlib.closing(session), channel.telling(SERVER_NAME):
@@ -452,18 +460,24 @@ class Server:
         prepared = " (prepared)" if request.preparation else ""
         tokens = "token" if request.new_tokens == 1 else "tokens"
         asked = {"new_tokens": request.new_tokens, "prompt_tokens": request.length, "positions": request.answers}
-        self._say(who, f"{asks} {request.new_tokens} {tokens} after {request.length}{prepared}", **asked)
+        drafts = f", with {request.drafts} drafts a pass" if request.drafts else ""
+        self._say(who, f"{asks} {request.new_tokens} {tokens} after {request.length}{drafts}{prepared}", **asked)
         began = use.running_since = time.monotonic()
+        positions: list[int] = []  # of each pass
 
         def note(event: dict):
-            if event["event"] == "repeat":
-                use.positions += request.answers
+            if event["event"] == "pass":
+                positions.append(event["answers"])
+                use.positions = max(use.positions, sum(positions))
+            elif event["event"] == "repeat":
                 self._say(who, "had an answer out of range, and has it repeated")
 
         try:
-            outcome = session.answer(request, note, left.seconds, take_another)
+            outcome = session.answer(request, note, left.seconds, take_another=take_another)
         finally:
             use.seconds, use.running_since = time.monotonic() - began, None
+            if request.drafts:
+                use.positions = max(request.new_tokens, sum(positions))
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
         line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
         self._say(who, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))

@@ -46,8 +46,9 @@ REASON_SECONDS = 2
 @dataclass
 class Outcome:
     """
-    What the client learned, what it cost by its count, and how often each token was computed anew; with a preparation,
-    what that took before, and of a preparation its name.
+    What the client learned, what it cost by its count, and how often each pass was computed anew; with a preparation,
+    what that took before, and of a preparation its name; of each pass over drafts, their number and how many were
+    right.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Outcome:
     repeats: Counter[int] = field(default_factory=Counter)
     before: list[StepCost] = field(default_factory=list)
     prepared: str | None = None
+    verified: list[tuple[int, int]] = field(default_factory=list)
 
     def cost(self, terms: Terms, context: int, answers: int, network: str) -> InferenceCost:
         """The costs with their conditions; arguments as of [`InferenceCost`]."""
@@ -155,9 +157,9 @@ class EngineProcess:
         """Has a request compiled."""
         self._say(TypeAdapter(Request).dump_json(request))
 
-    def use(self, preparation: str | None):
-        """What the rest of an answer that has to begin anew is to use."""
-        self._say(json.dumps({"preparation": preparation}).encode())
+    def give(self, asked: list[int] | str | None):
+        """What the engine has asked for: drafts, or the file with this side's half of another preparation."""
+        self._say(json.dumps(asked).encode())
 
     def start(self, own_port: int, peer_port: int):
         """Has the request answered. The first time it meets the peer before, and gets the weights."""
@@ -272,6 +274,7 @@ class Session:
         request: Request,
         on_event: Callable[[dict], None] = lambda event: None,
         seconds: float = math.inf,
+        draft: Callable[[list[int], int], list[int]] | None = None,
         take_another: Callable[[int], str | None] = lambda index: None,
     ) -> Outcome:
         """
@@ -281,6 +284,7 @@ class Session:
             request ([`Request`]): As the peer's.
             on_event (`Callable`): Told what happens.
             seconds (`float`): That it may take in all.
+            draft (`Callable`, *optional*): What a client's drafts come from, as of [`Drafter`].
             take_another (`Callable`): Called with the number of a token that has to be computed anew, if the answer
                 was prepared; agrees with the peer on another preparation for the rest, and returns this party's half.
 
@@ -293,7 +297,7 @@ class Session:
             self._process.prepare(request)
             self._compare_programs(on_event)
             self._process.start(self._own_port, self._tunnel.local_port)
-            self._follow(outcome, on_event, take_another)
+            self._follow(outcome, on_event, draft, take_another)
             return outcome
         except PrivateInferenceError as error:
             rest = self.events.rest(error, 0 if self._job.rank == SERVER else REASON_SECONDS)
@@ -339,11 +343,17 @@ class Session:
         self._early = None
         return heard.get("preparation")
 
-    def _follow(self, outcome: Outcome, on_event: Callable[[dict], None], take_another: Callable[[int], str | None]):
+    def _follow(
+        self,
+        outcome: Outcome,
+        on_event: Callable[[dict], None],
+        draft: Callable | None,
+        take_another: Callable[[int], str | None],
+    ):
         """Notes what the engine does until both sides are done."""
         peer_done, self._early = False, None
         kinds = {"set-up", "pass", "step", "token", "repeat", "another", "prepared", "prepared before", "done"}
-        kinds |= {"peer's done", "peer's another"}
+        kinds |= {"draft", "verified", "peer's done", "peer's another"}
         while True:
             event = self._expect(self._job.timeout_seconds, *kinds)
             if event["event"] == "peer's done":
@@ -355,8 +365,11 @@ class Session:
                 kinds.remove("peer's another")
                 continue
             if event["event"] == "another":
-                self._process.use(take_another(event["index"]))
+                self._process.give(take_another(event["index"]))
                 kinds.add("peer's another")
+                continue
+            if event["event"] == "draft":
+                self._process.give(draft(event["known"], event["count"]))
                 continue
             self._allowance.note(event)
             _note(outcome, event)
@@ -410,6 +423,8 @@ def _note(outcome: Outcome, event: dict):
             outcome.logits.append(read_array(event["logits"]))
     elif event["event"] == "repeat":
         outcome.repeats[event["index"]] += 1
+    elif event["event"] == "verified":
+        outcome.verified.append((event["drafts"], event["right"]))
     elif event["event"] == "prepared":
         outcome.prepared = event["name"]
     elif event["event"] == "prepared before":

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 
-from entropy_gpt.evaluation.private_inference.program.cost import Network
+from entropy_gpt.evaluation.private_inference.program.networks import Network
 
 
 LOOPBACK = Network("loopback", math.inf, 0.0)

@@ -17,6 +17,14 @@ LEAST_SUM = 2.0**-10
 LEAST_BITS = 2
 
 
+def checksum(tensor):
+    """
+    The alternating sum of each row, `(..., 1)`, which each party adds up alone: what all numbers of a row have in
+    common does not count, and an error of one number does.
+    """
+    return tensor[..., ::2].sum(axis=-1, keepdims=True) - tensor[..., 1::2].sum(axis=-1, keepdims=True)
+
+
 class Arithmetic:
     """
     What a protocol charges for or rounds; sums, slices and products with public 0 and 1 are written as they are.
@@ -40,34 +48,46 @@ class Arithmetic:
     def matmul(self, left, right):
         return self.xp.matmul(left, right)
 
-    def score(self, query, key):
+    def score(self, query, key, as_one: bool = False):
         """
         Scores `(heads, queries, keys)` of `(heads, queries, size)` and `(heads, keys, size)`. Those of one query are
         one product: a product has a price of its own.
+
+        Args:
+            query, key: As said.
+            as_one (`bool`): Whether those of several queries are one product too.
         """
         heads, queries, size = query.shape
-        if queries > 1:
+        if queries > 1 and not as_one:
             return self.matmul(query, key.swapaxes(1, 2))
-        # Row h holds the query of head h in the columns of head h.
-        spread = self.xp.where(np.eye(heads, dtype=bool)[:, :, None], query.swapaxes(0, 1), 0.0)
+        # The rows of head h hold its queries in the columns of head h.
+        spread = self.xp.where(np.eye(heads, dtype=bool)[:, None, :, None], query[:, :, None], 0.0)
         stacked = key.swapaxes(1, 2).reshape(heads * size, -1)
-        return self.matmul(spread.reshape(heads, heads * size), stacked)[:, None]
+        return self.matmul(spread.reshape(heads * queries, heads * size), stacked).reshape(heads, queries, -1)
 
-    def weigh(self, weights, value, is_causal: bool = False):
+    def weigh(self, weights, value, is_causal: bool = False, as_one: bool = False):
         """
         Sums of values `(heads, queries, size)` by weights `(heads, queries, keys)`, for one query in one product.
 
         Args:
             weights, value: As said; values are `(heads, keys, size)`.
             is_causal (`bool`): Whether weights of keys that a query does not see are exactly 0.
+            as_one (`bool`): As of [`Arithmetic.score`].
         """
         heads, queries, keys = weights.shape
-        if queries > 1:
+        if queries > 1 and not as_one:
             return self.matmul(weights, value)
         size = value.shape[-1]
         all_values = value.swapaxes(0, 1).reshape(keys, heads * size)
-        every_pair = self.matmul(weights[:, 0], all_values).reshape(heads, heads, size)
-        return every_pair[np.arange(heads), np.arange(heads)][:, None]
+        every_pair = self.matmul(weights.reshape(heads * queries, keys), all_values)
+        return every_pair.reshape(heads, queries, heads, size)[np.arange(heads), :, np.arange(heads)]
+
+    def append_checksum(self, tensor):
+        """
+        Rows with their checksum behind. A product with a matrix of such rows has them too, and computes them apart
+        from its other columns (Huang and Abraham, IEEE Transactions on Computers 1984).
+        """
+        return self.xp.concatenate([tensor, checksum(tensor)], axis=-1)
 
     def multiply(self, left, right):
         return left * right

@@ -1,6 +1,5 @@
 """What a private inference costs: bytes, round trips and seconds by operation, and what other networks make of it."""
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import field, replace
 from typing import Self
@@ -9,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
 
+from .networks import Network
 from .settings import PARTIES, PrivateSettings
 
 
@@ -16,8 +16,6 @@ MEGA = 1e6
 AROUND_BLOCKS = "around the blocks"
 # In two lines where one is too long, so that all of them fit into 80 columns.
 TABLE_COLUMNS = ("MB, all\nparties", "share", "MB\nsent", "MB\nreceived", "messages", "round\ntrips", "seconds")
-BANDWIDTH_UNITS = {"kbps": 1e3, "Mbps": 1e6, "Gbps": 1e9}
-LATENCY_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 @dataclass(config=RECORD)
@@ -224,55 +222,6 @@ def _row(part: CostSum, total_bytes: int) -> tuple[str, ...]:
         f"{part.round_trips:,.1f}" if part.round_trips else "-",
         f"{part.seconds:,.2f}",
     )
-
-
-@dataclass(config=RECORD, frozen=True)
-class Network:
-    """
-    What connects the parties.
-
-    Args:
-        name (`str`): Such as "LAN".
-        bits_per_second (`float`): That both directions share.
-        round_trip_seconds (`float`): There and back.
-    """
-
-    name: str
-    bits_per_second: float
-    round_trip_seconds: float
-
-
-LAN = Network("LAN", 1e9, 1e-3)
-WAN = Network("WAN", 1e8, 80e-3)
-
-
-def parse_network(text: str) -> Network:
-    """
-    The network that a user names: "LAN", "WAN", or a bandwidth and a round trip such as "100Mbps,80ms".
-
-    Raises:
-        `ValueError`: If it is none of these, with what is allowed.
-    """
-    for network in (LAN, WAN):
-        if text.strip().lower() == network.name.lower():
-            return network
-    bandwidth, _, latency = text.partition(",")
-    bits, seconds = _quantity(bandwidth, BANDWIDTH_UNITS), _quantity(latency, LATENCY_UNITS)
-    if not bits or seconds is None:
-        raise ValueError(
-            f"network {text!r} is not known: give LAN (1Gbps,1ms), WAN (100Mbps,80ms), or a bandwidth above 0 in "
-            f"{', '.join(BANDWIDTH_UNITS)} and a round trip in {', '.join(LATENCY_UNITS)}, such as 300Mbps,20ms."
-        )
-    return Network(text.strip(), bits, seconds)
-
-
-def _quantity(text: str, units: dict[str, float]) -> float | None:
-    """A number with a unit, or `None` if it is not."""
-    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([A-Za-z]+)\s*", text)
-    factors = {unit.lower(): factor for unit, factor in units.items()}
-    if match is None or match[2].lower() not in factors:
-        return None
-    return float(match[1]) * factors[match[2].lower()]
 
 
 def project(cost: InferenceCost, network: Network) -> float:

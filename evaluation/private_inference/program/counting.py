@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arithmetic import HALVES, SLOTS, CheapArithmetic
-from .program import Step
 from .settings import SERVER, PrivateSettings
+from .steps import Step
 
 
 # What bytes are counted in. Ciphertexts of products of matrices: those that one party sends, and the answers, of which
@@ -156,6 +156,10 @@ class CountingArithmetic(CheapArithmetic):
     def multiply(self, left, right):
         product = self.ring_multiply(left, right)
         return make_shape(product.shape, product.owner) if _is_local(left, right) else self._truncated(product.shape)
+
+    def append_checksum(self, tensor):
+        """Without the memory of a matrix."""
+        return make_shape((*tensor.shape[:-1], tensor.shape[-1] + 1), _owner(tensor))
 
     def as_ring(self, tensor):
         return make_shape(tensor.shape, _owner(tensor), RING)

@@ -12,9 +12,11 @@ import numpy as np
 
 from .arithmetic import Arithmetic
 from .counting import CountingArithmetic, Stock, make_shape
-from .program import ProgramConfig, Span, Step, build_steps, visible_keys
+from .program import ProgramConfig, build_steps
 from .settings import SERVER, PrivateSettings
+from .steps import Span, Step
 from .variables import program_variables
+from .visible import visible_keys
 
 
 # Kinds: what comes later by a matrix of the server's, by kept keys or values, by other numbers, and by itself.
@@ -193,13 +195,16 @@ class Intercepting:
         """The product."""
         raise NotImplementedError
 
+    def append_checksum(self, tensor):
+        return self._ops.append_checksum(tensor)
+
     def matmul(self, left, right):
         return self.take(WEIGHTS, left, right)
 
-    def score(self, query, key):
+    def score(self, query, key, as_one: bool = False):
         return self.take(SCORES, query, key)
 
-    def weigh(self, weights, value, is_causal: bool = False):
+    def weigh(self, weights, value, is_causal: bool = False, as_one: bool = False):
         return self.take(VALUES, weights, value, is_causal)
 
     def multiply(self, left, right):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arithmetic import SLOTS, Arithmetic
-from .counting import SHARED_BATCHES, CountingArithmetic, Stock, count_product, make_shape
+from .counting import SHARED_BATCHES, CountingArithmetic, Shape, Stock, count_product, make_shape
 from .demands import (
     KEPT,
     NUMBERS,
@@ -28,8 +28,9 @@ from .demands import (
     split,
 )
 from .prices import load_prices, price_of
-from .program import Step, is_factor
+from .program import is_factor
 from .settings import PrivateSettings
+from .steps import Step
 
 
 # Numbers of which those of a row have one factor in common.
@@ -193,6 +194,10 @@ class _Maker(Intercepting):
         self._makes, self._passes = ops, work.passes
         self._demands, self._masks = iter(work.demands), iter(masks)
         self.products: list = []
+
+    def append_checksum(self, tensor):
+        """All but the server's factors are shapes."""
+        return (self._ops if isinstance(tensor, Shape) else self._makes).append_checksum(tensor)
 
     def take(self, kind: str, left, right=None, is_causal: bool = False):
         demand, ops = next(self._demands), self._makes

@@ -9,8 +9,9 @@ from modeling_entropy_gpt import EntropyGPTConfig
 from modeling_entropy_gpt.layers import TANH_GELUS
 
 from .arithmetic import Arithmetic, CheapArithmetic
-from .program import LOGITS, Span, build_steps, run_steps
+from .program import LOGITS, build_steps
 from .settings import RING_BITS, PrivateSettings
+from .steps import Span, run_steps
 from .variables import client_inputs
 
 
@@ -192,7 +193,11 @@ class FixedPointArithmetic(CheapArithmetic):
     def _wrap(self, tensor, bits: int):
         """Numbers modulo the ring, of which `bits` are left for them."""
         modulus = 2.0**bits / self._one
-        self._count_overflows(np.abs(tensor) >= modulus * 2.0 ** (SAFE_BITS - RING_BITS))
+        limit = modulus * 2.0 ** (SAFE_BITS - RING_BITS)
+        size = np.abs(tensor)
+        if size.max(initial=0.0) < limit:
+            return tensor
+        self._count_overflows(size >= limit)
         return tensor - modulus * np.round(tensor / modulus)
 
     def _count_overflows(self, found):
@@ -223,10 +228,22 @@ def emulate(
     Raises:
         `PrivateInferenceError`: As [`build_steps`].
     """
+    return emulate_variables(config, weights, settings, tokens, answers, seed)[LOGITS]
+
+
+def emulate_variables(
+    config: EntropyGPTConfig,
+    weights: dict[str, np.ndarray],
+    settings: PrivateSettings,
+    tokens: np.ndarray,
+    answers: int = 1,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """All variables of a private inference; arguments as of [`emulate`]."""
     ops = FixedPointArithmetic(settings, seed)
     steps = build_steps(config, settings, Span(0, len(tokens), answers))
     variables = {**weights, **_inputs(config, weights, settings, tokens, answers)}
-    return run_steps(steps, ops, {name: ops.encode(value) for name, value in variables.items()})[LOGITS]
+    return run_steps(steps, ops, {name: ops.encode(value) for name, value in variables.items()})
 
 
 def exact_logits(

@@ -8,7 +8,7 @@ different layers are compiled once. The weights are inputs, never constants: con
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import Literal, Self
 
@@ -18,8 +18,36 @@ from pydantic.dataclasses import dataclass as record
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 
-from .arithmetic import LEAST_SUM, Arithmetic
-from .attention_functions import MOST_SUM, reciprocal_between, weigh_visible_scores, whole_weights
+from .arithmetic import LEAST_SUM, Arithmetic, checksum
+from .attention import (
+    divide_and_merge,
+    divide_widely_and_merge,
+    scale_queries,
+    scale_scores,
+    score,
+    score_shifted,
+    score_visible,
+    score_visible_shifted,
+    split_heads,
+    visible_weights,
+    weigh_and_merge,
+    weigh_visible,
+    whole_attention,
+    whole_softmax,
+)
+from .attention_functions import MOST_SUM
+from .contests import subtract_maximum
+from .linear import (
+    add_linear,
+    add_linear_to_scaled,
+    begin_stream,
+    choose,
+    compute_logits,
+    draw,
+    embed,
+    linear,
+    normalize,
+)
 from .nonlinear import (
     erf_gelu,
     exponentiate,
@@ -27,30 +55,30 @@ from .nonlinear import (
     leaky_relu,
     learnable_leaky_relu,
     piecewise_gelu,
-    reciprocal_up_to,
     relu,
     tanh_gelu,
 )
 from .settings import PrivateSettings
+from .steps import Span, Step
+from .visible import put_apart, visible_keys
 
 
-# Below any score, in the search for the largest of a row: it is compared, and nothing else.
-MASKED_SCORE = -(2.0**20)
-# Rows of an embedding table in one product.
-MOST_EMBEDDED = 4096
 # As the model's layers have them, which an engine's process does not import: that would take seconds and torch.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
 Norm = Literal["layernorm", "static", "none"]
 
 # The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
-TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "hidden", "logits", "token", "out of range"
+TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "embeddings", "logits", "token", "out of range"
 # What the client adds to the logits, where the token is drawn.
 NOISE = "noise"
+# The residual stream: rows of numbers with their checksum behind, which is computed apart in each product that is
+# added to the stream.
+STREAM, LOGITS_CHECKSUM = "hidden", "logits checksum"
 # What the check looks at: the residual stream before and after the last block, and the logits. Sums of this many
-# neighbours are compared with bounds, each in two comparisons. The first has a row for every token. It looks at scores
-# too, by `checked_parts`: softmax brings any scores back into range.
-CHECKED = {"before": 2, "after": 1, LOGITS: 64}
+# neighbours are compared with bounds, each in two comparisons, and so is what each row's checksum is off by. The first
+# has a row for every token. It looks at scores too, by `checked_parts`: softmax brings any scores back into range.
+CHECKED = {"before": 8, "after": 1, LOGITS: 64}
 
 
 @record(config=RECORD, frozen=True)
@@ -80,45 +108,6 @@ class ProgramConfig:
     def of(cls, config) -> Self:
         """Out of the whole configuration."""
         return cls(**{part.name: getattr(config, part.name) for part in fields(cls)})
-
-
-@dataclass(frozen=True)
-class Step:
-    """
-    One operation of one layer.
-
-    Args:
-        operation (`str`): Such as "exponential"; what costs are summed by.
-        layer (`int`, *optional*): `None` around the blocks.
-        function (`Callable`): Takes an [`Arithmetic`] and tensors; hashable, and equal for equal steps.
-        inputs, outputs (`tuple[str]`): Variables.
-    """
-
-    operation: str
-    layer: int | None
-    function: Callable
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Span:
-    """
-    The tokens that a pass is given.
-
-    Args:
-        start (`int`): Tokens before, whose keys and values are kept.
-        length (`int`): Tokens.
-        answers (`int`): Number of last tokens whose logits are wanted.
-    """
-
-    start: int
-    length: int
-    answers: int = 1
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
 
 
 def check_config(config: ProgramConfig):
@@ -158,6 +147,7 @@ def weight_shapes(config: ProgramConfig) -> dict[str, tuple[int, ...]]:
     shapes |= {"head.weight": (width, vocabulary), "head.bias": (vocabulary,)}
     for part, count in CHECKED.items():
         shapes[bounds_name(part)] = (math.ceil((vocabulary if part == LOGITS else width) / count),)
+        shapes[bounds_name(checksum_name(part))] = (1,)
     return shapes | {bounds_name(scores_name(layer)): (config.n_head,) for layer in range(config.n_layer)}
 
 
@@ -166,9 +156,19 @@ def scores_name(layer: int) -> str:
     return f"h.{layer}.scores"
 
 
+def is_scores(part: str) -> bool:
+    """Whether one of [`checked_parts`] is the scores of a layer."""
+    return part.endswith(".scores")
+
+
+def checksum_name(part: str) -> str:
+    """What the checksums of one of `CHECKED` are off by, as a part of what the check looks at."""
+    return f"{part}.checksum"
+
+
 def checked_parts(config: ProgramConfig) -> list[str]:
     """All that the check looks at."""
-    return [*CHECKED, *map(scores_name, range(config.n_layer))]
+    return [*CHECKED, *map(checksum_name, CHECKED), *map(scores_name, range(config.n_layer))]
 
 
 def is_factor(name: str) -> bool:
@@ -193,8 +193,8 @@ def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
 
 def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, is_prepared: bool = False) -> list[Step]:
     """
-    The program for some tokens: from "tokens" (one-hot rows) or "hidden" (embeddings) to "logits" or "token". The keys
-    and values of each layer stay in variables, for the tokens that follow.
+    The program for some tokens: from "tokens" (one-hot rows) or "embeddings" to "logits" or "token". The keys and
+    values of each layer stay in variables, for the tokens that follow.
 
     Args:
         config ([`ProgramConfig`]): That of [`prepare_weights`].
@@ -216,35 +216,37 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, is
 
 def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span, is_prepared: bool) -> Iterator[Step]:
     if settings.embedding == "one_hot":
-        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (EMBEDDINGS,))
+        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (STREAM,))
+    else:
+        yield Step("check", None, begin_stream, (EMBEDDINGS,), (STREAM,))
     before, after, _ = CHECKED
     for layer in range(config.n_layer):
         if layer == config.n_layer - 1:
-            yield _sum_up("hidden", before)
+            yield _sum_up((STREAM,), before)
         # What the last block finds out about the tokens before the answers, nobody asks for.
         queries = span.answers if layer == config.n_layer - 1 else span.length
         yield from _attention(config, settings, span, queries, layer, is_prepared)
         if layer not in config.pruned_ffn_layers:
             yield from _ffn(config, settings, layer)
-    yield _sum_up("hidden", after)
-    if config.final_normalization == "layernorm":
-        yield Step("norm", None, partial(normalize, epsilon=config.layer_norm_epsilon), ("hidden",), ("hidden",))
-    yield Step("head", None, linear, ("hidden", "head.weight", "head.bias"), (LOGITS,))
+    yield _sum_up((STREAM,), after)
+    read, norm = _norm(config.final_normalization, config, None)
+    yield from norm
+    yield Step("head", None, compute_logits, (read, "head.weight", "head.bias"), (LOGITS, LOGITS_CHECKSUM))
     if settings.answer == "token":
         yield Step("argmax", None, choose, (LOGITS,), (TOKEN,))
     elif settings.answer == "sampled":
         yield Step("argmax", None, draw, (LOGITS, NOISE), (TOKEN,))
-    yield _sum_up(LOGITS, LOGITS)
+    yield _sum_up((LOGITS, LOGITS_CHECKSUM), LOGITS)
     inputs = tuple(name(part) for part in checked_parts(config) for name in (sums_name, bounds_name))
     attention_sums = tuple(f"h.{layer}.sums" for layer in range(config.n_layer) if _keeps_sums(config, settings))
     check = partial(find_out_of_range, attention_sums=len(attention_sums))
     yield Step("check", None, check, (*inputs, *attention_sums), (OUT_OF_RANGE,))
 
 
-def _sum_up(variable: str, part: str) -> Step:
+def _sum_up(variables: tuple[str, ...], part: str) -> Step:
     """The sums of one of `CHECKED`; each party adds up its own shares, and nothing is sent."""
-    function = sum_alternating if part == LOGITS else sum_neighbours
-    return Step("check", None, partial(function, count=CHECKED[part]), (variable,), (sums_name(part),))
+    function = partial(sum_logits if part == LOGITS else sum_stream, count=CHECKED[part])
+    return Step("check", None, function, variables, (sums_name(part), sums_name(checksum_name(part))))
 
 
 def _keeps_sums(config, settings) -> bool:
@@ -254,7 +256,7 @@ def _keeps_sums(config, settings) -> bool:
 
 def _attention(config, settings, span: Span, queries: int, layer: int, is_prepared: bool) -> Iterator[Step]:
     name = f"h.{layer}."
-    read, norm = _norm(config, layer)
+    read, norm = _norm(config.normalization, config, layer)
     yield from norm
     kept = (name + "keys", name + "values") if span.start else ()
     temperatures = (name + "inverse_temperature",) if config.attention_temperature == "position" else ()
@@ -292,8 +294,8 @@ def _attention(config, settings, span: Span, queries: int, layer: int, is_prepar
         yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))
         divide = partial(divide_and_merge, keys=span.end)
         yield Step("division", layer, divide, ("attended", "sums"), ("attended",))
-    inputs = ("attended", name + "output.weight", name + "output.bias", "hidden")
-    yield Step("output", layer, add_linear, inputs, ("hidden",))
+    inputs = ("attended", name + "output.weight", name + "output.bias", STREAM)
+    yield Step("output", layer, add_linear, inputs, (STREAM,))
 
 
 def _attend_without_maximum(function: str, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
@@ -315,17 +317,17 @@ def _attend_without_maximum(function: str, settings, span: Span, queries: int, l
     yield Step("division", layer, divide_widely_and_merge, ("attended", name + "sums"), ("attended",))
 
 
-def _norm(config, layer: int) -> tuple[str, list[Step]]:
-    """Where a sublayer reads the residual stream, and the step that writes there."""
-    if config.normalization != "layernorm":
-        return "hidden", []
+def _norm(norm: Norm, config, layer: int | None) -> tuple[str, list[Step]]:
+    """Where a sublayer, or the head, reads the residual stream, and the step that writes there."""
+    if norm != "layernorm":
+        return STREAM, []
     function = partial(normalize, epsilon=config.layer_norm_epsilon)
-    return "normalized", [Step("norm", layer, function, ("hidden",), ("normalized",))]
+    return "normalized", [Step("norm", layer, function, (STREAM,), ("normalized",))]
 
 
 def _ffn(config, settings, layer: int) -> Iterator[Step]:
     name = f"h.{layer}."
-    read, norm = _norm(config, layer)
+    read, norm = _norm(config.normalization, config, layer)
     yield from norm
     if config.ffn_type == "mlp":
         yield Step("FFN", layer, linear, (read, name + "ffn_in.weight", name + "ffn_in.bias"), ("inner",))
@@ -336,11 +338,11 @@ def _ffn(config, settings, layer: int) -> Iterator[Step]:
             yield Step("activation", layer, learnable_leaky_relu, inputs, ("inner",))
         elif activation not in ("identity", "linear"):
             yield Step("activation", layer, _activation(config, settings.gelu), ("inner",), ("inner",))
-    inputs = (read, name + "ffn.weight", name + "ffn.bias", "hidden")
+    inputs = (read, name + "ffn.weight", name + "ffn.bias", STREAM)
     if config.ffn_residual_scaling:
-        yield Step("FFN", layer, add_linear_to_scaled, (*inputs, name + "beta"), ("hidden",))
+        yield Step("FFN", layer, add_linear_to_scaled, (*inputs, name + "beta"), (STREAM,))
     else:
-        yield Step("FFN", layer, add_linear, inputs, ("hidden",))
+        yield Step("FFN", layer, add_linear, inputs, (STREAM,))
 
 
 def _activation(config, gelu: str) -> Callable:
@@ -351,187 +353,15 @@ def _activation(config, gelu: str) -> Callable:
     return {"piecewise": piecewise, "tanh": tanh_gelu, "erf": erf_gelu}[gelu]
 
 
-def embed(ops: Arithmetic, tokens, table, positions, span: Span):
-    """
-    Rows `(length, vocabulary)` of one 1 each to embeddings `(length, width)`, in parts of the vocabulary: the engine
-    keeps all that it makes of a table for the time of a product, 2 GB of each thousand rows of GPT-2 small's.
-    """
-    parts = math.ceil(table.shape[0] / MOST_EMBEDDED)
-    size = math.ceil(table.shape[0] / parts)
-    rows = [slice(part * size, (part + 1) * size) for part in range(parts)]
-    return sum(ops.matmul(tokens[:, part], table[part]) for part in rows) + positions[span.start : span.end]
+def sum_stream(ops: Arithmetic, stream, count: int):
+    """Sums of `count` neighbouring numbers each, and what the checksum of each row is off by."""
+    hidden = stream[:, :-1]
+    return sum_neighbours(ops, hidden, count), checksum(hidden) - stream[:, -1:]
 
 
-def normalize(ops: Arithmetic, hidden, epsilon: float):
-    """LayerNorm without gain and bias."""
-    width = hidden.shape[-1]
-    centered = hidden - ops.scale(hidden.sum(axis=-1, keepdims=True), 1 / width)
-    variance = ops.scale(ops.square(centered).sum(axis=-1, keepdims=True), 1 / width)
-    return ops.multiply(centered, ops.reciprocal_root(variance + ops.public(epsilon)))
-
-
-def linear(ops: Arithmetic, hidden, weight, bias):
-    return ops.matmul(hidden, weight) + bias
-
-
-def add_linear(ops: Arithmetic, hidden, weight, bias, residual):
-    """The last rows of the residual stream, as many as there are, with a linear map of others added."""
-    return residual[-hidden.shape[0] :] + ops.matmul(hidden, weight) + bias
-
-
-def add_linear_to_scaled(ops: Arithmetic, hidden, weight, bias, residual, beta):
-    return ops.scale_all(residual, beta) + ops.matmul(hidden, weight) + bias
-
-
-def split_heads(ops: Arithmetic, hidden, weight, bias, *kept, heads: int, queries: int, is_apart: bool):
-    """
-    Queries of the last rows `(heads, queries, head size)`, and keys and values of all `(heads, keys, head size)`, from
-    hidden states `(length, width)`. Keys and values kept from before come in front. Queries are a product of their own
-    where `is_apart`.
-    """
-    width = weight.shape[0]
-    if is_apart:
-        query = linear(ops, hidden[-queries:], weight[:, :width], bias[:width])
-        key_value = linear(ops, hidden, weight[:, width:], bias[width:])
-    else:
-        mapped = linear(ops, hidden, weight, bias)
-        query, key_value = mapped[:, :width], mapped[:, width:]
-    query, key, value = (
-        part.reshape(part.shape[0], heads, -1).swapaxes(0, 1)
-        for part in (query, key_value[:, :width], key_value[:, width:])
-    )
-    if kept:
-        key = ops.xp.concatenate([kept[0], key], axis=1)
-        value = ops.xp.concatenate([kept[1], value], axis=1)
-    return query, key, value
-
-
-def scale_queries(ops: Arithmetic, query, inverse_temperature, start: int, early: int):
-    """Queries from position `start` on, but for the `early` first ones, times `(heads, positions)`."""
-    end = start + query.shape[1]
-    scaled = ops.multiply(query[:, early:], inverse_temperature[:, start + early : end, None])
-    return ops.xp.concatenate([query[:, :early], scaled], axis=1) if early else scaled
-
-
-def score(ops: Arithmetic, query, key):
-    return ops.score(query, key)
-
-
-def whole_softmax(ops: Arithmetic, scores, per_row: bool):
-    """As `jax.nn.softmax` of masked scores, with a division of every number or with one reciprocal for each row."""
-    visible = visible_keys(*scores.shape[1:])
-    largest = ops.largest(ops.xp.where(visible, scores, MASKED_SCORE))
-    exponentials = ops.exp(ops.xp.where(visible, scores - largest, 0.0))
-    exponentials = ops.xp.where(visible, exponentials, 0.0)
-    sums = exponentials.sum(axis=-1, keepdims=True)
-    return ops.multiply(exponentials, ops.reciprocal(sums)) if per_row else ops.divide(exponentials, sums)
-
-
-def weigh_and_merge(ops: Arithmetic, weights, value):
-    return _merge(ops.weigh(weights, value))
-
-
-def score_visible(ops: Arithmetic, query, key):
-    """The scores of keys that their query may attend to, in one row a head: `(heads, visible)`."""
-    scores = score(ops, query, key)
-    heads, queries, keys = scores.shape
-    return scores.reshape(heads, queries * keys)[:, np.flatnonzero(visible_keys(queries, keys))]
-
-
-def score_shifted(ops: Arithmetic, query, key, shift, start: int):
-    """Scores `(heads, queries, keys)` with what is added to those of each head and position, from `start` on."""
-    return score(ops, query, key) + shift[:, start : start + query.shape[1], None]
-
-
-def score_visible_shifted(ops: Arithmetic, query, key, shift, start: int):
-    """The same of keys that their query may attend to, in one row a head: `(heads, visible)`."""
-    rows = np.nonzero(visible_keys(query.shape[1], key.shape[1]))[0]
-    return score_visible(ops, query, key) + shift[:, start + rows]
-
-
-def visible_weights(ops: Arithmetic, visible, function: str, queries: int, keys: int):
-    """Weights, before division, of visible scores `(heads, visible)`."""
-    return weigh_visible_scores(ops, visible, np.nonzero(visible_keys(queries, keys))[0], function)
-
-
-def whole_attention(ops: Arithmetic, scores, function: str, per_row: bool):
-    """Attention weights of all scores `(heads, queries, keys)`."""
-    return whole_weights(ops, scores, visible_keys(*scores.shape[1:]), function, per_row)
-
-
-def scale_scores(ops: Arithmetic, visible, inverse_temperature, queries: int, keys: int, early: int):
-    """Visible scores, those of the `early` first rows times `(heads, positions)`, from the first query's position."""
-    mask, start = visible_keys(queries, keys), keys - queries
-    count = mask[:early].sum()
-    scaled = _scale_early(ops, visible[:, :count], mask[:early], inverse_temperature[:, start : start + early])
-    return ops.xp.concatenate([scaled, visible[:, count:]], axis=1)
-
-
-def subtract_maximum(ops: Arithmetic, visible, queries: int, keys: int):
-    """Visible scores `(heads, visible)` less the largest one of their row."""
-    mask = visible_keys(queries, keys)
-    return visible - _largest(ops, visible, mask.sum(axis=1))[:, np.nonzero(mask)[0]]
-
-
-def _scale_early(ops: Arithmetic, visible, mask: np.ndarray, factors):
-    """
-    Visible scores `(heads, visible)` of the rows of a mask, less the first one of their row, which softmax does not
-    notice, times the row's factor of `(heads, rows)`.
-    """
-    rows, columns = np.nonzero(mask)
-    differences = visible - visible[:, np.flatnonzero(columns == 0)[rows]]
-    rest = np.flatnonzero(columns)
-    if not len(rest):
-        return differences
-    scaled = ops.multiply(differences[:, rest], factors[:, rows[rest]])
-    zero = ops.xp.zeros((len(visible), 1), visible.dtype)
-    return ops.xp.concatenate([zero, scaled], axis=1)[:, np.where(columns, np.cumsum(columns > 0), 0)]
-
-
-def _largest(ops: Arithmetic, tensor, lengths: np.ndarray):
-    """The largest of each part of the rows; the parts have these lengths, one after the other: `(heads, parts)`."""
-    while lengths.max() > 1:
-        starts, pairs = np.cumsum(lengths) - lengths, lengths // 2
-        first = np.concatenate([start + 2 * np.arange(count) for start, count in zip(starts, pairs, strict=True)])
-        larger = ops.larger(tensor[:, first], tensor[:, first + 1])
-        # An odd part leaves one over, which goes behind the larger ones of its pairs.
-        odd = np.flatnonzero(lengths % 2)
-        tensor = ops.xp.concatenate([larger, tensor[:, (starts + lengths - 1)[odd]]], axis=1)
-        lengths = pairs + lengths % 2
-        places = np.argsort(np.concatenate([np.repeat(np.arange(len(pairs)), pairs), odd]), kind="stable")
-        tensor = tensor[:, places]
-    return tensor
-
-
-def weigh_visible(ops: Arithmetic, visible, value, queries: int):
-    """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
-    exponentials = put_apart(ops, visible, visible_keys(queries, value.shape[1]))
-    return ops.weigh(exponentials, value, is_causal=True), exponentials.sum(axis=-1, keepdims=True)
-
-
-def put_apart(ops: Arithmetic, numbers, mask: np.ndarray):
-    """Numbers `(heads, visible)` in their places of `(heads, *mask.shape)`, and 0 in all others."""
-    # The place of each among the visible ones, or behind them, where a 0 is.
-    places = np.where(mask, np.cumsum(mask).reshape(mask.shape) - 1, mask.sum())
-    zero = ops.xp.zeros((len(numbers), 1), numbers.dtype)
-    return ops.xp.concatenate([numbers, zero], axis=1)[:, places]
-
-
-def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
-    return _merge(ops.multiply(attended, reciprocal_up_to(ops, sums, keys)))
-
-
-def divide_widely_and_merge(ops: Arithmetic, attended, sums):
-    return _merge(ops.multiply(attended, reciprocal_between(ops, sums)))
-
-
-def choose(ops: Arithmetic, logits):
-    return ops.index_of_largest(logits)
-
-
-def draw(ops: Arithmetic, logits, noise):
-    """With Gumbel noise times a temperature T, a token of softmax(logits / T) (Maddison et al., 1408.6100)."""
-    return ops.index_of_largest(logits + noise)
+def sum_logits(ops: Arithmetic, logits, kept, count: int):
+    """Sums of differences of neighbouring logits, and what their checksums are off by from those that were kept."""
+    return sum_alternating(ops, logits, count), checksum(logits) - kept
 
 
 def sum_neighbours(ops: Arithmetic, hidden, count: int):
@@ -573,24 +403,3 @@ def find_out_of_range(ops: Arithmetic, *tensors, attention_sums: int = 0):
     for sums in tensors[len(checked) :]:
         margins += [(MOST_SUM - sums).reshape(-1), (sums - LEAST_SUM / 2).reshape(-1)]
     return ops.any_negative(ops.xp.concatenate(margins))
-
-
-def visible_keys(queries: int, keys: int) -> np.ndarray:
-    """Which keys each of the last queries may attend to; public."""
-    return np.tri(queries, keys, keys - queries, dtype=bool)
-
-
-def _merge(attended):
-    """`(heads, queries, head size)` to `(queries, width)`."""
-    heads, queries, size = attended.shape
-    return attended.swapaxes(0, 1).reshape(queries, heads * size)
-
-
-def run_steps(steps: list[Step], ops: Arithmetic, variables: dict) -> dict:
-    """Runs a program in the clear, on JAX's or numpy's arrays; returns all variables."""
-    variables = dict(variables)
-    for step in steps:
-        results = step.function(ops, *(variables[name] for name in step.inputs))
-        results = results if isinstance(results, tuple) else (results,)
-        variables.update(zip(step.outputs, results, strict=True))
-    return variables

@@ -12,21 +12,11 @@ import numpy as np
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .fixed_point import Float64Arithmetic, emulate, exact_logits, exact_variables
-from .program import (
-    EMBEDDINGS,
-    LOGITS,
-    OUT_OF_RANGE,
-    Span,
-    bounds_name,
-    build_steps,
-    checked_parts,
-    run_steps,
-    sums_name,
-    weight_shapes,
-)
+from .fixed_point import Float64Arithmetic, emulate_variables, exact_logits, exact_variables
+from .program import LOGITS, OUT_OF_RANGE, STREAM, bounds_name, build_steps, checked_parts, sums_name, weight_shapes
 from .range_report import Peak, RangeReport, TensorRange
 from .settings import PrivateSettings
+from .steps import Span, run_steps
 
 
 # Sequences of a text that an audit looks at.
@@ -82,14 +72,14 @@ def audit(
     largest_sums = {part: np.zeros(shapes[bounds_name(part)]) for part in parts}
     errors = _Errors()
     for index, sequence in enumerate(tokens):
-        variables = _run_observed(config, weights, settings, sequence, ops)
+        unrounded = _run_observed(config, weights, settings, sequence, ops)
+        emulated = emulate_variables(config, weights, settings, sequence, len(sequence), seed + index)
+        # Checksums are off by what is rounded, and by nothing else.
         for part, largest in largest_sums.items():
-            np.maximum(largest, np.abs(variables[sums_name(part)]).max(axis=0), out=largest)
-        errors.add(
-            exact_logits(config, weights, settings, sequence, len(sequence)),
-            variables[LOGITS],
-            emulate(config, weights, settings, sequence, len(sequence), seed + index),
-        )
+            for variables in (unrounded, emulated):
+                np.maximum(largest, np.abs(variables[sums_name(part)]).max(axis=0), out=largest)
+        exact = exact_logits(config, weights, settings, sequence, len(sequence))
+        errors.add(exact, unrounded[LOGITS], emulated[LOGITS])
     if not errors.positions:
         raise PrivateInferenceError("an audit needs a sequence of tokens or more: give some text.")
     return RangeReport(
@@ -149,8 +139,8 @@ def _run_observed(config, weights, settings, tokens, ops: "_ObservedArithmetic")
         for name in step.outputs:
             if name != OUT_OF_RANGE:
                 ops.observe(variables[name], "value")
-            if name == EMBEDDINGS:
-                ops.observe_stream(variables[name], tokens)
+            if name == STREAM:
+                ops.observe_stream(variables[name][:, :-1], tokens)
     return variables
 
 

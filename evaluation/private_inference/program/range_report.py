@@ -10,7 +10,7 @@ from entropy_gpt.evaluation.json_records import RECORD
 
 from .attention_functions import MOST_SUM
 from .fixed_point import SAFE_BITS
-from .program import CHECKED, bounds_name
+from .program import bounds_name, is_scores
 from .settings import RING_BITS
 
 
@@ -143,7 +143,7 @@ class RangeReport:
         """The bounds of the check, which are weights of the program."""
         return {
             bounds_name(part): np.float32(
-                (self.margin if part in CHECKED else SCORES_MARGIN) * np.maximum(sums, np.quantile(sums, USUAL_SUM))
+                (SCORES_MARGIN if is_scores(part) else self.margin) * np.maximum(sums, np.quantile(sums, USUAL_SUM))
             )
             for part, sums in self.largest_sums.items()
         }

@@ -22,7 +22,7 @@ from .demands import (
     join_parts,
     split,
 )
-from .program import put_apart
+from .visible import put_apart
 
 
 @dataclass(frozen=True)

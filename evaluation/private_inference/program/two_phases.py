@@ -26,9 +26,10 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from .counting import PUBLIC, RING, Shape, make_shape
 from .demands import BOTH, WEIGHTS, Bound, Demand, DemandingStep, KeptTokens, Place, list_demands
 from .first_phase import Correlation, multiply_kept, multiply_pools, multiply_weights
-from .program import ProgramConfig, Span, Step
+from .program import ProgramConfig
 from .second_phase import MaskFactors, RevealKept, UsePrepared, show
 from .settings import SERVER, PrivateSettings
+from .steps import Span, Step
 from .variables import client_rank, kept_shapes, program_variables
 
 

@@ -1,12 +1,15 @@
 """The variables of a program: their names, shapes and owners, and the client's input."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
+from .arithmetic import Arithmetic
 from .counting import Shape, make_shape
-from .program import EMBEDDINGS, LOGITS, NOISE, TOKEN, TOKENS, ProgramConfig, Span, weight_shapes
+from .program import EMBEDDINGS, LOGITS, NOISE, TOKEN, TOKENS, ProgramConfig, weight_shapes
 from .settings import PARTIES, SERVER, PrivateSettings
+from .steps import Span, Step
 
 
 def client_rank(settings: PrivateSettings) -> int:
@@ -23,11 +26,22 @@ def input_shapes(config: ProgramConfig, settings: PrivateSettings, span: Span) -
     return shapes | ({NOISE: (span.answers, config.vocab_size)} if settings.answer == "sampled" else {})
 
 
-def kept_shapes(config: ProgramConfig, span: Span) -> dict[str, tuple[int, int, int]]:
-    """Shapes of the keys and values that a pass finds."""
-    shape = (config.n_head, span.start, config.n_embd // config.n_head)
-    layers = range(config.n_layer if span.start else 0)
+def kept_shapes(config: ProgramConfig, length: int) -> dict[str, Shape]:
+    """The keys and values of the first tokens, as a pass finds them."""
+    shape = make_shape((config.n_head, length, config.n_embd // config.n_head))
+    layers = range(config.n_layer if length else 0)
     return {f"h.{layer}.{name}": shape for layer in layers for name in ("keys", "values")}
+
+
+def cut_back(config: ProgramConfig, length: int) -> Step:
+    """Leaves the keys and values of the first tokens alone; each party cuts its own shares."""
+    names = tuple(kept_shapes(config, length))
+    return Step("cut keys, values", None, partial(take_first, length=length), names, names)
+
+
+def take_first(ops: Arithmetic, *kept, length: int):
+    """Of keys and values `(heads, tokens, head size)`, those of the first tokens."""
+    return tuple(tensor[:, :length] for tensor in kept)
 
 
 def program_variables(config: ProgramConfig, settings: PrivateSettings, span: Span) -> dict[str, Shape]:
@@ -35,7 +49,7 @@ def program_variables(config: ProgramConfig, settings: PrivateSettings, span: Sp
     variables = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
     for name, shape in input_shapes(config, settings, span).items():
         variables[name] = make_shape(shape, client_rank(settings))
-    return variables | {name: make_shape(shape) for name, shape in kept_shapes(config, span).items()}
+    return variables | kept_shapes(config, span.start)
 
 
 def answer_name(settings: PrivateSettings) -> str:

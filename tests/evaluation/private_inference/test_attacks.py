@@ -44,7 +44,7 @@ from entropy_gpt.evaluation.private_inference.parties.party_process import (
     write_weights,
 )
 from entropy_gpt.evaluation.private_inference.parties.question import Question
-from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling
+from entropy_gpt.evaluation.private_inference.parties.sampling import Noise, Sampling
 from entropy_gpt.evaluation.private_inference.parties.server import MAX_GREETINGS, Server
 from entropy_gpt.evaluation.private_inference.parties.session import (
     MOST_MESSAGES,
@@ -56,8 +56,9 @@ from entropy_gpt.evaluation.private_inference.parties.session import (
 )
 from entropy_gpt.evaluation.private_inference.parties.shares import join_share, read_share
 from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION, Offer
-from entropy_gpt.evaluation.private_inference.program.program import NOISE, ProgramConfig, Span
+from entropy_gpt.evaluation.private_inference.program.program import NOISE, ProgramConfig
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import make_model
 
@@ -338,19 +339,21 @@ class TestLimits:
         process.request, process.positions = Request(4, 2, 1, most_positions=2), 0
         process._count(Span(0, 4))
         process._count(Span(0, 4))
-        with pytest.raises(PrivateInferenceError, match=r"would make 3 answers: 2 is the most here, with those that"):
+        with pytest.raises(PrivateInferenceError, match=r"would take 3 positions: 2 is the most here, with those of"):
             process._count(Span(0, 4))
 
     def test_a_seed_draws_the_same_whether_an_answer_is_repeated_or_not(self, monkeypatch, program_config):
         def draw(repeats: int) -> list[np.ndarray]:
             found, process = iter([True] * repeats + [False, False]), PartyProcess.__new__(PartyProcess)
             process.job = Job(CLIENT, program_config, PrivateSettings(answer="sampled"), 60)
-            process.request, process.positions, process.chosen, process._half = Request(2, 2, 1), 0, [3], None
+            process.request, process.positions, process.chosen, process.drafted = Request(2, 2, 1), 0, [3], []
+            process._half = None
             process.request.prompt, process.request.sampling = [2, 3], Sampling(1.0, seed=0)
-            process._random, process.tell, process.tables = np.random.default_rng(0), lambda event: None, {}
+            process._noise = Noise(process.request.sampling, program_config.vocab_size)
+            process.tell, process.tables = lambda event: None, {}
             process._compiler = SimpleNamespace(submit=lambda *work: SimpleNamespace(result=list))
             process._compare, noises = lambda program: None, []
-            process._was_out_of_range, process._exchange = lambda index: next(found), lambda: None
+            process._was_out_of_range, process._exchange = lambda index: next(found), lambda span: None
             process.participant = SimpleNamespace(infer=lambda program, span, given, tell: noises.append(given[NOISE]))
             for index, span in enumerate((Span(0, 2), Span(2, 1))):
                 process._answer(index, span, [])
@@ -558,7 +561,7 @@ class TestPasses:
         monkeypatch.setattr(process, "_answer", run)
         process.prepare(Request(4, 3, 1))
         assert len(compiled) == 1
-        process.answer()
+        process.answer(lambda: b"")
         assert ran == [(0, 2), (1, 3), (2, 3)]
 
 

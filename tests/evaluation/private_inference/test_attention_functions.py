@@ -18,16 +18,11 @@ from entropy_gpt.evaluation.private_inference.program.fixed_point import (
     emulate,
     exact_variables,
 )
-from entropy_gpt.evaluation.private_inference.program.program import (
-    OUT_OF_RANGE,
-    Span,
-    build_steps,
-    find_out_of_range,
-    run_steps,
-)
+from entropy_gpt.evaluation.private_inference.program.program import OUT_OF_RANGE, build_steps, find_out_of_range
 from entropy_gpt.evaluation.private_inference.program.range_audit import audit, choose_sequences
 from entropy_gpt.evaluation.private_inference.program.range_report import tolerated_error
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTConfig
 from modeling_entropy_gpt.attention_functions import log_function

@@ -11,19 +11,16 @@ from entropy_gpt.evaluation.private_inference.costs.cost_plots import OPERATION_
 from entropy_gpt.evaluation.private_inference.costs.published_cost import as_private_cost
 from entropy_gpt.evaluation.private_inference.program.cost import (
     AROUND_BLOCKS,
-    LAN,
     TABLE_COLUMNS,
-    WAN,
     InferenceCost,
-    Network,
     StepCost,
     by_layer,
     by_operation,
-    parse_network,
     project,
     set_up_by_operation,
     table_rows,
 )
+from entropy_gpt.evaluation.private_inference.program.networks import LAN, WAN, Network, parse_network
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 
@@ -181,7 +178,8 @@ def test_the_softmax_as_a_whole_has_a_hue_that_none_of_its_parts_has():
 
 
 def test_every_operation_of_a_program_has_a_colour():
-    from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
+    from entropy_gpt.evaluation.private_inference.program.program import build_steps
+    from entropy_gpt.evaluation.private_inference.program.steps import Span
     from tests.architectures import ARCHITECTURES, make_config
 
     for notation in ARCHITECTURES:

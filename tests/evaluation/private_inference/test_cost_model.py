@@ -35,8 +35,9 @@ from entropy_gpt.evaluation.private_inference.program.counting import (
     make_shape,
 )
 from entropy_gpt.evaluation.private_inference.program.prices import Sample, load_prices
-from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
+from entropy_gpt.evaluation.private_inference.program.program import build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTForCausalLM
 from tests.architectures import ARCHITECTURES, make_config, make_model
@@ -200,6 +201,13 @@ def test_one_more_token_is_cheaper_than_all_anew():
     config = make_config("SM+ScFuFFN", n_embd=192, n_positions=128)
     one = sum(step.total_bytes for step in predict(config, PrivateSettings(), Span(63, 1)))
     assert one < total(config, 64)
+
+
+def test_a_few_tokens_at_once_take_the_rounds_of_one():
+    config = make_config("SM+ScFuFFN", n_embd=192, n_positions=128)
+    one, nine = (predict(config, PrivateSettings(), span) for span in (Span(40, 1), Span(40, 9, 9)))
+    assert sum(step.round_trips for step in nine) < 1.05 * sum(step.round_trips for step in one)
+    assert sum(step.total_bytes for step in nine) < 3 * sum(step.total_bytes for step in one)
 
 
 def test_the_size_of_gpt2_takes_no_memory_and_no_time():

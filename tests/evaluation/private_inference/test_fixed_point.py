@@ -22,6 +22,7 @@ from entropy_gpt.evaluation.private_inference.program.fixed_point import (
 from entropy_gpt.evaluation.private_inference.program.range_audit import MOST_WINDOWS, audit, bound, choose_sequences
 from entropy_gpt.evaluation.private_inference.program.range_report import largest_radicand, lowest_exponent
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, Step, run_steps
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_model, make_tokens
 from tests.slow import slow_but
@@ -396,7 +397,7 @@ def on_the_engine(chosen: PrivateSettings, x: np.ndarray, y: np.ndarray) -> list
     description = libspu.link.Desc()
     description.add_party("alone", "thread")
     party = Party(libspu.link.create_mem(description, 0), chosen)
-    step = program.Step("a step", None, every_operation, ("x", "y"), tuple(OPERATIONS))
+    step = Step("a step", None, every_operation, ("x", "y"), tuple(OPERATIONS))
     (compiled,) = compile_steps([step], {"x": make_shape(x.shape), "y": make_shape(y.shape)}, chosen)
     party.set_own("x", x)
     party.set_own("y", y)
@@ -442,8 +443,8 @@ def test_no_step_multiplies_by_two_public_numbers_in_a_row(gelu, softmax, notati
     config, weights = prepared(notation, n_layer=2)
     variables = exact_variables(config, weights, chosen, tokens)
     ops = UnmergedArithmetic(chosen)
-    steps = program.build_steps(config, chosen, program.Span(0, 5))
-    program.run_steps(steps, ops, {name: ops.encode(value) for name, value in variables.items()})
+    steps = program.build_steps(config, chosen, Span(0, 5))
+    run_steps(steps, ops, {name: ops.encode(value) for name, value in variables.items()})
 
 
 @pytest.mark.private

@@ -13,8 +13,9 @@ pytest.importorskip("spu")
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, compiled_digest
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
 from entropy_gpt.evaluation.private_inference.parties.participant import compile_pass
-from entropy_gpt.evaluation.private_inference.program.program import CHECKED, Span, bounds_name
+from entropy_gpt.evaluation.private_inference.program.program import CHECKED, bounds_name
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 
 

@@ -27,10 +27,12 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.terms import Terms
-from entropy_gpt.evaluation.private_inference.program.cost import LAN, Network, StepCost
+from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import OWNED_BATCHES
+from entropy_gpt.evaluation.private_inference.program.networks import LAN, Network
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices
-from entropy_gpt.evaluation.private_inference.program.program import Span, build_steps
+from entropy_gpt.evaluation.private_inference.program.program import build_steps
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from tests.slow import slow_cases
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import shutil
 import threading
 import time
@@ -199,10 +200,7 @@ def test_an_answer_that_begins_anew_is_right(preparations, doubted, model, tmp_p
         process.link, process._weights_hash = link, ""
         process.participant = Participant(link, config, settings, None if of_client else weights)
         process.participant.set_up()
-        for _ in range(preparations):
-            process.prepare(Request(8, 3, 1, prepares=True))
-            process.answer()
-        names = sorted(header.name for header in store.headers())
+        names: list[str] = []
 
         def take() -> str | None:
             if not names:
@@ -211,9 +209,13 @@ def test_an_answer_that_begins_anew_is_right(preparations, doubted, model, tmp_p
             store.spend(taken)
             return str(taken)
 
-        process._hear, process.doubted = lambda: {"preparation": take()}, doubted
+        for _ in range(preparations):
+            process.prepare(Request(8, 3, 1, prepares=True))
+            process.answer(lambda: json.dumps(take()))
+        names += sorted(header.name for header in store.headers())
+        process.doubted = doubted
         process.prepare(Request(len(PROMPT), 3, 1, prompt=PROMPT if of_client else None, preparation=take()))
-        process.answer()
+        process.answer(lambda: json.dumps(take()))
         return process.chosen, used_names(store), said
 
     (_, *of_server), (tokens, used, said) = run_parties(settings, take_part)

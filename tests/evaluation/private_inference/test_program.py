@@ -7,21 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.program import program
+from entropy_gpt.evaluation.private_inference.program import linear, program
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
+from entropy_gpt.evaluation.private_inference.program.attention import scale_scores
+from entropy_gpt.evaluation.private_inference.program.contests import subtract_maximum
 from entropy_gpt.evaluation.private_inference.program.fixed_point import ExactArithmetic
 from entropy_gpt.evaluation.private_inference.program.nonlinear import piecewise_gelu
-from entropy_gpt.evaluation.private_inference.program.program import (
-    LOGITS,
-    TOKENS,
-    Span,
-    build_steps,
-    run_steps,
-    scale_scores,
-    subtract_maximum,
-    weight_shapes,
-)
+from entropy_gpt.evaluation.private_inference.program.program import LOGITS, TOKENS, build_steps, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import layers
 from tests.architectures import ARCHITECTURES, make_config, make_model
@@ -77,7 +71,7 @@ def test_embedding_in_parts_changes_nothing(rows, tokens, monkeypatch):
     model = make_model("SM+ScFuFFN")
     span = Span(0, LENGTH, LENGTH)
     whole = run(model, PrivateSettings(), tokens, span)[LOGITS]
-    monkeypatch.setattr(program, "MOST_EMBEDDED", rows)
+    monkeypatch.setattr(linear, "MOST_EMBEDDED", rows)
     assert np.array_equal(run(model, PrivateSettings(), tokens, span)[LOGITS], whole)
 
 
@@ -110,6 +104,8 @@ def test_one_position_and_one_token_more_are_as_the_whole(notation, tokens):
     for position in range(8, LENGTH):
         kept = run(model, EXACT, tokens[position : position + 1], Span(position, 1), kept)
         assert np.abs(kept[LOGITS] - clear[position : position + 1]).max() < 2e-4
+    several = run(model, EXACT, tokens[8:], Span(8, LENGTH - 8, LENGTH - 8), kept_before(kept, 8))[LOGITS]
+    assert np.abs(several - clear[8:]).max() < 2e-4
 
 
 @pytest.mark.parametrize("asked", slow_but([1, 12], [1, 5, 11, 12, 15]))

@@ -10,12 +10,11 @@ import pytest
 pytest.importorskip("spu")
 
 from entropy_gpt.evaluation.private_inference.costs.price_fitting import Case, case_program, set_case
-from entropy_gpt.evaluation.private_inference.parties.engine import Party
-from entropy_gpt.evaluation.private_inference.parties.party_process import make_link
+from entropy_gpt.evaluation.private_inference.parties.engine import Party, make_link
 from entropy_gpt.evaluation.private_inference.parties.session import free_port
 from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
 from entropy_gpt.evaluation.private_inference.program import nonlinear, program
-from entropy_gpt.evaluation.private_inference.program.cost import Network
+from entropy_gpt.evaluation.private_inference.program.networks import Network
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 
 

@@ -10,10 +10,11 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config
 from entropy_gpt.evaluation.private_inference.parties.question import check_sampling
-from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Sampling, choose, draw_noise
+from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Noise, Sampling, choose, draw_noise
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic, emulate
-from entropy_gpt.evaluation.private_inference.program.program import LOGITS, NOISE, TOKEN, Span, build_steps, run_steps
+from entropy_gpt.evaluation.private_inference.program.program import LOGITS, NOISE, TOKEN, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import make_model
 
@@ -45,8 +46,8 @@ def drawn_by_noise(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def drawn_at_home(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    generator = np.random.default_rng(0)
-    return np.array([choose(logits[0], sampling, generator) for _ in range(DRAWS)])
+    noise = draw_noise((DRAWS, logits.shape[1]), sampling, np.random.default_rng(0))
+    return np.array([choose(logits[0], sampling, row) for row in noise])
 
 
 def agreement(tokens: np.ndarray, logits: np.ndarray, temperature: float, most: int | None = None) -> float:
@@ -77,11 +78,12 @@ def test_tokens_drawn_at_home_are_as_frequent_as_they_are_likely(logits, most):
 
 
 def test_top_k_comes_before_top_p():
-    logits, generator = np.log(np.array([[0.1, 0.4, 0.3, 0.2]])), np.random.default_rng(0)
+    logits = np.log(np.array([[0.1, 0.4, 0.3, 0.2]]))
+    noise = draw_noise((200, 4), Sampling(1.0), np.random.default_rng(0))
     # Of the three most likely, the first two have 7/9: enough for 0.75, but not of all four, which would be 0.7.
-    drawn = {choose(logits[0], Sampling(1.0, top_k=3, top_p=0.75), generator) for _ in range(200)}
+    drawn = {choose(logits[0], Sampling(1.0, top_k=3, top_p=0.75), row) for row in noise}
     assert drawn == {1, 2}
-    assert {choose(logits[0], Sampling(1.0, top_k=1), generator) for _ in range(50)} == {1}
+    assert {choose(logits[0], Sampling(1.0, top_k=1), row) for row in noise} == {1}
     with pytest.raises(ValidationError, match="top_k"):
         Sampling(1.0, top_k=0)
 
@@ -90,6 +92,15 @@ def test_without_temperature_there_is_no_noise_and_a_seed_repeats_it():
     assert not draw_noise((2, 9), GREEDY, np.random.default_rng()).any()
     first, second = (draw_noise((2, 9), Sampling(1.0), np.random.default_rng(5)) for _ in range(2))
     assert (first == second).all() and first.any()
+
+
+def test_noise_of_a_token_is_the_same_whenever_it_is_asked_for():
+    at_once, again = (Noise(Sampling(1.0, seed=5), 9) for _ in range(2))
+    rows = at_once.rows(0, 6)
+    assert np.array_equal(again.rows(0, 2), rows[:2])
+    assert np.array_equal(again.rows(1, 5), rows[1:])
+    assert np.array_equal(again.rows(2, 1), rows[2:3])
+    assert len(np.unique(rows)) == rows.size
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES
 from entropy_gpt.evaluation.private_inference.parties.channel import Channel, TLSFiles, connect
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.drafts import Drafts
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED, Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import RESERVED_BYTES, machine_memory
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
@@ -171,6 +172,22 @@ def test_an_engines_process_needs_neither_torch_nor_transformers():
     assert not {"torch", "transformers", "datasets"} & {*imported.stdout.split()}
 
 
+@dataclass
+class Oracle:
+    """Drafts right tokens, but for some places."""
+
+    right: list[int]
+    wrong: set[int] = field(default_factory=set)
+
+    def begin(self, prompt: list[int], sampling: Sampling, vocab_size: int) -> Callable:
+        def draft(known: list[int], count: int) -> list[int]:
+            places = range(len(known), len(known) + count)
+            right = [*self.right, *[0] * count]  # beyond the answer, what is drafted is not used
+            return [(right[place] + (place in self.wrong)) % vocab_size for place in places]
+
+        return draft
+
+
 @pytest.mark.parametrize(("notation", "protocol"), [("SM", "semi2k"), *slow_cases(("SM+LN+G", "cheetah"))])
 def test_answers_under_tls(notation, protocol, tmp_path):
     """Cheetah's keys take most of the time, and the demonstration of tests/entropy_gpt/test_private.py has them."""
@@ -181,6 +198,7 @@ def test_answers_under_tls(notation, protocol, tmp_path):
         contextlib.closing(Client(*served.server.address, theirs, SECONDS, protocol)) as client,
     ):
         answer, another = client.ask(Question(PROMPT, 2)), client.ask(Question(PROMPT))
+        drafted = client.ask(Question(PROMPT, 2, drafts=Drafts(Oracle(answer.tokens))))
     assert answer.tokens == served.expected
     assert len(answer.logits) == 2
     assert sum(cost.total_bytes for cost in answer.steps) > 0
@@ -188,6 +206,9 @@ def test_answers_under_tls(notation, protocol, tmp_path):
     assert another.tokens == served.expected[:1]
     assert another.set_up is answer.set_up
     assert len(answer.set_up) == 1
+    # A draft that is right is verified with the prompt.
+    assert drafted.tokens == served.expected
+    assert drafted.verified == [(1, 1)]
 
 
 @pytest.mark.slow
@@ -457,13 +478,13 @@ def test_answers_out_of_range_count_against_what_a_client_may_ask_for(served):
     with serving(offer, [], limits=replace(UNLIMITED, answers=2)) as strict:
         with pytest.raises(
             PrivateInferenceError,
-            match=r"^the peer refuses: an answer was out of range, and to .*: 2 "
-            r"is the most here, with those that are repeated \(--max-new-tokens\)\.$",
+            match=r"^the peer refuses: this answer would take 3 positions: 2 is the most here, with those of wrong "
+            r"drafts and those that are computed again, out of range \(--max-new-tokens\)\.$",
         ):
             ask(strict, 1)
-        assert strict.said("2 is the most here, with those that are repeated", 10)
+        assert strict.said("2 is the most here, with those of wrong drafts", 10)
     assert sum("out of range, and has it repeated" in line for line in strict.lines) == 2
-    assert [use.positions for use in strict.server._accounts._uses["127.0.0.1"]] == [3]
+    assert [use.positions for use in strict.server._accounts._uses["127.0.0.1"]] == [2]
 
 
 @pytest.mark.slow

@@ -15,10 +15,12 @@ from entropy_gpt.evaluation.private_inference.parties.local import run_parties
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
 from entropy_gpt.evaluation.private_inference.parties.shares import make_placeholder
 from entropy_gpt.evaluation.private_inference.program.counting import INPUTS, make_shape
-from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
+from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic, emulate
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices
-from entropy_gpt.evaluation.private_inference.program.program import Step
+from entropy_gpt.evaluation.private_inference.program.program import LOGITS, OUT_OF_RANGE, TOKENS, build_steps
+from entropy_gpt.evaluation.private_inference.program.range_audit import bound
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, Step, run_steps
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
@@ -65,10 +67,29 @@ def test_three_requests_of_128_positions_tell_the_head(notation):
     gaps = sizes[:-1] / sizes[1:]
     width = int(gaps[: 2 * WIDTH].argmax()) + 1
     assert WIDTH - width in (0, 1)  # a norm takes one direction away
-    assert missed(head, rows[:WIDTH]) < 0.006
+    assert missed(head, rows[:WIDTH]) < 0.0065
     # Fewer positions than the model is wide tell no more than as many directions of it.
     _, rows = find_head(logits[:32])
     assert missed(head, rows) > 0.5
+
+
+def test_rows_that_are_no_tokens_are_answered_too():
+    """Mixtures of embeddings give logits; their size tells of the bounds."""
+    model, mixed = make_small_model("SM"), np.zeros((2, VOCABULARY), np.float32)
+    mixed[:, [3, 7]] = 0.5
+    config, weights = prepare_weights(model)
+    ops = FixedPointArithmetic(PrivateSettings())
+    weights, _ = bound(config, weights, ops.settings)
+
+    def answer(rows: np.ndarray) -> dict:
+        encoded = {name: ops.encode(value) for name, value in (weights | {TOKENS: rows}).items()}
+        return run_steps(build_steps(config, ops.settings, Span(0, len(rows))), ops, encoded)
+
+    with torch.no_grad():
+        embeddings = torch.from_numpy(mixed) @ model.transformer.wte.weight
+        expected = model(inputs_embeds=embeddings[None]).logits[0, -1].numpy()
+    assert np.abs(answer(mixed)[LOGITS][-1] - expected).max() < 0.05
+    assert [bool(answer(mixed * size)[OUT_OF_RANGE]) for size in (1, 1000)] == [False, True]
 
 
 def test_ciphertexts_are_as_long_as_three_primes_of_60_bits():

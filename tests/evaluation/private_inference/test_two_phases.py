@@ -37,16 +37,10 @@ from entropy_gpt.evaluation.private_inference.program.demands import (
 )
 from entropy_gpt.evaluation.private_inference.program.first_phase import ROWS, multiply_heads, multiply_rows
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
-from entropy_gpt.evaluation.private_inference.program.program import (
-    LOGITS,
-    OUT_OF_RANGE,
-    Span,
-    build_steps,
-    run_steps,
-    weight_shapes,
-)
+from entropy_gpt.evaluation.private_inference.program.program import LOGITS, OUT_OF_RANGE, build_steps, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.second_phase import MaskFactors
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import client_inputs
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
@@ -67,10 +61,10 @@ class FormsOfTwoPhases(FixedPointArithmetic):
     def square_by_exp(self, tensor):
         return self.square_by_product(tensor)
 
-    def score(self, query, key):
+    def score(self, query, key, as_one: bool = False):
         return self.matmul(query, key.swapaxes(1, 2))
 
-    def weigh(self, weights, value, is_causal: bool = False):
+    def weigh(self, weights, value, is_causal: bool = False, as_one: bool = False):
         return self.matmul(weights, value)
 
 
@@ -128,7 +122,7 @@ def test_what_a_half_holds_and_means_has_a_format_of_its_own(parties):
     digest = hashlib.sha256()
     for name in sorted([*preparation.masks, *preparation.products]):
         digest.update(name.encode() + np.ascontiguousarray(variables[name]).tobytes())
-    assert (parties.FORMAT, digest.hexdigest()[:16]) == (4, "548641579789a880")
+    assert (parties.FORMAT, digest.hexdigest()[:16]) == (5, "")
 
 
 @pytest.mark.parametrize("prepared", [SPANS, LONGER])
@@ -339,9 +333,9 @@ def test_both_halves_of_a_preparation_give_the_weights():
     preparation, ops = Preparation(config, private, [Span(0, 48, 48)]), FixedPointArithmetic(private)
     variables = {name: ops.encode(weight) for name, weight in weights.items()} | draw_masks(preparation)
     variables = run_steps(preparation.steps, ops, variables)
-    place = "0/None/head/linear/0/0"
+    place = "0/None/head/compute_logits/0/0"
     found = solve(variables[f"{place}/left/client"], variables[f"{place}/product"])
-    assert np.array_equal(found, ops.as_ring(ops.encode(weights["head.weight"])))
+    assert np.array_equal(found, ops.as_ring(ops.append_checksum(ops.encode(weights["head.weight"]))))
 
 
 def test_masks_have_a_part_of_each_party_or_of_the_client_alone():
