@@ -72,7 +72,7 @@ class Preparation:
                 for number, length in lengths.items()
                 if length
             }
-            for name in kept_shapes(config, Span(1, 1))
+            for name in kept_shapes(config, 1)
         }
 
     @functools.cached_property

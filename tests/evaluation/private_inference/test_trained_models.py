@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.origin import hash_weights
 from entropy_gpt.evaluation.private_inference.inference import EMULATED, PLAINTEXT, PrivateModel
-from entropy_gpt.evaluation.private_inference.program.program import Span
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from entropy_gpt.evaluation.records.results import RESULTS, load_results
 from entropy_gpt.programs.quickstart.page import CARDS
