@@ -67,6 +67,22 @@ Networks = Annotated[
         help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms.",
     ),
 ]
+Served = Annotated[
+    str,
+    typer.Option(
+        "--network",
+        help="The network to clients: LAN, WAN, or bandwidth and round trip, such as 300Mbps,20ms. Operations take "
+        "the forms that are fastest there.",
+    ),
+]
+ChosenFor = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--network",
+        help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms. "
+        "Operations take the forms that are fastest on the first one named, or on a WAN.",
+    ),
+]
 Layers = Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")]
 Width = Annotated[int, typer.Option("--n-embd", min=1, help="Width.")]
 Heads = Annotated[int | None, typer.Option("--n-head", min=1, help="Heads. Default: heads of about 64 dimensions.")]
@@ -135,6 +151,7 @@ def serve(
     embedding: EmbeddingOption = Embedding.one_hot,
     answer: AnswerOption = Learned.logits,
     fraction_bits: FractionBits = 18,
+    network: Served = "WAN",
     text: AuditedText = None,
     tokenizer: TokenizerPlace = None,
     longest: Annotated[
@@ -200,6 +217,7 @@ def serve(
         embedding=embedding.value,
         answer=answer.value,
         fraction_bits=fraction_bits,
+        network=network,
         text=text,
         tokenizer=tokenizer,
         limits=(longest, requests, positions, seconds),
@@ -352,7 +370,7 @@ def demo(
     prepared: Annotated[
         bool, typer.Option("--prepared", help="Do first what needs no prompt, and show both phases.")
     ] = False,
-    networks: Networks = None,
+    networks: ChosenFor = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", callback=read_path, help="Write the cost of each step to this file, as JSON."),
@@ -418,7 +436,7 @@ def cost(
     prepared: Annotated[
         bool, typer.Option("--prepared", help="Do before the prompt what needs none (private prepare).")
     ] = False,
-    networks: Networks = None,
+    networks: ChosenFor = None,
 ):
     """
     Predict the traffic, the round trips and the time of a private inference, from architecture and sizes alone.
@@ -460,7 +478,9 @@ def benchmark(
     networks: Annotated[
         list[str] | None,
         typer.Option(
-            "--network", help="Another network besides LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms."
+            "--network",
+            help="Another network besides LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms. Operations "
+            "take the forms that are fastest on the first one named, or on a WAN.",
         ),
     ] = None,
     whole: Annotated[

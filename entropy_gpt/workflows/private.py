@@ -27,6 +27,7 @@ from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.parties.turns import LONGEST_LINE, LONGEST_WAIT, Turns
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
+from entropy_gpt.evaluation.private_inference.program.networks import WAN
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import MOST_WINDOWS, bound
 from entropy_gpt.evaluation.private_inference.program.range_report import tolerated_error
@@ -63,6 +64,7 @@ def open_server(
     embedding: str = "one_hot",
     answer: str = "logits",
     fraction_bits: int = DEFAULT_FRACTION_BITS,
+    network: str = WAN.name,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     limits: Limits = DEFAULT_LIMITS,
@@ -88,6 +90,7 @@ def open_server(
         embedding (`str`): "one_hot" or "client_table", as in [`PrivateSettings`].
         answer (`str`): What the client learns of each new token: "logits", "token" or "sampled".
         fraction_bits (`int`): Bits of a number behind the point, from 12 to 22.
+        network (`str`): What operations take their forms for: "LAN", "WAN", or such as "300Mbps,20ms".
         text (`str` or `Path`, *optional*): A file with text that the audit looks at too.
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         limits ([`Limits`]): What each client may ask for, by its certificate, or without TLS by its address.
@@ -127,7 +130,9 @@ def open_server(
         timeout=timeout,
         workers=workers,
     )
-    settings = read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
+    settings = read_settings(
+        protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits, network=network
+    )
     host, port = parse_address(listen)
     check_connection(host, tls, insecure, settings)
     warn = (lambda line: report(json_line(line))) if json_log else report
@@ -147,6 +152,7 @@ def demonstrate(
     embedding: str = "one_hot",
     answer: str = "logits",
     fraction_bits: int = DEFAULT_FRACTION_BITS,
+    network: str = WAN.name,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     prepared: bool = False,
@@ -162,7 +168,7 @@ def demonstrate(
         model (`str` or `Path`): An EntropyGPT or GPT-2: a folder, or a repository on the Hub.
         prompt (`str`): The prompt.
         new_tokens (`int`): Tokens of the answer.
-        protocol, embedding, answer, fraction_bits, text: As of [`open_server`].
+        protocol, embedding, answer, fraction_bits, network, text: As of [`open_server`].
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         prepared (`bool`): Whether to do first what needs no prompt, as [`prepare`] does.
         timeout (`int`): Seconds without any event after which both sides give up.
@@ -183,7 +189,9 @@ def demonstrate(
     """
     check_engine()
     check_positive(max_new_tokens=new_tokens, timeout=timeout)
-    settings = read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
+    settings = read_settings(
+        protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits, network=network
+    )
     offer, clear, words = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
     tokens = tokenize(prompt, words)
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)

@@ -15,6 +15,7 @@ from entropy_gpt.evaluation.private_inference.costs.cost_model import (
     predict_phases,
 )
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
+from entropy_gpt.evaluation.private_inference.program.networks import WAN
 from entropy_gpt.evaluation.private_inference.program.program import tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span
@@ -99,6 +100,7 @@ def private_cost(
     length: int = 128,
     all_positions: bool = False,
     embedding: str = "one_hot",
+    network: str = WAN.name,
     prepared: bool = False,
 ) -> list[PredictedCost]:
     """
@@ -114,6 +116,7 @@ def private_cost(
         length (`int`): Tokens of the prompt.
         all_positions (`bool`): Whether the logits of all positions are computed, not only those of the last one.
         embedding (`str`): "one_hot" or "client_table", as in [`PrivateSettings`].
+        network (`str`): What operations take their forms for: "LAN", "WAN", or such as "300Mbps,20ms".
         prepared (`bool`): Whether what needs no prompt is done before it comes.
 
     Returns:
@@ -136,7 +139,7 @@ def private_cost(
     check_positive(**given, seq=length)
     if kept < 0:
         raise UserError(f"--kept {kept}: give a number of at least 0.")
-    settings = read_options(PrivateSettings, embedding=embedding)
+    settings = read_options(PrivateSettings, embedding=embedding, network=network)
     span = Span(kept, length, length if all_positions else 1)
     titles = [str(architecture) for architecture in as_tuple(architectures)]
     models = {title: load_language_model(title).config for title in titles if is_model(title)}

@@ -29,7 +29,8 @@ from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY
 from entropy_gpt.evaluation.private_inference.parties.slow_link import SlowLink
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
-from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost, parse_network
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost
+from entropy_gpt.evaluation.private_inference.program.networks import parse_network
 from entropy_gpt.evaluation.private_inference.program.range_audit import bound
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span

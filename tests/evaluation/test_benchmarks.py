@@ -73,13 +73,28 @@ def test_the_page_of_drafts_shows_its_record_or_that_there_is_none():
     assert ("has not yet been measured" in drafts.page(record)) == (record is None)
 
 
-def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):
-    def cost(million: int, seconds: float):
-        step = StepCost("scores", 0, million * 500_000, million * 500_000, 1, 1, 2.0 * million, seconds)
-        model = {"notation": "SM", "n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 9, "context": 4, "answers": 1}
-        about = {"network": "", "set_up": [], "versions": {}, "git_revision": None, "machine": "a machine"}
-        return InferenceCost(**model, settings=PrivateSettings(), steps=[step], seconds=seconds, **about)
+def cost(million: int, seconds: float) -> InferenceCost:
+    step = StepCost("scores", 0, million * 500_000, million * 500_000, 1, 1, 2.0 * million, seconds)
+    model = {"notation": "SM", "n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 9, "context": 4, "answers": 1}
+    about = {"network": "", "set_up": [], "versions": {}, "git_revision": None, "machine": "a machine"}
+    return InferenceCost(**model, settings=PrivateSettings(), steps=[step], seconds=seconds, **about)
 
+
+def test_an_answer_with_drafts_is_compared_with_the_one_without(tmp_path):
+    without, accepted, prompt = drafts.WAYS
+    answers = {
+        without: drafts.Answer([1, 2, 3, 4], 40.0, cost(8, 32.0), []),
+        accepted: drafts.Answer([1, 2, 3, 4], 10.0, cost(3, 8.0), [(2, 1), (1, 1)]),
+    }
+    record = drafts.Record("text", "a network", answers, {accepted: [1, 2, 4], prompt: [1]}, "abc")
+    page = drafts.page(record)
+    assert f"| {without} | 4 |  | 40 | 1.00 | 8 | 16 | 1 |" in page
+    assert f"| {accepted} | 2 | 2 of 3 | 10 | 0.25 | 3 | 6 | 2.3 (1 to 4) |" in page
+    record.save(tmp_path / "record.json")
+    assert drafts.Record.load(tmp_path / "record.json") == record
+
+
+def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):
     costs = {two_phases.ONE: cost(10, 8.0), two_phases.BEFORE: cost(6, 7.0), two_phases.AFTER: cost(5, 1.0)}
     parts = {name: two_phases.Part(each, [2 * 10**9, 10**9], [], []) for name, each in costs.items()}
     parts[two_phases.BEFORE].half_bytes = [3 * 10**6, 4 * 10**6]

@@ -189,6 +189,17 @@ class EngineArithmetic(CheapArithmetic):
 
         return jax.lax.bitcast_convert_type(tensor, RING)
 
+    def append_checksum(self, tensor):
+        """
+        Where numbers are named as wide as integers of the ring (`_compile`), sums would get another type than what
+        they are sums of, and could not stand beside it: they are taken of the integers.
+        """
+        import jax
+
+        if tensor.dtype != np.float64:
+            return super().append_checksum(tensor)
+        return jax.lax.bitcast_convert_type(super().append_checksum(self.as_ring(tensor)), np.float64)
+
     def truncate(self, product):
         """By a product with the last bit, which is the integer 1."""
         import jax

@@ -1,13 +1,12 @@
 """The operations that a private program consists of, and the forms in which the engine computes them most cheaply."""
 
-import numpy as np
+from collections.abc import Callable
 
+from .ciphertexts import HALVES, SLOTS
 from .settings import PrivateSettings
+from .stacking import choose_stacking
 
 
-# Numbers of one ciphertext, and of the two halves into which the engine cuts longer tensors.
-SLOTS = 8192
-HALVES = 2 * SLOTS
 # From this many numbers on the engine's square is cheaper by way of its exponential: that takes a whole batch of
 # ciphertexts, of which products of fewer numbers share one.
 SQUARE_BY_EXP_FROM = 4096
@@ -48,46 +47,26 @@ class Arithmetic:
     def matmul(self, left, right):
         return self.xp.matmul(left, right)
 
-    def score(self, query, key, as_one: bool = False):
-        """
-        Scores `(heads, queries, keys)` of `(heads, queries, size)` and `(heads, keys, size)`. Those of one query are
-        one product: a product has a price of its own.
-
-        Args:
-            query, key: As said.
-            as_one (`bool`): Whether those of several queries are one product too.
-        """
-        heads, queries, size = query.shape
-        if queries > 1 and not as_one:
-            return self.matmul(query, key.swapaxes(1, 2))
-        # The rows of head h hold its queries in the columns of head h.
-        spread = self.xp.where(np.eye(heads, dtype=bool)[:, None, :, None], query[:, :, None], 0.0)
-        stacked = key.swapaxes(1, 2).reshape(heads * size, -1)
-        return self.matmul(spread.reshape(heads * queries, heads * size), stacked).reshape(heads, queries, -1)
-
-    def weigh(self, weights, value, is_causal: bool = False, as_one: bool = False):
-        """
-        Sums of values `(heads, queries, size)` by weights `(heads, queries, keys)`, for one query in one product.
-
-        Args:
-            weights, value: As said; values are `(heads, keys, size)`.
-            is_causal (`bool`): Whether weights of keys that a query does not see are exactly 0.
-            as_one (`bool`): As of [`Arithmetic.score`].
-        """
-        heads, queries, keys = weights.shape
-        if queries > 1 and not as_one:
-            return self.matmul(weights, value)
-        size = value.shape[-1]
-        all_values = value.swapaxes(0, 1).reshape(keys, heads * size)
-        every_pair = self.matmul(weights.reshape(heads * queries, keys), all_values)
-        return every_pair.reshape(heads, queries, heads, size)[np.arange(heads), :, np.arange(heads)]
-
     def append_checksum(self, tensor):
         """
         Rows with their checksum behind. A product with a matrix of such rows has them too, and computes them apart
         from its other columns (Huang and Abraham, IEEE Transactions on Computers 1984).
         """
         return self.xp.concatenate([tensor, checksum(tensor)], axis=-1)
+
+    def score(self, query, key):
+        """Scores `(heads, queries, keys)` of `(heads, queries, size)` and `(heads, keys, size)`."""
+        return self.matmul(query, key.swapaxes(1, 2))
+
+    def weigh(self, weights, value, is_causal: bool = False):
+        """
+        Sums of values `(heads, keys, size)` by weights `(heads, queries, keys)`.
+
+        Args:
+            weights, value: As said.
+            is_causal (`bool`): Whether weights of keys that a query does not see are exactly 0.
+        """
+        return self.matmul(weights, value)
 
     def multiply(self, left, right):
         return left * right
@@ -127,8 +106,17 @@ class Arithmetic:
         """The largest of each row, as a row of one."""
         return self.xp.max(tensor, axis=-1, keepdims=True)
 
-    def larger(self, left, right):
-        return self.xp.maximum(left, right)
+    def is_less(self, left, right):
+        """Bits, of which `~` is local."""
+        return left < right
+
+    def both(self, left, right):
+        """Products of bits."""
+        return left & right
+
+    def keep(self, numbers, bits):
+        """Numbers where bits are 1, and 0 elsewhere."""
+        return self.xp.where(bits, numbers, 0.0)
 
     def positive_part(self, tensor):
         return self.xp.maximum(tensor, 0.0)
@@ -167,6 +155,10 @@ class Arithmetic:
         """Of integers of the ring."""
         return self.xp.matmul(left, right)
 
+    def secret_ring_matmul(self, left, right):
+        """Of integers of the ring, none of which one party knows."""
+        return self.ring_matmul(left, right)
+
     def ring_multiply(self, left, right):
         """Of integers of the ring."""
         return left * right
@@ -186,6 +178,21 @@ class CheapArithmetic(Arithmetic):
         self.settings = settings
         self.last_bit = 2.0**-settings.fraction_bits
         self._is_cheap = settings.softmax == "efficient"
+
+    def matmul(self, left, right):
+        """Those of a batch are of two secret factors, and made in as few products as is fastest (stacking.py)."""
+        return self._multiply_batch(super().matmul, left, right)
+
+    def secret_ring_matmul(self, left, right):
+        return self._multiply_batch(self.ring_matmul, left, right)
+
+    def _multiply_batch(self, multiply: Callable, left, right):
+        if left.ndim < 3 or not self._is_cheap:
+            return multiply(left, right)
+        columns = right.shape[-1]
+        stacking = choose_stacking(*left.shape, columns, self.settings.network)
+        product = multiply(*stacking.join(self.xp, left, right))
+        return stacking.part(product, left.shape[1], columns)
 
     def square(self, tensor):
         """Long tensors in whole halves, and the rest apart, where it would take two more ciphertexts."""

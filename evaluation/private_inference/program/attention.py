@@ -43,8 +43,8 @@ def scale_queries(ops: Arithmetic, query, inverse_temperature, start: int, early
     return ops.xp.concatenate([query[:, :early], scaled], axis=1) if early else scaled
 
 
-def score(ops: Arithmetic, query, key, as_one: bool = False):
-    return ops.score(query, key, as_one)
+def score(ops: Arithmetic, query, key):
+    return ops.score(query, key)
 
 
 def whole_softmax(ops: Arithmetic, scores, per_row: bool):
@@ -57,26 +57,26 @@ def whole_softmax(ops: Arithmetic, scores, per_row: bool):
     return ops.multiply(exponentials, ops.reciprocal(sums)) if per_row else ops.divide(exponentials, sums)
 
 
-def weigh_and_merge(ops: Arithmetic, weights, value, as_one: bool = False):
-    return _merge(ops.weigh(weights, value, as_one=as_one))
+def weigh_and_merge(ops: Arithmetic, weights, value):
+    return _merge(ops.weigh(weights, value))
 
 
-def score_visible(ops: Arithmetic, query, key, as_one: bool = False):
+def score_visible(ops: Arithmetic, query, key):
     """The scores of keys that their query may attend to, in one row a head: `(heads, visible)`."""
-    scores = score(ops, query, key, as_one)
+    scores = score(ops, query, key)
     heads, queries, keys = scores.shape
     return scores.reshape(heads, queries * keys)[:, np.flatnonzero(visible_keys(queries, keys))]
 
 
-def score_shifted(ops: Arithmetic, query, key, shift, start: int, as_one: bool = False):
+def score_shifted(ops: Arithmetic, query, key, shift, start: int):
     """Scores `(heads, queries, keys)` with what is added to those of each head and position, from `start` on."""
-    return score(ops, query, key, as_one) + shift[:, start : start + query.shape[1], None]
+    return score(ops, query, key) + shift[:, start : start + query.shape[1], None]
 
 
-def score_visible_shifted(ops: Arithmetic, query, key, shift, start: int, as_one: bool = False):
+def score_visible_shifted(ops: Arithmetic, query, key, shift, start: int):
     """The same of keys that their query may attend to, in one row a head: `(heads, visible)`."""
     rows = np.nonzero(visible_keys(query.shape[1], key.shape[1]))[0]
-    return score_visible(ops, query, key, as_one) + shift[:, start + rows]
+    return score_visible(ops, query, key) + shift[:, start + rows]
 
 
 def visible_weights(ops: Arithmetic, visible, function: str, queries: int, keys: int):
@@ -112,10 +112,10 @@ def _scale_early(ops: Arithmetic, visible, mask: np.ndarray, factors):
     return ops.xp.concatenate([zero, scaled], axis=1)[:, np.where(columns, np.cumsum(columns > 0), 0)]
 
 
-def weigh_visible(ops: Arithmetic, visible, value, queries: int, as_one: bool = False):
+def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
     exponentials = put_apart(ops, visible, visible_keys(queries, value.shape[1]))
-    return ops.weigh(exponentials, value, is_causal=True, as_one=as_one), exponentials.sum(axis=-1, keepdims=True)
+    return ops.weigh(exponentials, value, is_causal=True), exponentials.sum(axis=-1, keepdims=True)
 
 
 def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):

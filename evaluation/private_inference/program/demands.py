@@ -201,10 +201,10 @@ class Intercepting:
     def matmul(self, left, right):
         return self.take(WEIGHTS, left, right)
 
-    def score(self, query, key, as_one: bool = False):
+    def score(self, query, key):
         return self.take(SCORES, query, key)
 
-    def weigh(self, weights, value, is_causal: bool = False, as_one: bool = False):
+    def weigh(self, weights, value, is_causal: bool = False):
         return self.take(VALUES, weights, value, is_causal)
 
     def multiply(self, left, right):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arithmetic import SLOTS, Arithmetic
-from .counting import SHARED_BATCHES, CountingArithmetic, Shape, Stock, count_product, make_shape
+from .arithmetic import Arithmetic
+from .ciphertexts import SLOTS, count_product
+from .counting import SHARED_BATCHES, CountingArithmetic, Shape, Stock, make_shape
 from .demands import (
     KEPT,
     NUMBERS,
@@ -149,15 +150,10 @@ def _choose_rows(width: int) -> int:
     prices = load_prices().bytes
     least, chosen = prices[SHARED_BATCHES] / SLOTS, 0
     for size in (2**power for power in range(1, MOST_ROWS.bit_length())):
-        sent = _price(1, size, size, width) / (size * width)
+        sent = 2 * price_of(count_product(size, size, width), prices) / (size * width)
         if sent < least:
             least, chosen = sent, size
     return chosen
-
-
-def _price(matrices: int, rows: int, inner: int, columns: int) -> float:
-    """Bytes of products of shared matrices."""
-    return 2 * matrices * price_of(count_product(rows, inner, columns), load_prices().bytes)
 
 
 @dataclass(frozen=True)
@@ -231,37 +227,13 @@ class MultiplyKept:
         of_scores = self.demands[0].kind == SCORES
         if not of_scores:
             lefts = [fill(ops, left, -1, kept.shape[1]) for left in lefts]
-        product, begin, products = (
-            multiply_heads(ops, ops.xp.concatenate(lefts, axis=1), kept.swapaxes(1, 2) if of_scores else kept),
-            0,
-            [],
-        )
+        right = kept.swapaxes(1, 2) if of_scores else kept
+        product, begin, products = ops.secret_ring_matmul(ops.xp.concatenate(lefts, axis=1), right), 0, []
         for demand in self.demands:
             _, rows, columns = demand.product
             products.append(product[:, begin : begin + rows, :columns])
             begin += rows
         return tuple(products)
-
-
-def multiply_heads(ops: Arithmetic, left, right):
-    """
-    Products `(heads, rows, columns)` of masks: one by one, or all in one, with zeros between the heads of the left
-    factor, or with every pair of heads, of which most are not used. What sends least is taken.
-    """
-    heads, rows, inner = left.shape
-    columns = right.shape[-1]
-    spread = _price(1, heads * rows, heads * inner, columns)
-    paired = _price(1, heads * rows, inner, heads * columns)
-    apart = _price(heads, rows, inner, columns)
-    if apart <= min(spread, paired):
-        return ops.ring_matmul(left, right)
-    same = np.eye(heads, dtype=bool)
-    if spread <= paired:
-        blocks = ops.xp.where(same[:, None, :, None], left[:, :, None, :], 0).reshape(heads * rows, heads * inner)
-        return ops.ring_matmul(blocks, right.reshape(heads * inner, columns)).reshape(heads, rows, columns)
-    beside = right.swapaxes(0, 1).reshape(inner, heads * columns)
-    pairs = ops.ring_matmul(left.reshape(heads * rows, inner), beside).reshape(heads, rows, heads, columns)
-    return pairs[np.arange(heads), :, np.arange(heads)]
 
 
 def multiply_numbers(ops: Arithmetic, *masks):

@@ -36,7 +36,7 @@ from .attention import (
     whole_softmax,
 )
 from .attention_functions import MOST_SUM
-from .contests import subtract_maximum
+from .contests import choose_levels, subtract_maximum
 from .linear import (
     add_linear,
     add_linear_to_scaled,
@@ -288,7 +288,9 @@ def _attention(config, settings, span: Span, queries: int, layer: int, is_prepar
         if early:
             scale = partial(scale_scores, **rows, early=early)
             yield Step("temperatures", layer, scale, ("visible", *temperatures), ("visible",))
-        yield Step("maximum", layer, partial(subtract_maximum, **rows), ("visible",), ("visible",))
+        levels = choose_levels(config.n_head, queries, span.end, settings.network)
+        maximum = partial(subtract_maximum, **rows, levels=levels)
+        yield Step("maximum", layer, maximum, ("visible",), ("visible",))
         yield Step("exponential", layer, exponentiate, ("visible",), ("visible",))
         weigh = partial(weigh_visible, queries=queries)
         yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))

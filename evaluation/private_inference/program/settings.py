@@ -1,10 +1,13 @@
 """How a private inference is computed: the protocol with what it trusts, and the form of each operation."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from entropy_gpt.evaluation.json_records import RECORD
+
+from .networks import WAN, parse_network
 
 
 Protocol = Literal["cheetah", "semi2k", "aby3", "ref2k"]
@@ -22,6 +25,11 @@ TRUST = {
 }
 # The ring of 64 bits that all protocols compute in.
 RING_BITS = 64
+
+
+def _check_network(text: str) -> str:
+    parse_network(text)
+    return text
 
 
 @dataclass(config=RECORD, frozen=True)
@@ -51,6 +59,9 @@ class PrivateSettings:
         answer (`str`):
             What the client alone learns: "logits" of the last position; "token", the most likely one; or "sampled",
             the most likely one after the client has added noise of its own to the logits.
+        network (`str`):
+            What "efficient" forms are chosen for, as [`parse_network`] takes it. The cost model chooses them by
+            shapes, so both parties come to the same ones.
     """
 
     protocol: Protocol = "cheetah"
@@ -61,6 +72,7 @@ class PrivateSettings:
     reciprocal_iterations: int = 2
     embedding: Literal["one_hot", "client_table"] = "one_hot"
     answer: Literal["logits", "token", "sampled"] = "logits"
+    network: Annotated[str, AfterValidator(_check_network)] = WAN.name
 
     @property
     def needs_encryption(self) -> bool:

@@ -14,7 +14,8 @@ from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, P
 from entropy_gpt.evaluation.private_inference.parties.local import run_parties
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
 from entropy_gpt.evaluation.private_inference.parties.shares import make_placeholder
-from entropy_gpt.evaluation.private_inference.program.counting import INPUTS, make_shape
+from entropy_gpt.evaluation.private_inference.program.ciphertexts import INPUTS
+from entropy_gpt.evaluation.private_inference.program.counting import make_shape
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic, emulate
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices
 from entropy_gpt.evaluation.private_inference.program.program import LOGITS, OUT_OF_RANGE, TOKENS, build_steps

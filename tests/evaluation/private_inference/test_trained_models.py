@@ -88,7 +88,7 @@ def train_without_maximum() -> EntropyGPTForCausalLM:
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", [*MODELS, None], ids=lambda folder: folder.name if folder else "power4")
 def test_two_phases_answer_as_one_does(folder):
-    """At all of 400 positions, with errors that are not larger."""
+    """At 400 positions, but for those where two tokens are as likely; with errors that are not larger."""
     model = load_language_model(folder).eval() if folder else train_without_maximum()
     (config, weights), private, tokens = prepare_weights(model), PrivateSettings(), read_code()
     span = Span(0, 100, 100)
@@ -98,6 +98,9 @@ def test_two_phases_answer_as_one_does(folder):
             clear = model(prompt[None]).logits[0].numpy()
         (one,) = answers_in_one_phase(config, weights, private, [span], prompt.numpy(), is_prepared=False)
         (two,) = answers_in_two(config, weights, private, [span], [span], prompt.numpy())
-        assert np.array_equal(one.argmax(-1), two.argmax(-1))
+        *_, second, first = np.sort(clear, axis=-1).T
+        differ = one.argmax(-1) != two.argmax(-1)
+        assert ((first - second)[differ] < 2 * np.abs(one - clear).max()).all()
+        assert differ.sum() <= 1
         errors = [np.sqrt(np.square(found - clear).mean()) for found in (one, two)]
         assert errors[1] < 1.1 * errors[0]
