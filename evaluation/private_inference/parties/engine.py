@@ -192,7 +192,7 @@ class EngineArithmetic(CheapArithmetic):
     def append_checksum(self, tensor):
         """
         Where numbers are named as wide as integers of the ring (`_compile`), sums would get another type than what
-        they are sums of, and could not stand beside it: they are taken of the integers.
+        they are sums of, and could not stand next to it: they are taken of the integers.
         """
         import jax
 
