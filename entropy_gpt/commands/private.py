@@ -22,6 +22,7 @@ from .private_connection import (
     ProtocolOption,
     Timeout,
     TwoPartyProtocol,
+    read_public_checkpoint,
     with_connection,
     with_options,
 )
@@ -44,6 +45,7 @@ def end_in_order():
 class Embedding(StrEnum):
     one_hot = "one_hot"
     client_table = "client_table"
+    public = "public"
 
 
 class DraftKeep(StrEnum):
@@ -95,7 +97,17 @@ EmbeddingOption = Annotated[
     Embedding,
     typer.Option(
         help="one_hot: neither side learns anything, at the cost of a product with the whole vocabulary. "
-        "client_table: the client gets the embeddings. These are weights of the model (and of its head, if tied)."
+        "client_table: the client gets the embeddings, weights of the model (and of its head, if tied). "
+        "public: the client has them already, since they are those of --public-checkpoint, to the last bit."
+    ),
+]
+PublicCheckpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--public-checkpoint",
+        metavar="MODEL",
+        callback=read_public_checkpoint,
+        help="With --embedding public: the checkpoint that the embeddings are from, a folder or on the Hub.",
     ),
 ]
 AnswerOption = Annotated[
@@ -149,6 +161,7 @@ def serve(
     insecure: Insecure = False,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
+    public_checkpoint: PublicCheckpoint = None,
     answer: AnswerOption = Learned.logits,
     fraction_bits: FractionBits = 18,
     network: Served = "WAN",
@@ -215,6 +228,7 @@ def serve(
         insecure=insecure,
         protocol=protocol.value,
         embedding=embedding.value,
+        public_checkpoint=public_checkpoint,
         answer=answer.value,
         fraction_bits=fraction_bits,
         network=network,
@@ -363,6 +377,7 @@ def demo(
     new_tokens: NewTokens = 1,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
+    public_checkpoint: PublicCheckpoint = None,
     answer: AnswerOption = Learned.logits,
     fraction_bits: FractionBits = 18,
     text: AuditedText = None,
@@ -403,6 +418,7 @@ def demo(
         new_tokens=new_tokens,
         protocol=protocol.value,
         embedding=embedding.value,
+        public_checkpoint=public_checkpoint,
         answer=answer.value,
         fraction_bits=fraction_bits,
         text=text,

@@ -106,6 +106,11 @@ def serve(
             f"a client may have {positions} positions a day: from the logits of {width + 1} it can compute the head "
             "but for a change of basis (--max-positions, or --answer token)"
         )
+    if offer.settings.answer == "logits" and offer.settings.embeds_at_home:
+        say(
+            "clients have the embeddings: if the head is tied to them, logits give the last hidden states and in "
+            "time the final norm (--answer token)"
+        )
     if layers := list_absorbable_ffns(server.offer.config):
         names = ", ".join(map(str, layers))
         say(f"FFNs of layers {names} can't be absorbed: they stretch or shrink the stream too far")

@@ -46,7 +46,7 @@ class PredictedCost:
         config ([`EntropyGPTConfig`]): Its architecture and sizes.
         steps (`list[PredictedStep]`): The steps of the inference.
         key_bytes (`float`): Bytes of the keys, sent once per connection.
-        table_bytes (`int`): Bytes of the embeddings, sent once per connection with "client_table".
+        table_bytes (`int`): Bytes of the embeddings, sent once to each client with "client_table".
         before (`list[PredictedStep]`): Steps that are done before the prompt comes, in no other number here.
     """
 
@@ -115,7 +115,7 @@ def private_cost(
         kept (`int`): Earlier tokens, whose keys and values are cached.
         length (`int`): Tokens of the prompt.
         all_positions (`bool`): Whether the logits of all positions are computed, not only those of the last one.
-        embedding (`str`): "one_hot" or "client_table", as in [`PrivateSettings`].
+        embedding (`str`): "one_hot", "client_table" or "public", as in [`PrivateSettings`].
         network (`str`): What operations take their forms for: "LAN", "WAN", or such as "300Mbps,20ms".
         prepared (`bool`): Whether what needs no prompt is done before it comes.
 

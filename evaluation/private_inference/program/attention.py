@@ -1,11 +1,12 @@
 """Attention in a program: heads, scores, softmax, and the sums of values by its weights."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .arithmetic import Arithmetic
 from .attention_functions import reciprocal_between, weigh_visible_scores, whole_weights
 from .linear import linear
-from .nonlinear import reciprocal_up_to
 from .visible import put_apart, visible_keys
 
 
@@ -118,8 +119,21 @@ def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     return ops.weigh(exponentials, value, is_causal=True), exponentials.sum(axis=-1, keepdims=True)
 
 
-def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
-    return _merge(ops.multiply(attended, reciprocal_up_to(ops, sums, keys)))
+def divide_and_merge(ops: Arithmetic, attended, sums, keys: int, reciprocal: Callable):
+    return _merge(ops.multiply(attended, reciprocal(ops, sums, keys)))
+
+
+def divide_visible(ops: Arithmetic, visible, queries: int, keys: int, reciprocal: Callable):
+    """Visible exponentials `(heads, visible)`, divided by the sums of their rows."""
+    mask = visible_keys(queries, keys)
+    inverses = reciprocal(ops, put_apart(ops, visible, mask).sum(axis=-1, keepdims=True), keys)
+    return ops.multiply(visible, inverses[:, np.nonzero(mask)[0], 0])
+
+
+def weigh_divided_and_merge(ops: Arithmetic, visible, value, queries: int):
+    """Sums of values by attention weights."""
+    weights = put_apart(ops, visible, visible_keys(queries, value.shape[1]))
+    return _merge(ops.weigh(weights, value, is_causal=True))
 
 
 def divide_widely_and_merge(ops: Arithmetic, attended, sums):

@@ -207,6 +207,10 @@ class CountingArithmetic(CheapArithmetic):
         shape = np.broadcast_shapes(tensor.shape, np.shape(constant))
         return self._truncated(shape) if _owner(tensor) is None else make_shape(shape, tensor.owner)
 
+    def combine(self, tensor, factors):
+        shape = (*tensor.shape[:-1], np.shape(factors)[-1])
+        return self._truncated(shape) if _owner(tensor) is None else make_shape(shape, tensor.owner)
+
     def square_by_product(self, tensor):
         return self.multiply(tensor, tensor)
 

@@ -153,7 +153,7 @@ def list_demands(
         `PrivateInferenceError`: As [`build_steps`].
     """
     variables, seen = program_variables(config, settings, span), defaultdict(int)
-    for step in build_steps(config, settings, span, is_prepared=True):
+    for step in build_steps(config, settings, span, prepared=True):
         recorder = _Recorder(settings)
         inputs = tuple(variables[name] for name in step.inputs)
         results = step.function(recorder, *inputs)

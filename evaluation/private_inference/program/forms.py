@@ -1,4 +1,4 @@
-"""What a form of an operation takes on a network, by the cost model."""
+"""What forms of an operation take on a network, by the cost model."""
 
 import math
 

@@ -21,6 +21,7 @@ from entropy_gpt.evaluation.json_records import RECORD
 from .arithmetic import LEAST_SUM, Arithmetic, checksum
 from .attention import (
     divide_and_merge,
+    divide_visible,
     divide_widely_and_merge,
     scale_queries,
     scale_scores,
@@ -31,12 +32,14 @@ from .attention import (
     split_heads,
     visible_weights,
     weigh_and_merge,
+    weigh_divided_and_merge,
     weigh_visible,
     whole_attention,
     whole_softmax,
 )
 from .attention_functions import MOST_SUM
 from .contests import choose_levels, subtract_maximum
+from .division import choose_division
 from .linear import (
     add_linear,
     add_linear_to_scaled,
@@ -58,6 +61,7 @@ from .nonlinear import (
     relu,
     tanh_gelu,
 )
+from .reciprocals import reciprocal_by_chords
 from .settings import PrivateSettings
 from .steps import Span, Step
 from .visible import put_apart, visible_keys
@@ -68,6 +72,8 @@ TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
 Norm = Literal["layernorm", "static", "none"]
 
+# The weights that embed tokens and positions.
+TABLES = ("wte", "wpe")
 # The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
 TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "embeddings", "logits", "token", "out of range"
 # What the client adds to the logits, where the token is drawn.
@@ -187,11 +193,11 @@ def bounds_name(part: str) -> str:
 
 
 def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
-    """Bytes of the embeddings as sent to a client with "client_table": single precision."""
+    """Bytes of the embeddings in single precision, the most that is sent to a client with "client_table"."""
     return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize
 
 
-def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, is_prepared: bool = False) -> list[Step]:
+def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, prepared: bool = False) -> list[Step]:
     """
     The program for some tokens: from "tokens" (one-hot rows) or "embeddings" to "logits" or "token". The keys and
     values of each layer stay in variables, for the tokens that follow.
@@ -200,7 +206,7 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, is
         config ([`ProgramConfig`]): That of [`prepare_weights`].
         settings ([`PrivateSettings`]): The form of each operation.
         span ([`Span`]): The tokens.
-        is_prepared (`bool`): Whether forms are such that products of all lengths are alike, as a preparation needs it.
+        prepared (`bool`): Whether products are prepared. Then they are the same ones for shorter spans.
 
     Raises:
         `PrivateInferenceError`: If the model has fewer positions, or an operation has no private form.
@@ -211,21 +217,21 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, is
             f"{span.end} tokens are not possible: this model has n_positions={config.n_positions}. Shorten the prompt "
             "or generate less."
         )
-    return list(_steps(config, settings, span, is_prepared))
+    return list(_steps(config, settings, span, prepared))
 
 
-def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span, is_prepared: bool) -> Iterator[Step]:
-    if settings.embedding == "one_hot":
-        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (STREAM,))
-    else:
+def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span, prepared: bool) -> Iterator[Step]:
+    if settings.embeds_at_home:
         yield Step("check", None, begin_stream, (EMBEDDINGS,), (STREAM,))
+    else:
+        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (STREAM,))
     before, after, _ = CHECKED
     for layer in range(config.n_layer):
         if layer == config.n_layer - 1:
             yield _sum_up((STREAM,), before)
         # What the last block finds out about the tokens before the answers, nobody asks for.
         queries = span.answers if layer == config.n_layer - 1 else span.length
-        yield from _attention(config, settings, span, queries, layer, is_prepared)
+        yield from _attention(config, settings, span, queries, layer, prepared)
         if layer not in config.pruned_ffn_layers:
             yield from _ffn(config, settings, layer)
     yield _sum_up((STREAM,), after)
@@ -254,17 +260,17 @@ def _keeps_sums(config, settings) -> bool:
     return config.attention_function != "softmax" and settings.softmax == "efficient"
 
 
-def _attention(config, settings, span: Span, queries: int, layer: int, is_prepared: bool) -> Iterator[Step]:
+def _attention(config, settings, span: Span, queries: int, layer: int, prepared: bool) -> Iterator[Step]:
     name = f"h.{layer}."
     read, norm = _norm(config.normalization, config, layer)
     yield from norm
     kept = (name + "keys", name + "values") if span.start else ()
     temperatures = (name + "inverse_temperature",) if config.attention_temperature == "position" else ()
     start, early = span.end - queries, 0
-    if temperatures and settings.softmax == "efficient" and config.attention_function == "softmax" and not is_prepared:
+    if temperatures and not prepared and settings.softmax == "efficient" and config.attention_function == "softmax":
         # Where fewer scores are visible than a query has numbers, temperatures multiply scores.
         early = min(max(config.n_embd // config.n_head - start, 0), queries)
-    is_apart = queries < span.length or (is_prepared and layer == config.n_layer - 1)
+    is_apart = queries < span.length or (prepared and layer == config.n_layer - 1)
     split = partial(split_heads, heads=config.n_head, queries=queries, is_apart=is_apart)
     inputs = (read, name + "qkv.weight", name + "qkv.bias", *kept)
     outputs = ("queries", name + "keys", name + "values")
@@ -292,12 +298,22 @@ def _attention(config, settings, span: Span, queries: int, layer: int, is_prepar
         maximum = partial(subtract_maximum, **rows, levels=levels)
         yield Step("maximum", layer, maximum, ("visible",), ("visible",))
         yield Step("exponential", layer, exponentiate, ("visible",), ("visible",))
-        weigh = partial(weigh_visible, queries=queries)
-        yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))
-        divide = partial(divide_and_merge, keys=span.end)
-        yield Step("division", layer, divide, ("attended", "sums"), ("attended",))
+        sizes = (config.n_head, queries, span.end, config.n_embd // config.n_head)
+        chosen = (False, reciprocal_by_chords) if prepared else choose_division(*sizes, settings.network)
+        yield from _divide(*chosen, rows, layer)
     inputs = ("attended", name + "output.weight", name + "output.bias", STREAM)
     yield Step("output", layer, add_linear, inputs, (STREAM,))
+
+
+def _divide(is_early: bool, reciprocal: Callable, rows: dict[str, int], layer: int) -> Iterator[Step]:
+    inputs, queries = ("visible", f"h.{layer}.values"), rows["queries"]
+    if is_early:
+        yield Step("division", layer, partial(divide_visible, **rows, reciprocal=reciprocal), inputs[:1], inputs[:1])
+        yield Step("values", layer, partial(weigh_divided_and_merge, queries=queries), inputs, ("attended",))
+        return
+    yield Step("values", layer, partial(weigh_visible, queries=queries), inputs, ("attended", "sums"))
+    divide = partial(divide_and_merge, keys=rows["keys"], reciprocal=reciprocal)
+    yield Step("division", layer, divide, ("attended", "sums"), ("attended",))
 
 
 def _attend_without_maximum(function: str, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:

@@ -54,8 +54,9 @@ class PrivateSettings:
             to 0.
         reciprocal_iterations (`int`): Iterations of Goldschmidt's method.
         embedding (`str`):
-            "one_hot" (a product of the client's one-hot rows with the server's table: neither learns anything) or
-            "client_table" (the server gives the client its table of token and position embeddings).
+            "one_hot" (a product of the client's one-hot rows with the server's table: neither learns anything),
+            "client_table" (the server gives the client its tables of token and position embeddings) or "public" (the
+            tables are those of a public checkpoint, of which the client has a copy).
         answer (`str`):
             What the client alone learns: "logits" of the last position; "token", the most likely one; or "sampled",
             the most likely one after the client has added noise of its own to the logits.
@@ -70,14 +71,19 @@ class PrivateSettings:
     gelu: Literal["piecewise", "tanh", "erf"] = "piecewise"
     exponential_squarings: int = 8
     reciprocal_iterations: int = 2
-    embedding: Literal["one_hot", "client_table"] = "one_hot"
+    embedding: Literal["one_hot", "client_table", "public"] = "one_hot"
     answer: Literal["logits", "token", "sampled"] = "logits"
     network: Annotated[str, AfterValidator(_check_network)] = WAN.name
 
     @property
+    def embeds_at_home(self) -> bool:
+        """Whether the client looks embeddings up in tables of its own, instead of sharing tokens."""
+        return self.embedding != "one_hot"
+
+    @property
     def needs_encryption(self) -> bool:
         """
-        Whether what is sent shows something to somebody between: the client's table, or the seeds of the random
+        Whether what is sent shows something to somebody between: the client's tables, or the seeds of the random
         numbers that the server deals.
         """
         return self.embedding == "client_table" or self.protocol != "cheetah"
