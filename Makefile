@@ -9,11 +9,14 @@ GPU := $(if $(wildcard $(INSTALLED)),$(VENV),.venv-gpu)
 # Tests start many processes, which read what the first one compiled.
 export PYTHONDONTWRITEBYTECODE :=
 COMPARISONS := model_cards/results/interoperability.jsonl
+# The kept GPT-2, and how it is healed when it is converted: as in the quickstart.
+GPT2 := model_cards/models/sm-ln-g
+HEALING := --heal-steps 325 --distill --learning-rate 2e-3 --evaluation-tokens 200000
 # A file's tests run in one process; files are begun in the order of tests/conftest.py, the longest first.
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := modeling_entropy_gpt conversion training evaluation entropy_gpt tests docs/site_hooks.py
 
-.PHONY: gpu install docs quickstart results runs study test test-all test-releases test-newest interoperability style gateway-page bench clean
+.PHONY: gpu install docs quickstart results healed runs study test test-all test-releases test-newest interoperability style gateway-page bench clean
 
 install: $(INSTALLED)  ## Installs everything into .venv.
 
@@ -28,6 +31,15 @@ results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in d
 	for model in sm-ln-g converted; do \
 		cp quickstart_output/models/$$model/*.json quickstart_output/models/$$model/*.safetensors \
 			model_cards/models/$$model/ || exit 1; done
+	$(MAKE) healed
+
+healed: $(INSTALLED)  ## Converts the kept GPT-2 to softmax alone and to power4, for docs/ladder.md.
+	rm -rf runs/healed-softmax runs/healed-power4
+	$(BIN)/entropy-gpt convert $(GPT2) --to "SM(t_h)+ScFuFFN" --output runs/healed-softmax $(HEALING)
+	$(BIN)/entropy-gpt convert $(GPT2) --to "Pow4(t_h)+ScFuFFN" --output runs/healed-power4 $(HEALING) \
+		--set log_sum_coefficient=0.001
+	for model in healed-softmax healed-power4; do \
+		cp runs/$$model/results.json model_cards/results/$$model.json || exit 1; done
 	$(BIN)/python -m entropy_gpt.programs.quickstart.page
 
 runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectures, for docs/training.md.
@@ -41,15 +53,18 @@ runs: $(INSTALLED)  ## Trains the recipe python-stdlib-small in three architectu
 		model_cards/results/runs/ereg-smt-scfuffn --output docs/training
 
 study: $(INSTALLED)  ## Does what the study's records lack (many hours), and writes its page, its pictures and the README's table.
-	mkdir -p runs/study runs/scaling
+	mkdir -p runs/study runs/scaling runs/ladder
 	cp model_cards/results/study.json runs/study/study.json
 	cp model_cards/results/study_models.json runs/study/models.json
 	cp model_cards/results/scaling.json runs/scaling/study.json
+	cp model_cards/results/ladder.json runs/ladder/study.json
 	$(BIN)/entropy-gpt study $(ARGS)
 	$(BIN)/entropy-gpt study --protocol scaling $(ARGS)
+	$(BIN)/entropy-gpt study --protocol ladder $(ARGS)
 	cp runs/study/study.json model_cards/results/study.json
 	cp runs/study/models.json model_cards/results/study_models.json
 	cp runs/scaling/study.json model_cards/results/scaling.json
+	cp runs/ladder/study.json model_cards/results/ladder.json
 	$(BIN)/python -m entropy_gpt.programs.study.page
 
 test: $(INSTALLED)  ## Runs the default tests, offline, in minutes.

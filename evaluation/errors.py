@@ -37,5 +37,9 @@ class MachineError(PrivateInferenceError):
     """Something on this machine failed. The other side does not learn why, since the message may describe it."""
 
 
+class EmbeddingsError(MachineError):
+    """This side has no copy of the public embeddings that the other side names."""
+
+
 class EngineError(MachineError):
     """This side's engine failed."""

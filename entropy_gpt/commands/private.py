@@ -22,6 +22,7 @@ from .private_connection import (
     ProtocolOption,
     Timeout,
     TwoPartyProtocol,
+    read_public_checkpoint,
     with_connection,
     with_options,
 )
@@ -44,6 +45,7 @@ def end_in_order():
 class Embedding(StrEnum):
     one_hot = "one_hot"
     client_table = "client_table"
+    public = "public"
 
 
 class DraftKeep(StrEnum):
@@ -67,6 +69,22 @@ Networks = Annotated[
         help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms.",
     ),
 ]
+Served = Annotated[
+    str,
+    typer.Option(
+        "--network",
+        help="The network to clients: LAN, WAN, or bandwidth and round trip, such as 300Mbps,20ms. Operations take "
+        "the forms that are fastest there.",
+    ),
+]
+ChosenFor = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--network",
+        help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms. "
+        "Operations take the forms that are fastest on the first one named, or on a WAN.",
+    ),
+]
 Layers = Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")]
 Width = Annotated[int, typer.Option("--n-embd", min=1, help="Width.")]
 Heads = Annotated[int | None, typer.Option("--n-head", min=1, help="Heads. Default: heads of about 64 dimensions.")]
@@ -79,7 +97,17 @@ EmbeddingOption = Annotated[
     Embedding,
     typer.Option(
         help="one_hot: neither side learns anything, at the cost of a product with the whole vocabulary. "
-        "client_table: the client gets the embeddings. These are weights of the model (and of its head, if tied)."
+        "client_table: the client gets the embeddings, weights of the model (and of its head, if tied). "
+        "public: the client has them already, since they are those of --public-checkpoint, to the last bit."
+    ),
+]
+PublicCheckpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--public-checkpoint",
+        metavar="MODEL",
+        callback=read_public_checkpoint,
+        help="With --embedding public: the checkpoint that the embeddings are from, a folder or on the Hub.",
     ),
 ]
 AnswerOption = Annotated[
@@ -133,8 +161,10 @@ def serve(
     insecure: Insecure = False,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
+    public_checkpoint: PublicCheckpoint = None,
     answer: AnswerOption = Learned.logits,
     fraction_bits: FractionBits = 18,
+    network: Served = "WAN",
     text: AuditedText = None,
     tokenizer: TokenizerPlace = None,
     longest: Annotated[
@@ -198,8 +228,10 @@ def serve(
         insecure=insecure,
         protocol=protocol.value,
         embedding=embedding.value,
+        public_checkpoint=public_checkpoint,
         answer=answer.value,
         fraction_bits=fraction_bits,
+        network=network,
         text=text,
         tokenizer=tokenizer,
         limits=(longest, requests, positions, seconds),
@@ -345,6 +377,7 @@ def demo(
     new_tokens: NewTokens = 1,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
     embedding: EmbeddingOption = Embedding.one_hot,
+    public_checkpoint: PublicCheckpoint = None,
     answer: AnswerOption = Learned.logits,
     fraction_bits: FractionBits = 18,
     text: AuditedText = None,
@@ -352,7 +385,7 @@ def demo(
     prepared: Annotated[
         bool, typer.Option("--prepared", help="Do first what needs no prompt, and show both phases.")
     ] = False,
-    networks: Networks = None,
+    networks: ChosenFor = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", callback=read_path, help="Write the cost of each step to this file, as JSON."),
@@ -385,6 +418,7 @@ def demo(
         new_tokens=new_tokens,
         protocol=protocol.value,
         embedding=embedding.value,
+        public_checkpoint=public_checkpoint,
         answer=answer.value,
         fraction_bits=fraction_bits,
         text=text,
@@ -418,7 +452,7 @@ def cost(
     prepared: Annotated[
         bool, typer.Option("--prepared", help="Do before the prompt what needs none (private prepare).")
     ] = False,
-    networks: Networks = None,
+    networks: ChosenFor = None,
 ):
     """
     Predict the traffic, the round trips and the time of a private inference, from architecture and sizes alone.
@@ -460,7 +494,9 @@ def benchmark(
     networks: Annotated[
         list[str] | None,
         typer.Option(
-            "--network", help="Another network besides LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms."
+            "--network",
+            help="Another network besides LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms. Operations "
+            "take the forms that are fastest on the first one named, or on a WAN.",
         ),
     ] = None,
     whole: Annotated[

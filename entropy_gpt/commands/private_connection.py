@@ -47,6 +47,18 @@ ProtocolOption = Annotated[
 ]
 
 
+def read_public_checkpoint(value: str | None) -> str | None:
+    """
+    The value of `--public-checkpoint`.
+
+    Raises:
+        `ConversionError`: If it can be neither a folder nor a repository on the Hub.
+    """
+    if value is not None:
+        check_place(value)
+    return value
+
+
 def _read_connection(
     connect: Annotated[str, typer.Option(help="HOST:PORT of the server.")],
     tokenizer: Annotated[str, typer.Option(help="The server's tokenizer: a folder, or a repository on the Hub.")],
@@ -55,6 +67,15 @@ def _read_connection(
     authority: Authority = None,
     insecure: Insecure = False,
     protocol: ProtocolOption = TwoPartyProtocol.cheetah,
+    public_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            callback=read_public_checkpoint,
+            help="For a server with public embeddings: your copy of the checkpoint that has them, a folder or on the "
+            "Hub. The server names one, but nothing is loaded by its word.",
+        ),
+    ] = None,
     timeout: Timeout = 600,
 ) -> dict[str, Any]:
     """The arguments of `open_client` that these options are."""
@@ -65,6 +86,7 @@ def _read_connection(
         "tokenizer": tokenizer,
         "insecure": insecure,
         "protocol": protocol.value,
+        "public_checkpoint": public_checkpoint,
         "timeout": timeout,
     }
 

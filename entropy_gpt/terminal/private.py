@@ -106,6 +106,11 @@ def serve(
             f"a client may have {positions} positions a day: from the logits of {width + 1} it can compute the head "
             "but for a change of basis (--max-positions, or --answer token)"
         )
+    if offer.settings.answer == "logits" and offer.settings.embeds_at_home:
+        say(
+            "clients have the embeddings: if the head is tied to them, logits give the last hidden states and in "
+            "time the final norm (--answer token)"
+        )
     if layers := list_absorbable_ffns(server.offer.config):
         names = ", ".join(map(str, layers))
         say(f"FFNs of layers {names} can't be absorbed: they stretch or shrink the stream too far")
@@ -206,7 +211,8 @@ def demo(model: str, prompt: str, networks: list[str], output: Path | None, resu
     Args:
         model (`str`): A folder, or a repository on the Hub.
         prompt (`str`): The prompt.
-        networks (`list[str]`): Networks to estimate seconds for; LAN and WAN if there are none.
+        networks (`list[str]`): Networks to estimate seconds for; LAN and WAN if there are none. Forms are chosen for
+            the first, or a WAN.
         output (`Path`, *optional*): The file for the cost of each step.
         results (`Path`, *optional*): The file for the sum of the cost, as a result of the model.
         options: Further arguments of [`~entropy_gpt.workflows.private.demonstrate`].
@@ -216,7 +222,9 @@ def demo(model: str, prompt: str, networks: list[str], output: Path | None, resu
     """
     shown = read_networks(networks)
     with progress_display(console) as progress:
-        answer = private.demonstrate(model, prompt, report=_print_line, progress=progress, **options)
+        answer = private.demonstrate(
+            model, prompt, network=choose_network(networks), report=_print_line, progress=progress, **options
+        )
     print_answer(prompt, answer)
     _print_cost(answer, shown)
     _save(answer, output)
@@ -284,6 +292,11 @@ def read_networks(texts: Sequence[str]) -> list[Network]:
         return [parse_network(text) for text in texts] or [LAN, WAN]
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def choose_network(texts: Sequence[str]) -> str:
+    """The network of `--network` that operations take their forms for."""
+    return texts[0] if texts else WAN.name
 
 
 def _print_cost(answer: PrivateAnswer, networks: list[Network]):

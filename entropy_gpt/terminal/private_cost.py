@@ -8,7 +8,7 @@ from entropy_gpt.evaluation.private_inference.program.cost import MEGA, project
 from entropy_gpt.evaluation.private_inference.program.networks import Network
 from entropy_gpt.workflows.private_cost import PredictedCost, private_cost
 
-from .private import read_networks
+from .private import choose_network, read_networks
 from .progress import format_seconds
 from .tables import break_path, print_side_by_side
 
@@ -22,7 +22,8 @@ def run(architectures: list[str], networks: Sequence[str], kept: int, length: in
 
     Args:
         architectures (`list[str]`): Notations and models; the others are compared with the first one.
-        networks (`Sequence[str]`): Networks to estimate the time for; LAN and WAN if there are none.
+        networks (`Sequence[str]`): Networks to estimate the time for; LAN and WAN if there are none. Forms are chosen
+            for the first, or a WAN.
         kept (`int`): Earlier tokens, whose keys and values are cached.
         length (`int`): Tokens of the prompt.
         options: Further arguments of [`private_cost`].
@@ -31,7 +32,8 @@ def run(architectures: list[str], networks: Sequence[str], kept: int, length: in
         `UserError`: If an architecture or a network is not known, or the sizes do not fit.
     """
     shown = read_networks(networks)
-    costs = private_cost(list(dict.fromkeys(architectures)), kept=kept, length=length, **options)
+    chosen_for, titles = choose_network(networks), list(dict.fromkeys(architectures))
+    costs = private_cost(titles, kept=kept, length=length, network=chosen_for, **options)
     parts = [cost.by_operation for cost in costs]
     operations = list(dict.fromkeys(name for part in parts for name in part))
     rows = [(name, *(f"{part.get(name, 0) / MEGA:,.1f}" for part in parts)) for name in operations]
@@ -47,8 +49,8 @@ def run(architectures: list[str], networks: Sequence[str], kept: int, length: in
         names = f"{', '.join(titles)}: " if len(titles) < len(costs) else ""
         console.print(f"{names}{sizes}", markup=False, highlight=False)
     console.print(
-        "Predicted for the protocol cheetah, with two cores for both parties, without the set-up of a connection: "
-        f"{_describe_set_up(costs[0], kept + length)}.",
+        f"Predicted for the protocol cheetah in the forms for {chosen_for}, with two cores for both parties, without "
+        f"the set-up of a connection: {_describe_set_up(costs[0], kept + length)}.",
         style="dim",
     )
 

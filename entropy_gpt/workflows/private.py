@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from entropy_gpt.conversion.early_checks import expanded
+from entropy_gpt.conversion.embeddings import Embeddings, read_embeddings
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.measuring.perplexity import Windows
@@ -24,9 +25,11 @@ from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
 from entropy_gpt.evaluation.private_inference.parties.question import Question, check_request
 from entropy_gpt.evaluation.private_inference.parties.server import MOST_PREPARED_BYTES, Server, json_line
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
+from entropy_gpt.evaluation.private_inference.parties.tables import PublicCheckpoint
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.parties.turns import LONGEST_LINE, LONGEST_WAIT, Turns
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
+from entropy_gpt.evaluation.private_inference.program.networks import WAN
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.range_audit import MOST_WINDOWS, bound
 from entropy_gpt.evaluation.private_inference.program.range_report import tolerated_error
@@ -61,8 +64,10 @@ def open_server(
     insecure: bool = False,
     protocol: str = "cheetah",
     embedding: str = "one_hot",
+    public_checkpoint: str | Path | None = None,
     answer: str = "logits",
     fraction_bits: int = DEFAULT_FRACTION_BITS,
+    network: str = WAN.name,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     limits: Limits = DEFAULT_LIMITS,
@@ -85,9 +90,11 @@ def open_server(
         tls ([`TLSFiles`], *optional*): This side's certificate and key. Required beyond the loopback.
         insecure (`bool`): Allow plain TCP beyond the loopback.
         protocol (`str`): "cheetah", or "semi2k" for measurements only.
-        embedding (`str`): "one_hot" or "client_table", as in [`PrivateSettings`].
+        embedding (`str`): "one_hot", "client_table" or "public", as in [`PrivateSettings`].
+        public_checkpoint (`str` or `Path`, *optional*): With "public", the checkpoint that the embeddings are from.
         answer (`str`): What the client learns of each new token: "logits", "token" or "sampled".
         fraction_bits (`int`): Bits of a number behind the point, from 12 to 22.
+        network (`str`): What operations take their forms for: "LAN", "WAN", or such as "300Mbps,20ms".
         text (`str` or `Path`, *optional*): A file with text that the audit looks at too.
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         limits ([`Limits`]): What each client may ask for, by its certificate, or without TLS by its address.
@@ -127,11 +134,13 @@ def open_server(
         timeout=timeout,
         workers=workers,
     )
-    settings = read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
+    settings = read_settings(
+        protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits, network=network
+    )
     host, port = parse_address(listen)
     check_connection(host, tls, insecure, settings)
     warn = (lambda line: report(json_line(line))) if json_log else report
-    offer, _, _ = _make_offer(expanded(model), tokenizer, settings, text, warn, progress)
+    offer, _, _ = _make_offer(expanded(model), tokenizer, settings, public_checkpoint, text, warn, progress)
     check_memory(weight_shapes(offer.config).values(), SERVER, workers)
     turns, folder = Turns(workers, longest_line, longest_wait), prepared and expanded(prepared)
     return Server(offer, host, port, tls, timeout, limits, report, turns, json_log, folder, round(prepared_mb * MEGA))
@@ -145,8 +154,10 @@ def demonstrate(
     new_tokens: int = 1,
     protocol: str = "cheetah",
     embedding: str = "one_hot",
+    public_checkpoint: str | Path | None = None,
     answer: str = "logits",
     fraction_bits: int = DEFAULT_FRACTION_BITS,
+    network: str = WAN.name,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     prepared: bool = False,
@@ -162,7 +173,7 @@ def demonstrate(
         model (`str` or `Path`): An EntropyGPT or GPT-2: a folder, or a repository on the Hub.
         prompt (`str`): The prompt.
         new_tokens (`int`): Tokens of the answer.
-        protocol, embedding, answer, fraction_bits, text: As of [`open_server`].
+        protocol, embedding, public_checkpoint, answer, fraction_bits, network, text: As of [`open_server`].
         tokenizer (`str` or `Path`, *optional*): The tokenizer's folder or repository. Default: the model's.
         prepared (`bool`): Whether to do first what needs no prompt, as [`prepare`] does.
         timeout (`int`): Seconds without any event after which both sides give up.
@@ -183,14 +194,18 @@ def demonstrate(
     """
     check_engine()
     check_positive(max_new_tokens=new_tokens, timeout=timeout)
-    settings = read_settings(protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits)
-    offer, clear, words = _make_offer(expanded(model), tokenizer, settings, text, report, progress)
+    settings = read_settings(
+        protocol=protocol, embedding=embedding, answer=answer, fraction_bits=fraction_bits, network=network
+    )
+    offer, clear, words = _make_offer(expanded(model), tokenizer, settings, public_checkpoint, text, report, progress)
     tokens = tokenize(prompt, words)
     check_request(offer.config, settings, len(tokens), new_tokens, answers=1)
     with (
         tempfile.TemporaryDirectory() as folder,
         serve_on_loopback(offer, timeout, Path(folder) / "prepared") as address,
-        contextlib.closing(Client(*address, None, timeout, protocol, Path(folder) / "prepared")) as client,
+        contextlib.closing(
+            Client(*address, None, timeout, protocol, Path(folder) / "prepared", public_checkpoint)
+        ) as client,
     ):
         if prepared:
             with progress.stage("preparing") as line:
@@ -217,22 +232,55 @@ def _make_offer(
     source: str,
     tokenizer: str | Path | None,
     settings: PrivateSettings,
+    public_checkpoint: str | Path | None,
     text: str | Path | None,
     report: Callable[[str], None],
     progress: Progress,
 ) -> tuple[Offer, EntropyGPTForCausalLM, PreTrainedTokenizerFast]:
     """What a server offers, if the model's numbers fit the ring, with the model in the clear and its tokenizer."""
+    public = _read_public(settings, public_checkpoint)
     with library_bars_hidden(), progress.stage("loading the model"):
         model = load_language_model(source).eval()
         words = load_model_tokenizer(tokenizer and expanded(tokenizer), source, model.config.vocab_size)
     audited_text = _read_audited_text(expanded(text), words, model.config.n_positions) if text else []
     with progress.stage("checking the range of its numbers"):
         config, weights = prepare_weights(model)
+        if public is not None:
+            _compare_embeddings(weights, public)
         weights, audited = bound(config, weights, settings, audited_text)
     for line in audited.warnings:
         report(line)
-    offer = Offer(config, weights, model.config.notation, settings, hash_vocabulary(words, config.vocab_size))
+    checkpoint = public and PublicCheckpoint(public.name, public.revision)
+    vocabulary = hash_vocabulary(words, config.vocab_size)
+    offer = Offer(config, weights, model.config.notation, settings, vocabulary, checkpoint)
     return offer, model, words
+
+
+def _read_public(settings: PrivateSettings, checkpoint: str | Path | None) -> Embeddings | None:
+    """
+    Raises:
+        `UserError`: If one of both options is there alone, or there are no such embeddings.
+    """
+    if (settings.embedding == "public") != (checkpoint is not None):
+        raise UserError("--embedding public and --public-checkpoint MODEL belong together: give both or neither.")
+    return None if checkpoint is None else read_embeddings(checkpoint)
+
+
+def _compare_embeddings(weights: dict[str, np.ndarray], public: Embeddings):
+    """
+    Raises:
+        `UserError`: If the model's embeddings are not the public ones, to the last bit.
+    """
+    for name, table in public.tables.items():
+        own, differing = weights[name], weights[name].size
+        if own.shape == table.shape:
+            differing = np.count_nonzero(own.view(np.uint32) != table.view(np.uint32))
+        if differing:
+            raise UserError(
+                f"--embedding public: {name} of the model is not that of {public.name} ({differing:,} of {own.size:,} "
+                "numbers differ). Freeze the embeddings when the model is made (convert --freeze-embeddings, train "
+                "freeze_embeddings=true), or choose another --embedding."
+            )
 
 
 def _read_audited_text(path: Path, words: PreTrainedTokenizerFast, n_positions: int) -> list[int]:

@@ -103,6 +103,8 @@ def show_event(event: dict[str, Any], line: Stage):
     """Reports an event of [`Client.ask`] to a stage: the number of steps, and each step with its layer."""
     if event["event"] == "unprepared":
         line.say("no preparation fits: all of it is computed now")
+    elif event["event"] == "tables":
+        line.say("the server sends its embeddings, once")
     elif event["event"] == "waiting":
         before, seconds = event["before"], event["seconds"]
         line.say(f"the server is busy; clients before this one: {before}; it is given up in {seconds} s")

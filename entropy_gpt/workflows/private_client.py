@@ -56,6 +56,9 @@ class PrivateClient:
         tls ([`TLSFiles`], *optional*): This side's certificate and key. Required beyond the loopback.
         insecure (`bool`): Allow plain TCP beyond the loopback.
         protocol (`str`): The only protocol that the client accepts.
+        public_checkpoint (`str` or `Path`, *optional*):
+            For a server with public embeddings: this side's copy of the checkpoint that has them, a folder or a
+            repository on the Hub.
         timeout (`int`): Seconds without any event after which the client gives up.
         prepared (`str` or `Path`, *optional*):
                 Folder for its halves of preparations. The smallest that fits a prompt is used up.
@@ -93,6 +96,7 @@ class PrivateClient:
         tls: TLSFiles | None = None,
         insecure: bool = False,
         protocol: str = "cheetah",
+        public_checkpoint: str | Path | None = None,
         timeout: int = DEFAULT_TIMEOUT,
         prepared: str | Path | None = None,
         require_prepared: bool = False,
@@ -112,7 +116,7 @@ class PrivateClient:
             tokenizer = load_tokenizer(expanded(tokenizer))
         self.tokenizer = tokenizer
         folder = prepared and expanded(prepared)
-        self._connect = lambda: Client(self.host, port, tls, timeout, protocol, folder)
+        self._connect = lambda: Client(self.host, port, tls, timeout, protocol, folder, public_checkpoint)
         self._connection: Client | None = None
         self._lock = threading.Lock()
         self.terms = self._connected().terms

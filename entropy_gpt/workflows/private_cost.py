@@ -15,6 +15,7 @@ from entropy_gpt.evaluation.private_inference.costs.cost_model import (
     predict_phases,
 )
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
+from entropy_gpt.evaluation.private_inference.program.networks import WAN
 from entropy_gpt.evaluation.private_inference.program.program import tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span
@@ -45,7 +46,7 @@ class PredictedCost:
         config ([`EntropyGPTConfig`]): Its architecture and sizes.
         steps (`list[PredictedStep]`): The steps of the inference.
         key_bytes (`float`): Bytes of the keys, sent once per connection.
-        table_bytes (`int`): Bytes of the embeddings, sent once per connection with "client_table".
+        table_bytes (`int`): Bytes of the embeddings, sent once to each client with "client_table".
         before (`list[PredictedStep]`): Steps that are done before the prompt comes, in no other number here.
     """
 
@@ -99,6 +100,7 @@ def private_cost(
     length: int = 128,
     all_positions: bool = False,
     embedding: str = "one_hot",
+    network: str = WAN.name,
     prepared: bool = False,
 ) -> list[PredictedCost]:
     """
@@ -113,7 +115,8 @@ def private_cost(
         kept (`int`): Earlier tokens, whose keys and values are cached.
         length (`int`): Tokens of the prompt.
         all_positions (`bool`): Whether the logits of all positions are computed, not only those of the last one.
-        embedding (`str`): "one_hot" or "client_table", as in [`PrivateSettings`].
+        embedding (`str`): "one_hot", "client_table" or "public", as in [`PrivateSettings`].
+        network (`str`): What operations take their forms for: "LAN", "WAN", or such as "300Mbps,20ms".
         prepared (`bool`): Whether what needs no prompt is done before it comes.
 
     Returns:
@@ -136,7 +139,7 @@ def private_cost(
     check_positive(**given, seq=length)
     if kept < 0:
         raise UserError(f"--kept {kept}: give a number of at least 0.")
-    settings = read_options(PrivateSettings, embedding=embedding)
+    settings = read_options(PrivateSettings, embedding=embedding, network=network)
     span = Span(kept, length, length if all_positions else 1)
     titles = [str(architecture) for architecture in as_tuple(architectures)]
     models = {title: load_language_model(title).config for title in titles if is_model(title)}

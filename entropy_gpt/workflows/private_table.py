@@ -67,6 +67,7 @@ def private_table(
         n_head (`int`, *optional*): Heads. Default: heads of about 64 dimensions.
         context (`int`): Tokens of the prompt.
         networks (`Sequence[str]`): Networks besides LAN and WAN to estimate seconds for, such as "300Mbps,20ms".
+            Operations take their forms for the first one, or for a WAN.
         whole (`bool`): Also run the cheapest architecture as a whole, to verify the sum of its parts.
         timeout (`int`): Seconds without any event after which a measurement fails.
         progress (`Progress`): Receives a stage for each measurement.
@@ -187,7 +188,8 @@ def plan_table(
     sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head or count_heads(n_embd), "vocab_size": vocab_size}
     try:
         shown = tuple(dict.fromkeys((LAN, WAN, *map(parse_network, networks))))
-        rows = list_rows(list(as_tuple(notations or NOTATIONS)), context, **sizes)
+        chosen_for = networks[0] if networks else WAN.name
+        rows = list_rows(list(as_tuple(notations or NOTATIONS)), context, chosen_for, **sizes)
         plan = TablePlan(rows, whole, shown, Path(expanded(output)), timeout)
         BENCHMARK.is_in(plan.output)
         for inference in (*plan.parts, *(map(_name_whole, rows[1:]) if whole else ())):

@@ -73,7 +73,8 @@ class PrivateModel:
         text (`Sequence[int]`): Tokens that the audit looks at too, such as those of a user's own text.
 
     Raises:
-        `PrivateInferenceError`: If an operation of the model has no private form, or the answers are tokens alone.
+        `PrivateInferenceError`: If an operation of the model has no private form, the answers are tokens alone, or the
+            embeddings are to be public.
         `ConversionError`: As [`prepare_weights`].
     """
 
@@ -83,6 +84,10 @@ class PrivateModel:
         self.settings, self._text = settings or PrivateSettings(), text
         if self.settings.answer != "logits":
             raise PrivateInferenceError(f"answer={self.settings.answer!r} can't be compared: use answer='logits'.")
+        if self.settings.embedding == "public":
+            raise PrivateInferenceError(
+                "embedding='public' is for a client that has a copy: use 'client_table', which computes the same."
+            )
         self.config, self.weights = prepare_weights(model)
         self._model = copy.deepcopy(model).float().eval()
 

@@ -136,6 +136,23 @@ class TestMisuse:
     def test_of_addresses_and_certificates(self, model, arguments, message, complaint):
         assert message in complaint("serve", model, *arguments)
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--embedding", "public"], "--embedding public and --public-checkpoint MODEL belong together"),
+            (["--public-checkpoint", "{other}"], "--embedding public and --public-checkpoint MODEL belong together"),
+            (["--embedding", "public", "--public-checkpoint", "no/such/folder"], "There is no no/such/folder"),
+            (["--embedding", "public", "--public-checkpoint", "{other}"], "is not that of other (1 of "),
+        ],
+    )
+    def test_of_public_embeddings(self, model, options, message, complaint, tmp_path):
+        other = load_language_model(model)
+        with torch.no_grad():
+            other.transformer.wpe.weight[-1, -1] += 1
+        other.save_pretrained(tmp_path / "other")
+        options = [option.format(other=tmp_path / "other") for option in options]
+        assert message in complaint("serve", model, "--listen", "127.0.0.1:0", *options)
+
     def test_a_port_in_use(self, model, complaint):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -239,12 +256,14 @@ class TestTwoProcesses:
         assert [(each.total_bytes, each.answers, each.check.same) for each in told.costs] == [(cost.total_bytes, 2, 2)]
         assert told.costs[0].check.largest_error < 0.01
 
+    @pytest.mark.parametrize("embedding", ["one_hot", "client_table", "public"])
     @pytest.mark.parametrize(
         ("answer", "said"), [("logits", "compute the head"), ("sampled", "it can compare logits"), ("token", None)]
     )
-    def test_an_operator_hears_what_a_client_may_learn(self, answer, said, monkeypatch):
+    def test_an_operator_hears_what_a_client_may_learn(self, answer, said, embedding, monkeypatch):
         lines = []
-        offer = SimpleNamespace(settings=PrivateSettings(answer=answer), config=SimpleNamespace(n_embd=8))
+        settings = PrivateSettings(answer=answer, embedding=embedding)
+        offer = SimpleNamespace(settings=settings, config=SimpleNamespace(n_embd=8))
         server = SimpleNamespace(
             offer=offer,
             address=("127.0.0.1", 9),
@@ -260,6 +279,8 @@ class TestTwoProcesses:
         warned = [line for line in lines if "16 positions a day" in line]
         assert len(warned) == (said is not None)
         assert all(said in line for line in warned)
+        known = any("logits give the last hidden states" in line for line in lines)
+        assert known == (answer == "logits" and embedding != "one_hot")
 
     @pytest.mark.slow
     def test_ffns_that_are_not_absorbed_are_told_once_the_server_listens(self, text, tmp_path):

@@ -173,7 +173,7 @@ def test_each_preparation_that_has_lost_its_other_half_is_passed_over():
 )
 def test_a_half_is_used_up_once_its_prompt_is_accepted(tmp_path, heard, kept):
     client = Client.__new__(Client)
-    client.store, name = Store(tmp_path, 1), "0" * 32
+    client.store, client._tables, name = Store(tmp_path, 1), {}, "0" * 32
     client.store.path(name).write_bytes(b"half")
     taken = []
 

@@ -61,6 +61,22 @@ def test_eight_architectures_are_readable_at_80_columns(capsys, monkeypatch):
     assert "…" not in shown
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_embeddings_at_home_take_no_steps_and_public_ones_no_bytes_either(prepared):
+    def predict(embedding: str):
+        (cost,) = private_cost("SM", n_layer=1, n_embd=64, vocab_size=64, embedding=embedding, prepared=prepared)
+        return cost
+
+    shared, sent, public = map(predict, ("one_hot", "client_table", "public"))
+    saved = sum(cost.by_operation["embedding"] for cost in (shared, *([shared.first_phase] if prepared else [])))
+    for cost in (sent, public):
+        assert "embedding" not in cost.by_operation | cost.first_phase.by_operation
+        after = cost.total_bytes + cost.first_phase.total_bytes
+        assert after == pytest.approx(shared.total_bytes + shared.first_phase.total_bytes - saved, rel=1e-3)
+        assert cost.round_trips < shared.round_trips
+    assert (shared.table_bytes, public.table_bytes) == (0, 0) != sent.table_bytes
+
+
 def test_both_phases_have_bytes_round_trips_and_seconds(capsys):
     sizes = {"n_layer": 1, "n_embd": 64, "vocab_size": 64}
     shown = show(capsys, "SM", networks=["100Mbps,50ms"], prepared=True, **sizes)

@@ -14,6 +14,7 @@ from entropy_gpt.evaluation.benchmarks import (
     gpu,
     private_inference,
     range_check,
+    ring,
     training_step,
     two_phases,
 )
@@ -21,7 +22,7 @@ from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost,
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 
-BENCHMARKS = [conversion, entropy_attention, evaluation, private_inference, range_check, training_step]
+BENCHMARKS = [conversion, entropy_attention, evaluation, private_inference, range_check, ring, training_step]
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)

@@ -15,11 +15,11 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.counting import Shape, StepCounts, Stock, count_step, make_shape
 from entropy_gpt.evaluation.private_inference.program.prices import Prices, load_prices, price_of
-from entropy_gpt.evaluation.private_inference.program.program import build_steps, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.program import build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span, Step
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
-from entropy_gpt.evaluation.private_inference.program.variables import program_variables
+from entropy_gpt.evaluation.private_inference.program.variables import held_shapes, program_variables
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
 
@@ -106,7 +106,7 @@ def predict_phases(
     _check_counted(settings)
     config = program_config(config)
     preparation = Preparation(config, settings, spans)
-    weights = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
+    weights = {name: make_shape(shape, SERVER) for name, shape in held_shapes(config, settings, SERVER).items()}
     before = _count(preparation.steps, weights | preparation.masks, settings)
     after = []
     for number, span in enumerate(spans):

@@ -17,10 +17,10 @@ from entropy_gpt.evaluation.private_inference.inference import (
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
-from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
+from entropy_gpt.evaluation.private_inference.parties.slow_link import SlowLink
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer, Terms
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
-from entropy_gpt.evaluation.private_inference.program.networks import Network
+from entropy_gpt.evaluation.private_inference.program.networks import LOOPBACK, Network
 from entropy_gpt.evaluation.private_inference.program.program import build_steps, check_config
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span

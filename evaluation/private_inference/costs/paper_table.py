@@ -43,17 +43,19 @@ BLOCK_VOCABULARY = 64
 SMALLEST_BLOCK = "SM+FFNi1"
 
 
-def list_rows(notations: list[str], context: int, **sizes) -> list[Inference]:
+def list_rows(notations: list[str], context: int, network: str = WAN.name, **sizes) -> list[Inference]:
     """
     The rows of the table as inferences of whole models: what is run today, then each architecture with the economies
-    of this package.
+    of this package, in the forms for a network.
 
     Raises:
         As [`make_config`].
     """
     today = Inference(TODAY, make_config(PAPER_BASELINE, context, **sizes), TODAY_SETTINGS, context)
     configs = {config.notation: config for config in (make_config(text, context, **sizes) for text in notations)}
-    rows = [Inference(notation, config, PrivateSettings(), context) for notation, config in configs.items()]
+    rows = [
+        Inference(notation, config, PrivateSettings(network=network), context) for notation, config in configs.items()
+    ]
     return [today, *rows]
 
 

@@ -65,6 +65,12 @@ def fitting_cases() -> list[Case]:
         *(_case(lambda ops, a: ops.scale(a, 0.3), n, None) for n in (1000, 20000, 60000)),
         *(_case(lambda ops, a: ops.reveal(a), n, None) for n in (1000, 20000)),
         *(_case(lambda ops, a: ops.positive_part(a), n, None) for n in (1000, 20000, 60000)),
+        *(_case(lambda ops, a, b: ops.is_less(a, b), n, None, None) for n in (1000, 20000, 60000)),
+        *(_case(lambda ops, a, b: ops.keep(a, ops.is_less(a, b)), n, None, None) for n in (1000, 20000)),
+        *(
+            _case(lambda ops, a, b, c: ops.both(ops.is_less(a, b), ops.is_less(b, c)), n, None, None, None)
+            for n in (1000, 20000)
+        ),
         *(_case(lambda ops, a: ops.reciprocal(a), n, None) for n in (32, 1000, 4000)),
         *(_case(lambda ops, a: ops.reciprocal_root(a), n, None) for n in (32, 1000, 4000)),
         *(_case(lambda ops, a: ops.tanh(a), n, None) for n in (1000, 20000)),

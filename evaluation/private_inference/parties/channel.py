@@ -7,6 +7,7 @@ import getpass
 import hashlib
 import ipaddress
 import json
+import math
 import re
 import select
 import socket
@@ -23,48 +24,18 @@ from pathlib import Path
 from entropy_gpt.evaluation.errors import MachineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
+from .tls_advice import NO_TLS, explain
+
 
 MAX_MESSAGE_BYTES = 2**16
 MAX_REASON_CHARACTERS = 300
 HANDSHAKE_SECONDS, PARTING_SECONDS = 10, 1
+PART_BYTES = 2**20
 # For which a peer may take nothing of what it is sent.
 SEND_SECONDS = 60
 LENGTH = struct.Struct(">I")
 # The first bytes of TLS, where a message's length belongs.
 TLS_HANDSHAKE = b"\x16\x03"
-# What to do about OpenSSL's X509_V_ERR_... of the peer's certificate.
-UNKNOWN_AUTHORITY = "it is not signed by an authority of this side's --ca"
-OTHER_NAME = "its subjectAltName has to name the host that --connect names (a common name does not count)"
-VERIFICATION_ADVICE = {
-    9: "it is not valid yet: compare the clocks",
-    10: "its owner needs a new one",
-    18: UNKNOWN_AUTHORITY,
-    19: UNKNOWN_AUTHORITY,
-    20: UNKNOWN_AUTHORITY,
-    21: UNKNOWN_AUTHORITY,
-    26: "it is for the other side only (extendedKeyUsage)",
-    62: OTHER_NAME,
-    64: OTHER_NAME,
-}
-# What OpenSSL says of a connection, in words.
-NO_TLS = "the peer speaks no TLS: give --cert, --key and --ca on both sides or on neither"
-OWN_CERTIFICATE = "the peer does not accept this side's --cert"
-TLS_ADVICE = {
-    "WRONG_VERSION_NUMBER": NO_TLS,
-    "PACKET_LENGTH_TOO_LONG": NO_TLS,
-    "RECORD_LAYER_FAILURE": NO_TLS,
-    "HTTP_REQUEST": "the peer speaks HTTP",
-    "UNSUPPORTED_PROTOCOL": "the peer speaks no TLS 1.3",
-    "TLSV1_ALERT_PROTOCOL_VERSION": "the peer speaks no TLS 1.3",
-    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the peer has no certificate",
-    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the peer wants a certificate: give --cert and --key",
-    "TLSV1_ALERT_UNKNOWN_CA": f"{OWN_CERTIFICATE}, which no authority of its --ca has signed",
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED": f"{OWN_CERTIFICATE}, which has expired",
-    "SSLV3_ALERT_BAD_CERTIFICATE": OWN_CERTIFICATE,
-    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": OWN_CERTIFICATE,
-    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": f"{OWN_CERTIFICATE}, which is for the other side only (extendedKeyUsage)",
-    "UNEXPECTED_EOF_WHILE_READING": "the peer ended the connection: it has other certificates, or no TLS",
-}
 # A peer whose machine is gone is noticed after about a minute.
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
@@ -210,7 +181,24 @@ class Channel:
         content = json.dumps(message, allow_nan=False).encode()
         if len(content) > MAX_MESSAGE_BYTES:
             raise PrivateInferenceError(f"a message of {len(content):,} bytes is more than {MAX_MESSAGE_BYTES:,}.")
-        waiting, limit = memoryview(LENGTH.pack(len(content)) + content), time.monotonic() + SEND_SECONDS
+        self._send(LENGTH.pack(len(content)) + content)
+
+    def send_bytes(self, content: bytes, seconds: float):
+        """Bytes whose number the peer knows; within these seconds it takes all. Raises as [`Channel.send`]."""
+        end = time.monotonic() + seconds
+        for begin in range(0, len(content), PART_BYTES):
+            self._send(content[begin : begin + PART_BYTES], end)
+
+    def receive_bytes(self, size: int, seconds: float) -> bytes:
+        """What [`Channel.send_bytes`] sends; each part comes within these seconds. Raises as [`Channel.receive`]."""
+        content = bytearray()
+        while len(content) < size:
+            with _receiving(seconds):
+                content += self._read(min(size - len(content), PART_BYTES), time.monotonic() + seconds)
+        return content
+
+    def _send(self, content: bytes, end: float = math.inf):
+        waiting, limit = memoryview(content), min(end, time.monotonic() + SEND_SECONDS)
         try:
             with self._send_lock:
                 while waiting:
@@ -251,16 +239,12 @@ class Channel:
         Raises:
             `PrivateInferenceError`: If the peer is gone, silent for so long, refuses, or breaks the rules.
         """
-        try:
+        with _receiving(seconds):
             limit = None if seconds is None else time.monotonic() + seconds
             (length,) = LENGTH.unpack(self._read(LENGTH.size, limit, ClosedError))
             if length > MAX_MESSAGE_BYTES:
                 raise PrivateInferenceError(_describe_announced(length))
             content = self._read(length, limit)
-        except TimeoutError as error:
-            raise PrivateInferenceError(f"the peer sent no whole message for {seconds:g} seconds.") from error
-        except OSError as error:
-            raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
         message = _parse(content)
         if message["kind"] == "refusal":
             code = message.get("code")
@@ -305,6 +289,17 @@ class Channel:
                 raise closed("the peer closed the connection.")
             content += part
         return bytes(content)
+
+
+@contextlib.contextmanager
+def _receiving(seconds: float | None) -> Iterator[None]:
+    """Within, a peer that is gone or silent is an error in a line."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise PrivateInferenceError(f"the peer sent no whole message for {seconds:g} seconds.") from error
+    except OSError as error:
+        raise PrivateInferenceError(f"the peer is gone: {_reason(error)}") from error
 
 
 def wait(needs: dict[socket.socket, int], seconds: float | None = None):
@@ -377,13 +372,10 @@ def clean(text: object, kept: str = "", most: int | None = MAX_REASON_CHARACTERS
 
 
 def _reason(error: OSError | UnicodeError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        advice = VERIFICATION_ADVICE.get(error.verify_code)
-        return f"{one_line(error.verify_message).rstrip('.')}{f': {advice}' if advice else ''}"
+    if isinstance(error, ssl.SSLError) and (said := explain(error)):
+        return one_line(said)
     if isinstance(error, UnicodeError):
         return "the name is no host's"
-    if isinstance(error, ssl.SSLError) and error.reason:
-        return TLS_ADVICE.get(error.reason, error.reason)
     return one_line(error.strerror or error)
 
 

@@ -2,12 +2,15 @@
 
 import contextlib
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from entropy_gpt.conversion.errors import UserError
-from entropy_gpt.evaluation.errors import PrivateInferenceError
+from entropy_gpt.evaluation.errors import EmbeddingsError, PrivateInferenceError
+from entropy_gpt.evaluation.private_inference.program.cost import StepCost
+from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, TRUST
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 
@@ -17,6 +20,7 @@ from .party_process import Job, Request
 from .preparations import Store, hash_terms, is_lost, pass_spans
 from .question import Question, check_request
 from .session import Outcome, Session, free_port
+from .tables import TableCache, Tables, count_bytes, decode_table, read_public
 from .terms import HANDSHAKE_SECONDS, PROTOCOL_VERSION, read_terms
 from .tunnel import ClientTunnel
 
@@ -36,9 +40,11 @@ class Client:
         timeout_seconds (`int`): For which nothing may happen.
         protocol (`str`): What the client agrees to; a server's word alone must not choose one that protects less.
         prepared (`Path`, *optional*): Folder for its halves of preparations; without it there are none.
+        public_checkpoint (`str` or `Path`, *optional*): This side's copy of a checkpoint with public embeddings.
 
     Raises:
-        `PrivateInferenceError`: If there is no server, it breaks rules, or offers another protocol.
+        `PrivateInferenceError`: If there is no server, it breaks rules, offers another protocol, or has public
+            embeddings of which this side has no copy.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class Client:
         timeout_seconds: int = 600,
         protocol: str = "cheetah",
         prepared: Path | None = None,
+        public_checkpoint: str | Path | None = None,
     ):
         self.store = None if prepared is None else Store(prepared, CLIENT)
         self._connect = lambda: connect(host, port, tls)
@@ -62,7 +69,8 @@ class Client:
                 self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
                 self.terms = read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
                 self._check_protocol(protocol)
-        except PrivateInferenceError:
+                self._tables = self._find_tables(public_checkpoint)
+        except BaseException:
             self.channel.close()
             raise
 
@@ -73,6 +81,24 @@ class Client:
                 f"the server offers the protocol {offered}, and {protocol} is asked for: {offered} means "
                 f"{TRUST[offered]}. Ask for it with --protocol, if that will do."
             )
+
+    def _find_tables(self, public_checkpoint: str | Path | None) -> Tables | None:
+        """What embeddings are looked up in; `None` if the server has to send it."""
+        terms = self.terms
+        shapes = {name: weight_shapes(terms.config)[name] for name in terms.tables}
+        if terms.checkpoint is None:
+            if public_checkpoint is not None:
+                raise EmbeddingsError(
+                    f"--public-checkpoint {public_checkpoint} has no effect, since this server's embeddings are not "
+                    "public: leave it out."
+                )
+            return TableCache().load(terms.tables, shapes)
+        if public_checkpoint is None:
+            raise EmbeddingsError(
+                f"the server has the public embeddings of {terms.checkpoint}, and its word alone loads nothing: name "
+                "a copy with --public-checkpoint, a folder or a repository on the Hub."
+            )
+        return read_public(public_checkpoint, terms.checkpoint, terms.tables, shapes)
 
     def check_tokenizer(
         self,
@@ -212,7 +238,7 @@ class Client:
     ) -> Outcome:
         """Has a request answered, of which the server is shown a part."""
         with self.channel.telling(CLIENT_NAME):
-            self.channel.send({"kind": "request", **asked, **also})
+            self.channel.send({"kind": "request", **asked, **also, "tables": self._tables is None})
             if self._session is None:
                 accepted = self._open(on_event)
             else:
@@ -238,10 +264,23 @@ class Client:
             store=None if self.store is None else str(self.store.folder),
             peer_store=self.terms.store or "",
         )
+        set_up = [] if self._tables is not None else [self._receive_tables(on_event)]
         own_port = free_port()
         self._tunnel = ClientTunnel(self._connect, str(token), own_port)
-        self._session = Session(job, None, self.channel, self._tunnel, own_port)
+        self._session = Session(job, self._tables, self.channel, self._tunnel, own_port, set_up)
         return answer
+
+    def _receive_tables(self, on_event: Callable[[dict], None]) -> StepCost:
+        """Takes the server's tables, and keeps them for further connections; what that took."""
+        on_event({"event": "tables"})
+        started, size, tables = time.perf_counter(), 0, {}
+        for name, table in self.terms.tables.items():
+            shape = weight_shapes(self.terms.config)[name]
+            content = self.channel.receive_bytes(count_bytes(shape, table.precision), self.timeout_seconds)
+            tables[name], size = decode_table(content, table, shape), size + len(content)
+        TableCache().keep(tables)
+        self._tables = tables
+        return StepCost("tables", None, 0, size, 0, 1, 0.0, time.perf_counter() - started)
 
     def close(self):
         """Ends the connection and the engine."""

@@ -7,14 +7,15 @@ import numpy as np
 
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.counting import RING, make_shape
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, build_steps, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, RING, make_shape
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span, Step
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import (
     client_rank,
     cut_back,
+    held_shapes,
     input_shapes,
     kept_shapes,
     program_variables,
@@ -53,7 +54,7 @@ def compile_preparation(
     config: ProgramConfig, settings: PrivateSettings, preparation: Preparation
 ) -> list[CompiledStep]:
     """The engine's code of a first phase."""
-    weights = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
+    weights = {name: make_shape(shape, SERVER) for name, shape in held_shapes(config, settings, SERVER).items()}
     return compile_steps(preparation.steps, weights | preparation.masks, settings)
 
 
@@ -93,7 +94,7 @@ class Participant:
         self.config, self.settings = config, settings
         self.party = Party(link, settings, log)
         self.is_client = link.rank == client_rank(settings)
-        for name, shape in weight_shapes(config).items():
+        for name, shape in held_shapes(config, settings, SERVER).items():
             if link.rank == SERVER:
                 self.party.set_own(name, weights[name])
             else:
@@ -182,11 +183,13 @@ class Participant:
             values (`dict`): The client's inputs; the others have none.
             on_step (`Callable`): Called with what each step took.
         """
+        # What a preparation leaves is as wide as the ring's integers, and the engine joins only numbers of one width.
+        number = np.float64 if any(step.executable is None for step in program) else NUMBER
         for name, shape in input_shapes(self.config, self.settings, span).items():
             if self.is_client:
-                self.party.set_own(name, values[name])
+                self.party.set_own(name, values[name].astype(number))
             else:
-                self.party.set_foreign(name, shape, client_rank(self.settings))
+                self.party.set_foreign(name, shape, client_rank(self.settings), number)
         costs = []
         for step in program:
             costs.append(self.party.run(step))

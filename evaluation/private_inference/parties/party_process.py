@@ -1,15 +1,15 @@
 """
 The process that holds one party's engine, apart from the command: a program that the engine can't run ends a process.
 
-It reads a job, a first request, the word to start and the weights from standard input, then further requests, and
-writes events to standard output, one JSON a line. It knows nothing of the network: the peer is a port on this machine,
-behind which `tunnel.py` is. It writes no files but the halves of preparations, where it is asked to keep some.
+It reads a job, a first request, the word to start and what this party has (weights, or tables) from standard input,
+then further requests, and writes events to standard output, one JSON a line. It knows nothing of the network: the peer
+is a port on this machine, behind which `tunnel.py` is. It writes no files but the halves of preparations, where it is
+asked to keep some.
 """
 
 import base64
 import itertools
 import json
-import math
 import os
 import queue
 import sys
@@ -28,16 +28,11 @@ from pydantic.dataclasses import dataclass
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.program import (
-    OUT_OF_RANGE,
-    ProgramConfig,
-    tables_bytes,
-    weight_shapes,
-)
+from entropy_gpt.evaluation.private_inference.program.program import OUT_OF_RANGE, ProgramConfig
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
-from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_inputs
+from entropy_gpt.evaluation.private_inference.program.variables import answer_name, client_inputs, held_shapes
 
 from .channel import may_be_told, one_line
 from .drafts import ACCEPTED, Keep, next_span, read_next, write_next
@@ -61,7 +56,6 @@ from .shares import RING_BYTES, join_share, read_share
 
 REPEATS = 3
 ALWAYS_OUT_OF_RANGE = f"numbers were out of range {REPEATS} times: see the audit of the model."
-TABLE_PART_BYTES = 8 * 2**20
 WORDS_BYTES = 2**16
 MAX_REASON_CHARACTERS = 300
 
@@ -142,7 +136,6 @@ class PartyProcess:
     def __init__(self, job: Job, tell: Callable[[dict], None]):
         self.job, self.tell = job, tell
         self.log = EngineLog()
-        self.tables: dict[str, np.ndarray] = {}
         self.chosen: list[int] = []
         self.drafted: list[int] = []
         self._compiler = ThreadPoolExecutor(1)
@@ -161,14 +154,15 @@ class PartyProcess:
         program, passes = self._program.result(), 1 if request.prepares or request.drafts else request.new_tokens
         self.tell({"event": "program", "digest": self._digest(program), "steps": len(program) * passes})
 
-    def start(self, own_port: int, peer_port: int, weights: dict[str, np.ndarray] | None):
-        """Meets the peer, and pays the set-up."""
+    def start(self, own_port: int, peer_port: int, held: dict[str, np.ndarray]):
+        """Meets the peer, and pays the set-up; `held` are a server's weights, or a client's tables."""
         limit_address_space()
         job = self.job
-        self._weights_hash = hash_weights(weights, job.config) if weights and job.store else ""
+        weights, self.tables = (held, {}) if job.rank == SERVER else (None, held)
+        self._weights_hash = hash_weights(weights, job.config, job.settings) if weights and job.store else ""
         self.link = make_link(job.rank, own_port, peer_port, job.timeout_seconds)
         self.participant = Participant(self.link, job.config, job.settings, weights, self.log)
-        for cost in [*self._share_tables(weights), *self.participant.set_up()]:
+        for cost in self.participant.set_up():
             self.tell({"event": "set-up", "cost": asdict(cost)})
 
     def answer(self, hear: Callable[[], bytes]):
@@ -383,52 +377,30 @@ class PartyProcess:
         self.chosen.append(token)
         self.tell({"event": "token", "token": token, **told})
 
-    def _share_tables(self, weights: dict[str, np.ndarray] | None) -> list[StepCost]:
-        """With "client_table", the client gets the embeddings; what that took."""
-        if self.job.settings.embedding != "client_table":
-            return []
-        started, messages, shapes = time.perf_counter(), 0, weight_shapes(self.job.config)
-        for name in ("wte", "wpe"):
-            parts = range(0, math.prod(shapes[name]) * np.dtype(np.float32).itemsize, TABLE_PART_BYTES)
-            messages += len(parts)
-            if self.job.rank == SERVER:
-                content = np.ascontiguousarray(weights[name], np.float32).tobytes()
-                for begin in parts:
-                    self.link.send(CLIENT, content[begin : begin + TABLE_PART_BYTES])
-            else:
-                content = b"".join(self.link.recv(SERVER) for _ in parts)
-                self.tables[name] = np.frombuffer(content, np.float32).reshape(shapes[name])
-        config = self.job.config
-        size = tables_bytes(config.vocab_size, config.n_positions, config.n_embd)
-        seconds = time.perf_counter() - started
-        if self.job.rank == SERVER:
-            return [StepCost("tables", None, size, 0, messages, 0, 0.0, seconds)]
-        return [StepCost("tables", None, 0, size, 0, messages, 0.0, seconds)]
 
-
-def read_weights(source: BinaryIO, config: ProgramConfig) -> dict[str, np.ndarray]:
+def read_arrays(source: BinaryIO, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """
-    Weights in single precision, as [`write_weights`] writes them.
+    Arrays in single precision, as [`write_arrays`] writes them.
 
     Raises:
         `EOFError`: If there are fewer.
     """
-    weights = {}
-    for name, shape in weight_shapes(config).items():
-        weights[name] = np.empty(shape, np.float32)
-        content, read = memoryview(weights[name].reshape(-1)).cast("B"), 0
+    arrays = {}
+    for name, shape in shapes.items():
+        arrays[name] = np.empty(shape, np.float32)
+        content, read = memoryview(arrays[name].reshape(-1)).cast("B"), 0
         while read < len(content):
             size = source.readinto(content[read:])
             if not size:
-                raise EOFError("the weights end early")
+                raise EOFError("they end early")
             read += size
-    return weights
+    return arrays
 
 
-def write_weights(weights: dict[str, np.ndarray], config: ProgramConfig, sink: BinaryIO):
-    """One after another, in the order of the program's names; what they are follows from its configuration."""
-    for name, shape in weight_shapes(config).items():
-        content = np.ascontiguousarray(weights[name], np.float32)
+def write_arrays(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], sink: BinaryIO):
+    """One after another, in the order of their shapes, which both sides of a pipe know; others are left out."""
+    for name, shape in shapes.items():
+        content = np.ascontiguousarray(arrays[name], np.float32)
         if content.shape != shape:
             raise ValueError(f"{name} is {content.shape}, and its program has {shape}")
         sink.write(memoryview(content.reshape(-1)).cast("B"))
@@ -464,10 +436,10 @@ def work(source: BinaryIO, tell: Callable[[dict], None]):
     process = PartyProcess(job, tell)
     process.prepare(TypeAdapter(Request).validate_json(source.readline()))
     word = json.loads(source.readline())
-    weights = read_weights(source, job.config) if job.rank == SERVER else None
+    held = read_arrays(source, held_shapes(job.config, job.settings, job.rank))
     lines = _read_lines(source)
-    process.start(word["own_port"], word["peer_port"], weights)
-    del weights  # the engine has them
+    process.start(word["own_port"], word["peer_port"], held)
+    del held  # the engine has a server's weights
     while True:
         process.answer(lines.get)
         process.prepare(TypeAdapter(Request).validate_json(lines.get()))

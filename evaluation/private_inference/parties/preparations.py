@@ -30,10 +30,11 @@ from entropy_gpt.evaluation.errors import MachineError, PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import RING
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, is_factor, weight_shapes
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, is_factor
+from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
+from entropy_gpt.evaluation.private_inference.program.variables import held_shapes
 
 from .channel import NO_HALF
 from .engine import engine_versions
@@ -111,10 +112,10 @@ def hash_terms(config: ProgramConfig, settings: PrivateSettings) -> str:
     return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
 
 
-def hash_weights(weights: dict[str, np.ndarray], config: ProgramConfig) -> str:
+def hash_weights(weights: dict[str, np.ndarray], config: ProgramConfig, settings: PrivateSettings) -> str:
     """Of those that preparations contain: neither of what is added, nor of the check's bounds."""
     digest = hashlib.sha256()
-    for name in filter(is_factor, weight_shapes(config)):
+    for name in filter(is_factor, held_shapes(config, settings, SERVER)):
         digest.update(np.ascontiguousarray(weights[name], np.float32).data.cast("B"))
     return digest.hexdigest()
 

@@ -42,6 +42,7 @@ from .preparations import (
 )
 from .question import check_request
 from .session import Session, SilenceError, free_port
+from .tables import encode_table
 from .terms import HANDSHAKE_SECONDS, LARGEST, PROTOCOL_VERSION, Offer
 from .tunnel import ServerTunnel
 from .turns import Turns
@@ -116,7 +117,7 @@ class Server:
 
     @functools.cached_property
     def _weights_hash(self) -> str:
-        return hash_weights(self.offer.weights, self.offer.config)
+        return hash_weights(self.offer.weights, self.offer.config, self.offer.settings)
 
     @functools.cached_property
     def _terms_hash(self) -> str:
@@ -279,7 +280,7 @@ class Server:
         with self.turns.turn(channel.peer, announce), contextlib.ExitStack() as taken:
             asked = self._read_request(channel, message, taken)
             with self._opened(channel, asked[1]) as session:
-                self._answer(session, who, *asked)
+                self._answer(session, who, *asked, channel if message.get("tables") is True else None)
                 while message := self._next_request(session, asked[1]):
                     taken.close()
                     asked = self._read_request(channel, message, taken)
@@ -432,7 +433,10 @@ class Server:
             finally:
                 use.kept_seconds = time.monotonic() - began
 
-    def _answer(self, session: Session, who: str, request: Request, use: Use, left: Limits):
+    def _answer(
+        self, session: Session, who: str, request: Request, use: Use, left: Limits, wants: Channel | None = None
+    ):
+        """To a client that wants the tables, they go first, over its channel."""
         asks = "prepares" if request.prepares else "asks for"
         prepared = " (prepared)" if request.preparation else ""
         tokens = "token" if request.new_tokens == 1 else "tokens"
@@ -450,6 +454,8 @@ class Server:
                 self._say(who, "had an answer out of range, and has it repeated")
 
         try:
+            if wants is not None:
+                self._send_tables(wants, who, left.seconds)
             outcome = session.answer(request, note, left.seconds)
         finally:
             use.seconds, use.running_since = time.monotonic() - began, None
@@ -458,6 +464,20 @@ class Server:
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
         line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
         self._say(who, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))
+
+    def _send_tables(self, channel: Channel, who: str, seconds: float):
+        """
+        Raises:
+            `PrivateInferenceError`: If they are no client's, or the client takes too long for them.
+        """
+        if self.offer.settings.embedding != "client_table":
+            raise PrivateInferenceError("no embeddings are sent here (--embedding client_table).")
+        content = b"".join(
+            encode_table(self.offer.weights[name], table.precision) for name, table in self.offer.tables.items()
+        )
+        channel.send_bytes(content, seconds)
+        megabytes = len(content) / MEGA
+        self._say(who, f"was sent the embeddings, {megabytes:.1f} MB", megabytes=round(megabytes, 3))
 
 
 def json_line(event: str, who: str = "-", **facts: float) -> str:

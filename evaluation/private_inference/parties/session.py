@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,12 +21,12 @@ from pydantic import TypeAdapter
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.origin import collect_origin
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
-from entropy_gpt.evaluation.private_inference.program.program import tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER
+from entropy_gpt.evaluation.private_inference.program.variables import held_shapes
 
 from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
-from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_weights
+from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_arrays
 from .terms import Terms
 from .tunnel import Tunnel
 
@@ -138,12 +138,12 @@ class EngineProcess:
 
     Args:
         job ([`Job`]): What it does.
-        weights (`dict`, *optional*): The server's alone.
+        held (`dict`): What this party has before any prompt, by the names of [`held_shapes`].
         events ([`Events`]): Where its events go.
     """
 
-    def __init__(self, job: Job, weights: dict[str, np.ndarray] | None, events: Events):
-        self._job, self._weights, self._events, self._started = job, weights, events, False
+    def __init__(self, job: Job, held: dict[str, np.ndarray], events: Events):
+        self._job, self._held, self._events, self._started = job, held, events, False
         command = [sys.executable, "-P", "-m", "entropy_gpt.evaluation.private_inference.parties.party_process"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
@@ -162,10 +162,10 @@ class EngineProcess:
         self._say(json.dumps(drafts).encode())
 
     def start(self, own_port: int, peer_port: int):
-        """Has the request answered. The first time it meets the peer before, and gets the weights."""
+        """Has the request answered. The first time it meets the peer before, and gets what it has."""
         self._say(json.dumps({"own_port": own_port, "peer_port": peer_port}).encode())
-        if not self._started and self._weights is not None:
-            self._threads.append(threading.Thread(target=self._give_weights, daemon=True))
+        if not self._started:
+            self._threads.append(threading.Thread(target=self._give, daemon=True))
             self._threads[-1].start()
         self._started = True
 
@@ -183,10 +183,11 @@ class EngineProcess:
             self._process.stdin.write(line + b"\n")
             self._process.stdin.flush()
 
-    def _give_weights(self):
+    def _give(self):
+        shapes = held_shapes(self._job.config, self._job.settings, self._job.rank)
         try:
             with contextlib.suppress(BrokenPipeError):
-                write_weights(self._weights, self._job.config, self._process.stdin)
+                write_arrays(self._held, shapes, self._process.stdin)
                 self._process.stdin.flush()
         except (LookupError, ValueError) as error:
             self._events.put(EngineError(f"this side's weights are not those of its program: {one_line(error)}"))
@@ -246,24 +247,31 @@ class Session:
 
     Args:
         job ([`Job`]): What this party does.
-        weights (`dict`, *optional*): The server's alone.
+        held (`dict`): What this party has before any prompt, by the names of [`held_shapes`].
         channel ([`Channel`]): To the peer. From now on a thread reads it.
         tunnel ([`Tunnel`]): Carries the engine's connections.
         own_port (`int`): Where the engine listens.
+        set_up (`Sequence[StepCost]`): What was paid for the connection before.
 
     Attributes:
         events ([`Events`]): What happens to this party.
     """
 
     def __init__(
-        self, job: Job, weights: dict[str, np.ndarray] | None, channel: Channel, tunnel: Tunnel, own_port: int
+        self,
+        job: Job,
+        held: dict[str, np.ndarray],
+        channel: Channel,
+        tunnel: Tunnel,
+        own_port: int,
+        set_up: Sequence[StepCost] = (),
     ):
         self.events = Events()
         self._job, self._channel, self._tunnel, self._own_port = job, channel, tunnel, own_port
-        self._set_up: list[StepCost] = []
+        self._set_up = [*set_up]
         self._allowance = Allowance(job, tunnel)
         tunnel.on_failure = lambda reason: self.events.put(PrivateInferenceError(reason))
-        self._process = EngineProcess(job, weights, self.events)
+        self._process = EngineProcess(job, held, self.events)
         listen_to_peer(channel, self.events)
 
     def close(self):
@@ -369,8 +377,6 @@ class Allowance:
         self._job, self._tunnel = job, tunnel
         self._steps: deque[float] = deque()
         self._steps_done, self._others = 0.0, float(SET_UP_ALLOWANCE)
-        if job.settings.embedding == "client_table":
-            self._others += tables_bytes(job.config.vocab_size, job.config.n_positions, job.config.n_embd)
         self._raise()
 
     def note(self, event: dict):

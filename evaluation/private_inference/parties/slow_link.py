@@ -1,16 +1,14 @@
 """A network's rate and delay between two parties on one machine."""
 
 import contextlib
-import math
 import queue
 import socket
 import threading
 import time
 
-from entropy_gpt.evaluation.private_inference.program.networks import Network
+from entropy_gpt.evaluation.private_inference.program.networks import LOOPBACK, Network
 
 
-LOOPBACK = Network("loopback", math.inf, 0.0)
 PART_BYTES = 2**14
 
 

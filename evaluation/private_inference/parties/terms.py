@@ -1,19 +1,21 @@
 """What a server offers, what a client learns of it, and which terms a client believes."""
 
+import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.program import TABLES, ProgramConfig, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, RING_BITS, PrivateSettings
 from modeling_entropy_gpt import EntropyGPTConfig
 
 from .channel import clean, one_line
 from .engine import engine_versions
 from .memory import check_memory
+from .tables import PublicCheckpoint, TableTerms
 
 
 PROTOCOL_VERSION = 7
@@ -41,6 +43,7 @@ class Offer:
         notation (`str`): The architecture before that, in the paper's notation.
         settings ([`PrivateSettings`]): How it answers.
         tokenizer_hash (`str`): So that a client can compare its own.
+        checkpoint ([`PublicCheckpoint`], *optional*): With public embeddings, whose they are.
     """
 
     config: EntropyGPTConfig
@@ -48,6 +51,13 @@ class Offer:
     notation: str
     settings: PrivateSettings
     tokenizer_hash: str
+    checkpoint: PublicCheckpoint | None = None
+
+    @functools.cached_property
+    def tables(self) -> dict[str, TableTerms]:
+        """Of the embeddings that the client looks up, if it does."""
+        names = TABLES if self.settings.embeds_at_home else ()
+        return {name: TableTerms.of(self.weights[name]) for name in names}
 
     def terms(self) -> dict:
         """What a client learns."""
@@ -58,6 +68,8 @@ class Offer:
             "program": asdict(ProgramConfig.of(self.config)),
             "settings": asdict(self.settings),
             "tokenizer": self.tokenizer_hash,
+            "tables": {name: asdict(table) for name, table in self.tables.items()},
+            "checkpoint": None if self.checkpoint is None else asdict(self.checkpoint),
         }
 
 
@@ -70,6 +82,8 @@ class Terms:
     settings: PrivateSettings
     tokenizer_hash: str
     store: str | None = None
+    tables: dict[str, TableTerms] = field(default_factory=dict)
+    checkpoint: PublicCheckpoint | None = None
 
 
 def read_terms(message: dict) -> Terms:
@@ -86,10 +100,13 @@ def read_terms(message: dict) -> Terms:
         config = TypeAdapter(ProgramConfig).validate_python(message.get("program"))
         store = TypeAdapter(str | None).validate_python(message.get("store"))
         notation = TypeAdapter(str).validate_python(message.get("notation"))
+        tables = TypeAdapter(dict[str, TableTerms]).validate_python(message.get("tables"))
+        checkpoint = TypeAdapter(PublicCheckpoint | None).validate_python(message.get("checkpoint"))
         _check_sizes(config, settings)
+        _check_tables(settings, tables, checkpoint)
     except ValueError as error:  # those of pydantic too
         raise PrivateInferenceError(f"the server's terms are broken: {_describe(error)}") from error
-    return Terms(config, clean(notation), settings, str(message.get("tokenizer")), store)
+    return Terms(config, clean(notation), settings, str(message.get("tokenizer")), store, tables, _cleaned(checkpoint))
 
 
 def _describe(error: ValueError) -> str:
@@ -98,6 +115,23 @@ def _describe(error: ValueError) -> str:
         first = error.errors()[0]
         return f"{clean('.'.join(map(str, first['loc'])), most=100)}: {one_line(first['msg'], 100)}"
     return one_line(error)
+
+
+def _check_tables(settings: PrivateSettings, tables: dict[str, TableTerms], checkpoint: PublicCheckpoint | None):
+    """
+    Raises:
+        `ValueError`: If the tables are not those that the client looks embeddings up in.
+    """
+    if {*tables} != ({*TABLES} if settings.embeds_at_home else set()):
+        raise ValueError(f"embedding={settings.embedding} comes with other tables")
+    if (checkpoint is None) != (settings.embedding != "public"):
+        raise ValueError("a public checkpoint is named for public embeddings, and for no others")
+
+
+def _cleaned(checkpoint: PublicCheckpoint | None) -> PublicCheckpoint | None:
+    return checkpoint and PublicCheckpoint(
+        clean(checkpoint.name, most=100), checkpoint.revision and clean(checkpoint.revision, most=100)
+    )
 
 
 def _check_sizes(config: ProgramConfig, settings: PrivateSettings):

@@ -1,11 +1,12 @@
 """The operations that a private program consists of, and the forms in which the engine computes them most cheaply."""
 
+from collections.abc import Callable
+
+from .ciphertexts import HALVES, SLOTS
 from .settings import PrivateSettings
+from .stacking import choose_stacking
 
 
-# Numbers of one ciphertext, and of the two halves into which the engine cuts longer tensors.
-SLOTS = 8192
-HALVES = 2 * SLOTS
 # From this many numbers on the engine's square is cheaper by way of its exponential: that takes a whole batch of
 # ciphertexts, of which products of fewer numbers share one.
 SQUARE_BY_EXP_FROM = 4096
@@ -64,6 +65,10 @@ class Arithmetic:
         """The product with a public number, or with a row of them."""
         return tensor * constant
 
+    def combine(self, tensor, factors):
+        """The product with a public matrix: a sum of products is cut off once, where `scale` cuts off each."""
+        return self.xp.matmul(tensor, self.xp.asarray(factors, tensor.dtype))
+
     def square(self, tensor):
         return self.xp.square(tensor)
 
@@ -95,8 +100,17 @@ class Arithmetic:
         """The largest of each row, as a row of one."""
         return self.xp.max(tensor, axis=-1, keepdims=True)
 
-    def larger(self, left, right):
-        return self.xp.maximum(left, right)
+    def is_less(self, left, right):
+        """Bits, of which `~` is local."""
+        return left < right
+
+    def both(self, left, right):
+        """Products of bits."""
+        return left & right
+
+    def keep(self, numbers, bits):
+        """Numbers where bits are 1, and 0 elsewhere."""
+        return self.xp.where(bits, numbers, 0.0)
 
     def positive_part(self, tensor):
         return self.xp.maximum(tensor, 0.0)
@@ -135,6 +149,10 @@ class Arithmetic:
         """Of integers of the ring."""
         return self.xp.matmul(left, right)
 
+    def secret_ring_matmul(self, left, right):
+        """Of integers of the ring, none of which one party knows."""
+        return self.ring_matmul(left, right)
+
     def ring_multiply(self, left, right):
         """Of integers of the ring."""
         return left * right
@@ -154,6 +172,21 @@ class CheapArithmetic(Arithmetic):
         self.settings = settings
         self.last_bit = 2.0**-settings.fraction_bits
         self._is_cheap = settings.softmax == "efficient"
+
+    def matmul(self, left, right):
+        """Those of a batch are of two secret factors, and made in as few products as is fastest (stacking.py)."""
+        return self._multiply_batch(super().matmul, left, right)
+
+    def secret_ring_matmul(self, left, right):
+        return self._multiply_batch(self.ring_matmul, left, right)
+
+    def _multiply_batch(self, multiply: Callable, left, right):
+        if left.ndim < 3 or not self._is_cheap:
+            return multiply(left, right)
+        columns = right.shape[-1]
+        stacking = choose_stacking(*left.shape, columns, self.settings.network)
+        product = multiply(*stacking.join(self.xp, left, right))
+        return stacking.part(product, left.shape[1], columns)
 
     def square(self, tensor):
         """Long tensors in whole halves, and the rest apart, where it would take two more ciphertexts."""

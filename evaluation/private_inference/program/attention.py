@@ -1,11 +1,12 @@
 """Attention in a program: heads, scores, softmax, and the sums of values by its weights."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .arithmetic import Arithmetic
 from .attention_functions import reciprocal_between, weigh_visible_scores, whole_weights
 from .linear import linear
-from .nonlinear import reciprocal_up_to
 from .visible import put_apart, visible_keys
 
 
@@ -42,15 +43,9 @@ def scale_queries(ops: Arithmetic, query, inverse_temperature, start: int, early
     return ops.xp.concatenate([query[:, :early], scaled], axis=1) if early else scaled
 
 
-def score(ops: Arithmetic, query, key, as_one: bool = False):
-    """Scores `(heads, queries, keys)`. Those of one query are one product: a product has a price of its own."""
-    heads, queries, size = query.shape
-    if queries > 1 and not as_one:
-        return ops.matmul(query, key.swapaxes(1, 2))
-    # The rows of head h hold its queries in the columns of head h.
-    spread = ops.xp.where(np.eye(heads, dtype=bool)[:, None, :, None], query[:, :, None], 0.0)
-    stacked = key.swapaxes(1, 2).reshape(heads * size, -1)
-    return ops.matmul(spread.reshape(heads * queries, heads * size), stacked).reshape(heads, queries, -1)
+def score(ops: Arithmetic, query, key):
+    """Scores `(heads, queries, keys)`."""
+    return ops.matmul(query, key.swapaxes(1, 2))
 
 
 def whole_softmax(ops: Arithmetic, scores, per_row: bool):
@@ -63,37 +58,26 @@ def whole_softmax(ops: Arithmetic, scores, per_row: bool):
     return ops.multiply(exponentials, ops.reciprocal(sums)) if per_row else ops.divide(exponentials, sums)
 
 
-def weigh_and_merge(ops: Arithmetic, weights, value, as_one: bool = False):
-    return _merge(weigh(ops, weights, value, as_one=as_one))
+def weigh_and_merge(ops: Arithmetic, weights, value):
+    return _merge(ops.matmul(weights, value))
 
 
-def weigh(ops: Arithmetic, weights, value, is_causal: bool = False, as_one: bool = False):
-    """Sums of values `(heads, queries, head size)`, for one query in one product."""
-    heads, queries, keys = weights.shape
-    if queries > 1 and not as_one:
-        return ops.causal_matmul(weights, value) if is_causal else ops.matmul(weights, value)
-    size = value.shape[-1]
-    all_values = value.swapaxes(0, 1).reshape(keys, heads * size)
-    every_pair = ops.matmul(weights.reshape(heads * queries, keys), all_values).reshape(heads, queries, heads, size)
-    return every_pair[np.arange(heads), :, np.arange(heads)]
-
-
-def score_visible(ops: Arithmetic, query, key, as_one: bool = False):
+def score_visible(ops: Arithmetic, query, key):
     """The scores of keys that their query may attend to, in one row a head: `(heads, visible)`."""
-    scores = score(ops, query, key, as_one)
+    scores = score(ops, query, key)
     heads, queries, keys = scores.shape
     return scores.reshape(heads, queries * keys)[:, np.flatnonzero(visible_keys(queries, keys))]
 
 
-def score_shifted(ops: Arithmetic, query, key, shift, start: int, as_one: bool = False):
+def score_shifted(ops: Arithmetic, query, key, shift, start: int):
     """Scores `(heads, queries, keys)` with what is added to those of each head and position, from `start` on."""
-    return score(ops, query, key, as_one) + shift[:, start : start + query.shape[1], None]
+    return score(ops, query, key) + shift[:, start : start + query.shape[1], None]
 
 
-def score_visible_shifted(ops: Arithmetic, query, key, shift, start: int, as_one: bool = False):
+def score_visible_shifted(ops: Arithmetic, query, key, shift, start: int):
     """The same of keys that their query may attend to, in one row a head: `(heads, visible)`."""
     rows = np.nonzero(visible_keys(query.shape[1], key.shape[1]))[0]
-    return score_visible(ops, query, key, as_one) + shift[:, start + rows]
+    return score_visible(ops, query, key) + shift[:, start + rows]
 
 
 def visible_weights(ops: Arithmetic, visible, function: str, queries: int, keys: int):
@@ -129,14 +113,26 @@ def _scale_early(ops: Arithmetic, visible, mask: np.ndarray, factors):
     return ops.xp.concatenate([zero, scaled], axis=1)[:, np.where(columns, np.cumsum(columns > 0), 0)]
 
 
-def weigh_visible(ops: Arithmetic, visible, value, queries: int, as_one: bool = False):
+def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
     exponentials = put_apart(ops, visible, visible_keys(queries, value.shape[1]))
-    return weigh(ops, exponentials, value, is_causal=True, as_one=as_one), exponentials.sum(axis=-1, keepdims=True)
+    return ops.causal_matmul(exponentials, value), exponentials.sum(axis=-1, keepdims=True)
 
 
-def divide_and_merge(ops: Arithmetic, attended, sums, keys: int):
-    return _merge(ops.multiply(attended, reciprocal_up_to(ops, sums, keys)))
+def divide_and_merge(ops: Arithmetic, attended, sums, keys: int, reciprocal: Callable):
+    return _merge(ops.multiply(attended, reciprocal(ops, sums, keys)))
+
+
+def divide_visible(ops: Arithmetic, visible, queries: int, keys: int, reciprocal: Callable):
+    """Visible exponentials `(heads, visible)`, divided by the sums of their rows."""
+    mask = visible_keys(queries, keys)
+    inverses = reciprocal(ops, put_apart(ops, visible, mask).sum(axis=-1, keepdims=True), keys)
+    return ops.multiply(visible, inverses[:, np.nonzero(mask)[0], 0])
+
+
+def weigh_divided_and_merge(ops: Arithmetic, visible, value, queries: int):
+    """Sums of values by attention weights."""
+    return _merge(ops.causal_matmul(put_apart(ops, visible, visible_keys(queries, value.shape[1])), value))
 
 
 def divide_widely_and_merge(ops: Arithmetic, attended, sums):

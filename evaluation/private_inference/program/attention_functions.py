@@ -13,7 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .arithmetic import LEAST_BITS, LEAST_SUM, Arithmetic
-from .nonlinear import CHORD_SCALE, exponentiate
+from .nonlinear import exponentiate
+from .reciprocals import CHORD_SCALE
 
 
 POWERS = {"power4": 4, "power2": 2}

@@ -232,5 +232,4 @@ def project(cost: InferenceCost, network: Network) -> float:
     An estimate: inferences over links with a rate and a delay come near to it, and are rather faster, since both
     directions carry bytes at once, and some is computed meanwhile.
     """
-    transfer = cost.total_bytes * 8 / network.bits_per_second
-    return cost.seconds + transfer + cost.round_trips * network.round_trip_seconds
+    return cost.seconds + network.seconds(cost.total_bytes, cost.round_trips)

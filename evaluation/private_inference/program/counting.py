@@ -7,32 +7,32 @@ own. These depend on how many matrices there are, and on whether there are few n
 triples in stock, but no further on how long tensors are.
 """
 
-import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from .arithmetic import HALVES, SLOTS, CheapArithmetic
+from .arithmetic import CheapArithmetic
+from .ciphertexts import HALVES, SLOTS, Counts, count_product
 from .settings import SERVER, PrivateSettings
 from .steps import Step
 
 
-# What bytes are counted in. Ciphertexts of products of matrices: those that one party sends, and the answers, of which
-# one may be full or hold no more than some coefficients.
-INPUTS, ANSWERS, LONE_ANSWERS, COEFFICIENTS = "input ciphertexts", "answers", "lone answers", "coefficients"
-# Products of numbers, in batches of as many as a ciphertext has slots: of what two parties own each, and of shares.
+# What bytes are counted in, besides the ciphertexts of products of matrices (ciphertexts.py). Products of numbers, in
+# batches of as many as a ciphertext has slots: of what two parties own each, and of shares.
 OWNED_BATCHES, SHARED_BATCHES, OPENED = "batches of owned factors", "batches of shares", "opened pairs"
 # Numbers that go through oblivious transfer.
 TRUNCATED, HALVED, COMPARED = "truncated numbers", "halved numbers", "compared numbers"
 CHOSEN, CHECKED = "numbers compared with their places", "numbers compared for one bit"
+ORDERED, JOINED, KEPT = "numbers put in order", "bits multiplied", "numbers kept or not"
 REVEALED = "revealed numbers"
 RECIPROCALS, ROOTS, TANHS, ERFS = "reciprocals", "reciprocal roots", "hyperbolic tangents", "error functions"
 # What round trips are counted in: operations, of which one waits for the other.
 PRODUCTS, TRUNCATIONS, HALVINGS = "products of matrices", "truncations", "halvings"
 OWNED_FACTORS, SHARED_FACTORS, OPENINGS, SQUARES = "owned factors", "shared factors", "openings", "squares"
 COMPARISONS, CHOICES, CHECKS = "comparisons", "comparisons with places", "checks"
+ORDERS, JOINS, KEEPS = "comparisons for bits", "products of bits", "choices by bits"
 # Round trips of SPU 0.9.5, measured over a link that has nothing but a delay (the tests repeat it): those of the
 # engine's own operations, without the products and squares within.
 ROUND_TRIPS = {
@@ -46,19 +46,17 @@ ROUND_TRIPS = {
     COMPARISONS: 10.5,
     CHOICES: 33.5,
     CHECKS: 17.0,
+    ORDERS: 9.5,
+    JOINS: 1.0,
+    KEEPS: 1.0,
     RECIPROCALS: 26.5,
     ROOTS: 19.0,
     TANHS: 26.5,
     ERFS: 51.5,
 }
-# So many of a part.
-Counts = dict[str, float]
-
 # Products of shares below this use triples that were made in stock, from a batch of products of owned factors.
 DIRECT_FROM = HALVES
 TRIPLES = SLOTS // 2
-# The engine's own estimate of what is cheap, by which it cuts matrices: a ciphertext, in units of its computations.
-CIPHERTEXT_PRICE, ROTATION_PRICE, PRODUCT_PRICE = 1000.0, 1.0, 0.1
 # Products within the engine's own forms: of shares, and squares.
 RECIPROCAL_PRODUCTS, RECIPROCAL_PRODUCTS_A_STEP, ROOT_PRODUCTS, TANH_PRODUCTS, ERF_PRODUCTS = 3, 2, 5, 8, 8
 RECIPROCAL_SQUARES, TANH_SQUARES, ERF_SQUARES = 1, 1, 3
@@ -151,6 +149,9 @@ class CountingArithmetic(CheapArithmetic):
         self.stock, self.counts, self.waits = stock, Counter(), Counter()
 
     def matmul(self, left, right):
+        return self._multiply_batch(self._matmul, left, right)
+
+    def _matmul(self, left, right):
         return self._truncated(self.ring_matmul(left, right).shape)
 
     def multiply(self, left, right):
@@ -206,6 +207,10 @@ class CountingArithmetic(CheapArithmetic):
         shape = np.broadcast_shapes(tensor.shape, np.shape(constant))
         return self._truncated(shape) if _owner(tensor) is None else make_shape(shape, tensor.owner)
 
+    def combine(self, tensor, factors):
+        shape = (*tensor.shape[:-1], np.shape(factors)[-1])
+        return self._truncated(shape) if _owner(tensor) is None else make_shape(shape, tensor.owner)
+
     def square_by_product(self, tensor):
         return self.multiply(tensor, tensor)
 
@@ -244,8 +249,20 @@ class CountingArithmetic(CheapArithmetic):
         self.waits[COMPARISONS] += _levels(tensor.shape[-1])
         return make_shape((*tensor.shape[:-1], 1))
 
-    def larger(self, left, right):
-        return self.positive_part(left)
+    def is_less(self, left, right):
+        self.counts[ORDERED] += left.size
+        self.waits[ORDERS] += 1
+        return make_shape(left.shape, None, bool)
+
+    def both(self, left, right):
+        self.counts[JOINED] += left.size
+        self.waits[JOINS] += 1
+        return make_shape(left.shape, None, bool)
+
+    def keep(self, numbers, bits):
+        self.counts[KEPT] += numbers.size
+        self.waits[KEEPS] += 1
+        return make_shape(numbers.shape)
 
     def positive_part(self, tensor):
         self.counts[COMPARED] += tensor.size
@@ -281,7 +298,7 @@ class CountingArithmetic(CheapArithmetic):
             self.counts[OPENED] += numbers
             self.counts[OWNED_BATCHES] += made
             self.waits[OPENINGS] += 1
-            self.waits[OWNED_FACTORS] += made > 0
+            self.waits[OWNED_FACTORS] += min(made, 1)
         else:
             self.counts[SHARED_BATCHES] += _halves(numbers)
             self.waits[SHARED_FACTORS] += 1
@@ -324,47 +341,6 @@ def _halves(numbers: int) -> int:
     """Batches of two halves, which the engine computes side by side."""
     half = numbers // 2
     return math.ceil(half / SLOTS) + math.ceil((numbers - half) / SLOTS)
-
-
-@functools.lru_cache(maxsize=4096)
-def count_product(rows: int, inner: int, columns: int) -> Counts:
-    """Ciphertexts of the product of one party's matrix with the other's."""
-    tile = _choose_tile(rows, inner, columns, packed=True)
-    blocks = _blocks((rows, inner, columns), tile)
-    lone = blocks[0] * blocks[2] == 1
-    if lone:
-        tile = _choose_tile(rows, inner, columns, packed=False)
-        blocks = _blocks((rows, inner, columns), tile)
-    inputs, outputs = blocks[1] * min(blocks[0], blocks[2]), blocks[0] * blocks[2]
-    if lone:
-        return {INPUTS: inputs, LONE_ANSWERS: outputs, COEFFICIENTS: outputs * tile[0] * tile[2]}
-    by_coefficient = tile[1] >= rows * columns
-    return {INPUTS: inputs, ANSWERS: math.ceil(rows * columns / SLOTS if by_coefficient else outputs / tile[1])}
-
-
-def _choose_tile(rows: int, inner: int, columns: int, packed: bool) -> tuple[int, int, int]:
-    """How the engine cuts matrices (`MatMatProtocol::GetSubMatShape`); of equal prices, the last."""
-    best, chosen = math.inf, (1, 1, 1)
-    for height in range(1, min(SLOTS, rows) + 1):
-        depth = 1
-        while depth <= inner and height * depth <= SLOTS:
-            tile = (height, depth, min(columns, SLOTS // height // depth))
-            price = _tile_price((rows, inner, columns), tile, packed)
-            if price <= best:
-                best, chosen = price, tile
-            depth = depth * 2 if packed else depth + 1
-    return chosen
-
-
-def _tile_price(sizes: tuple[int, int, int], tile: tuple[int, int, int], packed: bool) -> float:
-    blocks = _blocks(sizes, tile)
-    ciphertexts = min(blocks[0], blocks[2]) * blocks[1] + math.ceil(blocks[0] * blocks[2] / tile[1])
-    rotations = math.ceil(sizes[0] * sizes[2] / SLOTS) * tile[1] if packed else 0
-    return CIPHERTEXT_PRICE * ciphertexts + ROTATION_PRICE * rotations + PRODUCT_PRICE * math.prod(blocks)
-
-
-def _blocks(sizes: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-(-size // edge) for size, edge in zip(sizes, tile, strict=True))
 
 
 def count_step(step: Step, variables: dict[str, Shape], settings: PrivateSettings, stock: Stock) -> StepCounts:

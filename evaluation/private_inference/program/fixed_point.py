@@ -73,6 +73,9 @@ class FixedPointArithmetic(CheapArithmetic):
     def scale(self, tensor, constant):
         return self.multiply(tensor, self.encode(constant))
 
+    def combine(self, tensor, factors):
+        return self.matmul(tensor, self.encode(factors))
+
     def square_by_product(self, tensor):
         return self.multiply(tensor, tensor)
 

@@ -7,11 +7,15 @@ from pydantic.dataclasses import dataclass
 
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
 
-from .counting import Counts
+from .ciphertexts import ANSWERS, INPUTS, LONE_ANSWERS, PACKINGS, POLYNOMIALS, Counts
 from .settings import PrivateSettings
 
 
 PRICES = Path(__file__).parent / "prices.json"
+# Seconds of a core for products of matrices, by which forms are chosen: rough, of the blocks of docs/private_costs.md.
+WORK_SECONDS = {INPUTS: 5e-3, ANSWERS: 5e-3, LONE_ANSWERS: 1e-2, POLYNOMIALS: 1.7e-4, PACKINGS: 3.6e-3}
+# The same for each byte of what compares and multiplies numbers.
+WORK_A_BYTE = 5e-8
 
 
 @dataclass(config=RECORD)
@@ -65,3 +69,8 @@ def load_prices() -> Prices:
 
 def price_of(counts: Counts, prices: dict[str, float]) -> float:
     return sum(prices[part] * count for part, count in counts.items())
+
+
+def work_of(counts: Counts) -> float:
+    """Seconds of a party for its side of products of matrices."""
+    return sum(seconds * counts.get(part, 0) for part, seconds in WORK_SECONDS.items())

@@ -21,6 +21,7 @@ from entropy_gpt.evaluation.json_records import RECORD
 from .arithmetic import LEAST_SUM, Arithmetic, checksum
 from .attention import (
     divide_and_merge,
+    divide_visible,
     divide_widely_and_merge,
     scale_queries,
     scale_scores,
@@ -31,12 +32,14 @@ from .attention import (
     split_heads,
     visible_weights,
     weigh_and_merge,
+    weigh_divided_and_merge,
     weigh_visible,
     whole_attention,
     whole_softmax,
 )
 from .attention_functions import MOST_SUM
-from .contests import subtract_maximum
+from .contests import choose_levels, subtract_maximum
+from .division import choose_division
 from .linear import (
     add_linear,
     add_linear_to_scaled,
@@ -58,18 +61,19 @@ from .nonlinear import (
     relu,
     tanh_gelu,
 )
+from .reciprocals import reciprocal_by_chords
 from .settings import PrivateSettings
 from .steps import Span, Step
 from .visible import put_apart, visible_keys
 
 
-# Queries whose heads are multiplied as one matrix: of more, the zeros between heads take more than they save.
-MOST_SPREAD = 16
 # As the model's layers have them, which an engine's process does not import: that would take seconds and torch.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
 ACTIVATIONS = (*TANH_GELUS, "gelu", "relu", "leaky_relu", "learnable_leaky_relu", "identity", "linear")
 Norm = Literal["layernorm", "static", "none"]
 
+# The weights that embed tokens and positions.
+TABLES = ("wte", "wpe")
 # The inputs and outputs of the whole. Both parties learn the last one, whether numbers were out of range.
 TOKENS, EMBEDDINGS, LOGITS, TOKEN, OUT_OF_RANGE = "tokens", "embeddings", "logits", "token", "out of range"
 # What the client adds to the logits, where the token is drawn.
@@ -189,11 +193,11 @@ def bounds_name(part: str) -> str:
 
 
 def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
-    """Bytes of the embeddings as sent to a client with "client_table": single precision."""
+    """Bytes of the embeddings in single precision, the most that is sent to a client with "client_table"."""
     return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize
 
 
-def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> list[Step]:
+def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, prepared: bool = False) -> list[Step]:
     """
     The program for some tokens: from "tokens" (one-hot rows) or "embeddings" to "logits" or "token". The keys and
     values of each layer stay in variables, for the tokens that follow.
@@ -202,6 +206,7 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) ->
         config ([`ProgramConfig`]): That of [`prepare_weights`].
         settings ([`PrivateSettings`]): The form of each operation.
         span ([`Span`]): The tokens.
+        prepared (`bool`): Whether products are prepared. Then they are the same ones for shorter spans.
 
     Raises:
         `PrivateInferenceError`: If the model has fewer positions, or an operation has no private form.
@@ -212,21 +217,21 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span) ->
             f"{span.end} tokens are not possible: this model has n_positions={config.n_positions}. Shorten the prompt "
             "or generate less."
         )
-    return list(_steps(config, settings, span))
+    return list(_steps(config, settings, span, prepared))
 
 
-def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span) -> Iterator[Step]:
-    if settings.embedding == "one_hot":
-        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (STREAM,))
-    else:
+def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span, prepared: bool) -> Iterator[Step]:
+    if settings.embeds_at_home:
         yield Step("check", None, begin_stream, (EMBEDDINGS,), (STREAM,))
+    else:
+        yield Step("embedding", None, partial(embed, span=span), (TOKENS, "wte", "wpe"), (STREAM,))
     before, after, _ = CHECKED
     for layer in range(config.n_layer):
         if layer == config.n_layer - 1:
             yield _sum_up((STREAM,), before)
         # What the last block finds out about the tokens before the answers, nobody asks for.
         queries = span.answers if layer == config.n_layer - 1 else span.length
-        yield from _attention(config, settings, span, queries, layer)
+        yield from _attention(config, settings, span, queries, layer, prepared)
         if layer not in config.pruned_ffn_layers:
             yield from _ffn(config, settings, layer)
     yield _sum_up((STREAM,), after)
@@ -255,14 +260,14 @@ def _keeps_sums(config, settings) -> bool:
     return config.attention_function != "softmax" and settings.softmax == "efficient"
 
 
-def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
+def _attention(config, settings, span: Span, queries: int, layer: int, prepared: bool) -> Iterator[Step]:
     name = f"h.{layer}."
     read, norm = _norm(config.normalization, config, layer)
     yield from norm
     kept = (name + "keys", name + "values") if span.start else ()
     temperatures = (name + "inverse_temperature",) if config.attention_temperature == "position" else ()
     start, early = span.end - queries, 0
-    if temperatures and settings.softmax == "efficient" and config.attention_function == "softmax":
+    if temperatures and not prepared and settings.softmax == "efficient" and config.attention_function == "softmax":
         # Where fewer scores are visible than a query has numbers, temperatures multiply scores.
         early = min(max(config.n_embd // config.n_head - start, 0), queries)
     split = partial(split_heads, heads=config.n_head, queries=queries)
@@ -276,50 +281,57 @@ def _attention(config, settings, span: Span, queries: int, layer: int) -> Iterat
     if config.attention_function != "softmax":
         yield from _attend_without_maximum(config.attention_function, settings, span, queries, layer)
     elif settings.softmax != "efficient":
-        yield Step("scores", layer, _as_one(score, span), ("queries", name + "keys"), ("scores",))
+        yield Step("scores", layer, score, ("queries", name + "keys"), ("scores",))
         yield Step("check", layer, sum_rows, ("scores",), (checked,))
         whole = partial(whole_softmax, per_row=settings.softmax == "tuned")
         yield Step("softmax", layer, whole, ("scores",), ("weights",))
-        yield Step("values", layer, _as_one(weigh_and_merge, span), ("weights", name + "values"), ("attended",))
+        yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
     else:
-        yield Step("scores", layer, _as_one(score_visible, span), ("queries", name + "keys"), ("visible",))
+        yield Step("scores", layer, score_visible, ("queries", name + "keys"), ("visible",))
         rows = {"queries": queries, "keys": span.end}
         yield Step("check", layer, partial(sum_visible_rows, **rows), ("visible",), (checked,))
         if early:
             scale = partial(scale_scores, **rows, early=early)
             yield Step("temperatures", layer, scale, ("visible", *temperatures), ("visible",))
-        yield Step("maximum", layer, partial(subtract_maximum, **rows), ("visible",), ("visible",))
+        levels = choose_levels(config.n_head, queries, span.end, settings.network)
+        maximum = partial(subtract_maximum, **rows, levels=levels)
+        yield Step("maximum", layer, maximum, ("visible",), ("visible",))
         yield Step("exponential", layer, exponentiate, ("visible",), ("visible",))
-        weigh = _as_one(partial(weigh_visible, queries=queries), span)
-        yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", "sums"))
-        divide = partial(divide_and_merge, keys=span.end)
-        yield Step("division", layer, divide, ("attended", "sums"), ("attended",))
+        sizes = (config.n_head, queries, span.end, config.n_embd // config.n_head)
+        chosen = (False, reciprocal_by_chords) if prepared else choose_division(*sizes, settings.network)
+        yield from _divide(*chosen, rows, layer)
     inputs = ("attended", name + "output.weight", name + "output.bias", STREAM)
     yield Step("output", layer, add_linear, inputs, (STREAM,))
+
+
+def _divide(is_early: bool, reciprocal: Callable, rows: dict[str, int], layer: int) -> Iterator[Step]:
+    inputs, queries = ("visible", f"h.{layer}.values"), rows["queries"]
+    if is_early:
+        yield Step("division", layer, partial(divide_visible, **rows, reciprocal=reciprocal), inputs[:1], inputs[:1])
+        yield Step("values", layer, partial(weigh_divided_and_merge, queries=queries), inputs, ("attended",))
+        return
+    yield Step("values", layer, partial(weigh_visible, queries=queries), inputs, ("attended", "sums"))
+    divide = partial(divide_and_merge, keys=rows["keys"], reciprocal=reciprocal)
+    yield Step("division", layer, divide, ("attended", "sums"), ("attended",))
 
 
 def _attend_without_maximum(function: str, settings, span: Span, queries: int, layer: int) -> Iterator[Step]:
     name, start, checked = f"h.{layer}.", span.end - queries, sums_name(scores_name(layer))
     inputs = ("queries", name + "keys", name + "shift")
     if settings.softmax != "efficient":
-        yield Step("scores", layer, _as_one(partial(score_shifted, start=start), span), inputs, ("scores",))
+        yield Step("scores", layer, partial(score_shifted, start=start), inputs, ("scores",))
         yield Step("check", layer, sum_rows, ("scores",), (checked,))
         whole = partial(whole_attention, function=function, per_row=settings.softmax == "tuned")
         yield Step("attention function", layer, whole, ("scores",), ("weights",))
-        yield Step("values", layer, _as_one(weigh_and_merge, span), ("weights", name + "values"), ("attended",))
+        yield Step("values", layer, weigh_and_merge, ("weights", name + "values"), ("attended",))
         return
-    yield Step("scores", layer, _as_one(partial(score_visible_shifted, start=start), span), inputs, ("visible",))
+    yield Step("scores", layer, partial(score_visible_shifted, start=start), inputs, ("visible",))
     yield Step("check", layer, partial(sum_visible_rows, queries=queries, keys=span.end), ("visible",), (checked,))
     weights = partial(visible_weights, function=function, queries=queries, keys=span.end)
     yield Step("attention function", layer, weights, ("visible",), ("visible",))
-    weigh = _as_one(partial(weigh_visible, queries=queries), span)
+    weigh = partial(weigh_visible, queries=queries)
     yield Step("values", layer, weigh, ("visible", name + "values"), ("attended", name + "sums"))
     yield Step("division", layer, divide_widely_and_merge, ("attended", name + "sums"), ("attended",))
-
-
-def _as_one(function: Callable, span: Span) -> Callable:
-    """A product of all heads, as one for a few queries of tokens whose keys before are kept."""
-    return partial(function, as_one=True) if span.start and 1 < span.length <= MOST_SPREAD else function
 
 
 def _norm(norm: Norm, config, layer: int | None) -> tuple[str, list[Step]]:

@@ -178,6 +178,9 @@ class _ObservedArithmetic(Float64Arithmetic):
     def scale(self, tensor, constant):
         return self.observe(super().scale(tensor, constant), "product")
 
+    def combine(self, tensor, factors):
+        return self.observe(super().combine(tensor, factors), "product")
+
     def square(self, tensor):
         return self.observe(super().square(tensor), "product")
 

@@ -1,10 +1,13 @@
 """How a private inference is computed: the protocol with what it trusts, and the form of each operation."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from entropy_gpt.evaluation.json_records import RECORD
+
+from .networks import WAN, parse_network
 
 
 Protocol = Literal["cheetah", "semi2k", "aby3", "ref2k"]
@@ -22,6 +25,11 @@ TRUST = {
 }
 # The ring of 64 bits that all protocols compute in.
 RING_BITS = 64
+
+
+def _check_network(text: str) -> str:
+    parse_network(text)
+    return text
 
 
 @dataclass(config=RECORD, frozen=True)
@@ -46,11 +54,15 @@ class PrivateSettings:
             to 0.
         reciprocal_iterations (`int`): Iterations of Goldschmidt's method.
         embedding (`str`):
-            "one_hot" (a product of the client's one-hot rows with the server's table: neither learns anything) or
-            "client_table" (the server gives the client its table of token and position embeddings).
+            "one_hot" (a product of the client's one-hot rows with the server's table: neither learns anything),
+            "client_table" (the server gives the client its tables of token and position embeddings) or "public" (the
+            tables are those of a public checkpoint, of which the client has a copy).
         answer (`str`):
             What the client alone learns: "logits" of the last position; "token", the most likely one; or "sampled",
             the most likely one after the client has added noise of its own to the logits.
+        network (`str`):
+            What "efficient" forms are chosen for, as [`parse_network`] takes it. The cost model chooses them by
+            shapes, so both parties come to the same ones.
     """
 
     protocol: Protocol = "cheetah"
@@ -59,13 +71,19 @@ class PrivateSettings:
     gelu: Literal["piecewise", "tanh", "erf"] = "piecewise"
     exponential_squarings: int = 8
     reciprocal_iterations: int = 2
-    embedding: Literal["one_hot", "client_table"] = "one_hot"
+    embedding: Literal["one_hot", "client_table", "public"] = "one_hot"
     answer: Literal["logits", "token", "sampled"] = "logits"
+    network: Annotated[str, AfterValidator(_check_network)] = WAN.name
+
+    @property
+    def embeds_at_home(self) -> bool:
+        """Whether the client looks embeddings up in tables of its own, instead of sharing tokens."""
+        return self.embedding != "one_hot"
 
     @property
     def needs_encryption(self) -> bool:
         """
-        Whether what is sent shows something to somebody between: the client's table, or the seeds of the random
+        Whether what is sent shows something to somebody between: the client's tables, or the seeds of the random
         numbers that the server deals.
         """
         return self.embedding == "client_table" or self.protocol != "cheetah"

@@ -10,8 +10,7 @@ the truncation, which is that of one phase, of the same sum. With A and B the ma
     X Y = D Y + A E + A B        X W = D W + A W        X^2 = D (X + A) + A^2
 
 A factor of a weight has a mask of the client's alone, and the server alone is shown the difference (Delphi), which
-takes half the bytes. Zeros above the diagonal of the prompt's attention weights are neither masked nor revealed. Those
-between the heads of a further token's query are.
+takes half the bytes. Zeros above the diagonal of the prompt's attention weights are neither masked nor revealed.
 
 What is prepared for long prompts and answers serves shorter ones: masks and products are cut, and factors of products
 of matrices filled up with zeros.
@@ -29,8 +28,9 @@ import numpy as np
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 
-from .arithmetic import SLOTS, Arithmetic
-from .counting import RING, SHARED_BATCHES, CountingArithmetic, Shape, Stock, count_product, make_shape
+from .arithmetic import Arithmetic
+from .ciphertexts import SLOTS, count_product
+from .counting import RING, SHARED_BATCHES, CountingArithmetic, Shape, Stock, make_shape
 from .prices import load_prices, price_of
 from .program import ProgramConfig, build_steps, is_factor
 from .settings import SERVER, PrivateSettings
@@ -210,7 +210,7 @@ class Preparation:
     def _record(self, number: int, span: Span) -> Iterator[tuple[Place, _DemandingStep]]:
         """The steps of a pass with their demands, by running it on shapes."""
         variables, seen = program_variables(self._config, self._settings, span), defaultdict(int)
-        for step in build_steps(self._config, self._settings, span):
+        for step in build_steps(self._config, self._settings, span, prepared=True):
             recorder = _Recorder(self._settings)
             inputs = tuple(variables[name] for name in step.inputs)
             results = step.function(recorder, *inputs)
@@ -337,7 +337,7 @@ class MultiplyMatrices:
     demand: Demand
 
     def __call__(self, ops: Arithmetic, *tensors):
-        return ops.ring_matmul(*_join_masks(ops, self.demand, iter(tensors)))
+        return ops.secret_ring_matmul(*_join_masks(ops, self.demand, iter(tensors)))
 
 
 def _join_masks(ops: Arithmetic, demand: Demand, tensors: Iterator) -> list:

@@ -7,7 +7,7 @@ import numpy as np
 
 from .arithmetic import Arithmetic
 from .counting import Shape, make_shape
-from .program import EMBEDDINGS, LOGITS, NOISE, TOKEN, TOKENS, ProgramConfig, weight_shapes
+from .program import EMBEDDINGS, LOGITS, NOISE, TABLES, TOKEN, TOKENS, ProgramConfig, weight_shapes
 from .settings import PARTIES, SERVER, PrivateSettings
 from .steps import Span, Step
 
@@ -19,11 +19,20 @@ def client_rank(settings: PrivateSettings) -> int:
 
 def input_shapes(config: ProgramConfig, settings: PrivateSettings, span: Span) -> dict[str, tuple[int, int]]:
     """The client's inputs: their variables and their shapes."""
-    if settings.embedding == "one_hot":
-        shapes = {TOKENS: (span.length, config.vocab_size)}
-    else:
+    if settings.embeds_at_home:
         shapes = {EMBEDDINGS: (span.length, config.n_embd)}
+    else:
+        shapes = {TOKENS: (span.length, config.vocab_size)}
     return shapes | ({NOISE: (span.answers, config.vocab_size)} if settings.answer == "sampled" else {})
+
+
+def held_shapes(config: ProgramConfig, settings: PrivateSettings, rank: int) -> dict[str, tuple[int, ...]]:
+    """
+    What a party has before any prompt: the server the weights of the program, and the client the tables, where it
+    looks embeddings up.
+    """
+    of_client = TABLES if settings.embeds_at_home else ()
+    return {name: shape for name, shape in weight_shapes(config).items() if (name in of_client) != (rank == SERVER)}
 
 
 def kept_shapes(config: ProgramConfig, length: int) -> dict[str, Shape]:
@@ -46,7 +55,7 @@ def take_first(ops: Arithmetic, *kept, length: int):
 
 def program_variables(config: ProgramConfig, settings: PrivateSettings, span: Span) -> dict[str, Shape]:
     """What there is before a pass, and whose it is."""
-    variables = {name: make_shape(shape, SERVER) for name, shape in weight_shapes(config).items()}
+    variables = {name: make_shape(shape, SERVER) for name, shape in held_shapes(config, settings, SERVER).items()}
     for name, shape in input_shapes(config, settings, span).items():
         variables[name] = make_shape(shape, client_rank(settings))
     return variables | kept_shapes(config, span.start)
@@ -76,14 +85,14 @@ def client_inputs(
         config ([`ProgramConfig`]), settings ([`PrivateSettings`]): Configuration and settings of the program.
         span ([`Span`]): Where the tokens stand.
         tokens (`Sequence[int]`): As many.
-        tables (`dict`): With "client_table", the embeddings "wte" and "wpe".
+        tables (`dict`): The embeddings "wte" and "wpe", where the client looks them up.
         noise (`np.ndarray`, *optional*): With "sampled", what is added to logits `(answers, vocabulary)`; or zeros.
     """
     shapes = input_shapes(config, settings, span)
-    if settings.embedding == "one_hot":
-        inputs = {TOKENS: encode_tokens(tokens, config.vocab_size)}
-    else:
+    if settings.embeds_at_home:
         inputs = {EMBEDDINGS: tables["wte"][np.asarray(tokens)] + tables["wpe"][span.start : span.end]}
+    else:
+        inputs = {TOKENS: encode_tokens(tokens, config.vocab_size)}
     if NOISE in shapes:
         inputs[NOISE] = np.zeros(shapes[NOISE], np.float32) if noise is None else noise
     return inputs

@@ -19,7 +19,7 @@ import pytest
 import torch
 import trustme
 
-from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
+from entropy_gpt.evaluation.errors import EmbeddingsError, EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties import channel as channel_module
 from entropy_gpt.evaluation.private_inference.parties import engine, limits, memory, party_process, tunnel
 from entropy_gpt.evaluation.private_inference.parties import server as server_module
@@ -39,9 +39,9 @@ from entropy_gpt.evaluation.private_inference.parties.party_process import (
     PartyProcess,
     Request,
     read_array,
-    read_weights,
+    read_arrays,
     write_array,
-    write_weights,
+    write_arrays,
 )
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import Noise, Sampling
@@ -55,8 +55,9 @@ from entropy_gpt.evaluation.private_inference.parties.session import (
     listen_to_peer,
 )
 from entropy_gpt.evaluation.private_inference.parties.shares import join_share, read_share
+from entropy_gpt.evaluation.private_inference.parties.tables import PublicCheckpoint
 from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION, Offer
-from entropy_gpt.evaluation.private_inference.program.program import NOISE, ProgramConfig
+from entropy_gpt.evaluation.private_inference.program.program import NOISE, ProgramConfig, weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
@@ -77,8 +78,10 @@ def make_offer() -> Offer:
 
 
 @contextlib.contextmanager
-def serving(report=lambda line: None, tls: TLSFiles | None = None, **options) -> Iterator[Server]:
-    server = Server(make_offer(), "127.0.0.1", 0, tls, report=report, **options)
+def serving(
+    report=lambda line: None, tls: TLSFiles | None = None, offer: Offer | None = None, **options
+) -> Iterator[Server]:
+    server = Server(offer or make_offer(), "127.0.0.1", 0, tls, report=report, **options)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.close()
@@ -397,6 +400,23 @@ class TestMessages:
             while True:
                 ours.send({"kind": "terms", "x": "x" * 60_000})
 
+    def test_tables_go_as_they_are_and_who_reads_them_too_slowly_is_given_up(self):
+        content = np.random.default_rng(0).bytes(3 * channel_module.PART_BYTES + 5)
+        with channels() as (ours, theirs):
+            threading.Thread(target=ours.send_bytes, args=(content, 60), daemon=True).start()
+            assert theirs.receive_bytes(len(content), WITHOUT_WAITING) == content
+            with pytest.raises(PrivateInferenceError, match="took no whole message"):
+                ours.send_bytes(bytes(2**26), 0.2)
+
+    def test_tables_that_end_early_are_noticed(self):
+        with channels() as (ours, theirs):
+            ours.send_bytes(bytes(10), 60)
+            with pytest.raises(PrivateInferenceError, match=r"sent no whole message for 0\.2 seconds"):
+                theirs.receive_bytes(11, 0.2)
+            ours.close()
+            with pytest.raises(PrivateInferenceError, match="closed the connection"):
+                theirs.receive_bytes(11, WITHOUT_WAITING)
+
     def test_a_client_hears_the_reason_of_a_server_although_its_engine_fails_first(self):
         session = Session.__new__(Session)
         session.events, session._job, session._end = (
@@ -510,6 +530,57 @@ class TestMemory:
         assert memory.machine_memory() == 1000
 
 
+class TestPublicEmbeddings:
+    """What a server's word makes a client do: nothing."""
+
+    @pytest.fixture
+    def offer(self) -> Offer:
+        checkpoint = PublicCheckpoint("/etc/\x1b[31mpasswd", "0123abc")
+        return replace(make_offer(), settings=PrivateSettings(embedding="public"), checkpoint=checkpoint)
+
+    def test_a_client_loads_nothing_by_a_servers_word(self, offer):
+        with serving(offer=offer) as server, pytest.raises(EmbeddingsError) as refused:
+            Client(*server.address, None)
+        assert str(refused.value) == (
+            "the server has the public embeddings of /etc/[31mpasswd (revision 0123abc), and its word alone loads "
+            "nothing: name a copy with --public-checkpoint, a folder or a repository on the Hub."
+        )
+
+    def test_a_client_that_has_other_ones_leaves_before_any_request(self, offer, tmp_path):
+        lines: list[str] = []
+        make_model("SM", n_layer=1).save_pretrained(tmp_path)
+        with serving(lines.append, offer=offer) as server:
+            with pytest.raises(EmbeddingsError, match=rf"w[tp]e of {tmp_path} is not the server's"):
+                Client(*server.address, None, public_checkpoint=tmp_path)
+            assert eventually(lambda: any("the peer refuses: the client failed" in line for line in lines))
+        assert str(tmp_path) not in "".join(lines)
+
+    def test_a_copy_for_a_server_that_has_none_is_refused(self, tmp_path):
+        with serving() as server, pytest.raises(EmbeddingsError, match=r"--public-checkpoint .* has no effect"):
+            Client(*server.address, None, public_checkpoint=tmp_path)
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"tables": {}},
+            {"tables": {"wte": {"hash": "0" * 64, "precision": "float32"}}},
+            *(
+                {"tables": {name: {"hash": told, "precision": "float32"} for name in ("wte", "wpe")}}
+                for told in ("../" + "0" * 61, "0" * 64 + "\n", "", "A" * 64)
+            ),
+            {"tables": {name: {"hash": "0" * 64, "precision": "int8"} for name in ("wte", "wpe")}},
+            {"checkpoint": None},
+            {"checkpoint": {"name": None}},
+        ],
+    )
+    def test_broken_terms_are_refused(self, changed, offer):
+        with (
+            refusing({"kind": "terms", **offer.terms(), "store": None, **changed}) as address,
+            pytest.raises(PrivateInferenceError, match="the server's terms are broken"),
+        ):
+            Client(*address, None)
+
+
 class TestWeights:
     def test_they_go_through_a_pipe_as_they_are(self, program_config):
         weights = make_offer().weights
@@ -517,26 +588,26 @@ class TestWeights:
 
         def write():
             with writing:
-                write_weights(weights, program_config, writing)
+                write_arrays(weights, weight_shapes(program_config), writing)
 
         threading.Thread(target=write, daemon=True).start()
         with reading:
-            read = read_weights(reading, program_config)
+            read = read_arrays(reading, weight_shapes(program_config))
             assert reading.read() == b""
         assert [*read] and all(np.array_equal(read[name], weights[name]) for name in read)
 
     def test_a_pipe_that_ends_early_is_noticed(self, program_config, tmp_path):
         (tmp_path / "half").write_bytes(bytes(1000))
         with (tmp_path / "half").open("rb") as half, pytest.raises(EOFError):
-            read_weights(half, program_config)
+            read_arrays(half, weight_shapes(program_config))
 
     def test_other_weights_are_not_sent(self, program_config, tmp_path):
         weights = make_offer().weights
         with (tmp_path / "sink").open("wb") as sink:
             with pytest.raises(KeyError):
-                write_weights({}, program_config, sink)
+                write_arrays({}, weight_shapes(program_config), sink)
             with pytest.raises(ValueError, match="wte is"):
-                write_weights({**weights, "wte": weights["wte"].T}, program_config, sink)
+                write_arrays({**weights, "wte": weights["wte"].T}, weight_shapes(program_config), sink)
 
     def test_logits_come_back_as_part_of_an_event(self):
         logits = np.arange(6, dtype=np.float64).reshape(2, 3)

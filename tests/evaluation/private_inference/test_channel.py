@@ -117,7 +117,7 @@ def test_what_is_no_address_is_refused(text):
 
 
 def test_plain_connections_stay_on_this_machine():
-    settings = PrivateSettings()
+    settings = PrivateSettings(embedding="public")
     telling = [PrivateSettings(protocol="semi2k"), PrivateSettings(embedding="client_table")]
     for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
         for each in (settings, *telling):

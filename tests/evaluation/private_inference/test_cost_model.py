@@ -1,7 +1,5 @@
 """Bytes and round trips from the configuration alone: counted as the engine counts, and equal to what it sends."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,13 +14,14 @@ from entropy_gpt.evaluation.private_inference.costs.cost_model import (
 from entropy_gpt.evaluation.private_inference.costs.price_fitting import fit
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog
 from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
-from entropy_gpt.evaluation.private_inference.program.counting import (
+from entropy_gpt.evaluation.private_inference.program.ciphertexts import (
     ANSWERS,
     COEFFICIENTS,
-    COMPARED,
-    COMPARISONS,
     INPUTS,
     LONE_ANSWERS,
+    count_product,
+)
+from entropy_gpt.evaluation.private_inference.program.counting import (
     OPENED,
     OWNED_BATCHES,
     PRODUCTS,
@@ -31,7 +30,6 @@ from entropy_gpt.evaluation.private_inference.program.counting import (
     TRUNCATED,
     CountingArithmetic,
     Stock,
-    count_product,
     make_shape,
 )
 from entropy_gpt.evaluation.private_inference.program.prices import Sample, load_prices
@@ -126,15 +124,6 @@ def test_long_squares_fill_their_ciphertexts():
     assert (much_more.counts[OWNED_BATCHES], much_more.counts[OPENED]) == (4, 0)
 
 
-def test_the_largest_of_visible_scores_takes_no_comparison_more():
-    config = make_config("SM", n_layer=2)
-    first = next(
-        counts for step, counts in count_steps(config, PrivateSettings(), SPAN) if step.operation == "maximum"
-    )
-    assert first.parts[COMPARED] == config.n_head * LENGTH * (LENGTH - 1) // 2
-    assert first.waits[COMPARISONS] == math.ceil(math.log2(LENGTH))
-
-
 def test_products_with_temperatures_are_counted_by_themselves():
     """Of rows with few visible scores they multiply these, and of others their queries."""
     plain, tempered = (
@@ -146,14 +135,15 @@ def test_products_with_temperatures_are_counted_by_themselves():
 
 
 def test_longer_matrices_wait_no_longer_and_more_of_them_do():
-    def waits(length: int, heads: int) -> dict[str, float]:
+    def waits(length: int, heads: int, network: str = "WAN") -> dict[str, float]:
         config = make_config("SM", n_layer=2, n_embd=48 * heads, n_head=heads, n_positions=length)
-        counted = count_steps(config, PrivateSettings(), Span(0, length))
+        counted = count_steps(config, PrivateSettings(network=network), Span(0, length))
         return {step.operation: counts.waits for step, counts in counted if step.layer == 0}
 
-    short, long = waits(33, 4), waits(64, 4)
-    assert all(short[name] == long[name] for name in ("query, key, value", "scores", "maximum", "output"))
-    assert [waits(8, heads)["scores"][PRODUCTS] for heads in (1, 4, 12)] == [1, 7, 23]
+    short, long = waits(33, 1), waits(64, 1)
+    assert all(short[name] == long[name] for name in ("query, key, value", "scores", "output"))
+    assert [waits(8, heads)["scores"][PRODUCTS] for heads in (1, 4, 12)] == [1, 1, 1]
+    assert [waits(256, heads, "loopback")["scores"][PRODUCTS] for heads in (1, 4, 12)] == [1, 7, 23]
 
 
 @pytest.mark.parametrize(

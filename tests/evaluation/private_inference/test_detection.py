@@ -158,4 +158,4 @@ def test_every_pass_ends_with_a_check_of_stream_and_logits(answer, span):
 def test_the_check_of_gpt2_small_takes_a_hundredth_of_the_bytes_and_less_of_the_round_trips():
     for share in predict_shares():
         assert 0 < share.check_bytes < 0.01 * share.total_bytes
-        assert 0 < share.check_round_trips < 0.02 * share.total_round_trips
+        assert 0 < share.check_round_trips < 0.03 * share.total_round_trips

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.program import attention_functions, nonlinear, program
+from entropy_gpt.evaluation.private_inference.program import (
+    attention_functions,
+    contests,
+    nonlinear,
+    program,
+    reciprocals,
+)
 from entropy_gpt.evaluation.private_inference.program.fixed_point import (
     ERF_BOUND,
     FixedPointArithmetic,
@@ -357,8 +363,10 @@ OPERATIONS = {
     # Of so many numbers in whole ciphertexts, and the rest apart.
     "long square": lambda ops, x, y: ops.square(ops.xp.concatenate([y] * 17)),
     "product with one number": lambda ops, x, y: ops.scale_all(x, y[:1]),
-    "larger": lambda ops, x, y: ops.larger(x, y),
-    "reciprocal of a sum": lambda ops, x, y: nonlinear.reciprocal_up_to(ops, sums(ops, y), 99),
+    "contests": lambda ops, x, y: contests.hold_contests(ops, y.reshape(20, 50), np.array([7, 1, 12, 2, 28])),
+    "reciprocal of a sum": lambda ops, x, y: reciprocals.reciprocal_by_chords(ops, sums(ops, y), 99),
+    "reciprocal by steps": lambda ops, x, y: reciprocals.reciprocal_by_steps(ops, sums(ops, y), 99),
+    "exponential": lambda ops, x, y: nonlinear.exponentiate(ops, (y - ops.positive_part(y))[None]),
     "reciprocal of a wide sum": lambda ops, x, y: attention_functions.reciprocal_between(ops, wide_sums(ops, x)),
     "exp": lambda ops, x, y: ops.exp(y - ops.positive_part(y) - ops.positive_part(y)),
     "reciprocal": lambda ops, x, y: ops.reciprocal(x),

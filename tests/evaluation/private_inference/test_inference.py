@@ -123,9 +123,11 @@ def test_a_model_is_audited_before_an_engine_answers(private, monkeypatch):
         private.infer(PROMPTS, "two_party")
 
 
-def test_answers_that_are_tokens_alone_are_refused():
+def test_settings_without_a_comparison_are_refused():
     with pytest.raises(PrivateInferenceError, match="answer='token' can't be compared: use answer='logits'"):
         PrivateModel(make_model("SM", **SIZES), PrivateSettings(answer="token"))
+    with pytest.raises(PrivateInferenceError, match="embedding='public' is for a client that has a copy"):
+        PrivateModel(make_model("SM", **SIZES), PrivateSettings(embedding="public"))
 
 
 @pytest.mark.parametrize("mode", ["in_process", "two_party"])

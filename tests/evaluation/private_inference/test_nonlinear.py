@@ -5,12 +5,18 @@ import pytest
 import torch
 
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
+from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
 from entropy_gpt.evaluation.private_inference.program.nonlinear import (
     exponentiate,
     fine_gelu,
     piecewise_gelu,
-    reciprocal_up_to,
 )
+from entropy_gpt.evaluation.private_inference.program.reciprocals import (
+    MOST_BY_STEPS,
+    reciprocal_by_chords,
+    reciprocal_by_steps,
+)
+from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 
 def test_exponential_and_gelu_are_as_near_as_they_say():
@@ -25,7 +31,16 @@ def test_exponential_and_gelu_are_as_near_as_they_say():
         assert np.abs(fine_gelu(ops, numbers.numpy()) - gelu).max() < fine
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 128, 1000])
-def test_reciprocals_of_sums_are_as_near_as_they_say(most):
+@pytest.mark.parametrize(
+    ("form", "most"),
+    [
+        *((reciprocal_by_chords, most) for most in (1, 2, 3, 128, 1000)),
+        *((reciprocal_by_steps, most) for most in (2, 3, 32, 128, MOST_BY_STEPS)),
+    ],
+)
+def test_reciprocals_of_sums_are_as_near_as_they_say(form, most):
     sums = np.linspace(1, most, 10_001)[:, None]
-    assert np.abs(reciprocal_up_to(Arithmetic(np), sums, most) * sums - 1).max() < 2.1e-4
+    assert np.abs(form(Arithmetic(np), sums, most) * sums - 1).max() < 2.1e-4
+    ring = FixedPointArithmetic(PrivateSettings())
+    sums = ring.encode(sums)
+    assert np.abs(form(ring, sums, most) * sums - 1).max() < 3e-4 + most * 2.0**-16

@@ -12,9 +12,9 @@ pytest.importorskip("spu")
 from entropy_gpt.evaluation.private_inference.costs.price_fitting import Case, case_program, set_case
 from entropy_gpt.evaluation.private_inference.parties.engine import Party, make_link
 from entropy_gpt.evaluation.private_inference.parties.session import free_port
-from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
-from entropy_gpt.evaluation.private_inference.program import nonlinear, program
-from entropy_gpt.evaluation.private_inference.program.networks import Network
+from entropy_gpt.evaluation.private_inference.parties.slow_link import SlowLink
+from entropy_gpt.evaluation.private_inference.program import nonlinear, program, reciprocals
+from entropy_gpt.evaluation.private_inference.program.networks import LOOPBACK, Network
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 
 
@@ -46,9 +46,16 @@ CASES = [
     shared("reciprocal root", lambda ops, a: ops.reciprocal_root(a), (20,)),
     shared("tanh", lambda ops, a: ops.tanh(a), (20,)),
     shared("erf", lambda ops, a: ops.erf(a), (20,)),
-    shared("maximum", lambda ops, a: program.subtract_maximum(ops, a, 16, 16), (2, 136)),
+    shared("maximum", lambda ops, a: program.subtract_maximum(ops, a, 16, 16, (2, 2, 4)), (2, 136)),
+    shared("all at once", lambda ops, a: program.subtract_maximum(ops, a, 1, 12, (12,)), (2, 12)),
     shared("exponential", nonlinear.exponentiate, (2, 50)),
-    shared("division", lambda ops, a, sums: program.divide_and_merge(ops, a, sums, 16), (2, 16, 8), (2, 16, 1)),
+    shared("steps", lambda ops, a: reciprocals.reciprocal_by_steps(ops, a, 16), (2, 16, 1)),
+    shared(
+        "division",
+        lambda ops, a, sums: program.divide_and_merge(ops, a, sums, 16, reciprocals.reciprocal_by_chords),
+        (2, 16, 8),
+        (2, 16, 1),
+    ),
 ]
 
 

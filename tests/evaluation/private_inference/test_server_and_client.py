@@ -41,6 +41,7 @@ from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling, draw_noise
 from entropy_gpt.evaluation.private_inference.parties.server import Server
 from entropy_gpt.evaluation.private_inference.parties.session import SET_UP_ALLOWANCE, Outcome, free_port
+from entropy_gpt.evaluation.private_inference.parties.tables import PublicCheckpoint
 from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION, Offer
 from entropy_gpt.evaluation.private_inference.parties.tunnel import ClientTunnel
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate
@@ -90,9 +91,10 @@ def serving(
     tls: TLSFiles | None = None,
     host: str = "127.0.0.1",
     limits: Limits = EIGHT_ANSWERS,
+    prepared: Path | None = None,
 ) -> Iterator[Served]:
     lines: list[str] = []
-    server = Server(offer, host, 0, tls, SECONDS, limits, lines.append)
+    server = Server(offer, host, 0, tls, SECONDS, limits, lines.append, prepared=prepared)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield Served(server, expected, thread, lines)
@@ -323,16 +325,60 @@ def test_what_ails_the_clients_engine_is_not_the_servers_business(served):
 
 
 @pytest.mark.slow
-def test_the_clients_table_is_paid_for_with_the_set_up():
+def test_the_clients_tables_are_sent_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     offer, expected = make_offer()
     with serving(replace(offer, settings=PrivateSettings(embedding="client_table")), expected) as served:
-        answer = ask_at(served.server.address)
-    assert answer.tokens == expected
-    tables, keys = answer.set_up
+        first, second = (ask_at(served.server.address) for _ in range(2))
+    assert first.tokens == second.tokens == expected
+    tables, keys = first.set_up
     size = sum(offer.weights[name].nbytes for name in ("wte", "wpe"))
     assert (tables.operation, tables.sent_bytes) == ("tables", 0)
     assert tables.received_bytes == size
     assert keys.total_bytes == pytest.approx(SET_UP_BYTES, rel=0.02)
+    assert [step.operation for step in second.set_up] == [keys.operation]
+    assert len([line for line in served.lines if "was sent the embeddings" in line]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepared", [False, True])
+def test_public_embeddings_take_nothing(prepared, tmp_path):
+    """Neither bytes nor steps, in one phase and in two, for prompts and for further tokens."""
+    offer, expected = make_offer()
+    torch.manual_seed(0)
+    make_model("SM", n_layer=1).save_pretrained(tmp_path / "public")
+    settings, checkpoint = PrivateSettings(embedding="public"), PublicCheckpoint("public")
+    folders = {"server": tmp_path / "server", "client": tmp_path / "client"} if prepared else {}
+    with (
+        serving(
+            replace(offer, settings=settings, checkpoint=checkpoint), expected, prepared=folders.get("server")
+        ) as s,
+        contextlib.closing(
+            Client(
+                *s.server.address,
+                *(None, SECONDS),
+                prepared=folders.get("client"),
+                public_checkpoint=tmp_path / "public",
+            )
+        ) as client,
+    ):
+        if prepared:
+            client.prepare(len(PROMPT), 2)
+        answer = client.ask(Question(PROMPT, 2), require_prepared=prepared)
+    assert answer.tokens == expected
+    assert bool(answer.before) == prepared
+    assert len(answer.set_up) == 1
+    operations = {step.operation for step in (*answer.steps, *answer.before)}
+    assert "head" in operations and "embedding" not in operations
+
+
+@pytest.mark.slow
+def test_a_client_that_wants_tables_where_none_are_sent_is_refused(served):
+    with contextlib.closing(greet(served, tables=True)) as channel:
+        channel.receive(10, ("accepted",))
+        with pytest.raises(PrivateInferenceError, match="no embeddings are sent here"):
+            channel.receive(30, ("program",))
+    assert served.said("no embeddings are sent here", 5)
 
 
 @pytest.mark.slow

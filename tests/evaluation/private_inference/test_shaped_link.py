@@ -16,9 +16,9 @@ pytest.importorskip("spu")
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference, make_config
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.question import Question
-from entropy_gpt.evaluation.private_inference.parties.slow_link import LOOPBACK, SlowLink
+from entropy_gpt.evaluation.private_inference.parties.slow_link import SlowLink
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, project
-from entropy_gpt.evaluation.private_inference.program.networks import WAN, Network, parse_network
+from entropy_gpt.evaluation.private_inference.program.networks import LOOPBACK, WAN, Network, parse_network
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
 from .test_server_and_client import PROMPT, SECONDS, Served, make_offer, run_here, serve_until_killed, serving

@@ -14,7 +14,8 @@ from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, P
 from entropy_gpt.evaluation.private_inference.parties.local import run_parties
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
 from entropy_gpt.evaluation.private_inference.parties.shares import make_placeholder
-from entropy_gpt.evaluation.private_inference.program.counting import INPUTS, make_shape
+from entropy_gpt.evaluation.private_inference.program.ciphertexts import INPUTS
+from entropy_gpt.evaluation.private_inference.program.counting import make_shape
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic, emulate
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices
 from entropy_gpt.evaluation.private_inference.program.program import LOGITS, OUT_OF_RANGE, TOKENS, build_steps
@@ -71,6 +72,55 @@ def test_three_requests_of_128_positions_tell_the_head(notation):
     # Fewer positions than the model is wide tell no more than as many directions of it.
     _, rows = find_head(logits[:32])
     assert missed(head, rows) > 0.5
+
+
+def find_hidden_states(logits: np.ndarray, head: np.ndarray) -> np.ndarray:
+    """What a known head `(vocabulary, width)` was multiplied with."""
+    return np.linalg.lstsq(head.astype(np.float64), logits.T, rcond=None)[0].T
+
+
+def find_final_norm(hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The gain of a LayerNorm, most of it above 0, and its bias, from what comes out, `(positions, width)`. That is
+    y = g n + b, where each n has a sum of 0 and squares with a sum of the width. So 1 / g is normal to the plane of
+    all y, and y / g = n + b / g lies on a sphere in that plane. Least squares find its centre and radius.
+    """
+    width = hidden.shape[1]
+    normal = np.linalg.svd(hidden - hidden.mean(0))[2][-1]
+    normal *= np.sign(normal.sum())
+    scaled = hidden * normal
+    mean = scaled.mean()
+    apart = scaled - scaled.mean(1, keepdims=True)
+    unknown = np.column_stack([2 * apart, np.ones(len(apart))])
+    *centre, rest = np.linalg.lstsq(unknown, np.square(apart).sum(1), rcond=None)[0]
+    radius = np.sqrt(rest + np.square(centre).sum())
+    return radius / np.sqrt(width) / normal, (np.array(centre) + mean) / normal
+
+
+@pytest.mark.parametrize("notation", ["SM", "SM+LN+G"])
+def test_a_known_head_gives_the_last_hidden_state_and_in_time_the_norm_before_it(notation):
+    model = make_small_model(notation)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(1 + 0.3 * torch.randn(WIDTH))
+        model.transformer.ln_f.bias.add_(torch.randn(WIDTH))
+    config, weights = prepare_weights(model)
+    prompts = np.random.default_rng(0).integers(0, VOCABULARY, (3, POSITIONS)).tolist()
+    logits = [
+        emulate(config, weights, PrivateSettings(), prompt, POSITIONS, seed) for seed, prompt in enumerate(prompts)
+    ]
+    with torch.no_grad():
+        exact = model.transformer(torch.tensor(prompts)).last_hidden_state.flatten(0, 1).numpy()
+    hidden = find_hidden_states(np.concatenate(logits), weights["wte"])
+    assert is_within(0.0005, hidden[0], exact[0])  # from one answer
+    gain, bias = find_final_norm(hidden)
+    assert is_within(0.0003, gain, model.transformer.ln_f.weight.detach().numpy())
+    assert is_within(0.01, bias, model.transformer.ln_f.bias.detach().numpy())
+    few, _ = find_final_norm(hidden[: WIDTH + 2])
+    assert is_within(0.01, few, gain)
+
+
+def is_within(share: float, found: np.ndarray, exact: np.ndarray) -> bool:
+    return np.linalg.norm(found - exact) < share * np.linalg.norm(exact)
 
 
 def test_rows_that_are_no_tokens_are_answered_too():

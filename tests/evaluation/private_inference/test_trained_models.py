@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
 from entropy_gpt.evaluation.origin import hash_weights
+from entropy_gpt.evaluation.private_inference.agreement import measure_agreement
 from entropy_gpt.evaluation.private_inference.inference import EMULATED, PLAINTEXT, PrivateModel
 from entropy_gpt.evaluation.records.results import RESULTS, load_results
 from entropy_gpt.programs.quickstart.page import CARDS
@@ -42,6 +43,16 @@ def test_they_predict_code(folder):
     with torch.no_grad():
         nats = model(blocks, labels=blocks).loss.item()
     assert nats < 0.75 * np.log(model.config.vocab_size), "much better than a guess, on code that it has not seen"
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
+def test_the_ring_hardly_changes_their_perplexity(folder):
+    """So that models need not be trained with the engine's functions."""
+    tokens = AutoTokenizer.from_pretrained(folder)((CARDS.parent / "training" / "corpus.py").read_text())["input_ids"]
+    prompts = np.array(tokens[: 4 * 128]).reshape(4, 128)
+    agreement = measure_agreement(load_language_model(folder).eval(), prompts, EMULATED)
+    assert agreement.private_perplexity == pytest.approx(agreement.perplexity, rel=1e-3)
+    assert agreement.private_perplexity != agreement.perplexity
 
 
 @pytest.mark.slow
