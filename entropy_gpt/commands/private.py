@@ -503,6 +503,10 @@ def benchmark(
         bool,
         typer.Option("--full", help="Also run the cheapest architecture as a whole, to verify the sum of its parts."),
     ] = False,
+    prepared: Annotated[
+        bool,
+        typer.Option("--prepared", help="Also measure each in two phases: before the prompt, and after it."),
+    ] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", callback=read_path, help="Folder for measurements, table and picture.")
     ] = Path("private_benchmark_output"),
@@ -537,6 +541,7 @@ def benchmark(
         context=length,
         networks=networks or [],
         whole=whole,
+        prepared=prepared,
         timeout=timeout,
     )
 

@@ -167,7 +167,7 @@ def ask(
 
 def prepare(tokens: int, new_tokens: int, count: int, **connection):
     """
-    Makes preparations, and prints what each took. What is whole stays if it is interrupted.
+    Makes preparations, and shows what each sent. What is whole stays if it is interrupted.
 
     Args:
         tokens (`int`): Tokens of a prompt, at most.
@@ -178,15 +178,18 @@ def prepare(tokens: int, new_tokens: int, count: int, **connection):
     Raises:
         `UserError`: If the server does not answer or keeps none, or a value can't be used.
     """
-    made = []
-    with progress_display(console) as progress, open_client(**connection) as client:
-        for number in range(1, count + 1):
-            with progress.stage(f"preparing {number} of {count}") as line:
-                line.say("both sides compile the program")
-                made.append(client.prepare(tokens, new_tokens, functools.partial(show_event, line=line)).steps)
-    for number, steps in enumerate(made, start=1):
-        megabytes, seconds = sum(step.total_bytes for step in steps) / MEGA, sum(step.seconds for step in steps)
-        _print_line(f"preparation {number}: {megabytes:,.1f} MB, {seconds:,.1f} s")
+    made = 0
+    try:
+        with progress_display(console) as progress, open_client(**connection) as client:
+            for number in range(1, count + 1):
+                with progress.stage(f"preparing {number} of {count}") as line:
+                    line.say("both sides compile the program")
+                    steps = client.prepare(tokens, new_tokens, functools.partial(show_event, line=line)).steps
+                    line.say(f"{sum(step.total_bytes for step in steps) / MEGA:,.1f} MB")
+                made = number
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(f"{made} of {count} were made, and stay.")
+        raise
 
 
 def open_client(address: str, certificates: tuple[Path | None, Path | None, Path | None], **options) -> PrivateClient:

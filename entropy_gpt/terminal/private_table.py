@@ -72,6 +72,8 @@ def _print_plan(plan: TablePlan):
 
 def _print_table(table: PaperTable, plan: TablePlan):
     console.print(make_table(table.headings, table.rows, folded={0}))
+    if table.phases:
+        console.print(make_table(table.phase_headings, table.phase_rows, folded={0}))
     for note in table.notes:
         console.print(note, markup=False, highlight=False)
     for title, path in {"table": TABLE, "picture": PICTURE, "records": MEASURED}.items():

@@ -142,7 +142,7 @@ def open_server(
     warn = (lambda line: report(json_line(line))) if json_log else report
     offer, _, _ = _make_offer(expanded(model), tokenizer, settings, public_checkpoint, text, warn, progress)
     check_memory(weight_shapes(offer.config).values(), SERVER, workers)
-    turns, folder = Turns(workers, longest_line, longest_wait), prepared and expanded(prepared)
+    turns, folder = Turns(workers, longest_line, longest_wait), prepared and Path(expanded(prepared))
     return Server(offer, host, port, tls, timeout, limits, report, turns, json_log, folder, round(prepared_mb * MEGA))
 
 
@@ -242,7 +242,7 @@ def _make_offer(
     with library_bars_hidden(), progress.stage("loading the model"):
         model = load_language_model(source).eval()
         words = load_model_tokenizer(tokenizer and expanded(tokenizer), source, model.config.vocab_size)
-    audited_text = _read_audited_text(expanded(text), words, model.config.n_positions) if text else []
+    audited_text = _read_audited_text(Path(expanded(text)), words, model.config.n_positions) if text else []
     with progress.stage("checking the range of its numbers"):
         config, weights = prepare_weights(model)
         if public is not None:

@@ -115,7 +115,7 @@ class PrivateClient:
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(expanded(tokenizer))
         self.tokenizer = tokenizer
-        folder = prepared and expanded(prepared)
+        folder = prepared and Path(expanded(prepared))
         self._connect = lambda: Client(self.host, port, tls, timeout, protocol, folder, public_checkpoint)
         self._connection: Client | None = None
         self._lock = threading.Lock()

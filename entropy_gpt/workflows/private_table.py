@@ -9,22 +9,22 @@ from pathlib import Path
 from entropy_gpt.conversion.early_checks import expanded
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference
 from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     NOTATIONS,
     PaperTable,
     add_up_all,
+    add_up_phases,
     find_cheapest,
     list_rows,
     page_markdown,
     take_blocks,
     take_ends,
+    take_prepared_parts,
 )
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost
 from entropy_gpt.evaluation.private_inference.program.networks import LAN, WAN, Network, parse_network
-from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.training.claims import claimed
 from entropy_gpt.training.files import written_whole
 from entropy_gpt.training.progress import SILENT, Progress, Stage
@@ -51,6 +51,7 @@ def private_table(
     context: int = 128,
     networks: Sequence[str] = (),
     whole: bool = False,
+    prepared: bool = False,
     timeout: int = DEFAULT_TIMEOUT,
     progress: Progress = SILENT,
 ) -> PaperTable:
@@ -69,6 +70,7 @@ def private_table(
         networks (`Sequence[str]`): Networks besides LAN and WAN to estimate seconds for, such as "300Mbps,20ms".
             Operations take their forms for the first one, or for a WAN.
         whole (`bool`): Also run the cheapest architecture as a whole, to verify the sum of its parts.
+        prepared (`bool`): Also measure each architecture in two phases.
         timeout (`int`): Seconds without any event after which a measurement fails.
         progress (`Progress`): Receives a stage for each measurement.
 
@@ -98,6 +100,7 @@ def private_table(
         context=context,
         networks=networks,
         whole=whole,
+        prepared=prepared,
         timeout=timeout,
     )
     return measure_table(plan, progress)
@@ -111,6 +114,7 @@ class TablePlan:
     Args:
         rows (`list[Inference]`): The whole models, the baseline first.
         whole (`bool`): Whether the cheapest architecture is also run as a whole.
+        prepared (`bool`): Whether each architecture is measured in two phases too.
         networks (`tuple[Network, ...]`): Networks to estimate seconds for.
         output (`Path`): Folder for measurements, table and picture.
         timeout (`int`): Seconds without any event after which a measurement fails.
@@ -118,14 +122,16 @@ class TablePlan:
 
     rows: list[Inference]
     whole: bool
+    prepared: bool
     networks: tuple[Network, ...]
     output: Path
     timeout: int
 
     @property
     def parts(self) -> list[Inference]:
-        """What is measured of each row, and at the end the embedding and the head."""
-        return [*map(take_blocks, self.rows), take_ends(self.rows[0])]
+        """What is measured of each row, and at the end the embedding and the head; then the same in two phases."""
+        parts = [*map(take_blocks, self.rows), take_ends(self.rows[0])]
+        return [*parts, *(take_prepared_parts(self.rows[1:]) if self.prepared else ())]
 
     @property
     def predicted_bytes(self) -> dict[str, float]:
@@ -159,10 +165,7 @@ class TablePlan:
 
 def predict_duration(plan: TablePlan) -> float:
     """About how many seconds the missing measurements take on two cores."""
-    return sum(
-        predict_seconds(predict(inference.config, inference.settings, Span(0, inference.context)))
-        for inference in plan.missing
-    )
+    return sum(predict_seconds(inference.predict()) for inference in plan.missing)
 
 
 def plan_table(
@@ -176,6 +179,7 @@ def plan_table(
     context: int,
     networks: Sequence[str],
     whole: bool,
+    prepared: bool,
     timeout: int,
 ) -> TablePlan:
     """
@@ -190,7 +194,7 @@ def plan_table(
         shown = tuple(dict.fromkeys((LAN, WAN, *map(parse_network, networks))))
         chosen_for = networks[0] if networks else WAN.name
         rows = list_rows(list(as_tuple(notations or NOTATIONS)), context, chosen_for, **sizes)
-        plan = TablePlan(rows, whole, shown, Path(expanded(output)), timeout)
+        plan = TablePlan(rows, whole, prepared, shown, Path(expanded(output)), timeout)
         BENCHMARK.is_in(plan.output)
         for inference in (*plan.parts, *(map(_name_whole, rows[1:]) if whole else ())):
             plan.load(inference)
@@ -227,12 +231,14 @@ def _measure_table(plan: TablePlan, progress: Progress) -> PaperTable:
             line.say("measured before")
             return cost
 
-    *blocks, ends = (obtain(inference, number) for number, inference in enumerate(plan.parts, 1))
-    sums = add_up_all(plan.rows, {row.title: cost for row, cost in zip(plan.rows, blocks, strict=True)}, ends)
+    costs = {part.title: obtain(part, number) for number, part in enumerate(plan.parts, 1)}
+    ends = costs[take_ends(plan.rows[0]).title]
+    sums = add_up_all(plan.rows, costs, ends)
+    phases = add_up_phases(plan.rows[1:], costs) if plan.prepared else {}
     whole = None
     if plan.whole:
         whole = obtain(plan.find_whole({title: total.total_bytes for title, total in sums.items()}), count)
-    table = PaperTable(sums, ends, whole, plan.networks)
+    table = PaperTable(sums, ends, whole, plan.networks, phases)
     can_draw = find_spec("matplotlib") is not None
     with written_whole(plan.output / TABLE) as path:
         path.write_text(page_markdown(table, PICTURE if can_draw else None), encoding="utf-8")

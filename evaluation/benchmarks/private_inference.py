@@ -1,12 +1,13 @@
 """What private inference takes: GPT-2 small in blocks and whole, softmax, decoding, and agreement.
 
 python -m entropy_gpt.evaluation.benchmarks.private_inference --models DIR --models DIR --full  what is left
+python -m entropy_gpt.evaluation.benchmarks.private_inference --models DIR --prepared  with two phases
 python -m entropy_gpt.evaluation.benchmarks.private_inference --quick  small blocks, nothing written
 python -m entropy_gpt.evaluation.benchmarks.private_inference --redraw  the page anew from the record
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -31,12 +32,14 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     TODAY,
     PaperTable,
     add_up_all,
+    add_up_phases,
     choose_typical_block,
     find_cheapest,
     list_rows,
     table_markdown,
     take_blocks,
     take_ends,
+    take_prepared_parts,
     take_typical_block,
 )
 from entropy_gpt.evaluation.private_inference.inference import IN_PROCESS, PLAINTEXT, PrivateModel
@@ -99,10 +102,11 @@ class Record(StoredRecord):
         agreement (`list[Agreement]`): In threads.
         git_revision (`str`, *optional*): Commit of this project.
         remark (`str`, *optional*): What else is to be known, such as other work on the machine meanwhile.
+        prepared (`dict[str, InferenceCost]`): The blocks and the ends in two phases, by their titles.
     """
 
     KIND: ClassVar[str] = "the benchmark of private inference"
-    SCHEMA_VERSION: ClassVar[int] = 3
+    SCHEMA_VERSION: ClassVar[int] = 4
 
     blocks: dict[str, InferenceCost]
     ends: InferenceCost
@@ -113,6 +117,12 @@ class Record(StoredRecord):
     agreement: list[Agreement]
     git_revision: str | None
     remark: str | None = None
+    prepared: dict[str, InferenceCost] = field(default_factory=dict)
+
+    @classmethod
+    def migrate(cls, content: dict, version: int) -> dict | None:
+        """Version 3 had no `prepared`."""
+        return content if version == 3 else None
 
 
 def measure(inference: Inference) -> InferenceCost:
@@ -176,7 +186,8 @@ def take_typical_blocks(costs: dict[str, InferenceCost]) -> dict[str, InferenceC
 def sum_up(record: Record) -> PaperTable:
     """The paper's table out of the record."""
     rows = list_rows(NOTATIONS, LENGTH, **SIZES)
-    return PaperTable(add_up_all(rows, record.blocks, record.ends), record.ends, record.whole)
+    phases = add_up_phases(rows[1:], record.prepared) if record.prepared else {}
+    return PaperTable(add_up_all(rows, record.blocks, record.ends), record.ends, record.whole, phases=phases)
 
 
 def page(record: Record) -> str:
@@ -323,6 +334,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Small blocks; writes nothing.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="Sequences of each model.")] = RUNS,
     whole: Annotated[bool, typer.Option("--full", help="Run the cheapest architecture whole too.")] = False,
+    prepared: Annotated[bool, typer.Option("--prepared", help="Measure all in two phases too.")] = False,
     remark: Annotated[str | None, typer.Option(help="A sentence for the page: what else is to be known.")] = None,
     redraw: Annotated[bool, typer.Option(help="Measure nothing; the page anew from the record.")] = False,
 ):
@@ -337,13 +349,13 @@ def main(
         for row in list_rows(NOTATIONS, QUICK_LENGTH, **QUICK_SIZES):
             measure(take_blocks(row))
         return
-    record = replace(measure_all(models or [], runs, whole), remark=remark)
+    record = replace(measure_all(models or [], runs, whole, prepared), remark=remark)
     record.save(RECORD)
     write(record)
     console.print(f"written: {RECORD}, {PAGE}, {PICTURE}")
 
 
-def measure_all(models: list[Path], runs: int, whole: bool) -> Record:
+def measure_all(models: list[Path], runs: int, whole: bool, prepared: bool) -> Record:
     """
     Part after part; those that an interrupted run of the same revision has measured are taken from there.
 
@@ -374,6 +386,10 @@ def measure_all(models: list[Path], runs: int, whole: bool) -> Record:
             keep(f"{folder.name}, {runs} runs", Agreement, partial(measure_folder, folder, runs)) for folder in models
         ],
         git_revision=revision,
+        prepared={
+            part.title: keep(part.title, InferenceCost, partial(measure, part))
+            for part in (take_prepared_parts(rows[1:]) if prepared else ())
+        },
     )
 
 

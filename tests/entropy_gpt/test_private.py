@@ -307,6 +307,24 @@ class TestTwoProcesses:
         assert "FFNs of layers 1, 2 can't be absorbed" in rest
 
     @pytest.mark.slow
+    def test_what_was_prepared_is_used(self, model, tmp_path):
+        command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0", "--prepared", tmp_path / "server"]
+        command += ["--text", model / "config.json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                address = server.stdout.readline().strip().removeprefix("listening on ")
+                shared = ("--connect", address, "--tokenizer", model, "--prepared", tmp_path / "client")
+                refused = run("ask", PROMPT, *shared, "--require-prepared")
+                made = run("prepare", *shared, "--tokens", 16, "--count", 2)
+                asked = run("ask", PROMPT, *shared, "--require-prepared")
+            finally:
+                server.kill()
+        assert "make one (entropy-gpt private prepare)" in refused.stderr
+        assert made.returncode == 0, made.stderr
+        assert asked.returncode == 0, asked.stderr
+        assert [len([*(tmp_path / side).glob("*.half")]) for side in ("server", "client")] == [1, 1]
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
     def test_a_server_that_ends_leaves_neither_files_nor_processes(self, model, tmp_path, number):
         command = [COMMAND, "private", "serve", model, "--listen", "127.0.0.1:0", "--drain-seconds", "1"]

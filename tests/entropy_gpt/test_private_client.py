@@ -20,9 +20,9 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     RefusalError,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
-from entropy_gpt.evaluation.private_inference.parties.preparations import Store
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Events
+from entropy_gpt.evaluation.private_inference.parties.store import Store
 from entropy_gpt.evaluation.private_inference.parties.terms import Terms
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -91,6 +91,14 @@ def test_a_client_without_a_tokenizer_takes_tokens_alone(address):
 
 
 CONVERTED = CARDS / "models" / "converted"
+
+
+@pytest.mark.parametrize("as_given", [str, Path])
+def test_preparations_are_in_a_folder_of_any_kind_of_name(address, tmp_path, as_given):
+    with PrivateClient(address, prepared=as_given(tmp_path / "halves")):
+        assert (tmp_path / "halves" / "store-1").exists()
+
+
 TERMS = Terms(ProgramConfig.of(EntropyGPTConfig(**SIZES)), "SM", PrivateSettings(answer="token"), "", "store")
 
 
@@ -177,7 +185,7 @@ def test_a_half_is_used_up_once_its_prompt_is_accepted(tmp_path, heard, kept):
     client.store.path(name).write_bytes(b"half")
     taken = []
 
-    def answer(request, on_event, draft):
+    def answer(request, on_event, draft, take_another):
         taken.append(Path(request.preparation).read_bytes())
         raise PrivateInferenceError("the link is broken")
 

@@ -7,10 +7,19 @@ import shutil
 
 import pytest
 
-from entropy_gpt.evaluation.records.results import load_results, save_results
+from entropy_gpt.evaluation.records.results import save_results
 from entropy_gpt.evaluation.showing.comparison import COLUMNS, comparison_markdown, comparison_rows, conditions_text
 from entropy_gpt.evaluation.showing.model_card import model_card
-from entropy_gpt.programs.quickstart.page import PAGE, QUICKSTART_RESULTS, update_page
+from entropy_gpt.programs.quickstart.page import (
+    BLOCK,
+    HEALED_BLOCK,
+    HEALED_PAGE,
+    HEALED_RESULTS,
+    PAGE,
+    QUICKSTART_RESULTS,
+    load_all,
+    update_page,
+)
 
 from .example_results import example_cost, example_heads, example_likelihood, example_result, example_training
 
@@ -116,18 +125,21 @@ def test_conditions_are_folded_away_below_the_table(result):
     assert conditions.endswith("</details>\n")
 
 
-def test_the_page_shows_the_committed_results(tmp_path):
-    copied = tmp_path / PAGE.name
-    shutil.copy(PAGE, copied)
-    update_page(copied)
-    assert copied.read_text() == PAGE.read_text(), "run: python -m entropy_gpt.programs.quickstart.page"
+@pytest.mark.parametrize(
+    "page, files, block", [(PAGE, QUICKSTART_RESULTS, BLOCK), (HEALED_PAGE, HEALED_RESULTS, HEALED_BLOCK)]
+)
+def test_the_page_shows_the_committed_results(page, files, block, tmp_path):
+    copied = tmp_path / page.name
+    shutil.copy(page, copied)
+    update_page(copied, files, block)
+    assert copied.read_text() == page.read_text(), "run: python -m entropy_gpt.programs.quickstart.page"
 
 
 def test_the_page_shows_private_answers(result, tmp_path):
     save_results([dataclasses.replace(result, costs=[example_cost()]), result], tmp_path / "results.json")
     copied = tmp_path / PAGE.name
     shutil.copy(PAGE, copied)
-    update_page(copied, tmp_path / "results.json")
+    update_page(copied, [tmp_path / "results.json"])
     text = copied.read_text()
     assert "| training (s) | private answer (MB) |" in text
     assert "| 25,320.0 |" in text
@@ -139,7 +151,8 @@ def test_a_page_without_a_place_for_the_table_is_refused(tmp_path):
         update_page(tmp_path / "page.md")
 
 
-def test_committed_results_are_of_one_commit_without_changes():
-    results = load_results(QUICKSTART_RESULTS)
+@pytest.mark.parametrize("files", [QUICKSTART_RESULTS, HEALED_RESULTS])
+def test_committed_results_are_of_one_commit_without_changes(files):
+    results = load_all(files)
     assert {result.likelihood.conditions.git_revision.endswith("+changes") for result in results} == {False}
     assert len({json.dumps(dataclasses.asdict(result.likelihood.conditions)) for result in results}) == 1

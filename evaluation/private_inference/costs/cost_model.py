@@ -110,8 +110,7 @@ def predict_phases(
     before = _count(preparation.steps, weights | preparation.masks, settings)
     after = []
     for number, span in enumerate(spans):
-        variables = program_variables(config, settings, span) | preparation.masks | preparation.products
-        after += _count(preparation.use(number, span), variables, settings)
+        after += _count(preparation.use(number, span), preparation.variables(number, span), settings)
     return _price(before), _price(after)
 
 

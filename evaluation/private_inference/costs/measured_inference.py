@@ -1,6 +1,7 @@
 """Inferences of random models: measured between two processes, and kept with their conditions."""
 
 import contextlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from entropy_gpt.evaluation.private_inference.program.steps import Span
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .cost_model import predict, program_config
+from .cost_model import PredictedStep, predict, predict_phases, program_config
 
 
 # Embeddings so far apart that attention is not uniform.
@@ -57,16 +58,26 @@ class Inference:
         config ([`EntropyGPTConfig`]): The model.
         settings ([`PrivateSettings`]): The form of each operation.
         context (`int`): Tokens of the prompt.
+        is_prepared (`bool`): Whether what needs no prompt is done before it comes.
     """
 
     title: str
     config: EntropyGPTConfig
     settings: PrivateSettings
     context: int
+    is_prepared: bool = False
+
+    def predict(self) -> list[PredictedStep]:
+        """What its steps take, by the cost model, those before the prompt first."""
+        span = Span(0, self.context)
+        if not self.is_prepared:
+            return predict(self.config, self.settings, span)
+        before, after = predict_phases(self.config, self.settings, [span])
+        return before + after
 
     def predict_bytes(self) -> float:
         """What both parties send, by the cost model."""
-        return sum(step.total_bytes for step in predict(self.config, self.settings, Span(0, self.context)))
+        return sum(step.total_bytes for step in self.predict())
 
     def measure(
         self,
@@ -85,8 +96,10 @@ class Inference:
         Raises:
             `PrivateInferenceError`: If the engine fails.
         """
-        with self._served(timeout_seconds) as address:
-            return self._ask(address, new_tokens, timeout_seconds, on_event)
+        with tempfile.TemporaryDirectory() as folder:
+            prepared = Path(folder) / "prepared" if self.is_prepared else None
+            with self._served(timeout_seconds, prepared) as address:
+                return self._ask(address, new_tokens, timeout_seconds, on_event, prepared)
 
     def measure_slowed(self, network: Network, layer: int) -> InferenceCost:
         """
@@ -114,16 +127,26 @@ class Inference:
             cost = self._ask(link.address, 1, TIMEOUT_SECONDS, change_network)
         return replace(cost, network=f"{cost.network}, layer {layer} slowed to {network.name}")
 
-    def _served(self, timeout_seconds: int) -> contextlib.AbstractContextManager[tuple[str, int]]:
+    def _served(
+        self, timeout_seconds: int, prepared: Path | None = None
+    ) -> contextlib.AbstractContextManager[tuple[str, int]]:
         config, weights = prepare_weights(make_random_model(self.config))
-        return serve_on_loopback(Offer(config, weights, self.config.notation, self.settings, ""), timeout_seconds)
+        offer = Offer(config, weights, self.config.notation, self.settings, "")
+        return serve_on_loopback(offer, timeout_seconds, prepared)
 
     def _ask(
-        self, address: tuple[str, int], new_tokens: int, timeout_seconds: int, on_event: Callable[[dict], None]
+        self,
+        address: tuple[str, int],
+        new_tokens: int,
+        timeout_seconds: int,
+        on_event: Callable[[dict], None],
+        prepared: Path | None = None,
     ) -> InferenceCost:
         prompt = np.random.default_rng(0).integers(0, self.config.vocab_size, self.context).tolist()
-        with contextlib.closing(Client(*address, None, timeout_seconds)) as client:
-            outcome = client.ask(Question(prompt, new_tokens), on_event)
+        with contextlib.closing(Client(*address, None, timeout_seconds, prepared=prepared)) as client:
+            if self.is_prepared:
+                client.prepare(len(prompt), new_tokens, on_event=on_event)
+            outcome = client.ask(Question(prompt, new_tokens), on_event, require_prepared=self.is_prepared)
         return self._record(outcome, new_tokens)
 
     def load_measured(self, path: Path) -> InferenceCost | None:

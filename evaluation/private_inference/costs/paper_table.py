@@ -7,11 +7,15 @@ one, shows what all blocks of an architecture take; the embedding and the head a
 """
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 
+from entropy_gpt.evaluation.private_inference.parties.preparations import measure_half, pass_spans
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost, StepCost, project
+from entropy_gpt.evaluation.private_inference.program.demands import NUMBERS, SQUARES
+from entropy_gpt.evaluation.private_inference.program.first_phase import ROWS
 from entropy_gpt.evaluation.private_inference.program.networks import LAN, WAN, Network
 from entropy_gpt.evaluation.private_inference.program.program import tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -38,6 +42,8 @@ PAPER_COSTS = {
 PAPER_SIZES = {"n_layer": 12, "n_embd": 768, "n_head": 12, "context": 128}
 
 EMBEDDING, HEAD, CHECK = "embedding", "head", "check"
+# What a first phase makes for all blocks together.
+POOLS = (SQUARES, NUMBERS, ROWS)
 # For the blocks the vocabulary is of no account; around the ends is the smallest block that there is.
 BLOCK_VOCABULARY = 64
 SMALLEST_BLOCK = "SM+FFNi1"
@@ -83,7 +89,8 @@ def take_ends(whole: Inference) -> Inference:
     """The embedding, the head and the check of all numbers, with as little as can be between."""
     sizes = {"n_embd": whole.config.n_embd, "vocab_size": whole.config.vocab_size}
     config = make_config(SMALLEST_BLOCK, whole.context, n_layer=1, n_head=1, **sizes)
-    return Inference("embedding and head", config, PrivateSettings(), whole.context)
+    ends = Inference("embedding and head", config, PrivateSettings(), whole.context)
+    return take_prepared(ends) if whole.is_prepared else ends
 
 
 def _choose_blocks(config: EntropyGPTConfig) -> tuple[list[bool], list[int]]:
@@ -106,14 +113,38 @@ def add_up(whole: Inference, blocks: InferenceCost, ends: InferenceCost) -> Infe
         blocks ([`InferenceCost`]): Cost of [`take_blocks`].
         ends ([`InferenceCost`]): Cost of [`take_ends`].
     """
-    config, (_, measured) = whole.config, _choose_blocks(whole.config)
-    steps = steps_of(ends, EMBEDDING)
-    for layer, block in enumerate(measured):
-        steps += [replace(step, layer=layer) for step in blocks.steps if step.layer == block]
-    steps += [step for step in blocks.steps if step.layer is None and step.operation not in (EMBEDDING, HEAD, CHECK)]
-    steps += [step for step in (*steps_of(ends, HEAD), *steps_of(ends, CHECK)) if step.layer is None]
+    config = whole.config
+    steps = _add_up_steps(whole, blocks.steps, ends.steps)
+    before = _add_up_steps(whole, blocks.before, ends.before)
     sizes = {"notation": config.notation, "n_layer": config.n_layer, "vocab_size": config.vocab_size}
-    return replace(blocks, **sizes, steps=steps, seconds=sum(step.seconds for step in steps))
+    return replace(blocks, **sizes, steps=steps, before=before, seconds=sum(step.seconds for step in steps))
+
+
+def _add_up_steps(whole: Inference, blocks: list[StepCost], ends: list[StepCost]) -> list[StepCost]:
+    """Products of masks of numbers are made for all blocks together: they grow as predicted."""
+    _, measured = _choose_blocks(whole.config)
+    steps = [step for step in ends if step.operation == EMBEDDING]
+    for layer, block in enumerate(measured):
+        steps += [replace(step, layer=layer) for step in blocks if step.layer == block]
+    around = [step for step in blocks if step.layer is None and step.operation not in (EMBEDDING, HEAD, CHECK)]
+    growth = _predict_growth(whole) if any(step.operation in POOLS for step in around) else 1.0
+    steps += [_scale(step, growth) if step.operation in POOLS else step for step in around]
+    return [*steps, *(step for step in ends if step.layer is None and step.operation in (HEAD, CHECK))]
+
+
+def _predict_growth(whole: Inference) -> float:
+    """How many times as many bytes all blocks send as those that are measured, for products of masks of numbers."""
+    one, all_blocks = (
+        sum(step.total_bytes for step in inference.predict() if step.operation in POOLS)
+        for inference in (take_blocks(whole), whole)
+    )
+    return all_blocks / one
+
+
+def _scale(step: StepCost, factor: float) -> StepCost:
+    names = ("sent_bytes", "received_bytes", "sent_messages", "received_messages")
+    counted = {name: round(factor * getattr(step, name)) for name in names}
+    return replace(step, **counted, seconds=factor * step.seconds)
 
 
 def add_up_all(
@@ -121,6 +152,32 @@ def add_up_all(
 ) -> dict[str, InferenceCost]:
     """As [`add_up`], of each row by its title."""
     return {row.title: add_up(row, blocks[row.title], ends) for row in rows}
+
+
+def take_prepared(row: Inference) -> Inference:
+    """The same inference in two phases."""
+    return replace(row, title=f"{row.title}, prepared", is_prepared=True)
+
+
+def take_prepared_parts(rows: list[Inference]) -> list[Inference]:
+    """What is measured of these models in two phases: blocks of each, and the ends."""
+    prepared = [take_prepared(row) for row in rows]
+    return [*map(take_blocks, prepared), take_ends(prepared[0])]
+
+
+def add_up_phases(rows: list[Inference], costs: dict[str, InferenceCost]) -> dict[str, "TwoPhases"]:
+    """
+    What whole models take in two phases, by their titles in one.
+
+    Args:
+        rows (`list[Inference]`): In one phase.
+        costs (`dict[str, InferenceCost]`): Costs of [`take_prepared_parts`], by their titles.
+    """
+    prepared = {row.title: take_prepared(row) for row in rows}
+    return {
+        title: TwoPhases.of(row, add_up(row, costs[row.title], costs[take_ends(row).title]))
+        for title, row in prepared.items()
+    }
 
 
 def find_cheapest(rows: list[Inference], total_bytes: dict[str, float]) -> Inference:
@@ -143,6 +200,30 @@ def paper_ratios(cost: InferenceCost) -> tuple[float, float] | None:
 
 
 @dataclass(frozen=True)
+class TwoPhases:
+    """
+    An inference in two phases.
+
+    Args:
+        cost ([`InferenceCost`]): What it took, before the prompt and after it.
+        half_bytes (`int`): That each side keeps meanwhile, about.
+    """
+
+    cost: InferenceCost
+    half_bytes: int
+
+    @classmethod
+    def of(cls, row: Inference, cost: InferenceCost) -> Self:
+        """
+        Args:
+            row ([`Inference`]): The whole model.
+            cost ([`InferenceCost`]): Result of [`add_up`].
+        """
+        size, _ = measure_half(program_config(row.config), row.settings, pass_spans(row.context, 1, 1))
+        return cls(cost, size)
+
+
+@dataclass(frozen=True)
 class PaperTable:
     """
     The table, measured.
@@ -152,12 +233,14 @@ class PaperTable:
         ends ([`InferenceCost`]): The embedding and the head.
         whole ([`InferenceCost`], *optional*): A whole run of one of the architectures.
         networks (`tuple[Network, ...]`): Networks for which seconds are shown.
+        phases (`dict[str, TwoPhases]`): Those that were measured in two phases, by their titles in one.
     """
 
     sums: dict[str, InferenceCost]
     ends: InferenceCost
     whole: InferenceCost | None = None
     networks: tuple[Network, ...] = (LAN, WAN)
+    phases: dict[str, TwoPhases] = field(default_factory=dict)
 
     @property
     def baseline(self) -> InferenceCost:
@@ -190,10 +273,31 @@ class PaperTable:
         ]
 
     @property
+    def phase_headings(self) -> list[str]:
+        """The headings of the columns for two phases."""
+        two = ("MB\nbefore", "MB\nafter", "s\nbefore", "s\nafter", "MB on\ndisk")
+        return ["in two phases", *two, *(f"s after,\n{network.name}" for network in self.networks)]
+
+    @property
+    def phase_rows(self) -> list[list[str]]:
+        """The cells of each architecture that was measured in two phases."""
+        return [self._phase_row(title, phases) for title, phases in self.phases.items()]
+
+    def _phase_row(self, title: str, phases: TwoPhases) -> list[str]:
+        before, after = phases.cost.first_phase(), phases.cost
+        return [
+            title,
+            *(f"{cost.total_bytes / MEGA:,.1f}" for cost in (before, after)),
+            *(f"{cost.seconds:,.1f}" for cost in (before, after)),
+            f"{phases.half_bytes / MEGA:,.1f}",
+            *(f"{project(after, network):,.0f}" for network in self.networks),
+        ]
+
+    @property
     def notes(self) -> list[str]:
         """What there is to say about it, a paragraph each."""
         notes = [self._describe_sums(), self._describe_ends(), self._compare_alike(), self._describe_paper()]
-        return [note for note in (*notes, self._compare_whole()) if note]
+        return [note for note in (*notes, self._compare_whole(), self._describe_phases()) if note]
 
     def _describe_sums(self) -> str:
         return (
@@ -235,6 +339,15 @@ class PaperTable:
             f"cores, where {PAPER_BASELINE} takes {gigabytes} GB and {minutes} minutes."
         )
 
+    def _describe_phases(self) -> str | None:
+        if not self.phases:
+            return None
+        return (
+            "In two phases, what needs no prompt is done before it comes. Products of masks of numbers are made for "
+            "all blocks together, and are taken to grow as predicted. Each side keeps its half on disk until it is "
+            "used, once. Its size follows from the shapes."
+        )
+
     def _compare_whole(self) -> str | None:
         if self.whole is None:
             return None
@@ -254,8 +367,11 @@ def _describe_steps(cost: InferenceCost, operation: str) -> str:
 
 
 def table_markdown(table: PaperTable) -> str:
-    """The table itself."""
-    return markdown_table([heading.replace("\n", " ") for heading in table.headings], table.rows)
+    """The table itself, and that of two phases, if they were measured."""
+    tables = [(table.headings, table.rows), (table.phase_headings, table.phase_rows)]
+    return "\n\n".join(
+        markdown_table([heading.replace("\n", " ") for heading in headings], rows) for headings, rows in tables if rows
+    )
 
 
 def page_markdown(table: PaperTable, picture: str | None) -> str:

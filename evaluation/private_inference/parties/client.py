@@ -12,14 +12,14 @@ from entropy_gpt.evaluation.errors import EmbeddingsError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
 from entropy_gpt.evaluation.private_inference.program.program import weight_shapes
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, TRUST
-from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 
 from .channel import TLSFiles, clean, connect
 from .drafts import least_positions
 from .party_process import Job, Request
-from .preparations import Store, hash_terms, is_lost, pass_spans
+from .preparations import LostHalfError, hash_terms, is_lost
 from .question import Question, check_request
 from .session import Outcome, Session, free_port
+from .store import Store
 from .tables import TableCache, Tables, count_bytes, decode_table, read_public
 from .terms import HANDSHAKE_SECONDS, PROTOCOL_VERSION, read_terms
 from .tunnel import ClientTunnel
@@ -207,12 +207,10 @@ class Client:
         """The name of the smallest preparation here that serves such a request, if there is one."""
         if self.store is None or self.terms.store is None:
             return None
-        config, settings = self.terms.config, self.terms.settings
-        terms, spans = hash_terms(config, settings), pass_spans(length, new_tokens, answers)
+        terms = hash_terms(self.terms.config, self.terms.settings)
         for header in self.store.headers():
-            if (header.terms, header.store) != (terms, self.terms.store) or header.new_tokens < new_tokens:
-                continue
-            if Preparation(config, settings, header.spans()).serves(spans):
+            of_server = (header.terms, header.store) == (terms, self.terms.store)
+            if of_server and header.serves(length, new_tokens, answers):
                 return header.name
         return None
 
@@ -249,7 +247,32 @@ class Client:
             if "preparation" in own:
                 self.store.spend(Path(own["preparation"]))
             on_event({"event": "accepted"})
-            return self._session.answer(Request(**asked, **own), on_event, draft=draft)
+            request = Request(**asked, **own)
+            with contextlib.ExitStack() as taken:
+
+                def take_another(index: int) -> str | None:
+                    return self._take_another(request, index, taken)
+
+                return self._session.answer(request, on_event, draft=draft, take_another=take_another)
+
+    def _take_another(self, request: Request, index: int, taken: contextlib.ExitStack) -> str | None:
+        """
+        This side's half of a preparation for what is left of an answer from a token on, if both sides have one; it is
+        dropped when `taken` closes.
+        """
+        left = (request.length + index, request.new_tokens - index, request.answers)
+        while (name := self.find_preparation(*left)) is not None:
+            try:
+                half = self.store.take(name)
+            except LostHalfError:  # another process was first
+                continue
+            taken.callback(self.store.drop, half)
+            self.channel.send({"kind": "another", "preparation": name})
+            if self._session.hear_of_another() == name:
+                self.store.spend(half)
+                return str(half)
+        self.channel.send({"kind": "another", "preparation": None})
+        return None
 
     def _open(self, on_event: Callable[[dict], None]) -> dict:
         while (answer := self.channel.receive(HANDSHAKE_SECONDS, ("accepted", "waiting")))["kind"] == "waiting":

@@ -19,11 +19,11 @@ import numpy as np
 from entropy_gpt.evaluation.errors import EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.arithmetic import CheapArithmetic
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
-from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, RING, Shape, Stock, count_step
+from entropy_gpt.evaluation.private_inference.program.counting import NUMBER, PUBLIC, RING, Shape, Stock, count_step
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices, price_of
+from entropy_gpt.evaluation.private_inference.program.second_phase import show
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Step
-from entropy_gpt.evaluation.private_inference.program.two_phases import show
 
 from .shares import make_placeholder, read_content
 
@@ -131,7 +131,8 @@ def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: 
     for step in steps:
         executable = None
         if step.function is not show:
-            given = tuple((variables[name].shape, variables[name].dtype) for name in step.inputs)
+            inputs = [variables[name] for name in step.inputs]
+            given = tuple((tensor.shape, tensor.dtype, getattr(tensor, "owner", None) == PUBLIC) for tensor in inputs)
             code = _compile(_Hashable(step.function), given, settings)
             executable = libspu.Executable(step.operation, list(step.inputs), list(step.outputs), code)
         counts = count_step(step, variables, settings, stock)
@@ -142,7 +143,7 @@ def compile_steps(steps: Iterable[Step], variables: dict[str, Shape], settings: 
 
 @functools.lru_cache(maxsize=512)
 def _compile(
-    function: "_Hashable", given: tuple[tuple[tuple[int, ...], np.dtype], ...], settings: PrivateSettings
+    function: "_Hashable", given: tuple[tuple[tuple[int, ...], np.dtype, bool], ...], settings: PrivateSettings
 ) -> bytes:
     from jax import ShapeDtypeStruct
     from jax.experimental import enable_x64
@@ -151,7 +152,7 @@ def _compile(
 
     # Among integers of the ring numbers are named as wide as these, so that one can be taken for the other. The engine
     # has one ring for all of them; a conversion would make one party's number one that is shared.
-    in_ring = any(dtype == RING for _, dtype in given)
+    in_ring = any(dtype == RING for _, dtype, _ in given)
     number = np.float64 if in_ring else NUMBER
 
     def program(*tensors):
@@ -161,10 +162,10 @@ def _compile(
         executable, _ = frontend.compile(
             frontend.Kind.JAX,
             program,
-            [ShapeDtypeStruct(shape, RING if dtype == RING else number) for shape, dtype in given],
+            [ShapeDtypeStruct(shape, RING if dtype == RING else number) for shape, dtype, _ in given],
             {},
             [f"in{index}" for index in range(len(given))],
-            [libspu.Visibility.VIS_SECRET] * len(given),
+            [libspu.Visibility.VIS_PUBLIC if is_public else libspu.Visibility.VIS_SECRET for *_, is_public in given],
             lambda flat: [f"out{index}" for index in range(len(flat))],
         )
     return executable.code
@@ -187,6 +188,17 @@ class EngineArithmetic(CheapArithmetic):
         import jax
 
         return jax.lax.bitcast_convert_type(tensor, RING)
+
+    def append_checksum(self, tensor):
+        """
+        Where numbers are named as wide as integers of the ring (`_compile`), sums would get another type than what
+        they are sums of, and could not stand next to it: they are taken of the integers.
+        """
+        import jax
+
+        if tensor.dtype != np.float64:
+            return super().append_checksum(tensor)
+        return jax.lax.bitcast_convert_type(super().append_checksum(self.as_ring(tensor)), np.float64)
 
     def truncate(self, product):
         """By a product with the last bit, which is the integer 1."""

@@ -59,7 +59,7 @@ def compile_preparation(
 
 
 def compile_prepared_pass(
-    config: ProgramConfig, settings: PrivateSettings, preparation: Preparation, number: int, span: Span
+    settings: PrivateSettings, preparation: Preparation, number: int, span: Span
 ) -> list[CompiledStep]:
     """
     The engine's code of a pass of a second phase.
@@ -67,8 +67,7 @@ def compile_prepared_pass(
     Raises:
         `PrivateInferenceError`: If this is not prepared.
     """
-    variables = program_variables(config, settings, span) | preparation.masks | preparation.products
-    return compile_steps(preparation.use(number, span), variables, settings)
+    return compile_steps(preparation.use(number, span), preparation.variables(number, span), settings)
 
 
 class Participant:

@@ -41,7 +41,6 @@ from .memory import forbid_core_dumps, limit_address_space
 from .participant import Participant, compile_pass, compile_preparation, compile_prepared_pass
 from .preparations import (
     Header,
-    Store,
     describe_shares,
     draw_bytes,
     draw_name,
@@ -52,6 +51,7 @@ from .preparations import (
 )
 from .sampling import GREEDY, Noise, Sampling, choose
 from .shares import RING_BYTES, join_share, read_share
+from .store import Store
 
 
 REPEATS = 3
@@ -144,11 +144,8 @@ class PartyProcess:
         """Compiles the first pass of a request; its hash is what both parties have to have in common."""
         self.request, self.chosen, self.drafted, self.positions = request, [], [], 0
         self._noise = Noise(request.sampling, self.job.config.vocab_size)
-        self._preparation = self._half = None
-        if request.preparation is not None:
-            self._half = header, _, _ = read_half(Path(request.preparation))
-            self._preparation = Preparation(self.job.config, self.job.settings, header.spans())
-        elif request.prepares:
+        self._take_up(request.preparation, 0)
+        if request.prepares:
             self._preparation = Preparation(self.job.config, self.job.settings, request.spans())
         self._program = self._compile_preparation() if request.prepares else self._compile(0, request.spans()[0])
         program, passes = self._program.result(), 1 if request.prepares or request.drafts else request.new_tokens
@@ -170,21 +167,35 @@ class PartyProcess:
         Answers the request that was prepared; each pass is compiled while the one before runs, if that is known then.
 
         Args:
-            hear (`Callable`): Waits for the next line of standard input: drafts.
+            hear (`Callable`): Waits for the next line of standard input: drafts, or another preparation.
         """
+        self._hear = hear
         if self.request.prepares:
             self._prepare()
         elif self.request.drafts:
-            self._verify_drafts(hear)
-        elif self._half is None:
-            self._run_passes()
+            self._verify_drafts()
         else:
+            self._load()
+            self._run_passes()
+            self._forget()
+        self.tell({"event": "done"})
+
+    def _take_up(self, preparation: str | None, index: int):
+        """Reads this party's half of a preparation that the rest of an answer is to use, from a token on, if any."""
+        self._half, self._first = None, index
+        if preparation is not None:
+            self._half = header, _, _ = read_half(Path(preparation))
+            self._preparation = Preparation(self.job.config, self.job.settings, header.spans())
+
+    def _load(self):
+        if self._half is not None:
             header, seed, shares = self._half
             self.tell({"event": "prepared before", "costs": [asdict(cost) for cost in header.costs]})
             self.participant.load(self._preparation, seed, shares)
-            self._run_passes()
+
+    def _forget(self):
+        if self._half is not None:
             self.participant.forget(self._preparation)
-        self.tell({"event": "done"})
 
     def _run_passes(self):
         spans = self.request.spans()
@@ -192,11 +203,14 @@ class PartyProcess:
             program = self._program.result()
             if span.start:
                 self._compare(program)
-            if index + 1 < len(spans):
-                self._program = self._compile(index + 1, spans[index + 1])
+            self._compile_next(index)
             self._answer(index, span, program)
 
-    def _verify_drafts(self, hear: Callable[[], bytes]):
+    def _compile_next(self, index: int):
+        if further := self.request.spans()[index + 1 :]:
+            self._program = self._compile(index + 1, further[0])
+
+    def _verify_drafts(self):
         """Passes over drafts, until all tokens are known; the client says where each one begins."""
         (span,), is_client = self.request.spans(), self.job.rank == CLIENT
         for index in itertools.count():
@@ -206,7 +220,7 @@ class PartyProcess:
             if index:
                 self._compare(program)
             if is_client:
-                self.drafted = json.loads(hear())[: span.end - self.request.length - len(self.chosen)]
+                self.drafted = json.loads(self._hear())[: span.end - self.request.length - len(self.chosen)]
             self._answer(index, span, program)
             kept, span = span.end, self._agree_on_next(span.end)
             if span is None:
@@ -253,14 +267,19 @@ class PartyProcess:
             owner=self.job.owner,
             made=time.time(),
         )
-        Store(Path(self.job.store), self.job.rank).put(header, seed, shares)
+        Store(Path(self.job.store), self.job.rank).put(header, seed, shares, self._agree)
         self.tell({"event": "prepared", "name": name})
 
+    def _agree(self):
+        """That both have written their halves: one alone would be of no use."""
+        self.link.send(1 - self.job.rank, b"written")
+        self.link.recv(1 - self.job.rank)
+
     def _compile(self, index: int, span: Span) -> Future[list[CompiledStep]]:
-        config, settings = self.job.config, self.job.settings
         if self._half is None:
-            return self._compiler.submit(compile_pass, config, settings, span)
-        return self._compiler.submit(compile_prepared_pass, config, settings, self._preparation, index, span)
+            return self._compiler.submit(compile_pass, self.job.config, self.job.settings, span)
+        number = index - self._first
+        return self._compiler.submit(compile_prepared_pass, self.job.settings, self._preparation, number, span)
 
     def _compile_preparation(self) -> Future[list[CompiledStep]]:
         return self._compiler.submit(compile_preparation, self.job.config, self.job.settings, self._preparation)
@@ -281,10 +300,9 @@ class PartyProcess:
     def _answer(self, index: int, span: Span, program: list[CompiledStep]):
         noise = self._draw_noise(span)
         for repeat in range(REPEATS):
-            if repeat:  # what is kept of the tokens before may be what is wrong: all anew, and nothing prepared twice
+            if repeat:  # what is kept of the tokens before may be what is wrong
                 span = Span(0, span.end, span.answers)
-                program = self._compiler.submit(compile_pass, self.job.config, self.job.settings, span).result()
-                self._compare(program)
+                program = self._begin_anew(index, span)
             self._count(span)
             self._tell_pass(program, span.answers)
             self.participant.infer(program, span, self._inputs(span, noise), self._tell_step)
@@ -292,6 +310,21 @@ class PartyProcess:
                 self._exchange(span)
                 return
         raise PrivateInferenceError(ALWAYS_OUT_OF_RANGE)
+
+    def _begin_anew(self, index: int, span: Span) -> list[CompiledStep]:
+        """
+        The program of a pass over all tokens. Nothing prepared serves twice: this pass and those after it have another
+        preparation, if both sides have one, or none.
+        """
+        if self._half is not None:
+            self._forget()
+            self.tell({"event": "another", "index": index})
+            self._take_up(json.loads(self._hear()), index)
+            self._load()
+        program = self._compile(index, span).result()
+        self._compare(program)
+        self._compile_next(index)
+        return program
 
     def _count(self, span: Span):
         """A client that makes the check fail holds the engine for longer than it has asked for."""

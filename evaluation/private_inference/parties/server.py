@@ -24,16 +24,15 @@ from entropy_gpt.evaluation.private_inference.program.program import ProgramConf
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER
 from entropy_gpt.evaluation.private_inference.program.steps import Span
 
-from .channel import NO_HALF, TURN_OVER, Channel, ClosedError, Listener, TLSFiles, one_line, shut_down
+from .channel import TURN_OVER, Channel, ClosedError, Listener, TLSFiles, one_line, shut_down
 from .drafts import least_positions
 from .limits import Accounts, Limits, Use
 from .party_process import Job, Request
 from .preparations import (
     MOST_PRODUCTS,
-    Store,
+    LostHalfError,
     hash_terms,
     hash_weights,
-    is_lost,
     is_name,
     measure_half,
     name_store,
@@ -42,6 +41,7 @@ from .preparations import (
 )
 from .question import check_request
 from .session import Session, SilenceError, free_port
+from .store import Store
 from .tables import encode_table
 from .terms import HANDSHAKE_SECONDS, LARGEST, PROTOCOL_VERSION, Offer
 from .tunnel import ServerTunnel
@@ -125,7 +125,7 @@ class Server:
 
     @functools.cached_property
     def _store_name(self) -> str | None:
-        return None if self.store is None else name_store(self.store.identity, self._weights_hash)
+        return None if self.store is None else name_store(self.store.used.identity, self._weights_hash)
 
     def serve_forever(self):
         """Until it is closed."""
@@ -280,12 +280,17 @@ class Server:
         with self.turns.turn(channel.peer, announce), contextlib.ExitStack() as taken:
             asked = self._read_request(channel, message, taken)
             with self._opened(channel, asked[1]) as session:
-                self._answer(session, who, *asked, channel if message.get("tables") is True else None)
+
+                def take_another(index: int) -> str | None:
+                    return self._take_another(session, channel, taken)
+
+                wants = channel if message.get("tables") is True else None
+                self._answer(session, who, *asked, take_another, wants)
                 while message := self._next_request(session, asked[1]):
                     taken.close()
                     asked = self._read_request(channel, message, taken)
                     channel.send({"kind": "accepted", "positions": asked[1].positions})
-                    self._answer(session, who, *asked)
+                    self._answer(session, who, *asked, take_another)
 
     def _read_request(
         self, channel: Channel, message: dict, taken: contextlib.ExitStack
@@ -362,18 +367,29 @@ class Server:
                     "this preparation was made with another client, by its certificate or address."
                 )
             if (header.terms, header.weights) != (self._terms_hash, self._weights_hash):
-                raise PrivateInferenceError(
+                raise LostHalfError(
                     "this preparation was made with another model, other settings or another version: prepare another "
-                    "one.",
-                    NO_HALF,
+                    "one."
                 )
             self.store.spend(path)
         except BaseException as error:
-            undo = self.store.drop if is_lost(error) else self.store.put_back
+            undo = self.store.drop if isinstance(error, LostHalfError) else self.store.put_back
             undo(path)
             raise
         taken.callback(self.store.drop, path)
         return path
+
+    def _take_another(self, session: Session, channel: Channel, taken: contextlib.ExitStack) -> str | None:
+        """This side's half of the preparation that the client would use for the rest of an answer, if it is here."""
+        while (name := session.hear_of_another()) is not None:
+            try:
+                half = self._take_half(name, channel.peer, taken)
+            except LostHalfError:
+                channel.send({"kind": "another", "preparation": None})
+                continue
+            channel.send({"kind": "another", "preparation": name})
+            return str(half)
+        return None
 
     @staticmethod
     def _number(request: dict, name: str, least: int = 1) -> int:
@@ -434,7 +450,14 @@ class Server:
                 use.kept_seconds = time.monotonic() - began
 
     def _answer(
-        self, session: Session, who: str, request: Request, use: Use, left: Limits, wants: Channel | None = None
+        self,
+        session: Session,
+        who: str,
+        request: Request,
+        use: Use,
+        left: Limits,
+        take_another: Callable[[int], str | None],
+        wants: Channel | None = None,
     ):
         """To a client that wants the tables, they go first, over its channel."""
         asks = "prepares" if request.prepares else "asks for"
@@ -456,7 +479,7 @@ class Server:
         try:
             if wants is not None:
                 self._send_tables(wants, who, left.seconds)
-            outcome = session.answer(request, note, left.seconds)
+            outcome = session.answer(request, note, left.seconds, take_another=take_another)
         finally:
             use.seconds, use.running_since = time.monotonic() - began, None
             if request.drafts:

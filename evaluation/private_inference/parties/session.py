@@ -157,9 +157,9 @@ class EngineProcess:
         """Has a request compiled."""
         self._say(TypeAdapter(Request).dump_json(request))
 
-    def give(self, drafts: list[int]):
-        """Has drafts verified, which it has asked for."""
-        self._say(json.dumps(drafts).encode())
+    def give(self, asked: list[int] | str | None):
+        """What the engine has asked for: drafts, or the file with this side's half of another preparation."""
+        self._say(json.dumps(asked).encode())
 
     def start(self, own_port: int, peer_port: int):
         """Has the request answered. The first time it meets the peer before, and gets what it has."""
@@ -225,7 +225,7 @@ def listen_to_peer(channel: Channel, events: Events) -> threading.Thread:
     def listen():
         try:
             while True:
-                events.hear(channel.receive(None, ("program", "done", "request", "accepted")))
+                events.hear(channel.receive(None, ("program", "done", "request", "accepted", "another")))
         except PrivateInferenceError as error:
             events.put(error)
 
@@ -283,6 +283,7 @@ class Session:
         on_event: Callable[[dict], None] = lambda event: None,
         seconds: float = math.inf,
         draft: Callable[[list[int], int], list[int]] | None = None,
+        take_another: Callable[[int], str | None] = lambda index: None,
     ) -> Outcome:
         """
         This party's part of an answer, from the comparison of programs to the farewell.
@@ -292,6 +293,8 @@ class Session:
             on_event (`Callable`): Told what happens.
             seconds (`float`): That it may take in all.
             draft (`Callable`, *optional*): What a client's drafts come from, as of [`Drafter`].
+            take_another (`Callable`): Called with the number of a token that has to be computed anew, if the answer
+                was prepared; agrees with the peer on another preparation for the rest, and returns this party's half.
 
         Raises:
             `PrivateInferenceError`: If the programs differ, the engine fails, the peer ends, hangs or breaks rules, or
@@ -302,7 +305,7 @@ class Session:
             self._process.prepare(request)
             self._compare_programs(on_event)
             self._process.start(self._own_port, self._tunnel.local_port)
-            self._follow(outcome, on_event, draft)
+            self._follow(outcome, on_event, draft, take_another)
             return outcome
         except PrivateInferenceError as error:
             rest = self.events.rest(error, 0 if self._job.rank == SERVER else REASON_SECONDS)
@@ -342,16 +345,36 @@ class Session:
                 f"(here {engine_versions()})."
             )
 
-    def _follow(self, outcome: Outcome, on_event: Callable[[dict], None], draft: Callable | None):
+    def hear_of_another(self) -> str | None:
+        """Which preparation the peer would use now, if any."""
+        heard = self._early or self._expect(self._job.timeout_seconds, "peer's another")
+        self._early = None
+        return heard.get("preparation")
+
+    def _follow(
+        self,
+        outcome: Outcome,
+        on_event: Callable[[dict], None],
+        draft: Callable | None,
+        take_another: Callable[[int], str | None],
+    ):
         """Notes what the engine does until both sides are done."""
-        peer_done = False
-        kinds = {"set-up", "pass", "step", "token", "repeat", "prepared", "prepared before", "done", "peer's done"}
-        kinds |= {"draft", "verified"}
+        peer_done, self._early = False, None
+        kinds = {"set-up", "pass", "step", "token", "repeat", "another", "prepared", "prepared before", "done"}
+        kinds |= {"draft", "verified", "peer's done", "peer's another"}
         while True:
             event = self._expect(self._job.timeout_seconds, *kinds)
             if event["event"] == "peer's done":
                 peer_done = True
-                kinds.remove(event["event"])
+                kinds.remove("peer's done")
+                continue
+            if event["event"] == "peer's another":  # before this side's engine has said so
+                self._early = event
+                kinds.remove("peer's another")
+                continue
+            if event["event"] == "another":
+                self._process.give(take_another(event["index"]))
+                kinds.add("peer's another")
                 continue
             if event["event"] == "draft":
                 self._process.give(draft(event["known"], event["count"]))
@@ -411,6 +434,6 @@ def _note(outcome: Outcome, event: dict):
     elif event["event"] == "prepared":
         outcome.prepared = event["name"]
     elif event["event"] == "prepared before":
-        outcome.before = [StepCost(**cost) for cost in event["costs"]]
+        outcome.before += [StepCost(**cost) for cost in event["costs"]]
     elif "cost" in event:
         (outcome.set_up if event["event"] == "set-up" else outcome.steps).append(StepCost(**event["cost"]))

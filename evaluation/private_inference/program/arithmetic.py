@@ -61,9 +61,19 @@ class Arithmetic:
         """
         return self.xp.concatenate([tensor, checksum(self.xp, tensor)], axis=-1)
 
-    def causal_matmul(self, left, right):
-        """Of `(heads, queries, keys)` that are exactly 0 where a query does not see a key."""
-        return self.matmul(left, right)
+    def score(self, query, key):
+        """Scores `(heads, queries, keys)` of `(heads, queries, size)` and `(heads, keys, size)`."""
+        return self.matmul(query, key.swapaxes(1, 2))
+
+    def weigh(self, weights, value, is_causal: bool = False):
+        """
+        Sums of values `(heads, keys, size)` by weights `(heads, queries, keys)`.
+
+        Args:
+            weights, value: As said.
+            is_causal (`bool`): Whether weights of keys that a query does not see are exactly 0.
+        """
+        return self.matmul(weights, value)
 
     def multiply(self, left, right):
         return left * right

@@ -14,18 +14,19 @@ from .visible import put_apart, visible_keys
 MASKED_SCORE = -(2.0**20)
 
 
-def split_heads(ops: Arithmetic, hidden, weight, bias, *kept, heads: int, queries: int):
+def split_heads(ops: Arithmetic, hidden, weight, bias, *kept, heads: int, queries: int, is_apart: bool):
     """
     Queries of the last rows `(heads, queries, head size)`, and keys and values of all `(heads, keys, head size)`, from
-    hidden states `(length, width)` or the stream. Keys and values kept from before come in front.
+    hidden states `(length, width)` or the stream. Keys and values kept from before come in front. Queries are a
+    product of their own where `is_apart`.
     """
     width = weight.shape[0]
-    if queries == hidden.shape[0]:
-        mapped = linear(ops, hidden, weight, bias)
-        query, key_value = mapped[:, :width], mapped[:, width:]
-    else:
+    if is_apart:
         query = linear(ops, hidden[-queries:], weight[:, :width], bias[:width])
         key_value = linear(ops, hidden, weight[:, width:], bias[width:])
+    else:
+        mapped = linear(ops, hidden, weight, bias)
+        query, key_value = mapped[:, :width], mapped[:, width:]
     query, key, value = (
         part.reshape(part.shape[0], heads, -1).swapaxes(0, 1)
         for part in (query, key_value[:, :width], key_value[:, width:])
@@ -44,8 +45,7 @@ def scale_queries(ops: Arithmetic, query, inverse_temperature, start: int, early
 
 
 def score(ops: Arithmetic, query, key):
-    """Scores `(heads, queries, keys)`."""
-    return ops.matmul(query, key.swapaxes(1, 2))
+    return ops.score(query, key)
 
 
 def whole_softmax(ops: Arithmetic, scores, per_row: bool):
@@ -59,7 +59,7 @@ def whole_softmax(ops: Arithmetic, scores, per_row: bool):
 
 
 def weigh_and_merge(ops: Arithmetic, weights, value):
-    return _merge(ops.matmul(weights, value))
+    return _merge(ops.weigh(weights, value))
 
 
 def score_visible(ops: Arithmetic, query, key):
@@ -116,7 +116,7 @@ def _scale_early(ops: Arithmetic, visible, mask: np.ndarray, factors):
 def weigh_visible(ops: Arithmetic, visible, value, queries: int):
     """Sums of values by exponentials `(heads, queries, head size)`, and of exponentials `(heads, queries, 1)`."""
     exponentials = put_apart(ops, visible, visible_keys(queries, value.shape[1]))
-    return ops.causal_matmul(exponentials, value), exponentials.sum(axis=-1, keepdims=True)
+    return ops.weigh(exponentials, value, is_causal=True), exponentials.sum(axis=-1, keepdims=True)
 
 
 def divide_and_merge(ops: Arithmetic, attended, sums, keys: int, reciprocal: Callable):
@@ -132,7 +132,8 @@ def divide_visible(ops: Arithmetic, visible, queries: int, keys: int, reciprocal
 
 def weigh_divided_and_merge(ops: Arithmetic, visible, value, queries: int):
     """Sums of values by attention weights."""
-    return _merge(ops.causal_matmul(put_apart(ops, visible, visible_keys(queries, value.shape[1])), value))
+    weights = put_apart(ops, visible, visible_keys(queries, value.shape[1]))
+    return _merge(ops.weigh(weights, value, is_causal=True))
 
 
 def divide_widely_and_merge(ops: Arithmetic, attended, sums):

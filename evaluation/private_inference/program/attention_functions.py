@@ -88,7 +88,7 @@ def reciprocal_between(ops: Arithmetic, sums):
 
 def whole_weights(ops: Arithmetic, scores, visible: np.ndarray, function: str, per_row: bool):
     """Attention weights of scores `(heads, queries, keys)`, divided one by one or with one reciprocal for each row."""
-    weights = weigh_scores(ops, scores, function, exponential=type(ops).exp)
+    weights = weigh_scores(ops, scores, function, exponential=lambda ops, numbers: ops.exp(numbers))
     weights = weights + least_weights(ops, visible.sum(axis=1, keepdims=True))
     weights = ops.xp.where(visible, weights, 0.0)
     sums = weights.sum(axis=-1, keepdims=True)

@@ -270,7 +270,8 @@ def _attention(config, settings, span: Span, queries: int, layer: int, prepared:
     if temperatures and not prepared and settings.softmax == "efficient" and config.attention_function == "softmax":
         # Where fewer scores are visible than a query has numbers, temperatures multiply scores.
         early = min(max(config.n_embd // config.n_head - start, 0), queries)
-    split = partial(split_heads, heads=config.n_head, queries=queries)
+    is_apart = queries < span.length or (prepared and layer == config.n_layer - 1)
+    split = partial(split_heads, heads=config.n_head, queries=queries, is_apart=is_apart)
     inputs = (read, name + "qkv.weight", name + "qkv.bias", *kept)
     outputs = ("queries", name + "keys", name + "values")
     yield Step("query, key, value", layer, split, inputs, outputs)

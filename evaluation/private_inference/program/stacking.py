@@ -16,6 +16,8 @@ from .networks import parse_network
 from .prices import load_prices, price_of, work_of
 
 
+# A form that sends this many times as much as another one is not taken: bytes are known, and seconds of work roughly.
+MOST_SENT = 1.5
 # Numbers of the largest matrix that others are stacked to: its polynomials take some 24 bytes each.
 MOST_STACKED = 2**23
 
@@ -84,7 +86,9 @@ def choose_stacking(batch: int, rows: int, inner: int, columns: int, network: st
     possible = [Stacking(form, group) for group in groups for form in ("left", "right", "pairs")]
     sizes = (rows, inner, columns)
     fitting = [one for one in possible if _largest(*one.sizes(*sizes)) <= MOST_STACKED]
-    return min((APART, *fitting), key=lambda one: _predict_seconds(batch // one.group, one.sizes(*sizes), network))
+    sent = {one: _predict_bytes(batch // one.group, one.sizes(*sizes)) for one in (APART, *fitting)}
+    cheap = [one for one, size in sent.items() if size <= MOST_SENT * min(sent.values())]
+    return min(cheap, key=lambda one: _predict_seconds(batch // one.group, one.sizes(*sizes), network))
 
 
 def _largest(rows: int, inner: int, columns: int) -> int:
@@ -93,6 +97,9 @@ def _largest(rows: int, inner: int, columns: int) -> int:
 
 def _predict_seconds(products: int, sizes: tuple[int, int, int], network: str) -> float:
     """Both parties multiply at once, each by what the other one sends; each product waits for the one before."""
-    sent = 2 * products * price_of(count_product(*sizes), load_prices().bytes)
     work = products * work_of(count_product(*sizes) | count_work(*sizes))
-    return parse_network(network).seconds(sent, 2 * products - 1) + work
+    return parse_network(network).seconds(_predict_bytes(products, sizes), 2 * products - 1) + work
+
+
+def _predict_bytes(products: int, sizes: tuple[int, int, int]) -> float:
+    return 2 * products * price_of(count_product(*sizes), load_prices().bytes)

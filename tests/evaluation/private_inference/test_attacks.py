@@ -350,6 +350,7 @@ class TestLimits:
             found, process = iter([True] * repeats + [False, False]), PartyProcess.__new__(PartyProcess)
             process.job = Job(CLIENT, program_config, PrivateSettings(answer="sampled"), 60)
             process.request, process.positions, process.chosen, process.drafted = Request(2, 2, 1), 0, [3], []
+            process._half = None
             process.request.prompt, process.request.sampling = [2, 3], Sampling(1.0, seed=0)
             process._noise = Noise(process.request.sampling, program_config.vocab_size)
             process.tell, process.tables = lambda event: None, {}

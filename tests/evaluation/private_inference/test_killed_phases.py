@@ -3,59 +3,77 @@
 import contextlib
 import os
 import random
+import select
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
+from tests.architectures import make_model
 from tests.slow import slow_but
 
 
-ROOT = Path(__file__).parents[3]
-MOMENTS, SECONDS = 20, 600
-LENGTH = 5
+pytest.importorskip("spu")
 
-SERVE = """
-import sys
-from pathlib import Path
-import torch
+from entropy_gpt.evaluation.private_inference.parties import preparations
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
+from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.server import Server
+from entropy_gpt.evaluation.private_inference.parties.store import Store
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
-from tests.architectures import make_model
-
-torch.manual_seed(0)
-model = make_model("SM+ScFuFFN", n_layer=1)
-offer = Offer(*prepare_weights(model), "SM+ScFuFFN", PrivateSettings(), "")
-server = Server(offer, "127.0.0.1", 0, None, 600, UNLIMITED, lambda line: None, prepared=Path(sys.argv[1]))
-print(server.address[1], flush=True)
-server.serve_forever()
-"""
-ASK = """
-import contextlib, sys
-from pathlib import Path
-from entropy_gpt.evaluation.private_inference.parties.client import Client
-from entropy_gpt.evaluation.private_inference.parties.question import Question
-
-with contextlib.closing(Client("127.0.0.1", int(sys.argv[2]), None, 600, prepared=Path(sys.argv[1]))) as client:
-    print("ready", flush=True)
-    if sys.argv[3] == "prepare":
-        client.prepare(5)
-    else:
-        print("tokens", client.ask(Question([2, 3, 5, 7, 11])).tokens, flush=True)
-"""
+from entropy_gpt.workflows.private_client import PrivateClient
 
 
-def start(code: str, *arguments) -> subprocess.Popen:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+MOMENTS, SECONDS = 20, 300
+PROMPT = [2, 3, 5, 7, 11]
+
+
+class Process:
+    """
+    A process that can be killed: a fork of this one, which has the imports.
+
+    Args:
+        work (`Callable`): What it does; called with a function that says a line to this process.
+    """
+
+    def __init__(self, work: Callable[[Callable[[object], None]], None]):
+        self._lines, sending = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            status = 1
+            with contextlib.suppress(BaseException):
+                work(lambda line: os.write(sending, f"{line}\n".encode()))
+                status = 0
+            os._exit(status)
+        os.close(sending)
+
+    def hear(self) -> str:
+        """The next line, or nothing at the end."""
+        line = b""
+        while not line.endswith(b"\n"):
+            assert select.select([self._lines], [], [], SECONDS)[0], "it hangs"
+            if not (character := os.read(self._lines, 1)):
+                return ""
+            line += character
+        return line.decode().strip()
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+        self.end()
+
+    def end(self):
+        """Waits for it."""
+        while self.hear():
+            pass
+        os.close(self._lines)
+        os.waitpid(self.pid, 0)
 
 
 class Pair:
@@ -63,40 +81,59 @@ class Pair:
 
     def __init__(self, folder: Path):
         self.folders = folder / "server", folder / "client"
-        self.server: subprocess.Popen | None = None
-        self.seconds: dict[str, float] = {}
+        self.seconds = {"prepare": 0.0, "ask": 0.0}
+        torch.manual_seed(0)
+        model = make_model("SM+ScFuFFN", n_layer=1)
+        # Here, since a fork's threads may not compute with torch.
+        self.offer = Offer(*prepare_weights(model), "SM+ScFuFFN", PrivateSettings(), "")
+        self.server: Process | None = None
 
-    def start_client(self, what: str) -> subprocess.Popen:
+    def serve(self, say: Callable[[object], None]):
+        server = Server(
+            self.offer, "127.0.0.1", 0, None, SECONDS, UNLIMITED, lambda line: None, prepared=self.folders[0]
+        )
+        say(server.address[1])
+        server.serve_forever()
+
+    def begin(self, what: str) -> Process:
+        """A client that gets an answer, whatever has happened before, and then begins a phase."""
         if self.server is None:
-            self.server = start(SERVE, self.folders[0])
-            self.port = int(self.server.stdout.readline())
-        client = start(ASK, self.folders[1], self.port, what)
-        assert client.stdout.readline() == "ready\n"
+            self.server = Process(self.serve)
+            self.port = self.server.hear()
+
+        def work(say: Callable[[object], None]):
+            with PrivateClient(f"127.0.0.1:{self.port}", prepared=self.folders[1]) as client:
+                say(client.ask(Question(PROMPT)).tokens)
+                if what == "ask":
+                    client.prepare(len(PROMPT))
+                say("begins")
+                client.prepare(len(PROMPT)) if what == "prepare" else client.ask(Question(PROMPT))
+                say("ends")
+
+        client = Process(work)
+        assert client.hear().startswith("[")
+        assert client.hear() == "begins"
         return client
 
-    def finish(self, what: str) -> str:
-        client, began = self.start_client(what), time.monotonic()
-        said, errors = client.communicate(timeout=SECONDS)
-        assert client.returncode == 0, errors
-        self.seconds.setdefault(what, time.monotonic() - began)
-        return said
+    def time(self, what: str):
+        client, began = self.begin(what), time.monotonic()
+        assert client.hear() == "ends"
+        self.seconds[what] = time.monotonic() - began
+        client.end()
 
     def kill_server(self):
         self.server.kill()
-        self.server.communicate()
         self.server = None
 
     def check(self):
         """What a new process finds is whole, and nothing that is there was used."""
-        from entropy_gpt.evaluation.private_inference.parties.preparations import Store, read_half
-
         for rank, folder in enumerate(self.folders):
             check_used(folder, rank)
             check_store(Store(folder, rank))
             for path in folder.glob("*.half"):
                 copy = folder.parent / "copy"
                 copy.write_bytes(path.read_bytes())
-                read_half(copy)
+                preparations.read_half(copy)
 
 
 def used_names(folder: Path, rank: int) -> list[str]:
@@ -113,53 +150,41 @@ def check_used(folder: Path, rank: int):
 
 
 def check_store(store):
-    there = {header.name for header in store.headers()}
-    assert len(there) == len([*store.folder.glob("*.half")])
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    pytest.importorskip("spu")
-    pair = Pair(tmp_path_factory.mktemp("killed"))
-    pair.finish("prepare")
-    pair.finish("ask")
-    yield pair
-    pair.kill_server()
+    halves = [path.name.partition("-")[0] for path in store.folder.glob("*.half")]
+    assert {*halves} <= {header.name for header in store.headers()}
 
 
 @pytest.mark.slow
 @pytest.mark.private
-@pytest.mark.parametrize("moment", range(MOMENTS))
-def test_the_next_answer_comes_after_a_kill(moment, pair):
+def test_the_next_answer_comes_after_a_kill(tmp_path):
     """Each side is killed in each phase, at random moments."""
-    what, side = ("prepare", "ask")[moment % 2], ("server", "client")[moment // 2 % 2]
-    if what == "ask":
-        pair.finish("prepare")
-    client = pair.start_client(what)
-    time.sleep(random.Random(moment).random() * pair.seconds[what])
-    if side == "server":
-        pair.kill_server()
-    else:
-        client.kill()
-    client.communicate(timeout=SECONDS)
-    pair.check()
-    assert "tokens" in pair.finish("ask")
-    pair.check()
+    pair = Pair(tmp_path)
+    for what in pair.seconds:
+        pair.time(what)
+    for moment in range(MOMENTS):
+        what, side = ("prepare", "ask")[moment % 2], ("server", "client")[moment // 2 % 2]
+        client = pair.begin(what)
+        time.sleep(random.Random(moment).random() * pair.seconds[what])
+        if side == "server":
+            pair.kill_server()
+            client.end()
+        else:
+            client.kill()
+        pair.check()
+    pair.time("ask")
+    pair.kill_server()
 
 
 @pytest.mark.parametrize("moment", slow_but([3], range(MOMENTS)))
 def test_a_store_whose_process_is_killed_has_whole_halves_or_none(moment, tmp_path):
     """The same of the store alone: a process writes, takes and uses halves until it is killed."""
-    pytest.importorskip("spu")
-    from entropy_gpt.evaluation.private_inference.parties import preparations
-
     folder, content = tmp_path / "halves", SimpleNamespace(meta=b"meta", share_chunks=[bytes(100_000)])
     shares = {"product": content}
     about = {"rank": 0, "terms": "t", "weights": "w", "store": "", "length": 8, "new_tokens": 2, "answers": 1}
     about |= {"owner": "one", "made": time.time(), "shares": preparations.describe_shares(shares), "costs": []}
 
     def work():
-        store = preparations.Store(folder, 0)
+        store = Store(folder, 0)
         for number in range(10**6):
             names = [f"{2 * number + index:032x}" for index in range(2)]
             for name in names:
@@ -168,7 +193,7 @@ def test_a_store_whose_process_is_killed_has_whole_halves_or_none(moment, tmp_pa
             store.spend(taken)
             store.drop(taken)
 
-    preparations.Store(folder, 0)
+    Store(folder, 0)
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
@@ -181,7 +206,7 @@ def test_a_store_whose_process_is_killed_has_whole_halves_or_none(moment, tmp_pa
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     check_used(folder, 0)
     assert [*folder.glob("*.half")]
-    store = preparations.Store(folder, 0)
+    store = Store(folder, 0)
     check_store(store)
     assert not [*folder.glob("*.taken"), *folder.glob("*.part")]
     for header in store.headers():

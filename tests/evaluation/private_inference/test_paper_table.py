@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.costs.cost_model import predict, program_config
+from entropy_gpt.evaluation.private_inference.costs.cost_model import predict, predict_phases, program_config
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import Inference
 from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     NOTATIONS,
@@ -13,6 +13,7 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     PaperTable,
     add_up,
     add_up_all,
+    add_up_phases,
     find_cheapest,
     list_rows,
     page_markdown,
@@ -20,6 +21,7 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
     table_markdown,
     take_blocks,
     take_ends,
+    take_prepared,
     take_typical_block,
 )
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY
@@ -235,3 +237,37 @@ class TestPages:
 
 def notes(notations: list[str]) -> list[str]:
     return make_table(notations).notes
+
+
+class TestTwoPhases:
+    @staticmethod
+    def predicted_phases(inference: Inference):
+        """A record of what is predicted for both phases; a second for each megabyte."""
+        phases = predict_phases(inference.config, inference.settings, [Span(0, inference.context)])
+        before, after = (
+            [
+                StepCost(s.operation, s.layer, int(s.total_bytes), 0, 1, 1, s.round_trips, s.total_bytes / 1e6)
+                for s in steps
+            ]
+            for steps in phases
+        )
+        return replace(record(inference, after), before=before)
+
+    @pytest.mark.parametrize("notation", ["SM+ScFuFFN", "SM+LN+G"])
+    def test_a_model_is_the_sum_of_its_parts(self, notation):
+        _, row = list_rows([notation], CONTEXT, **{**SIZES, "n_layer": 5})
+        prepared = take_prepared(row)
+        parts = (take_blocks(prepared), take_ends(prepared))
+        assert len({part.title for part in parts} | {take_blocks(row).title, take_ends(row).title}) == 4
+        phases = add_up_phases([row], {part.title: self.predicted_phases(part) for part in parts})[row.title]
+        whole = self.predicted_phases(prepared)
+        # The first block finds triples that the set-up left, for which later ones need a batch.
+        batches = 1.01 * 5 * load_prices().bytes[OWNED_BATCHES]
+        assert phases.cost.total_bytes == pytest.approx(whole.total_bytes, abs=batches)
+        assert phases.cost.first_phase().total_bytes == pytest.approx(whole.first_phase().total_bytes, rel=0.02)
+        table = make_table([notation], phases={row.title: phases})
+        (cells,) = table.phase_rows
+        assert len(cells) == len(table.phase_headings)
+        assert "| in two phases | MB before | MB after |" in table_markdown(table)
+        assert "phases" not in table_markdown(make_table([notation]))
+        assert any("done before it comes" in note for note in table.notes)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import shutil
 import threading
 import time
@@ -19,12 +20,18 @@ from tests.architectures import make_model
 
 pytest.importorskip("spu")
 
+from entropy_gpt.evaluation.private_inference.parties import party_process
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
+from entropy_gpt.evaluation.private_inference.parties.local import run_parties
+from entropy_gpt.evaluation.private_inference.parties.participant import Participant
+from entropy_gpt.evaluation.private_inference.parties.party_process import Job, PartyProcess, Request
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.server import Server
+from entropy_gpt.evaluation.private_inference.parties.store import Store
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.program import LOGITS, ProgramConfig, bounds_name
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 
 
@@ -39,9 +46,13 @@ def model():
     return make_model("SM+ScFuFFN", n_layer=1)
 
 
+def make_offer(model) -> Offer:
+    return Offer(*prepare_weights(model), "SM+ScFuFFN", PrivateSettings(), "")
+
+
 @contextlib.contextmanager
 def served(model, folder: Path | None, said: list[str], **options) -> Iterator[tuple[str, int]]:
-    offer = Offer(*prepare_weights(model), "SM+ScFuFFN", PrivateSettings(), "")
+    offer = model if isinstance(model, Offer) else make_offer(model)
     server = Server(offer, "127.0.0.1", 0, None, SECONDS, UNLIMITED, said.append, prepared=folder, **options)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -71,7 +82,7 @@ def test_an_answer_of_two_phases(model, tmp_path):
         assert halves(theirs) == [f"{made.prepared}-0.half"]
         # Of the folder and its list: this side does not notice.
         backup = shutil.copytree(ours, tmp_path / "backup" / "client")
-        shutil.copy(client.store.used, backup.parent)
+        shutil.copy(client.store.used.path, backup.parent)
         with connect(address, ours) as client:
             outcome = client.ask(Question(PROMPT, 2), preparation=client.find_preparation(len(PROMPT), 2))
             assert not halves(ours) and not halves(theirs)
@@ -86,7 +97,7 @@ def test_an_answer_of_two_phases(model, tmp_path):
         logits = model(torch.tensor([PROMPT + outcome.tokens])).logits[0, len(PROMPT) - 1 : -1].numpy()
     assert np.abs(np.concatenate(outcome.logits) - logits).max() < 0.1
     assert outcome.before == made.steps
-    assert sum(step.total_bytes for step in outcome.steps) < sum(step.total_bytes for step in one_phase.steps) / 3
+    assert sum(step.total_bytes for step in outcome.steps) < sum(step.total_bytes for step in one_phase.steps)
     assert any("prepares 2 tokens after 8" in line for line in said)
     assert any("(prepared)" in line for line in said)
 
@@ -139,6 +150,84 @@ def test_a_client_that_is_killed_leaves_whole_halves_or_none(model, tmp_path):
                 assert header.shares
             client.prepare(len(PROMPT))
             assert client.ask(Question(PROMPT), preparation=client.find_preparation(len(PROMPT))).tokens
+
+
+def used_names(store: Store) -> list[str]:
+    return [name for name in store.used.path.read_text().split("\n") if name]
+
+
+def test_each_repeat_takes_another_preparation(model, tmp_path):
+    """With bounds that no number keeps: three are used up, each once, and a fourth one stays."""
+    offer = make_offer(model)
+    name = bounds_name(LOGITS)
+    offer.weights[name] = np.full_like(offer.weights[name], 1e-4)
+    with served(offer, tmp_path / "server", []) as address:
+        with connect(address, tmp_path / "client") as client:
+            made = [client.prepare(len(PROMPT)).prepared for _ in range(4)]
+            with pytest.raises(PrivateInferenceError, match="out of range 3 times"):
+                client.ask(Question(PROMPT))
+        stores = [client.store, Store(tmp_path / "server", SERVER)]
+    assert used_names(stores[0]) == used_names(stores[1])
+    assert len({*used_names(stores[0])}) == 3
+    assert [header.name for store in stores for header in store.headers()] == 2 * [*{*made} - {*used_names(stores[0])}]
+
+
+class Doubtful(PartyProcess):
+    """Has one token computed anew, though its numbers were in range."""
+
+    doubted = None
+
+    def _was_out_of_range(self, index: int) -> bool:
+        found = super()._was_out_of_range(index)
+        if index != self.doubted:
+            return found
+        self.doubted = None
+        return True
+
+
+@pytest.mark.parametrize("preparations", [1, 2])
+@pytest.mark.parametrize("doubted", [0, 1])
+def test_an_answer_that_begins_anew_is_right(preparations, doubted, model, tmp_path, monkeypatch):
+    """With another preparation, or in one phase where there is none, for all that is left."""
+    monkeypatch.setattr(party_process, "EngineLog", lambda: None)
+    config, weights = prepare_weights(model)
+    settings = PrivateSettings()
+
+    def take_part(link) -> tuple[list[int], list[str], list[str]]:
+        store, of_client, said = Store(tmp_path / str(link.rank), link.rank), link.rank == CLIENT, []
+        job = Job(link.rank, ProgramConfig.of(config), settings, SECONDS, str(store.folder))
+        process = Doubtful(job, lambda event: said.append(event["event"]))
+        process.link, process._weights_hash = link, ""
+        process.participant = Participant(link, config, settings, None if of_client else weights)
+        process.participant.set_up()
+        names: list[str] = []
+
+        def take() -> str | None:
+            if not names:
+                return None
+            taken = store.take(names.pop())
+            store.spend(taken)
+            return str(taken)
+
+        for _ in range(preparations):
+            process.prepare(Request(8, 3, 1, prepares=True))
+            process.answer(lambda: json.dumps(take()))
+        names += sorted(header.name for header in store.headers())
+        process.doubted = doubted
+        process.prepare(Request(len(PROMPT), 3, 1, prompt=PROMPT if of_client else None, preparation=take()))
+        process.answer(lambda: json.dumps(take()))
+        return process.chosen, used_names(store), said
+
+    (_, *of_server), (tokens, used, said) = run_parties(settings, take_part)
+    expected = torch.tensor([PROMPT])
+    with torch.no_grad():
+        for _ in range(3):
+            expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
+    assert tokens == expected[0, len(PROMPT) :].tolist()
+    assert len({*used}) == len(used) == preparations
+    assert of_server[0] == used
+    assert said.count("another") == 1
+    assert said.count("prepared before") == preparations
 
 
 def _try(client: Client):

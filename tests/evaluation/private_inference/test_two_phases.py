@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import shutil
@@ -24,21 +25,23 @@ from entropy_gpt.evaluation.private_inference.program.counting import (
     Stock,
     count_step,
 )
-from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
-from entropy_gpt.evaluation.private_inference.program.program import LOGITS, OUT_OF_RANGE, build_steps, weight_shapes
-from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
-from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
-from entropy_gpt.evaluation.private_inference.program.two_phases import (
-    MATRICES,
+from entropy_gpt.evaluation.private_inference.program.demands import (
     NUMBERS,
-    ROWS,
+    SCORES,
     SQUARES,
+    VALUES,
+    WEIGHTS,
     Bound,
     Demand,
-    MaskFactors,
-    Preparation,
-    multiply_rows,
+    KeptTokens,
 )
+from entropy_gpt.evaluation.private_inference.program.first_phase import ROWS, multiply_rows
+from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
+from entropy_gpt.evaluation.private_inference.program.program import LOGITS, OUT_OF_RANGE, build_steps, weight_shapes
+from entropy_gpt.evaluation.private_inference.program.second_phase import MaskFactors
+from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
+from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
 from entropy_gpt.evaluation.private_inference.program.variables import client_inputs, program_variables
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from tests.architectures import ARCHITECTURES, make_model
@@ -52,8 +55,8 @@ LONGER = [Span(0, 20), Span(20, 1), Span(21, 1), Span(22, 1)]
 QUICK = ["EReg(SM(t_h)+LN+G+WN(QK+FFN))", "EReg(SM(t)+ScFuFFNi1)"]
 
 
-class ExactSquares(FixedPointArithmetic):
-    """Squares as they are in two phases: without the engine's division by 2."""
+class FormsOfTwoPhases(FixedPointArithmetic):
+    """Squares without the engine's division by 2."""
 
     def square_by_exp(self, tensor):
         return self.square_by_product(tensor)
@@ -77,12 +80,13 @@ def encode(ops, config, private, weights, span: Span, tokens) -> dict:
     return {name: ops.encode(value) for name, value in given.items()}
 
 
-def answers_in_one_phase(config, weights, private, spans, tokens) -> list[np.ndarray]:
-    ops = ExactSquares(private)
+def answers_in_one_phase(config, weights, private, spans, tokens, is_prepared: bool = True) -> list[np.ndarray]:
+    """In the forms of two phases, or in its own."""
+    ops = (FormsOfTwoPhases if is_prepared else FixedPointArithmetic)(private)
     variables, found = {name: ops.encode(weight) for name, weight in weights.items()}, []
     for span in spans:
         variables |= encode(ops, config, private, weights, span, tokens)
-        variables = run_steps(build_steps(config, private, span, prepared=True), ops, variables)
+        variables = run_steps(build_steps(config, private, span, is_prepared), ops, variables)
         found.append(variables[LOGITS])
     return found
 
@@ -112,19 +116,47 @@ def test_what_a_half_holds_and_means_has_a_format_of_its_own(parties):
     digest = hashlib.sha256()
     for name in sorted([*preparation.masks, *preparation.products]):
         digest.update(name.encode() + np.ascontiguousarray(variables[name]).tobytes())
-    assert (parties.FORMAT, digest.hexdigest()[:16]) == (4, "0bf30365112aeedd")
+    assert (parties.FORMAT, digest.hexdigest()[:16]) == (5, "0438c9834301d0cb")
 
 
-@pytest.mark.parametrize("longer", [False, True])
+@pytest.mark.parametrize("prepared", [SPANS, LONGER])
 @pytest.mark.parametrize("notation", slow_but(QUICK, ARCHITECTURES))
-def test_two_phases_give_the_same_numbers_to_the_last_bit(notation, longer):
+def test_two_phases_give_the_same_numbers_to_the_last_bit(notation, prepared):
     config, weights = prepared_weights(notation, n_layer=2)
     tokens = np.random.default_rng(0).integers(2, 101, LENGTH + 2)
     private = PrivateSettings()
     expected = answers_in_one_phase(config, weights, private, SPANS, tokens)
-    found = answers_in_two(config, weights, private, LONGER if longer else SPANS, SPANS, tokens)
+    found = answers_in_two(config, weights, private, prepared, SPANS, tokens)
     for one, two in zip(expected, found, strict=True):
         assert np.array_equal(one, two)
+
+
+def list_spans(length: int, new_tokens: int, answers: int) -> list[Span]:
+    return [Span(0, length, answers), *(Span(length + index, 1) for index in range(new_tokens - 1))]
+
+
+@pytest.mark.parametrize("notation", slow_but(["EReg(SM(t)+LN+G)"], ARCHITECTURES))
+@pytest.mark.parametrize("most", [(5, 3, 1), (5, 1, 5), (5, 1, 2), (1, 3, 1)])
+def test_a_preparation_serves_all_shorter_prompts_and_answers(notation, most):
+    """To the last bit, from one token on."""
+    config, weights = prepared_weights(notation, n_layer=2)
+    tokens, private = np.random.default_rng(0).integers(2, 101, 8), PrivateSettings()
+    for length, new_tokens, answers in itertools.product(*(range(1, size + 1) for size in most)):
+        if answers > length:
+            continue
+        spans = list_spans(length, new_tokens, answers)
+        expected = answers_in_one_phase(config, weights, private, spans, tokens)
+        found = answers_in_two(config, weights, private, list_spans(*most), spans, tokens)
+        assert all(np.array_equal(one, two) for one, two in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("notation", ["SM(t)+ScFuFFN", "EReg(SM(t_h)+LN+G)"])
+def test_forms_of_two_phases_answer_like_those_of_one(notation):
+    config, weights = prepared_weights(notation, n_layer=2)
+    tokens, private = np.random.default_rng(0).integers(2, 101, LENGTH + 2), PrivateSettings()
+    forms = [answers_in_one_phase(config, weights, private, SPANS, tokens, form) for form in (True, False)]
+    for prepared, one in zip(*forms, strict=True):
+        assert np.abs(prepared - one).max() < 0.01
 
 
 @pytest.mark.parametrize(
@@ -147,20 +179,9 @@ def test_every_setting_has_two_phases(private):
 def test_what_is_prepared_for_less_is_refused():
     config, _ = prepared_weights("SM+ScFuFFN", n_layer=1)
     preparation = Preparation(config, PrivateSettings(), [Span(0, 9), Span(9, 1)])
-    assert preparation.serves([Span(0, 9)])
-    assert preparation.serves([Span(0, 5), Span(5, 1)])
-    for spans in ([Span(0, 10)], [Span(0, 9, 2)], [Span(0, 5), Span(5, 1), Span(6, 1)]):
-        assert not preparation.serves(spans)
-    assert Preparation(config, PrivateSettings(), [Span(0, 9, 4)]).serves([Span(0, 7, 3)])
-    with pytest.raises(PrivateInferenceError, match="the preparation is for less: it does not have what"):
-        preparation.use(0, Span(0, 10))
-
-
-def test_a_prompt_of_one_token_has_other_products():
-    """As docs/private.md says of the prompts that a preparation is for."""
-    config, _ = prepared_weights("SM+LN+G", n_layer=2)
-    preparation = Preparation(config, PrivateSettings(), [Span(0, 8)])
-    assert [length for length in range(1, 10) if preparation.serves([Span(0, length)])] == [*range(2, 9)]
+    for number, span in ((0, Span(0, 10)), (0, Span(0, 9, 2)), (1, Span(10, 1)), (1, Span(9, 2)), (2, Span(10, 1))):
+        with pytest.raises(PrivateInferenceError, match="the preparation is for less: it does not have what"):
+            preparation.use(number, span)
 
 
 def test_what_is_computed_before_a_product_with_a_weight_is_refused():
@@ -170,14 +191,23 @@ def test_what_is_computed_before_a_product_with_a_weight_is_refused():
 
 
 def test_smaller_factors_are_covered_and_other_weights_are_not():
-    weight = Demand(MATRICES, (8, 4), (4, 3), is_weight=True)
-    assert weight.covers(Demand(MATRICES, (5, 4), (4, 3), is_weight=True))
-    assert not weight.covers(Demand(MATRICES, (5, 4), (4, 2), is_weight=True))
-    assert not weight.covers(Demand(MATRICES, (5, 4), (4, 3)))
-    pair = Demand(MATRICES, (2, 8, 6), (2, 6, 4))
-    assert pair.covers(Demand(MATRICES, (2, 5, 3), (2, 3, 4)))
-    assert not pair.covers(Demand(MATRICES, (2, 9, 3), (2, 3, 4)))
+    weight = Demand(WEIGHTS, (8, 4), (4, 3))
+    assert weight.covers(Demand(WEIGHTS, (5, 4), (4, 3)))
+    assert not weight.covers(Demand(WEIGHTS, (5, 4), (4, 2)))
+    assert not weight.covers(Demand(SCORES, (5, 4), (4, 3)))
+    pair = Demand(VALUES, (2, 8, 6), (2, 6, 4))
+    assert pair.covers(Demand(VALUES, (2, 5, 3), (2, 3, 4)))
+    assert not pair.covers(Demand(VALUES, (2, 9, 3), (2, 3, 4)))
+    assert not pair.covers(Demand(VALUES, (2, 5, 3), (2, 3, 4), is_causal=True))
     assert not Demand(NUMBERS, (4,), (4,)).covers(Demand(SQUARES, (4,)))
+
+
+def test_rows_are_chosen_that_see_all_keys():
+    """Of the last 2 of 3 queries of 7 tokens, and of the last one."""
+    prepared = Demand(VALUES, (1, 3, 7), (1, 7, 2), is_causal=True)
+    for length, queries, first in ((7, 2, 1), (4, 2, 0), (6, 1, 1)):
+        demand = Demand(VALUES, (1, queries, length), (1, length, 2), is_causal=True)
+        assert KeptTokens(length, 7, 0).choose_rows(prepared, demand) == slice(first, first + queries)
 
 
 class Watched(FixedPointArithmetic):
@@ -187,7 +217,7 @@ class Watched(FixedPointArithmetic):
     shown: list[np.ndarray]
 
     def reveal(self, masked):
-        self.seen.append(masked.copy())
+        self.seen.append(masked.reshape(-1).copy())
         return masked
 
     def show(self, masked):
@@ -197,21 +227,23 @@ class Watched(FixedPointArithmetic):
 
 def revealed(config, weights, masks: tuple[int | None, int | None], tokens) -> np.ndarray:
     """
-    All that the parties of an inference see. Each part of the masks has a seed, or is 0: then this is what the party
-    that drew it makes of what it sees, by adding its own part. Where that is the client, what only the server is shown
-    is left out.
+    All that the parties see of an inference, of a prompt and two tokens after it. Each part of the masks has a seed,
+    or is 0: then this is what the party that drew it makes of what it sees, by adding its own part. Where that is the
+    client, what only the server is shown is left out.
     """
-    private, span = PrivateSettings(), Span(0, LENGTH)
-    preparation, ops = Preparation(config, private, [span]), Watched(private)
+    private = PrivateSettings()
+    preparation, ops = Preparation(config, private, SPANS), Watched(private)
     ops.seen, ops.shown = [], []
     variables = {name: ops.encode(weight) for name, weight in weights.items()}
     for part, seed in zip(("server", "client"), masks, strict=True):
         drawn = draw_masks(preparation, seed or 0)
         own = {name: mask for name, mask in drawn.items() if name.endswith(f"/{part}")}
         variables |= {name: np.zeros_like(mask) if seed is None else mask for name, mask in own.items()}
-    variables = run_steps(preparation.steps, ops, variables) | encode(ops, config, private, weights, span, tokens)
+    variables = run_steps(preparation.steps, ops, variables)
     assert not ops.seen and not ops.shown
-    run_steps(preparation.use(0, span), ops, variables)
+    for number, span in enumerate(SPANS):
+        variables |= encode(ops, config, private, weights, span, tokens)
+        variables = run_steps(preparation.use(number, span), ops, variables)
     assert ops.seen and ops.shown
     return np.concatenate([*ops.seen, *(ops.shown if masks[1] is not None else [])])
 
@@ -232,7 +264,7 @@ def chi_square(numbers: np.ndarray, bits: int = 6) -> float:
 def test_what_is_revealed_is_uniform_whatever_the_prompt_is(unknown):
     """To a listener, who knows neither part of a mask; and to a party, which knows its own and not the other one's."""
     config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
-    same = np.full(LENGTH, 7)
+    same = np.full(LENGTH + 2, 7)
     seeds = [
         (None if unknown == "client" else seed, None if unknown == "server" else seed + 100) for seed in range(1, 7)
     ]
@@ -245,7 +277,7 @@ def test_what_is_revealed_is_uniform_whatever_the_prompt_is(unknown):
 def test_both_parts_of_a_mask_are_in_each_number_that_is_revealed():
     """And the client's in each that is shown, without the server's."""
     config, weights = prepared_weights("SM+LN+G", n_layer=1)
-    prompt = np.full(LENGTH, 7)
+    prompt = np.full(LENGTH + 2, 7)
     first, servers, clients = (revealed(config, weights, masks, prompt) for masks in ((1, 2), (3, 2), (1, 4)))
     both = len(revealed(config, weights, (1, None), prompt))
     assert (first[:both] != servers[:both]).all()
@@ -257,9 +289,9 @@ def test_both_parts_of_a_mask_are_in_each_number_that_is_revealed():
 def test_a_mask_that_is_used_twice_shows_the_difference_of_two_prompts():
     """What would happen: it is why a preparation serves once."""
     config, weights = prepared_weights("SM+ScFuFFN", n_layer=1)
-    first, second = (revealed(config, weights, (1, 2), np.full(LENGTH, token)) for token in (7, 8))
+    first, second = (revealed(config, weights, (1, 2), np.full(LENGTH + 2, token)) for token in (7, 8))
     assert chi_square(first - second) > 100
-    fresh = revealed(config, weights, (3, 4), np.full(LENGTH, 8))
+    fresh = revealed(config, weights, (3, 4), np.full(LENGTH + 2, 8))
     assert chi_square(first - fresh) < 5
 
 
@@ -315,17 +347,18 @@ def test_the_second_phase_waits_and_sends_less():
         predict_phases(config, PrivateSettings("semi2k"), spans)
 
 
-def count_phases(config, span: Span) -> tuple[dict[str, Counter], dict[str, Counter]]:
-    """What the operations of both phases consist of."""
-    private, preparation = PrivateSettings(), Preparation(config, PrivateSettings(), [span])
-    variables, found = program_variables(config, private, span) | preparation.masks, []
-    for steps in (preparation.steps, preparation.use(0, span)):
+def count_phases(config, *spans: Span) -> list[dict[str, Counter]]:
+    """What the operations of the first phase, and of each pass of the second, consist of."""
+    private, preparation = PrivateSettings(), Preparation(config, PrivateSettings(), spans)
+    phases, found = [preparation.steps, *(preparation.use(*numbered) for numbered in enumerate(spans))], []
+    for number, steps in enumerate(phases):
+        variables = preparation.variables(max(number - 1, 0), spans[max(number - 1, 0)])
         counts: dict[str, Counter] = {}
         for step in steps:
             parts = count_step(step, variables, private, Stock()).parts
             counts.setdefault(step.operation, Counter()).update(parts)
         found.append(counts)
-    return tuple(found)
+    return found
 
 
 def test_what_is_0_or_the_servers_to_see_takes_no_bytes_of_others():
@@ -333,10 +366,25 @@ def test_what_is_0_or_the_servers_to_see_takes_no_bytes_of_others():
     heads, width = config.n_head, config.n_embd
     _, after = count_phases(config, Span(0, LENGTH, LENGTH))
     visible = heads * LENGTH * (LENGTH + 1) // 2
-    assert after["values"][REVEALED] == 2 * (visible + LENGTH * width)
+    assert after["values"][REVEALED] == 2 * visible
     # Shown to the server alone, which takes half.
     assert after["embedding"][REVEALED] == LENGTH * config.vocab_size / 2
     assert after["output"][REVEALED] == 2 * LENGTH * width / 2
+
+
+def test_kept_keys_and_values_are_revealed_once():
+    config, _ = prepared_weights("SM+ScFuFFN", n_layer=2)
+    heads, width = config.n_head, config.n_embd
+    before, _, *after = count_phases(config, *SPANS)
+    for span, counts in zip(SPANS[1:], after, strict=True):
+        # Of each layer a query, and a weight for each key and head.
+        assert counts["scores"][REVEALED] == 2 * width
+        assert counts["values"][REVEALED] == 2 * heads * span.end
+        # A key and a value; and what the server is shown, in the last layer for queries apart.
+        assert counts["query, key, value"][REVEALED] == 2 * 2 * width + (1 + 2) * width / 2
+    # The masks of all passes are one product: the rows of further tokens take next to nothing.
+    alone, _ = count_phases(config, SPANS[0])
+    assert before["scores"][INPUTS] <= 2 * alone["scores"][INPUTS]
 
 
 def test_rows_with_one_factor_each_are_products_of_matrices():
@@ -372,9 +420,9 @@ def test_several_answers_share_the_weights():
 def parties():
     """What needs the engine's package."""
     pytest.importorskip("spu")
-    from entropy_gpt.evaluation.private_inference.parties import preparations
+    from entropy_gpt.evaluation.private_inference.parties import preparations, store
 
-    return preparations
+    return SimpleNamespace(**vars(preparations), Store=store.Store)
 
 
 @pytest.fixture
@@ -421,6 +469,25 @@ class TestStore:
         assert not list(parties.Store(tmp_path, SERVER).headers())
 
     @pytest.mark.parametrize("cut", [-1, -40, 30])
+    def test_a_cut_off_half_is_not_chosen(self, cut, parties, half, tmp_path):
+        """Since the other one would be used up for nothing. The others are left alone."""
+        store = parties.Store(tmp_path, CLIENT)
+        for name in ("0" * 32, "1" * 32):
+            store.put(*half(name, rank=CLIENT))
+        path = store.path("0" * 32)
+        path.write_bytes(path.read_bytes()[:cut])
+        assert [header.name for header in store.headers()] == ["1" * 32]
+
+    def test_what_the_other_side_has_not_written_is_not_kept(self, parties, half, tmp_path):
+        def fail():
+            raise RuntimeError("the peer is gone")
+
+        store = parties.Store(tmp_path, SERVER)
+        with pytest.raises(RuntimeError):
+            store.put(*half(), fail)
+        assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
+
+    @pytest.mark.parametrize("cut", [-1, -40, 30])
     def test_a_damaged_half_is_refused_and_gone(self, cut, parties, half, tmp_path):
         store = parties.Store(tmp_path, SERVER)
         store.put(*half())
@@ -447,8 +514,8 @@ class TestStore:
         assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
 
     def test_a_store_is_the_same_when_it_is_opened_again(self, parties, tmp_path):
-        first, second = (parties.Store(tmp_path, SERVER).identity for _ in range(2))
-        assert first == second != parties.Store(tmp_path / "other", SERVER).identity
+        first, second = (parties.Store(tmp_path, SERVER).used.identity for _ in range(2))
+        assert first == second != parties.Store(tmp_path / "other", SERVER).used.identity
 
     def test_what_killed_processes_left_is_cleared_and_what_is_in_use_is_not(self, parties, half, tmp_path):
         store = parties.Store(tmp_path, SERVER)
@@ -487,7 +554,7 @@ class TestStore:
 
     def test_a_list_that_was_cut_off_is_read(self, parties, half, tmp_path):
         store = parties.Store(tmp_path / "halves", CLIENT)
-        with store.used.open("a") as file:
+        with store.used.path.open("a") as file:
             file.write("0" * 20)
         for name in ("1" * 32, "2" * 32):
             store.put(*half(name, rank=CLIENT))
@@ -506,7 +573,9 @@ class TestStore:
         shutil.copytree(store.folder, other)
         store.spend(store.take("0" * 32))
         if moved:
-            with pytest.raises(PrivateInferenceError, match=f"{store.used.name} is not there.*: bring it back, or"):
+            with pytest.raises(
+                PrivateInferenceError, match=f"{store.used.path.name} is not there.*: bring it back, or"
+            ):
                 parties.Store(other, CLIENT)
         else:
             assert not list(parties.Store(other, CLIENT).headers())
@@ -515,7 +584,7 @@ class TestStore:
         store = parties.Store(tmp_path / "halves", CLIENT)
         store.put(*half(rank=CLIENT))
         (tmp_path / "there").mkdir()
-        for path in (store.folder, store.used):
+        for path in (store.folder, store.used.path):
             path.rename(tmp_path / "there" / path.name)
         assert list(parties.Store(tmp_path / "there" / "halves", CLIENT).headers())
 
@@ -536,7 +605,7 @@ class TestStore:
         store = parties.Store(tmp_path / "halves", SERVER)
         store.put(*half())
         taken = store.take("0" * 32)
-        store.used.unlink()
+        store.used.path.unlink()
         for act in (lambda: store.spend(taken), lambda: parties.Store(store.folder, SERVER)):
             with pytest.raises(PrivateInferenceError, match=str(tmp_path)) as failed:
                 act()
@@ -589,7 +658,7 @@ class TestStore:
             raise OSError(5, "Input/output error")
 
         store = parties.Store(tmp_path, SERVER)
-        monkeypatch.setattr(parties, "_sync", fail)
+        monkeypatch.setattr(f"{parties.Store.__module__}.sync", fail)
         with pytest.raises(PrivateInferenceError, match="can't be written to"):
             store.put(*half())
         assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
@@ -741,10 +810,10 @@ class TestRoom:
 
     def test_a_half_stays_where_its_use_cannot_be_noted(self, kept):
         server = kept()
-        used = server.store.used.rename(server.store.used.with_suffix(".gone"))
+        used = server.store.used.path.rename(server.store.used.path.with_suffix(".gone"))
         with contextlib.ExitStack() as taken, pytest.raises(PrivateInferenceError, match="so nothing is used"):
             self.read(server, taken, preparation="0" * 32)
-        used.rename(server.store.used)
+        used.rename(server.store.used.path)
         with contextlib.ExitStack() as taken:
             assert self.read(server, taken, preparation="0" * 32)[0].preparation
 
@@ -786,57 +855,67 @@ class TestRoom:
 
     def test_a_header_that_could_not_be_read_again_is_not_written(self, parties, half, tmp_path, monkeypatch):
         store = parties.Store(tmp_path, SERVER)
-        monkeypatch.setattr(parties, "MOST_HEADER_BYTES", 100)
+        monkeypatch.setattr(f"{parties.__name__}.MOST_HEADER_BYTES", 100)
         with pytest.raises(PrivateInferenceError, match="can't be written"):
             store.put(*half())
         assert [path.name for path in tmp_path.iterdir()] == ["store-0"]
 
 
 def run_on_the_engine(notation: str, protocol: str, log=None):
-    """One phase and two, all parties in one process: logits of both, costs of both phases, and predictions."""
+    """
+    A prompt and a token after it in one phase, of the same forms, and in two, all parties in one process: logits of
+    both, whether they were out of range, costs of the first phase and of the first pass after it, and their programs.
+    """
+    from entropy_gpt.evaluation.private_inference.parties.engine import compile_steps
     from entropy_gpt.evaluation.private_inference.parties.local import run_parties
     from entropy_gpt.evaluation.private_inference.parties.participant import (
         Participant,
-        compile_pass,
         compile_preparation,
         compile_prepared_pass,
     )
 
-    config, weights = prepared_weights(notation, n_layer=1)
-    private, span = PrivateSettings(protocol), Span(0, LENGTH, 3)
-    tokens = np.random.default_rng(0).integers(2, 101, LENGTH)
-    preparation = Preparation(config, private, [Span(0, LENGTH + 3, 3)])
+    config, weights = prepared_weights(notation, n_layer=2)
+    private, spans = PrivateSettings(protocol), SPANS[:2]
+    tokens = np.random.default_rng(0).integers(2, 101, LENGTH + 1)
+    preparation = Preparation(config, private, [Span(0, LENGTH + 3), Span(LENGTH + 3, 1)])
     before = compile_preparation(config, private, preparation)
-    after = compile_prepared_pass(config, private, preparation, 0, span)
-    one = compile_pass(config, private, span)
+    after = [compile_prepared_pass(private, preparation, *numbered) for numbered in enumerate(spans)]
+    one = [
+        compile_steps(
+            build_steps(config, private, span, prepared=True), program_variables(config, private, span), private
+        )
+        for span in spans
+    ]
 
     def take_part(link):
         party = Participant(link, config, private, weights, log if link.rank == SERVER else None)
         party.set_up()
-        values = client_inputs(config, private, span, tokens, weights) if party.is_client else {}
-        costs, seed = [], bytes([link.rank]) * 32
+        costs, seed, shares, second = [], bytes([link.rank]) * 32, [], []
         halves = party.prepare(before, preparation, seed, costs.append)
         party.load(preparation, seed, halves)
-        second = party.infer(after, span, values)
+        # One phase last, since it uses up triples, which are predicted to be there.
+        for program, span in zip((*after, *one), 2 * spans, strict=True):
+            inputs = client_inputs(config, private, span, tokens[span.start : span.end], weights)
+            second.append(party.infer(program, span, inputs if party.is_client else {}))
+            shares += [party.party.share(LOGITS), party.party.share(OUT_OF_RANGE)]
         party.forget(preparation)
-        shares = [party.party.share(LOGITS), party.party.share(OUT_OF_RANGE)]
-        # Last, since it uses up triples, which are predicted to be there.
-        party.infer(one, span, values)
-        return party, [party.party.share(LOGITS), *shares], costs, second
+        return party, shares, costs, second[0]
 
     parties = run_parties(private, take_part)
     party, _, costs, second = parties[SERVER]
     shares = zip(*(shares for _, shares, _, _ in parties), strict=True)
-    logits = [party.party.reconstruct(list(parts)) for parts in shares]
-    return logits, costs, second, (before, after)
+    found = [party.party.reconstruct(list(parts)) for parts in shares]
+    return found[0:4:2], found[4::2], found[1::2], (costs, second), (before, after[0])
 
 
 @pytest.mark.slow
-def test_the_engine_without_a_protocol_gives_the_same_numbers():
+@pytest.mark.parametrize("notation", ["SM+ScFuFFN", "SM(t)+LN+G"])
+def test_the_engine_without_a_protocol_gives_the_same_numbers(notation):
     pytest.importorskip("spu")
-    (one, two, out_of_range), *_ = run_on_the_engine("SM+ScFuFFN", "ref2k")
-    assert np.array_equal(one, two)
-    assert not out_of_range
+    two, one, out_of_range, *_ = run_on_the_engine(notation, "ref2k")
+    for first, second in zip(two, one, strict=True):
+        assert np.array_equal(first, second)
+    assert not any(out_of_range)
 
 
 @pytest.mark.slow
@@ -846,9 +925,10 @@ def test_two_parties_send_what_was_predicted_and_answer_alike(notation):
     pytest.importorskip("spu")
     from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog
 
-    (one, two, out_of_range), costs, second, programs = run_on_the_engine(notation, "cheetah", EngineLog())
-    assert np.abs(one - two).max() < 0.02
-    assert not out_of_range
-    for measured, program in zip((costs, second), programs, strict=True):
+    two, one, out_of_range, costs, programs = run_on_the_engine(notation, "cheetah", EngineLog())
+    for first, second in zip(two, one, strict=True):
+        assert np.abs(first - second).max() < 0.02
+    assert not any(out_of_range)
+    for measured, program in zip(costs, programs, strict=True):
         predicted = sum(step.total_bytes for step in program)
         assert sum(step.total_bytes for step in measured) == pytest.approx(predicted, rel=0.1)
