@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("spu")
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
-from entropy_gpt.evaluation.private_inference.parties import party_process
+from entropy_gpt.evaluation.private_inference.parties import local, party_process
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.draft_model import DraftModel
 from entropy_gpt.evaluation.private_inference.parties.drafts import (
@@ -142,6 +142,7 @@ class Doubtful(PartyProcess):
 @pytest.mark.private
 def test_a_pass_out_of_range_is_computed_anew_from_the_prompt_on(monkeypatch):
     monkeypatch.setattr(party_process, "EngineLog", lambda: None)
+    monkeypatch.setattr(local, "TIMEOUT_MS", 60_000)  # if one party fails, the other one waits for it
     offer, _ = make_offer("SM", "semi2k")
     settings, passes = offer.settings, []
     tokens = np.array(PROMPT_TOKENS)
@@ -161,6 +162,7 @@ def test_a_pass_out_of_range_is_computed_anew_from_the_prompt_on(monkeypatch):
                 passes.append(event["answers"])
 
         process = Doubtful(job, tell)
+        process.tables = {}
         process.link, own = link, {"prompt": PROMPT_TOKENS, "positions": 99} if link.rank == CLIENT else {}
         process.participant = Participant(link, job.config, settings, offer.weights)
         process.prepare(Request(len(PROMPT_TOKENS), 4, 1, drafts=2, **own))
