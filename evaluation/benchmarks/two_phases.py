@@ -274,9 +274,9 @@ def _describe_decoding(record: Record) -> str:
         return ""
     one, after = (record.decoding[name].cost for name in (ONE, AFTER))
     return f"""
-One more token, with keys and values of {one.context} kept, takes a block {one.seconds:.1f} s and
-{one.total_bytes / MEGA:.1f} MB in one phase. After the prompt it takes {after.seconds:.1f} s and
-{after.total_bytes / MEGA:.1f} MB.
+With keys and values of {one.context} tokens kept, a block takes {one.seconds:.1f} s and
+{one.total_bytes / MEGA:.1f} MB for one more token in one phase. After the prompt it takes
+{after.seconds:.1f} s and {after.total_bytes / MEGA:.1f} MB.
 """
 
 
