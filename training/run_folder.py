@@ -1,6 +1,7 @@
 """A training run's folder: the settings of the run that owns it, and the checkpoint that it continues from."""
 
 import json
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from modeling_entropy_gpt import EntropyGPTConfig
 from . import storage
 from .checkpoints import SEAL, find_damage, last_checkpoint, list_checkpoints
 from .files import delete, is_finished, written_whole
-from .recipe import Recipe
+from .recipe import ARGUMENT_FIELDS, Recipe
 from .trainer import LEARNING_RATE_MULTIPLIERS
 
 
@@ -26,7 +27,12 @@ WITHOUT_EFFECT = frozenset(
     }
 )
 # Settings that the state of the optimiser holds: a run that continues from a checkpoint can't change them.
-OF_THE_OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_", *LEARNING_RATE_MULTIPLIERS.values())
+OF_THE_OPTIMIZER = (
+    *("optim", "learning_rate", "weight_decay", "adam_", "freeze_embeddings"),
+    *LEARNING_RATE_MULTIPLIERS.values(),
+)
+# Arguments that are not given have these values; fields of the configuration may have those of a model to start from.
+DEFAULTS = {name: field.default for name, field in ARGUMENT_FIELDS.items() if field.default is not MISSING}
 SIZES = ("notation", "final_normalization", "n_layer", "n_embd", "n_head", "n_inner", "n_positions", "vocab_size")
 
 
@@ -162,6 +168,7 @@ def _refuse_changes(recipe: Recipe, output: Path):
 
 def _changes(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """The settings that differ, by name, each described in words."""
+    earlier, now = {**DEFAULTS, **earlier}, {**DEFAULTS, **now}
     names = sorted((earlier.keys() | now.keys()) - WITHOUT_EFFECT)
     return {
         name: f"{name} {earlier.get(name)} then, {now.get(name)} now"

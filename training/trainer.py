@@ -69,8 +69,7 @@ class EntropyTrainer(ModelLoss, Trainer):
     def __init__(self, model=None, *args, guard: DivergenceGuard | None = None, **kwargs):
         cached = None if model is None else base_model(model).config.use_cache
         super().__init__(model, *args, **kwargs)
-        if self.args.freeze_embeddings:
-            freeze_embeddings(self.model)
+        self._freeze(self.model)
         self._refuse_other_losses()
         self.add_callback(guard or DivergenceGuard(self.args.on_divergence))
         self._forget_steps()
@@ -86,6 +85,15 @@ class EntropyTrainer(ModelLoss, Trainer):
     def guard(self) -> DivergenceGuard:
         """What watches the loss."""
         return find_callback(self, DivergenceGuard)
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        """A new model, in each training anew, as `model_init` makes it."""
+        return self._freeze(super().call_model_init(trial))
+
+    def _freeze(self, model: nn.Module) -> nn.Module:
+        if self.args.freeze_embeddings:
+            freeze_embeddings(model)
+        return model
 
     # Optimiser
 

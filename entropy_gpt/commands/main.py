@@ -74,7 +74,8 @@ private.command()(certificates)
 app.add_typer(private, name="private")
 for command in (*app.registered_commands, *private.registered_commands):
     # One line for each paragraph, so that the terminal breaks them and not the source.
-    command.help = "\n\n".join(" ".join(text.split()) for text in command.callback.__doc__.split("\n\n"))
+    text = command.help or command.callback.__doc__ or ""  # python -OO leaves no docstrings
+    command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def print_version(wanted: bool):

@@ -67,16 +67,18 @@ def run(*args, **options):
     return run_command(*words)
 
 
-HEALING = (
-    *("--heal-steps", "12", "--schedule", "staircase", "--distill", "--final-norm", "none"),
-    "--freeze-embeddings",
-)
+HEALING = ("--heal-steps", "12", "--schedule", "staircase", "--distill", "--final-norm", "none")
 
 
 @pytest.fixture(scope="module")
 def finished(source, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "a[" / "b]" / "model"  # as markup, it would end in an error
     return output, run(source, text, output, *HEALING)
+
+
+def has_embeddings_of(source, output) -> bool:
+    own, original = read_embeddings(output).tables, read_embeddings(source).tables
+    return all(np.array_equal(own[name], original[name]) for name in ("wte", "wpe"))
 
 
 def test_everything_is_there_and_true(finished, source):
@@ -105,9 +107,8 @@ def test_everything_is_there_and_true(finished, source):
     # Through open gates, it is the original.
     assert report.healing.validation_nats[0][1] == pytest.approx(report.original_nats, abs=1e-2)
     assert report.healing.tokens == 12 * 8 * 32
-    assert report.healing.settings["freeze_embeddings"] is True
-    own, original = read_embeddings(output).tables, read_embeddings(source).tables
-    assert all(np.array_equal(own[name], original[name]) for name in ("wte", "wpe"))
+    assert "freeze_embeddings" not in report.healing.settings
+    assert not has_embeddings_of(source, output)
     # The table on the screen and the page are those of the record.
     page = (output / "conversion_report.md").read_text()
     for step in report.steps:
@@ -156,6 +157,15 @@ def test_what_was_not_evaluated_is_said(finished, tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"not evaluated, because there was no text; do it with: entropy-gpt evaluate {tmp_path}\n"
     )
+
+
+def test_embeddings_that_are_frozen_stay_those_of_the_source(source, text, tmp_path):
+    words = ("--heal-steps", "2", "--freeze-embeddings")
+    process = run(source, text, tmp_path / "model", *words, to="SM+LN+R")
+    assert process.returncode == 0, process.stderr
+    report = ConversionReport.load(tmp_path / "model" / "conversion_report.json")
+    assert report.healing.settings["freeze_embeddings"] is True
+    assert has_embeddings_of(source, tmp_path / "model")
 
 
 def test_an_earlier_conversion_is_replaced_only_when_told(finished, source, text):

@@ -67,6 +67,12 @@ def test_help_shows_an_example():
     assert "Example: entropy-gpt quickstart --corpus" in process.stdout
 
 
+def test_without_docstrings_the_command_starts():
+    process = subprocess.run([sys.executable, "-OO", COMMAND, "train", "--help"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "--settings" in process.stdout
+
+
 def list_commands(group=None, words=()):
     """The words of every command, also of those of subcommands."""
     group = group or get_command(app)

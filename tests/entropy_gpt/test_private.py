@@ -171,6 +171,9 @@ class TestMisuse:
         line = complaint(*command, "--network", "LAN", "--network", "100Mbps")
         assert "network '100Mbps' is not known: give LAN (1Gbps,1ms)" in line
 
+    def test_a_network_to_clients_that_is_none(self, model, complaint):
+        assert "network '100Mbps'" in complaint("serve", model, "--listen", "127.0.0.1:0", "--network", "100Mbps")
+
     def test_an_activation_without_a_private_form(self, tmp_path, text, complaint):
         source = "\n".join(path.read_text() for path in text.iterdir())
         folder = save_model(tmp_path, source, "SM+LN+G", activation="silu")
@@ -180,6 +183,16 @@ class TestMisuse:
         source = "\n".join(path.read_text() for path in text.iterdir())
         folder = save_model(tmp_path, source, factor=1e5)
         assert "does not fit the ring" in complaint("serve", folder, "--listen", "127.0.0.1:0")
+
+
+@pytest.mark.parametrize(("words", "network"), [([], "WAN"), (["--network", "50Mbps,80ms"], "50Mbps,80ms")])
+def test_a_server_takes_forms_for_the_network_it_is_told(words, network, model, run_here, monkeypatch):
+    pytest.importorskip("spu")
+    served = []
+    monkeypatch.setattr(terminal, "_serve_until_terminated", lambda server, _: served.append(server.offer.settings))
+    status, _, error = run_here("serve", model, "--listen", "127.0.0.1:0", *words)
+    assert status == 0, error
+    assert [settings.network for settings in served] == [network]
 
 
 class TestPrompts:

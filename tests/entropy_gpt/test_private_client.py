@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers.generation import BaseStreamer
+from typer.testing import CliRunner
 
+from entropy_gpt.commands.main import app
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import (
@@ -20,6 +22,7 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     RefusalError,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.drafts import DRAFT_TOKENS
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Events
 from entropy_gpt.evaluation.private_inference.parties.store import Store
@@ -248,6 +251,24 @@ def test_drafts_that_can_not_be_verified_are_refused_before_a_prompt(address, op
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
         PrivateClient(address, **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens", "keep"),
+    [(["--draft-tokens", "3"], 3, "accepted"), (["--draft-keep", "prompt"], DRAFT_TOKENS, "prompt")],
+)
+def test_the_command_asks_with_the_drafts_it_is_told(words, tokens, keep, model, address, monkeypatch):
+    asked = []
+
+    def generate(client: PrivateClient, prompt: str, **_):
+        asked.append((prompt, client._draft.drafts))
+        raise UserError("this is not computed")
+
+    monkeypatch.setattr(PrivateClient, "generate", generate)
+    words = ["private", "ask", PROMPT, "--connect", address, "--tokenizer", str(model), "--draft", str(model), *words]
+    assert str(CliRunner().invoke(app, words).exception) == "this is not computed"
+    ((prompt, drafts),) = asked
+    assert (prompt, drafts.tokens, drafts.keep) == (PROMPT, tokens, keep)
 
 
 @pytest.mark.slow

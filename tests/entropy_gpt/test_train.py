@@ -53,6 +53,8 @@ entropy_logging_steps: 3
 seed: 0
 use_cpu: true
 """
+# What a model has already that a run starts from.
+OF_A_MODEL = ("n_layer", "n_head", "n_embd", "temperature_init", "tokenizer_vocab_size")
 
 
 class Runner:
@@ -61,6 +63,8 @@ class Runner:
     def __init__(self, folder, text):
         self.folder, self.text = folder, text
         (folder / "tiny.yaml").write_text(TINY)
+        lines = [line for line in TINY.splitlines() if not line.startswith(OF_A_MODEL)]
+        (folder / "tiny_from_model.yaml").write_text("\n".join(lines))
 
     def command(self, *settings, output="run", launcher=(), recipe="tiny.yaml"):
         settings = [f"dataset={self.text}", f"data_cache={self.folder / 'cache'}", f"output_dir={output}", *settings]
@@ -261,10 +265,7 @@ def test_a_trained_model_is_adapted_to_other_text(run, finished, tmp_path):
 def test_another_architecture_is_converted_first(run, finished):
     plain = run("notation=SM+LN+G", "max_steps=4", output="plain")
     assert plain.returncode == 0, plain.stderr
-    of_the_source = ("n_layer", "n_head", "n_embd", "temperature_init", "tokenizer_vocab_size")
-    lines = [line for line in TINY.splitlines() if not line.startswith(of_the_source)]
-    (run.folder / "convert.yaml").write_text("\n".join(lines))
-    process = run("model_name_or_path=plain/model", "max_steps=4", output="converted", recipe="convert.yaml")
+    process = run("model_name_or_path=plain/model", "max_steps=4", output="converted", recipe="tiny_from_model.yaml")
     assert process.returncode == 0, process.stderr
     model = EntropyGPTForCausalLM.from_pretrained(run.folder / "converted" / "model")
     assert model.config.notation == "EReg(SM(t)+ScFuFFN)"
@@ -380,9 +381,18 @@ def test_a_run_goes_on_elsewhere_under_other_settings(run, finished):
         line = process.stderr.splitlines()[-1]  # PEFT may warn before
         assert message in line
         assert not (run.folder / "elsewhere").exists()
-    process = run("max_steps=14", checkpoint, output="elsewhere")
+    process = run("max_steps=14", "freeze_embeddings=false", checkpoint, output="elsewhere")
     assert process.returncode == 0, process.stderr
     assert run.records("elsewhere")[-1]["step"] == 14
+
+
+def test_a_run_goes_on_with_embeddings_as_frozen_as_they_were(run, finished):
+    settings = ("model_name_or_path=run/model", "resume_from_checkpoint=run/checkpoint-8", "freeze_embeddings=true")
+    process = run(*settings, output="frozen", recipe="tiny_from_model.yaml")
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert "can't change (freeze_embeddings False then, True now): leave them as they were, or start from" in line
+    assert not (run.folder / "frozen").exists()
 
 
 def test_a_run_whose_text_changed_does_not_go_on(run, tmp_path):

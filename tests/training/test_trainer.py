@@ -28,9 +28,10 @@ from . import diverge_on_ranks
 ROWS = [{"input_ids": row} for row in make_tokens(32, 16).tolist()]
 
 
-def make_trainer(model, folder, callbacks=(), **arguments):
+def make_trainer(model, folder, callbacks=(), model_init=None, **arguments):
     return EntropyTrainer(
         model=model,
+        model_init=model_init,
         args=EntropyTrainingArguments(
             output_dir=folder,
             use_cpu=True,
@@ -87,6 +88,20 @@ def test_frozen_embeddings_stay_as_they_are_and_a_tied_head_with_them(freeze, ti
     trained = sum(parameter.numel() for parameter in model.parameters())
     untrained = sum(before[name].numel() for name in frozen - {"lm_head.weight"}) if freeze else 0
     assert moments == trained - untrained
+
+
+def test_a_model_that_is_made_in_training_has_frozen_embeddings_too(tmp_path):
+    made = []
+
+    def make() -> torch.nn.Module:
+        made.append(make_model("SM+ScFuFFN"))
+        return made[-1]
+
+    trainer = make_trainer(None, tmp_path, model_init=make, freeze_embeddings=True, max_steps=1, save_strategy="no")
+    trainer.train()
+    assert trainer.model is made[-1] is not made[0]
+    assert [model.transformer.wte.weight.requires_grad for model in made] == [False, False]
+    assert [model.transformer.wpe.weight.requires_grad for model in made] == [False, False]
 
 
 def test_scalars_have_multiples_of_the_learning_rate(tmp_path):
