@@ -211,8 +211,9 @@ def serve(
     A client is known by its certificate, or without TLS by its address.
 
     The client learns the answer and what is public: architecture, sizes, settings, and a hash of the tokenizer. The
-    server learns the lengths of the prompt and the answer. Both learn whether numbers were out of range. Both sides
-    are assumed to follow the protocol (semi-honest). docs/private_inference.md lists what is not protected.
+    server learns the lengths of the prompt and the answer, and with drafts where each pass begins. Both learn whether
+    numbers were out of range. Both sides are assumed to follow the protocol (semi-honest). docs/private_inference.md
+    lists what is not protected.
 
     Example: entropy-gpt private serve runs/proposal/model --listen 0.0.0.0:9000 --cert s.pem --key s.key --ca ca.pem
     """

@@ -274,7 +274,8 @@ def print_answer(prompt: str, answer: PrivateAnswer):
     prompt, text = (escape(clean(part, kept="\n\t", most=None)) for part in (prompt, answer.text))
     if answer.repeats:
         were = "was" if answer.repeats == 1 else "were"
-        console.print(f"{format_count(answer.repeats, 'token')} {were} out of range and computed again.")
+        again = format_count(answer.repeats, *(("pass", "passes") if answer.verified else ("token",)))
+        console.print(f"{again} {were} out of range and computed again.")
     if answer.verified:
         drafts, right = (sum(numbers) for numbers in zip(*answer.verified, strict=True))
         passes = format_count(len(answer.verified), "pass", "passes")

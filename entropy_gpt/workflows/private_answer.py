@@ -28,7 +28,7 @@ class PrivateAnswer(StoredRecord):
         check ([`AnswerCheck`], *optional*): How it compares with the model in the clear, if that is at hand.
         seconds (`float`): Wall-clock time, including compilation and set-up.
         cost ([`InferenceCost`]): The cost by the client's count.
-        repeats (`int`): How many tokens were out of range and computed again.
+        repeats (`int`): How many passes were out of range and computed again; without drafts, each has one token.
         tokens (`list[int]`): Those of the continuation.
         verified (`list[tuple[int, int]]`): Drafts of each pass, and how many of them were right.
     """
@@ -103,6 +103,8 @@ def show_event(event: dict[str, Any], line: Stage):
     """Reports an event of [`Client.ask`] to a stage: the number of steps, and each step with its layer."""
     if event["event"] == "unprepared":
         line.say("no preparation fits: all of it is computed now")
+    elif event["event"] == "one phase":
+        line.say("drafts are verified in one phase: no preparation is used")
     elif event["event"] == "tables":
         line.say("the server sends its embeddings, once")
     elif event["event"] == "waiting":

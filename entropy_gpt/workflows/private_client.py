@@ -22,7 +22,7 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     parse_address,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
-from entropy_gpt.evaluation.private_inference.parties.drafts import ACCEPTED
+from entropy_gpt.evaluation.private_inference.parties.drafts import ACCEPTED, NOT_PREPARED
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling
@@ -275,7 +275,7 @@ def _load_drafts(draft: str | Path | None, require_prepared: bool, **options: in
             raise UserError("--draft-tokens and --draft-keep are for drafts: give a model with --draft.")
         return None
     if require_prepared:
-        raise UserError("--require-prepared is not possible with --draft: drafts are verified in one phase.")
+        raise UserError(NOT_PREPARED)
     return load_drafts(draft, read)
 
 

@@ -22,7 +22,7 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     RefusalError,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
-from entropy_gpt.evaluation.private_inference.parties.drafts import DRAFT_TOKENS
+from entropy_gpt.evaluation.private_inference.parties.drafts import DRAFT_TOKENS, Drafts
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.session import Events
 from entropy_gpt.evaluation.private_inference.parties.store import Store
@@ -229,6 +229,22 @@ def test_without_a_preparation_it_says_so_or_fails(tmp_path, required):
     else:
         client.ask(Question([1, 2]), heard.append)
     assert (heard, sent) == (([], []) if required else ([{"event": "unprepared"}], [{}]))
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_drafts_take_no_preparation_and_it_says_so_or_fails(tmp_path, required):
+    client = Client.__new__(Client)
+    client.store, heard, sent = Store(tmp_path, 1), [], []
+    client.terms, client.close = TERMS, lambda: None
+    client._request = lambda asked, also, on_event, **own: sent.append(also)
+    drafter = SimpleNamespace(begin=lambda prompt, sampling, vocab_size: lambda known, count: [0] * count)
+    question = Question([1, 2], 3, drafts=Drafts(drafter, 2))
+    if required:
+        with pytest.raises(UserError, match="--require-prepared is not possible with --draft"):
+            client.ask(question, heard.append, require_prepared=True)
+    else:
+        client.ask(question, heard.append)
+    assert (heard, sent) == (([], []) if required else ([{"event": "one phase"}], [{}]))
 
 
 @pytest.mark.parametrize(

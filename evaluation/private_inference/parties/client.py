@@ -14,7 +14,7 @@ from entropy_gpt.evaluation.private_inference.program.program import weight_shap
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, TRUST
 
 from .channel import TLSFiles, clean, connect
-from .drafts import least_positions
+from .drafts import ACCEPTED, NOT_PREPARED, Keep, least_positions, needed_positions
 from .party_process import Job, Request
 from .preparations import LostHalfError, hash_terms, is_lost
 from .question import Question, check_request
@@ -139,11 +139,14 @@ class Client:
 
         Raises:
             `PrivateInferenceError`: As [`Session.answer`] and [`Question.check`]. The connection has ended then.
+            `UserError`: If no preparation fits and one is required, or the server grants too few positions for drafts.
         """
         try:
             question.check(self.terms)
             asked, own = question.public, {"prompt": question.prompt, "sampling": question.sampling}
             if asked["drafts"]:  # whose passes no preparation is made for
+                if require_prepared:
+                    raise UserError(NOT_PREPARED)
                 own |= self._begin_drafts(question)
             elif preparation is None:
                 preparation = self.find_preparation(len(question.prompt), question.new_tokens, question.answers)
@@ -154,7 +157,7 @@ class Client:
                 )
             if preparation is None:
                 if self.store is not None:
-                    on_event({"event": "unprepared"})
+                    on_event({"event": "one phase" if asked["drafts"] else "unprepared"})
                 return self._request(asked, {}, on_event, **own)
             with self._taken(preparation) as taken:
                 return self._request(asked, {"preparation": preparation}, on_event, preparation=str(taken), **own)
@@ -243,7 +246,7 @@ class Client:
                 accepted = self._session.events.expect(HANDSHAKE_SECONDS, "peer's accepted")
             self._accepted = True
             if draft is not None:
-                own["positions"] = _read_positions(accepted, least_positions(**asked))
+                own["positions"] = _read_positions(accepted, asked, own["keep"])
             if "preparation" in own:
                 self.store.spend(Path(own["preparation"]))
             on_event({"event": "accepted"})
@@ -314,14 +317,20 @@ class Client:
             self._tunnel.close()
 
 
-def _read_positions(accepted: dict, least: int) -> int:
+def _read_positions(accepted: dict, asked: dict[str, int], keep: Keep) -> int:
     """
     How many positions passes over drafts may verify.
 
     Raises:
         `PrivateInferenceError`: If a server grants fewer than it needs for what it has accepted.
+        `UserError`: If what is kept may take more than it grants.
     """
-    positions = accepted.get("positions")
+    positions, least = accepted.get("positions"), least_positions(**asked)
     if type(positions) is not int or positions < least:
         raise PrivateInferenceError(f"the server grants less than the {least} positions of an answer with drafts.")
+    if positions < (needed := needed_positions(**asked, keep=keep)):
+        raise UserError(
+            f"the server grants {positions} positions, and {asked['new_tokens']} tokens with --draft-keep {keep} may "
+            f"need {needed}: ask with --draft-keep {ACCEPTED}, or for fewer tokens (--max-new-tokens)."
+        )
     return positions

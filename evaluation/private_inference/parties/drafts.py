@@ -17,6 +17,7 @@ from entropy_gpt.evaluation.private_inference.program.steps import Span
 from .sampling import Sampling
 
 
+NOT_PREPARED = "--require-prepared is not possible with --draft: drafts are verified in one phase."
 # What is kept after a pass.
 ACCEPTED, PROMPT = "accepted", "prompt"
 Keep = Literal["accepted", "prompt"]
@@ -58,6 +59,16 @@ class Drafts:
 def least_positions(length: int, new_tokens: int, answers: int, drafts: int) -> int:
     """Those of the first pass, and one more for each token that it may leave to find. Arguments as of a request."""
     return answers + drafts + new_tokens - 1
+
+
+def needed_positions(length: int, new_tokens: int, answers: int, drafts: int, keep: Keep) -> int:
+    """
+    What a client has to be granted before the first pass, for an answer that ends even if all drafts are wrong: each
+    further pass finds one token then. Where the prompt alone is kept, it computes all tokens but the last one.
+    """
+    if keep == ACCEPTED:
+        return least_positions(length, new_tokens, answers, drafts)
+    return answers + drafts + (new_tokens - 1) ** 2
 
 
 def next_span(length: int, new_tokens: int, known: int, drafts: int, keep: Keep) -> Span | None:

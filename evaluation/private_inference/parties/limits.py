@@ -46,6 +46,15 @@ class Use:
     seconds: float = 0.0
     kept_seconds: float = 0.0
     running_since: float | None = None
+    computed: int = 0
+
+    def note_pass(self, positions: int):
+        self.computed += positions
+        self.positions = max(self.positions, self.computed)
+
+    def settle(self, least: int):
+        """Gives back what was taken for drafts and not computed."""
+        self.positions = max(least, self.computed)
 
     def taken(self) -> float:
         """Seconds of an engine so far."""
@@ -66,7 +75,7 @@ class Accounts:
         self._lock = threading.Lock()
         self._uses: dict[str, deque[Use]] = {}
 
-    def open(self, client: str, positions: int, most_positions: int = 0) -> tuple[Use, Limits]:
+    def open(self, client: str, positions: int, most_positions: int = 0, drafts: int = 0) -> tuple[Use, Limits]:
         """
         Begins a request.
 
@@ -74,6 +83,7 @@ class Accounts:
             client (`str`): As [`Channel.peer`].
             positions (`int`): That it takes at least.
             most_positions (`int`): That it may take, as far as the client has them left; they are taken until it ends.
+            drafts (`int`): How many of those that it takes at least are for drafts.
 
         Returns:
             `tuple`: Where to note what it takes, and what the client has left: `answers` and `seconds` are those that
@@ -82,9 +92,11 @@ class Accounts:
         Raises:
             `PrivateInferenceError`: If the client has not so much left.
         """
+        of_drafts = f", {drafts} of them for drafts (--draft, --draft-tokens)" if drafts else ""
         if positions > self.limits.answers:
             raise PrivateInferenceError(
-                f"{positions} answers are asked for; {self.limits.answers} is the most here (--max-new-tokens)."
+                f"{positions} answers are asked for{of_drafts}; {self.limits.answers} is the most here "
+                "(--max-new-tokens)."
             )
         with self._lock:
             uses = self._recent(client)
@@ -98,7 +110,7 @@ class Accounts:
                 if asked > getattr(left, name):
                     raise PrivateInferenceError(
                         f"this client has {max(0, getattr(left, name))} of {getattr(self.limits, name)} {name} a day "
-                        f"left here, and asks for {asked} (--max-{name})."
+                        f"left here, and asks for {asked}{of_drafts if name == 'positions' else ''} (--max-{name})."
                     )
             use = Use(time.monotonic(), max(positions, min(most_positions, left.answers, left.positions)))
             uses.append(use)

@@ -309,13 +309,13 @@ class Server:
         name = None if prepares else message.get("preparation")
         if drafts and (prepares or name is not None):
             raise PrivateInferenceError("drafts are verified in one phase: no preparation is made for their passes.")
-        use, left = self._accounts.open(channel.peer, least_positions(**asked), new_tokens * (drafts + 1))
+        use, left = self._accounts.open(channel.peer, least_positions(**asked), new_tokens * (drafts + 1), drafts)
+        if drafts:  # however it ends, and if it never begins
+            taken.callback(use.settle, new_tokens)
         if prepares:
             use.positions = 0
             taken.enter_context(self._reserved(channel.peer, pass_spans(length, new_tokens, answers)))
         most, limit = min((left.answers, "--max-new-tokens"), (left.positions, "--max-positions"))
-        if drafts:
-            most = use.positions
         half = None if name is None else str(self._take_half(name, channel.peer, taken))
         return Request(**asked, most_positions=most, limit=limit, prepares=prepares, preparation=half), use, left
 
@@ -467,23 +467,22 @@ class Server:
         drafts = f", with {request.drafts} drafts a pass" if request.drafts else ""
         self._say(who, f"{asks} {request.new_tokens} {tokens} after {request.length}{drafts}{prepared}", **asked)
         began = use.running_since = time.monotonic()
-        positions: list[int] = []  # of each pass
 
         def note(event: dict):
             if event["event"] == "pass":
-                positions.append(event["answers"])
-                use.positions = max(use.positions, sum(positions))
+                use.note_pass(event["answers"])
             elif event["event"] == "repeat":
                 self._say(who, "had an answer out of range, and has it repeated")
 
         try:
             if wants is not None:
                 self._send_tables(wants, who, left.seconds)
-            outcome = session.answer(request, note, left.seconds, take_another=take_another)
+            seconds = left.seconds - (time.monotonic() - began)
+            outcome = session.answer(request, note, seconds, take_another=take_another)
         finally:
             use.seconds, use.running_since = time.monotonic() - began, None
             if request.drafts:
-                use.positions = max(request.new_tokens, sum(positions))
+                use.settle(request.new_tokens)
         total = sum(cost.total_bytes for cost in outcome.steps) / MEGA
         line = f"was answered in {use.seconds:.1f} s; {total:.1f} MB went over the link after the set-up"
         self._say(who, line, seconds=round(use.seconds, 3), megabytes=round(total, 3))

@@ -134,7 +134,15 @@ class TableCache:
     """
 
     def __init__(self, folder: Path | None = None):
-        self.folder = folder or _user_cache() / "entropy_gpt" / "tables"
+        self._given = folder
+
+    @property
+    def folder(self) -> Path:
+        """
+        Raises:
+            `OSError`: If none is given, and the user has no home.
+        """
+        return self._given or _user_cache() / "entropy_gpt" / "tables"
 
     def load(self, terms: dict[str, TableTerms], shapes: dict[str, tuple[int, ...]]) -> Tables | None:
         """The tables, if all are there, and are what their names say."""
@@ -151,13 +159,12 @@ class TableCache:
                 path.unlink(missing_ok=True)
         except OSError as error:
             logger.warning(
-                "The server's embeddings can't be kept in %s (%s): they are sent again with the next connection.",
-                *(self.folder, error.strerror),
+                "The server's embeddings can't be kept (%s): they are sent again with the next connection.", error
             )
 
     def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-        path = self.folder / name
         try:
+            path = self.folder / name
             content = path.read_bytes()
         except OSError:
             return None
@@ -184,7 +191,12 @@ class TableCache:
 def _user_cache() -> Path:
     """As XDG's specification has it, by which a path that is not absolute does not count."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given if given.is_absolute() else Path.home() / ".cache"
+    if given.is_absolute():
+        return given
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError("there is no home directory: name a folder with XDG_CACHE_HOME") from error
 
 
 def _last_used(path: Path) -> float:

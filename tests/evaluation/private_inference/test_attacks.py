@@ -260,6 +260,41 @@ class TestLimits:
         with pytest.raises(PrivateInferenceError, match=r"9 answers are asked for; 8 is the most here \(--max-new"):
             Accounts(FEW).open("one", 9)
 
+    def test_drafts_that_are_too_many_are_named(self):
+        with pytest.raises(PrivateInferenceError, match=r"9 answers are asked for, 3 of them for drafts \(--draft, "):
+            Accounts(FEW).open("one", 9, 20, 3)
+
+    def test_what_is_taken_for_drafts_is_given_back_if_no_engine_begins(self):
+        with serving(limits=FEW) as server, channels() as (ours, _):
+            message = {"length": 4, "new_tokens": 3, "answers": 1, "drafts": 2}
+            with pytest.raises(OSError, match="no process"), contextlib.ExitStack() as taken:
+                _, use, _ = server._read_request(ours, message, taken)
+                assert use.positions == 8
+                raise OSError("no process")
+            assert server._accounts.open(ours.peer, 1)[1].positions == FEW.positions - 3
+
+    def test_repeats_may_take_what_a_client_with_drafts_has_left(self):
+        with serving(limits=Limits()) as server, channels() as (ours, _), contextlib.ExitStack() as taken:
+            message = {"length": 4, "new_tokens": 3, "answers": 1, "drafts": 2}
+            request, use, _ = server._read_request(ours, message, taken)
+            assert (use.positions, request.most_positions, request.limit) == (9, 256, "--max-new-tokens")
+
+    def test_the_time_of_tables_is_part_of_a_clients_time(self, monkeypatch):
+        given = []
+
+        def answer(request, note, seconds, take_another):
+            given.append(seconds)
+            return SimpleNamespace(steps=[])
+
+        with serving() as server:
+            monkeypatch.setattr(server, "_send_tables", lambda channel, who, seconds: time.sleep(0.2))
+            session, use = SimpleNamespace(answer=answer), Use(0.0, 1)
+            for wants in (None, "a channel"):
+                server._answer(session, "-", Request(4, 1, 1), use, FEW, None, wants)
+        without, after = given
+        assert FEW.seconds - 0.1 < without <= FEW.seconds
+        assert after <= FEW.seconds - 0.2
+
     def test_a_day_later_all_is_granted_again(self, monkeypatch):
         accounts, now = Accounts(FEW), [0.0]
         monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("spu")
 
+from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties import local, party_process
-from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.client import Client, _read_positions
 from entropy_gpt.evaluation.private_inference.parties.draft_model import DraftModel
 from entropy_gpt.evaluation.private_inference.parties.drafts import (
     ACCEPTED,
@@ -89,6 +90,23 @@ def test_an_answer_takes_no_more_positions_than_are_granted(right):
         span = next_span(4, NEW_TOKENS, known, most, ACCEPTED)
         known, taken = known + min(right, span.length - 1) + 1, taken + span.length
     assert taken <= granted
+
+
+@given(new_tokens=st.integers(2, 20), granted=st.integers(20, 500))
+def test_where_the_prompt_alone_is_kept_a_client_begins_only_what_it_can_end(new_tokens, granted):
+    asked = Question(PROMPT_TOKENS, new_tokens, drafts=Drafts(Oracle([]), 8, PROMPT)).public
+    span, taken, known = Span(0, 4 + asked["drafts"], 1 + asked["drafts"]), 0, 0
+    while span is not None:  # all drafts are wrong
+        taken, known = taken + span.answers, known + 1
+        span = next_span(4, new_tokens, known, asked["drafts"], PROMPT)
+    if granted < least_positions(**asked):
+        return
+    if taken <= granted:
+        assert _read_positions({"positions": granted}, asked, PROMPT) == granted
+    else:
+        with pytest.raises(UserError, match=rf"may need {taken}: ask with --draft-keep accepted, or for fewer tokens"):
+            _read_positions({"positions": granted}, asked, PROMPT)
+    assert _read_positions({"positions": granted}, asked, ACCEPTED) == granted
 
 
 def continue_naively(model, known: list[int], count: int, sampling: Sampling) -> list[int]:

@@ -148,7 +148,19 @@ class TestCache:
         cache.folder.write_text("a file")
         with caplog.at_level(logging.WARNING):
             cache.keep(make_tables())
-        assert f"can't be kept in {cache.folder} (File exists)" in caplog.text
+        assert f"can't be kept ([Errno 17] File exists: '{cache.folder}')" in caplog.text
+
+    def test_without_a_home_nothing_is_kept_and_nothing_fails(self, monkeypatch, caplog):
+        def fail():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", fail)
+        assert TableCache().load({}, {}) == {}
+        assert TableCache().load(*describe(make_tables())) is None
+        with caplog.at_level(logging.WARNING):
+            TableCache().keep(make_tables())
+        assert "can't be kept (there is no home directory" in caplog.text
 
     def test_a_write_that_fails_leaves_nothing(self, cache, monkeypatch):
         def fail(file):
