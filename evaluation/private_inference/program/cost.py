@@ -98,7 +98,7 @@ class InferenceCost(StoredRecord):
 
     @classmethod
     def migrate(cls, content: dict, version: int) -> dict | None:
-        """Version 2 had no `before`. Until version 4, `settings` may have no `network`: then no network chose forms."""
+        """Version 2 had no `before`. Before version 4, `settings` may have no `network`, which chooses forms."""
         if version not in (2, 3):
             return None
         if "network" in content["settings"]:
