@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from .early_checks import expanded
 from .errors import ConversionError
-from .weight_files import WEIGHT_FILES, read_tensors
+from .weight_files import has_safetensors, read_tensors
 
 
 # The embeddings of tokens and positions, which have the prefix of the base model or not.
@@ -39,7 +39,9 @@ def read_embeddings(source: str | Path) -> Embeddings:
     Reads the embeddings of a GPT-2 or an EntropyGPT; of its safetensors, these two tables alone.
 
     Args:
-        source (`str` or `Path`): A folder, or a repository on the Hub; what its cache has is not looked up there.
+        source (`str` or `Path`):
+            A folder, or a repository on the Hub. From there all of its safetensors are downloaded at first; what the
+            Hub's cache has is not looked up there.
 
     Raises:
         `ConversionError`: If there are none, or files are missing, damaged, or no safetensors.
@@ -59,7 +61,7 @@ def _find_folder(source: str) -> Path:
         return Path(source)
     try:
         folder = Path(snapshot_download(source, allow_patterns=FILES, local_files_only=True))
-        if list(folder.glob(f"{WEIGHT_FILES[0]}*")):
+        if has_safetensors(folder):
             return folder
     except LocalEntryNotFoundError:
         pass

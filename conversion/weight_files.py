@@ -67,6 +67,20 @@ def read_json(file: Path) -> dict:
     return content
 
 
+def has_safetensors(folder: Path) -> bool:
+    """
+    Whether a folder has all of its safetensors: an interrupted download may leave some of the shards.
+
+    Raises:
+        `ConversionError`: If an index of shards is damaged.
+    """
+    name = WEIGHT_FILES[0]
+    if (folder / name).is_file():
+        return True
+    index = folder / f"{name}.index.json"
+    return index.is_file() and all((folder / shard).is_file() for shard in _listed_shards(index))
+
+
 def _weight_files(folder: Path) -> list[Path]:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
@@ -77,7 +91,17 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index lists, all of which have to be there, in its own folder."""
+    """The files that an index lists, all of which have to be there."""
+    shards = _listed_shards(index)
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
+        raise ConversionError(
+            f"{index} lists files that are not there: {shorten_names(missing)}. Download or save them."
+        )
+    return shards
+
+
+def _listed_shards(index: Path) -> list[str]:
+    """The files that an index lists, in its own folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ConversionError(f"{index} has no 'weight_map' from names to files. Download or save it again.")
@@ -86,10 +110,6 @@ def _shards(index: Path) -> list[str]:
         raise ConversionError(
             f"{index} lists files outside of its folder: {shorten_names(outside)}. Files are read from there alone: "
             "take a checkpoint from another source, or put its files next to the index."
-        )
-    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
-        raise ConversionError(
-            f"{index} lists files that are not there: {shorten_names(missing)}. Download or save them."
         )
     return shards
 

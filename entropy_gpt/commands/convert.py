@@ -120,7 +120,7 @@ def convert(
         typer.Option(
             "--freeze-embeddings",
             help="Healing leaves the embeddings as they are, and with them a head that is tied to them: so they stay "
-            "public (private serve --embedding public). Without healing, they stay in any case.",
+            "public (private serve --embedding public). Needs --heal-steps.",
         ),
     ] = False,
     learning_rate: Annotated[

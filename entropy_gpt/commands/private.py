@@ -66,23 +66,24 @@ Networks = Annotated[
     list[str] | None,
     typer.Option(
         "--network",
-        help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms.",
+        help="Estimate seconds for this network, not for LAN and WAN: loopback, or bandwidth and round trip, such as "
+        "300Mbps,20ms.",
     ),
 ]
 Served = Annotated[
     str,
     typer.Option(
         "--network",
-        help="The network to clients: LAN, WAN, or bandwidth and round trip, such as 300Mbps,20ms. Operations take "
-        "the forms that are fastest there.",
+        help="The network to clients: LAN, WAN, loopback, or bandwidth and round trip, such as 300Mbps,20ms. "
+        "Operations take the forms that are fastest there.",
     ),
 ]
 ChosenFor = Annotated[
     list[str] | None,
     typer.Option(
         "--network",
-        help="Estimate seconds for this network, not for LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms. "
-        "Operations take the forms that are fastest on the first one named, or on a WAN.",
+        help="Estimate seconds for this network, not for LAN and WAN: loopback, or bandwidth and round trip, such as "
+        "300Mbps,20ms. Operations take the forms that are fastest on the first one named, or on a WAN.",
     ),
 ]
 Layers = Annotated[int, typer.Option("--n-layer", min=1, help="Blocks.")]
@@ -496,8 +497,8 @@ def benchmark(
         list[str] | None,
         typer.Option(
             "--network",
-            help="Another network besides LAN and WAN: bandwidth and round trip, such as 300Mbps,20ms. Operations "
-            "take the forms that are fastest on the first one named, or on a WAN.",
+            help="Another network besides LAN and WAN: loopback, or bandwidth and round trip, such as 300Mbps,20ms. "
+            "Operations take the forms that are fastest on the first one named, or on a WAN.",
         ),
     ] = None,
     whole: Annotated[

@@ -16,6 +16,7 @@ from entropy_gpt.conversion import weight_files
 from entropy_gpt.conversion.embeddings import read_embeddings
 from entropy_gpt.conversion.errors import ConversionError
 from entropy_gpt.conversion.gpt2_checkpoint import load_gpt2
+from entropy_gpt.conversion.weight_files import has_safetensors
 
 
 SIZES = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 8, "vocab_size": 50}
@@ -71,6 +72,13 @@ def test_of_shards(gpt2, tmp_path):
     GPT2LMHeadModel.from_pretrained(gpt2).save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert is_that_of(tmp_path, read_weights(gpt2))
+
+
+def test_a_shard_less_is_noticed(gpt2, tmp_path):
+    GPT2LMHeadModel.from_pretrained(gpt2).save_pretrained(tmp_path, max_shard_size="4KB")
+    assert has_safetensors(tmp_path) and has_safetensors(gpt2)
+    next(tmp_path.glob("*.safetensors")).unlink()
+    assert not has_safetensors(tmp_path)
 
 
 def test_nothing_else_is_read(gpt2, monkeypatch):
@@ -138,3 +146,9 @@ def test_what_the_cache_has_is_not_looked_up_on_the_hub(gpt2, hub, tmp_path):
     hub.fail(".*", times=float("inf"))
     assert read("ada/small").stdout == first.stdout
     assert "ada/another is neither a folder here nor a repository" in read("ada/another").stderr
+    hub.mend()
+    GPT2LMHeadModel.from_pretrained(gpt2).save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    hub.put_folder("ada/shards", tmp_path / "shards")
+    whole = read("ada/shards").stdout
+    next((tmp_path / "home").rglob("model-00001-of-*.safetensors")).unlink()  # as an interrupted download leaves it
+    assert read("ada/shards").stdout == whole != ""

@@ -326,11 +326,12 @@ def test_prompts_share_a_connection_until_it_breaks(model, address):
     assert notes.ended == 1
 
 
-def test_an_answer_of_an_older_version_is_read(tmp_path):
+@pytest.mark.parametrize("version", [4, 5])
+def test_an_answer_of_an_older_version_is_read(version, tmp_path):
     from .test_private import InferenceCost, PrivateSettings
 
     cost = InferenceCost("SM", 1, 1, 1, 1, 1, 1, PrivateSettings(), "", [], [], 0.0, {}, None, "")
     PrivateAnswer("text", None, 0.0, cost).save(tmp_path / "answer.json")
     content = (tmp_path / "answer.json").read_text()
-    (tmp_path / "answer.json").write_text(content.replace('"schema_version": 6', '"schema_version": 4'))
+    (tmp_path / "answer.json").write_text(content.replace('"schema_version": 6', f'"schema_version": {version}'))
     assert PrivateAnswer.load(tmp_path / "answer.json").tokens == []

@@ -176,7 +176,9 @@ class Inference:
 
 
 def _conditions(cost: InferenceCost) -> dict[str, object]:
-    return {name: getattr(cost, name) for name in CONDITIONS} | asdict(cost.settings) | cost.versions
+    settings = asdict(cost.settings)
+    settings["forms for"] = settings.pop("network")  # not what connected the parties
+    return {name: getattr(cost, name) for name in CONDITIONS} | settings | cost.versions
 
 
 def make_random_model(config: EntropyGPTConfig) -> EntropyGPTForCausalLM:

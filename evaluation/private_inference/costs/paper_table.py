@@ -57,7 +57,8 @@ def list_rows(notations: list[str], context: int, network: str = WAN.name, **siz
     Raises:
         As [`make_config`].
     """
-    today = Inference(TODAY, make_config(PAPER_BASELINE, context, **sizes), TODAY_SETTINGS, context)
+    settings = replace(TODAY_SETTINGS, network=network)
+    today = Inference(TODAY, make_config(PAPER_BASELINE, context, **sizes), settings, context)
     configs = {config.notation: config for config in (make_config(text, context, **sizes) for text in notations)}
     rows = [
         Inference(notation, config, PrivateSettings(network=network), context) for notation, config in configs.items()
@@ -89,7 +90,7 @@ def take_ends(whole: Inference) -> Inference:
     """The embedding, the head and the check of all numbers, with as little as can be between."""
     sizes = {"n_embd": whole.config.n_embd, "vocab_size": whole.config.vocab_size}
     config = make_config(SMALLEST_BLOCK, whole.context, n_layer=1, n_head=1, **sizes)
-    ends = Inference("embedding and head", config, PrivateSettings(), whole.context)
+    ends = Inference("embedding and head", config, PrivateSettings(network=whole.settings.network), whole.context)
     return take_prepared(ends) if whole.is_prepared else ends
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from entropy_gpt.conversion.embeddings import read_embeddings
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import EmbeddingsError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
@@ -20,7 +21,7 @@ from .preparations import LostHalfError, hash_terms, is_lost
 from .question import Question, check_request
 from .session import Outcome, Session, free_port
 from .store import Store
-from .tables import TableCache, Tables, count_bytes, decode_table, read_public
+from .tables import TableCache, Tables, check_public, count_bytes, decode_table
 from .terms import HANDSHAKE_SECONDS, PROTOCOL_VERSION, read_terms
 from .tunnel import ClientTunnel
 
@@ -58,6 +59,8 @@ class Client:
         public_checkpoint: str | Path | None = None,
     ):
         self.store = None if prepared is None else Store(prepared, CLIENT)
+        # Before the connection: a server waits for no download.
+        public = None if public_checkpoint is None else read_embeddings(public_checkpoint).tables
         self._connect = lambda: connect(host, port, tls)
         self.timeout_seconds = timeout_seconds
         self._tunnel: ClientTunnel | None = None
@@ -69,7 +72,7 @@ class Client:
                 self.channel.send({"kind": "hello", "version": PROTOCOL_VERSION})
                 self.terms = read_terms(self.channel.receive(HANDSHAKE_SECONDS, ("terms",)))
                 self._check_protocol(protocol)
-                self._tables = self._find_tables(public_checkpoint)
+                self._tables = self._find_tables(public_checkpoint, public)
         except BaseException:
             self.channel.close()
             raise
@@ -82,23 +85,24 @@ class Client:
                 f"{TRUST[offered]}. Ask for it with --protocol, if that will do."
             )
 
-    def _find_tables(self, public_checkpoint: str | Path | None) -> Tables | None:
+    def _find_tables(self, public_checkpoint: str | Path | None, public: Tables | None) -> Tables | None:
         """What embeddings are looked up in; `None` if the server has to send it."""
         terms = self.terms
         shapes = {name: weight_shapes(terms.config)[name] for name in terms.tables}
         if terms.checkpoint is None:
-            if public_checkpoint is not None:
+            if public is not None:
                 raise EmbeddingsError(
                     f"--public-checkpoint {public_checkpoint} has no effect, since this server's embeddings are not "
                     "public: leave it out."
                 )
             return TableCache().load(terms.tables, shapes)
-        if public_checkpoint is None:
+        if public is None:
             raise EmbeddingsError(
                 f"the server has the public embeddings of {terms.checkpoint}, and its word alone loads nothing: name "
                 "a copy with --public-checkpoint, a folder or a repository on the Hub."
             )
-        return read_public(public_checkpoint, terms.checkpoint, terms.tables, shapes)
+        check_public(public, public_checkpoint, terms.checkpoint, terms.tables, shapes)
+        return public
 
     def check_tokenizer(
         self,

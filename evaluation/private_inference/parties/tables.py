@@ -18,7 +18,6 @@ import numpy as np
 from pydantic import StringConstraints
 from pydantic.dataclasses import dataclass
 
-from entropy_gpt.conversion.embeddings import read_embeddings
 from entropy_gpt.evaluation.errors import EmbeddingsError, PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 
@@ -100,29 +99,31 @@ def decode_table(content: bytes, terms: TableTerms, shape: tuple[int, ...]) -> n
     return table.reshape(shape)
 
 
-def read_public(
-    place: str | Path, checkpoint: PublicCheckpoint, terms: dict[str, TableTerms], shapes: dict[str, tuple[int, ...]]
-) -> Tables:
+def check_public(
+    tables: Tables,
+    place: str | Path,
+    checkpoint: PublicCheckpoint,
+    terms: dict[str, TableTerms],
+    shapes: dict[str, tuple[int, ...]],
+):
     """
-    A client's copy of public embeddings.
+    Compares a client's copy of public embeddings with the server's.
 
     Args:
+        tables (`dict`): The copy.
         place (`str` or `Path`): Where that lies, by the client's word: a folder, or a repository on the Hub.
         checkpoint ([`PublicCheckpoint`]), terms (`dict`): What the server names.
         shapes (`dict`): Those of the model's tables.
 
     Raises:
-        `ConversionError`: If it can't be read.
         `EmbeddingsError`: If it is not what the server names, to the last bit.
     """
-    tables = read_embeddings(place).tables
     for name, table in tables.items():
         if table.shape != shapes[name] or hash_table(table) != terms[name].hash:
             raise EmbeddingsError(
                 f"{name} of {place} is not the server's, which has the embeddings of {checkpoint}, {shapes[name]} "
                 f"numbers with the SHA-256 {terms[name].hash}: name a copy of these with --public-checkpoint."
             )
-    return tables
 
 
 class TableCache:

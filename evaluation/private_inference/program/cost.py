@@ -13,6 +13,8 @@ from .settings import PARTIES, PrivateSettings
 
 
 MEGA = 1e6
+# What is added to the network of measurements of other forms than today's.
+BEFORE_FORMS = ", before forms were chosen for one"
 AROUND_BLOCKS = "around the blocks"
 # In two lines where one is too long, so that all of them fit into 80 columns.
 TABLE_COLUMNS = ("MB, all\nparties", "share", "MB\nsent", "MB\nreceived", "messages", "round\ntrips", "seconds")
@@ -75,7 +77,7 @@ class InferenceCost(StoredRecord):
     """
 
     KIND = "the cost of a private inference"
-    SCHEMA_VERSION = 3
+    SCHEMA_VERSION = 4
 
     notation: str
     n_layer: int
@@ -96,8 +98,12 @@ class InferenceCost(StoredRecord):
 
     @classmethod
     def migrate(cls, content: dict, version: int) -> dict | None:
-        """Version 2 had no `before`."""
-        return content if version == 2 else None
+        """Version 2 had no `before`. Before version 4, `settings` may have no `network`, which chooses forms."""
+        if version not in (2, 3):
+            return None
+        if "network" in content["settings"]:
+            return content
+        return content | {"network": f"{content['network']}{BEFORE_FORMS}"}
 
     def first_phase(self) -> Self:
         """What was done before the prompt came."""

@@ -16,7 +16,7 @@ from .fixed_point import Float64Arithmetic, emulate_variables, exact_logits, exa
 from .program import LOGITS, OUT_OF_RANGE, STREAM, bounds_name, build_steps, checked_parts, sums_name, weight_shapes
 from .range_report import Peak, RangeReport, TensorRange
 from .settings import PrivateSettings
-from .steps import Span, run_steps
+from .steps import Span, Step, run_steps
 
 
 # Sequences of a text that an audit looks at.
@@ -51,8 +51,8 @@ def audit(
     seed: int = 0,
 ) -> RangeReport:
     """
-    Runs the program in float64 and looks at every number that the ring has to hold; then emulates the ring, to say
-    what it does to the logits of all positions.
+    Runs the program in float64 and looks at every number that the ring has to hold, with prepared products too where
+    these have other forms; then emulates the ring, to say what it does to the logits of all positions in one phase.
 
     Args:
         config ([`EntropyGPTConfig`]), weights (`dict`): Those of [`prepare_weights`].
@@ -72,11 +72,14 @@ def audit(
     largest_sums = {part: np.zeros(shapes[bounds_name(part)]) for part in parts}
     errors = _Errors()
     for index, sequence in enumerate(tokens):
-        unrounded = _run_observed(config, weights, settings, sequence, ops)
+        unrounded, *others = (
+            _run_observed(config, weights, settings, sequence, ops, prepared)
+            for prepared in _list_phases(config, settings, len(sequence))
+        )
         emulated = emulate_variables(config, weights, settings, sequence, len(sequence), seed + index)
         # Checksums are off by what is rounded, and by nothing else.
         for part, largest in largest_sums.items():
-            for variables in (unrounded, emulated):
+            for variables in (unrounded, *others, emulated):
                 np.maximum(largest, np.abs(variables[sums_name(part)]).max(axis=0), out=largest)
         exact = exact_logits(config, weights, settings, sequence, len(sequence))
         errors.add(exact, unrounded[LOGITS], emulated[LOGITS])
@@ -130,10 +133,26 @@ class _Errors:
         self.rounding_squares += float(np.square(emulated - unrounded).sum())
 
 
-def _run_observed(config, weights, settings, tokens, ops: "_ObservedArithmetic") -> dict[str, np.ndarray]:
+def _list_phases(config, settings, length: int) -> list[bool]:
+    """Whether products are prepared: both, where some step has another form then."""
+    plain, prepared = (
+        [_describe_form(step) for step in build_steps(config, settings, Span(0, length, length), is_prepared)]
+        for is_prepared in (False, True)
+    )
+    return [False] if plain == prepared else [False, True]
+
+
+def _describe_form(step: Step) -> tuple:
+    """What decides on a step's numbers. Whether queries are a product of their own does not."""
+    options = dict(getattr(step.function, "keywords", {}))
+    options.pop("is_apart", None)
+    return step.operation, step.layer, getattr(step.function, "func", step.function), options
+
+
+def _run_observed(config, weights, settings, tokens, ops: "_ObservedArithmetic", prepared) -> dict[str, np.ndarray]:
     """The program's variables without rounding."""
     variables = exact_variables(config, weights, settings, tokens, len(tokens))
-    for step in build_steps(config, settings, Span(0, len(tokens), len(tokens))):
+    for step in build_steps(config, settings, Span(0, len(tokens), len(tokens)), prepared):
         ops.place = step.operation if step.layer is None else f"layer {step.layer}, {step.operation}"
         variables = run_steps([step], ops, variables)
         for name in step.outputs:

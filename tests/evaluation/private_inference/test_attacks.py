@@ -19,6 +19,7 @@ import pytest
 import torch
 import trustme
 
+from entropy_gpt.conversion.errors import ConversionError
 from entropy_gpt.evaluation.errors import EmbeddingsError, EngineError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties import channel as channel_module
 from entropy_gpt.evaluation.private_inference.parties import engine, limits, memory, party_process, tunnel
@@ -52,6 +53,7 @@ from entropy_gpt.evaluation.private_inference.parties.session import (
     Allowance,
     Events,
     Session,
+    free_port,
     listen_to_peer,
 )
 from entropy_gpt.evaluation.private_inference.parties.shares import join_share, read_share
@@ -592,8 +594,13 @@ class TestPublicEmbeddings:
         assert str(tmp_path) not in "".join(lines)
 
     def test_a_copy_for_a_server_that_has_none_is_refused(self, tmp_path):
+        make_model("SM", n_layer=1).save_pretrained(tmp_path)
         with serving() as server, pytest.raises(EmbeddingsError, match=r"--public-checkpoint .* has no effect"):
             Client(*server.address, None, public_checkpoint=tmp_path)
+
+    def test_a_copy_is_read_before_a_server_waits_for_it(self, tmp_path):
+        with pytest.raises(ConversionError, match="has no weights"):
+            Client("127.0.0.1", free_port(), None, public_checkpoint=tmp_path)  # where nobody listens
 
     @pytest.mark.parametrize(
         "changed",

@@ -295,7 +295,20 @@ def test_an_audit_looks_at_every_position():
     assert audit(config, weights, PrivateSettings(), choose_sequences(config, weights)).problems
 
 
-def test_what_an_audit_looks_at():
+def test_an_audit_looks_at_sums_that_only_a_preparation_leaves_undivided():
+    config, weights = prepared("SM", n_embd=128, n_head=2, n_positions=64)
+    chosen = PrivateSettings(network="WAN")
+    span = Span(0, 64, 64)
+    operations = [
+        [step.operation for step in program.build_steps(config, chosen, span, late)] for late in (False, True)
+    ]
+    assert operations[0] != operations[1]
+    tensors = audit(config, weights, chosen, sequences(64)).tensors
+    values, undivided = (
+        next(tensor.size for tensor in tensors if (tensor.name, tensor.role) == (f"layer 0, {name}", "value"))
+        for name in ("query, key, value", "values")
+    )
+    assert undivided > values  # a mean is not
     config, weights = prepared(vocab_size=1000)
     weights["wte"][123] *= 9
     weights["wte"][321] /= 9

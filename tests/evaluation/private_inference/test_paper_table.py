@@ -1,5 +1,6 @@
 """The paper's table: sums of measured parts, ratios, records that are kept, and pages."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -27,7 +28,7 @@ from entropy_gpt.evaluation.private_inference.costs.paper_table import (
 from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PARTY
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.terms import Terms
-from entropy_gpt.evaluation.private_inference.program.cost import StepCost
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
 from entropy_gpt.evaluation.private_inference.program.counting import OWNED_BATCHES
 from entropy_gpt.evaluation.private_inference.program.networks import LAN, Network
 from entropy_gpt.evaluation.private_inference.program.prices import load_prices
@@ -74,6 +75,11 @@ def test_rows_are_what_is_run_today_and_each_architecture_once():
     assert [row.title for row in rows] == [TODAY, "SM+LN+G", "SM+ScFuFFN"]
     assert rows[0].config.notation == "SM+LN+G"
     assert rows[0].settings != rows[1].settings == rows[2].settings
+
+
+def test_all_parts_have_the_forms_of_the_chosen_network():
+    rows = list_rows(["SM+ScFuFFN"], CONTEXT, network="LAN", **SIZES)
+    assert {part.settings.network for row in rows for part in (row, take_blocks(row), take_ends(row))} == {"LAN"}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +185,18 @@ class TestWhatIsKept:
         cost = predicted(inference)
         replace(cost, settings=replace(cost.settings, softmax="stock"), versions={"spu": "0.1"}).save(path)
         with pytest.raises(ValueError, match=r"softmax stock then, efficient now; .*spu 0.1 then, .*jax None then"):
+            inference.load_measured(path)
+
+    def test_of_a_time_before_forms_had_a_network_is_read_and_refused(self, inference, path):
+        cost = predicted(inference)
+        cost.save(path)
+        record = json.loads(path.read_text()) | {"schema_version": 3}
+        path.write_text(json.dumps(record))
+        assert inference.load_measured(path) == cost
+        del record["content"]["settings"]["network"]
+        path.write_text(json.dumps(record))
+        assert InferenceCost.load(path).steps == cost.steps
+        with pytest.raises(ValueError, match=r"\(network .*, before forms were chosen for one then, [^;]* now\)"):
             inference.load_measured(path)
 
     def test_that_is_broken_is_refused(self, inference, path):

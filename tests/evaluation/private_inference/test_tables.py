@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from entropy_gpt.conversion.embeddings import read_embeddings
 from entropy_gpt.evaluation.errors import EmbeddingsError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import may_be_told
 from entropy_gpt.evaluation.private_inference.parties.tables import (
@@ -18,10 +19,10 @@ from entropy_gpt.evaluation.private_inference.parties.tables import (
     PublicCheckpoint,
     TableCache,
     TableTerms,
+    check_public,
     count_bytes,
     decode_table,
     encode_table,
-    read_public,
 )
 from tests.architectures import make_model
 
@@ -80,13 +81,13 @@ class TestPublicOnes:
         return {name: getattr(body, name).weight.detach().numpy().copy() for name in ("wte", "wpe")}
 
     def test_a_copy_is_taken_if_it_is_the_same_whatever_its_name(self, copy, own):
-        assert are_equal(read_public(copy, CHECKPOINT, *describe(own)), own)
+        check_public(read_embeddings(copy).tables, copy, CHECKPOINT, *describe(own))
 
     @pytest.mark.parametrize("name", ["wte", "wpe"])
     def test_one_bit_is_enough_to_refuse_it_in_a_line(self, name, copy, own):
         own[name].view(np.uint32)[-1, -1] ^= 1
         with pytest.raises(EmbeddingsError, match="name a copy of these with --public-checkpoint") as refused:
-            read_public(copy, CHECKPOINT, *describe(own))
+            check_public(read_embeddings(copy).tables, copy, CHECKPOINT, *describe(own))
         said = str(refused.value)
         assert said.startswith(f"{name} of {copy} is not the server's")
         assert f"openai-community/gpt2 (revision 0123abc), {own[name].shape} numbers with the SHA-256" in said
@@ -95,7 +96,7 @@ class TestPublicOnes:
     def test_so_is_another_shape(self, copy, own):
         terms, shapes = describe(own)
         with pytest.raises(EmbeddingsError, match="wte of"):
-            read_public(copy, CHECKPOINT, terms, shapes | {"wte": shapes["wte"][::-1]})
+            check_public(read_embeddings(copy).tables, copy, CHECKPOINT, terms, shapes | {"wte": shapes["wte"][::-1]})
 
 
 class TestCache:
