@@ -108,7 +108,7 @@ def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):
     assert "Both phases together: 1.100 of the bytes and 1.00 of the seconds." in page
     assert "| scores | 10.0 | 6.0 | 5.0 | 8.0 | 7.0 | 1.0 |" in page
     assert "| 3 / 4 |" in page
-    assert "a block takes 8.0 s and\n10.0 MB in one phase. After the prompt it takes 1.0 s and\n5.0 MB." in page
+    assert "takes a block 8.0 s and\n10.0 MB in one phase. After the prompt it takes 1.0 s and\n5.0 MB." in page
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     record.save(tmp_path / "record.json")
     assert two_phases.Record.load(tmp_path / "record.json") == record
