@@ -23,7 +23,7 @@ install: $(INSTALLED)  ## Installs everything into .venv.
 quickstart: $(INSTALLED)  ## Trains, converts, compares, draws, saves and reloads small models, and runs two privately.
 	$(BIN)/entropy-gpt quickstart $(ARGS)
 
-results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in docs/quickstart.md; keeps two of its models.
+results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in docs/quickstart.md; keeps two of its models. Commit, then `make healed`.
 	rm -rf quickstart_output
 	$(BIN)/entropy-gpt quickstart
 	cp quickstart_output/results.json model_cards/results/quickstart.json
@@ -31,9 +31,9 @@ results: $(INSTALLED)  ## Runs the quickstart anew, and shows what it finds in d
 	for model in sm-ln-g converted; do \
 		cp quickstart_output/models/$$model/*.json quickstart_output/models/$$model/*.safetensors \
 			model_cards/models/$$model/ || exit 1; done
-	$(MAKE) healed
+	$(BIN)/python -m entropy_gpt.programs.quickstart.page
 
-healed: $(INSTALLED)  ## Converts the kept GPT-2 to softmax alone and to power4, for docs/ladder.md.
+healed: $(INSTALLED)  ## Converts the kept GPT-2 to softmax alone and to power4, for docs/ladder.md; on a clean commit.
 	rm -rf runs/healed-softmax runs/healed-power4
 	$(BIN)/entropy-gpt convert $(GPT2) --to "SM(t_h)+ScFuFFN" --output runs/healed-softmax $(HEALING)
 	$(BIN)/entropy-gpt convert $(GPT2) --to "Pow4(t_h)+ScFuFFN" --output runs/healed-power4 $(HEALING) \

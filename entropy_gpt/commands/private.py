@@ -108,7 +108,8 @@ PublicCheckpoint = Annotated[
         "--public-checkpoint",
         metavar="MODEL",
         callback=read_public_checkpoint,
-        help="With --embedding public: the checkpoint that the embeddings are from, a folder or on the Hub.",
+        help="With --embedding public: the checkpoint that the embeddings come from, a folder or a repository on the "
+        "Hub.",
     ),
 ]
 AnswerOption = Annotated[
@@ -207,7 +208,7 @@ def serve(
     timeout: Timeout = 600,
 ):
     """
-    Hold the weights, and answer clients, as many at once as there are workers. Others wait, and know their place.
+    Hold the weights, and answer clients, as many at once as there are workers. Others wait in a line.
 
     A client is known by its certificate, or without TLS by its address.
 

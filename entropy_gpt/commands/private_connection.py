@@ -72,8 +72,8 @@ def _read_connection(
         typer.Option(
             metavar="MODEL",
             callback=read_public_checkpoint,
-            help="For a server with public embeddings: your copy of the checkpoint that has them, a folder or on the "
-            "Hub. The server names one, but nothing is loaded by its word.",
+            help="For a server with public embeddings: your copy of their checkpoint, a folder or a repository on the "
+            "Hub. The server names one too, but its name loads nothing.",
         ),
     ] = None,
     timeout: Timeout = 600,

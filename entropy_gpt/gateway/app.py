@@ -33,8 +33,8 @@ KEEP_ALIVE_SECONDS, PRESENCE_SECONDS = 15, 0.5
 CANCELLED_STATUS = 499
 DONE = "data: [DONE]\n\n"
 
-# What the heads of a twin of the model in the clear do on a text: mean entropies "entropies" (layers, heads), and that
-# of "uniform" attention, in nats.
+# Measures a text with a copy of the model in the clear. It returns `entropies`, the heads' mean entropies of shape
+# (layers, heads), and `uniform`, the entropy of uniform attention, both in nats.
 Twin = Callable[[str], dict]
 
 

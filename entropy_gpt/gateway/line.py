@@ -12,7 +12,7 @@ from entropy_gpt.workflows.private_client import PrivateClient
 from .errors import ProtocolError, of_the_gateway, of_the_server
 
 
-# After the first, a connection without requests is given up: the server would end it, and others may wait for it.
+# A connection without requests is closed after `IDLE_SECONDS`: the server would end it, and other clients may wait.
 IDLE_SECONDS, END_SECONDS = 25, 5
 
 

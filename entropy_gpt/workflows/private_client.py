@@ -57,8 +57,8 @@ class PrivateClient:
         insecure (`bool`): Allow plain TCP beyond the loopback.
         protocol (`str`): The only protocol that the client accepts.
         public_checkpoint (`str` or `Path`, *optional*):
-            For a server with public embeddings: this side's copy of the checkpoint that has them, a folder or a
-            repository on the Hub.
+            For a server with public embeddings: this side's copy of their checkpoint, a folder or a repository on the
+            Hub.
         timeout (`int`): Seconds without any event after which the client gives up.
         prepared (`str` or `Path`, *optional*):
                 Folder for its halves of preparations. The smallest that fits a prompt is used up.

@@ -1,6 +1,6 @@
 """Drafts that are verified, over a slowed link: seconds, bytes and passes of one answer, with and without.
 
-python -m entropy_gpt.evaluation.benchmarks.drafts  a quarter of an hour, then the page
+python -m entropy_gpt.evaluation.benchmarks.drafts  half an hour, then the page
 python -m entropy_gpt.evaluation.benchmarks.drafts --quick  one short answer, nothing written
 python -m entropy_gpt.evaluation.benchmarks.drafts --redraw  the page anew from the record
 """
@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import time
 from dataclasses import replace
+from functools import partial
 from statistics import mean
 from typing import Annotated, ClassVar
 
@@ -18,9 +19,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
+from entropy_gpt.evaluation.benchmarks._committed import find_record
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import ROOT, git_revision
+from entropy_gpt.evaluation.origin import ROOT
 from entropy_gpt.evaluation.private_inference.inference import TIMEOUT_SECONDS, serve_on_loopback
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.draft_model import DraftModel
@@ -213,15 +215,7 @@ def main(
     if quick:
         console.print(page(measure(QUICK_TOKENS, None)), markup=False, soft_wrap=True)
         return
-    if redraw:
-        record = Record.load(RECORD)
-        record.remark = remark or record.remark
-    else:
-        revision = git_revision()
-        if revision is None or revision.endswith("+changes"):
-            raise ValueError(f"revision {revision}: commit first, so that the record can name what was measured.")
-        record = replace(measure(NEW_TOKENS, revision), remark=remark)
-    record.save(RECORD)
+    record = find_record(Record, RECORD, partial(measure, NEW_TOKENS), remark=remark, redraw=redraw)
     PAGE.write_text(page(record), encoding="utf-8")
     console.print(f"written: {RECORD}, {PAGE}")
 

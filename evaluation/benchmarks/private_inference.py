@@ -18,9 +18,10 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
+from entropy_gpt.evaluation.benchmarks._committed import clean_revision
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord, load_record, save_record
-from entropy_gpt.evaluation.origin import ROOT, git_revision
+from entropy_gpt.evaluation.origin import ROOT
 from entropy_gpt.evaluation.private_inference.agreement import Agreement, measure_agreement
 from entropy_gpt.evaluation.private_inference.costs.cost_model import SET_UP_BYTES
 from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
@@ -283,6 +284,7 @@ one process, the same protocol). A client would refuse answers that are out of r
 {agreement}
 
 Measured with {list_settings(today.versions)}; commit {_commits(record)}; {today.machine}.
+Operations had the forms of that commit; today's [may be others](private_inference.md#how-the-model-becomes-cheap).
 {record.remark or ""}
 """
 
@@ -362,9 +364,7 @@ def measure_all(models: list[Path], runs: int, whole: bool, prepared: bool) -> R
     Raises:
         `ValueError`: If the working tree has changes, so that no revision says what was measured.
     """
-    revision = git_revision()
-    if revision is None or revision.endswith("+changes"):
-        raise ValueError(f"revision {revision}: commit first, so that the record can name what was measured.")
+    revision = clean_revision()
     keep = partial(measure_once, PARTS / revision)
     rows = list_rows(NOTATIONS, LENGTH, **SIZES)
     blocks = {row.title: keep(row.title, InferenceCost, lambda row=row: measure(take_blocks(row))) for row in rows}

@@ -33,6 +33,8 @@ MODELS = ROOT / "model_cards" / "models"
 
 SEQUENCES, LENGTH = 16, 128
 FRACTION_BITS = (12, 14, 16, 18, 20)
+# A difference of perplexity that is called none, and an error of a logit that is called large.
+NEGLIGIBLE, LARGE_ERROR = 1e-3, 1.0
 
 console = Console()
 
@@ -122,9 +124,7 @@ A private inference computes with other functions than training does: polynomial
 reciprocals and GELU. Products are cut to {default} bits behind the point. With these, the perplexity of every model
 below is within **{largest:.3%}** of that in the clear. At least **{fewest:.1%}** of the likeliest tokens are the same.
 
-- **Softmax need not be trained with the engine's functions.** More bits than {default} change nothing.
-- **Single answers of power4 differ more than its perplexity.** The ring adds 2⁻¹⁰ to the sum of every row. In this
-  model, some rows have smaller sums than that. So `serve` refuses it, with any number of bits.
+{_findings(record)}
 
 {markdown_table(("model", "fraction bits", *headings), rows)}
 
@@ -134,6 +134,31 @@ is emulated with the engine's own arithmetic; truncations are random, as they ar
 
 Measured with {describe_origins([record])}.
 """
+
+
+def _findings(record: Record) -> str:
+    """What the record bears out, a bullet each: of softmax, of more bits than the default, and of powers."""
+    default = PrivateSettings().fraction_bits
+    usual = {each.model: each for each in record.roundings if each.fraction_bits == default}
+    powers = {name: each for name, each in usual.items() if each.agreement.name.startswith("Pow")}
+    softmax = [abs(each.share) for name, each in usual.items() if name not in powers]
+    finer = [abs(each.share - usual[each.model].share) for each in record.roundings if each.fraction_bits > default]
+    findings = []
+    if softmax and max(softmax) < NEGLIGIBLE:
+        findings.append(
+            "- **Softmax need not be trained with the engine's functions.** Its perplexities differ by at most "
+            f"{max(softmax):.3%}."
+        )
+    if finer and max(finer) < NEGLIGIBLE:
+        findings.append(f"- **More bits than {default}** change no perplexity by more than {max(finer):.3%}.")
+    errors = [each.agreement.largest_error for each in powers.values()]
+    if errors and max(errors) > LARGE_ERROR:
+        findings.append(
+            "- **Single answers of power4 differ more than its perplexity.** A logit is off by up to "
+            f"{max(errors):.1f}. The ring\n  adds 2⁻¹⁰ to the sum of every row, which changes rows with smaller sums. "
+            "`serve` refuses models with such rows."
+        )
+    return "\n".join(findings)
 
 
 def write(record: Record):

@@ -22,10 +22,11 @@ import typer
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
+from entropy_gpt.evaluation.benchmarks._committed import find_record
 from entropy_gpt.evaluation.benchmarks.private_inference import measure_once
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
-from entropy_gpt.evaluation.origin import ROOT, git_revision
+from entropy_gpt.evaluation.origin import ROOT
 from entropy_gpt.evaluation.private_inference.costs.cost_plots import draw_costs
 from entropy_gpt.evaluation.private_inference.costs.measured_inference import make_config, make_random_model
 from entropy_gpt.evaluation.private_inference.costs.paper_table import BLOCK_VOCABULARY
@@ -296,15 +297,11 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             console.print(page(measure_all(QUICK_SIZES, Path(folder), None, decoding)), markup=False, soft_wrap=True)
         return
-    if redraw:
-        record = Record.load(RECORD)
-        record.remark = remark or record.remark
-    else:
-        revision = git_revision()
-        if revision is None or revision.endswith("+changes"):
-            raise ValueError(f"revision {revision}: commit first, so that the record can name what was measured.")
-        record = replace(measure_all(SIZES, PARTS / revision, revision, decoding), remark=remark)
-    record.save(RECORD)
+
+    def take(revision: str) -> Record:
+        return measure_all(SIZES, PARTS / revision, revision, decoding)
+
+    record = find_record(Record, RECORD, take, remark=remark, redraw=redraw)
     write(record)
     console.print(f"written: {RECORD}, {PAGE}, {PICTURE}")
 

@@ -102,6 +102,7 @@ def model_card(
         template_path=TEMPLATE,
         title=f"EntropyGPT {escape_markdown(result.title)}",
         notation=escape_markdown(architecture.notation),
+        softmax=_config(architecture).attention_function == "softmax",
         words=describe_architecture(architecture),
         sizes={name: f"{size:,}" for name, size in architecture.sizes.items()},
         place=repository or FOLDER,
@@ -126,7 +127,7 @@ def list_missing(result: ModelResult) -> list[str]:
 
 def describe_architecture(architecture: Architecture) -> str:
     """An architecture in words."""
-    config = EntropyGPTConfig.from_notation(architecture.notation, n_layer=architecture.n_layer)
+    config = _config(architecture)
     parts = [
         ATTENTIONS[config.attention_function] + TEMPERATURES[config.attention_temperature],
         f"{NORMS[config.normalization]} in the blocks, {NORMS[architecture.final_normalization]} before the head",
@@ -139,6 +140,10 @@ def describe_architecture(architecture: Architecture) -> str:
     if config.entropy_regularization:
         parts.append("trained with a penalty on the entropies of its attention heads, with a learnable threshold each")
     return "; ".join(parts)
+
+
+def _config(architecture: Architecture) -> EntropyGPTConfig:
+    return EntropyGPTConfig.from_notation(architecture.notation, n_layer=architecture.n_layer)
 
 
 def describe_training(training: TrainingResult | None) -> str:

@@ -154,7 +154,7 @@ def plot_ladder(study: Study) -> Figure:
                 ms=7,
                 label=label,
             )
-    panels[0].set(xlabel="private inference of GPT-2 small (GB, predicted)", ylabel="test perplexity")
+    panels[0].set(xlabel="private inference of GPT-2 small (GB, predicted for a WAN)", ylabel="test perplexity")
     panels[1].set(xlabel="its round trips (predicted)")
     for axes in panels:
         axes.set(xscale="log", yscale="log")
@@ -167,8 +167,8 @@ def plot_ladder(study: Study) -> Figure:
 
 
 def is_drawn(study: Study) -> bool:
-    """Whether there is a model that was trained from scratch."""
-    return bool(list_trained(study.group(*SCRATCH)))
+    """Whether there are two rungs to compare that were trained from scratch."""
+    return sum(bool(list_trained(runs)) for runs in rungs(study, SCRATCH).values()) > 1
 
 
 def ladder_text(study: Study) -> str:
@@ -189,8 +189,8 @@ def ladder_text(study: Study) -> str:
         ]
     parts += [
         "## Private cost\n",
-        "One answer to 128 tokens by the cost model, without the set-up of a connection. The entropy penalty acts in "
-        "training alone.\n",
+        "One answer to 128 tokens, predicted for a WAN, without the set-up of a connection. The entropy penalty acts "
+        "in training alone.\n",
         cost_table() + "\n",
     ]
     if study.group(*PRIVATE):

@@ -77,7 +77,8 @@ COLUMNS = (
     "billion tokens of CodeParrot).",
     "Overloaded heads have a mean entropy of at least three quarters of that of uniform attention.",
     "Seconds per step were measured with other runs on the same machine.",
-    "Private MB were measured between two processes, for one answer to 128 tokens. GPT-2 small's are predicted.",
+    "Private MB were measured between two processes, for one answer to 128 tokens. GPT-2 small's are predicted, for a "
+    "WAN.",
 )
 # Groups that vary how the same conversion is done.
 WAYS = ("conversion_ways", "conversion_rate")
@@ -315,7 +316,7 @@ def readme_text(study: Study) -> str:
                     f"Learning rates: the best of four for each architecture, on validation with seed "
                     f"{run.settings['seed']}.",
                     "Test: code of other projects. Paper: GPT-2 small, 2.1 billion tokens of CodeParrot.",
-                    "Private GB: one answer of GPT-2 small to 128 tokens, predicted from the architecture.",
+                    "Private GB: one answer of GPT-2 small to 128 tokens, predicted for a WAN.",
                 ),
             ),
         )

@@ -66,7 +66,7 @@ MAX_GREETINGS = 64
 
 class Server:
     """
-    Answers as many clients at once as it has workers; others wait, and know their place.
+    Answers as many clients at once as it has workers; others wait, and see how many are before them.
 
     Args:
         offer ([`Offer`]): What it offers.

@@ -1,4 +1,4 @@
-"""Who may use an engine of a server: some clients at once, others in a line with a bound, which know their place."""
+"""Who may use an engine of a server: some clients at once, others in a bounded line that they see their place in."""
 
 import contextlib
 import threading

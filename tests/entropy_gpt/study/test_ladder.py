@@ -71,7 +71,8 @@ def test_a_partial_record_says_what_is_not_measured(study):
     text = ladder_text(study)
     assert text.startswith("| group | rows not measured yet |\n| --- | ---: |\n| `functions` | 18 |\n\n")
     assert "Measured between two processes" not in text and "nan" not in text
-    assert "ladder.png" not in ladder_text(make_study(fused=seeds(SOFTMAX, None)))
+    for alone in (seeds(SOFTMAX, None), seeds(SOFTMAX, 3.0)):
+        assert "ladder.png" not in ladder_text(make_study(fused=alone))
 
 
 def test_the_picture_has_every_rung_once(study):
