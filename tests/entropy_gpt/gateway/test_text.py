@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling, choose
+from entropy_gpt.evaluation.private_inference.parties.sampling import Sampling, choose, draw_noise
 from entropy_gpt.gateway.text import AnswerText, Piece
 from entropy_gpt.training.tokenizer import train_tokenizer
 
@@ -112,7 +112,8 @@ def test_errors_of_fixed_point_hardly_change_what_a_seed_draws(top_p):
     for seed in range(100):
         logits = generator.normal(0, 2, 5_000)
         error = generator.normal(0, 1e-3, logits.shape)
-        drawn = {choose(given, sampling, np.random.default_rng(seed)) for given in (logits, logits + error)}
+        noise = draw_noise(logits.shape, sampling, np.random.default_rng(seed))
+        drawn = {choose(given, sampling, noise) for given in (logits, logits + error)}
         changed += len(drawn) > 1
     assert changed <= 1
 
@@ -131,5 +132,5 @@ def test_errors_of_fixed_point_hardly_change_what_a_seed_draws(top_p):
 )
 def test_tokens_are_drawn_as_often_as_they_are_likely(sampling, expected):
     generator = np.random.default_rng(0)
-    drawn = [choose(LOGITS, sampling, generator) for _ in range(4000)]
+    drawn = [choose(LOGITS, sampling, draw_noise(LOGITS.shape, sampling, generator)) for _ in range(4000)]
     assert np.bincount(drawn, minlength=4) / len(drawn) == pytest.approx(expected, abs=0.03)
