@@ -197,7 +197,7 @@ def test_an_answer_that_begins_anew_is_right(preparations, doubted, model, tmp_p
         store, of_client, said = Store(tmp_path / str(link.rank), link.rank), link.rank == CLIENT, []
         job = Job(link.rank, ProgramConfig.of(config), settings, SECONDS, str(store.folder))
         process = Doubtful(job, lambda event: said.append(event["event"]))
-        process.link, process._weights_hash = link, ""
+        process.link, process._weights_hash, process.tables = link, "", {}
         process.participant = Participant(link, config, settings, None if of_client else weights)
         process.participant.set_up()
         names: list[str] = []
