@@ -217,12 +217,17 @@ def test_a_client_without_a_folder_prepares_nothing():
         client.prepare(8)
 
 
+def client_with_folder(folder: Path) -> tuple[Client, list[dict]]:
+    """A client that keeps preparations, without a server; and what it would send besides a question."""
+    client, sent = Client.__new__(Client), []
+    client.store, client.terms, client.close = Store(folder, 1), TERMS, lambda: None
+    client._request = lambda asked, also, on_event, **own: sent.append(also)
+    return client, sent
+
+
 @pytest.mark.parametrize("required", [False, True])
 def test_without_a_preparation_it_says_so_or_fails(tmp_path, required):
-    client = Client.__new__(Client)
-    client.store, heard, sent = Store(tmp_path, 1), [], []
-    client.terms, client.close = TERMS, lambda: None
-    client._request = lambda asked, also, on_event, **own: sent.append(also)
+    (client, sent), heard = client_with_folder(tmp_path), []
     if required:
         with pytest.raises(UserError, match="no preparation fits 2 tokens and 1 new ones of this server"):
             client.ask(Question([1, 2]), heard.append, require_prepared=True)
@@ -233,10 +238,7 @@ def test_without_a_preparation_it_says_so_or_fails(tmp_path, required):
 
 @pytest.mark.parametrize("required", [False, True])
 def test_drafts_take_no_preparation_and_it_says_so_or_fails(tmp_path, required):
-    client = Client.__new__(Client)
-    client.store, heard, sent = Store(tmp_path, 1), [], []
-    client.terms, client.close = TERMS, lambda: None
-    client._request = lambda asked, also, on_event, **own: sent.append(also)
+    (client, sent), heard = client_with_folder(tmp_path), []
     drafter = SimpleNamespace(begin=lambda prompt, sampling, vocab_size: lambda known, count: [0] * count)
     question = Question([1, 2], 3, drafts=Drafts(drafter, 2))
     if required:
