@@ -6,7 +6,9 @@ was measured (`program/prices.json`; `price_fitting.py` measures anew).
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Self
 
 from pydantic.dataclasses import dataclass
 
@@ -42,6 +44,10 @@ class PredictedStep:
     total_bytes: float
     round_trips: float
 
+    def times(self, count: float) -> Self:
+        """The step, this many times."""
+        return replace(self, total_bytes=count * self.total_bytes, round_trips=count * self.round_trips)
+
 
 def program_config(config: EntropyGPTConfig) -> EntropyGPTConfig:
     """
@@ -68,8 +74,7 @@ def count_steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span)
         `PrivateInferenceError`: As [`build_steps`], or for another protocol than Cheetah.
     """
     _check_counted(settings)
-    config = program_config(config)
-    return _count(build_steps(config, settings, span), program_variables(config, settings, span), settings)
+    return _count_pass(program_config(config), settings, span)
 
 
 def predict(
@@ -88,6 +93,26 @@ def predict(
         `PrivateInferenceError`: As [`count_steps`].
     """
     return _price(count_steps(config, settings, span), prices)
+
+
+def predict_passes(
+    config: EntropyGPTConfig, settings: PrivateSettings, passes: Mapping[Span, float]
+) -> list[PredictedStep]:
+    """
+    What the steps of several passes take.
+
+    Args:
+        config, settings: As of [`predict`].
+        passes (`Mapping[Span, float]`): How often each is computed, or is to be expected.
+
+    Raises:
+        `PrivateInferenceError`: As [`count_steps`].
+    """
+    _check_counted(settings)
+    config = program_config(config)
+    return [
+        step.times(count) for span, count in passes.items() for step in _price(_count_pass(config, settings, span))
+    ]
 
 
 def predict_phases(
@@ -112,6 +137,11 @@ def predict_phases(
     for number, span in enumerate(spans):
         after += _count(preparation.use(number, span), preparation.variables(number, span), settings)
     return _price(before), _price(after)
+
+
+def _count_pass(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> list[tuple[Step, StepCounts]]:
+    """Of a [`program_config`]."""
+    return _count(build_steps(config, settings, span), program_variables(config, settings, span), settings)
 
 
 def _count(steps: list[Step], variables: dict[str, Shape], settings: PrivateSettings) -> list[tuple[Step, StepCounts]]:
