@@ -8,10 +8,10 @@ With s_ij the scores of row i, c_i the learned shift of its head and position, a
                                                                       clamped     f(x) = exp(clamp(x, -7.4, 3))
 
 and softmax has f(x) = exp(x), for which c_i cancels, and e_i = 0. A private program needs the largest score for the
-exponential alone, which leaves fixed point's range without it. The powers grow slowly; they touch the exponential at 0,
-where their first two derivatives are the exponential's too for power4's first and power2's first. The floor e_i is what
-a fixed-point reciprocal of the sum needs: a row whose f are all 0 attends to all of its visible keys alike, with a
-gradient of 0. Every row has logarithms by which P is a softmax,
+exponential alone, which leaves fixed point's range without it. The powers grow slowly; they touch the exponential at
+0, where their first two derivatives are the exponential's too for power4's first and power2's first. The floor e_i is
+what a fixed-point reciprocal of the sum needs: a row whose f are all 0 attends to all of its visible keys alike, with
+a gradient of 0. Every row has logarithms by which P is a softmax,
 
     P_ij = softmax_j(log(f(s_ij - c_i) + e_i))        ds_ij = f'(s_ij - c_i) / (f(s_ij - c_i) + e_i) dlog(f_ij + e_i)
 

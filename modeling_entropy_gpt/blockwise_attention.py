@@ -10,10 +10,10 @@ the output and g of the entropy,
     ds_ij   = P_ij (do_i . v_j  -  do_i . o_i  -  g_i (log P_ij + H_i))
 
 so entropy adds no matrix product to those of attention, only passes over a block. For another attention function f, s
-stands for log (f + floor), whose gradient is multiplied by its derivative in the end (attention_functions.py); the gradient of
-lse adds P_ij to that of s_ij. Scores are kept to base 2, since
-`exp2` is fast for every argument, where `exp` slows down a hundredfold where its result underflows. Memory for blocks
-is kept from call to call: at short lengths, fresh memory would take as long as the arithmetic.
+stands for log (f + floor), whose gradient is multiplied by its derivative in the end (attention_functions.py); the
+gradient of lse adds P_ij to that of s_ij. Scores are kept to base 2, since `exp2` is fast for every argument, where
+`exp` slows down a hundredfold where its result underflows. Memory for blocks is kept from call to call: at short
+lengths, fresh memory would take as long as the arithmetic.
 """
 
 import math

@@ -3,9 +3,9 @@ Attention without a maximum in a private program: powers and the clamped exponen
 
 Numbers come as the weights prepare them ([`prepare_function`]): for a power n, `u = 1 + (score - shift) / n`, of which
 `max(u, 0) ** n` is the weight; for the clamped exponential, the score less its shift and its upper bound, so that 0 is
-the largest that counts. Each weight gets the model's floor of its row (modeling_entropy_gpt/attention_functions.py),
-and so the reciprocal has a least argument. Where fewer bits are kept behind the point, a floor is at least `LEAST_BITS`
-last bits, since truncation may take one of a weight.
+the largest that counts. Each weight gets the model's floor of its row (modeling_entropy_gpt/attention_functions.py):
+so the reciprocal has a least argument. Where fewer bits are kept behind the point, a floor is at least `LEAST_BITS`
+last bits, since truncation may take one.
 """
 
 from collections.abc import Callable
