@@ -1,6 +1,6 @@
 """Prediction of the cost of private inference from architectures, without weights or engine."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from entropy_gpt.evaluation.private_inference.costs.cost_model import (
     predict_phases,
 )
 from entropy_gpt.evaluation.private_inference.parties.drafts import ACCEPTED, expected_passes, most_drafts
-from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.networks import WAN
 from entropy_gpt.evaluation.private_inference.program.program import tables_bytes
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -29,13 +28,6 @@ from .private_drafts import DraftOptions
 HEAD_SIZE = 64
 # GPT-2 small, for architectures whose sizes are not given.
 DEFAULT_SIZES = {"n_layer": 12, "n_embd": 768, "vocab_size": 50257}
-# Seconds per megabyte that two processes take on two cores, from the measured blocks of docs/private_costs.md: for
-# products with weights, for products of two secrets, and for everything else, which compares and multiplies numbers.
-OF_WEIGHTS, OF_SECRETS, OF_NUMBERS = 1.1, 0.4, 0.05
-SECONDS_PER_MEGABYTE = {
-    **dict.fromkeys(("embedding", "query, key, value", "output", "FFN", "head"), OF_WEIGHTS),
-    **dict.fromkeys(("scores", "values"), OF_SECRETS),
-}
 
 
 @dataclass(frozen=True)
@@ -89,9 +81,7 @@ class PredictedCost:
     @property
     def seconds(self) -> float:
         """About how long two processes on two cores take, without a network between them."""
-        if self.before:  # what is left of products is computed at home
-            return OF_NUMBERS * self.total_bytes / MEGA
-        return predict_seconds(self.steps)
+        return sum(step.seconds for step in self.steps)
 
 
 @with_argument_names
@@ -174,11 +164,6 @@ def private_cost(
         cost = _predict(title, config, settings, plain, prepared)
         costs.append(replace(_predict(title, config, settings, drafted, False), plain=cost) if drafted else cost)
     return costs
-
-
-def predict_seconds(steps: Iterable[PredictedStep]) -> float:
-    """About how many seconds steps take between two processes on two cores, over the loopback."""
-    return sum(SECONDS_PER_MEGABYTE.get(step.operation, OF_NUMBERS) * step.total_bytes / MEGA for step in steps)
 
 
 def count_heads(n_embd: int) -> int:

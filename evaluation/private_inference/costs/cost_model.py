@@ -16,7 +16,7 @@ from entropy_gpt.conversion.folding import fold, list_absorbable_ffns
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.counting import Shape, StepCounts, Stock, count_step, make_shape
-from entropy_gpt.evaluation.private_inference.program.prices import Prices, load_prices, price_of
+from entropy_gpt.evaluation.private_inference.program.prices import Prices, load_prices, price_of, seconds_of
 from entropy_gpt.evaluation.private_inference.program.program import build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span, Step
@@ -37,16 +37,19 @@ class PredictedStep:
         layer (`int`, *optional*): `None` around the blocks.
         total_bytes (`float`): Sent by both parties.
         round_trips (`float`): As in [`StepCost`].
+        seconds (`float`): That two processes compute on two cores, about, without what a network takes.
     """
 
     operation: str
     layer: int | None
     total_bytes: float
     round_trips: float
+    seconds: float
 
     def times(self, count: float) -> Self:
         """The step, this many times."""
-        return replace(self, total_bytes=count * self.total_bytes, round_trips=count * self.round_trips)
+        measures = ("total_bytes", "round_trips", "seconds")
+        return replace(self, **{name: count * getattr(self, name) for name in measures})
 
 
 def program_config(config: EntropyGPTConfig) -> EntropyGPTConfig:
@@ -150,9 +153,15 @@ def _count(steps: list[Step], variables: dict[str, Shape], settings: PrivateSett
 
 
 def _price(counted: list[tuple[Step, StepCounts]], prices: Prices | None = None) -> list[PredictedStep]:
-    prices = prices or load_prices()
+    prices = (prices or load_prices()).bytes
     return [
-        PredictedStep(step.operation, step.layer, price_of(counts.parts, prices.bytes), counts.round_trips)
+        PredictedStep(
+            step.operation,
+            step.layer,
+            price_of(counts.parts, prices),
+            counts.round_trips,
+            seconds_of(counts.parts, counts.work, prices),
+        )
         for step, counts in counted
     ]
 
