@@ -349,7 +349,13 @@ def _halves(numbers: int) -> int:
     return math.ceil(half / SLOTS) + math.ceil((numbers - half) / SLOTS)
 
 
-def count_step(step: Step, variables: dict[str, Shape], settings: PrivateSettings, stock: Stock) -> StepCounts:
+def count_step(
+    step: Step,
+    variables: dict[str, Shape],
+    settings: PrivateSettings,
+    stock: Stock,
+    counting: type[CountingArithmetic] = CountingArithmetic,
+) -> StepCounts:
     """
     What a step consists of.
 
@@ -358,8 +364,9 @@ def count_step(step: Step, variables: dict[str, Shape], settings: PrivateSetting
         variables (`dict[str, Shape]`): Its inputs among them; what it computes is added.
         settings ([`PrivateSettings`]): The form of each operation.
         stock ([`Stock`]): As the steps before left it.
+        counting (`type`): What counts.
     """
-    arithmetic = CountingArithmetic(settings, stock)
+    arithmetic = counting(settings, stock)
     results = step.function(arithmetic, *(variables[name] for name in step.inputs))
     results = results if isinstance(results, tuple) else (results,)
     variables.update(zip(step.outputs, results, strict=True))

@@ -8,7 +8,7 @@ different layers are compiled once. The weights are inputs, never constants: con
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal, Self
 
@@ -197,7 +197,26 @@ def tables_bytes(vocab_size: int, n_positions: int, n_embd: int) -> int:
     return (vocab_size + n_positions) * n_embd * np.dtype(np.float32).itemsize
 
 
-def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, prepared: bool = False) -> list[Step]:
+@dataclass(frozen=True)
+class Forms:
+    """
+    What chooses the forms of operations; by default what is fastest on a network, by the cost model.
+
+    Args:
+        levels (`Callable`): As [`choose_levels`].
+        division (`Callable`): As [`choose_division`].
+    """
+
+    levels: Callable[..., tuple[int, ...]] = choose_levels
+    division: Callable[..., tuple[bool, Callable]] = choose_division
+
+
+FASTEST = Forms()
+
+
+def build_steps(
+    config: ProgramConfig, settings: PrivateSettings, span: Span, prepared: bool = False, forms: Forms = FASTEST
+) -> list[Step]:
     """
     The program for some tokens: from "tokens" (one-hot rows) or "embeddings" to "logits" or "token". The keys and
     values of each layer stay in variables, for the tokens that follow.
@@ -207,6 +226,7 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, pr
         settings ([`PrivateSettings`]): The form of each operation.
         span ([`Span`]): The tokens.
         prepared (`bool`): Whether products are prepared. Then they are the same ones for shorter spans.
+        forms ([`Forms`]): By which forms of operations are chosen.
 
     Raises:
         `PrivateInferenceError`: If the model has fewer positions, or an operation has no private form.
@@ -217,10 +237,12 @@ def build_steps(config: ProgramConfig, settings: PrivateSettings, span: Span, pr
             f"{span.end} tokens are not possible: this model has n_positions={config.n_positions}. Shorten the prompt "
             "or generate less."
         )
-    return list(_steps(config, settings, span, prepared))
+    return list(_steps(config, settings, span, prepared, forms))
 
 
-def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span, prepared: bool) -> Iterator[Step]:
+def _steps(
+    config: ProgramConfig, settings: PrivateSettings, span: Span, prepared: bool, forms: Forms
+) -> Iterator[Step]:
     if settings.embeds_at_home:
         yield Step("check", None, begin_stream, (EMBEDDINGS,), (STREAM,))
     else:
@@ -231,7 +253,7 @@ def _steps(config: ProgramConfig, settings: PrivateSettings, span: Span, prepare
             yield _sum_up((STREAM,), before)
         # What the last block finds out about the tokens before the answers, nobody asks for.
         queries = span.answers if layer == config.n_layer - 1 else span.length
-        yield from _attention(config, settings, span, queries, layer, prepared)
+        yield from _attention(config, settings, span, queries, layer, prepared, forms)
         if layer not in config.pruned_ffn_layers:
             yield from _ffn(config, settings, layer)
     yield _sum_up((STREAM,), after)
@@ -260,7 +282,7 @@ def _keeps_sums(config, settings) -> bool:
     return config.attention_function != "softmax" and settings.softmax == "efficient"
 
 
-def _attention(config, settings, span: Span, queries: int, layer: int, prepared: bool) -> Iterator[Step]:
+def _attention(config, settings, span: Span, queries: int, layer: int, prepared: bool, forms: Forms) -> Iterator[Step]:
     name = f"h.{layer}."
     read, norm = _norm(config.normalization, config, layer)
     yield from norm
@@ -294,12 +316,12 @@ def _attention(config, settings, span: Span, queries: int, layer: int, prepared:
         if early:
             scale = partial(scale_scores, **rows, early=early)
             yield Step("temperatures", layer, scale, ("visible", *temperatures), ("visible",))
-        levels = choose_levels(config.n_head, queries, span.end, settings.network)
+        levels = forms.levels(config.n_head, queries, span.end, settings.network)
         maximum = partial(subtract_maximum, **rows, levels=levels)
         yield Step("maximum", layer, maximum, ("visible",), ("visible",))
         yield Step("exponential", layer, exponentiate, ("visible",), ("visible",))
         sizes = (config.n_head, queries, span.end, config.n_embd // config.n_head)
-        chosen = (False, reciprocal_by_chords) if prepared else choose_division(*sizes, settings.network)
+        chosen = (False, reciprocal_by_chords) if prepared else forms.division(*sizes, settings.network)
         yield from _divide(*chosen, rows, layer)
     inputs = ("attended", name + "output.weight", name + "output.bias", STREAM)
     yield Step("output", layer, add_linear, inputs, (STREAM,))
