@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from entropy_gpt.evaluation.json_records import StoredRecord
 from entropy_gpt.evaluation.origin import git_revision
+from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost
 
 
 Record = TypeVar("Record", bound=StoredRecord)
@@ -32,6 +33,16 @@ def find_record(
     record = replace(record, remark=remark or record.remark)
     record.save(path)
     return record
+
+
+def describe_forms(cost: InferenceCost) -> str:
+    """Of which time the operations of a cost are."""
+    if cost.has_older_forms:
+        return (
+            "Operations had the forms of that commit, which is from before forms were chosen for a network.\n"
+            "What today's take [is predicted](economies.md)."
+        )
+    return f"Operations had the forms of that commit for {cost.settings.network}."
 
 
 def clean_revision() -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from entropy_gpt.conversion.gpt2_checkpoint import load_language_model
-from entropy_gpt.evaluation.benchmarks._committed import find_record
+from entropy_gpt.evaluation.benchmarks._committed import describe_forms, find_record
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
 from entropy_gpt.evaluation.origin import ROOT
@@ -39,7 +39,7 @@ from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY
 from entropy_gpt.evaluation.private_inference.parties.slow_link import SlowLink
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer
-from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost
+from entropy_gpt.evaluation.private_inference.program.cost import MEGA, InferenceCost, mark_older_forms
 from entropy_gpt.evaluation.private_inference.program.networks import parse_network
 from entropy_gpt.evaluation.private_inference.program.range_audit import bound
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
@@ -112,7 +112,7 @@ class Record(StoredRecord):
     """
 
     KIND: ClassVar[str] = "the benchmark of drafts"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     text: str
     network: str
@@ -120,6 +120,11 @@ class Record(StoredRecord):
     passes: dict[str, list[int]]
     git_revision: str | None
     remark: str | None = None
+
+    @classmethod
+    def migrate(cls, content: dict, version: int) -> dict:
+        """Version 1 did not say that operations had other forms."""
+        return mark_older_forms(content)
 
 
 def measure(new_tokens: int, revision: str | None) -> Record:
@@ -236,6 +241,7 @@ text is the same in all ways. Seconds are without the set-up of the connection.
 counted in the clear.
 {_describe_acceptance(record)}
 Measured with {list_settings(model.versions)}; commit {record.git_revision}; {model.machine}.
+{describe_forms(model)}
 {record.remark or ""}
 """
 

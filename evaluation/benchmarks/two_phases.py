@@ -22,7 +22,7 @@ import typer
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from entropy_gpt.evaluation.benchmarks._committed import find_record
+from entropy_gpt.evaluation.benchmarks._committed import describe_forms, find_record
 from entropy_gpt.evaluation.benchmarks.private_inference import measure_once
 from entropy_gpt.evaluation.json_records import RECORD as CONFIG
 from entropy_gpt.evaluation.json_records import StoredRecord
@@ -39,6 +39,7 @@ from entropy_gpt.evaluation.private_inference.program.cost import (
     MEGA,
     InferenceCost,
     by_operation,
+    mark_older_forms,
 )
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
@@ -101,7 +102,7 @@ class Record(StoredRecord):
     """
 
     KIND: ClassVar[str] = "the benchmark of two phases"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     parts: dict[str, Part]
     difference: float
@@ -110,6 +111,11 @@ class Record(StoredRecord):
     decoding: dict[str, Part]
     git_revision: str | None
     remark: str | None = None
+
+    @classmethod
+    def migrate(cls, content: dict, version: int) -> dict:
+        """Version 1 did not say that operations had other forms."""
+        return mark_older_forms(content)
 
 
 def measure(offer: Offer, length: int, folder: Path | None, act: Callable[[Client, Callable], Outcome]) -> Part:
@@ -266,6 +272,7 @@ under {model.settings.protocol}. MB are 10^6 bytes, sent by both parties togethe
 {markdown_table(headings, rows)}
 
 Measured with {list_settings(model.versions)}; commit {record.git_revision}; {model.machine}.
+{describe_forms(model)}
 {record.remark or ""}
 """
 

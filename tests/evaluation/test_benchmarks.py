@@ -9,6 +9,7 @@ import torch
 from entropy_gpt.evaluation.benchmarks import (
     conversion,
     drafts,
+    economies,
     entropy_attention,
     evaluation,
     gpu,
@@ -18,13 +19,23 @@ from entropy_gpt.evaluation.benchmarks import (
     training_step,
     two_phases,
 )
+from entropy_gpt.evaluation.benchmarks._committed import describe_forms
 from entropy_gpt.evaluation.private_inference.parties.drafts import expected_passes
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span
 
 
-BENCHMARKS = [conversion, entropy_attention, evaluation, private_inference, range_check, ring, training_step]
+BENCHMARKS = [
+    conversion,
+    economies,
+    entropy_attention,
+    evaluation,
+    private_inference,
+    range_check,
+    ring,
+    training_step,
+]
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
@@ -40,6 +51,16 @@ def test_records_are_read_back_as_they_were_written(benchmark, tmp_path):
     record = benchmark.Record.load(benchmark.RECORD)
     record.save(tmp_path / "record.json")
     assert benchmark.Record.load(tmp_path / "record.json") == record
+
+
+def test_measurements_of_older_forms_say_so():
+    record, phases, answers = (each.Record.load(each.RECORD) for each in (private_inference, two_phases, drafts))
+    parts = [part.cost for part in phases.parts.values()]
+    costs = [*record.blocks.values(), record.whole, *parts, *(answer.cost for answer in answers.answers.values())]
+    assert all(cost.has_older_forms for cost in costs)
+    for benchmark in (private_inference, two_phases, drafts):
+        assert "is from before forms were chosen for a network" in benchmark.PAGE.read_text()
+    assert describe_forms(cost(1, 1.0)) == "Operations had the forms of that commit for WAN."
 
 
 def test_pages_show_every_ratio_with_its_spread():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import field, replace
-from typing import Self
+from typing import Any, Self
 
 from pydantic.dataclasses import dataclass
 
@@ -105,6 +105,11 @@ class InferenceCost(StoredRecord):
             return content
         return content | {"network": f"{content['network']}{BEFORE_FORMS}"}
 
+    @property
+    def has_older_forms(self) -> bool:
+        """Whether operations had other forms than today's."""
+        return self.network.endswith(BEFORE_FORMS)
+
     def first_phase(self) -> Self:
         """What was done before the prompt came."""
         return replace(self, steps=self.before, before=[], seconds=sum(step.seconds for step in self.before))
@@ -130,6 +135,17 @@ class InferenceCost(StoredRecord):
     def all_parties(self, counted: int) -> int:
         """Bytes sent by all parties, from those sent and received by one."""
         return round(counted * PARTIES[self.settings.protocol] / 2)
+
+
+def mark_older_forms(content: Any) -> Any:
+    """The content of a record, from JSON, of which each cost is brought up to date by [`InferenceCost.migrate`]."""
+    if isinstance(content, list):
+        return [mark_older_forms(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    if content.keys() >= {"settings", "network", "steps"}:
+        return InferenceCost.migrate(content, InferenceCost.SCHEMA_VERSION - 1)
+    return {name: mark_older_forms(value) for name, value in content.items()}
 
 
 @dataclass(config=RECORD, frozen=True)
