@@ -112,6 +112,15 @@ PublicCheckpoint = Annotated[
         "Hub.",
     ),
 ]
+DraftTokens = Annotated[int | None, typer.Option(min=1, help="The most drafts that are verified at once. Default: 8.")]
+DraftKeeping = Annotated[
+    DraftKeep,
+    typer.Option(
+        help="accepted: what is computed of right drafts stays, so the server learns how many were right. "
+        "prompt: only what is computed of the prompt stays, and each pass computes the whole answer. The server "
+        "learns the number of passes alone."
+    ),
+]
 AnswerOption = Annotated[
     Learned,
     typer.Option(
@@ -278,17 +287,8 @@ def _read_drafts(
             "drafts tokens, and the server's model verifies several at once. The answer is the same.",
         ),
     ] = None,
-    draft_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The most drafts that are verified at once. Default: 8.")
-    ] = None,
-    draft_keep: Annotated[
-        DraftKeep,
-        typer.Option(
-            help="accepted: what is computed of right drafts stays, so the server learns how many were right. "
-            "prompt: only what is computed of the prompt stays, and each pass computes the whole answer. The server "
-            "learns the number of passes alone."
-        ),
-    ] = DraftKeep.accepted,
+    draft_tokens: DraftTokens = None,
+    draft_keep: DraftKeeping = DraftKeep.accepted,
 ) -> dict[str, Any]:
     """The arguments of `PrivateClient` that these options are."""
     if draft is not None:
@@ -448,6 +448,19 @@ def cost(
         int | None, typer.Option(min=2, help="Tokens of the vocabulary. Default: the model's, or 50257.")
     ] = None,
     kept: Annotated[int, typer.Option(min=0, help="Earlier tokens, whose keys and values are cached.")] = 0,
+    new_tokens: NewTokens = 1,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(
+            "--draft-acceptance",
+            min=0,
+            max=1,
+            help="Predict an answer with drafts (private ask --draft): each is right with this probability, if those "
+            "before it are. docs/drafts.md shows what was seen.",
+        ),
+    ] = None,
+    draft_tokens: DraftTokens = None,
+    draft_keep: DraftKeeping = DraftKeep.accepted,
     all_positions: Annotated[
         bool, typer.Option("--all-positions", help="Compute the logits of every position, not only of the last one.")
     ] = False,
@@ -461,9 +474,11 @@ def cost(
     Predict the traffic, the round trips and the time of a private inference, from architecture and sizes alone.
 
     The prices of Cheetah's primitives were measured once. docs/private_inference.md compares predictions with
-    measurements.
+    measurements. With drafts, they are of the answer to be expected, and also of a pass and of a token.
 
     Example: entropy-gpt private cost SM+LN+G SM+LN+R 'EReg(SM(t)+ScFuFFN)' --seq 256 --network 100Mbps,80ms
+
+    Example: entropy-gpt private cost SM+ScFuFFN --max-new-tokens 16 --draft-acceptance 0.8
     """
     for architecture in architectures:
         (check_model if is_model(architecture) else check_notation)(architecture)
@@ -478,6 +493,10 @@ def cost(
         vocab_size=vocab_size,
         kept=kept,
         length=length,
+        max_new_tokens=new_tokens,
+        draft_acceptance=acceptance,
+        draft_tokens=draft_tokens,
+        draft_keep=draft_keep.value,
         all_positions=all_positions,
         embedding=embedding.value,
         prepared=prepared,
