@@ -764,8 +764,8 @@ class TestRoom:
 
         def make(name: str = "0" * 32, **fields):
             server = serve()
-            fields = {"terms": server._terms_hash, "weights": server._weights_hash, **fields}
-            server.store.put(*half(name, **fields))
+            fields = {**dict(zip(("terms", "weights"), server.halves.of, strict=True)), **fields}
+            server.halves.store.put(*half(name, **fields))
             return server
 
         return make
@@ -795,7 +795,7 @@ class TestRoom:
             self.read(server, taken, new_tokens=9, prepares=True)
 
     def test_what_does_not_fit_a_header_is_not_begun(self, serve, monkeypatch):
-        monkeypatch.setattr("entropy_gpt.evaluation.private_inference.parties.server.MOST_PRODUCTS", 3)
+        monkeypatch.setattr("entropy_gpt.evaluation.private_inference.parties.halves.MOST_PRODUCTS", 3)
         with contextlib.ExitStack() as taken, pytest.raises(PrivateInferenceError, match="so long an answer can't be"):
             self.read(serve(), taken, prepares=True)
 
@@ -806,33 +806,33 @@ class TestRoom:
                 self.read(server, taken, "two", preparation="0" * 32)
             request, *_ = self.read(server, taken, preparation="0" * 32)
             assert request.preparation.endswith(f"{'0' * 32}-0.taken")
-        assert [path.name for path in server.store.folder.iterdir()] == ["store-0"]
+        assert [path.name for path in server.halves.store.folder.iterdir()] == ["store-0"]
 
     def test_a_half_stays_where_its_use_cannot_be_noted(self, kept):
         server = kept()
-        used = server.store.used.path.rename(server.store.used.path.with_suffix(".gone"))
+        used = server.halves.store.used.path.rename(server.halves.store.used.path.with_suffix(".gone"))
         with contextlib.ExitStack() as taken, pytest.raises(PrivateInferenceError, match="so nothing is used"):
             self.read(server, taken, preparation="0" * 32)
-        used.rename(server.store.used.path)
+        used.rename(server.halves.store.used.path)
         with contextlib.ExitStack() as taken:
             assert self.read(server, taken, preparation="0" * 32)[0].preparation
 
     def test_old_halves_that_have_come_back_keep_nobody_from_preparing(self, kept):
         server = kept(made=0.0)
-        copy = server.store.path("0" * 32).read_bytes()
-        server.store.spend(server.store.take("0" * 32))
-        server.store.path("0" * 32).write_bytes(copy)
+        copy = server.halves.store.path("0" * 32).read_bytes()
+        server.halves.store.spend(server.halves.store.take("0" * 32))
+        server.halves.store.path("0" * 32).write_bytes(copy)
         with contextlib.ExitStack() as taken:
             assert self.read(server, taken, prepares=True)[0].prepares
-        assert not list(server.store.folder.glob("*.half"))
+        assert not list(server.halves.store.folder.glob("*.half"))
 
     def test_a_client_that_asks_twice_is_refused(self, kept):
         """Though its own copy and the server's have both come back."""
         server = kept()
-        copy = server.store.path("0" * 32).read_bytes()
+        copy = server.halves.store.path("0" * 32).read_bytes()
         with contextlib.ExitStack() as taken:
             self.read(server, taken, preparation="0" * 32)
-        server.store.path("0" * 32).write_bytes(copy)
+        server.halves.store.path("0" * 32).write_bytes(copy)
         with contextlib.ExitStack() as taken, pytest.raises(PrivateInferenceError, match="was used before"):
             self.read(server, taken, preparation="0" * 32)
 
@@ -844,11 +844,11 @@ class TestRoom:
             pytest.raises(PrivateInferenceError, match="made with another model, other settings or another version"),
         ):
             self.read(server, taken, preparation="0" * 32)
-        assert not list(server.store.headers())
+        assert not list(server.halves.store.headers())
 
     @pytest.mark.parametrize("fields", [{"terms": "others"}, {"weights": "others"}, {"made": 0.0}, {"format": 1}])
     def test_what_nobody_can_use_is_deleted_at_the_start(self, fields, kept, serve):
-        store = kept(**fields).store
+        store = kept(**fields).halves.store
         kept("1" * 32)
         serve()
         assert [header.name for header in store.headers()] == ["1" * 32]
