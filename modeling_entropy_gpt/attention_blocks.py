@@ -55,7 +55,7 @@ class _Plan:
             for head in range(0, heads, self.shape[1])
         ]
         rows = {"queries": head_dim, "upstream": value_dim, "attended": value_dim}
-        rows |= dict.fromkeys(("maximum", "total", "product", "shift"), 1)
+        rows |= dict.fromkeys(("maximum", "total", "product", "shift", "floor"), 1)
         keys = {"keys": head_dim, "grad_keys": head_dim, "values": value_dim, "grad_values": value_dim}
         options, size = {"dtype": dtype, "device": device}, math.prod(self.shape)
         # Results of products with memory of their own: whether there is one for each key, else row, and its width.

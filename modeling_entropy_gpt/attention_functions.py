@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions in place of softmax's exponential that need no largest score of a row.
 
-With s_ij the scores of row i and c_i the learned shift of its head and position,
+With s_ij the scores of row i, c_i the learned shift of its head and position, and n_i the keys that the row sees,
 
-    P_ij = f(s_ij - c_i) / sum_k f(s_ik - c_i)        softmax     f(x) = exp(x), for which c_i cancels
-                                                      power4      f(x) = relu(1 + x / 4) ** 4
-                                                      power2      f(x) = relu(1 + x / 2) ** 2
-                                                      clamped     f(x) = exp(clamp(x, -7.4, 3))
+    P_ij = (f(s_ij - c_i) + e_i) / sum_k (f(s_ik - c_i) + e_i)        power4      f(x) = relu(1 + x / 4) ** 4
+    e_i = max(LEAST_SUM / n_i, LEAST_WEIGHT)                          power2      f(x) = relu(1 + x / 2) ** 2
+                                                                      clamped     f(x) = exp(clamp(x, -7.4, 3))
 
-A private program needs the largest score for the exponential alone, which leaves fixed point's range without it. The
-powers grow slowly; they touch the exponential at 0, where their first two derivatives are the exponential's too for
-power4's first and power2's first. No f is below `SMALLEST`: so a row whose f would all be 0 attends to all of its
-visible keys alike, with a gradient of 0, and every row has a logarithm of f by which P is a softmax,
+and softmax has f(x) = exp(x), for which c_i cancels, and e_i = 0. A private program needs the largest score for the
+exponential alone, which leaves fixed point's range without it. The powers grow slowly; they touch the exponential at
+0, where their first two derivatives are the exponential's too for power4's first and power2's first. The floor e_i is
+what a fixed-point reciprocal of the sum needs: a row whose f are all 0 attends to all of its visible keys alike, with
+a gradient of 0. Every row has logarithms by which P is a softmax,
 
-    P_ij = softmax_j(log f(s_ij - c_i))               ds_ij = (log f)'(s_ij - c_i) dlog f_ij
+    P_ij = softmax_j(log(f(s_ij - c_i) + e_i))        ds_ij = f'(s_ij - c_i) / (f(s_ij - c_i) + e_i) dlog(f_ij + e_i)
 
 so that what holds for softmax holds for each of them: entropies, masks, and how blockwise_attention.py computes in
 blocks.
@@ -27,28 +27,52 @@ import torch
 # The power of each function that is one; x is divided by it, so that all of them are 1 + x + ... near 0.
 POWERS = {"power4": 4, "power2": 2}
 FUNCTIONS = ("softmax", *POWERS, "clamped")
-# Stands for an f of 0. A row of 1,000 visible keys has a sum of at least 1e-9.
-SMALLEST = 1e-12
+# The floor of each row's sum, and of each weight in it: two last bits of a private inference's 18 behind the point.
+LEAST_SUM, LEAST_WEIGHT = 2.0**-10, 2.0**-17
+# Up to which 1 + x / n is raised to its power in float32.
+LARGEST_BASE = 1e9
 # The range of `clamped`: from what the engine's exponential holds, to where sums still fit fixed point.
 LOWEST, HIGHEST = -7.4, 3.0
 # The score of a masked pair: far below any, and no product with it overflows.
 MASKED = -1e20
 
 
-def log_function(differences: torch.Tensor, function: str) -> torch.Tensor:
+def log_function(differences: torch.Tensor, function: str, floors: torch.Tensor | float = 0.0) -> torch.Tensor:
     """
-    log f of scores less their shift, element by element.
+    The logarithms by which attention is a softmax, element by element.
 
     Args:
         differences (`torch.Tensor`): Scores less the shift of their row, of any shape.
         function (`str`): `"softmax"`, `"power4"`, `"power2"` or `"clamped"`.
+        floors (`torch.Tensor`, broadcastable to the differences, *optional*, defaults to 0):
+            What [`row_floors`] gives; softmax has none.
     """
     if function == "softmax":
         return differences
     if function == "clamped":
-        return differences.clamp(LOWEST, HIGHEST)
-    power = POWERS[function]
-    return (1 + differences / power).clamp(min=SMALLEST ** (1 / power)).log() * power
+        weights = differences.clamp(LOWEST, HIGHEST).exp()
+    else:
+        power = POWERS[function]
+        weights = (1 + differences / power).clamp(0, LARGEST_BASE) ** power
+    return (weights + floors).log()
+
+
+def row_floors(
+    visible: torch.Tensor | None, is_causal: bool, query_length: int, key_length: int, device: torch.device
+) -> torch.Tensor:
+    """
+    What is added to each f of a row, e_i of this file, in float32, broadcastable to `(batch, heads, query_length)`.
+    Arguments as for [`~blockwise_attention.blockwise_attention`].
+    """
+    past = key_length - query_length
+    if visible is None:
+        seen = torch.arange(past + 1, key_length + 1, device=device) if is_causal else key_length
+        seen = torch.as_tensor(seen, device=device).view(1, 1, -1)
+    elif is_causal and visible.shape[2] == 1:
+        seen = visible[:, :, 0].cumsum(dim=-1)[..., past:]
+    else:
+        seen = visible_to_rows(visible, is_causal, query_length, key_length, device).sum(dim=-1)
+    return (LEAST_SUM / seen.clamp(min=1).to(torch.float32)).clamp(min=LEAST_WEIGHT)
 
 
 def whole_attention(
@@ -80,7 +104,8 @@ def whole_attention(
     dtype = torch.promote_types(query.dtype, torch.float32)
     with _without_autocast(query.device.type):
         scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
-    logs = log_function(scores - shift.to(dtype).unsqueeze(-1), function)
+    floors = row_floors(visible, is_causal, *scores.shape[-2:], scores.device).to(dtype)
+    logs = log_function(scores - shift.to(dtype).unsqueeze(-1), function, floors.unsqueeze(-1))
     seen = visible_to_rows(visible, is_causal, *scores.shape[-2:], scores.device)
     if seen is not None:
         logs = logs + torch.where(seen, 0.0, MASKED)
@@ -119,4 +144,4 @@ def visible_to_rows(
     return not_later if visible is None else visible & not_later
 
 
-__all__ = ["entropies_of", "log_function", "whole_attention"]
+__all__ = ["entropies_of", "log_function", "row_floors", "whole_attention"]

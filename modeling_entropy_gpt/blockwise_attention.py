@@ -10,10 +10,10 @@ the output and g of the entropy,
     ds_ij   = P_ij (do_i . v_j  -  do_i . o_i  -  g_i (log P_ij + H_i))
 
 so entropy adds no matrix product to those of attention, only passes over a block. For another attention function f, s
-stands for log f, whose gradient is multiplied by its derivative in the end (attention_functions.py); the gradient of
-lse adds P_ij to that of s_ij. Scores are kept to base 2, since
-`exp2` is fast for every argument, where `exp` slows down a hundredfold where its result underflows. Memory for blocks
-is kept from call to call: at short lengths, fresh memory would take as long as the arithmetic.
+stands for log (f + floor), whose gradient is multiplied by its derivative in the end (attention_functions.py); the
+gradient of lse adds P_ij to that of s_ij. Scores are kept to base 2, since `exp2` is fast for every argument, where
+`exp` slows down a hundredfold where its result underflows. Memory for blocks is kept from call to call: at short
+lengths, fresh memory would take as long as the arithmetic.
 """
 
 import math
@@ -27,7 +27,7 @@ from transformers.utils import is_triton_available
 from transformers.utils.import_utils import is_tracing
 
 from .attention_blocks import BLOCK_ROWS, Block, plans
-from .attention_functions import HIGHEST, LOWEST, MASKED, POWERS, SMALLEST
+from .attention_functions import HIGHEST, LARGEST_BASE, LOWEST, MASKED, POWERS, row_floors
 
 
 LOG2_E = math.log2(math.e)
@@ -109,10 +109,11 @@ def forward_pass(
         return results
     if not (entropies.numel() and key.shape[2]):
         return tuple(result.zero_() for result in results)
+    floors = _floors(query, key, visible, is_causal, function)
     plan, blocks, visible = plans.find(query, key.shape[2], output.shape[-1], visible, is_causal)
     with torch.autocast(query.device.type, enabled=False):
         for number, group in enumerate(plan.groups):
-            plan.load(group, queries=query, keys=key, values=value, shift=shift)
+            plan.load(group, queries=query, keys=key, values=value, shift=shift, floor=floors)
             for block in blocks:
                 part = plan.cut(block)
                 scores, weights = part.scores, part.weights
@@ -178,12 +179,13 @@ def backward_pass(
         return gradients
     if not (entropies.numel() and key.shape[2]):
         return tuple(gradient.zero_() for gradient in gradients)
+    floors = _floors(query, key, visible, is_causal, function)
     plan, blocks, visible = plans.find(query, key.shape[2], output.shape[-1], visible, is_causal)
     # Under a causal mask, the last rows see all keys: what they add to the gradients of keys and values comes first.
     begins_whole = blocks[-1][2:] == (0, key.shape[2])
     with torch.autocast(query.device.type, enabled=False):
         for number, group in enumerate(plan.groups):
-            plan.load(group, queries=query, keys=key, shift=shift, maximum=log_sum_exp, total=grad_sums)
+            plan.load(group, queries=query, keys=key, maximum=log_sum_exp, total=grad_sums, shift=shift, floor=floors)
             slopes, constants = grad_entropies[group].unsqueeze(-1), plan.total.neg_()
             constants.addcmul_(slopes, entropies[group].unsqueeze(-1))
             torch.mul(slopes, -LN_2, out=plan.product)
@@ -258,7 +260,10 @@ def _add_product(
 
 
 def _score(part: SimpleNamespace, scaling: float, function: str, with_derivative: bool = False):
-    """Fills a block's scores with log f to base 2, and on request `derivative` with that of log f by the score."""
+    """
+    Fills a block's scores with log (f + floor) to base 2, and on request `derivative` with that of log (f + floor) by
+    the score.
+    """
     scores, factor = part.scores, scaling / POWERS.get(function, 1)
     factor = factor * LOG2_E if function == "softmax" else factor
     torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=factor, out=scores)
@@ -268,14 +273,26 @@ def _score(part: SimpleNamespace, scaling: float, function: str, with_derivative
         scores.sub_(part.shift)
         if with_derivative:
             torch.logical_and(scores >= LOWEST, scores <= HIGHEST, out=part.derivative)
-        scores.clamp_(LOWEST, HIGHEST).mul_(LOG2_E)
-        return
-    power = POWERS[function]
-    least = SMALLEST ** (1 / power)
-    scores.sub_(part.shift / power - 1).clamp_(min=least)
+        scores.clamp_(LOWEST, HIGHEST).exp_()
+        if with_derivative:
+            part.derivative.mul_(scores)
+    else:
+        power = POWERS[function]
+        scores.sub_(part.shift / power - 1).clamp_(0, LARGEST_BASE)
+        if with_derivative:
+            torch.pow(scores, power - 1, out=part.derivative)
+        scores.pow_(power)
+    scores.add_(part.floor)
     if with_derivative:
-        torch.reciprocal(scores, out=part.derivative).masked_fill_(scores <= least, 0.0)
-    scores.log2_().mul_(power)
+        part.derivative.div_(scores)
+    scores.log2_()
+
+
+def _floors(query, key, visible: torch.Tensor | None, is_causal: bool, function: str) -> torch.Tensor | None:
+    """What is added to each f of a row, `(batch, heads, query_length)`; softmax has none."""
+    if function == "softmax":
+        return None
+    return row_floors(visible, is_causal, query.shape[2], key.shape[2], query.device).expand(query.shape[:3])
 
 
 def _hide(part: SimpleNamespace, visible: torch.Tensor | None, group: tuple[slice, slice], block: Block):

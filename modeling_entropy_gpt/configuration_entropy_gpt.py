@@ -137,7 +137,8 @@ class EntropyGPTConfig(PreTrainedConfig):
         attention_function (`"softmax"`, `"power4"`, `"power2"` or `"clamped"`, *optional*, defaults to `"softmax"`):
             What attention weights are proportional to, as a function of a score less a learned shift of its head and
             query position: the exponential, which needs no shift; `relu(1 + x / 4) ** 4`; `relu(1 + x / 2) ** 2`; or
-            the exponential of x clamped to -7.4 to 3. All but the first do without a row's maximum in private.
+            the exponential of x clamped to -7.4 to 3. All but the first add a small floor to each row's weights, and
+            do without its maximum in private.
         attention_shift_init (`float`, *optional*, defaults to 0.0): Initial shift of every head and position.
         attention_temperature (`"none"`, `"head"` or `"position"`, *optional*, defaults to `"none"`):
             Learnable temperature by which attention logits are divided: one a head, or one for each head and query

@@ -13,7 +13,7 @@ scores to base 2. Imported where a device needs it, since the model does without
 
 import torch
 
-from .attention_functions import POWERS, SMALLEST
+from .attention_functions import POWERS, row_floors
 
 
 try:
@@ -26,8 +26,8 @@ except ImportError:  # transformers asks users for what a file imports, except f
 LN_2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 # As in blockwise_attention.py: the score of a masked pair, and the maximum of a row that has seen nothing else.
 MASKED, NOTHING_VISIBLE = tl.constexpr(-1e20), tl.constexpr(-1e19)
-# As in attention_functions.py: the range of `clamped`.
-LOWEST, HIGHEST = tl.constexpr(-7.4), tl.constexpr(3.0)
+# As in attention_functions.py: the range of `clamped`, and the largest number that is raised to a power.
+LOWEST, HIGHEST, LARGEST_BASE = tl.constexpr(-7.4), tl.constexpr(3.0), tl.constexpr(1e9)
 
 
 @triton.jit
@@ -76,9 +76,9 @@ def _hide(scores, mask, pair, heads, rows, keys, row_count, key_count, IS_CAUSAL
 
 
 @triton.jit
-def _log_function(products, shifts, scaling, POWER: tl.constexpr, LEAST: tl.constexpr):
+def _log_function(products, shifts, floors, scaling, POWER: tl.constexpr):
     """
-    log f to base 2 of the scores, `products` times `scaling`, and the derivative of log f by them, which nobody reads
+    log (f + floor) to base 2 of the scores, `products` times `scaling`, and its derivative by them, which nobody reads
     for softmax. `POWER` is 1 for softmax, 0 for `clamped`.
     """
     if POWER == 1:
@@ -86,18 +86,22 @@ def _log_function(products, shifts, scaling, POWER: tl.constexpr, LEAST: tl.cons
         derivative = logs
     elif POWER == 0:
         scores = products * scaling - shifts
-        logs = tl.clamp(scores, LOWEST, HIGHEST) * LOG2_E
-        derivative = tl.where((scores >= LOWEST) & (scores <= HIGHEST), 1.0, 0.0)
+        weights = tl.exp2(tl.clamp(scores, LOWEST, HIGHEST) * LOG2_E)
+        logs = tl.log2(weights + floors)
+        derivative = tl.where((scores >= LOWEST) & (scores <= HIGHEST), weights / (weights + floors), 0.0)
     else:
-        base = tl.maximum(1 + (products * scaling - shifts) / POWER, LEAST)
-        logs = POWER * tl.log2(base)
-        derivative = tl.where(base > LEAST, 1 / base, 0.0)
+        base = tl.clamp(1 + (products * scaling - shifts) / POWER, 0.0, LARGEST_BASE)
+        slope = base if POWER == 2 else base * base * base
+        weights = slope * base + floors
+        logs = tl.log2(weights)
+        derivative = slope / weights
     return logs, derivative
 
 
 @triton.jit
-def _load_shifts(shift, place, inside, POWER: tl.constexpr):
-    return 0.0 if POWER == 1 else tl.load(shift + place, mask=inside, other=0.0)
+def _load_rows(numbers, place, inside, POWER: tl.constexpr):
+    """The shifts or floors of some rows, of which softmax has none; 1 where there is no row."""
+    return 0.0 if POWER == 1 else tl.load(numbers + place, mask=inside, other=1.0)
 
 
 @triton.jit
@@ -120,9 +124,9 @@ def _kept(seed, pair, rows, keys, dropout):
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def forward_kernel(
-    query, key, value, mask, seed, shift, output, entropies, log_sum_exp,
+    query, key, value, mask, seed, shift, floor, output, entropies, log_sum_exp,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, POWER: tl.constexpr, LEAST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, POWER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(row_count, ROWS)
@@ -132,7 +136,8 @@ def forward_kernel(
     rows = first_row + tl.arange(0, ROWS)
     place, inside = pair.to(tl.int64) * row_count + rows, rows < row_count
     queries = _load(query, pair, heads, first_row, row_count, HEAD_DIM, ROWS, WIDTH)
-    shifts = _load_shifts(shift, place[:, None], inside[:, None], POWER)
+    shifts = _load_rows(shift, place[:, None], inside[:, None], POWER)
+    floors = _load_rows(floor, place[:, None], inside[:, None], POWER)
     maximum = tl.full([ROWS], NOTHING_VISIBLE, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     product = tl.zeros([ROWS], tl.float32)
@@ -143,7 +148,7 @@ def forward_kernel(
         for first_key in range(whole if EDGE else 0, end if EDGE else whole, KEYS):
             columns = (first_key + tl.arange(0, KEYS))[None, :]
             keys = _load(key, pair, heads, first_key, key_count, HEAD_DIM, KEYS, WIDTH)
-            scores, _ = _log_function(_dot(queries, tl.trans(keys)), shifts, scaling, POWER, LEAST)
+            scores, _ = _log_function(_dot(queries, tl.trans(keys)), shifts, floors, scaling, POWER)
             if EDGE:
                 scores = _hide(
                     scores, mask, pair, heads, rows[:, None], columns, row_count, key_count, IS_CAUSAL, MASK
@@ -170,10 +175,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def backward_query_kernel(
-    query, key, value, mask, seed, shift, log_sum_exp, grad_output, grad_entropies, constants,
+    query, key, value, mask, seed, shift, floor, log_sum_exp, grad_output, grad_entropies, constants,
     output, entropies, grad_sums, mean_keys, grad_query, grad_shift,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, POWER: tl.constexpr, LEAST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, POWER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(row_count, ROWS)
@@ -184,7 +189,8 @@ def backward_query_kernel(
     outputs = _load(output, pair, heads, first_row, row_count, VALUE_DIM, ROWS, VALUE_WIDTH)
     upstream = _load(grad_output, pair, heads, first_row, row_count, VALUE_DIM, ROWS, VALUE_WIDTH)
     place, inside = pair.to(tl.int64) * row_count + rows, rows < row_count
-    shifts = _load_shifts(shift, place[:, None], inside[:, None], POWER)
+    shifts = _load_rows(shift, place[:, None], inside[:, None], POWER)
+    floors = _load_rows(floor, place[:, None], inside[:, None], POWER)
     log_sums = tl.load(log_sum_exp + place, mask=inside, other=0.0)
     slopes = tl.load(grad_entropies + place, mask=inside, other=0.0)
     # do . o + g H, less the gradient of the log-sum-exp, which all keys of a row share.
@@ -206,7 +212,7 @@ def backward_query_kernel(
             columns = (first_key + tl.arange(0, KEYS))[None, :]
             keys = _load(key, pair, heads, first_key, key_count, HEAD_DIM, KEYS, WIDTH)
             values = _load(value, pair, heads, first_key, key_count, VALUE_DIM, KEYS, VALUE_WIDTH)
-            scores, derivative = _log_function(_dot(queries, tl.trans(keys)), shifts, scaling, POWER, LEAST)
+            scores, derivative = _log_function(_dot(queries, tl.trans(keys)), shifts, floors, scaling, POWER)
             if EDGE:
                 scores = _hide(
                     scores, mask, pair, heads, rows[:, None], columns, row_count, key_count, IS_CAUSAL, MASK
@@ -232,9 +238,10 @@ def backward_query_kernel(
 
 @triton.jit(do_not_specialize=["row_count", "key_count"])
 def backward_key_kernel(
-    query, key, value, mask, seed, shift, log_sum_exp, grad_output, grad_entropies, constants, grad_key, grad_value,
+    query, key, value, mask, seed, shift, floor, log_sum_exp, grad_output, grad_entropies, constants,
+    grad_key, grad_value,
     row_count, key_count, heads, scaling, dropout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, POWER: tl.constexpr, LEAST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, POWER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     past = key_count - row_count
@@ -261,8 +268,9 @@ def backward_key_kernel(
             log_sums = tl.load(log_sum_exp + place, mask=inside, other=0.0)  # rows lie along columns in what follows
             constant = tl.load(constants + place, mask=inside, other=0.0)
             slopes = tl.load(grad_entropies + place, mask=inside, other=0.0)
-            shifts = _load_shifts(shift, place[None, :], inside[None, :], POWER)
-            scores, derivative = _log_function(_dot(keys, tl.trans(queries)), shifts, scaling, POWER, LEAST)
+            shifts = _load_rows(shift, place[None, :], inside[None, :], POWER)
+            floors = _load_rows(floor, place[None, :], inside[None, :], POWER)
+            scores, derivative = _log_function(_dot(keys, tl.trans(queries)), shifts, floors, scaling, POWER)
             if not WHOLE:
                 scores = _hide(
                     scores, mask, pair, heads, rows[None, :], columns, row_count, key_count, IS_CAUSAL, MASK
@@ -325,21 +333,22 @@ class _Launch:
         batch_size, heads, row_count, head_dim = query.shape
         mask = None if visible is None else visible.expand(batch_size, heads, -1, key.shape[2]).view(torch.uint8)
         seed = None if seed is None else seed.to(query.device, non_blocking=True)
-        shift = None if shift is None else shift.contiguous()
-        self.inputs = (*map(_matrices, (query, key, value, mask)), seed, shift)
+        floor = None
+        if function != "softmax":
+            shift, floor = shift.contiguous(), row_floors(visible, is_causal, row_count, key.shape[2], query.device)
+            floor = floor.expand(query.shape[:3]).contiguous()
+        self.inputs = (*map(_matrices, (query, key, value, mask)), seed, shift, floor)
         self.query, self.pairs, self.lengths = query, batch_size * heads, (row_count, key.shape[2])
         self.numbers = (*self.lengths, heads, scaling, float(dropout))
         widths = [max(16, triton.next_power_of_2(dim)) for dim in (head_dim, value.shape[-1])]
         self.width = max(widths)
-        power = {"softmax": 1, "clamped": 0, **POWERS}[function]
         self.options = {
             "HEAD_DIM": head_dim,
             "VALUE_DIM": value.shape[-1],
             "IS_CAUSAL": is_causal,
             "MASK": "none" if visible is None else "keys" if visible.shape[2] == 1 else "pairs",
             "DROPOUT": dropout > 0,
-            "POWER": power,
-            "LEAST": SMALLEST ** (1 / max(1, power)),
+            "POWER": {"softmax": 1, "clamped": 0, **POWERS}[function],
             "enable_fp_fusion": True,
             **dict(zip(("WIDTH", "VALUE_WIDTH"), widths, strict=True)),
         }

@@ -33,8 +33,8 @@ MODELS = ROOT / "model_cards" / "models"
 
 SEQUENCES, LENGTH = 16, 128
 FRACTION_BITS = (12, 14, 16, 18, 20)
-# A difference of perplexity that is called none, and an error of a logit that is called large.
-NEGLIGIBLE, LARGE_ERROR = 1e-3, 1.0
+# A difference of perplexity that is called none.
+NEGLIGIBLE = 1e-3
 
 console = Console()
 
@@ -137,11 +137,10 @@ Measured with {describe_origins([record])}.
 
 
 def _findings(record: Record) -> str:
-    """What the record bears out, a bullet each: of softmax, of more bits than the default, and of powers."""
+    """What the record bears out, a bullet each: of softmax, and of more bits than the default."""
     default = PrivateSettings().fraction_bits
     usual = {each.model: each for each in record.roundings if each.fraction_bits == default}
-    powers = {name: each for name, each in usual.items() if each.agreement.name.startswith("Pow")}
-    softmax = [abs(each.share) for name, each in usual.items() if name not in powers]
+    softmax = [abs(each.share) for each in usual.values() if not each.agreement.name.startswith("Pow")]
     finer = [abs(each.share - usual[each.model].share) for each in record.roundings if each.fraction_bits > default]
     findings = []
     if softmax and max(softmax) < NEGLIGIBLE:
@@ -151,13 +150,6 @@ def _findings(record: Record) -> str:
         )
     if finer and max(finer) < NEGLIGIBLE:
         findings.append(f"- **More bits than {default}** change no perplexity by more than {max(finer):.3%}.")
-    errors = [each.agreement.largest_error for each in powers.values()]
-    if errors and max(errors) > LARGE_ERROR:
-        findings.append(
-            "- **Single answers of power4 differ more than its perplexity.** A logit is off by up to "
-            f"{max(errors):.1f}. The ring\n  adds 2⁻¹⁰ to the sum of every row, which changes rows with smaller sums. "
-            "`serve` refuses models with such rows."
-        )
     return "\n".join(findings)
 
 

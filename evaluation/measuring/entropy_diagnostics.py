@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTPreTrainedModel
-from modeling_entropy_gpt.attention_functions import log_function
+from modeling_entropy_gpt.attention_functions import log_function, row_floors
 from modeling_entropy_gpt.blockwise_attention import LOG2_E
 from modeling_entropy_gpt.entropy_attention import attend_rows
 
@@ -285,7 +285,8 @@ class Rows(NamedTuple):
         dtype = self.log_sums.dtype
         logits = torch.matmul(self.query[:, :, rows].to(dtype), self.key[:, :, keys].to(dtype).mT).mul_(self.scaling)
         if self.function != "softmax":
-            logits = log_function(logits - self.shift[:, :, rows, None], self.function)
+            floors = row_floors(None, True, self.query.shape[2], self.key.shape[2], logits.device)
+            logits = log_function(logits - self.shift[:, :, rows, None], self.function, floors[:, :, rows, None])
         return logits.mul_(LOG2_E).sub_(self.log_sums[:, :, rows, None]).exp2_()
 
 

@@ -1,4 +1,4 @@
-"""What an engine's process is told, and the arrays that go through pipes to it and back."""
+"""What a command gives its engine's process to do, and the arrays that go through pipes to it and back."""
 
 import base64
 from typing import BinaryIO

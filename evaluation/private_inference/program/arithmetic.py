@@ -12,9 +12,7 @@ from .stacking import choose_stacking
 # From this many numbers on the engine's square is cheaper by way of its exponential: that takes a whole batch of
 # ciphertexts, of which products of fewer numbers share one.
 SQUARE_BY_EXP_FROM = 4096
-# The least sum of a row of attention weights.
-LEAST_SUM = 2.0**-10
-# The least that is added to a weight, in last bits: a truncation may take one.
+# The least that is added to a weight without a maximum, in last bits: a truncation may take one.
 LEAST_BITS = 2
 
 
@@ -39,8 +37,6 @@ class Arithmetic:
         xp: `jax.numpy`, from which the engine's program is traced, or `numpy`.
     """
 
-    # What is added to the sums of attention weights, where no maximum keeps them from 0 (attention_functions.py).
-    least_sum = LEAST_SUM
     # The step between numbers; where they are not rounded, next to nothing.
     last_bit = 2.0**-100
 

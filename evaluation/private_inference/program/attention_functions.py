@@ -3,23 +3,24 @@ Attention without a maximum in a private program: powers and the clamped exponen
 
 Numbers come as the weights prepare them ([`prepare_function`]): for a power n, `u = 1 + (score - shift) / n`, of which
 `max(u, 0) ** n` is the weight; for the clamped exponential, the score less its shift and its upper bound, so that 0 is
-the largest that counts. To the sum of each row `LEAST_SUM` is added, in equal parts of all keys that the row sees: so
-a row of zeros attends to all of them alike, as in the model, and the reciprocal has a least argument. Each part is at
-least `LEAST_BITS` last bits, since truncation may take one of a weight: long rows get more.
+the largest that counts. Each weight gets the model's floor of its row (modeling_entropy_gpt/attention_functions.py):
+so the reciprocal has a least argument. Where fewer bits are kept behind the point, a floor is at least `LEAST_BITS`
+last bits, since truncation may take one.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from .arithmetic import LEAST_BITS, LEAST_SUM, Arithmetic
+from .arithmetic import LEAST_BITS, Arithmetic
 from .nonlinear import exponentiate
 from .reciprocals import CHORD_SCALE
 
 
 POWERS = {"power4": 4, "power2": 2}
-# As the model clamps (modeling_entropy_gpt/attention_functions.py).
+# As in the model: where it clamps, and the floors of a row's sum and of each weight.
 LOWEST, HIGHEST = -7.4, 3.0
+LEAST_SUM, LEAST_WEIGHT = 2.0**-10, 2.0**-17
 # Doublings of the clamped exponential, which bring its sums to about 1.
 DOUBLINGS = 4
 # Binary logarithms of the range of sums that the reciprocal takes, and with them each private inference's own check.
@@ -57,12 +58,15 @@ def weigh_scores(ops: Arithmetic, numbers, function: str, exponential: Callable 
 def weigh_visible_scores(ops: Arithmetic, visible, rows: np.ndarray, function: str):
     """Weights of visible scores `(heads, visible)`, of which each belongs to a row; none is 0."""
     keys = np.bincount(rows)
-    return weigh_scores(ops, visible, function) + least_weights(ops, keys[rows])
+    return weigh_scores(ops, visible, function) + weight_floors(ops, keys[rows], function)
 
 
-def least_weights(ops: Arithmetic, keys: np.ndarray):
+def weight_floors(ops: Arithmetic, keys: np.ndarray, function: str):
     """What is added to each weight of rows that see this many keys: whole last bits."""
-    return ops.public(np.maximum(np.ceil(ops.least_sum / keys / ops.last_bit), LEAST_BITS) * ops.last_bit)
+    floors = np.maximum(LEAST_SUM / keys, LEAST_WEIGHT)
+    if function == "clamped":
+        floors = floors * (2**DOUBLINGS * np.exp(-HIGHEST))
+    return ops.public(np.maximum(np.ceil(floors / ops.last_bit), LEAST_BITS) * ops.last_bit)
 
 
 def reciprocal_between(ops: Arithmetic, sums):
@@ -89,7 +93,7 @@ def reciprocal_between(ops: Arithmetic, sums):
 def whole_weights(ops: Arithmetic, scores, visible: np.ndarray, function: str, per_row: bool):
     """Attention weights of scores `(heads, queries, keys)`, divided one by one or with one reciprocal for each row."""
     weights = weigh_scores(ops, scores, function, exponential=lambda ops, numbers: ops.exp(numbers))
-    weights = weights + least_weights(ops, visible.sum(axis=1, keepdims=True))
+    weights = weights + weight_floors(ops, visible.sum(axis=1, keepdims=True), function)
     weights = ops.xp.where(visible, weights, 0.0)
     sums = weights.sum(axis=-1, keepdims=True)
     return ops.multiply(weights, ops.reciprocal(sums)) if per_row else ops.divide(weights, sums)

@@ -264,7 +264,7 @@ def exact_logits(
     steps = build_steps(config, replace(settings, softmax="stock", gelu=gelu), Span(0, len(tokens), answers))
     variables = exact_variables(config, weights, settings, tokens, answers)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return run_steps(steps, ExactArithmetic(np), variables)[LOGITS]
+        return run_steps(steps, Float64Arithmetic(np), variables)[LOGITS]
 
 
 def exact_variables(config, weights, settings, tokens, answers: int = 1) -> dict[str, np.ndarray]:
@@ -278,12 +278,6 @@ class Float64Arithmetic(Arithmetic):
 
     def erf(self, tensor):
         return np.vectorize(math.erf)(tensor)
-
-
-class ExactArithmetic(Float64Arithmetic):
-    """As the model computes: sums of attention weights are kept from 0 by next to nothing."""
-
-    least_sum = 1e-12
 
 
 def _inputs(config, weights, settings, tokens, answers: int) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as record
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 
-from .arithmetic import LEAST_SUM, Arithmetic, alternate, checksum
+from .arithmetic import Arithmetic, alternate, checksum
 from .attention import (
     divide_and_merge,
     divide_visible,
@@ -37,7 +37,7 @@ from .attention import (
     whole_attention,
     whole_softmax,
 )
-from .attention_functions import MOST_SUM
+from .attention_functions import LEAST_SUM, MOST_SUM
 from .contests import choose_levels, subtract_maximum
 from .division import choose_division
 from .linear import (

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from entropy_gpt.evaluation.private_inference.costs.cost_model import predict
-from entropy_gpt.evaluation.private_inference.program.arithmetic import LEAST_SUM
 from entropy_gpt.evaluation.private_inference.program.attention_functions import (
+    LEAST_SUM,
+    LEAST_WEIGHT,
     MOST_SUM,
     reciprocal_between,
     weigh_scores,
@@ -25,7 +26,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import PrivateSet
 from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 from modeling_entropy_gpt import EntropyGPTConfig
-from modeling_entropy_gpt.attention_functions import log_function
+from modeling_entropy_gpt.attention_functions import log_function, row_floors
 from tests.architectures import make_model, make_tokens
 
 
@@ -86,6 +87,15 @@ def test_a_row_of_zeros_attends_to_all_of_its_keys():
     config, weights = prepare_weights(model)
     found = emulate(config, weights, SETTINGS, tokens[0].numpy(), 17)
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("keys", [1, 3, 128, 1024])
+def test_the_least_weights_are_those_of_the_model(keys):
+    nothing = np.full((1, keys), -3.0)
+    found = weigh_visible_scores(Float64Arithmetic(np), nothing, np.zeros(keys, int), "power4")
+    expected = row_floors(None, False, 1, keys, "cpu").item()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert expected == pytest.approx(max(LEAST_SUM / keys, LEAST_WEIGHT), rel=1e-6)
 
 
 @pytest.mark.parametrize("keys", [1, 86, 128, 300, 1024])

@@ -11,7 +11,7 @@ from entropy_gpt.evaluation.private_inference.program import linear, program
 from entropy_gpt.evaluation.private_inference.program.arithmetic import Arithmetic
 from entropy_gpt.evaluation.private_inference.program.attention import scale_scores
 from entropy_gpt.evaluation.private_inference.program.contests import subtract_maximum
-from entropy_gpt.evaluation.private_inference.program.fixed_point import ExactArithmetic
+from entropy_gpt.evaluation.private_inference.program.fixed_point import Float64Arithmetic
 from entropy_gpt.evaluation.private_inference.program.nonlinear import piecewise_gelu
 from entropy_gpt.evaluation.private_inference.program.program import (
     LOGITS,
@@ -41,7 +41,7 @@ def clear_logits(model, tokens: np.ndarray) -> np.ndarray:
 def run(model, private: PrivateSettings, tokens: np.ndarray, span: Span, kept: dict | None = None, xp=np) -> dict:
     config, weights = prepare_weights(model)
     rows = np.eye(config.vocab_size, dtype=np.float32)[tokens]
-    ops = Arithmetic(xp) if private.softmax == "efficient" else ExactArithmetic(xp)
+    ops = Arithmetic(xp) if private.softmax == "efficient" else Float64Arithmetic(xp)
     return run_steps(build_steps(config, private, span), ops, {**weights, **(kept or {}), TOKENS: rows})
 
 
