@@ -22,8 +22,6 @@ from .export import export
 from .paths import check_text
 from .plot import plot
 from .private import private
-from .private_certificates import certificates
-from .private_gateway import gateway
 from .push import push
 from .quickstart import quickstart
 from .report import report
@@ -69,8 +67,6 @@ app.command()(doctor)
 app.command()(card)
 app.command()(push)
 app.command()(export)
-private.command()(gateway)
-private.command()(certificates)
 app.add_typer(private, name="private")
 for command in (*app.registered_commands, *private.registered_commands):
     # One line for each paragraph, so that the terminal breaks them and not the source.

@@ -5,11 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from entropy_gpt.conversion.early_checks import check_model
-
-from .paths import read_host, read_path
-from .private import LongestWait, PreparedFolder
+from .paths import read_host, read_model, read_path
 from .private_connection import with_connection
+from .private_options import LongestWait, PreparedFolder
 
 
 @with_connection
@@ -31,7 +29,9 @@ def gateway(
     twin: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The model in the clear: the page shows what its heads do with the prompt."
+            metavar="MODEL",
+            callback=read_model,
+            help="The model in the clear: the page shows what its heads do with the prompt.",
         ),
     ] = None,
     longest_line: Annotated[
@@ -50,19 +50,7 @@ def gateway(
     Example: entropy-gpt private gateway --connect example.org:9000 --tokenizer DIR --cert c.pem --key c.key
     --ca ca.pem
     """
-    if twin is not None:
-        check_model(twin)
+    options = dict(locals())
     from entropy_gpt.terminal.private_gateway import run
 
-    run(
-        host=host,
-        port=port,
-        token_file=token_file,
-        name=name,
-        twin=twin,
-        longest_line=longest_line,
-        longest_wait=longest_wait,
-        wait=wait,
-        prepared=prepared,
-        **connection,
-    )
+    run(**options.pop("connection"), **options)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from entropy_gpt.evaluation.private_inference.parties.party_process import read_array
+from entropy_gpt.evaluation.private_inference.parties.job import read_array
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.workflows.private_client import PrivateClient
 

@@ -50,9 +50,14 @@ _PRINTING = threading.Lock()
 def serve(
     model: str,
     listen: str,
-    certificates: tuple[Path | None, Path | None, Path | None],
-    limits: tuple[int, int, int, int],
+    certificate: Path | None,
+    key: Path | None,
+    authority: Path | None,
     *,
+    answers: int,
+    requests: int,
+    positions: int,
+    seconds: int,
     drain_seconds: int,
     health_port: int | None,
     health_host: str,
@@ -65,8 +70,8 @@ def serve(
     Args:
         model (`str`): A folder, or a repository on the Hub.
         listen (`str`): `HOST:PORT`.
-        certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
-        limits (`tuple[int]`): The fields of [`Limits`].
+        certificate, key, authority (`Path`, *optional*): The files of TLS.
+        answers, requests, positions, seconds (`int`): The fields of [`Limits`].
         drain_seconds (`int`): For which answers that have begun may go on after SIGTERM.
         health_port (`int`, *optional*), health_host (`str`): Where the server's state can be asked for.
         json_log (`bool`): Whether lines are JSON.
@@ -75,13 +80,13 @@ def serve(
     Raises:
         `UserError`: If the model, the address or a certificate can't be used, or the engine is not installed.
     """
-    tls = read_certificates(certificates)
+    tls = read_certificates(certificate, key, authority)
     with progress_display(console, transient=True) as progress:
         server = open_server(
             model,
             listen,
             tls=tls,
-            limits=Limits(*limits),
+            limits=Limits(answers, requests, positions, seconds),
             report=_print_line,
             progress=progress,
             json_log=json_log,
@@ -192,19 +197,21 @@ def prepare(tokens: int, new_tokens: int, count: int, **connection):
         raise
 
 
-def open_client(address: str, certificates: tuple[Path | None, Path | None, Path | None], **options) -> PrivateClient:
+def open_client(
+    address: str, certificate: Path | None, key: Path | None, authority: Path | None, **options
+) -> PrivateClient:
     """
     Connects to a server.
 
     Args:
         address (`str`): `HOST:PORT` of the server.
-        certificates (`tuple`): The values of `--cert`, `--key` and `--ca`.
+        certificate, key, authority (`Path`, *optional*): The files of TLS.
         options: Further arguments of [`PrivateClient`].
 
     Raises:
         `UserError`: As [`PrivateClient`].
     """
-    return PrivateClient(address, tls=read_certificates(certificates), **options)
+    return PrivateClient(address, tls=read_certificates(certificate, key, authority), **options)
 
 
 def demo(model: str, prompt: str, networks: list[str], output: Path | None, results: Path | None, **options):
@@ -256,7 +263,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise UserError(f"the prompt can't be read from {file or 'standard input'}: {reason}.") from error
 
 
-def read_certificates(paths: tuple[Path | None, Path | None, Path | None]) -> TLSFiles | None:
+def read_certificates(*paths: Path | None) -> TLSFiles | None:
     """
     The files of `--cert`, `--key` and `--ca`, or `None` if none is given.
 

@@ -20,10 +20,11 @@ from entropy_gpt.evaluation.private_inference.inference import NETWORKS, TWO_PAR
 from entropy_gpt.evaluation.private_inference.parties.channel import TLSFiles, parse_address
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.engine import check_engine
+from entropy_gpt.evaluation.private_inference.parties.halves import MOST_PREPARED_BYTES
 from entropy_gpt.evaluation.private_inference.parties.limits import Limits
 from entropy_gpt.evaluation.private_inference.parties.memory import check_memory
 from entropy_gpt.evaluation.private_inference.parties.question import Question, check_request
-from entropy_gpt.evaluation.private_inference.parties.server import MOST_PREPARED_BYTES, Server, json_line
+from entropy_gpt.evaluation.private_inference.parties.server import Server, json_line
 from entropy_gpt.evaluation.private_inference.parties.session import Outcome
 from entropy_gpt.evaluation.private_inference.parties.tables import PublicCheckpoint
 from entropy_gpt.evaluation.private_inference.parties.terms import Offer

@@ -288,7 +288,8 @@ class TestTwoProcesses:
         monkeypatch.setattr(terminal, "list_absorbable_ffns", lambda config: [])
         monkeypatch.setattr(terminal, "_print_line", lines.append)
         options = {"drain_seconds": 1, "health_port": None, "health_host": "127.0.0.1", "json_log": False}
-        terminal.serve("model", "127.0.0.1:0", (None, None, None), (1, 1, 16, 1), **options)
+        options |= dict.fromkeys(("answers", "requests", "positions", "seconds"), 1)
+        terminal.serve("model", "127.0.0.1:0", None, None, None, **options)
         warned = [line for line in lines if "16 positions a day" in line]
         assert len(warned) == (said is not None)
         assert all(said in line for line in warned)

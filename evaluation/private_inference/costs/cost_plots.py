@@ -79,7 +79,12 @@ def _draw_bar(axes: Axes, row: int, parts: list[CostSum], longest: int):
             share = f"{part.total_bytes / total:.0%}"
             axes.text(beginning + width / 2, row, share, ha="center", va="center", color=ink, fontsize=8)
         beginning += width
-    axes.annotate(f"{total / MEGA:,.4g} MB", (beginning, row), (4, 0), textcoords="offset points", va="center")
+    axes.annotate(f"{_round(total / MEGA)} MB", (beginning, row), (4, 0), textcoords="offset points", va="center")
+
+
+def _round(number: float) -> str:
+    """A number with three significant figures, without an exponent."""
+    return f"{float(f'{number:.3g}'):,.9g}"
 
 
 def _color(operation: str) -> str:

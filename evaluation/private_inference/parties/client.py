@@ -15,7 +15,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, TR
 
 from .channel import TLSFiles, clean, connect
 from .drafts import ACCEPTED, NOT_PREPARED, Keep, least_positions, needed_positions
-from .party_process import Job, Request
+from .job import Job, Request
 from .preparations import LostHalfError, hash_terms, is_lost
 from .question import Question, check_request
 from .session import Outcome, Session, free_port

@@ -7,7 +7,6 @@ and run it; all that the engines send goes through connections the client opens 
 """
 
 import contextlib
-import functools
 import json
 import secrets
 import socket
@@ -22,26 +21,15 @@ from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import MEGA
 from entropy_gpt.evaluation.private_inference.program.program import ProgramConfig
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER
-from entropy_gpt.evaluation.private_inference.program.steps import Span
 
 from .channel import TURN_OVER, Channel, ClosedError, Listener, TLSFiles, one_line, shut_down
 from .drafts import least_positions
+from .halves import MOST_PREPARED_BYTES, Halves
+from .job import Job, Request
 from .limits import Accounts, Limits, Use
-from .party_process import Job, Request
-from .preparations import (
-    MOST_PRODUCTS,
-    LostHalfError,
-    hash_terms,
-    hash_weights,
-    is_name,
-    measure_half,
-    name_store,
-    pass_spans,
-    read_header,
-)
+from .preparations import LostHalfError, pass_spans
 from .question import check_request
 from .session import Session, SilenceError, free_port
-from .store import Store
 from .tables import encode_table
 from .terms import HANDSHAKE_SECONDS, LARGEST, PROTOCOL_VERSION, Offer
 from .tunnel import ServerTunnel
@@ -50,10 +38,6 @@ from .turns import Turns
 
 # For which a client may keep the engine between two prompts, unless another one waits for it.
 KEPT_SECONDS, KEPT_CHECK_SECONDS = 30, 0.5
-# What a server's preparations may take.
-MOST_PREPARED_BYTES = 4_000_000_000
-# The part of it that one client may fill.
-CLIENT_SHARE = 0.5
 # For which what is about to end is waited for.
 PARTING_SECONDS = 5
 # What this side is to the other.
@@ -96,13 +80,7 @@ class Server:
         most_prepared_bytes: int = MOST_PREPARED_BYTES,
     ):
         self.offer, self.timeout_seconds = offer, timeout_seconds
-        self.store = None if prepared is None else Store(prepared, SERVER)
-        self._most_prepared_bytes = most_prepared_bytes
-        # Bytes of preparations that are being made, by client.
-        self._rooms: Counter[str] = Counter()
-        self._room_lock = threading.Lock()
-        if self.store is not None:
-            self.store.delete_old(self._terms_hash, self._weights_hash)
+        self.halves = None if prepared is None else Halves(offer, prepared, most_prepared_bytes)
         self.limits = limits or Limits()
         self.listener = Listener(host, port, tls)
         self.address = self.listener.address
@@ -114,18 +92,6 @@ class Server:
         self._channels: set[Channel] = set()
         self._closed = self._draining = False
         self._tunnels: set[ServerTunnel] = set()
-
-    @functools.cached_property
-    def _weights_hash(self) -> str:
-        return hash_weights(self.offer.weights, self.offer.config, self.offer.settings)
-
-    @functools.cached_property
-    def _terms_hash(self) -> str:
-        return hash_terms(self.offer.config, self.offer.settings)
-
-    @functools.cached_property
-    def _store_name(self) -> str | None:
-        return None if self.store is None else name_store(self.store.used.identity, self._weights_hash)
 
     def serve_forever(self):
         """Until it is closed."""
@@ -266,7 +232,7 @@ class Server:
     def _serve(self, channel: Channel, who: str, hello: dict):
         if hello.get("version") != PROTOCOL_VERSION:
             raise PrivateInferenceError(f"version {PROTOCOL_VERSION} is spoken here: install the same entropy-gpt.")
-        channel.send({"kind": "terms", **self.offer.terms(), "store": self._store_name})
+        channel.send({"kind": "terms", **self.offer.terms(), "store": self.halves and self.halves.name})
         try:
             message = channel.receive(HANDSHAKE_SECONDS, ("request",))
         except ClosedError:
@@ -309,81 +275,23 @@ class Server:
         name = None if prepares else message.get("preparation")
         if drafts and (prepares or name is not None):
             raise PrivateInferenceError("drafts are verified in one phase: no preparation is made for their passes.")
+        if self.halves is None and (prepares or name is not None):
+            raise PrivateInferenceError("no preparations are kept here (serve --prepared).")
         use, left = self._accounts.open(channel.peer, least_positions(**asked), new_tokens * (drafts + 1), drafts)
         if drafts:  # however it ends, and if it never begins
             taken.callback(use.settle, new_tokens)
         if prepares:
             use.positions = 0
-            taken.enter_context(self._reserved(channel.peer, pass_spans(length, new_tokens, answers)))
+            taken.enter_context(self.halves.reserved(channel.peer, pass_spans(length, new_tokens, answers)))
         most, limit = min((left.answers, "--max-new-tokens"), (left.positions, "--max-positions"))
-        half = None if name is None else str(self._take_half(name, channel.peer, taken))
+        half = None if name is None else str(self.halves.take(name, channel.peer, taken))
         return Request(**asked, most_positions=most, limit=limit, prepares=prepares, preparation=half), use, left
-
-    @contextlib.contextmanager
-    def _reserved(self, client: str, spans: list[Span]) -> Iterator[None]:
-        """
-        Within, there is room for a preparation.
-
-        Raises:
-            `PrivateInferenceError`: If preparations are not kept here, or there is no room for this one.
-        """
-        if self.store is None:
-            raise PrivateInferenceError("no preparations are kept here (serve --prepared).")
-        size, products = measure_half(self.offer.config, self.offer.settings, spans)
-        if products > MOST_PRODUCTS:
-            raise PrivateInferenceError("a preparation of so long an answer can't be kept: ask for fewer new tokens.")
-        with self._room_lock:
-            self.store.delete_old(self._terms_hash, self._weights_hash)
-            kept = self.store.sizes() + self._rooms
-            for total, most in (
-                (kept.total(), self._most_prepared_bytes),
-                (kept[client], self._most_prepared_bytes * CLIENT_SHARE),
-            ):
-                if total + size > most:
-                    whose = "preparations" if most == self._most_prepared_bytes else "preparations of this client"
-                    raise PrivateInferenceError(
-                        f"{whose} would take {(total + size) / MEGA:,.0f} MB here, and {most / MEGA:,.0f} is the most "
-                        "(--prepared-mb): use some first."
-                    )
-            self._rooms[client] += size
-        try:
-            yield
-        finally:
-            with self._room_lock:
-                self._rooms[client] -= size
-
-    def _take_half(self, name: object, client: str, taken: contextlib.ExitStack) -> Path:
-        """
-        Raises:
-            `PrivateInferenceError`: If it is not here, not for this model, or another client's.
-        """
-        if self.store is None or not is_name(name):
-            raise PrivateInferenceError("no such preparation is kept here (serve --prepared).")
-        path = self.store.take(name)
-        try:
-            header = read_header(path)
-            if header.owner != client:
-                raise PrivateInferenceError(
-                    "this preparation was made with another client, by its certificate or address."
-                )
-            if (header.terms, header.weights) != (self._terms_hash, self._weights_hash):
-                raise LostHalfError(
-                    "this preparation was made with another model, other settings or another version: prepare another "
-                    "one."
-                )
-            self.store.spend(path)
-        except BaseException as error:
-            undo = self.store.drop if isinstance(error, LostHalfError) else self.store.put_back
-            undo(path)
-            raise
-        taken.callback(self.store.drop, path)
-        return path
 
     def _take_another(self, session: Session, channel: Channel, taken: contextlib.ExitStack) -> str | None:
         """This side's half of the preparation that the client would use for the rest of an answer, if it is here."""
         while (name := session.hear_of_another()) is not None:
             try:
-                half = self._take_half(name, channel.peer, taken)
+                half = self.halves.take(name, channel.peer, taken)
             except LostHalfError:
                 channel.send({"kind": "another", "preparation": None})
                 continue
@@ -407,7 +315,7 @@ class Server:
             config=ProgramConfig.of(self.offer.config),
             settings=self.offer.settings,
             timeout_seconds=self.timeout_seconds,
-            store=None if self.store is None else str(self.store.folder),
+            store=self.halves and str(self.halves.store.folder),
             owner=channel.peer,
         )
         tunnel = ServerTunnel(token, own_port)

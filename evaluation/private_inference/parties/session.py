@@ -26,7 +26,7 @@ from entropy_gpt.evaluation.private_inference.program.variables import held_shap
 
 from .channel import Channel, ClosedError, RefusalError, one_line
 from .engine import engine_versions
-from .party_process import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_arrays
+from .job import ALWAYS_OUT_OF_RANGE, REPEATS, Job, Request, read_array, write_arrays
 from .terms import Terms
 from .tunnel import Tunnel
 

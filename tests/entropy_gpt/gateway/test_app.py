@@ -11,7 +11,7 @@ import pytest
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import NoServerError
-from entropy_gpt.evaluation.private_inference.parties.party_process import write_array
+from entropy_gpt.evaluation.private_inference.parties.job import write_array
 from entropy_gpt.gateway import app as app_module
 from entropy_gpt.gateway import line as line_module
 from entropy_gpt.gateway.app import make_app

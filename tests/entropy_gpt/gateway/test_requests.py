@@ -277,4 +277,4 @@ def test_beyond_the_loopback_a_token_is_wanted():
     limits = {"longest_line": 1, "longest_wait": 1, "wait": 0}
     options = {"port": 0, "token_file": None, "name": "private", "twin": None, **limits}
     with pytest.raises(UserError, match=r"--host 0.0.0.0 is beyond this machine's loopback.*--token-file"):
-        run(host="0.0.0.0", address="127.0.0.1:1", certificates=(None, None, None), **options)
+        run(host="0.0.0.0", address="127.0.0.1:1", certificate=None, key=None, authority=None, **options)

@@ -34,16 +34,16 @@ from entropy_gpt.evaluation.private_inference.parties.channel import (
     one_line,
 )
 from entropy_gpt.evaluation.private_inference.parties.client import Client
-from entropy_gpt.evaluation.private_inference.parties.limits import DAY_SECONDS, Accounts, Limits, Use
-from entropy_gpt.evaluation.private_inference.parties.party_process import (
+from entropy_gpt.evaluation.private_inference.parties.job import (
     Job,
-    PartyProcess,
     Request,
     read_array,
     read_arrays,
     write_array,
     write_arrays,
 )
+from entropy_gpt.evaluation.private_inference.parties.limits import DAY_SECONDS, Accounts, Limits, Use
+from entropy_gpt.evaluation.private_inference.parties.party_process import PartyProcess
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import Noise, Sampling
 from entropy_gpt.evaluation.private_inference.parties.server import MAX_GREETINGS, Server

@@ -169,6 +169,14 @@ def test_pictures(tmp_path):
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("costs.png", "empty.png"))
 
 
+def test_bars_say_their_bytes_in_three_figures():
+    sizes = {970_612: "0.971 MB", 95_312_345: "95.3 MB", 3_456_789_012: "3,460 MB", 1_234_567_890_123: "1,230,000 MB"}
+    figure = draw_costs(
+        {name: example_cost([StepCost("FFN", 0, size, 0, 1, 1, 0.5, 0.1)]) for size, name in sizes.items()}
+    )
+    assert [text.get_text() for text in figure.axes[0].texts if "MB" in text.get_text()] == [*sizes.values()]
+
+
 def test_the_softmax_as_a_whole_has_a_hue_that_none_of_its_parts_has():
     hues = {name: rgb_to_hsv(to_rgb(color))[0] for name, color in OPERATION_COLORS.items()}
     for part in ("maximum", "exponential", "division"):

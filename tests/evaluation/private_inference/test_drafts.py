@@ -32,10 +32,11 @@ from entropy_gpt.evaluation.private_inference.parties.drafts import (
     read_next,
     write_next,
 )
+from entropy_gpt.evaluation.private_inference.parties.job import Job, Request
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
 from entropy_gpt.evaluation.private_inference.parties.local import run_parties
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
-from entropy_gpt.evaluation.private_inference.parties.party_process import Job, PartyProcess, Request
+from entropy_gpt.evaluation.private_inference.parties.party_process import PartyProcess
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY, Noise, Sampling, choose
 from entropy_gpt.evaluation.private_inference.program.fixed_point import emulate

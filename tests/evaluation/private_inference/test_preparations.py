@@ -22,10 +22,11 @@ pytest.importorskip("spu")
 
 from entropy_gpt.evaluation.private_inference.parties import party_process
 from entropy_gpt.evaluation.private_inference.parties.client import Client
+from entropy_gpt.evaluation.private_inference.parties.job import Job, Request
 from entropy_gpt.evaluation.private_inference.parties.limits import UNLIMITED
 from entropy_gpt.evaluation.private_inference.parties.local import run_parties
 from entropy_gpt.evaluation.private_inference.parties.participant import Participant
-from entropy_gpt.evaluation.private_inference.parties.party_process import Job, PartyProcess, Request
+from entropy_gpt.evaluation.private_inference.parties.party_process import PartyProcess
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.server import Server
 from entropy_gpt.evaluation.private_inference.parties.store import Store

@@ -18,7 +18,7 @@ from entropy_gpt.evaluation.records.results import RESULTS, load_results
 from entropy_gpt.programs.quickstart.page import CARDS
 from modeling_entropy_gpt import EntropyGPTConfig, EntropyGPTForCausalLM
 
-from .test_two_phases import answers_in_one_phase, answers_in_two
+from .phases import answers_in_one_phase, answers_in_two
 
 
 MODELS = sorted(path for path in (CARDS / "models").iterdir())
