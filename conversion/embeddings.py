@@ -46,7 +46,7 @@ def read_embeddings(source: str | Path) -> Embeddings:
     Raises:
         `ConversionError`: If there are none, or files are missing, damaged, or no safetensors.
     """
-    folder = _find_folder(expanded(source))
+    folder = find_folder(source)
     found = read_tensors(folder, lambda name: EMBEDDING.fullmatch(name) is not None)
     tables = {EMBEDDING.fullmatch(name)[1]: tensor.float().numpy() for name, tensor in found.items()}
     if missing := {"wte", "wpe"} - {*tables}:
@@ -56,7 +56,14 @@ def read_embeddings(source: str | Path) -> Embeddings:
     return Embeddings(folder.resolve().name, None, tables)
 
 
-def _find_folder(source: str) -> Path:
+def find_folder(source: str | Path) -> Path:
+    """
+    Where the files of [`read_embeddings`] are.
+
+    Raises:
+        `ConversionError`: If they are neither here nor on the Hub.
+    """
+    source = expanded(source)
     if Path(source).is_dir():
         return Path(source)
     try:

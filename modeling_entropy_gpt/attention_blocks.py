@@ -55,7 +55,7 @@ class _Plan:
             for head in range(0, heads, self.shape[1])
         ]
         rows = {"queries": head_dim, "upstream": value_dim, "attended": value_dim}
-        rows |= dict.fromkeys(("maximum", "total", "product", "shift", "floor"), 1)
+        rows |= dict.fromkeys(("maximum", "total", "product", "shift", "floor", "root", "inverse"), 1)
         keys = {"keys": head_dim, "grad_keys": head_dim, "values": value_dim, "grad_values": value_dim}
         options, size = {"dtype": dtype, "device": device}, math.prod(self.shape)
         # Results of products with memory of their own: whether there is one for each key, else row, and its width.
@@ -69,6 +69,7 @@ class _Plan:
             self._matrices = {name: torch.empty(size * block_rows * key_length, **options) for name in MATRICES}
             self._product = torch.empty(size * max(block_rows, key_length) * max(head_dim, value_dim), **options)
             self._later_keys = torch.full((block_rows, block_rows), MASKED, **options).triu_(1)
+            self._earlier_keys = torch.ones(block_rows, block_rows, **options).tril_()
         vars(self).update(self._rows | self._keys)
         self._parts = {}
 
@@ -98,13 +99,16 @@ class _Plan:
             setattr(part, name, tensor[: size * rows * keys].view(size, rows, keys))
         for name, (along, dim) in self._products.items():
             setattr(part, name, self._product[: size * lengths[along] * dim].view(size, lengths[along], dim))
-        for name in ("scores", "outputs", "query_product", "total"):
+        for name in ("scores", "weights", "derivative", "outputs", "query_product", "total", "root"):
             setattr(part, f"whole_{name}", getattr(part, name).unflatten(0, self.shape))
         diagonal = first_row + self.past
         start = max(first_key, diagonal)
         if self.is_causal and start < end_key:
-            part.later_scores = part.scores[:, :, start - first_key :]
-            part.later_keys = self._later_keys[:rows, start - diagonal : end_key - diagonal]
+            for name in ("scores", "weights", "derivative"):
+                setattr(part, f"later_{name}", getattr(part, name)[:, :, start - first_key :])
+            for name in ("later_keys", "earlier_keys"):
+                matrix = getattr(self, f"_{name}")
+                setattr(part, name, matrix[:rows, start - diagonal : end_key - diagonal])
         return part
 
 

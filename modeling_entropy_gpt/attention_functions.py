@@ -29,8 +29,8 @@ POWERS = {"power4": 4, "power2": 2}
 FUNCTIONS = ("softmax", *POWERS, "clamped")
 # The floor of each row's sum, and of each weight in it: two last bits of a private inference's 18 behind the point.
 LEAST_SUM, LEAST_WEIGHT = 2.0**-10, 2.0**-17
-# Up to which 1 + x / n is raised to its power in float32.
-LARGEST_BASE = 1e9
+# The largest 1 + x / n that is raised to its power: sums of products with it stay in the range of float32.
+LARGEST_BASE = 1e6
 # The range of `clamped`: from what the engine's exponential holds, to where sums still fit fixed point.
 LOWEST, HIGHEST = -7.4, 3.0
 # The score of a masked pair: far below any, and no product with it overflows.

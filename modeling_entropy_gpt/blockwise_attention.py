@@ -16,10 +16,8 @@ gradient of lse adds P_ij to that of s_ij. Scores are kept to base 2, since `exp
 lengths, fresh memory would take as long as the arithmetic.
 """
 
-import math
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -27,13 +25,9 @@ from transformers.utils import is_triton_available
 from transformers.utils.import_utils import is_tracing
 
 from .attention_blocks import BLOCK_ROWS, Block, plans
-from .attention_functions import HIGHEST, LARGEST_BASE, LOWEST, MASKED, POWERS, row_floors
+from .attention_functions import row_floors
+from .attention_weights import LN_2, LOG2_E, prepare_rows, weigh, weigh_again
 
-
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2)
-# Rows with a maximum below this have nothing that they may attend to.
-NOTHING_VISIBLE = MASKED / 10
 
 # Up to this length, a product takes longer into a part of a tensor than into memory of its own, and an addition.
 SMALL_PART = 2 * BLOCK_ROWS
@@ -114,30 +108,23 @@ def forward_pass(
     with torch.autocast(query.device.type, enabled=False):
         for number, group in enumerate(plan.groups):
             plan.load(group, queries=query, keys=key, values=value, shift=shift, floor=floors)
+            if shift is not None:
+                prepare_rows(plan, function)
             for block in blocks:
                 part = plan.cut(block)
-                scores, weights = part.scores, part.weights
-                _score(part, scaling, function)
-                _hide(part, visible, group, block)
-                torch.amax(scores, -1, True, out=part.maximum)
-                if visible is not None:
-                    part.maximum.clamp_(min=NOTHING_VISIBLE)
-                torch.exp2(scores.sub_(part.maximum), out=weights)
-                torch.sum(weights, -1, True, out=part.total)
-                torch.sum(scores.mul_(weights), -1, True, out=part.product)
-                if visible is not None:
-                    part.total.masked_fill_(part.total == 0, 1.0)  # of rows that see nothing
+                weigh(part, _seen(visible, group, block), scaling, function)
                 if value is not None:
                     if dropout:
-                        weights.mul_(
-                            _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
-                        )
-                    torch.bmm(weights, part.values, out=part.outputs)
+                        kept = _draw_kept(part.kept, dropout, seed, number * plan.query_length + block.first_row)
+                        part.weights.mul_(kept)
+                    torch.bmm(part.weights, part.values, out=part.outputs)
                     torch.div(part.whole_outputs, part.whole_total, out=_rows(output, group, block))
             log_total = plan.total.log2()
             torch.add(log_total, plan.maximum, out=log_sum_exp[group].unsqueeze(-1))
             rows_entropy = entropies[group].unsqueeze(-1)
             torch.sub(log_total, plan.product.div_(plan.total), out=rows_entropy).mul_(LN_2)
+            if shift is not None:
+                rows_entropy.clamp_(min=0)  # negative by rounding, where no maximum was subtracted
     return results
 
 
@@ -195,13 +182,13 @@ def backward_pass(
             if not begins_whole:
                 plan.grad_keys.zero_()
                 plan.grad_values.zero_()
+            if shift is not None:
+                prepare_rows(plan, function, are_summed=True)
             for block in reversed(blocks):
                 kept_sums = float(block is not blocks[-1] or not begins_whole)
                 part = plan.cut(block)
                 scores, weights = part.scores, part.weights
-                _score(part, scaling, function, with_derivative=True)
-                _hide(part, visible, group, block)
-                torch.exp2(scores.sub_(part.maximum), out=weights)  # of log2 of the probabilities
+                derivative = weigh_again(part, _seen(visible, group, block), scaling, function)
                 scores.mul_(part.product)
                 if value is not None:
                     used = weights
@@ -213,12 +200,14 @@ def backward_pass(
                         scores.baddbmm_(part.upstream, part.values.mT)
                     if for_value:
                         _add_product(part.grad_values, kept_sums, used.mT, part.upstream, 1.0, part.value_product)
-                scores.sub_(part.total).mul_(weights)  # now the gradient of log f
+                scores.sub_(part.total).mul_(derivative)
                 if shift is not None:
-                    scores.mul_(part.derivative)
-                    torch.sum(part.whole_scores, -1, out=_rows(grad_shift, group, block)).neg_()
+                    sums = part.whole_scores.sum(-1, True).mul_(part.whole_root)
+                    torch.neg(sums, out=_rows(grad_shift, group, block).unsqueeze(-1))
                 if for_query:
                     torch.baddbmm(part.query_product, scores, part.keys, beta=0, alpha=scaling, out=part.query_product)
+                    if shift is not None:
+                        part.query_product.mul_(part.root)
                     _rows(grad_query, group, block).copy_(part.whole_query_product)
                 if for_key:
                     _add_product(part.grad_keys, kept_sums, scores.mT, part.queries, scaling, part.key_product)
@@ -259,35 +248,6 @@ def _add_product(
         sums.add_(torch.baddbmm(memory, left, right, beta=0, alpha=factor, out=memory))
 
 
-def _score(part: SimpleNamespace, scaling: float, function: str, with_derivative: bool = False):
-    """
-    Fills a block's scores with log (f + floor) to base 2, and on request `derivative` with that of log (f + floor) by
-    the score.
-    """
-    scores, factor = part.scores, scaling / POWERS.get(function, 1)
-    factor = factor * LOG2_E if function == "softmax" else factor
-    torch.baddbmm(scores, part.queries, part.keys.mT, beta=0, alpha=factor, out=scores)
-    if function == "softmax":
-        return
-    if function == "clamped":
-        scores.sub_(part.shift)
-        if with_derivative:
-            torch.logical_and(scores >= LOWEST, scores <= HIGHEST, out=part.derivative)
-        scores.clamp_(LOWEST, HIGHEST).exp_()
-        if with_derivative:
-            part.derivative.mul_(scores)
-    else:
-        power = POWERS[function]
-        scores.sub_(part.shift / power - 1).clamp_(0, LARGEST_BASE)
-        if with_derivative:
-            torch.pow(scores, power - 1, out=part.derivative)
-        scores.pow_(power)
-    scores.add_(part.floor)
-    if with_derivative:
-        part.derivative.div_(scores)
-    scores.log2_()
-
-
 def _floors(query, key, visible: torch.Tensor | None, is_causal: bool, function: str) -> torch.Tensor | None:
     """What is added to each f of a row, `(batch, heads, query_length)`; softmax has none."""
     if function == "softmax":
@@ -295,15 +255,13 @@ def _floors(query, key, visible: torch.Tensor | None, is_causal: bool, function:
     return row_floors(visible, is_causal, query.shape[2], key.shape[2], query.device).expand(query.shape[:3])
 
 
-def _hide(part: SimpleNamespace, visible: torch.Tensor | None, group: tuple[slice, slice], block: Block):
-    """Keeps masked pairs out of a block's scores, in place."""
-    if part.later_keys is not None:
-        part.later_scores.add_(part.later_keys)
+def _seen(visible: torch.Tensor | None, group: tuple[slice, slice], block: Block) -> torch.Tensor | None:
+    """A block's part of the mask."""
     if visible is not None:
         for dim, along in enumerate((*group, slice(*block[:2]), slice(*block[2:]))):
             if visible.shape[dim] > 1:
                 visible = visible.narrow(dim, along.start, along.stop - along.start)
-        part.whole_scores.masked_fill_(~visible, MASKED)
+    return visible
 
 
 def _draw_kept(kept: torch.Tensor, dropout: float, seed: torch.Tensor, number: int) -> torch.Tensor:

@@ -17,7 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .attention_functions import FUNCTIONS
 from .attention_masks import check_additive, check_dtype, visible_pairs
-from .blockwise_attention import LN_2, NOTHING_VISIBLE, blockwise_attention
+from .attention_weights import LN_2, NOTHING_VISIBLE
+from .blockwise_attention import blockwise_attention
 
 
 LARGEST_SEED = 2**62

@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_blocks import plans  # noqa: F401
 from .attention_functions import whole_attention  # noqa: F401
 from .attention_masks import prepare_mask
+from .attention_weights import weigh  # noqa: F401
 from .blocks import EntropyGPTAttention, EntropyGPTBlock, serves_every_function
 from .blockwise_attention import blockwise_attention  # noqa: F401
 from .configuration_entropy_gpt import EntropyGPTConfig

@@ -27,7 +27,7 @@ LN_2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634
 # As in blockwise_attention.py: the score of a masked pair, and the maximum of a row that has seen nothing else.
 MASKED, NOTHING_VISIBLE = tl.constexpr(-1e20), tl.constexpr(-1e19)
 # As in attention_functions.py: the range of `clamped`, and the largest number that is raised to a power.
-LOWEST, HIGHEST, LARGEST_BASE = tl.constexpr(-7.4), tl.constexpr(3.0), tl.constexpr(1e9)
+LOWEST, HIGHEST, LARGEST_BASE = tl.constexpr(-7.4), tl.constexpr(3.0), tl.constexpr(1e6)
 
 
 @triton.jit

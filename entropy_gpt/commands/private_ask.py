@@ -1,13 +1,13 @@
 """`entropy-gpt private ask`: holds the prompt, and asks a server to continue it."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from .paths import read_file, read_model
 from .private_connection import with_connection
-from .private_options import NewTokens, PreparedFolder, with_options
+from .private_options import DraftKeep, DraftTokens, NewTokens, PreparedFolder, with_options
 
 
 def _read_generation(
@@ -38,17 +38,8 @@ def _read_drafts(
             "drafts tokens, and the server's model verifies several at once. The answer is the same.",
         ),
     ] = None,
-    draft_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The most drafts that are verified at once. Default: 8.")
-    ] = None,
-    draft_keep: Annotated[
-        Literal["accepted", "prompt"],
-        typer.Option(
-            help="accepted: what is computed of right drafts stays, so the server learns how many were right. "
-            "prompt: only what is computed of the prompt stays, and each pass computes the whole answer. The server "
-            "learns the number of passes alone."
-        ),
-    ] = "accepted",
+    draft_tokens: DraftTokens = None,
+    draft_keep: DraftKeep = "accepted",
 ) -> dict[str, Any]:
     """The arguments of `PrivateClient` that these options are."""
     return locals()

@@ -6,7 +6,7 @@ import typer
 
 from entropy_gpt.conversion.early_checks import check_model, check_notation, is_model
 
-from .private_options import ChosenFor, EmbeddingOption, Heads, Length
+from .private_options import ChosenFor, DraftKeep, DraftTokens, EmbeddingOption, Heads, Length, NewTokens
 
 
 def cost(
@@ -25,6 +25,18 @@ def cost(
         int | None, typer.Option(min=2, help="Tokens of the vocabulary. Default: the model's, or 50257.")
     ] = None,
     kept: Annotated[int, typer.Option(min=0, help="Earlier tokens, whose keys and values are cached.")] = 0,
+    max_new_tokens: NewTokens = 1,
+    draft_acceptance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Predict an answer with drafts (private ask --draft): each is right with this probability, if those "
+            "before it are. docs/drafts.md shows what was seen.",
+        ),
+    ] = None,
+    draft_tokens: DraftTokens = None,
+    draft_keep: DraftKeep = "accepted",
     all_positions: Annotated[
         bool, typer.Option("--all-positions", help="Compute the logits of every position, not only of the last one.")
     ] = False,
@@ -38,9 +50,11 @@ def cost(
     Predict the traffic, the round trips and the time of a private inference, from architecture and sizes alone.
 
     The prices of Cheetah's primitives were measured once. docs/private_inference.md compares predictions with
-    measurements.
+    measurements. With drafts, they are of the answer to be expected, and also of a pass and of a token.
 
     Example: entropy-gpt private cost SM+LN+G SM+LN+R 'EReg(SM(t)+ScFuFFN)' --seq 256 --network 100Mbps,80ms
+
+    Example: entropy-gpt private cost SM+ScFuFFN --max-new-tokens 16 --draft-acceptance 0.8
     """
     options = dict(locals())
     for architecture in architectures:

@@ -50,6 +50,15 @@ PublicCheckpoint = Annotated[
         "Hub.",
     ),
 ]
+DraftTokens = Annotated[int | None, typer.Option(min=1, help="The most drafts that are verified at once. Default: 8.")]
+DraftKeep = Annotated[
+    Literal["accepted", "prompt"],
+    typer.Option(
+        help="accepted: what is computed of right drafts stays, so the server learns how many were right. "
+        "prompt: only what is computed of the prompt stays, and each pass computes the whole answer. The server "
+        "learns the number of passes alone."
+    ),
+]
 AnswerOption = Annotated[
     Literal["logits", "token", "sampled"],
     typer.Option(

@@ -1,6 +1,7 @@
 """Prints the predicted cost of private inference."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 from rich.console import Console
 
@@ -16,7 +17,14 @@ from .tables import break_path, print_side_by_side
 console = Console()
 
 
-def run(architectures: list[str], networks: Sequence[str], kept: int, length: int, **options):
+def run(
+    architectures: list[str],
+    networks: Sequence[str],
+    kept: int,
+    length: int,
+    max_new_tokens: int = 1,
+    **options,
+):
     """
     Prints the megabytes of each operation, the round trips and the time of each architecture, side by side.
 
@@ -26,6 +34,7 @@ def run(architectures: list[str], networks: Sequence[str], kept: int, length: in
             for the first, or a WAN.
         kept (`int`): Earlier tokens, whose keys and values are cached.
         length (`int`): Tokens of the prompt.
+        max_new_tokens (`int`): Tokens of the answer.
         options: Further arguments of [`private_cost`].
 
     Raises:
@@ -33,7 +42,8 @@ def run(architectures: list[str], networks: Sequence[str], kept: int, length: in
     """
     shown = read_networks(networks)
     chosen_for, titles = choose_network(networks), list(dict.fromkeys(architectures))
-    costs = private_cost(titles, kept=kept, length=length, network=chosen_for, **options)
+    sizes = {"kept": kept, "length": length, "max_new_tokens": max_new_tokens}
+    costs = private_cost(titles, network=chosen_for, **sizes, **options)
     parts = [cost.by_operation for cost in costs]
     operations = list(dict.fromkeys(name for part in parts for name in part))
     rows = [(name, *(f"{part.get(name, 0) / MEGA:,.1f}" for part in parts)) for name in operations]
@@ -44,15 +54,22 @@ def run(architectures: list[str], networks: Sequence[str], kept: int, length: in
         rows.append((f"on {network.name}", *(format_seconds(project(cost, network)) for cost in costs)))
     if any(cost.before for cost in costs):
         rows += _first_phase_rows([cost.first_phase for cost in costs], shown)
+    if any(cost.plain for cost in costs):
+        rows += _draft_rows(costs, shown, max_new_tokens)
     print_side_by_side(console, ("MB, both\nparties", *map(_heading, costs)), rows)
-    for sizes, titles in _group_by_sizes(costs, length).items():
+    for sizes, titles in _group_by_sizes(costs, length, max_new_tokens).items():
         names = f"{', '.join(titles)}: " if len(titles) < len(costs) else ""
         console.print(f"{names}{sizes}", markup=False, highlight=False)
     console.print(
         f"Predicted for the protocol cheetah in the forms for {chosen_for}, with two cores for both parties, without "
-        f"the set-up of a connection: {_describe_set_up(costs[0], kept + length)}.",
+        f"the set-up of a connection: {_describe_set_up(costs[0], kept + length + max_new_tokens - 1)}.",
         style="dim",
     )
+    if (acceptance := options.get("draft_acceptance")) is not None:
+        console.print(
+            f"Expected, if each draft is right with probability {acceptance:g} where those before it are.",
+            style="dim",
+        )
 
 
 def _first_phase_rows(costs: Sequence[PredictedCost], networks: Iterable[Network]) -> Iterator[tuple[str, ...]]:
@@ -62,6 +79,23 @@ def _first_phase_rows(costs: Sequence[PredictedCost], networks: Iterable[Network
         yield f"before, on {network.name}", *(format_seconds(project(cost, network)) for cost in costs)
 
 
+def _draft_rows(
+    costs: Sequence[PredictedCost], networks: Sequence[Network], new_tokens: int
+) -> Iterator[tuple[str, ...]]:
+    """What a pass takes, and a token of the answer, with drafts and without."""
+    yield "passes", *(f"{cost.passes:,.1f}" for cost in costs)
+    measures: dict[str, tuple[Callable[[PredictedCost], float], Callable[[float], str]]] = {
+        "MB": (lambda cost: cost.total_bytes / MEGA, lambda megabytes: f"{megabytes:,.1f}"),
+        "round trips": (lambda cost: cost.round_trips, lambda trips: f"{trips:,.0f}"),
+    }
+    for network in networks:
+        measures[f"on {network.name},"] = partial(project, network=network), format_seconds
+    for name, (measure, show) in measures.items():
+        yield f"{name} a pass", *(show(measure(cost) / cost.passes) for cost in costs)
+        yield f"{name} a token", *(show(measure(cost) / new_tokens) for cost in costs)
+        yield "  without drafts", *(show(measure(cost.plain) / new_tokens) for cost in costs)
+
+
 def _heading(cost: PredictedCost) -> str:
     """The architecture in lines of its parts; a model has its path before."""
     notation = cost.config.notation
@@ -69,13 +103,14 @@ def _heading(cost: PredictedCost) -> str:
     return name + notation.replace("+", "+\n")
 
 
-def _group_by_sizes(costs: list[PredictedCost], length: int) -> dict[str, list[str]]:
+def _group_by_sizes(costs: list[PredictedCost], length: int, new_tokens: int) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
+    answer = f", answer of {new_tokens:,}" if new_tokens > 1 else ""
     for cost in costs:
         config = cost.config
         sizes = (
             f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd:,}, vocabulary of "
-            f"{config.vocab_size:,}, prompt of {length:,} tokens"
+            f"{config.vocab_size:,}, prompt of {length:,} tokens{answer}"
         )
         groups.setdefault(sizes, []).append(cost.title)
     return groups

@@ -24,6 +24,21 @@ class DraftOptions:
     draft_tokens: int | None = Field(None, ge=1)
     draft_keep: Keep = ACCEPTED
 
+    @property
+    def tokens(self) -> int:
+        """
+        The most drafts that a pass verifies.
+
+        Raises:
+            `UserError`: If the options contradict each other.
+        """
+        if self.draft_keep != ACCEPTED and self.draft_tokens is not None:
+            raise UserError(
+                f"--draft-tokens is for --draft-keep {ACCEPTED}: with {self.draft_keep}, all tokens of the answer are "
+                "drafted."
+            )
+        return self.draft_tokens or DRAFT_TOKENS
+
 
 @dataclass(frozen=True)
 class LoadedDrafts:
@@ -44,12 +59,7 @@ def load_drafts(draft: str | Path, options: DraftOptions) -> LoadedDrafts:
     Raises:
         `UserError`: If it can't be loaded, or the options contradict each other.
     """
-    tokens = options.draft_tokens
-    if options.draft_keep != ACCEPTED and tokens is not None:
-        raise UserError(
-            f"--draft-tokens is for --draft-keep {ACCEPTED}: with {options.draft_keep}, all tokens of the answer are "
-            "drafted."
-        )
+    tokens = options.tokens
     check_model(draft)
     place = expanded(draft)
     try:
@@ -60,4 +70,4 @@ def load_drafts(draft: str | Path, options: DraftOptions) -> LoadedDrafts:
         raise UserError(f"--draft needs a model with its tokenizer: {error}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"--draft {draft} is no causal language model that can be loaded: {error}") from error
-    return LoadedDrafts(Drafts(DraftModel(model), tokens or DRAFT_TOKENS, options.draft_keep), tokenizer)
+    return LoadedDrafts(Drafts(DraftModel(model), tokens, options.draft_keep), tokenizer)

@@ -32,7 +32,7 @@ from entropy_gpt.training.progress import SILENT, Progress, Stage
 from .options import as_tuple, check_positive, with_argument_names
 from .output_folder import BENCHMARK
 from .private_answer import show_event
-from .private_cost import count_heads, predict_seconds
+from .private_cost import count_heads
 
 
 MEASURED, TABLE, PICTURE = BENCHMARK.record, "table.md", "costs.png"
@@ -165,7 +165,7 @@ class TablePlan:
 
 def predict_duration(plan: TablePlan) -> float:
     """About how many seconds the missing measurements take on two cores."""
-    return sum(predict_seconds(inference.predict()) for inference in plan.missing)
+    return sum(step.seconds for inference in plan.missing for step in inference.predict())
 
 
 def plan_table(

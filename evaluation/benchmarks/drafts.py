@@ -26,7 +26,15 @@ from entropy_gpt.evaluation.origin import ROOT
 from entropy_gpt.evaluation.private_inference.inference import TIMEOUT_SECONDS, serve_on_loopback
 from entropy_gpt.evaluation.private_inference.parties.client import Client
 from entropy_gpt.evaluation.private_inference.parties.draft_model import DraftModel
-from entropy_gpt.evaluation.private_inference.parties.drafts import ACCEPTED, DRAFT_TOKENS, PROMPT, Drafts, next_span
+from entropy_gpt.evaluation.private_inference.parties.drafts import (
+    ACCEPTED,
+    DRAFT_TOKENS,
+    PROMPT,
+    Drafts,
+    expected_passes,
+    most_drafts,
+    next_span,
+)
 from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.sampling import GREEDY
 from entropy_gpt.evaluation.private_inference.parties.slow_link import SlowLink
@@ -52,6 +60,8 @@ TEXT = "def main("
 # Code that neither model has seen, for prompts whose passes are counted in the clear, and the length of each.
 UNSEEN, PROMPTS, PROMPT_LENGTH = ROOT / "training" / "corpus.py", 64, 16
 NEW_TOKENS, QUICK_TOKENS = 16, 4
+# As exact as a found share is.
+ACCEPTANCE_BITS = 20
 WITHOUT = "without drafts"
 WAYS = {WITHOUT: None, f"`--draft-keep {ACCEPTED}`": ACCEPTED, f"`--draft-keep {PROMPT}`": PROMPT}
 
@@ -168,6 +178,30 @@ def count_passes(
     return passes
 
 
+def find_acceptance(passes: float, length: int, new_tokens: int, drafts: int, keep: str) -> float:
+    """With which probability of right drafts this many passes are to be expected."""
+    first, low, high = Span(0, length + drafts, 1 + drafts), 0.0, 1.0
+    for _ in range(ACCEPTANCE_BITS):
+        middle = (low + high) / 2
+        expected = sum(expected_passes(first, new_tokens, drafts, keep, middle).values())
+        low, high = (middle, high) if expected > passes else (low, middle)
+    return low
+
+
+def _describe_acceptance(record: Record) -> str:
+    way, answer = next((way, answer) for way, answer in record.answers.items() if answer.verified)
+    keep, new_tokens = WAYS[way], len(answer.tokens)
+    passes = mean(record.passes[way])
+    elsewhere = find_acceptance(passes, PROMPT_LENGTH, new_tokens, most_drafts(DRAFT_TOKENS, keep, new_tokens), keep)
+    right = sum(right for _, right in answer.verified)
+    judged = right + sum(right < drafts for drafts, right in answer.verified)
+    return f"""
+Each pass has one wrong draft at most, after which drafts are not looked at. Where those before were right, {right} of
+{judged} were. The passes elsewhere are those to be expected if {elsewhere:.0%} are. `private cost` takes such a share:
+`--draft-acceptance {elsewhere:.2f}`.
+"""
+
+
 def page(record: Record | None) -> str:
     """The page of the documentation that shows the record, or says that there is none yet."""
     if record is None:
@@ -200,7 +234,7 @@ text is the same in all ways. Seconds are without the set-up of the connection.
 
 "Elsewhere" are {PROMPTS} prompts of {PROMPT_LENGTH} tokens, of code that neither model has seen: mean and range,
 counted in the clear.
-
+{_describe_acceptance(record)}
 Measured with {list_settings(model.versions)}; commit {record.git_revision}; {model.machine}.
 {record.remark or ""}
 """

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from entropy_gpt.evaluation.json_records import RECORD
 from modeling_entropy_gpt import EntropyGPTPreTrainedModel
 from modeling_entropy_gpt.attention_functions import log_function, row_floors
-from modeling_entropy_gpt.blockwise_attention import LOG2_E
+from modeling_entropy_gpt.attention_weights import LOG2_E
 from modeling_entropy_gpt.entropy_attention import attend_rows
 
 from .modes import evaluation_mode

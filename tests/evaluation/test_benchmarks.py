@@ -18,8 +18,10 @@ from entropy_gpt.evaluation.benchmarks import (
     training_step,
     two_phases,
 )
+from entropy_gpt.evaluation.private_inference.parties.drafts import expected_passes
 from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost, StepCost
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.program.steps import Span
 
 
 BENCHMARKS = [conversion, entropy_attention, evaluation, private_inference, range_check, ring, training_step]
@@ -91,8 +93,15 @@ def test_an_answer_with_drafts_is_compared_with_the_one_without(tmp_path):
     page = drafts.page(record)
     assert f"| {without} | 4 |  | 40 | 1.00 | 8 | 16 | 1 |" in page
     assert f"| {accepted} | 2 | 2 of 3 | 10 | 0.25 | 3 | 6 | 2.3 (1 to 4) |" in page
+    assert "Where those before were right, 2 of\n3 were." in page
     record.save(tmp_path / "record.json")
     assert drafts.Record.load(tmp_path / "record.json") == record
+
+
+@pytest.mark.parametrize("keep", ["accepted", "prompt"])
+def test_the_share_of_right_drafts_is_found_by_how_many_passes_there_were(keep):
+    passes = sum(expected_passes(Span(0, 24, 9), 9, 8, keep, 0.7).values())
+    assert drafts.find_acceptance(passes, 16, 9, 8, keep) == pytest.approx(0.7, abs=1e-5)
 
 
 def test_two_phases_are_compared_with_one(tmp_path, monkeypatch):

@@ -511,9 +511,9 @@ def test_a_mask_that_hides_later_keys_alone_is_none(kind, lengths):
     states = make_states(*lengths)
     is_causal = kind == "padding of none"
     visible = torch.ones(lengths, dtype=torch.bool) if kind == "all" else later
-    with mock.patch.object(module, "_hide", wraps=module._hide) as hide:
+    with mock.patch.object(module, "_seen", wraps=module._seen) as seen:
         assert_same(entropy_attention(*states, mask, is_causal, SCALING), naive(*states, visible, SCALING), states)
-    assert {call.args[1] for call in hide.call_args_list} == {None}
+    assert {call.args[0] for call in seen.call_args_list} == {None}
 
 
 @pytest.mark.parametrize("how", ["numpy", "data", "inference mode"])

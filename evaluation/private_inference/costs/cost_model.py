@@ -6,7 +6,9 @@ was measured (`program/prices.json`; `price_fitting.py` measures anew).
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Self
 
 from pydantic.dataclasses import dataclass
 
@@ -14,7 +16,7 @@ from entropy_gpt.conversion.folding import fold, list_absorbable_ffns
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 from entropy_gpt.evaluation.private_inference.program.counting import Shape, StepCounts, Stock, count_step, make_shape
-from entropy_gpt.evaluation.private_inference.program.prices import Prices, load_prices, price_of
+from entropy_gpt.evaluation.private_inference.program.prices import Prices, load_prices, price_of, seconds_of
 from entropy_gpt.evaluation.private_inference.program.program import build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span, Step
@@ -35,12 +37,19 @@ class PredictedStep:
         layer (`int`, *optional*): `None` around the blocks.
         total_bytes (`float`): Sent by both parties.
         round_trips (`float`): As in [`StepCost`].
+        seconds (`float`): That two processes compute on two cores, about, without what a network takes.
     """
 
     operation: str
     layer: int | None
     total_bytes: float
     round_trips: float
+    seconds: float
+
+    def times(self, count: float) -> Self:
+        """The step, this many times."""
+        measures = ("total_bytes", "round_trips", "seconds")
+        return replace(self, **{name: count * getattr(self, name) for name in measures})
 
 
 def program_config(config: EntropyGPTConfig) -> EntropyGPTConfig:
@@ -68,8 +77,7 @@ def count_steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span)
         `PrivateInferenceError`: As [`build_steps`], or for another protocol than Cheetah.
     """
     _check_counted(settings)
-    config = program_config(config)
-    return _count(build_steps(config, settings, span), program_variables(config, settings, span), settings)
+    return _count_pass(program_config(config), settings, span)
 
 
 def predict(
@@ -88,6 +96,26 @@ def predict(
         `PrivateInferenceError`: As [`count_steps`].
     """
     return _price(count_steps(config, settings, span), prices)
+
+
+def predict_passes(
+    config: EntropyGPTConfig, settings: PrivateSettings, passes: Mapping[Span, float]
+) -> list[PredictedStep]:
+    """
+    What the steps of several passes take.
+
+    Args:
+        config, settings: As of [`predict`].
+        passes (`Mapping[Span, float]`): How often each is computed, or is to be expected.
+
+    Raises:
+        `PrivateInferenceError`: As [`count_steps`].
+    """
+    _check_counted(settings)
+    config = program_config(config)
+    return [
+        step.times(count) for span, count in passes.items() for step in _price(_count_pass(config, settings, span))
+    ]
 
 
 def predict_phases(
@@ -114,15 +142,26 @@ def predict_phases(
     return _price(before), _price(after)
 
 
+def _count_pass(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> list[tuple[Step, StepCounts]]:
+    """Of a [`program_config`]."""
+    return _count(build_steps(config, settings, span), program_variables(config, settings, span), settings)
+
+
 def _count(steps: list[Step], variables: dict[str, Shape], settings: PrivateSettings) -> list[tuple[Step, StepCounts]]:
     stock = Stock()
     return [(step, count_step(step, variables, settings, stock)) for step in steps]
 
 
 def _price(counted: list[tuple[Step, StepCounts]], prices: Prices | None = None) -> list[PredictedStep]:
-    prices = prices or load_prices()
+    prices = (prices or load_prices()).bytes
     return [
-        PredictedStep(step.operation, step.layer, price_of(counts.parts, prices.bytes), counts.round_trips)
+        PredictedStep(
+            step.operation,
+            step.layer,
+            price_of(counts.parts, prices),
+            counts.round_trips,
+            seconds_of(counts.parts, counts.work, prices),
+        )
         for step, counts in counted
     ]
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from entropy_gpt.conversion.embeddings import read_embeddings
 from entropy_gpt.conversion.errors import UserError
 from entropy_gpt.evaluation.errors import EmbeddingsError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.program.cost import StepCost
@@ -21,7 +20,7 @@ from .preparations import LostHalfError, hash_terms, is_lost
 from .question import Question, check_request
 from .session import Outcome, Session, free_port
 from .store import Store
-from .tables import TableCache, Tables, check_public, count_bytes, decode_table
+from .tables import PublicTables, TableCache, Tables, check_public, count_bytes, decode_table, read_public
 from .terms import HANDSHAKE_SECONDS, PROTOCOL_VERSION, read_terms
 from .tunnel import ClientTunnel
 
@@ -60,7 +59,7 @@ class Client:
     ):
         self.store = None if prepared is None else Store(prepared, CLIENT)
         # Before the connection: a server waits for no download.
-        public = None if public_checkpoint is None else read_embeddings(public_checkpoint).tables
+        public = None if public_checkpoint is None else read_public(public_checkpoint)
         self._connect = lambda: connect(host, port, tls)
         self.timeout_seconds = timeout_seconds
         self._tunnel: ClientTunnel | None = None
@@ -85,7 +84,7 @@ class Client:
                 f"{TRUST[offered]}. Ask for it with --protocol, if that will do."
             )
 
-    def _find_tables(self, public_checkpoint: str | Path | None, public: Tables | None) -> Tables | None:
+    def _find_tables(self, public_checkpoint: str | Path | None, public: PublicTables | None) -> Tables | None:
         """What embeddings are looked up in; `None` if the server has to send it."""
         terms = self.terms
         shapes = {name: weight_shapes(terms.config)[name] for name in terms.tables}
@@ -102,7 +101,7 @@ class Client:
                 "a copy with --public-checkpoint, a folder or a repository on the Hub."
             )
         check_public(public, public_checkpoint, terms.checkpoint, terms.tables, shapes)
-        return public
+        return public.tables
 
     def check_tokenizer(
         self,
@@ -308,7 +307,7 @@ class Client:
             shape = weight_shapes(self.terms.config)[name]
             content = self.channel.receive_bytes(count_bytes(shape, table.precision), self.timeout_seconds)
             tables[name], size = decode_table(content, table, shape), size + len(content)
-        TableCache().keep(tables)
+        TableCache().keep(tables, self.terms.tables)
         self._tables = tables
         return StepCost("tables", None, 0, size, 0, 1, 0.0, time.perf_counter() - started)
 

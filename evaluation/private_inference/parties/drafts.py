@@ -52,8 +52,13 @@ class Drafts:
     keep: Keep = ACCEPTED
 
     def most(self, new_tokens: int) -> int:
-        """The most drafts that a pass verifies, in an answer of this many tokens; public."""
-        return min(self.tokens, new_tokens - 1) if self.keep == ACCEPTED else new_tokens - 1
+        """As of [`most_drafts`]; public."""
+        return most_drafts(self.tokens, self.keep, new_tokens)
+
+
+def most_drafts(tokens: int, keep: Keep, new_tokens: int) -> int:
+    """The most drafts that a pass verifies, in an answer of this many tokens. Arguments as of [`Drafts`]."""
+    return min(tokens, new_tokens - 1) if keep == ACCEPTED else new_tokens - 1
 
 
 def least_positions(length: int, new_tokens: int, answers: int, drafts: int) -> int:
@@ -87,6 +92,33 @@ def next_span(length: int, new_tokens: int, known: int, drafts: int, keep: Keep)
     start = length + known - 1 if keep == ACCEPTED else length
     end = length + min(known + drafts, new_tokens - 1)
     return Span(start, end - start, end - start)
+
+
+def expected_passes(first: Span, new_tokens: int, drafts: int, keep: Keep, acceptance: float) -> dict[Span, float]:
+    """
+    How often each pass of an answer is to be expected, where each draft after right ones is right with one probability
+    (Leviathan et al.).
+
+    Args:
+        first ([`Span`]): The pass over the prompt and its drafts.
+        new_tokens (`int`): Tokens of the answer.
+        drafts (`int`): The most drafts of a pass; 0 without drafts.
+        keep (`str`): As of [`Drafts`].
+        acceptance (`float`): This probability.
+    """
+    length, passes = first.end - drafts, {}
+    # How probable it is that a pass begins with this many tokens known.
+    begins = [1.0, *[0.0] * new_tokens]
+    for known in range(new_tokens):
+        if not begins[known]:
+            continue
+        span = next_span(length, new_tokens, known, drafts, keep) if known else first
+        passes[span] = passes.get(span, 0.0) + begins[known]
+        drafted = span.end - length - known
+        for right in range(drafted + 1):
+            rest = 1.0 if right == drafted else 1.0 - acceptance
+            begins[known + right + 1] += begins[known] * acceptance**right * rest
+    return passes
 
 
 def write_next(span: Span | None) -> bytes:

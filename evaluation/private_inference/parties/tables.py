@@ -6,18 +6,21 @@ sent once.
 """
 
 import contextlib
+import functools
 import hashlib
 import logging
 import math
 import os
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import StringConstraints
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as record
 
+from entropy_gpt.conversion.embeddings import FILES, find_folder, read_embeddings
 from entropy_gpt.evaluation.errors import EmbeddingsError, PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
 
@@ -34,7 +37,7 @@ HALF_BITS = 16
 MOST_KEPT = 8
 
 
-@dataclass(config=RECORD, frozen=True)
+@record(config=RECORD, frozen=True)
 class TableTerms:
     """
     What a client learns of a table at first.
@@ -52,7 +55,7 @@ class TableTerms:
         return cls(hash_table(table), _find_precision(table))
 
 
-@dataclass(config=RECORD, frozen=True)
+@record(config=RECORD, frozen=True)
 class PublicCheckpoint:
     """
     Where a server has found its tables. To a client these are words: it loads nothing by them.
@@ -99,8 +102,48 @@ def decode_table(content: bytes, terms: TableTerms, shape: tuple[int, ...]) -> n
     return table.reshape(shape)
 
 
+@dataclass(frozen=True)
+class PublicTables:
+    """
+    A client's copy of public embeddings.
+
+    Args:
+        tables (`dict`): Which nobody changes.
+        hashes (`dict[str, str]`): SHA-256 of each.
+    """
+
+    tables: Tables
+    hashes: dict[str, str]
+
+
+def read_public(source: str | Path) -> PublicTables:
+    """
+    The embeddings of a checkpoint, read and hashed once a process as long as its files stay as they are.
+
+    Raises:
+        `ConversionError`: As [`read_embeddings`].
+    """
+    folder = find_folder(source).resolve()
+    return _read_unchanged(folder, tuple(sorted(map(_describe_file, folder.glob(FILES)))))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_unchanged(folder: Path, files: tuple) -> PublicTables:
+    # Copies: what is read may be a map of the file, and change with it.
+    tables = {name: np.array(table) for name, table in read_embeddings(folder).tables.items()}
+    for table in tables.values():
+        table.setflags(write=False)
+    return PublicTables(tables, {name: hash_table(table) for name, table in tables.items()})
+
+
+def _describe_file(path: Path) -> tuple[str, int, int, int]:
+    """What changes with a file's content."""
+    state = path.stat()
+    return path.name, state.st_ino, state.st_size, state.st_mtime_ns
+
+
 def check_public(
-    tables: Tables,
+    public: PublicTables,
     place: str | Path,
     checkpoint: PublicCheckpoint,
     terms: dict[str, TableTerms],
@@ -110,7 +153,7 @@ def check_public(
     Compares a client's copy of public embeddings with the server's.
 
     Args:
-        tables (`dict`): The copy.
+        public ([`PublicTables`]): The copy.
         place (`str` or `Path`): Where that lies, by the client's word: a folder, or a repository on the Hub.
         checkpoint ([`PublicCheckpoint`]), terms (`dict`): What the server names.
         shapes (`dict`): Those of the model's tables.
@@ -118,8 +161,8 @@ def check_public(
     Raises:
         `EmbeddingsError`: If it is not what the server names, to the last bit.
     """
-    for name, table in tables.items():
-        if table.shape != shapes[name] or hash_table(table) != terms[name].hash:
+    for name, table in public.tables.items():
+        if table.shape != shapes[name] or public.hashes[name] != terms[name].hash:
             raise EmbeddingsError(
                 f"{name} of {place} is not the server's, which has the embeddings of {checkpoint}, {shapes[name]} "
                 f"numbers with the SHA-256 {terms[name].hash}: name a copy of these with --public-checkpoint."
@@ -150,12 +193,15 @@ class TableCache:
         found = {name: self._read(table.hash, shapes[name]) for name, table in terms.items()}
         return None if any(table is None for table in found.values()) else found
 
-    def keep(self, tables: Tables):
-        """Tables for the next connection. Where they can't be kept, a line says so: they are sent again then."""
+    def keep(self, tables: Tables, terms: dict[str, TableTerms]):
+        """
+        Tables for the next connection, which have the hashes of their terms. Where they can't be kept, a line says so:
+        they are sent again then.
+        """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for table in tables.values():
-                self._write(table)
+            for name, table in tables.items():
+                self._write(table, terms[name].hash)
             for path in sorted(self.folder.iterdir(), key=_last_used)[:-MOST_KEPT]:
                 path.unlink(missing_ok=True)
         except OSError as error:
@@ -175,8 +221,7 @@ class TableCache:
             os.utime(path)
         return np.frombuffer(content, DTYPES["float32"]).astype(np.float32).reshape(shape)
 
-    def _write(self, table: np.ndarray):
-        name = hash_table(table)
+    def _write(self, table: np.ndarray, name: str):
         part = self.folder / f"{name}.{secrets.token_hex(8)}"
         try:
             part.touch(mode=0o600, exist_ok=False)

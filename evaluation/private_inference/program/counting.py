@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arithmetic import CheapArithmetic
-from .ciphertexts import HALVES, SLOTS, Counts, count_product
+from .ciphertexts import HALVES, SLOTS, Counts, count_product, count_work
 from .settings import SERVER, PrivateSettings
 from .steps import Step
 
@@ -108,10 +108,12 @@ class StepCounts:
     Args:
         parts (`Counts`): What has a price in bytes.
         waits (`Counts`): What there are `ROUND_TRIPS` of.
+        work (`Counts`): What a party computes for its side of products of matrices.
     """
 
     parts: Counts
     waits: Counts
+    work: Counts
 
     @property
     def round_trips(self) -> float:
@@ -146,7 +148,7 @@ class CountingArithmetic(CheapArithmetic):
 
     def __init__(self, settings: PrivateSettings, stock: Stock):
         super().__init__(np, settings)
-        self.stock, self.counts, self.waits = stock, Counter(), Counter()
+        self.stock, self.counts, self.waits, self.work = stock, Counter(), Counter(), Counter()
 
     def matmul(self, left, right):
         return self._multiply_batch(self._matmul, left, right)
@@ -186,8 +188,12 @@ class CountingArithmetic(CheapArithmetic):
         matrices = math.prod(left.shape[:-2])
         # With two shared factors, each party multiplies its share by both of the other's.
         times = matrices * (2 if _owner(left) is None and _owner(right) is None else 1)
-        for part, count in count_product(rows, inner, columns).items():
+        product = count_product(rows, inner, columns)
+        for part, count in product.items():
             self.counts[part] += times * count
+        # Both parties multiply at once.
+        for part, count in (product | count_work(rows, inner, columns)).items():
+            self.work[part] += matrices * count
         # Those of a batch come one after the other, with a round trip between.
         self.waits[PRODUCTS] += 2 * matrices - 1
         return make_shape(shape, None, RING)
@@ -357,4 +363,4 @@ def count_step(step: Step, variables: dict[str, Shape], settings: PrivateSetting
     results = step.function(arithmetic, *(variables[name] for name in step.inputs))
     results = results if isinstance(results, tuple) else (results,)
     variables.update(zip(step.outputs, results, strict=True))
-    return StepCounts(dict(arithmetic.counts), dict(arithmetic.waits))
+    return StepCounts(dict(arithmetic.counts), dict(arithmetic.waits), dict(arithmetic.work))

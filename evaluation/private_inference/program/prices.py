@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from entropy_gpt.evaluation.json_records import RECORD, StoredRecord
 
-from .ciphertexts import ANSWERS, INPUTS, LONE_ANSWERS, PACKINGS, POLYNOMIALS, Counts
+from .ciphertexts import ANSWERS, COEFFICIENTS, INPUTS, LONE_ANSWERS, PACKINGS, POLYNOMIALS, Counts
 from .settings import PrivateSettings
 
 
@@ -16,6 +16,8 @@ PRICES = Path(__file__).parent / "prices.json"
 WORK_SECONDS = {INPUTS: 5e-3, ANSWERS: 5e-3, LONE_ANSWERS: 1e-2, POLYNOMIALS: 1.7e-4, PACKINGS: 3.6e-3}
 # The same for each byte of what compares and multiplies numbers.
 WORK_A_BYTE = 5e-8
+# What is sent for products of matrices.
+OF_PRODUCTS = (INPUTS, ANSWERS, LONE_ANSWERS, COEFFICIENTS)
 
 
 @dataclass(config=RECORD)
@@ -74,3 +76,16 @@ def price_of(counts: Counts, prices: dict[str, float]) -> float:
 def work_of(counts: Counts) -> float:
     """Seconds of a party for its side of products of matrices."""
     return sum(seconds * counts.get(part, 0) for part, seconds in WORK_SECONDS.items())
+
+
+def seconds_of(parts: Counts, work: Counts, prices: dict[str, float]) -> float:
+    """
+    About how long two parties compute, each with a core of its own, without what a network takes.
+
+    Args:
+        parts (`Counts`): What is sent.
+        work (`Counts`): What a party computes for products of matrices.
+        prices (`dict[str, float]`): Bytes of each part.
+    """
+    numbers = {part: count for part, count in parts.items() if part not in OF_PRODUCTS}
+    return work_of(work) + WORK_A_BYTE * price_of(numbers, prices)

@@ -1,7 +1,11 @@
 """Drafts that are verified: the same answers, what a server lets a client choose, and what it counts."""
 
 import contextlib
+import itertools
 import json
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +26,7 @@ from entropy_gpt.evaluation.private_inference.parties.drafts import (
     ACCEPTED,
     PROMPT,
     Drafts,
+    expected_passes,
     least_positions,
     next_span,
     read_next,
@@ -65,6 +70,36 @@ def test_every_pass_of_an_honest_client_is_one_that_the_server_allows(length, ne
         assert read_next(write_next(span), length, new_tokens, drafts, kept) == span
     assert known == new_tokens
     assert passes <= new_tokens
+
+
+def walk(span: Span | None, new_tokens: int, drafts: int, keep: str, is_right: Sequence[bool]) -> list[Span]:
+    """The passes of an answer of which it is known whether the draft of each token would be right."""
+    length, known, passes = span.end - drafts, 0, []
+    while span is not None:
+        passes.append(span)
+        drafted = is_right[known : span.end - length]
+        known += ([*drafted, False].index(False)) + 1
+        span = next_span(length, new_tokens, known, drafts, keep)
+    return passes
+
+
+@pytest.mark.parametrize(
+    ("drafts", "keep", "acceptance"),
+    [(0, ACCEPTED, 0.3), (2, ACCEPTED, 0.3), (2, ACCEPTED, 0.0), (5, ACCEPTED, 1.0), (5, PROMPT, 0.7)],
+)
+def test_expected_passes_are_those_of_all_answers_by_how_probable_they_are(drafts, keep, acceptance):
+    first, expected = Span(0, 4 + drafts, 1 + drafts), Counter()
+    for is_right in itertools.product((False, True), repeat=NEW_TOKENS):
+        probability = math.prod(acceptance if right else 1 - acceptance for right in is_right)
+        for span in walk(first, NEW_TOKENS, drafts, keep, is_right):
+            expected[span] += probability
+    found = expected_passes(first, NEW_TOKENS, drafts, keep, acceptance)
+    assert found == pytest.approx({span: count for span, count in expected.items() if count})
+
+
+def test_long_answers_have_the_tokens_a_pass_that_leviathan_has():
+    found = expected_passes(Span(0, 12, 9), 4000, 8, ACCEPTED, 0.8)
+    assert 4000 / sum(found.values()) == pytest.approx((1 - 0.8**9) / (1 - 0.8), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tables that a client looks embeddings up in: known by their hashes, sent as short as they are, kept, and refused."""
 
 import hashlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropy_gpt.conversion.embeddings import read_embeddings
 from entropy_gpt.evaluation.errors import EmbeddingsError, PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import may_be_told
 from entropy_gpt.evaluation.private_inference.parties.tables import (
@@ -23,6 +23,7 @@ from entropy_gpt.evaluation.private_inference.parties.tables import (
     count_bytes,
     decode_table,
     encode_table,
+    read_public,
 )
 from tests.architectures import make_model
 
@@ -40,6 +41,19 @@ def make_tables(seed: int = 0) -> dict[str, np.ndarray]:
 def describe(tables: dict[str, np.ndarray]) -> tuple[dict[str, TableTerms], dict[str, tuple[int, ...]]]:
     terms = {name: TableTerms.of(table) for name, table in tables.items()}
     return terms, {name: table.shape for name, table in tables.items()}
+
+
+def make_described() -> tuple[dict[str, np.ndarray], dict[str, TableTerms]]:
+    tables = make_tables()
+    return tables, describe(tables)[0]
+
+
+def flip_bit(file: Path, name: str):
+    """The lowest bit of the first number of a tensor, in place."""
+    content = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[header + json.loads(content[8:header])[name]["data_offsets"][0]] ^= 1
+    file.write_bytes(content)
 
 
 def are_equal(ours: dict[str, np.ndarray] | None, theirs: dict[str, np.ndarray]) -> bool:
@@ -81,22 +95,35 @@ class TestPublicOnes:
         return {name: getattr(body, name).weight.detach().numpy().copy() for name in ("wte", "wpe")}
 
     def test_a_copy_is_taken_if_it_is_the_same_whatever_its_name(self, copy, own):
-        check_public(read_embeddings(copy).tables, copy, CHECKPOINT, *describe(own))
+        check_public(read_public(copy), copy, CHECKPOINT, *describe(own))
 
     @pytest.mark.parametrize("name", ["wte", "wpe"])
     def test_one_bit_is_enough_to_refuse_it_in_a_line(self, name, copy, own):
         own[name].view(np.uint32)[-1, -1] ^= 1
         with pytest.raises(EmbeddingsError, match="name a copy of these with --public-checkpoint") as refused:
-            check_public(read_embeddings(copy).tables, copy, CHECKPOINT, *describe(own))
+            check_public(read_public(copy), copy, CHECKPOINT, *describe(own))
         said = str(refused.value)
         assert said.startswith(f"{name} of {copy} is not the server's")
         assert f"openai-community/gpt2 (revision 0123abc), {own[name].shape} numbers with the SHA-256" in said
         assert "\n" not in said and not may_be_told(refused.value)  # the server needs no paths of this machine
 
+    def test_it_is_read_once_as_long_as_its_files_stay_as_they_are(self, copy, own):
+        public = read_public(copy)
+        assert read_public(str(copy)) is public
+        flip_bit(copy / "model.safetensors", "transformer.wte.weight")
+        # What was read and hashed is what is used, whatever becomes of the file; and a changed one is read anew.
+        assert are_equal(public.tables, own)
+        changed = read_public(copy)
+        assert changed is not public
+        with pytest.raises(EmbeddingsError, match="is not the server's"):
+            check_public(changed, copy, CHECKPOINT, *describe(own))
+        with pytest.raises(ValueError, match="read-only"):
+            public.tables["wte"][0, 0] = 0.0
+
     def test_so_is_another_shape(self, copy, own):
         terms, shapes = describe(own)
         with pytest.raises(EmbeddingsError, match="wte of"):
-            check_public(read_embeddings(copy).tables, copy, CHECKPOINT, terms, shapes | {"wte": shapes["wte"][::-1]})
+            check_public(read_public(copy), copy, CHECKPOINT, terms, shapes | {"wte": shapes["wte"][::-1]})
 
 
 class TestCache:
@@ -107,7 +134,7 @@ class TestCache:
     def test_what_is_kept_is_found_again_and_nobody_else_can_read_it(self, cache):
         tables = make_tables()
         assert cache.load(*describe(tables)) is None
-        cache.keep(tables)
+        cache.keep(tables, describe(tables)[0])
         assert are_equal(cache.load(*describe(tables)), tables)
         assert cache.load(*describe(make_tables(1))) is None
         assert len(files := list(cache.folder.iterdir())) == len(tables)
@@ -117,25 +144,25 @@ class TestCache:
     @pytest.mark.parametrize("change", ["cut", "cut within a number", "one bit"])
     def test_what_is_damaged_is_not_taken_and_replaced(self, change, cache):
         tables = make_tables()
-        cache.keep(tables)
+        cache.keep(tables, describe(tables)[0])
         path = cache.folder / TableTerms.of(tables["wte"]).hash
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes({"cut": content[:-4], "cut within a number": content[:-3], "one bit": content}[change])
         assert cache.load(*describe(tables)) is None
-        cache.keep(tables)
+        cache.keep(tables, describe(tables)[0])
         assert are_equal(cache.load(*describe(tables)), tables)
 
     def test_a_hash_of_other_sizes_finds_nothing(self, cache):
         tables = make_tables()
-        cache.keep(tables)
+        cache.keep(tables, describe(tables)[0])
         terms, shapes = describe(tables)
         assert cache.load(terms, shapes | {"wte": (7, 5)}) is None
 
     def test_those_go_that_were_not_used_for_the_longest_time(self, cache):
         kept = [make_tables(seed) for seed in range(MOST_KEPT)]
         for number, tables in enumerate(kept):
-            cache.keep(tables)
+            cache.keep(tables, describe(tables)[0])
             for table in tables.values():
                 if (path := cache.folder / TableTerms.of(table).hash).exists():
                     os.utime(path, (number, number))
@@ -148,7 +175,7 @@ class TestCache:
         cache.folder.parent.mkdir()
         cache.folder.write_text("a file")
         with caplog.at_level(logging.WARNING):
-            cache.keep(make_tables())
+            cache.keep(*make_described())
         assert f"can't be kept ([Errno 17] File exists: '{cache.folder}')" in caplog.text
 
     def test_without_a_home_nothing_is_kept_and_nothing_fails(self, monkeypatch, caplog):
@@ -160,7 +187,7 @@ class TestCache:
         assert TableCache().load({}, {}) == {}
         assert TableCache().load(*describe(make_tables())) is None
         with caplog.at_level(logging.WARNING):
-            TableCache().keep(make_tables())
+            TableCache().keep(*make_described())
         assert "can't be kept (there is no home directory" in caplog.text
 
     def test_a_write_that_fails_leaves_nothing(self, cache, monkeypatch):
@@ -168,7 +195,7 @@ class TestCache:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", fail)
-        cache.keep(make_tables())
+        cache.keep(*make_described())
         assert not list(cache.folder.iterdir())
 
     def test_it_lies_where_a_users_caches_are(self, monkeypatch, tmp_path):
