@@ -1,8 +1,7 @@
 """Options of `entropy-gpt convert`, which simplifies a trained GPT-2 and measures the cost of each step."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,23 +11,6 @@ from entropy_gpt.workflows.output_folder import CONVERSION
 
 from .paths import read_path
 from .text_options import DataConfig, EndOfText, Split, TextColumn
-
-
-class Norm(StrEnum):
-    layernorm = "layernorm"
-    static = "static"
-    none = "none"
-
-
-class Activation(StrEnum):
-    gelu = "gelu"
-    gelu_new = "gelu_new"
-
-
-class Schedule(StrEnum):
-    none = "none"
-    gate = "gate"
-    staircase = "staircase"
 
 
 def convert(
@@ -54,13 +36,14 @@ def convert(
     ] = None,
     eos_token: EndOfText = None,
     activation: Annotated[
-        Activation | None,
+        Literal["gelu", "gelu_new"] | None,
         typer.Option(
             help="The activation of a nanoGPT file: gelu (default), or gelu_new, which nanoGPT used before June 2023."
         ),
     ] = None,
     final_norm: Annotated[
-        Norm | None, typer.Option(help="The norm before the head (default: that of the source).")
+        Literal["layernorm", "static", "none"] | None,
+        typer.Option(help="The norm before the head (default: that of the source)."),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -93,12 +76,12 @@ def convert(
         int, typer.Option(min=0, help="Training steps after the removal, or during it with --schedule.")
     ] = 0,
     schedule: Annotated[
-        Schedule,
+        Literal["none", "gate", "staircase"],
         typer.Option(
             help="When healing removes: before its first step (none), gradually and everywhere at once (gate), or one "
             "part after another (staircase)."
         ),
-    ] = Schedule.none,
+    ] = "none",
     distill: Annotated[
         bool, typer.Option("--distill", help="Learn from the original's predictions too, at equal weight.")
     ] = False,

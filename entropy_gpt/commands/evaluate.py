@@ -1,8 +1,7 @@
 """`entropy-gpt evaluate`: measures perplexity, attention heads, operations and task scores of models."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,12 +11,6 @@ from entropy_gpt.workflows.output_folder import EVALUATION
 
 from .paths import read_path
 from .text_options import DataConfig, EndOfText, Split, TextColumn
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _list_tasks(tasks: str | None) -> str | None:
@@ -110,7 +103,9 @@ def evaluate(
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens in one forward pass. They affect speed and memory, not results.")
     ] = 4096,
-    dtype: Annotated[Dtype, typer.Option(help="The type of weights and computation.")] = Dtype.float32,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="The type of weights and computation.")
+    ] = "float32",
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. Default: a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples that lm-eval draws.")] = 0,
     output: Annotated[Path, typer.Option(callback=read_path, help="Folder for numbers and pictures.")] = Path(

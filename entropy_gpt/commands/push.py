@@ -1,19 +1,13 @@
 """`entropy-gpt push`: checks a trained model and sends it to the Hub."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from entropy_gpt.conversion.early_checks import check_model, check_path
 
 from .paths import read_path, read_paths
-
-
-class Folded(StrEnum):
-    beside = "beside"
-    instead = "instead"
 
 
 Model = Annotated[
@@ -53,7 +47,7 @@ def push(
     results: Results = None,
     licence: Licence = None,
     folded: Annotated[
-        Folded | None,
+        Literal["beside", "instead"] | None,
         typer.Option(
             help="Send the model folded for inference: next to the model, in a folder of its own, or instead of it.",
         ),

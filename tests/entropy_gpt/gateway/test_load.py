@@ -21,6 +21,7 @@ from entropy_gpt.evaluation.private_inference.parties.question import Question
 from entropy_gpt.evaluation.private_inference.parties.terms import PROTOCOL_VERSION
 from entropy_gpt.workflows.certificates import make_certificates
 from entropy_gpt.workflows.private_client import PrivateClient
+from tests.waiting import eventually
 
 from .conftest import SECONDS
 
@@ -83,13 +84,6 @@ def serving(model: Path, certificates: Path, *options):
             yield process, address, lines
         finally:
             process.kill()
-
-
-def eventually(holds) -> bool:
-    end = time.monotonic() + SECONDS
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.1)
-    return holds()
 
 
 def state(lines: list[str]) -> dict:
@@ -227,7 +221,7 @@ def test_every_honest_client_has_its_answer(model, certificates, clear):
         engine = alone.peak - held(server)
         assert alone.children == 1
         assert engine > MORE_MEMORY  # so that one more than there may be would be noticed
-        assert eventually(lambda: not server.children())
+        assert eventually(lambda: not server.children(), SECONDS)
         before, descriptors = held(server), server.num_fds()
         with Memory(server) as load, ThreadPoolExecutor(CLIENTS) as pool, contextlib.ExitStack() as stack:
             for stop in SILENT:
@@ -243,7 +237,7 @@ def test_every_honest_client_has_its_answer(model, certificates, clear):
         assert "waiting" in waited
         assert load.children == WORKERS
         assert before + engine < load.peak < before + WORKERS * engine + MORE_MEMORY  # not all are largest at once
-        assert eventually(lambda: not server.children() and server.num_fds() <= descriptors)
+        assert eventually(lambda: not server.children() and server.num_fds() <= descriptors, SECONDS)
         assert held(server) < before + MORE_MEMORY
         assert state(lines) == {"status": "ok", "workers": WORKERS, "active": 0, "waiting": 0}
         facts = [json.loads(line) for line in lines]

@@ -44,8 +44,9 @@ from entropy_gpt.evaluation.private_inference.program.program import ProgramConf
 from entropy_gpt.evaluation.private_inference.program.settings import CLIENT
 from entropy_gpt.evaluation.private_inference.program.steps import Span
 from tests.architectures import make_model
+from tests.waiting import eventually
 
-from .test_server_and_client import SECONDS, Oracle, Served, eventually, make_offer, serving
+from .serving import SECONDS, Oracle, Served, make_offer, serving
 
 
 PROMPT_TOKENS = [17, 93, 5, 64]

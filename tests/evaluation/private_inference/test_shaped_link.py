@@ -21,7 +21,7 @@ from entropy_gpt.evaluation.private_inference.program.cost import InferenceCost,
 from entropy_gpt.evaluation.private_inference.program.networks import LOOPBACK, WAN, Network, parse_network
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 
-from .test_server_and_client import PROMPT, SECONDS, Served, make_offer, run_here, serve_until_killed, serving
+from .serving import PROMPT, SECONDS, Served, make_offer, run_here, serve_until_killed, serving
 
 
 pytestmark = [pytest.mark.private, pytest.mark.slow]

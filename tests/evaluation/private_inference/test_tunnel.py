@@ -7,7 +7,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ import trustme
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties.channel import Channel, Listener, TLSFiles, connect
 from entropy_gpt.evaluation.private_inference.parties.tunnel import MAX_STREAMS, TO_CLIENT, ClientTunnel, ServerTunnel
+from tests.waiting import eventually
 
 from .test_channel import tls_files
 
@@ -102,13 +103,6 @@ def read_all(connection: socket.socket) -> bytes:
 def send_and_end(connection: socket.socket, content: bytes):
     connection.sendall(content)
     connection.shutdown(socket.SHUT_WR)
-
-
-def eventually(holds: Callable[[], object], seconds: float = 5) -> bool:
-    limit = time.monotonic() + seconds
-    while not holds() and time.monotonic() < limit:
-        time.sleep(0.01)
-    return bool(holds())
 
 
 @pytest.mark.parametrize("from_client", [True, False])

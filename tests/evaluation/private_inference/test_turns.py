@@ -2,13 +2,13 @@
 
 import contextlib
 import threading
-import time
 
 import pytest
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.private_inference.parties import turns as turns_module
 from entropy_gpt.evaluation.private_inference.parties.turns import Turns
+from tests.waiting import eventually
 
 
 class Client:
@@ -41,13 +41,6 @@ class Gone(Client):
 
     def hear(self, before: int, seconds: int):
         raise ConnectionError
-
-
-def eventually(holds) -> bool:
-    end = time.monotonic() + 10
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.005)
-    return holds()
 
 
 def join(turns: Turns, *names: str) -> list[Client]:
