@@ -31,6 +31,7 @@ from .test_folding import FOLDED, make_asymmetric
 OPERATORS = {
     "softmax": ["Softmax"],
     "power4 attention": ["Clip", "Pow", "Log", "Softmax"],
+    "power2 attention": ["Clip", "Pow", "Log", "Softmax"],
     "clamped softmax": ["Clip", "Exp", "Log", "Softmax"],
     "LayerNorm": ["LayerNormalization"],
     "final LayerNorm": ["LayerNormalization"],

@@ -156,8 +156,8 @@ def test_masks(kind, interpreter):
     ("lengths", "is_causal"),
     [
         ((7, 50), True),
-        *slow_cases(*((lengths, True) for lengths in ((1, 50), (16, 16), (33, 64), (65, 65)))),
-        *slow_cases(*((lengths, False) for lengths in ((1, 1), (7, 50), (64, 64)))),
+        *slow_cases(((1, 50), True), ((16, 16), True), ((33, 64), True), ((65, 65), True)),
+        *slow_cases(((1, 1), False), ((7, 50), False), ((64, 64), False)),
     ],
 )
 def test_lengths_and_cached_keys(lengths, is_causal, interpreter):
