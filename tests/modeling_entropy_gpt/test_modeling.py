@@ -20,7 +20,7 @@ from modeling_entropy_gpt import (
 )
 from modeling_entropy_gpt.forward_keywords import CACHE
 from tests.architectures import ARCHITECTURES, NO_DROPOUT, SIZES, TABLE_1, make_config, make_model, make_tokens
-from tests.slow import slow_but
+from tests.slow import slow_but, slow_cases
 
 
 # One for each way in which the forward pass differs; the whole list is for what is cheap.
@@ -49,8 +49,8 @@ FEW = {"n_layer": 2}
 
 
 def compiled(name: str, ids: list[str]):
-    """Parametrises with the representatives, and a flag of this name that is false first."""
-    cases = itertools.product(REPRESENTATIVES, (False, True))
+    """Parametrises with the representatives, and a flag of this name that is true and false in turn."""
+    cases = zip(REPRESENTATIVES, itertools.cycle((True, False)), strict=False)
     return pytest.mark.parametrize(
         ("notation", name),
         [
@@ -119,8 +119,10 @@ def test_eager_and_sdpa_train_alike(notation, padding):
 
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers sets it
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("stance", slow_but(("force_eager",), ("force_eager", "default")))
-@representatives
+@pytest.mark.parametrize(
+    ("notation", "stance"),
+    [*((notation, "force_eager") for notation in REPRESENTATIVES), *slow_cases((FIRST, "default"), (LAST, "default"))],
+)
 def test_flex_and_sdpa_agree(notation, stance):
     """The default tests leave out the compiler, which takes most of a minute: the masks are the same without it."""
     model = make_model(notation, **FEW)
