@@ -27,8 +27,9 @@ import torch
 # The power of each function that is one; x is divided by it, so that all of them are 1 + x + ... near 0.
 POWERS = {"power4": 4, "power2": 2}
 FUNCTIONS = ("softmax", *POWERS, "clamped")
-# The floor of each row's sum, and of each weight in it: two last bits of a private inference's 18 behind the point.
-LEAST_SUM, LEAST_WEIGHT = 2.0**-10, 2.0**-17
+# The floors of a row's sum and of each weight: few enough bits are lost in the reciprocal of the sum, and no weight is lost
+# to truncation.
+LEAST_SUM, LEAST_WEIGHT = 2.0**-8, 2.0**-17
 # The largest 1 + x / n that is raised to its power: sums of products with it stay in the range of float32.
 LARGEST_BASE = 1e6
 # The range of `clamped`: from what the engine's exponential holds, to where sums still fit fixed point.

@@ -30,7 +30,7 @@ def define(function: str, x: torch.Tensor) -> torch.Tensor:
 def naive(query, key, value, shift, visible, function):
     """Output and entropies, by the definition."""
     scores = query @ key.mT * query.shape[-1] ** -0.5
-    floors = (2.0**-10 / visible.sum(dim=-1, keepdim=True).clamp(min=1)).clamp(min=2.0**-17)
+    floors = (2.0**-8 / visible.sum(dim=-1, keepdim=True).clamp(min=1)).clamp(min=2.0**-17)
     weights = (define(function, scores - shift[..., None]) + floors) * visible
     sums = weights.sum(dim=-1, keepdim=True)
     probabilities = weights / sums.where(sums > 0, 1.0)

@@ -20,7 +20,7 @@ from .reciprocals import CHORD_SCALE
 POWERS = {"power4": 4, "power2": 2}
 # As in the model: where it clamps, and the floors of a row's sum and of each weight.
 LOWEST, HIGHEST = -7.4, 3.0
-LEAST_SUM, LEAST_WEIGHT = 2.0**-10, 2.0**-17
+LEAST_SUM, LEAST_WEIGHT = 2.0**-8, 2.0**-17
 # Doublings of the clamped exponential, which bring its sums to about 1.
 DOUBLINGS = 4
 # Binary logarithms of the range of sums that the reciprocal takes, and with them each private inference's own check.
