@@ -53,7 +53,7 @@ def log_function(differences: torch.Tensor, function: str, floors: torch.Tensor 
         weights = differences.clamp(LOWEST, HIGHEST).exp()
     else:
         power = POWERS[function]
-        weights = (1 + differences / power).clamp(0, LARGEST_BASE) ** power
+        weights = (1 + differences / power).clamp(0.0, LARGEST_BASE) ** power
     return (weights + floors).log()
 
 

@@ -371,7 +371,7 @@ def block_sizes(kernel, width: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:  # without tensor cores
         rows, keys, warps = (64, 32, 8) if width <= 64 else (16, 32, 8)
     elif width > 128:
-        rows, keys, warps = (32, 64, 8) if kernel is backward_key_kernel else (64, 32, 8)
+        rows, keys, warps = (32, 32, 8) if kernel is backward_key_kernel else (64, 32, 8)
     elif width > 64:
         rows, keys, warps = (128, 64, 8) if kernel is forward_kernel else (64, 64, 8)
     else:

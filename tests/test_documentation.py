@@ -56,6 +56,7 @@ SHORT_SETTINGS = {name: yaml.safe_load(value) for name, value in (word.split("="
 # Words that stand for something of the reader's own, or for long work, and their replacements.
 REPLACED = {
     "MODEL": "path/to/folder",
+    "DRAFT_MODEL": "path/to/folder",
     "DIR": "path/to/folder",
     "FOLDER": "task_data",
     "my-name/my-model": f"{USER}/my-model",

@@ -16,7 +16,7 @@ from .wheel import ROOT, build_wheel
 
 
 # Files for who works in a clone alone.
-LEFT_OUT = {".gitignore"}
+LEFT_OUT = {".gitignore", ".dockerignore"}
 FOLDERS = ("training", "evaluation", "conversion")
 SCRIPT = """
 import conversion, evaluation.mine, training.trainer

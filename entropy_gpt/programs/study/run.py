@@ -219,7 +219,8 @@ def _measure(place: Place, run: Run, plan: dict[str, dict], result: StudyRun, pr
     context, seed = model.config.n_positions, run.settings["seed"]
     (known,) = load_results(place.model / RESULTS)
     result.validation, heads = known.likelihood, known.heads
-    if result.validation is None or heads is None:
+    # A conversion's own evaluation has another number of tokens.
+    if run.kind == CONVERTED or result.validation is None or heads is None:
         source = load_text(run.settings[DATASET])
         most_tokens = run.settings[VALIDATION_TOKENS]
         name = source.name + KEPT_APART

@@ -30,6 +30,8 @@ TANH_SERIES = (
 )
 ERF_BOUND = 3.0
 ERF_POLYNOMIAL = (1.0, 0.278393, 0.230389, 0.000972, 0.078108)
+# Last bits below which the engine takes a public constant to have too few.
+SMALL_CONSTANT = 4
 # From this number of fraction bits on, the engine makes at least three steps of Goldschmidt's method.
 FINE_BITS, FINE_ITERATIONS = 30, 3
 
@@ -71,7 +73,18 @@ class FixedPointArithmetic(CheapArithmetic):
         return self._truncate(self._fit(left) * self._fit(right))
 
     def scale(self, tensor, constant):
+        if np.ptp(constant) == 0 and 0 < np.abs(constant).max() < SMALL_CONSTANT / self._one:
+            return self._scale_down(tensor, np.abs(constant).max())
         return self.multiply(tensor, self.encode(constant))
+
+    def _scale_down(self, tensor, constant: float):
+        """
+        What the engine makes of one constant of few bits, whose sign it loses: it multiplies by a power of 2 of it,
+        which has more bits, and cuts those of the power off too.
+        """
+        power = 2.0 ** (np.ceil(np.log2(1 / constant)) - 1)
+        product = self._fit(tensor) * self.encode(constant * power)
+        return self._round(self._wrap(product, RING_BITS - self.settings.fraction_bits) / power)
 
     def combine(self, tensor, factors):
         return self.matmul(tensor, self.encode(factors))
