@@ -1,8 +1,18 @@
 """Text for the commands to work on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.evaluation.private_inference.warm_engines import start_engines_warm
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_engines() -> Iterator:
+    with pytest.MonkeyPatch.context() as patch:
+        start_engines_warm(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """`PrivateClient`: several prompts over one connection, which is made anew when it breaks."""
 
+import functools
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,14 +290,22 @@ def test_the_command_asks_with_the_drafts_it_is_told(words, tokens, keep, model,
     assert (prompt, drafts.tokens, drafts.keep) == (PROMPT, tokens, keep)
 
 
+@pytest.fixture(scope="module")
+def connected(model) -> Iterator[Callable[..., PrivateClient]]:
+    """Makes clients of a server whose protocol has no keys to make."""
+    with serving(model, protocol="semi2k") as server:
+        address = f"127.0.0.1:{server.address[1]}"
+        yield functools.partial(PrivateClient, address, tokenizer=model, protocol="semi2k")
+
+
 @pytest.mark.slow
 @pytest.mark.private
 @pytest.mark.parametrize("keep", ["accepted", "prompt"])
-def test_a_model_that_drafts_for_itself_is_always_right(model, address, keep):
+def test_a_model_that_drafts_for_itself_is_always_right(model, connected, keep):
     drawn = {"max_new_tokens": 6, "temperature": 1.0, "seed": 1}
-    with PrivateClient(address, tokenizer=model) as client:
+    with connected() as client:
         plain = [client.generate(PROMPT, **options).text for options in ({"max_new_tokens": 6}, drawn)]
-    with PrivateClient(address, tokenizer=model, draft=model, draft_keep=keep) as client:
+    with connected(draft=model, draft_keep=keep) as client:
         drafted = [client.generate(PROMPT, **options) for options in ({"max_new_tokens": 6}, drawn)]
         assert client.generate(PROMPT).tokens == drafted[0].tokens[:1]
     assert [answer.text for answer in drafted] == plain
@@ -305,9 +314,9 @@ def test_a_model_that_drafts_for_itself_is_always_right(model, address, keep):
 
 @pytest.mark.slow
 @pytest.mark.private
-def test_prompts_share_a_connection_until_it_breaks(model, address):
+def test_prompts_share_a_connection_until_it_breaks(connected):
     notes = Notes()
-    with PrivateClient(address, tokenizer=model) as client:
+    with connected() as client:
         first = client.generate(PROMPT, max_new_tokens=2, streamer=notes)
         kept = client._connection
         again = client.generate(client.tokenizer(PROMPT)["input_ids"], max_new_tokens=2)

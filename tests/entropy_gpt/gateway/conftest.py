@@ -110,7 +110,8 @@ def serving(model: Path, **settings) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def gateway(model: Path, server: Server, **options) -> Iterator[Running]:
-    client = PrivateClient(f"127.0.0.1:{server.address[1]}", tokenizer=model, timeout=SECONDS)
+    protocol = server.offer.settings.protocol
+    client = PrivateClient(f"127.0.0.1:{server.address[1]}", tokenizer=model, timeout=SECONDS, protocol=protocol)
     with open_port("127.0.0.1", 0) as listener:
         settings = uvicorn.Config(make_app(client, **options), log_level="warning", timeout_graceful_shutdown=1)
         runner = uvicorn.Server(settings)
@@ -126,5 +127,5 @@ def gateway(model: Path, server: Server, **options) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def running(model) -> Iterator[Running]:
     pytest.importorskip("spu")
-    with serving(model) as server, gateway(model, server) as running:
+    with serving(model, protocol="semi2k") as server, gateway(model, server) as running:
         yield running

@@ -6,12 +6,21 @@ import pytest
 
 from tests.waiting import eventually
 
+from .warm_engines import start_engines_warm
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_engines() -> Iterator:
+    with pytest.MonkeyPatch.context() as patch:
+        start_engines_warm(patch)
+        yield
+
 
 @pytest.fixture(scope="module")
 def softmax_only() -> Iterator:
-    from .serving import make_offer, serving
+    from .serving import QUICK, make_offer, serving
 
-    with serving(*make_offer()) as served:
+    with serving(*make_offer(protocol=QUICK)) as served:
         yield served
 
 

@@ -29,6 +29,8 @@ from tests.waiting import eventually
 ROOT = Path(__file__).resolve().parents[3]
 PROMPT = [17, 93, 5, 64]
 SECONDS = 300
+# Its keys take no time, unlike Cheetah's: where a test is of what is around the engine.
+QUICK = "semi2k"
 EIGHT_ANSWERS = replace(UNLIMITED, answers=8)
 
 
@@ -77,11 +79,11 @@ def serving(
 def engines_here() -> list[psutil.Process]:
     """Processes of engines that this one started; other tests have children of their own."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if any("party_process" in word for word in child.cmdline())]
+    return [child for child in children if any("party_process" in word for word in (child.name(), *child.cmdline()))]
 
 
-def ask_at(address: tuple[str, int], new_tokens: int = 2, tls: TLSFiles | None = None, **options) -> Outcome:
-    with contextlib.closing(Client(*address, tls, SECONDS)) as client:
+def ask_at(address: tuple[str, int], new_tokens: int = 2, **options) -> Outcome:
+    with contextlib.closing(Client(*address, None, SECONDS, QUICK)) as client:
         return client.ask(Question(PROMPT, new_tokens), **options)
 
 
@@ -106,8 +108,8 @@ def run_here(function: Callable, *arguments, before: tuple[str, ...] = ()) -> su
     )
 
 
-def serve_until_killed(host: str = "127.0.0.1"):
-    with serving(*make_offer(), host=host) as served:
+def serve_until_killed(host: str = "127.0.0.1", protocol: str = QUICK):
+    with serving(*make_offer(protocol=protocol), host=host) as served:
         print(served.server.address[1], flush=True)
         signal.pause()
 

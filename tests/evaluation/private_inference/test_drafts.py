@@ -46,7 +46,7 @@ from entropy_gpt.evaluation.private_inference.program.steps import Span
 from tests.architectures import make_model
 from tests.waiting import eventually
 
-from .serving import SECONDS, Oracle, Served, make_offer, serving
+from .serving import QUICK, SECONDS, Oracle, Served, make_offer, serving
 
 
 PROMPT_TOKENS = [17, 93, 5, 64]
@@ -239,9 +239,8 @@ POSITIONS = {ACCEPTED: 4 + 4 + 3, PROMPT: 6 + 5 + 5}
 @pytest.mark.parametrize(
     ("protocol", "answer", "sampling"),
     [
-        ("semi2k", "logits", GREEDY),
-        ("cheetah", "logits", Sampling(9.0, top_k=30, seed=7)),
-        ("cheetah", "token", GREEDY),
+        (QUICK, "token", GREEDY),
+        (QUICK, "logits", Sampling(9.0, top_k=30, seed=7)),
         ("cheetah", "sampled", Sampling(9.0, seed=7)),
     ],
 )

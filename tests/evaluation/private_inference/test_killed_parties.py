@@ -23,6 +23,7 @@ from entropy_gpt.evaluation.private_inference.program.settings import CLIENT, SE
 from tests.waiting import eventually
 
 from .serving import (
+    QUICK,
     SECONDS,
     ask,
     ask_aloud,
@@ -75,7 +76,7 @@ def test_a_server_that_is_killed_ends_the_client_and_its_own_engine(tmp_path, mo
 
 
 def test_closing_the_server_ends_the_inference():
-    with serving(*make_offer()) as served, ThreadPoolExecutor(1) as pool:
+    with serving(*make_offer(protocol=QUICK)) as served, ThreadPoolExecutor(1) as pool:
         compiled = threading.Event()
         asked = pool.submit(ask, served, 1, on_event=lambda event: compiled.set())
         assert compiled.wait(SECONDS)
@@ -90,9 +91,8 @@ def test_closing_the_server_ends_the_inference():
     assert not engines_here()
 
 
-@pytest.mark.parametrize(("stops_at", "seconds"), [("accepted", 20), ("program", 60)])
+@pytest.mark.parametrize(("stops_at", "seconds"), [("accepted", 5), ("program", 20)])
 def test_a_client_that_stops_holds_the_engine_for_a_bounded_time(served, stops_at, seconds):
-    """A busy machine may take half a minute to compile a program."""
     with serving(served.server.offer, [], limits=replace(UNLIMITED, seconds=seconds)) as strict:
         started = time.monotonic()
         with contextlib.closing(greet(strict)) as channel:
@@ -100,7 +100,7 @@ def test_a_client_that_stops_holds_the_engine_for_a_bounded_time(served, stops_a
             if stops_at == "program":
                 channel.send(channel.receive(seconds, ("program",)))
             assert strict.said(f"took {seconds} seconds, the most that this client has left here", 2 * seconds)
-        assert time.monotonic() - started < 2 * seconds
+        assert time.monotonic() - started < seconds + 20
         assert eventually(lambda: not strict.server.turns.active, 10)
     assert not engines_here()
 
@@ -132,19 +132,21 @@ def flood_server(port: int):
         channel.receive(120, ("done",))
 
 
-def test_a_flood_is_not_taken_into_memory(served):
-    client = run_here(flood_server, served.server.address[1])
-    try:
-        wait_for_line(client, "flooding")
-        (engine,) = engines_here()
-        begin, most = engine.memory_info().rss, 0
-        assert engine.rlimit(psutil.RLIMIT_CORE) == (0, 0)
-        assert engine.rlimit(psutil.RLIMIT_AS)[0] <= machine_memory() + RESERVED_BYTES * os.cpu_count()
-        while not served.said("ended early", 0.2) and len(served.lines) < 2:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                most = max(most, engine.memory_info().rss)
-    finally:
-        os.killpg(client.pid, signal.SIGKILL)
-        client.communicate()
-    assert served.said("sends more than its program does", 5)
-    assert most - begin < 3 * SET_UP_ALLOWANCE
+def test_a_flood_is_not_taken_into_memory():
+    """Where counts, which are Cheetah's, say what belongs there."""
+    with serving(*make_offer()) as served:
+        client = run_here(flood_server, served.server.address[1])
+        try:
+            wait_for_line(client, "flooding")
+            (engine,) = engines_here()
+            begin, most = engine.memory_info().rss, 0
+            assert engine.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+            assert engine.rlimit(psutil.RLIMIT_AS)[0] <= machine_memory() + RESERVED_BYTES * os.cpu_count()
+            while not served.said("ended early", 0.2) and len(served.lines) < 2:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    most = max(most, engine.memory_info().rss)
+        finally:
+            os.killpg(client.pid, signal.SIGKILL)
+            client.communicate()
+        assert served.said("sends more than its program does", 5)
+        assert most - begin < 3 * SET_UP_ALLOWANCE

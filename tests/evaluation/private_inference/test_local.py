@@ -11,11 +11,12 @@ from tests.slow import slow_but
 pytest.importorskip("spu")
 
 from entropy_gpt.evaluation.private_inference.parties.engine import EngineLog, compiled_digest
-from entropy_gpt.evaluation.private_inference.parties.local import infer_locally
-from entropy_gpt.evaluation.private_inference.parties.participant import compile_pass
-from entropy_gpt.evaluation.private_inference.program.program import CHECKED, bounds_name
-from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
+from entropy_gpt.evaluation.private_inference.parties.local import infer_locally, run_parties
+from entropy_gpt.evaluation.private_inference.parties.participant import Participant, compile_pass
+from entropy_gpt.evaluation.private_inference.program.program import CHECKED, OUT_OF_RANGE, bounds_name
+from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span
+from entropy_gpt.evaluation.private_inference.program.variables import client_inputs
 from entropy_gpt.evaluation.private_inference.program.weights import prepare_weights
 
 
@@ -80,12 +81,25 @@ def test_embeddings_looked_up_by_the_client_and_a_secure_comparison(protocol, an
 
 @pytest.mark.parametrize("protocol", slow_but(["ref2k"], ["ref2k", "cheetah", "semi2k", "aby3"]))
 def test_the_check_says_whether_numbers_are_out_of_range(protocol):
-    config, weights = prepare_weights(make_model("SM", n_layer=1))
-    for part in CHECKED:
-        bounds = {bounds_name(part): np.full_like(weights[bounds_name(part)], 1e-4)}
-        for changed, expected in ((weights, False), (weights | bounds, True)):
-            run = infer_locally(config, changed, PrivateSettings(protocol), prompts())
-            assert run.out_of_range == [expected]
+    """Of weights as they are, and with bounds of each part that no number keeps."""
+    (config, weights), settings = prepare_weights(make_model("SM", n_layer=1)), PrivateSettings(protocol)
+    span, (tokens,) = Span(0, LENGTH), prompts()
+    program = compile_pass(config, settings, span)
+
+    def take_part(link) -> tuple:
+        participant, found = Participant(link, config, settings, weights), []
+        for part in (None, *CHECKED):
+            bounds = {bounds_name(part): np.full_like(weights[bounds_name(part)], 1e-4)} if part else {}
+            for name in map(bounds_name, CHECKED) if link.rank == SERVER else ():
+                participant.party.set_own(name, (weights | bounds)[name])
+            given = client_inputs(config, settings, span, tokens, weights) if participant.is_client else {}
+            participant.infer(program, span, given)
+            found.append(participant.party.share(OUT_OF_RANGE))
+        return participant.party, found
+
+    (party, *_), shares = zip(*run_parties(settings, take_part), strict=True)
+    found = [bool(party.reconstruct(list(parts))) for parts in zip(*shares, strict=True)]
+    assert found == [False] + [True] * len(CHECKED)
 
 
 def test_the_digest_names_code_settings_and_order():

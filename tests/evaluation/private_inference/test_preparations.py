@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from tests.architectures import make_model
+
+from .serving import QUICK, engines_here
 
 
 pytest.importorskip("spu")
@@ -47,8 +48,8 @@ def model():
     return make_model("SM+ScFuFFN", n_layer=1)
 
 
-def make_offer(model) -> Offer:
-    return Offer(*prepare_weights(model), "SM+ScFuFFN", PrivateSettings(), "")
+def make_offer(model, protocol: str = QUICK) -> Offer:
+    return Offer(*prepare_weights(model), "SM+ScFuFFN", PrivateSettings(protocol), "")
 
 
 @contextlib.contextmanager
@@ -62,8 +63,8 @@ def served(model, folder: Path | None, said: list[str], **options) -> Iterator[t
         server.close()
 
 
-def connect(address: tuple[str, int], folder: Path | None) -> contextlib.closing:
-    return contextlib.closing(Client(*address, None, SECONDS, prepared=folder))
+def connect(address: tuple[str, int], folder: Path | None, protocol: str = QUICK) -> contextlib.closing:
+    return contextlib.closing(Client(*address, None, SECONDS, protocol, prepared=folder))
 
 
 def halves(folder: Path) -> list[str]:
@@ -74,8 +75,8 @@ def test_an_answer_of_two_phases(model, tmp_path):
     """Made for more than is asked, in another connection, and used up; what is left is computed in one phase."""
     said: list[str] = []
     ours, theirs = tmp_path / "client", tmp_path / "server"
-    with served(model, theirs, said) as address:
-        with connect(address, ours) as client:
+    with served(make_offer(model, "cheetah"), theirs, said) as address:
+        with connect(address, ours, "cheetah") as client:
             made = client.prepare(8, 2)
             assert client.find_preparation(len(PROMPT)) == made.prepared
             assert client.find_preparation(9) is None
@@ -84,13 +85,13 @@ def test_an_answer_of_two_phases(model, tmp_path):
         # Of the folder and its list: this side does not notice.
         backup = shutil.copytree(ours, tmp_path / "backup" / "client")
         shutil.copy(client.store.used.path, backup.parent)
-        with connect(address, ours) as client:
+        with connect(address, ours, "cheetah") as client:
             outcome = client.ask(Question(PROMPT, 2), preparation=client.find_preparation(len(PROMPT), 2))
             assert not halves(ours) and not halves(theirs)
             assert client.find_preparation(len(PROMPT)) is None
             one_phase = client.ask(Question(PROMPT))
         with (
-            connect(address, backup) as client,
+            connect(address, backup, "cheetah") as client,
             pytest.raises(PrivateInferenceError, match="it was used"),
         ):
             client.ask(Question(PROMPT, 2), preparation=client.find_preparation(len(PROMPT), 2))
@@ -135,14 +136,14 @@ def test_a_server_says_what_it_does_not_keep(model, tmp_path):
 def test_a_client_that_is_killed_leaves_whole_halves_or_none(model, tmp_path):
     said: list[str] = []
     with served(model, tmp_path / "server", said) as address:
-        for wait in (1, 8, 15):
-            client = Client(*address, None, SECONDS, prepared=tmp_path / "client")
-            before = {process.pid for process in psutil.Process().children()}
+        for wait in (0.3, 1, 3):
+            client = Client(*address, None, SECONDS, QUICK, prepared=tmp_path / "client")
+            before = engines_here()
             thread = threading.Thread(target=_try, args=(client,))
             thread.start()
             time.sleep(wait)
-            for process in psutil.Process().children():
-                if process.pid not in before:
+            for process in engines_here():
+                if process not in before:
                     process.kill()
             thread.join()
             client.close()
@@ -192,7 +193,7 @@ def test_an_answer_that_begins_anew_is_right(preparations, doubted, model, tmp_p
     """With another preparation, or in one phase where there is none, for all that is left."""
     monkeypatch.setattr(party_process, "EngineLog", lambda: None)
     config, weights = prepare_weights(model)
-    settings = PrivateSettings()
+    settings = PrivateSettings(QUICK)
 
     def take_part(link) -> tuple[list[int], list[str], list[str]]:
         store, of_client, said = Store(tmp_path / str(link.rank), link.rank), link.rank == CLIENT, []

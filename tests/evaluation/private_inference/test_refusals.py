@@ -17,7 +17,7 @@ from entropy_gpt.evaluation.private_inference.parties.terms import Offer
 from entropy_gpt.evaluation.private_inference.program.program import CHECKED, LOGITS, bounds_name
 from tests.waiting import eventually
 
-from .serving import PROMPT, SECONDS, ask, engines_here, greet, make_offer, serving
+from .serving import PROMPT, QUICK, SECONDS, ask, engines_here, greet, make_offer, serving
 
 
 pytest.importorskip("spu")
@@ -115,7 +115,7 @@ class Lie(Offer):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["vocab_size", "n_positions", "inner_size"])
 def test_a_server_whose_terms_are_not_its_programs_gets_no_prompt(part):
-    offer, _ = make_offer("SM+R")
+    offer, _ = make_offer("SM+R", QUICK)
     with serving(Lie(**vars(offer), part=part), []) as lying:
         with pytest.raises(PrivateInferenceError, match="made different programs of the same terms"):
             ask(lying, 1)
@@ -153,7 +153,7 @@ def test_a_client_that_is_refused_closes_its_connection(served):
         (PROMPT, 100, "n_positions=64"),
         (PROMPT, 9, "the peer refuses: 9 answers are asked for; 8 is the most here"),
     ):
-        client = Client(*served.server.address, None, SECONDS)
+        client = Client(*served.server.address, None, SECONDS, QUICK)
         with pytest.raises(PrivateInferenceError, match=reason):
             client.ask(Question(prompt, new_tokens))
         assert client.channel.connection.fileno() == -1
@@ -161,7 +161,7 @@ def test_a_client_that_is_refused_closes_its_connection(served):
 
 @pytest.mark.slow
 def test_what_ails_the_clients_engine_is_not_the_servers_business(served):
-    with contextlib.closing(Client(*served.server.address, None, SECONDS)) as client:
+    with contextlib.closing(Client(*served.server.address, None, SECONDS, QUICK)) as client:
 
         def kill(event: dict):
             client._session._process._process.kill()

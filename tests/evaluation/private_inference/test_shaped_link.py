@@ -137,7 +137,7 @@ def test_between_network_namespaces(loopback, tmp_path):
     network = parse_network("50Mbps,20ms")
     with (
         joined_namespaces(network) as (server_side, client_side),
-        running(serve_until_killed, SERVER_ADDRESS, namespace=server_side) as server,
+        running(serve_until_killed, SERVER_ADDRESS, "cheetah", namespace=server_side) as server,
     ):
         arguments = SERVER_ADDRESS, int(server.stdout.readline()), str(tmp_path)
         with running(measure_and_save, *arguments, namespace=client_side) as client:
