@@ -27,8 +27,8 @@ import torch
 # The power of each function that is one; x is divided by it, so that all of them are 1 + x + ... near 0.
 POWERS = {"power4": 4, "power2": 2}
 FUNCTIONS = ("softmax", *POWERS, "clamped")
-# The floors of a row's sum and of each weight: so the reciprocal of a sum in fixed point loses few bits, and truncation
-# takes no weight whole.
+# The floors of a row's sum and of each weight: a sum's reciprocal in fixed point loses few bits, and truncation takes
+# no weight whole.
 LEAST_SUM, LEAST_WEIGHT = 2.0**-8, 2.0**-17
 # The largest 1 + x / n that is raised to its power: sums of products with it stay in the range of float32.
 LARGEST_BASE = 1e6
