@@ -53,6 +53,8 @@ SHORT_SETTINGS = {name: yaml.safe_load(value) for name, value in (word.split("="
     "tokenizer_vocab_size": 300
 }
 
+# How a server takes a port that is free, and prompts as long as the pages have.
+FREE_PLACE = "--listen 127.0.0.1:0 --max-positions 9999"
 # Words that stand for something of the reader's own, or for long work, and their replacements.
 REPLACED = {
     "MODEL": "path/to/folder",
@@ -242,6 +244,8 @@ class Reader:
         if typed.startswith("entropy-gpt private serve"):
             lines = typed.splitlines()
             return self._open_page(*lines) if len(lines) > 2 else self._serve_and_ask(*lines)
+        if typed.startswith("entropy-gpt private ask"):
+            return self._serve_and_ask(f"entropy-gpt private serve {REPLACED['MODEL']} {FREE_PLACE}", typed)
         if GATEWAY in typed:
             with self.gateway() as address:
                 return self.shell(typed.replace(GATEWAY, address))
@@ -293,7 +297,7 @@ class Reader:
     @contextmanager
     def gateway(self, serve: str = SERVE, gateway: str = OPEN_GATEWAY) -> Iterator[str]:
         """A private server and a gateway before it, which takes a port that is free; its address."""
-        with self._listening(f"{serve.removesuffix(' &')} --listen 127.0.0.1:0 --max-positions 9999") as self.server:
+        with self._listening(f"{serve.removesuffix(' &')} {FREE_PLACE}") as self.server:
             command = gateway.removesuffix(" &").replace(PRIVATE_SERVER, self.server)
             with self._listening(f"{command} --port 0") as address:
                 yield address
