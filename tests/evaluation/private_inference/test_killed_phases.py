@@ -31,6 +31,7 @@ from entropy_gpt.evaluation.private_inference.program.weights import prepare_wei
 from entropy_gpt.workflows.private_client import PrivateClient
 
 from .serving import QUICK
+from .warm_engines import start_warm_process
 
 
 MOMENTS, SECONDS = 20, 300
@@ -89,6 +90,7 @@ class Pair:
         # Here, since a fork's threads may not compute with torch.
         self.offer = Offer(*prepare_weights(model), "SM+ScFuFFN", PrivateSettings(QUICK), "")
         self.server: Process | None = None
+        start_warm_process()  # here, or each fork would start its own
 
     def serve(self, say: Callable[[object], None]):
         server = Server(

@@ -45,6 +45,11 @@ def measure_and_save(host: str, port: int, folder: str):
         cost.save(Path(folder) / f"{index}.json")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm_engines():
+    """None: a first inference compiles while it runs, so those that are compared with it have to do so too."""
+
+
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     with serving(*make_offer()) as served:

@@ -41,7 +41,7 @@ class WarmProcess:
             os.pipe() for _ in range(4)
         )
         with starting:
-            requests = start()
+            requests = start_warm_process()
         socket.send_fds(requests, [b"."], [theirs_in, theirs_out, theirs_err, theirs])
         for descriptor in (theirs_in, theirs_out, theirs_err, theirs):
             os.close(descriptor)
@@ -70,8 +70,8 @@ def start_engines_warm(patch: pytest.MonkeyPatch):
 
 
 @functools.cache
-def start() -> socket.socket:
-    """Starts the warm process, which lasts as long as this one. Forks of this one may ask for processes, too."""
+def start_warm_process() -> socket.socket:
+    """Starts the warm process, which lasts as long as this one; forks of this one may ask it, too."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen([sys.executable, "-m", __name__], cwd=ROOT, stdin=theirs)
@@ -118,7 +118,7 @@ class Warm:
         while is_asked or self._running:
             for ready in select.select([self._requests] * is_asked + [*self._running], [], [])[0]:
                 if ready is self._requests:
-                    is_asked = self._take_request()
+                    is_asked = self._take_request() or self._end()
                 else:
                     self._report(ready)
 
@@ -138,6 +138,12 @@ class Warm:
         self._running[os.pidfd_open(process)] = process, report
         _say(report, process)
         return True
+
+    def _end(self) -> bool:
+        """Nobody asks for more, and nobody would end what is left."""
+        for process, _ in self._running.values():
+            os.kill(process, signal.SIGKILL)
+        return False
 
     def _report(self, ended: int):
         process, report = self._running.pop(ended)
