@@ -99,7 +99,7 @@ def test_a_composed_side_is_a_command_with_files_that_are_mounted(stages, servic
     if side == "server":
         assert options["listen"] == f"0.0.0.0:{SIDES[side]}"
     else:
-        assert options["connect"] == f"server:{SIDES['server']}"
+        assert options["address"] == f"server:{SIDES['server']}"
         assert (options["host"], options["port"]) == ("0.0.0.0", SIDES[side])
         assert [port.split(":")[::2] for port in service["ports"]] == [["127.0.0.1", str(SIDES[side])]]
 

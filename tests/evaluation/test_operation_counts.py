@@ -143,7 +143,11 @@ def name_of(node: torch.fx.Node) -> str:
 
 # With each kind of operation; exports take a second each.
 EXPORTED = ("SM+LN+G", "EReg(SM(t_h)+StaticLN+LearnableLeakyR+ScFFN)", "EReg(Pow4(t_h)+ScFuFFN)", "ClSM(t)+LN+G")
-PARTS_OF_FUNCTIONS = {"power4": ("clamp", "log"), "power2": ("clamp", "log"), "clamped": ("clamp",)}
+PARTS_OF_FUNCTIONS = {
+    "power4": ("clamp", "pow", "log"),
+    "power2": ("clamp", "pow", "log"),
+    "clamped": ("clamp", "exp", "log"),
+}
 
 
 def found_operations(model: nn.Module) -> Counter:
