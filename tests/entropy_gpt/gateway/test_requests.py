@@ -227,14 +227,14 @@ def test_where_tokens_are_sampled_top_p_is_to_blame(fields):
     assert refused.value.param == "top_p"
 
 
-def test_a_server_that_is_gone_is_named(model):
+@pytest.mark.parametrize("stream", [False, True])  # with a gateway each: a second request may wait for the first
+def test_a_server_that_is_gone_is_named(model, stream):
     pytest.importorskip("spu")
     with serving(model) as server, gateway(model, server) as running:
         server.close()
-        for stream in (False, True):
-            reply = running.complete(stream=stream)
-            assert (reply.status, reply.error["code"]) == (503, "private_server_missing")
-            assert "no server at 127.0.0.1" in reply.error["message"]
+        reply = running.complete(stream=stream)
+        assert (reply.status, reply.error["code"]) == (503, "private_server_missing")
+        assert "no server at 127.0.0.1" in reply.error["message"]
         assert running.ask("GET", "/health").status == 200
 
 
