@@ -95,32 +95,36 @@ def _score(part: SimpleNamespace, visible: torch.Tensor | None, scaling: float):
 
 
 def _apply(part: SimpleNamespace, visible, scaling: float, function: str, are_summed: bool = False):
-    """Fills `weights` with f + floor, 0 where a key is hidden, `scores` with their logarithm, and `derivative`."""
+    """
+    Fills `weights` with f + floor, 0 where a key is hidden, and `scores` with their logarithm; if rows are summed,
+    `derivative` too.
+    """
     base, other, weights = part.derivative, part.scores, part.weights
     power = POWERS.get(function, 1)
     torch.baddbmm(part.shift.expand_as(base), part.queries, part.keys.mT, alpha=scaling / power, out=base)
     if function == "clamped":
         torch.clamp(base, LOWEST, HIGHEST, out=other)
-        torch.eq(base, other, out=base)
+        if are_summed:
+            torch.eq(base, other, out=base)
         other.exp_()
         if are_summed:
-            other.mul_(part.inverse)
-        base.mul_(other)
+            base.mul_(other.mul_(part.inverse))
         torch.add(other, part.floor, out=weights)
     elif function == "power4":
         torch.square(base.clamp_(0, LARGEST_BASE), out=other)
         torch.addcmul(part.floor, other, other, out=weights)
-        base.mul_(other)
+        if are_summed:
+            base.mul_(other)
     else:
         base.clamp_(0, LARGEST_BASE)
         torch.addcmul(part.floor, base, base, out=weights)
     torch.log2(weights, out=other)
-    hidden = (part.later_weights, part.later_derivative) if part.later_keys is not None else ()
-    for matrix in hidden if are_summed else hidden[:1]:
-        matrix.mul_(part.earlier_keys)
-    if visible is not None:
-        for matrix in (part.whole_weights, part.whole_derivative):
-            matrix.masked_fill_(~visible, 0.0)
+    hidden = None if visible is None else ~visible
+    for name in ("weights", "derivative") if are_summed else ("weights",):
+        if part.later_keys is not None:
+            getattr(part, f"later_{name}").mul_(part.earlier_keys)
+        if hidden is not None:
+            getattr(part, f"whole_{name}").masked_fill_(hidden, 0.0)
 
 
 __all__ = ["prepare_rows", "weigh", "weigh_again"]

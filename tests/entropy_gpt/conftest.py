@@ -1,18 +1,10 @@
 """Text for the commands to work on."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.evaluation.private_inference.warm_engines import start_engines_warm
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm_engines() -> Iterator:
-    with pytest.MonkeyPatch.context() as patch:
-        start_engines_warm(patch)
-        yield
+from tests.evaluation.private_inference.warm_engines import warm_engines  # noqa: F401
 
 
 @pytest.fixture(scope="module")

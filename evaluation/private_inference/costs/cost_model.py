@@ -15,9 +15,16 @@ from pydantic.dataclasses import dataclass
 from entropy_gpt.conversion.folding import fold, list_absorbable_ffns
 from entropy_gpt.evaluation.errors import PrivateInferenceError
 from entropy_gpt.evaluation.json_records import RECORD
-from entropy_gpt.evaluation.private_inference.program.counting import Shape, StepCounts, Stock, count_step, make_shape
+from entropy_gpt.evaluation.private_inference.program.counting import (
+    CountingArithmetic,
+    Shape,
+    StepCounts,
+    Stock,
+    count_step,
+    make_shape,
+)
 from entropy_gpt.evaluation.private_inference.program.prices import Prices, load_prices, price_of, seconds_of
-from entropy_gpt.evaluation.private_inference.program.program import build_steps
+from entropy_gpt.evaluation.private_inference.program.program import FASTEST, Forms, build_steps
 from entropy_gpt.evaluation.private_inference.program.settings import SERVER, PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span, Step
 from entropy_gpt.evaluation.private_inference.program.two_phases import Preparation
@@ -69,19 +76,30 @@ def program_config(config: EntropyGPTConfig) -> EntropyGPTConfig:
     return folded
 
 
-def count_steps(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> list[tuple[Step, StepCounts]]:
+def count_steps(
+    config: EntropyGPTConfig,
+    settings: PrivateSettings,
+    span: Span,
+    forms: Forms = FASTEST,
+    counting: type[CountingArithmetic] = CountingArithmetic,
+) -> list[tuple[Step, StepCounts]]:
     """
-    What each step of a program consists of.
+    What each step of a program consists of; arguments as of [`predict`].
 
     Raises:
         `PrivateInferenceError`: As [`build_steps`], or for another protocol than Cheetah.
     """
     _check_counted(settings)
-    return _count_pass(program_config(config), settings, span)
+    return _count_pass(program_config(config), settings, span, forms, counting)
 
 
 def predict(
-    config: EntropyGPTConfig, settings: PrivateSettings, span: Span, prices: Prices | None = None
+    config: EntropyGPTConfig,
+    settings: PrivateSettings,
+    span: Span,
+    prices: Prices | None = None,
+    forms: Forms = FASTEST,
+    counting: type[CountingArithmetic] = CountingArithmetic,
 ) -> list[PredictedStep]:
     """
     What each step takes, without the set-up.
@@ -91,11 +109,13 @@ def predict(
         settings ([`PrivateSettings`]): Settings with the protocol "cheetah".
         span ([`Span`]): The tokens.
         prices ([`Prices`], *optional*): Those of this package, if none are given.
+        forms ([`Forms`]): What chooses the forms of operations.
+        counting (`type`): What counts.
 
     Raises:
         `PrivateInferenceError`: As [`count_steps`].
     """
-    return _price(count_steps(config, settings, span), prices)
+    return _price(count_steps(config, settings, span, forms, counting), prices)
 
 
 def predict_passes(
@@ -142,14 +162,26 @@ def predict_phases(
     return _price(before), _price(after)
 
 
-def _count_pass(config: EntropyGPTConfig, settings: PrivateSettings, span: Span) -> list[tuple[Step, StepCounts]]:
+def _count_pass(
+    config: EntropyGPTConfig,
+    settings: PrivateSettings,
+    span: Span,
+    forms: Forms = FASTEST,
+    counting: type[CountingArithmetic] = CountingArithmetic,
+) -> list[tuple[Step, StepCounts]]:
     """Of a [`program_config`]."""
-    return _count(build_steps(config, settings, span), program_variables(config, settings, span), settings)
+    steps = build_steps(config, settings, span, forms=forms)
+    return _count(steps, program_variables(config, settings, span), settings, counting)
 
 
-def _count(steps: list[Step], variables: dict[str, Shape], settings: PrivateSettings) -> list[tuple[Step, StepCounts]]:
+def _count(
+    steps: list[Step],
+    variables: dict[str, Shape],
+    settings: PrivateSettings,
+    counting: type[CountingArithmetic] = CountingArithmetic,
+) -> list[tuple[Step, StepCounts]]:
     stock = Stock()
-    return [(step, count_step(step, variables, settings, stock)) for step in steps]
+    return [(step, count_step(step, variables, settings, stock, counting)) for step in steps]
 
 
 def _price(counted: list[tuple[Step, StepCounts]], prices: Prices | None = None) -> list[PredictedStep]:

@@ -9,18 +9,17 @@ from functools import partial
 
 import numpy as np
 
-from entropy_gpt.evaluation.private_inference.program.counting import CountingArithmetic, Stock, count_step
+from entropy_gpt.evaluation.private_inference.program.counting import CountingArithmetic
 from entropy_gpt.evaluation.private_inference.program.division import choose_division
 from entropy_gpt.evaluation.private_inference.program.fixed_point import FixedPointArithmetic
-from entropy_gpt.evaluation.private_inference.program.prices import load_prices, price_of, seconds_of
 from entropy_gpt.evaluation.private_inference.program.program import FASTEST, LOGITS, Forms, build_steps
 from entropy_gpt.evaluation.private_inference.program.reciprocals import reciprocal_by_chords
 from entropy_gpt.evaluation.private_inference.program.settings import PrivateSettings
 from entropy_gpt.evaluation.private_inference.program.steps import Span, run_steps
-from entropy_gpt.evaluation.private_inference.program.variables import client_inputs, kept_shapes, program_variables
+from entropy_gpt.evaluation.private_inference.program.variables import client_inputs, kept_shapes
 from modeling_entropy_gpt import EntropyGPTConfig
 
-from .cost_model import PredictedStep, program_config
+from .cost_model import PredictedStep, predict
 
 
 def pair_scores(heads: int, queries: int, keys: int, network: str) -> tuple[int, ...]:
@@ -79,15 +78,7 @@ def predict_variant(config: EntropyGPTConfig, variant: Variant, span: Span, netw
         variant ([`Variant`]): The forms of operations.
         network (`str`): What forms are chosen for, where there is a choice.
     """
-    config, settings = program_config(config), variant.settings(network)
-    variables, stock, prices = program_variables(config, settings, span), Stock(), load_prices().bytes
-    predicted = []
-    for step in build_steps(config, settings, span, forms=variant.forms):
-        counts = count_step(step, variables, settings, stock, variant.counting)
-        seconds = seconds_of(counts.parts, counts.work, prices)
-        sent = price_of(counts.parts, prices)
-        predicted.append(PredictedStep(step.operation, step.layer, sent, counts.round_trips, seconds))
-    return predicted
+    return predict(config, variant.settings(network), span, forms=variant.forms, counting=variant.counting)
 
 
 def emulate_variant(

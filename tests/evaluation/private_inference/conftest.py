@@ -6,14 +6,7 @@ import pytest
 
 from tests.waiting import eventually
 
-from .warm_engines import start_engines_warm
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm_engines() -> Iterator:
-    with pytest.MonkeyPatch.context() as patch:
-        start_engines_warm(patch)
-        yield
+from .warm_engines import warm_engines  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -62,11 +63,14 @@ class WarmProcess:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def start_engines_warm(patch: pytest.MonkeyPatch):
-    """Engines of sessions in this process are forks of a warm one, as long as the patch lasts."""
+@pytest.fixture(scope="module", autouse=True)
+def warm_engines() -> Iterator:
+    """Engines of sessions in this process are forks of a warm one, in the folders whose conftest has this."""
     from entropy_gpt.evaluation.private_inference.parties import session
 
-    patch.setattr(session, "subprocess", SimpleNamespace(PIPE=subprocess.PIPE, Popen=WarmProcess))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "subprocess", SimpleNamespace(PIPE=subprocess.PIPE, Popen=WarmProcess))
+        yield
 
 
 @functools.cache
